@@ -1,0 +1,346 @@
+"""Every operation in plain PyTorch: the readable twin that all other backends are held against.
+
+In float64 this file is the truth of the library. It works on any device and dtype, is differentiable by
+autograd, and imports nothing of ours. Half-precision inputs are computed in float32, float64 stays float64.
+
+For one token, over the columns v of two rows of logits x (student) and y (teacher), with p = softmax(x/tau)
+and w = softmax(y/tau):
+
+    statistic        value                       gradient with respect to x, times tau
+    logprob          log p(a)                    onehot(a) - p
+    teacher_logprob  log w(a)                    none
+    entropy H        -sum p log p                -p (log p + H)
+    teacher_entropy  -sum w log w                none
+    reverse_kl R     sum p (log p - log w)       p (log p - log w - R)
+    forward_kl F     sum w (log w - log p)       p - w
+
+All values are in nats. Special values: p = 0 contributes nothing to R or H, w = 0 nothing to F; w > 0 where
+p = 0 makes F = +inf; p > 0 where w = 0 makes R = +inf, and such a row passes *no* gradient
+through R (its true gradient is infinite). NaN
+or +inf in either row of logits (or a row that is -inf throughout) makes all six statistics of the row NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+COSTS = ("reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll")
+DIFFERENTIABLE_COSTS = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
+REWARDS = ("cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case")
+
+
+class TokenStats(NamedTuple):
+    """Six statistics a token, in nats, shaped like ``tokens``; float32, or float64 for float64 logits.
+
+    ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to the student's logits.
+    """
+
+    logprob: Tensor
+    teacher_logprob: Tensor
+    entropy: Tensor
+    teacher_entropy: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+
+
+class BudgetTrace(NamedTuple):
+    """The budget's account of each token. Shaped like the cost (``first_violation``: one number a sequence).
+
+    ``cumulative`` is C_t (or the prefix mean m_t), ``remaining`` d - C_t, ``violated`` whether some C_i with
+    i <= t has exceeded d, ``first_violation`` the index of the first such token (the width of the row, or the
+    length of the packed sequence, if there is none) and ``excess`` Phi_t = (C_t - d)+ - (C_{t-1} - d)+.
+    """
+
+    cumulative: Tensor
+    remaining: Tensor
+    violated: Tensor
+    first_violation: Tensor
+    excess: Tensor
+
+
+class ConstrainedReward(NamedTuple):
+    """What `constrained_reward` returns: the token statistics, the budget's trace and the modified reward."""
+
+    stats: TokenStats
+    trace: BudgetTrace
+    reward: Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, else float32: the dtype of statistics, costs and rewards."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Token statistics and divergences
+
+
+def _log_softmax(logits: Tensor, width: int, temperature: float, dtype: torch.dtype) -> Tensor:
+    return torch.log_softmax(logits[..., :width].to(dtype) / temperature, dim=-1)
+
+
+def _expect(log_weight: Tensor, value: Tensor) -> Tensor:
+    """sum exp(log_weight) value over the columns, with 0 * anything = 0 in value and gradient."""
+    return (log_weight.exp() * value.masked_fill(torch.isneginf(log_weight), 0.0)).sum(-1)
+
+
+def _reverse_kl(log_p: Tensor, log_w: Tensor) -> Tensor:
+    """sum p (log p - log w); +inf, without a gradient, where the teacher excludes a column that the student uses.
+
+    Those columns are taken out *before* the arithmetic: autograd would meet inf - inf in them.
+    """
+    unbounded = torch.isneginf(log_w) & ~torch.isneginf(log_p)
+    finite = _expect(log_p, (log_p - log_w).masked_fill(unbounded, 0.0))
+    return torch.where(unbounded.any(-1), torch.full_like(finite, torch.inf), finite)
+
+
+def _poison(value: Tensor, *log_probs: Tensor) -> Tensor:
+    """NaN, in value and gradient, in the rows where any of the log-probabilities is NaN."""
+    bad = torch.stack([torch.isnan(lp).any(-1) for lp in log_probs]).any(0)
+    return value * torch.ones_like(value).masked_fill(bad, torch.nan)
+
+
+def token_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> TokenStats:
+    """The six statistics of every token by the formulas in the module's docstring.
+
+    Arguments and returns as `cmdp_fast.token_stats`; the teacher receives no gradient.
+    """
+    width = student_logits.shape[-1] if vocab_size is None else vocab_size
+    dtype = compute_dtype(student_logits, teacher_logits)
+    if mask is not None:  # a masked row is not read: compute the others and put them back among zeros
+        kept = token_stats(
+            student_logits[mask], teacher_logits[mask], tokens[mask], temperature=temperature, vocab_size=width
+        )
+        zero = torch.zeros(tokens.shape, dtype=dtype, device=student_logits.device)
+        return TokenStats(*(zero.masked_scatter(mask, value) for value in kept))
+
+    log_p = _log_softmax(student_logits, width, temperature, dtype)
+    log_w = _log_softmax(teacher_logits.detach(), width, temperature, dtype)
+    index = tokens.long().unsqueeze(-1)
+    stats = TokenStats(
+        logprob=log_p.gather(-1, index).squeeze(-1),
+        teacher_logprob=log_w.gather(-1, index).squeeze(-1),
+        entropy=_expect(log_p, -log_p),
+        teacher_entropy=_expect(log_w, -log_w),
+        reverse_kl=_reverse_kl(log_p, log_w),
+        forward_kl=_expect(log_w, log_w - log_p),
+    )
+    return TokenStats(*(_poison(value, log_p, log_w) for value in stats))
+
+
+def divergence_weights(kind: str, beta: float) -> tuple[float, float, float]:
+    """(b, c_teacher, c_student): the divergence is c_teacher KL(w‖M) + c_student KL(p‖M), M = (1-b) p + b w."""
+    if kind == "jsd":
+        return beta, beta, 1.0 - beta
+    if kind == "skew_forward_kl":  # KL(w ‖ beta w + (1-beta) p)
+        return beta, 1.0, 0.0
+    if kind == "skew_reverse_kl":  # KL(p ‖ beta p + (1-beta) w)
+        return 1.0 - beta, 0.0, 1.0
+    raise ValueError(f"kind={kind!r} is not a divergence with a mixture")
+
+
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    kind: str = "jsd",
+    *,
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """A divergence between the two rows of each token; arguments and returns as `cmdp_fast.divergence`."""
+    width = student_logits.shape[-1] if vocab_size is None else vocab_size
+    dtype = compute_dtype(student_logits, teacher_logits)
+    if mask is not None:
+        kept = divergence(
+            student_logits[mask],
+            teacher_logits[mask],
+            kind,
+            beta=beta,
+            temperature=temperature,
+            vocab_size=width,
+        )
+        zero = torch.zeros(mask.shape, dtype=dtype, device=student_logits.device)
+        return zero.masked_scatter(mask, kept)
+    log_p = _log_softmax(student_logits, width, temperature, dtype)
+    log_w = _log_softmax(teacher_logits.detach(), width, temperature, dtype)
+    if kind == "reverse_kl":
+        value = _reverse_kl(log_p, log_w)
+    elif kind == "forward_kl":
+        value = _expect(log_w, log_w - log_p)
+    else:
+        b, c_teacher, c_student = divergence_weights(kind, beta)
+        # A column that neither model may use is taken out of the mixture, whose gradient there is 0/0.
+        unused = torch.isneginf(log_p) & torch.isneginf(log_w)
+        log_m = torch.logaddexp(
+            (log_p + math.log1p(-b)).masked_fill(unused, 0.0), (log_w + math.log(b)).masked_fill(unused, 0.0)
+        )
+        value = c_teacher * _expect(log_w, log_w - log_m) + c_student * _expect(log_p, log_p - log_m)
+    return _poison(value, log_p, log_w)
+
+
+def token_cost(stats: TokenStats, kind: str) -> Tensor:
+    """The cost c_t of each token from its statistics; ``k1, k3, nll`` depend on the action and are detached.
+
+    With rho = logprob - teacher_logprob: k1 = rho, k3 = exp(-rho) - 1 + rho, nll = -teacher_logprob.
+    """
+    if kind in ("reverse_kl", "forward_kl"):
+        return stats.reverse_kl if kind == "reverse_kl" else stats.forward_kl
+    rho = (stats.logprob - stats.teacher_logprob).detach()
+    if kind == "k1":
+        return rho
+    if kind == "k3":
+        return torch.expm1(-rho) + rho
+    if kind == "nll":
+        return -stats.teacher_logprob
+    raise ValueError(f"cost={kind!r} cannot be computed from token statistics")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Budget and modified rewards
+
+
+def _padded_view(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Index [B, T] of each packed token in a padded layout, and which entries of it are real."""
+    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    width = int((end - start).max()) if len(start) else 0
+    index = start[:, None] + torch.arange(width, device=cu_seqlens.device)
+    real = index < end[:, None]
+    return index.clamp(max=max(total - 1, 0)), real
+
+
+def _previous(x: Tensor, first: float | bool = 0) -> Tensor:
+    return torch.cat([torch.full_like(x[..., :1], first), x[..., :-1]], dim=-1)
+
+
+def budget_trace(
+    cost: Tensor,
+    budget: float | Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    reduction: str = "sum",
+    edge: str = "strict",
+    per_token: bool = False,
+) -> BudgetTrace:
+    """Cumulative cost against the budget; arguments and returns as `cmdp_fast.budget_trace`. Sums in float64."""
+    dtype = compute_dtype(cost)
+    if cu_seqlens is not None:
+        index, real = _padded_view(cu_seqlens, cost.shape[0])
+        inner = real if mask is None else real & mask[index]
+        padded = budget_trace(
+            torch.where(real, cost[index], 0.0) if cost.numel() else cost.new_zeros(real.shape),
+            budget,
+            mask=inner,
+            gamma=gamma,
+            reduction=reduction,
+            edge=edge,
+            per_token=per_token,
+        )
+        length = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        return BudgetTrace(
+            padded.cumulative[real],
+            padded.remaining[real],
+            padded.violated[real],
+            torch.minimum(padded.first_violation, length),
+            padded.excess[real],
+        )
+    keep = torch.ones_like(cost, dtype=torch.bool) if mask is None else mask
+    wide = torch.where(keep, cost.detach().double(), 0.0)
+    count = keep.long().cumsum(-1)
+    limit = torch.as_tensor(budget, dtype=torch.float64, device=cost.device).expand(cost.shape[:1])[:, None]
+    if per_token:
+        limit = limit * keep.sum(-1, keepdim=True)
+    if reduction == "mean":
+        cumulative = wide.cumsum(-1) / count.clamp(min=1)
+    else:
+        cumulative = (wide * torch.pow(torch.tensor(gamma, dtype=torch.float64), count - 1)).cumsum(-1)
+    over = cumulative > limit if edge == "strict" else cumulative >= limit
+    # NaN is not an account that anybody checked: it counts as a violation.
+    violated = ((over | cumulative.isnan()) & keep).long().cumsum(-1) > 0
+    width = cost.shape[-1]
+    position = torch.arange(width, device=cost.device).expand_as(violated)
+    first = torch.where(violated, position, width).amin(-1) if width else violated.new_zeros(len(cost)).long()
+    overrun = (cumulative - limit).clamp(min=0.0)
+    return BudgetTrace(
+        cumulative.to(dtype),
+        (limit - cumulative).to(dtype),
+        violated,
+        first,
+        (overrun - _previous(overrun)).to(dtype),
+    )
+
+
+def modified_reward(
+    task_reward: Tensor,
+    cost: Tensor,
+    trace: BudgetTrace,
+    *,
+    kind: str = "cmdp",
+    penalty: float = 1.0,
+    penalty_at: str | None = None,
+    discrepancy_weight: float = 1.0,
+    coefficient: float | None = None,
+    barrier_slope: float = 10.0,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The modified reward of every token; arguments and returns as `cmdp_fast.modified_reward`."""
+    dtype = compute_dtype(task_reward, cost)
+    if cu_seqlens is not None:
+        index, real = _padded_view(cu_seqlens, cost.shape[0])
+        inner = real if mask is None else real & mask[index]
+        if cost.numel() == 0:
+            return task_reward.new_zeros(cost.shape, dtype=dtype)
+        padded = modified_reward(
+            task_reward[index],
+            cost[index],
+            BudgetTrace(*(t if t is trace.first_violation else t[index] for t in trace)),
+            kind=kind,
+            penalty=penalty,
+            penalty_at=penalty_at,
+            discrepancy_weight=discrepancy_weight,
+            coefficient=coefficient,
+            barrier_slope=barrier_slope,
+            mask=inner,
+        )
+        return padded[real]
+    keep = torch.ones_like(cost, dtype=torch.bool) if mask is None else mask
+    reward = torch.where(keep, task_reward.double(), 0.0)
+    paid = torch.where(keep, cost.detach().double(), 0.0)
+    excess = trace.excess.double()
+    violated = trace.violated & keep
+    crossing = trace.violated & ~_previous(trace.violated, False)
+    if penalty_at is None:
+        penalty_at = "crossing" if kind == "cmdp" else "every"
+    charged = crossing if penalty_at == "crossing" else violated
+    if kind == "cmdp":
+        value = torch.where(violated, 0.0, reward) - penalty * charged - discrepancy_weight * excess
+    elif kind == "hinge":
+        value = reward - discrepancy_weight * excess
+    elif kind in ("saute", "worst_case"):
+        value = torch.where(violated, 0.0, reward) - penalty * charged
+    elif kind in ("lagrangian", "pid"):
+        value = reward - float(coefficient or 0.0) * paid
+    else:  # barrier: log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}); remaining_0 = d
+        remaining = trace.remaining.double()
+        before = torch.cat([(trace.remaining + trace.cumulative).double()[..., :1], remaining[..., :-1]], dim=-1)
+        inside = (remaining > 0).long().cumprod(-1) > 0
+        step = torch.log(torch.where(inside, remaining / before, 1.0))
+        value = torch.where(inside, reward + float(coefficient or 0.0) * step, -barrier_slope * paid)
+    return torch.where(keep, value, 0.0).to(dtype)
