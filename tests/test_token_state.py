@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import make_logits, make_tokens
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import cmdp_fast as cf

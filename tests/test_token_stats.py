@@ -50,7 +50,10 @@ def test_values_and_gradients(width, backend):
 @pytest.mark.parametrize("student, teacher", list(itertools.product(DTYPES, DTYPES)))
 def test_every_pair_of_dtypes(student, teacher, backend):
     check(
-        make_logits(4, 333, dtype=student), make_logits(4, 333, dtype=teacher, seed=1), make_tokens(4, vocab=333), backend
+        make_logits(4, 333, dtype=student),
+        make_logits(4, 333, dtype=teacher, seed=1),
+        make_tokens(4, vocab=333),
+        backend,
     )
 
 

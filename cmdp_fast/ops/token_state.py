@@ -79,7 +79,13 @@ class TokenState:
             return self.merge(self._fold(student, teacher, tokens.long() - first_column, width))
         index = flat(tokens, torch.int64)
         backends.native.update_states(
-            matrix(student), matrix(teacher), address(index), first_column, self.temperature, address(self.fields), threads()
+            matrix(student),
+            matrix(teacher),
+            address(index),
+            first_column,
+            self.temperature,
+            address(self.fields),
+            threads(),
         )
         return self
 
