@@ -142,8 +142,8 @@ def ascend(
     setting: Setting,
     *,
     start: Tensor | None = None,
-    steps: int = 1000,
-    rate: float = 0.05,
+    steps: int = 500,
+    rate: float = 0.1,
     final: float = 1e-3,
     adapt: Callable[[Rollout, Setting], Setting] | None = None,
 ) -> tuple[Tensor, Rollout]:
