@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cmdp_fast.reference as ops
+import cmdp_fast.reference as ops  # the three operations under test: any backend with their signatures will do
 from cmdp_fast import objective
+from cmdp_fast.reference import DIFFERENTIABLE_COSTS, BudgetTrace, token_cost
 
 VECTORS = Path(__file__).parent / "vectors"
 
@@ -70,7 +71,7 @@ class Setting:
 
     @property
     def action_dependent(self) -> bool:
-        return self.cost not in ops.DIFFERENTIABLE_COSTS
+        return self.cost not in DIFFERENTIABLE_COSTS
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Rollout:
 
     logprob: Tensor  # [P, T]
     cost: Tensor  # [P, T]
-    trace: ops.BudgetTrace
+    trace: BudgetTrace
     reward: Tensor  # [P, T], modified
     probability: Tensor  # [P]
 
@@ -94,7 +95,7 @@ class Rollout:
 
 def roll_out(problem: Problem, theta: Tensor, setting: Setting) -> Rollout:
     stats = ops.token_stats(theta[problem.state], problem.teacher.log()[problem.state], problem.tokens)
-    cost = ops.token_cost(stats, setting.cost)
+    cost = token_cost(stats, setting.cost)
     trace = ops.budget_trace(cost, setting.budget, reduction=setting.reduction, gamma=setting.cost_gamma)
     reward = ops.modified_reward(
         problem.reward,

@@ -10,6 +10,7 @@ from exact import ops, vectors
 from torch import Tensor
 
 from cmdp_fast import objective
+from cmdp_fast.reference import REWARDS
 
 EXAMPLE = vectors("worked_example")
 
@@ -104,7 +105,7 @@ def test_task_part() -> None:
     expected = {"cmdp": [1, 2, 0, 0, 0], "barrier": [1, 2, 0, 0, 0], "hinge": [1, 2, 4, 8, 16]}
     expected |= {"saute": expected["cmdp"], "worst_case": expected["cmdp"]}
     expected |= {"lagrangian": expected["hinge"], "pid": expected["hinge"]}
-    assert expected.keys() == set(ops.REWARDS)
+    assert expected.keys() == set(REWARDS)
     for kind, values in expected.items():
         assert torch.equal(objective.task_part(task, trace, kind), row(values))
     # C = d is feasible for the others; log(1 - C/d) is not finite there
@@ -148,7 +149,7 @@ def test_direct_coefficients_of_the_other_kinds() -> None:
     torch.testing.assert_close(barrier, row([1.6, 1.6, 8.0, 8.0, 8.0]))  # 1.6 = .5 / (.5 - .1875)
 
 
-@pytest.mark.parametrize("kind", ops.REWARDS)
+@pytest.mark.parametrize("kind", REWARDS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_masked_tokens_do_not_change_direct_coefficients(kind: str, reduction: str) -> None:
     budget = 0.5 if reduction == "sum" else 0.1875
@@ -327,6 +328,11 @@ def test_prefix_satisfaction_of_the_vectors() -> None:
     limits = torch.tensor([EXAMPLE["prefix_mean"]["budget_mean"], 0.203125])
     metrics = objective.constraint_metrics(COST.repeat(2, 1), trace, mean_budget=limits)
     assert metrics["prefix_satisfaction"] == 0.5  # m_4 = .203125 is over .2, though m_5 is not
+
+
+def test_infinite_cost_outside_the_tail_does_not_spoil_the_cvar() -> None:
+    cost = torch.tensor([[math.inf], [math.inf], [1.0], [0.0]])
+    assert objective.constraint_metrics(cost, ops.budget_trace(cost, 5.0), alpha=0.25)["cvar"] == math.inf
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(0.1, 10.0), (0.15, 29 / 3), (0.3, 9.0), (1.0, 5.5)])

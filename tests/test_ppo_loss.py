@@ -10,6 +10,7 @@ from exact import ops
 from torch import Tensor
 
 from cmdp_fast import objective
+from cmdp_fast.reference import TokenStats
 
 B, T, V = 4, 6, 5
 LENGTHS = torch.tensor([6, 3, 5, 1])
@@ -23,7 +24,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 ADVANTAGE, DIRECT = draw(B, T, seed=1), draw(B, T, seed=2).abs()
 
 
-def statistics(logits: Tensor) -> ops.TokenStats:
+def statistics(logits: Tensor) -> TokenStats:
     tokens = torch.arange(B * T).reshape(B, T) % V
     return ops.token_stats(logits, draw(B, T, V, seed=3), tokens)
 
@@ -55,7 +56,6 @@ def test_ratio_one_is_the_policy_gradient_plus_the_direct_term() -> None:
     assert actual[0].abs().min() > 0 and not actual[~MASK].any()
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "approx_kl"):
         assert metrics[name] == 0
-    assert metrics["ratio"].item() == pytest.approx(1.0)
     total = -ADVANTAGE[MASK].sum() / B
     torch.testing.assert_close(metrics["loss/score"], total)
 
