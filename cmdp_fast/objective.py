@@ -301,7 +301,7 @@ def ppo_loss(
     and ``loss/score``, ``loss/direct``, the two terms of the loss.
 
     Raises ValueError for shapes that differ, for ``cost`` without ``direct`` or the reverse, and for a cost that cannot
-    pass a gradient although logprob can: the direct term would be lost. Leave both out if the cost depends on the action.
+    pass a gradient although logprob can: the direct term would be lost. Leave both out for action-dependent costs.
     """
     keep = _kept(logprob, mask, old_logprob=old_logprob, advantage=advantage)
     if (cost is None) != (direct is None):
@@ -396,5 +396,5 @@ def constraint_metrics(
     if mean_budget is not None:
         mean = cost.cumsum(1) / keep.long().cumsum(1).clamp(min=1)
         limit = torch.as_tensor(mean_budget, dtype=mean.dtype, device=mean.device).expand(size)[:, None]
-        metrics["prefix_satisfaction"] = ((mean <= limit) | ~keep).all(1).to(total.dtype).mean()
+        metrics["prefix_satisfaction"] = (mean <= limit).all(1).to(total.dtype).mean()
     return metrics

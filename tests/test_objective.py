@@ -68,6 +68,16 @@ def test_worked_example(name: str) -> None:
     assert torch.equal(score, row(data["return_to_go"]))
 
 
+def test_score_coefficient_discounts_what_comes_later() -> None:
+    """The penalties of saute at gamma .5: each token's later ones, halved once more than in its return."""
+    reward, task = example("saute")
+    score = objective.score_coefficient(reward, task, action_dependent=False, gamma=0.5)
+    assert torch.equal(score, row([-0.4375, -0.875, -0.75, -0.5, 0.0]))
+    kept_reward, kept_task = example("hinge")
+    score = objective.score_coefficient(kept_reward, kept_task, action_dependent=False, gamma=0.5)
+    assert torch.equal(score[:, 3:], row([0.3125, 1.0]))
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
 @pytest.mark.parametrize("name", ["saute", "saute_crossing", "cmdp", "cmdp_every", "hinge", "lagrangian"])
 def test_masked_tokens_neither_count_nor_discount(name: str, gamma: float) -> None:
@@ -269,6 +279,13 @@ def test_pid_derivative_looks_back_by_its_delay() -> None:
     assert [controller.update(cost, 0.0) for cost in costs] == [3.0, 5.0, 3.0, 1.0, 0.0, 2.0]
 
 
+def test_pid_neither_saves_up_nor_rewards_a_fall() -> None:
+    controller = objective.PIDController(kp=0.0, ki=1.0, kd=0.0, initial_integral=0.0)
+    assert [controller.update(cost, 5.0) for cost in (0.0, 6.0)] == [0.0, 1.0]
+    controller = objective.PIDController(kp=0.0, ki=1.0, kd=1.0, ema_d=0.0, d_delay=1, initial_integral=0.0)
+    assert [controller.update(cost, 0.0) for cost in (10.0, 0.0)] == [20.0, 10.0]
+
+
 def test_pid_continues_from_its_state() -> None:
     original, resumed = objective.PIDController(d_delay=3), objective.PIDController(d_delay=3)
     costs = torch.tensor([30.0, 20.0, 40.0, 35.0, 10.0, 26.0])
@@ -328,6 +345,11 @@ def test_prefix_satisfaction_of_the_vectors() -> None:
     limits = torch.tensor([EXAMPLE["prefix_mean"]["budget_mean"], 0.203125])
     metrics = objective.constraint_metrics(COST.repeat(2, 1), trace, mean_budget=limits)
     assert metrics["prefix_satisfaction"] == 0.5  # m_4 = .203125 is over .2, though m_5 is not
+    masked = spread(COST)
+    for limit, expected in ((0.2, 0.0), (0.203125, 1.0)):  # a masked token is not counted
+        trace = ops.budget_trace(masked, 1.0, mask=MASK)
+        metrics = objective.constraint_metrics(masked, trace, mask=MASK, mean_budget=limit)
+        assert metrics["prefix_satisfaction"] == expected
 
 
 def test_infinite_cost_outside_the_tail_does_not_spoil_the_cvar() -> None:
