@@ -106,7 +106,7 @@ def test_inplace_backward_writes_into_the_logits():
     gradient = torch.autograd.grad(stats.reverse_kl.sum(), logits, retain_graph=True)[0]
     assert gradient.data_ptr() == logits.data_ptr()
     assert torch.equal(gradient, expected) and torch.equal(logits.detach(), expected)
-    with pytest.raises(RuntimeError, match="differentiated a second time.*inplace_backward=False"):
+    with pytest.raises(RuntimeError, match=r"differentiated a second time.*inplace_backward=False"):
         torch.autograd.grad(stats.reverse_kl.sum(), logits)
 
 
