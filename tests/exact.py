@@ -104,7 +104,7 @@ def roll_out(problem: Problem, theta: Tensor, setting: Setting) -> Rollout:
         kind=setting.kind,
         penalty=setting.penalty,
         discrepancy_weight=setting.weight,
-        coefficient=setting.coefficient,
+        coefficient=setting.coefficient if setting.kind in ("lagrangian", "pid", "barrier") else None,
     )
     return Rollout(stats.logprob, cost, trace, reward, stats.logprob.detach().sum(1).exp())
 
