@@ -27,6 +27,7 @@ inline namespace CMDP_ISA {
 constexpr int64_t kBlock = 256 * kLanes;
 // Columns that one thread folds. It depends on nothing, so that the result of a row does not either.
 constexpr int64_t kSegment = 16384;
+constexpr int64_t kAhead = 2048;  // columns between reading and prefetching
 constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr double kLog2e = 1.44269504088896340735992468100;
 
@@ -63,13 +64,13 @@ struct BlockSums {
 
 // The six sums of one block, `count` columns. With kExcluded, columns of -inf are given weight zero instead of
 // 0 * inf = NaN; without it they make the sums NaN, and the caller comes back with kExcluded.
-template <bool kExcluded>
-static inline BlockSums block_sums(const float* x, const float* y, int64_t count, float scale, float m, float n) {
+template <bool kExcluded, class X, class Y>
+static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float scale, float m, float n) {
   constexpr int kUnroll = 3;  // independent chains a model: hides the latency of the polynomial
   constexpr int kStep = kUnroll * kLanes;
   Floats z{}, u{}, a{}, b{}, h{}, k{}, only_x{}, only_y{}, extreme{};
   Floats top_t = splat(-3e38f), top_s = top_t;
-  const auto step = [&](const float* xs, const float* ys) {
+  const auto step = [&](const auto* xs, const auto* ys) {
     Floats t[kUnroll], s[kUnroll], et[kUnroll], es[kUnroll];
     for (int j = 0; j < kUnroll; ++j) {
       t[j] = load(xs + j * kLanes) * scale - m;
@@ -105,26 +106,33 @@ static inline BlockSums block_sums(const float* x, const float* y, int64_t count
     }
   };
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) step(x + i, y + i);
+  for (; i + kStep <= count; i += kStep) {
+    // The hardware prefetcher stops at every page; two pages ahead the next ones are asked for in time.
+    for (int64_t line = 0; line < kStep; line += 64 / static_cast<int64_t>(sizeof(X))) {
+      __builtin_prefetch(x + i + kAhead + line);
+      __builtin_prefetch(y + i + kAhead + line);
+    }
+    step(x + i, y + i);
+  }
   if (i < count) {  // the rest, filled up with columns that weigh exactly nothing
     float tail_x[kStep], tail_y[kStep];
     std::fill(tail_x, tail_x + kStep, (m - 1000.0f - 0.01f * std::fabs(m)) / scale);
     std::fill(tail_y, tail_y + kStep, (n - 1000.0f - 0.01f * std::fabs(n)) / scale);
-    std::copy(x + i, x + count, tail_x);
-    std::copy(y + i, y + count, tail_y);
-    step(tail_x, tail_y);
+    for (int64_t j = i; j < count; ++j) tail_x[j - i] = widen(x[j]), tail_y[j - i] = widen(y[j]);
+    step(static_cast<const float*>(tail_x), static_cast<const float*>(tail_y));
   }
   return {sum_of_lanes(z), sum_of_lanes(u), sum_of_lanes(a), sum_of_lanes(b), sum_of_lanes(h), sum_of_lanes(k),
           max_of_lanes(top_t), max_of_lanes(top_s), sum_of_lanes(only_x), sum_of_lanes(only_y),
           sum_of_lanes(extreme)};
 }
 
-static inline float block_max(const float* x, int64_t count) {
+template <class X>
+static inline float block_max(const X* x, int64_t count) {
   Floats top = splat(-__builtin_inff());
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) top = max(load(x + i), top);
   float best = max_of_lanes(top);
-  for (; i < count; ++i) best = x[i] > best ? x[i] : best;
+  for (; i < count; ++i) best = widen(x[i]) > best ? widen(x[i]) : best;
   return best;
 }
 
@@ -164,7 +172,38 @@ static inline void push_exactly(TokenState& state, const Logits& in, const void*
   }
 }
 
-// Columns [from, to) of a row, folded into a state.
+// The references of a run of blocks, once a block with columns of both models has been seen.
+struct References {
+  float m = 0, n = 0;
+  bool known = false;
+};
+
+// One block in float. False if it holds what float arithmetic cannot do (NaN, +inf, an abyss): push it exactly.
+template <class X, class Y>
+static inline bool push_floats(TokenState& state, References& ref, const X* x, const Y* y, int64_t count, float scale) {
+  if (ref.known) {
+    const BlockSums sums = block_sums<false>(x, y, count, scale, ref.m, ref.n);
+    if (usable(sums)) {
+      state.merge(block_state(sums, ref.m, ref.n));
+      return true;
+    }
+  }
+  const float none = -__builtin_inff();
+  const float top_x = block_max(x, count) * scale, top_y = block_max(y, count) * scale;
+  // A block that a model excludes altogether has no maximum; any reference serves, and none is kept.
+  const float m = top_x == none ? 0 : ref.known ? std::max(ref.m, top_x) : top_x;
+  const float n = top_y == none ? 0 : ref.known ? std::max(ref.n, top_y) : top_y;
+  if (!finite(m) || !finite(n)) return false;
+  if (top_x != none && top_y != none) ref = {m, n, true};
+  BlockSums sums = block_sums<false>(x, y, count, scale, m, n);
+  if (!usable(sums)) sums = block_sums<true>(x, y, count, scale, m, n);
+  if (!usable(sums)) return false;
+  state.merge(block_state(sums, m, n));
+  return true;
+}
+
+// Columns [from, to) of a row, folded into a state. Float32 and bfloat16 pairs are read where they lie; other dtypes
+// and mixtures are converted a block at a time.
 static inline TokenState fold_columns(const Logits& in, const void* x, const void* y, int64_t from, int64_t to) {
   TokenState state = TokenState::empty();
   if (is_wide(in)) {
@@ -172,41 +211,22 @@ static inline TokenState fold_columns(const Logits& in, const void* x, const voi
     return state;
   }
   const float scale = scale_of(in.temperature).per_octave;
+  const bool brains = in.student.dtype == DType::bfloat16 && in.teacher.dtype == DType::bfloat16;
   alignas(64) float buffer_x[kBlock], buffer_y[kBlock];
-  float m = 0, n = 0;  // references, once a block with columns of both models has been seen
-  bool referenced = false;
+  References ref;
   for (int64_t start = from; start < to; start += kBlock) {
     const int64_t count = std::min(kBlock, to - start);
-    const float* bx = as_floats(x, in.student.dtype, start, count, buffer_x);
-    const float* by = as_floats(y, in.teacher.dtype, start, count, buffer_y);
-    BlockSums sums{};
-    bool good = false;
-    if (referenced) {
-      sums = block_sums<false>(bx, by, count, scale, m, n);
-      good = usable(sums);
-    }
-    float block_m = m, block_n = n;
-    if (!good) {
-      const float none = -__builtin_inff();
-      const float top_x = block_max(bx, count) * scale, top_y = block_max(by, count) * scale;
-      // A block that a model excludes altogether has no maximum; any reference serves, and none is kept.
-      block_m = top_x == none ? 0 : referenced ? std::max(m, top_x) : top_x;
-      block_n = top_y == none ? 0 : referenced ? std::max(n, top_y) : top_y;
-      if (finite(block_m) && finite(block_n)) {
-        if (top_x != none && top_y != none) m = block_m, n = block_n, referenced = true;
-        sums = block_sums<false>(bx, by, count, scale, block_m, block_n);
-        good = usable(sums);
-        if (!good) {
-          sums = block_sums<true>(bx, by, count, scale, block_m, block_n);
-          good = usable(sums);
-        }
-      }
-    }
-    if (good) {
-      state.merge(block_state(sums, block_m, block_n));
+    bool done;
+    if (brains) {
+      const auto* bx = static_cast<const BFloat16*>(x) + start;
+      const auto* by = static_cast<const BFloat16*>(y) + start;
+      done = push_floats(state, ref, bx, by, count, scale);
     } else {
-      push_exactly(state, in, x, y, start, count);
+      const float* bx = as_floats(x, in.student.dtype, start, count, buffer_x);
+      const float* by = as_floats(y, in.teacher.dtype, start, count, buffer_y);
+      done = push_floats(state, ref, bx, by, count, scale);
     }
+    if (!done) push_exactly(state, in, x, y, start, count);
   }
   return state;
 }
