@@ -1,0 +1,414 @@
+"""From modified rewards to a loss: returns, advantages, the clipped surrogate with its direct term, and metrics.
+
+Pure functions of small tensors. B sequences of up to T tokens are padded to [B, T] with a boolean ``mask`` (None: all
+tokens are real); a masked token contributes nothing, its entries are never used (they may be NaN) and come back as 0.
+Costs, rewards and budgets are in nats. Only `ppo_loss` is differentiable; everything else is detached.
+
+The modified reward depends on the policy twice, through the sampled actions and through the costs c_t, so the gradient
+of the objective E[sum_t R_t] is the sum of two terms (v_t, whether the budget has been exceeded, is held fixed):
+
+    score term    E[ sum_t grad log pi(a_t|s_t) A_t ]    A_t = `score_coefficient` less a baseline
+    direct term  -E[ sum_t k_t grad c_t ]                k_t = `direct_coefficient`
+
+    kind                direct coefficient k_t (cost a plain sum)
+    hinge, cmdp         discrepancy_weight at *every* token of a sequence that ends over budget
+    lagrangian, pid     lambda at every token
+    barrier             kappa / (d - C_L) up to L, the last token before the crossing; then barrier_slope
+    saute, worst_case   0
+
+Dropping either is a common mistake: folding the divergence into the reward alone loses the direct term, adding it to
+the loss alone loses the long-term part of the score term, the effect of an action on later costs. Costs that depend on
+the sampled action (k1, k3, nll) are detached: no direct term, and the immediate cost belongs to the score term.
+
+The constrained view is that of arXiv 2509.22921; the form of the discrepancy term, and so k_t, is this project's own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmdp_fast.pid import PIDController as PIDController
+from cmdp_fast.reference import REWARDS, BudgetTrace
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in REWARDS:
+        raise ValueError(f"kind={kind!r} is not a modified reward; expected one of {', '.join(REWARDS)}")
+
+
+def _kept(like: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor:
+    """The mask as a [B, T] tensor, after checking that everything has the shape of ``like``."""
+    if like.dim() != 2:
+        raise ValueError(f"expected padded [B, T] tensors, got shape {tuple(like.shape)}")
+    for name, other in others.items():
+        if other.shape != like.shape:
+            raise ValueError(f"{name} has shape {tuple(other.shape)}, expected {tuple(like.shape)}")
+    if mask is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool")
+    if mask.shape != like.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(like.shape)}")
+    return mask
+
+
+def _last(x: Tensor, keep: Tensor) -> Tensor:
+    """x at the last token that is kept, [B, 1]; at column 0 where a row keeps none."""
+    position = torch.arange(x.shape[1], device=x.device)
+    return x.gather(1, torch.where(keep, position, 0).amax(1, keepdim=True))
+
+
+def _next(x: Tensor) -> Tensor:
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+def _suffix_scan(x: Tensor, factor: Tensor) -> Tensor:
+    """y_t = x_t + factor_t y_{t+1}, y_{T+1} = 0, in log2(T) steps on whole tensors instead of T on columns.
+
+    A pair (x, factor) stands for the map y -> x + factor y; composing neighbours, then neighbours' neighbours, and so
+    on doubles the span that each position covers. No power of a discount is ever divided by, so none underflows.
+    """
+    step = 1
+    while step < x.shape[1]:
+        x = torch.cat([x[:, :-step] + factor[:, :-step] * x[:, step:], x[:, -step:]], dim=1)
+        factor = torch.cat([factor[:, :-step] * factor[:, step:], factor[:, -step:]], dim=1)
+        step *= 2
+    return x
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Returns and the two coefficients of the gradient
+
+
+def task_part(task_reward: Tensor, trace: BudgetTrace, kind: str) -> Tensor:
+    """The part of the modified reward that is the task's own, r^task_t [B, T].
+
+    (1 - v_t) r_t for ``cmdp, saute, worst_case``; r_t for ``hinge, lagrangian, pid``; for ``barrier`` r_t while budget
+    remains at this and all earlier tokens, else 0. Raises ValueError for an unknown kind.
+    """
+    _check_kind(kind)
+    reward = task_reward.detach()
+    if kind in ("cmdp", "saute", "worst_case"):
+        return torch.where(trace.violated, 0.0, reward)
+    if kind == "barrier":
+        return torch.where(_inside(trace), reward, 0.0)
+    return reward
+
+
+def _inside(trace: BudgetTrace) -> Tensor:
+    return (trace.remaining > 0).long().cumprod(1) > 0
+
+
+def returns_to_go(reward: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    """G_t = r_t + gamma G_{t+1} [B, T], in the dtype of ``reward``; a masked token does not discount. G_1 is S."""
+    keep = _kept(reward, mask)
+    return torch.where(keep, _returns(reward, keep, gamma), 0.0)
+
+
+def _returns(reward: Tensor, keep: Tensor, gamma: float) -> Tensor:
+    """Returns in which a masked token carries the return of the next real one."""
+    reward = torch.where(keep, reward.detach(), 0.0)
+    return _suffix_scan(reward, torch.where(keep, reward.new_tensor(gamma), 1.0))
+
+
+def score_coefficient(
+    reward: Tensor,
+    task_part: Tensor,
+    *,
+    action_dependent: bool,
+    mask: Tensor | None = None,
+    gamma: float = 1.0,
+) -> Tensor:
+    """The coefficient of grad log pi(a_t|s_t) before a baseline is subtracted, [B, T].
+
+    ``reward`` is the modified reward, ``task_part`` its part r^task from the function of that name. With costs that
+    depend on the sampled action (``action_dependent``: k1, k3, nll) it is the return G_t. Otherwise (reverse_kl,
+    forward_kl, jsd) cost, penalty and violation at t follow from the state alone, and it is r^task_t + gamma G_{t+1}.
+    What is left out only adds variance: its expectation against the score is zero, so the return S of the whole
+    sequence may stand in without a bias, as in `grpo` and `rloo`. ``gamma`` < 1 gives the usual discounted policy
+    gradient, which is the gradient of no objective; the module's two terms are exact for gamma = 1.
+    """
+    keep = _kept(reward, mask, task_part=task_part)
+    returns = _returns(reward, keep, gamma)
+    value = returns if action_dependent else task_part.detach() + gamma * _next(returns)
+    return torch.where(keep, value, 0.0)
+
+
+def direct_coefficient(
+    trace: BudgetTrace,
+    kind: str,
+    *,
+    discrepancy_weight: float = 1.0,
+    coefficient: float | None = None,
+    barrier_slope: float = 10.0,
+    reduction: str = "sum",
+    gamma: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The weights k_t >= 0 [B, T] of the direct term, -sum_t k_t grad c_t; all detached.
+
+    ``gamma`` is the *cost's* discount and ``reduction`` the account's ("sum" or "mean"), both as given to
+    `budget_trace`; ``coefficient`` is lambda (lagrangian, pid) or kappa (barrier). With w_i = dC_t/dc_i, which is
+    gamma^{i-1} for the sum and 1/t for the prefix mean:
+
+    ``hinge, cmdp``: the excess telescopes to (C_T - d)+, so k_i = discrepancy_weight w_i 1[C_T > d] at t = T: all
+    tokens of the sequence, those before the crossing included. For a sum of non-negative costs 1[C_T > d] is v_T. A
+    prefix mean can cross and come back: v_T is absorbing and stays 1, but (m_T - d)+ and its gradient are 0. The
+    indicator used is therefore "v_T and C_T >= d"; the equality is for ``edge="saute"``, where it violates.
+
+    ``barrier``: the logarithms telescope to kappa log(1 - C_L/d), L the last token before the crossing, so
+    k_i = kappa w_i / (d - C_L) up to L, with w_i taken at t = L, and barrier_slope from the crossing on.
+
+    ``lagrangian, pid``: lambda at every token, undiscounted. ``saute, worst_case``: 0, their penalty is piecewise
+    constant; with an action-independent cost only the score term of later penalties acts.
+
+    Raises ValueError for an unknown kind or reduction and where ``coefficient`` is missing.
+    """
+    _check_kind(kind)
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction={reduction!r}, expected 'sum' or 'mean'")
+    if coefficient is None and kind in ("lagrangian", "pid", "barrier"):
+        raise ValueError(f"kind={kind!r} needs coefficient ({'kappa' if kind == 'barrier' else 'lambda'}), got None")
+    remaining = trace.remaining.detach()
+    keep = _kept(remaining, mask)
+    inside = _inside(trace) & keep
+
+    def account_weight(counted: Tensor) -> Tensor:
+        """dC/dc_i of the account after the counted tokens."""
+        if reduction == "mean":
+            return counted / counted.sum(1, keepdim=True).clamp(min=1).to(remaining.dtype)
+        return counted * torch.pow(gamma, (keep.long().cumsum(1) - 1).clamp(min=0).to(remaining.dtype))
+
+    if kind in ("cmdp", "hinge"):
+        over = _last(trace.violated, keep) & ~(_last(remaining, keep) > 0)  # not "<= 0": NaN is over budget
+        weight = torch.where(over, discrepancy_weight * account_weight(keep), 0.0)
+    elif kind == "barrier":
+        assert coefficient is not None
+        slack = torch.where(inside.any(1, keepdim=True), _last(remaining, inside), 1.0)
+        weight = torch.where(inside, coefficient * account_weight(inside) / slack, barrier_slope)
+    elif kind in ("lagrangian", "pid"):
+        assert coefficient is not None
+        weight = torch.full_like(remaining, coefficient)
+    else:
+        weight = torch.zeros_like(remaining)
+    return torch.where(keep, weight, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def _groups(x: Tensor, group_size: int) -> Tensor:
+    if group_size < 2:
+        raise ValueError(f"group_size={group_size}: a group baseline needs at least 2 completions of a prompt")
+    if x.shape[0] % group_size:
+        raise ValueError(f"group_size={group_size} does not divide the {x.shape[0]} sequences of the batch")
+    return x.detach().unflatten(0, (-1, group_size))
+
+
+def _leave_one_out(groups: Tensor) -> Tensor:
+    """x - mean of the other members of its group (dim 1), as a centring so that equal members give exactly 0."""
+    size = groups.shape[1]
+    return (groups - groups.mean(1, keepdim=True)) * (size / (size - 1))
+
+
+class GroupAdvantage(NamedTuple):
+    """What `grpo` returns: the advantages [B] and the divisor [B] that the direct term has to share."""
+
+    advantage: Tensor
+    scale: Tensor
+
+
+def grpo(returns: Tensor, group_size: int, eps: float = 1e-4) -> GroupAdvantage:
+    """(S_i - mean) / (std + eps) over contiguous groups, std with ddof 1; ``returns`` and both results are [B].
+
+    Divide `direct_coefficient` by ``scale[:, None]`` as well, or the discrepancy weight silently changes its meaning
+    with the spread of the group's returns.
+
+    Two facts. A group whose returns take two values has, up to eps, the same advantages whatever their distance:
+    where feasible completions score 1 and the others -n, it is indifferent to n. In a group of equal returns only the
+    direct term acts, and as scale = eps it is multiplied by 1/eps (10,000). `rloo` has neither property.
+
+    Raises ValueError if group_size < 2 or does not divide B.
+    """
+    groups = _groups(returns, group_size)
+    scale = (groups.std(1, keepdim=True) + eps).expand_as(groups)
+    advantage = (groups - groups.mean(1, keepdim=True)) / scale
+    return GroupAdvantage(advantage.flatten(0, 1), scale.flatten(0, 1))
+
+
+def rloo(returns: Tensor, group_size: int) -> Tensor:
+    """S_i less the mean of the group's other returns, [B]; contiguous groups, no normalisation, unbiased.
+
+    In a group of equal returns only the direct term acts. Raises ValueError if group_size < 2 or does not divide B.
+    """
+    return _leave_one_out(_groups(returns, group_size)).flatten(0, 1)
+
+
+def position_rloo(score: Tensor, group_size: int, mask: Tensor | None = None) -> Tensor:
+    """The leave-one-out baseline at each position: `score_coefficient` [B, T] less the mean over the group's other
+    completions at the same position, where a completion that has finished counts as 0.
+
+    Column t has to be the t-th completion token of every sequence. The baseline comes from other samples, so it is
+    unbiased; unlike one number a sequence it knows how much of the return is still to come.
+
+    Raises ValueError if group_size < 2 or does not divide B.
+    """
+    keep = _kept(score, mask)
+    groups = _groups(torch.where(keep, score, 0.0), group_size)
+    return torch.where(keep, _leave_one_out(groups).flatten(0, 1), 0.0)
+
+
+def gae(
+    reward: Tensor, value: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: (advantage, target) [B, T], with V_{T+1} = 0 and target = advantage + value.
+
+    ``value`` is V(s_t), before the action. An action-independent cost at t is part of what V(s_t) predicts, so the
+    modified reward serves as it is. Masked tokens are stepped over: the next value is that of the next real token.
+    """
+    keep = _kept(reward, mask, value=value)
+    value = torch.where(keep, value.detach(), 0.0)
+    following = _next(_suffix_scan(value, torch.where(keep, value.new_zeros(()), 1.0)))
+    delta = torch.where(keep, reward.detach() + gamma * following - value, 0.0)
+    advantage = _suffix_scan(delta, torch.where(keep, delta.new_tensor(gamma * lam), 1.0))
+    advantage = torch.where(keep, advantage, 0.0)
+    return advantage, advantage + value
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The surrogate
+
+
+def ppo_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    *,
+    mask: Tensor | None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    cost: Tensor | None = None,
+    direct: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate plus the direct term: a scalar loss to minimise, and detached scalar metrics.
+
+        loss = (1/N) sum over tokens of [ -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + k c ]
+
+    rho = exp(logprob - old_logprob). All tensors are [B, T]; ``logprob`` and ``cost`` are differentiable, the rest is
+    detached. Ratio and clip act on the score term alone: the cost is a function of the state and of the current policy
+    and is not reweighted by the sampled action. At rho = 1 the gradient is minus that of the objective. If the
+    advantages were divided by a number, ``direct`` (k) must have been divided by the same one.
+
+    N, the ``normalizer``, divides both terms, so it does not change what the discrepancy weight means against the task
+    reward. Default: the number of sequences with a real token, since the objective is a sum over the trajectory and a
+    mean over trajectories (a number of tokens would weigh a sequence by the lengths of those beside it). Minibatches
+    that are accumulated into one step have to share one N.
+
+    Metrics, means over real tokens: ``clip_ratio/low_mean``, ``clip_ratio/high_mean`` (rho beyond the edge on the side
+    where the clip takes effect), ``clip_ratio/region_mean`` (either), ``approx_kl`` (mean of rho - 1 - log rho, nats),
+    ``ratio``; and ``loss/score``, ``loss/direct``, the two terms of the loss.
+
+    Raises ValueError for shapes that differ, for one of ``cost`` and ``direct`` without the other, and for a cost that
+    cannot pass a gradient although logprob can: the direct term would be lost without a word. For costs that depend on
+    the action leave both out.
+    """
+    keep = _kept(logprob, mask, old_logprob=old_logprob, advantage=advantage)
+    if (cost is None) != (direct is None):
+        given, absent = ("direct", "cost") if cost is None else ("cost", "direct")
+        raise ValueError(f"{given} was given without {absent}; the direct term needs both")
+    tokens = keep.sum().clamp(min=1)
+    if normalizer is None:
+        normalizer = keep.any(1).sum().clamp(min=1)
+
+    log_ratio = torch.where(keep, logprob - old_logprob.detach(), 0.0)
+    ratio = log_ratio.exp()
+    score = torch.where(keep, advantage.detach(), 0.0)
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    score_loss = -torch.minimum(ratio * score, clipped * score).sum() / normalizer
+
+    direct_loss = torch.zeros_like(score_loss)
+    if cost is not None and direct is not None:
+        _kept(logprob, None, cost=cost, direct=direct)
+        if torch.is_grad_enabled() and logprob.requires_grad and not cost.requires_grad:
+            raise ValueError("cost has no gradient, so the direct term would be lost; expected a differentiable cost")
+        weight = torch.where(keep, direct.detach(), 0.0)
+        # 0 * inf: a cost that is infinite where its weight is 0 is not part of the objective
+        direct_loss = torch.where(weight != 0, weight * cost, 0.0).sum() / normalizer
+
+    with torch.no_grad():
+        low = (ratio < 1.0 - clip_low) & (score < 0)
+        high = (ratio > 1.0 + clip_high) & (score > 0)
+        metrics = {
+            "clip_ratio/low_mean": low.sum() / tokens,
+            "clip_ratio/high_mean": high.sum() / tokens,
+            "clip_ratio/region_mean": (low | high).sum() / tokens,
+            "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum() / tokens,
+            "ratio": torch.where(keep, ratio, 0.0).sum() / tokens,
+            "loss/score": score_loss.detach(),
+            "loss/direct": direct_loss.detach(),
+        }
+    return score_loss + direct_loss, metrics
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def constraint_metrics(
+    cost: Tensor,
+    trace: BudgetTrace,
+    *,
+    mask: Tensor | None = None,
+    correct: Tensor | None = None,
+    mean_budget: float | Tensor | None = None,
+    alpha: float = 0.1,
+) -> dict[str, Tensor]:
+    """What a run reports about its constraint, as scalar tensors on the device of ``cost`` [B, T].
+
+    C_T is the account of ``trace`` (which knows its budget d) at the last real token of a sequence.
+
+    ``constraint_satisfaction`` mean 1[C_T <= d]; ``mean_excess`` mean (C_T - d)+; ``mean_cumulative`` mean C_T;
+    ``cvar`` the mean of the worst ``alpha`` of the C_T (the conditional value at risk of the empirical distribution; a
+    fraction of a sequence counts as that fraction); ``mean_token_cost`` and ``max_token_cost`` over real tokens;
+    ``first_violation`` mean of t/T, the share of a sequence's tokens before its first violation, 1 where there is none.
+    With ``correct`` [B] (bool or 0/1): ``accuracy`` and ``correct_and_feasible``. With ``mean_budget`` (a number or
+    [B]): ``prefix_satisfaction``, mean 1[max_t m_t <= mean_budget] of the prefix means m_t of ``cost``.
+
+    With a cost of ``reverse_kl`` these are exact per-sequence divergences, not estimates from the sampled tokens.
+    Raises ValueError for shapes that differ, no sequences, or alpha outside (0, 1].
+    """
+    keep = _kept(cost, mask, cumulative=trace.cumulative)
+    size = cost.shape[0]
+    if cost.numel() == 0:
+        raise ValueError(f"cost has shape {tuple(cost.shape)}: expected at least one token")
+    if not 0.0 < alpha <= 1.0:
+        raise ValueError(f"alpha={alpha}, expected a fraction in (0, 1]")
+    cost = torch.where(keep, cost.detach(), 0.0)
+    length = keep.sum(1)
+    total, remaining = _last(trace.cumulative, keep)[:, 0], _last(trace.remaining, keep)[:, 0]
+    feasible = remaining >= 0
+
+    share = (alpha * size - torch.arange(size, device=cost.device)).clamp(0.0, 1.0)
+    metrics = {
+        "constraint_satisfaction": feasible.to(total.dtype).mean(),
+        "mean_excess": (-remaining).clamp(min=0.0).mean(),
+        "mean_cumulative": total.mean(),
+        "cvar": (total.sort(descending=True).values * share).sum() / (alpha * size),
+        "mean_token_cost": cost.sum() / length.sum().clamp(min=1),
+        "max_token_cost": cost.masked_fill(~keep, -torch.inf).amax(),
+        "first_violation": 1.0 - ((trace.violated & keep).sum(1) / length.clamp(min=1)).mean(),
+    }
+    if correct is not None:
+        right = correct.to(total.dtype)
+        metrics["accuracy"] = right.mean()
+        metrics["correct_and_feasible"] = (right * feasible).mean()
+    if mean_budget is not None:
+        mean = cost.cumsum(1) / keep.long().cumsum(1).clamp(min=1)
+        limit = torch.as_tensor(mean_budget, dtype=mean.dtype, device=mean.device).expand(size)[:, None]
+        metrics["prefix_satisfaction"] = ((mean <= limit) | ~keep).all(1).to(total.dtype).mean()
+    return metrics

@@ -1,0 +1,69 @@
+"""The controller that chooses lambda for ``kind="pid"`` (Stooke, Achiam and Abbeel, ICML 2020)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class PIDController:
+    """Lambda from a PID controller on mean(C_T) - budget (Stooke, Achiam and Abbeel, ICML 2020).
+
+    The gains multiply nats; the defaults suit costs of tens of nats a sequence. ``coefficient`` holds the current
+    lambda, before the first update max(0, initial_integral). Proportional term and derivative act on exponential
+    moving averages (``ema_p``, ``ema_d``: the weight of the past) that start at 0; the derivative compares the averaged
+    cost with that of ``d_delay`` updates ago and, as the integral, never goes below 0.
+    """
+
+    kp: float = 0.1
+    ki: float = 0.01
+    kd: float = 0.01
+    d_delay: int = 10
+    ema_p: float = 0.95
+    ema_d: float = 0.95
+    initial_integral: float = 0.001
+    coefficient: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.d_delay < 1:
+            raise ValueError(f"d_delay={self.d_delay}, expected at least 1")
+        self._integral = self.initial_integral
+        self._ema_delta = 0.0
+        self._ema_cost = 0.0
+        self._past_costs = [0.0]
+        self.coefficient = max(0.0, self.initial_integral)
+
+    def update(self, mean_cost: float | Tensor, budget: float) -> float:
+        """One step on the mean cumulative cost of a batch; the new lambda. Raises ValueError if not finite."""
+        cost = float(mean_cost)
+        delta = cost - budget
+        if not math.isfinite(delta):
+            raise ValueError(f"mean_cost={cost} with budget={budget}: expected finite numbers")
+        self._integral = max(0.0, self._integral + self.ki * delta)
+        self._ema_delta = self.ema_p * self._ema_delta + (1.0 - self.ema_p) * delta
+        self._ema_cost = self.ema_d * self._ema_cost + (1.0 - self.ema_d) * cost
+        derivative = max(0.0, self._ema_cost - self._past_costs[0])
+        self._past_costs = [*self._past_costs, self._ema_cost][-self.d_delay :]
+        self.coefficient = max(0.0, self.kp * self._ema_delta + self._integral + self.kd * derivative)
+        return self.coefficient
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs (plain floats); the gains belong to the configuration."""
+        return {
+            "integral": self._integral,
+            "ema_delta": self._ema_delta,
+            "ema_cost": self._ema_cost,
+            "past_costs": list(self._past_costs),
+            "coefficient": self.coefficient,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`. Raises ValueError if the keys are not its keys."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"state has keys {sorted(state)}, expected {sorted(self.state_dict())}")
+        self._integral, self._ema_delta, self._ema_cost = state["integral"], state["ema_delta"], state["ema_cost"]
+        self._past_costs, self.coefficient = list(state["past_costs"]), state["coefficient"]
