@@ -100,7 +100,7 @@ class TrainConfig:
     """Weight of the excess cost (cmdp, hinge)."""
     coefficient: float = 0.0
     """The multiplier of lagrangian, the first one of pid, or the weight of the barrier."""
-    pid_gains: tuple[float, float, float] = (0.05, 0.01, 0.0)
+    pid_gains: tuple[float, float, float] = (0.1, 0.01, 0.01)
     """Proportional, integral and derivative gain of the pid controller."""
 
     # ---------------------------------------------------------------------------------------------- a step
@@ -195,6 +195,11 @@ class TrainConfig:
     def action_dependent(self) -> bool:
         """Whether the cost of a token depends on the token sampled, so that there is no direct gradient."""
         return self.cost not in DIFFERENTIABLE_COSTS
+
+    @property
+    def reduction(self) -> str:
+        """How costs add up: their prefix mean for `worst_case`, otherwise their sum."""
+        return "mean" if self.kind == "worst_case" else "sum"
 
     @property
     def batch_size(self) -> int:

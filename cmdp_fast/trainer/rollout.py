@@ -112,7 +112,8 @@ def completion_logits(model: Any, rollout: Rollout) -> Tensor:
     logits = model(
         input_ids=ids, attention_mask=attention, position_ids=position, logits_to_keep=length, use_cache=False
     ).logits
-    return logits[:, -length:]
+    # Only a model that knows no logits_to_keep needs the slice; taking it for nothing would copy the gradient.
+    return logits if logits.shape[1] == length else logits[:, -length:]
 
 
 @contextmanager
