@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command == "train":
         return _train(rest)
-    print(f"cmdp-fast: error: unknown command {command!r}\n{COMMANDS}" if command else COMMANDS, end="", file=sys.stderr)
+    print(
+        f"cmdp-fast: error: unknown command {command!r}\n{COMMANDS}" if command else COMMANDS, end="", file=sys.stderr
+    )
     return 2
 
 
@@ -59,6 +61,7 @@ def _train(arguments: Sequence[str]) -> int:
         print(f"cmdp-fast: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("cmdp-fast: interrupted", file=sys.stderr)
         return 130
     return 0
 

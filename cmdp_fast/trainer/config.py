@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from ..reference import COSTS, DIFFERENTIABLE_COSTS, REWARDS
+from ..reference import DIFFERENTIABLE_COSTS
 from .errors import InputError, first_line
 
 if sys.version_info >= (3, 11):
@@ -29,6 +29,17 @@ else:
 RECIPES = Path(__file__).parent / "recipes"
 
 Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
+
+
+_POSITIVE = (
+    *("budget", "temperature", "steps", "prompts_per_step", "max_completion_length", "epochs", "minibatch_size"),
+    *("micro_batch_size", "learning_rate", "max_grad_norm", "clip_low", "clip_high", "task_size"),
+    *("eval_prompts", "eval_generations"),
+)
+_NOT_NEGATIVE = (
+    *("penalty", "discrepancy_weight", "coefficient", "weight_decay", "lr_warmup_steps", "teacher_cache_mb"),
+    *("eval_every", "save_every"),
+)
 
 
 @dataclass(frozen=True)
@@ -157,27 +168,27 @@ class TrainConfig:
         for name in ("student", "teacher"):
             _check(getattr(self, name), f"--{name} is missing: give a hub id, a folder or a builtin:… model")
         _check(bool(self.task) != bool(self.dataset), "give exactly one of --task and --dataset")
-        for name in (
-            "budget temperature learning_rate max_grad_norm clip_low clip_high steps prompts_per_step "
-            "max_completion_length epochs minibatch_size micro_batch_size eval_prompts eval_generations task_size"
-        ).split():
+        for name in _POSITIVE:
             value = getattr(self, name)
-            _check(value > 0 and math.isfinite(value), f"--{name} must be a positive number, not {value}")
-        for name in (
-            "penalty discrepancy_weight coefficient weight_decay lr_warmup_steps eval_every save_every teacher_cache_mb"
-        ).split():
+            _check(value > 0 and math.isfinite(value), f"--{_flag(name)} must be a positive number, not {value}")
+        for name in _NOT_NEGATIVE:
             value = getattr(self, name)
-            _check(value >= 0 and math.isfinite(value), f"--{name} must not be negative, it is {value}")
+            _check(value >= 0 and math.isfinite(value), f"--{_flag(name)} must not be negative, it is {value}")
         _check(0 < self.gamma <= 1, f"--gamma must be in (0, 1], not {self.gamma}")
-        _check(0 < self.holdout_fraction < 1, f"--holdout-fraction must be between 0 and 1, not {self.holdout_fraction}")
+        _check(
+            0 < self.holdout_fraction < 1, f"--holdout-fraction must be between 0 and 1, not {self.holdout_fraction}"
+        )
         _check(
             self.num_generations >= 2, f"--num-generations must be at least 2 to compare, not {self.num_generations}"
         )
         _check(len(self.rewards) > 0, "--rewards names no reward function")
-        _check(self.kind in REWARDS, f"--kind must be one of {', '.join(REWARDS)}, not {self.kind}")
-        _check(self.cost in COSTS, f"--cost must be one of {', '.join(COSTS)}, not {self.cost}")
+        _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
+        _check_choices(self)
         if self.kind == "worst_case":
-            _check(self.cost == "nll", f"--kind worst_case bounds the teacher's log-likelihood: --cost nll, not {self.cost}")
+            _check(
+                self.cost == "nll",
+                f"--kind worst_case bounds the teacher's log-likelihood: --cost nll, not {self.cost}",
+            )
         if self.kind == "lagrangian":
             _check(self.coefficient > 0, "--kind lagrangian needs its multiplier: --coefficient")
         if self.kind == "barrier":
@@ -207,9 +218,20 @@ class TrainConfig:
         return self.prompts_per_step * self.num_generations
 
 
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
 def _check(condition: object, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _check_choices(config: TrainConfig) -> None:
+    for name, kind in get_type_hints(TrainConfig).items():
+        choices, value = get_args(kind), getattr(config, name)
+        if get_origin(kind) is Literal:
+            _check(value in choices, f"--{_flag(name)} must be one of {', '.join(choices)}, not {value}")
 
 
 def read_recipe(name: str) -> TrainConfig:
@@ -234,7 +256,9 @@ def read_recipe(name: str) -> TrainConfig:
         expected = dict if default is dataclasses.MISSING else type(default)
         if type(value) is not expected:
             raise InputError(f"--recipe {name}: {key} must be {expected.__name__}, not {value!r}")
-    return TrainConfig(**{**values, "recipe": name})
+    config = TrainConfig(**{**values, "recipe": name})
+    _check_choices(config)
+    return config
 
 
 def parse(args: Sequence[str], prog: str = "cmdp-fast train") -> TrainConfig:

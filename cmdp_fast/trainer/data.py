@@ -94,14 +94,17 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Row]:
     finally:
         if quiet:
             datasets.enable_progress_bars()
-    if config.prompt_column not in loaded.column_names:
-        columns = ", ".join(loaded.column_names)
-        raise InputError(f"--dataset {name}: there is no column {config.prompt_column!r} for the prompt, only {columns}")
+    wanted = {"prompt": config.prompt_column}
+    if config.answer_column != "answer" or "answer" in loaded.column_names:  # a reward of the user's may need none
+        wanted["answer"] = config.answer_column
+    for role, column in wanted.items():
+        if column not in loaded.column_names:
+            columns = ", ".join(loaded.column_names)
+            raise InputError(f"--dataset {name}: there is no column {column!r} for the {role}, only {columns}")
     rows = []
     for row in loaded:
-        prompt = row.pop(config.prompt_column)
-        answer = {"answer": row.pop(config.answer_column)} if config.answer_column in row else {}
-        rows.append({**row, **answer, "prompt": prompt})
+        taken = {role: row.pop(column) for role, column in wanted.items()}
+        rows.append({**row, **taken})
     return rows
 
 

@@ -52,7 +52,9 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
-    differing = next(iter(sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))))
+    differing = next(
+        iter(sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)))
+    )
     raise InputError(
         f"student and teacher must share a tokenizer, but {differing!r} is token {ours.get(differing)} of "
         f"{len(ours)} in one and {theirs.get(differing)} of {len(theirs)} in the other"

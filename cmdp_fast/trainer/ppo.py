@@ -1,10 +1,10 @@
 """One step of constrained PPO, to be read from top to bottom.
 
-    roll out   the student samples a group of completions of each prompt
-    score      teacher and student read them; `constrained_reward` turns both logits into costs, the account of the
-               budget and the modified reward, in one pass over the vocabulary
-    advantage  what each token is worth, compared with the group's other completions
-    update     some epochs of clipped PPO over minibatches, with the direct term: the gradient through the divergence
+roll out   the student samples a group of completions of each prompt
+score      teacher and student read them; `constrained_reward` turns both logits into costs, the account of the
+           budget and the modified reward, in one pass over the vocabulary
+advantage  what each token is worth, compared with the group's other completions
+update     some epochs of clipped PPO over minibatches, with the direct term: the gradient through the divergence
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ class PPO:
                     norm = float(self.accelerator.clip_grad_norm_(self.student.parameters(), c.max_grad_norm))
                     if not math.isfinite(norm):
                         raise InputError(
-                            "the gradient is not finite: the learning rate is too high, or the teacher excludes a token "
-                            "that the student uses, at an infinite cost"
+                            "the gradient is not finite: the learning rate is too high, or the cost is infinite because "
+                            "the teacher excludes a token that the student uses"
                         )
                     self.optimizer.step()
                     self.optimizer.zero_grad()

@@ -57,12 +57,12 @@ class Report:
         """Sets what stands beside the bar that is running."""
         self._status = text
 
-    def track(self, items: Sequence[T] | range, description: str) -> Iterator[T]:
+    def track(self, items: Sequence[T], description: str) -> Iterator[T]:
         """The items, with a bar and the time left."""
         self._status = ""
         yield from self._lines(items, description) if self.quiet else self._bar(items, description)
 
-    def _lines(self, items: Sequence[Any] | range, description: str) -> Iterator[Any]:
+    def _lines(self, items: Sequence[T], description: str) -> Iterator[T]:
         every = max(1, len(items) // 10)
         self.say(description)
         start = time.monotonic()
@@ -72,7 +72,7 @@ class Report:
                 left = (time.monotonic() - start) / done * (len(items) - done)
                 self.say(f"  {done}/{len(items)}  {self._status}  {left:.0f} s left")
 
-    def _bar(self, items: Sequence[Any] | range, description: str) -> Iterator[Any]:
+    def _bar(self, items: Sequence[T], description: str) -> Iterator[T]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (

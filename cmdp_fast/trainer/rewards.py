@@ -4,8 +4,7 @@
 
 `prompts` and `completions` are texts, or lists of chat messages where the dataset's prompts are; `completion_ids`
 lists of token ids without padding; `columns` the other columns of the dataset, a value a completion. None means that
-the function has no opinion: such a completion earns nothing from it and, if nobody has an opinion, is left out of the
-accuracy.
+the function has no opinion: such a completion earns nothing from it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def load_rewards(config: TrainConfig, example: Row) -> dict[str, RewardFunction]
         if spec in built_in:
             needed = ("answer", "metadata") if spec == "reasoning_gym" else ("answer",)
             if missing := [column for column in needed if column not in example]:
-                raise InputError(f"--rewards {spec} needs the column {missing[0]!r}, there are only {', '.join(example)}")
+                raise InputError(
+                    f"--rewards {spec} needs the column {missing[0]!r}, there are only {', '.join(example)}"
+                )
             functions[spec] = built_in[spec]
         else:
             functions[spec.rpartition(":")[2]] = _import(spec, sorted(built_in))
@@ -95,10 +98,8 @@ def final_answer(text: str, pattern: re.Pattern[str]) -> str | None:
     """The first group of the last match, or the whole text if the pattern is empty; None where it does not match."""
     if not pattern.pattern:
         return text.strip()
-    last = None
-    for last in pattern.finditer(text):
-        pass
-    return last.group(1).strip() if last and last.group(1) is not None else None
+    found = [match.group(1) for match in pattern.finditer(text)]
+    return found[-1].strip() if found and found[-1] is not None else None
 
 
 def text_of(completion: Any) -> str:
@@ -136,6 +137,8 @@ def _import(spec: str, built_in: list[str]) -> RewardFunction:
             module = importlib.util.module_from_spec(source)
             source.loader.exec_module(module)
         else:
+            if os.getcwd() not in sys.path:  # a console script does not look there
+                sys.path.append(os.getcwd())
             module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
         raise InputError(f"--rewards {spec}: {first_line(error)}") from error

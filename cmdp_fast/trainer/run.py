@@ -12,12 +12,12 @@ import torch
 
 from .checkpoint import check_run_folder, make_run_folder, save_student, write_json, write_text
 from .config import TrainConfig
-from .data import Row, load_problems
+from .data import load_problems
 from .errors import InputError
 from .evaluate import evaluate
 from .models import common_vocabulary, load_pair
 from .ppo import PPO
-from .report import Clock, MetricsLog, Report, plot_curves, samples_text
+from .report import MetricsLog, Report, plot_curves, samples_text
 from .rewards import load_rewards
 from .rollout import Sampling, encode_prompts, end_tokens
 
@@ -48,6 +48,10 @@ def train(config: TrainConfig) -> Path:
         f"{len(problems.train)} problems to train on, {len(problems.held_out)} held out; "
         f"{config.kind}, budget {config.budget:g} nats of {config.cost} a completion"
     )
+    if config.kind == "saute" and not config.action_dependent:
+        report.say(
+            f"warning: {config.cost} does not depend on the action, so that saute's penalty has no direct gradient"
+        )
     results: dict[str, Any] = {}
     samples = {}
     for who, policy in (("teacher", ppo.teacher), ("student_before", ppo.student)):
@@ -84,7 +88,8 @@ def train(config: TrainConfig) -> Path:
         log.close()
         write_json(folder / "summary.json", summary(config, ppo, results, done, interrupted))
         plot_curves(folder / "curves.png", log, config.budget, config.cost, results["teacher"]["accuracy"])
-        write_text(folder / "samples.txt", samples_text((who, some[:SAMPLES]) for who, some in samples.items()))
+        shown = ((who, some[:: config.eval_generations][:SAMPLES]) for who, some in samples.items())
+        write_text(folder / "samples.txt", samples_text(shown))
         report.say(f"{folder}: student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt")
     return folder
 
