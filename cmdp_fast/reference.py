@@ -89,6 +89,15 @@ def _expect(log_weight: Tensor, value: Tensor) -> Tensor:
     return (log_weight.exp() * value.masked_fill(torch.isneginf(log_weight), 0.0)).sum(-1)
 
 
+def _forward_kl(log_p: Tensor, log_w: Tensor) -> Tensor:
+    """sum w (log w - log p); +inf, with the gradient p - w all the same, where only the teacher uses a column."""
+    weight = log_w.exp()
+    # A weight that underflows to 0 would turn the infinite term into NaN.
+    tiny = torch.finfo(weight.dtype).tiny
+    weight = torch.where(torch.isneginf(log_p) & ~torch.isneginf(log_w), weight.clamp(min=tiny), weight)
+    return (weight * (log_w - log_p).masked_fill(torch.isneginf(log_w), 0.0)).sum(-1)
+
+
 def _reverse_kl(log_p: Tensor, log_w: Tensor) -> Tensor:
     """sum p (log p - log w); +inf, without a gradient, where the teacher excludes a column that the student uses.
 
@@ -136,7 +145,7 @@ def token_stats(
         entropy=_expect(log_p, -log_p),
         teacher_entropy=_expect(log_w, -log_w),
         reverse_kl=_reverse_kl(log_p, log_w),
-        forward_kl=_expect(log_w, log_w - log_p),
+        forward_kl=_forward_kl(log_p, log_w),
     )
     return TokenStats(*(_poison(value, log_p, log_w) for value in stats))
 
@@ -181,7 +190,7 @@ def divergence(
     if kind == "reverse_kl":
         value = _reverse_kl(log_p, log_w)
     elif kind == "forward_kl":
-        value = _expect(log_w, log_w - log_p)
+        value = _forward_kl(log_p, log_w)
     else:
         b, c_teacher, c_student = divergence_weights(kind, beta)
         # A column that neither model may use is taken out of the mixture, whose gradient there is 0/0.
@@ -301,7 +310,7 @@ def modified_reward(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The modified reward of every token; arguments and returns as `cmdp_fast.modified_reward`."""
-    dtype = compute_dtype(task_reward, cost)
+    dtype = compute_dtype(cost)
     if cu_seqlens is not None:
         index, real = _padded_view(cu_seqlens, cost.shape[0])
         inner = real if mask is None else real & mask[index]
@@ -321,7 +330,7 @@ def modified_reward(
         )
         return padded[real]
     keep = torch.ones_like(cost, dtype=torch.bool) if mask is None else mask
-    reward = torch.where(keep, task_reward.double(), 0.0)
+    reward = torch.where(keep, task_reward.to(dtype).double(), 0.0)
     paid = torch.where(keep, cost.detach().double(), 0.0)
     excess = trace.excess.double()
     violated = trace.violated & keep
@@ -339,7 +348,8 @@ def modified_reward(
         value = reward - float(coefficient or 0.0) * paid
     else:  # barrier: log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}); remaining_0 = d
         remaining = trace.remaining.double()
-        before = torch.cat([(trace.remaining + trace.cumulative).double()[..., :1], remaining[..., :-1]], dim=-1)
+        start = (remaining + trace.cumulative.double())[..., :1]
+        before = torch.cat([start, remaining[..., :-1]], dim=-1)
         inside = (remaining > 0).long().cumprod(-1) > 0
         step = torch.log(torch.where(inside, remaining / before, 1.0))
         value = torch.where(inside, reward + float(coefficient or 0.0) * step, -barrier_slope * paid)

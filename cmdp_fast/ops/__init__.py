@@ -1,0 +1,1 @@
+"""Checked, differentiable, backend-independent operations: what `import cmdp_fast as cf` offers."""

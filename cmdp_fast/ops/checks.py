@@ -1,0 +1,111 @@
+"""Checks of arguments, made before any work is done: what is wrong, what was given, what is expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(t: object) -> str:
+    if isinstance(t, Tensor):
+        return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} on {t.device}"
+    return f"{type(t).__name__} {t!r}"
+
+
+def tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+    return value
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, but {other_name} is on {other.device}")
+
+
+def logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
+    """Checks a pair of logits ``[..., V]`` and returns the number of columns that count."""
+    for name, value in (("student_logits", student), ("teacher_logits", teacher)):
+        tensor(name, value)
+        if value.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(value)}")
+        if value.dim() < 1:
+            raise ValueError(f"{name} must have shape [..., V], got {describe(value)}")
+    same_device("teacher_logits", teacher, "student_logits", student)
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student_logits and teacher_logits must agree in all but the last axis, got "
+            f"{list(student.shape)} and {list(teacher.shape)}"
+        )
+    widths = (student.shape[-1], teacher.shape[-1])
+    if vocab_size is None:
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"student_logits are {widths[0]} wide and teacher_logits {widths[1]}; "
+                "pass vocab_size= to compare them over a common prefix"
+            )
+        vocab_size = widths[0]
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size must be an int, got {describe(vocab_size)}")
+    if vocab_size < 1 or vocab_size > min(widths):
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least 1 and at most the narrower width, "
+            f"min({widths[0]}, {widths[1]}) = {min(widths)}"
+        )
+    return vocab_size
+
+
+def tokens(value: Tensor, student: Tensor) -> None:
+    tensor("tokens", value)
+    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise TypeError(f"tokens must be integers, got {describe(value)}")
+    if value.shape != student.shape[:-1]:
+        raise ValueError(
+            f"tokens must have the shape of student_logits without its last axis, {list(student.shape[:-1])}, "
+            f"got {list(value.shape)}"
+        )
+    same_device("tokens", value, "student_logits", student)
+
+
+def mask(value: Tensor | None, like: Tensor, shape: torch.Size, expected: str) -> None:
+    if value is None:
+        return
+    tensor("mask", value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"mask must be bool (True = counts), got {describe(value)}; convert with mask.bool()")
+    if value.shape != shape:
+        raise ValueError(f"mask must have the shape of {expected}, {list(shape)}, got {list(value.shape)}")
+    same_device("mask", value, expected, like)
+
+
+def token_range(value: Tensor, mask: Tensor | None, vocab: int) -> None:
+    """Raises on the first unmasked token outside ``[0, vocab)``. Looks at values: only for CPU tensors."""
+    wrong = (value < 0) | (value >= vocab)
+    if mask is not None:
+        wrong = wrong & mask
+    if bool(wrong.any()):
+        where = tuple(int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"tokens{list(where)} = {int(value[where])} is outside the vocabulary [0, {vocab}); "
+            "mask tokens that do not count (mask=)"
+        )
+
+
+def positive(name: str, value: float) -> None:
+    number(name, value)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+
+
+def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(allowed)}")

@@ -1,0 +1,48 @@
+"""Hands tensors to the native kernels as addresses, sizes and strides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmdp_fast.ops.backends import native
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, else a copy."""
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def overlaps(t: Tensor) -> bool:
+    """Whether two rows share memory, as after `expand`: such logits cannot be overwritten row by row."""
+    return any(size > 1 and stride < t.shape[-1] for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True))
+
+
+def matrix(t: Tensor):
+    """The rows ``[..., V]`` of a tensor as the kernels see them, neighbouring axes merged where memory allows."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    dtype = str(t.dtype).removeprefix("torch.")
+    return native.Matrix(t.data_ptr(), dtype, sizes, strides, t.shape[-1])
+
+
+def flat(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A small per-token tensor as a contiguous array; keep a reference to it while the kernel runs."""
+    return None if t is None else t.to(dtype).contiguous()

@@ -1,0 +1,151 @@
+"""The mergeable state of a batch of tokens: statistics of logits that arrive in pieces.
+
+For a teacher that streams its logits, a vocabulary held in tiles or on several ranks: fold what is there into a state,
+in any order, merge states, and finish once everything has been seen. The algebra is that of csrc/token_state.h.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmdp_fast.ops import backends, checks
+from cmdp_fast.ops.native import address, flat, matrix, threads, unit_stride
+from cmdp_fast.reference import TokenStats, compute_dtype
+
+FIELDS = ("m", "n", "z", "u", "a", "b", "h", "k", "xa", "ya", "r_inf", "f_inf")
+_REFERENCES = ("m", "n", "xa", "ya")  # merged by maximum; the flags too; the sums are added
+
+
+class TokenState:
+    """Partial statistics of ``rows`` tokens over the columns seen so far. Not differentiable.
+
+    >>> state = TokenState.empty(rows=2)
+    >>> for start in range(0, vocab, width):
+    ...     state.update(student[:, start : start + width], teacher[:, start : start + width], tokens, first_column=start)
+    >>> stats = state.finish()  # as token_stats(student, teacher, tokens), up to rounding
+
+    ``fields`` is ``[rows, 12]`` float64: the references m, n, the sums z, u, a, b, h, k, the token's two logits and
+    two flags (csrc/token_state.h says what each one is).
+    """
+
+    def __init__(self, fields: Tensor, temperature: float, dtype: torch.dtype):
+        self.fields = fields
+        self.temperature = temperature
+        self.dtype = dtype
+
+    @classmethod
+    def empty(cls, rows: int, *, temperature: float = 1.0, device: torch.device | str | None = None) -> TokenState:
+        """The state of no columns: the identity of `merge`. Raises ValueError for rows < 0 or a bad temperature."""
+        if rows < 0:
+            raise ValueError(f"rows must be at least 0, got {rows}")
+        checks.positive("temperature", temperature)
+        fields = torch.zeros(rows, len(FIELDS), dtype=torch.float64, device=device)
+        for name in _REFERENCES:
+            fields[:, FIELDS.index(name)] = -torch.inf
+        return cls(fields, float(temperature), torch.float32)
+
+    def update(
+        self,
+        student_tile: Tensor,
+        teacher_tile: Tensor,
+        tokens: Tensor,
+        *,
+        first_column: int = 0,
+        backend: str | None = None,
+    ) -> TokenState:
+        """Folds in columns [first_column, first_column + C) of every row, and returns the state itself.
+
+        Args:
+            student_tile, teacher_tile: ``[rows, C]`` logits, each of its own dtype. No column may be given twice.
+            tokens: ``[rows]`` integers, indices into the whole vocabulary.
+        Raises: TypeError, ValueError for shapes, dtypes or devices that do not fit.
+        """
+        rows = self.fields.shape[0]
+        checks.tensor("student_tile", student_tile)
+        if student_tile.dim() != 2 or student_tile.shape[0] != rows:
+            raise ValueError(f"student_tile must have shape [{rows}, C], got {list(student_tile.shape)}")
+        if student_tile.shape[1] == 0:
+            return self
+        width = checks.logits(student_tile, teacher_tile, None)
+        checks.tokens(tokens, student_tile)
+        if first_column < 0:
+            raise ValueError(f"first_column must be at least 0, got {first_column}")
+        checks.same_device("student_tile", student_tile, "the state", self.fields)
+        wide = compute_dtype(student_tile, teacher_tile)
+        self.dtype = torch.float64 if wide == torch.float64 else self.dtype
+        student, teacher = unit_stride(student_tile.detach()), unit_stride(teacher_tile.detach())
+        if backends.choose(backend, student) == "torch":
+            return self.merge(self._fold(student, teacher, tokens.long() - first_column, width))
+        index = flat(tokens, torch.int64)
+        backends.native.update_states(
+            matrix(student), matrix(teacher), address(index), first_column, self.temperature, address(self.fields), threads()
+        )
+        return self
+
+    def merge(self, other: TokenState) -> TokenState:
+        """Folds in the state of other columns of the same tokens, and returns the state itself.
+
+        Associative and commutative up to rounding. Raises ValueError if the states do not belong together.
+        """
+        if other.fields.shape != self.fields.shape or other.temperature != self.temperature:
+            raise ValueError(
+                f"cannot merge a state of {other.fields.shape[0]} rows at temperature {other.temperature} into one of "
+                f"{self.fields.shape[0]} rows at temperature {self.temperature}"
+            )
+        mine, theirs = self.fields, other.fields
+        top = torch.maximum(mine, theirs)
+        total = _raised(mine, top) + _raised(theirs, top)
+        summed = torch.tensor([name in "zuabhk" for name in FIELDS], device=mine.device)
+        self.fields = torch.where(summed, total, top)
+        self.dtype = torch.float64 if torch.float64 in (self.dtype, other.dtype) else torch.float32
+        return self
+
+    def finish(self) -> TokenStats:
+        """The six statistics, ``[rows]`` float32 (float64 once any tile was float64), as `token_stats` returns them."""
+        m, n, z, u, a, b, h, k, xa, ya, r_inf, f_inf = self.fields.unbind(-1)
+        lx, ly = m + z.log(), n + u.log()
+        good = (z > 0) & (z < torch.inf) & (u > 0) & (u < torch.inf)
+        reverse = torch.where(r_inf > 0, torch.inf, (a / z - lx + ly).clamp(min=0))
+        forward = torch.where(f_inf > 0, torch.inf, (b / u - ly + lx).clamp(min=0))
+        entropy, teacher_entropy = (z.log() - h / z).clamp(min=0), (u.log() - k / u).clamp(min=0)
+        values = ((xa - lx).clamp(max=0), (ya - ly).clamp(max=0), entropy, teacher_entropy, reverse, forward)
+        return TokenStats(*(torch.where(good, v, torch.nan).to(self.dtype) for v in values))
+
+    def _fold(self, student: Tensor, teacher: Tensor, column: Tensor, width: int) -> TokenState:
+        """The state of one tile in plain PyTorch."""
+        x, y = student.double() / self.temperature, teacher.double() / self.temperature
+        has_x, has_y = ~torch.isneginf(x), ~torch.isneginf(y)
+        m, n = x.amax(-1), y.amax(-1)
+        m, n = torch.where(m.isneginf(), 0.0, m), torch.where(n.isneginf(), 0.0, n)
+        p, w = (x - m[:, None]).exp(), (y - n[:, None]).exp()
+        difference = (x - y).masked_fill(~(has_x & has_y), 0.0)
+        z, u = p.sum(-1), w.sum(-1)
+        own = (column >= 0) & (column < width)
+        index = column.clamp(0, width - 1)[:, None]
+        fields = (
+            torch.where(z == 0, -torch.inf, m),
+            torch.where(u == 0, -torch.inf, n),
+            z,
+            u,
+            (p * difference).sum(-1),
+            (w * -difference).sum(-1),
+            (p * (x - m[:, None]).masked_fill(~has_x, 0.0)).sum(-1),
+            (w * (y - n[:, None]).masked_fill(~has_y, 0.0)).sum(-1),
+            torch.where(own, x.gather(1, index)[:, 0], -torch.inf),
+            torch.where(own, y.gather(1, index)[:, 0], -torch.inf),
+            (has_x & ~has_y).any(-1).double(),
+            (has_y & ~has_x).any(-1).double(),
+        )
+        return TokenState(torch.stack(fields, dim=-1), self.temperature, self.dtype)
+
+
+def _raised(fields: Tensor, top: Tensor) -> Tensor:
+    """The sums of a state after its references have been moved up to those of ``top``."""
+    m, n, z, u, a, b, h, k, *rest = fields.unbind(-1)
+    # A side without weight has nothing to scale: its reference may be -inf.
+    rise_x = torch.where(z == 0, 0.0, top[:, 0] - m)
+    rise_y = torch.where(u == 0, 0.0, top[:, 1] - n)
+    scale_x, scale_y = (-rise_x).exp(), (-rise_y).exp()
+    moved = (z * scale_x, u * scale_y, a * scale_x, b * scale_y, (h - rise_x * z) * scale_x, (k - rise_y * u) * scale_y)
+    return torch.stack((m, n, *moved, *rest), dim=-1)

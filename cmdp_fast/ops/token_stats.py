@@ -1,0 +1,247 @@
+"""Six statistics of every token from one pass over both models' logits, with one shared backward pass.
+
+The formulas and the table of gradients stand in `cmdp_fast.reference`; the native kernels behind this file are
+csrc/cpu/forward.h and csrc/cpu/backward.h.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmdp_fast import reference
+from cmdp_fast.ops import backends, checks
+from cmdp_fast.ops.native import address, flat, matrix, overlaps, threads, unit_stride
+from cmdp_fast.reference import TokenStats, compute_dtype
+
+
+def token_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> TokenStats:
+    """Log-probabilities, entropies and both KL divergences of every token, from one pass over both rows of logits.
+
+    With p = softmax(student / temperature) and w = softmax(teacher / temperature), in nats:
+    ``logprob`` log p(a), ``teacher_logprob`` log w(a), ``entropy`` -sum p log p, ``teacher_entropy`` -sum w log w,
+    ``reverse_kl`` KL(p‖w), ``forward_kl`` KL(w‖p).
+
+    ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to the student, together, in one
+    backward pass that stores nothing as wide as the vocabulary. The teacher never receives a gradient. There is
+    no second derivative.
+
+    Args:
+        student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; a last axis that is not
+            contiguous is copied.
+        teacher_logits: ``[..., V']``, likewise, of its own dtype; V' = V unless ``vocab_size`` is given.
+        tokens: ``[...]`` integers in [0, vocab_size): the actions a. Masked tokens may hold anything.
+        mask: ``[...]`` bool, False = the row is not read; its statistics and its gradient are exactly 0.
+        temperature: divides both models' logits.
+        vocab_size: statistics over the common prefix of this width; columns beyond it count as -inf for both
+            models. `dropped_teacher_mass` tells how much of the teacher that leaves out.
+        inplace_backward: write the gradient into the memory of ``student_logits``. The logits are gone after the
+            backward pass, and a second backward pass through this call raises. Has no effect under
+            ``torch.compile`` or on the torch backend, which allocate the gradient.
+        backend: None chooses: ``cpu`` (native) for CPU tensors, else ``torch``; a name forces it.
+
+    Returns:
+        `TokenStats` of tensors ``[...]``: float32, or float64 if either model's logits are float64.
+
+    Special values: a column with -inf has probability 0 and 0 · anything = 0. Where only the student uses a
+    column, ``reverse_kl`` is +inf and passes no gradient; where only the teacher does, ``forward_kl`` is +inf and
+    passes its usual gradient p - w. NaN or +inf in either row, or a row of -inf only, makes all six statistics and
+    the gradient of that row NaN, and of no other row.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: shapes, devices, widths or a temperature that do not fit, or
+        a token outside the vocabulary (on the CPU; the first offender is named).
+
+    Source: the token-level KL of arXiv 2509.22921; the streaming state is this project's (csrc/token_state.h).
+    """
+    vocab = checks.logits(student_logits, teacher_logits, vocab_size)
+    checks.tokens(tokens, student_logits)
+    checks.mask(mask, tokens, tokens.shape, "tokens")
+    checks.positive("temperature", temperature)
+    chosen = backends.choose(backend, student_logits)
+    if chosen == "torch":
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            checks.token_range(tokens, mask, vocab)
+        return reference.token_stats(
+            student_logits, teacher_logits, tokens, mask=mask, temperature=temperature, vocab_size=vocab
+        )
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    student = unit_stride(student_logits)
+    if inplace and overlaps(student):
+        student = student.contiguous()
+    outputs = _token_stats(
+        student, unit_stride(teacher_logits.detach()), tokens, mask, float(temperature), vocab, inplace
+    )
+    return TokenStats(*outputs[:6])
+
+
+def dropped_teacher_mass(
+    teacher_logits: Tensor, vocab_size: int, *, temperature: float = 1.0, rows_at_once: int = 64
+) -> Tensor:
+    """The teacher's probability on columns that ``vocab_size`` leaves out.
+
+    Args:
+        teacher_logits: ``[..., V]``, any floating dtype. vocab_size: columns kept, 1 to V.
+        temperature: divides the logits. rows_at_once: bounds the temporary memory.
+    Returns: ``[...]`` float32 (float64 for float64 logits) in [0, 1]; not differentiable.
+    Raises: TypeError, ValueError as `token_stats`.
+    """
+    checks.logits(teacher_logits, teacher_logits, vocab_size)
+    checks.positive("temperature", temperature)
+    dtype = compute_dtype(teacher_logits)
+    rows = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+    mass = torch.empty(len(rows), dtype=dtype, device=rows.device)
+    for start in range(0, len(rows), rows_at_once):
+        piece = rows[start : start + rows_at_once].to(dtype) / temperature
+        mass[start : start + rows_at_once] = piece.softmax(-1)[:, vocab_size:].sum(-1)
+    return mass.reshape(teacher_logits.shape[:-1])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The operators that torch sees
+
+
+@torch.library.custom_op("cmdp_fast::token_stats", mutates_args=())
+def _token_stats(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    vocab_size: int,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks.token_range(tokens, mask, vocab_size)
+    dtype = compute_dtype(student, teacher)
+    statistics = [torch.empty(tokens.shape, dtype=dtype) for _ in range(6)]
+    saved = torch.empty((*tokens.shape, 4), dtype=torch.float64)
+    index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
+    backends.native.token_stats(
+        matrix(student),
+        matrix(teacher),
+        address(index),
+        address(keep),
+        vocab_size,
+        temperature,
+        [address(s) for s in statistics],
+        dtype == torch.float64,
+        address(saved),
+        threads(),
+    )
+    return (*statistics, saved)  # type: ignore[return-value]
+
+
+@_token_stats.register_fake
+def _(student, teacher, tokens, mask, temperature, vocab_size, inplace_backward):
+    dtype = compute_dtype(student, teacher)
+    statistics = [student.new_empty(tokens.shape, dtype=dtype) for _ in range(6)]
+    return (*statistics, student.new_empty((*tokens.shape, 4), dtype=torch.float64))
+
+
+def _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, out) -> None:
+    index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
+    flowing = [flat(g, torch.float64) for g in upstream]
+    backends.native.token_stats_backward(
+        matrix(student),
+        matrix(teacher),
+        address(index),
+        address(keep),
+        vocab_size,
+        temperature,
+        [address(g) for g in flowing],
+        address(saved),
+        matrix(out),
+        threads(),
+    )
+
+
+@torch.library.custom_op("cmdp_fast::token_stats_backward", mutates_args=())
+def _token_stats_backward(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    saved: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_reverse_kl: Tensor | None,
+    grad_forward_kl: Tensor | None,
+    temperature: float,
+    vocab_size: int,
+) -> Tensor:
+    out = torch.empty(student.shape, dtype=student.dtype)
+    upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
+    _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, out)
+    return out
+
+
+@_token_stats_backward.register_fake
+def _(student, *args):
+    return student.new_empty(student.shape)
+
+
+@torch.library.custom_op("cmdp_fast::token_stats_backward_", mutates_args=("student",))
+def _token_stats_backward_(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    saved: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_reverse_kl: Tensor | None,
+    grad_forward_kl: Tensor | None,
+    temperature: float,
+    vocab_size: int,
+) -> None:
+    upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
+    _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, student)
+
+
+@_token_stats_backward_.register_fake
+def _(student, *args):
+    return None
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student, teacher, tokens, mask, ctx.temperature, ctx.vocab_size, ctx.inplace = inputs
+    _, teacher_logprob, _, teacher_entropy, _, _, saved = output
+    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(student, teacher, tokens, mask, saved)
+    ctx.spent = False
+
+
+def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, _saved):
+    nothing = (None,) * 6
+    upstream = (grad_logprob, grad_entropy, grad_reverse, grad_forward)
+    if not ctx.needs_input_grad[0] or all(g is None for g in upstream):
+        return (None, *nothing)
+    if ctx.spent:
+        raise RuntimeError(
+            "token_stats(inplace_backward=True) was differentiated a second time, but the first backward pass has "
+            "overwritten the student's logits with their gradient; use inplace_backward=False to keep them"
+        )
+    student, teacher, tokens, mask, saved = ctx.saved_tensors
+    if not ctx.inplace:
+        grad = _token_stats_backward(
+            student, teacher, tokens, mask, saved, *upstream, ctx.temperature, ctx.vocab_size
+        )
+        return (grad, *nothing)
+    ctx.spent = True
+    memory = student.detach()
+    _token_stats_backward_(memory, teacher, tokens, mask, saved, *upstream, ctx.temperature, ctx.vocab_size)
+    return (memory, *nothing)
+
+
+_token_stats.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,99 @@
+// The budget's account of one sequence, token by token, and the modified reward of each token.
+// Header-only, free of any framework, double throughout. Shapes and meanings: cmdp_fast/ops/budget.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "token_state.h"  // CMDP_HD, CMDP_ISA
+
+namespace cmdp {
+inline namespace CMDP_ISA {
+
+struct BudgetRule {
+  double gamma;      // discount of the cost, 1 = plain sum
+  bool mean;         // prefix mean instead of sum
+  bool inclusive;    // a spent budget (C = d) already violates: Saute's own convention
+};
+
+struct BudgetStep {
+  double cumulative, remaining, excess;
+  bool violated, crossing;
+};
+
+// Absorbing: once a token has violated, every later one does. A masked token is simply not pushed.
+struct BudgetState {
+  double limit = 0, sum = 0, discount = 1, overrun = 0;
+  int64_t count = 0;
+  bool violated = false;
+
+  CMDP_HD double cumulative(const BudgetRule& rule) const { return rule.mean && count > 0 ? sum / count : sum; }
+
+  CMDP_HD BudgetStep push(double cost, const BudgetRule& rule) {
+    sum += discount * cost;
+    discount *= rule.gamma;
+    ++count;
+    const double total = cumulative(rule);
+    const double overrun_before = overrun;
+    overrun = total > limit || total != total ? total - limit : 0;
+    // Written so that NaN, an account nobody checked, counts as a violation.
+    const bool over = rule.inclusive ? !(total < limit) : !(total <= limit);
+    const bool crossing = over && !violated;
+    violated = violated || over;
+    return {total, limit - total, overrun - overrun_before, violated, crossing};
+  }
+
+  // What a masked token reports: the account as it stands.
+  CMDP_HD BudgetStep carry(const BudgetRule& rule) const {
+    const double total = cumulative(rule);
+    return {total, limit - total, 0, violated, false};
+  }
+};
+
+enum class RewardKind : int { cmdp, hinge, saute, lagrangian, barrier };
+
+struct RewardRule {
+  RewardKind kind;
+  bool penalty_at_crossing;  // else at every violating token
+  double penalty;            // n
+  double discrepancy_weight; // beta
+  double coefficient;        // lambda, or kappa of the barrier
+  double barrier_slope;      // price of a unit of cost outside the barrier
+};
+
+// What the reward of a token may depend on, besides the task's reward: its cost and its line of the trace.
+struct RewardInput {
+  double cost, cumulative, remaining, excess;
+  bool violated, crossing;
+};
+
+struct RewardState {
+  double remaining_before = 0;
+  bool started = false, inside = true;  // barrier only: still within the budget
+
+  CMDP_HD double push(double reward, const RewardInput& in, const RewardRule& rule) {
+    const bool charged = rule.penalty_at_crossing ? in.crossing : in.violated;
+    switch (rule.kind) {
+      case RewardKind::cmdp:
+        return (in.violated ? 0 : reward) - (charged ? rule.penalty : 0) - rule.discrepancy_weight * in.excess;
+      case RewardKind::hinge:
+        return reward - rule.discrepancy_weight * in.excess;
+      case RewardKind::saute:
+        return (in.violated ? 0 : reward) - (charged ? rule.penalty : 0);
+      case RewardKind::lagrangian:
+        return reward - rule.coefficient * in.cost;
+      case RewardKind::barrier: {
+        // log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}), and remaining_0 = d.
+        const double before = started ? remaining_before : in.remaining + in.cumulative;
+        started = true;
+        remaining_before = in.remaining;
+        inside = inside && in.remaining > 0;
+        return inside ? reward + rule.coefficient * std::log(in.remaining / before) : -rule.barrier_slope * in.cost;
+      }
+    }
+    return 0;
+  }
+};
+
+}  // namespace CMDP_ISA
+}  // namespace cmdp

@@ -1,0 +1,145 @@
+// Backward pass: one expression a column for the four upstream gradients g_l, g_H, g_R, g_F (method: the table of
+// gradients in cmdp_fast/reference.py):
+//
+//   dx = [ g_l (1[v=a] - p) - g_H p (log p + H) + g_R p (log p - log w - R) + g_F (p - w) ] / temperature.
+//
+// In powers of two, with t = L x - M and s = L y - N where M, N are the normalisers rounded to float and r, q what the
+// rounding left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of the row fold into four coefficients:
+//
+//   dx = 2^t (c0 + c1 t + c2 (t - s)) - c3 2^s.
+//
+// Splitting the normalisers keeps p to a rounding error although L x may be large; t - s is taken as a difference so
+// that nearly equal models do not cancel. The token's own column is done apart, in double.
+#pragma once
+
+#include "forward.h"
+
+namespace cmdp {
+inline namespace CMDP_ISA {
+
+struct RowGradient {
+  double g_l, g_h, g_r, g_f;  // upstream; g_r is 0 where R is infinite: its true gradient is, and would poison the step
+  double lx, ly, h, r;        // saved by the forward pass
+  double scale;
+};
+
+static inline RowGradient row_gradient(const Logits& in, int64_t row, const Upstream& up, const double* saved) {
+  const auto g = [&](int i) { return up.g[i] != nullptr ? up.g[i][row] : 0.0; };
+  const double r = saved[4 * row + 3];
+  const bool unbounded = r == TokenState::infinity();
+  return {g(0),           g(1),          unbounded ? 0.0 : g(2), g(3),
+          saved[4 * row], saved[4 * row + 1], saved[4 * row + 2], unbounded ? 0.0 : r,
+          natural_scale(in)};
+}
+
+// One column in double, x and y raw. Excluded columns have probability 0, and 0 * anything = 0.
+static inline double column_gradient(const RowGradient& g, double x, double y, bool own) {
+  const double log_p = x * g.scale - g.lx, log_w = y * g.scale - g.ly;
+  const double p = std::exp(log_p), w = std::exp(log_w);
+  double sum = g.g_f * (p - w) + g.g_l * ((own ? 1.0 : 0.0) - p);
+  if (p != 0) {
+    if (g.g_h != 0) sum -= g.g_h * p * (log_p + g.h);
+    if (g.g_r != 0) sum += g.g_r * p * (log_p - log_w - g.r);
+  }
+  return sum * g.scale;
+}
+
+template <bool kTeacher, bool kForwardKl>
+static inline void gradient_block(const float* x, const float* y, float* out, int64_t count, float scale, float m,
+                                  float n, const float (&c)[4]) {
+  const auto step = [&](const float* xs, const float* ys, float* to) {
+    Floats t = load(xs) * scale - m;
+    // An excluded column is clamped to where its weight is exactly zero.
+    t = max(t, splat(-127.0f));
+    Floats factor = t * c[1] + c[0], value;
+    if constexpr (kTeacher) {
+      const Floats s = max(load(ys) * scale - n, splat(-1e30f));
+      factor = (t - s) * c[2] + factor;
+      value = exp2(t) * factor;
+      if constexpr (kForwardKl) value = value - exp2(s) * c[3];
+    } else {
+      value = exp2(t) * factor;
+    }
+    store(to, value);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) step(x + i, y + i, out + i);
+  if (i < count) {
+    float tail_x[kLanes] = {}, tail_y[kLanes] = {}, tail[kLanes];
+    std::copy(x + i, x + count, tail_x);
+    if constexpr (kTeacher) std::copy(y + i, y + count, tail_y);
+    step(tail_x, tail_y, tail);
+    std::copy(tail, tail + (count - i), out + i);
+  }
+}
+
+static inline void zero_columns(const Matrix& matrix, void* row, int64_t from) {
+  if (matrix.width > from) {
+    std::memset(static_cast<char*>(row) + from * matrix.element_size, 0, (matrix.width - from) * matrix.element_size);
+  }
+}
+
+// Applies `block(x, y, out, count)` to the float blocks of a row, converting from and to the element type.
+template <class Block>
+static inline void map_blocks(const Logits& in, const void* x, const void* y, bool reads_teacher, void* out,
+                              const Block& block) {
+  alignas(64) float buffer_x[kBlock], buffer_y[kBlock], buffer_out[kBlock];
+  const DType dtype = in.student.dtype;
+  for (int64_t start = 0; start < in.vocab; start += kBlock) {
+    const int64_t count = std::min(kBlock, in.vocab - start);
+    const float* bx = as_floats(x, dtype, start, count, buffer_x);
+    const float* by = reads_teacher ? as_floats(y, in.teacher.dtype, start, count, buffer_y) : bx;
+    float* to = dtype == DType::float32 ? static_cast<float*>(out) + start : buffer_out;
+    block(bx, by, to, count);
+    if (dtype != DType::float32) from_floats(buffer_out, out, dtype, start, count);
+  }
+}
+
+static void backward(const Logits& in, int64_t row, const Upstream& up, const double* saved, const Matrix& out) {
+  void* to = row_of(out, row);
+  if (in.mask != nullptr && in.mask[row] == 0) {
+    zero_columns(out, to, 0);
+    return;
+  }
+  const void* x = row_of(in.student, row);
+  const void* y = row_of(in.teacher, row);
+  const RowGradient g = row_gradient(in, row, up, saved);
+  const int64_t token = in.tokens[row];
+  // Before anything is written: the output may be the logits themselves.
+  const double own = column_gradient(g, element(x, in.student.dtype, token), element(y, in.teacher.dtype, token), true);
+
+  const float m = static_cast<float>(g.lx * kLog2e), n = static_cast<float>(g.ly * kLog2e);
+  const double r = g.lx * kLog2e - m, q = g.ly * kLog2e - n;
+  const double weight = g.scale * std::exp2(-r);
+  const double along_t = -g.g_h * kLn2, along_difference = g.g_r * kLn2;
+  const double constant = -g.g_l - g.g_h * g.h - g.g_r * g.r + g.g_f - along_t * r + along_difference * (q - r);
+  const float c[4] = {static_cast<float>(weight * constant), static_cast<float>(weight * along_t),
+                      static_cast<float>(weight * along_difference),
+                      static_cast<float>(g.scale * std::exp2(-q) * g.g_f)};
+  const auto modest = [](double value) { return finite(value) && std::fabs(value) < 1e7; };
+  const bool fast = !is_wide(in) && modest(c[0]) && modest(c[1]) && modest(c[2]) && modest(c[3]) && modest(g.r) &&
+                    finite(m) && finite(n);
+  if (fast) {
+    const float scale = scale_of(in.temperature).per_octave;
+    const bool forward_kl = c[3] != 0, teacher = forward_kl || c[2] != 0;
+    map_blocks(in, x, y, teacher, to, [&](const float* bx, const float* by, float* dx, int64_t count) {
+      if (forward_kl) {
+        gradient_block<true, true>(bx, by, dx, count, scale, m, n, c);
+      } else if (teacher) {
+        gradient_block<true, false>(bx, by, dx, count, scale, m, n, c);
+      } else {
+        gradient_block<false, false>(bx, by, dx, count, scale, m, n, c);
+      }
+    });
+  } else {
+    for (int64_t i = 0; i < in.vocab; ++i) {
+      const double dx = column_gradient(g, element(x, in.student.dtype, i), element(y, in.teacher.dtype, i), false);
+      set_element(to, in.student.dtype, i, dx);
+    }
+  }
+  set_element(to, in.student.dtype, token, own);
+  zero_columns(out, to, in.vocab);
+}
+
+}  // namespace CMDP_ISA
+}  // namespace cmdp

@@ -1,0 +1,276 @@
+// Forward pass: feeds the columns of a row, a block at a time, to the state of token_state.h.
+//
+// Within a block everything is float32 and in powers of two. With L = log2(e)/temperature (rounded to float) and
+// block-wide references M, N, each column has t = L x - M and s = L y - N, one fused multiply-add each, and
+//
+//   z += 2^t    u += 2^s    a += 2^t (t - s)    b += 2^s (s - t)    h += 2^t t    k += 2^s s.
+//
+// What L x means as a logit is exact: the state of the block is that of the logits (L ln 2) x with reference M ln 2,
+// and L ln 2 differs from 1/temperature by less than 6e-8 relatively, the same for all columns and for the
+// backward pass. Differences t - s are taken relative to the references, so that a common shift of one model's
+// logits costs no precision. Across blocks the sums are double.
+//
+// The reference of a row's segment is the maximum of its first block; a block that exceeds it by 2^64 gets its own.
+// The maximum is therefore read twice for one block of a segment only, and memory is read once.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "../token_state.h"
+#include "dtype.h"
+
+namespace cmdp {
+inline namespace CMDP_ISA {
+
+constexpr int64_t kBlock = 4096;     // columns: two float buffers of it stay in the L1 and L2 caches
+constexpr int64_t kSegment = 16384;  // columns that one thread folds; depends on nothing, so results do not either
+constexpr double kLn2 = 0.693147180559945309417232121458;
+constexpr double kLog2e = 1.44269504088896340735992468100;
+
+// log2(e)/temperature as the kernels multiply by it, and what that factor is in natural units.
+struct Scale {
+  float per_octave;
+  double natural;
+};
+
+static inline Scale scale_of(double temperature) {
+  const float per_octave = static_cast<float>(kLog2e / temperature);
+  return {per_octave, static_cast<double>(per_octave) * kLn2};
+}
+
+// The factor by which raw logits are multiplied: 1/temperature for float64, Scale::natural otherwise.
+static inline bool is_wide(const Logits& in) {
+  return in.student.dtype == DType::float64 || in.teacher.dtype == DType::float64;
+}
+static inline double natural_scale(const Logits& in) {
+  return is_wide(in) ? 1.0 / in.temperature : scale_of(in.temperature).natural;
+}
+
+// isfinite that no compiler flag can fold away.
+static inline bool finite(double value) {
+  return (std::bit_cast<uint64_t>(value) & 0x7ff0000000000000u) != 0x7ff0000000000000u;
+}
+
+struct BlockSums {
+  float z, u, a, b, h, k;
+  float top_t, top_s;       // largest t and s
+  float only_x, only_y;     // > 0 if a column is excluded by the teacher alone (by the student alone)
+  float extreme;            // > 0 if a finite logit lies too far down for float arithmetic
+};
+
+// The six sums of one block, `count` columns. With kExcluded, columns of -inf are given weight zero instead of
+// 0 * inf = NaN; without it they make the sums NaN, and the caller comes back with kExcluded.
+template <bool kExcluded>
+static inline BlockSums block_sums(const float* x, const float* y, int64_t count, float scale, float m, float n) {
+  constexpr int kUnroll = 2;  // independent chains a model: hides the latency of the polynomial
+  constexpr int kStep = kUnroll * kLanes;
+  Floats z{}, u{}, a{}, b{}, h{}, k{}, only_x{}, only_y{}, extreme{};
+  Floats top_t = splat(-3e38f), top_s = top_t;
+  const auto step = [&](const float* xs, const float* ys) {
+    Floats t[kUnroll], s[kUnroll], et[kUnroll], es[kUnroll];
+    for (int j = 0; j < kUnroll; ++j) {
+      t[j] = load(xs + j * kLanes) * scale - m;
+      s[j] = load(ys + j * kLanes) * scale - n;
+    }
+    Ints both[kUnroll];
+    if constexpr (kExcluded) {
+      const Floats gone = splat(-__builtin_inff()), bottom = splat(-1e30f);
+      const Ints one = (Ints)splat(1.0f);
+      for (int j = 0; j < kUnroll; ++j) {
+        const Ints has_x = load(xs + j * kLanes) != gone, has_y = load(ys + j * kLanes) != gone;
+        both[j] = has_x & has_y;
+        only_x += (Floats)(has_x & ~has_y & one);
+        only_y += (Floats)(has_y & ~has_x & one);
+        extreme += (Floats)(((has_x & (t[j] < bottom)) | (has_y & (s[j] < bottom))) & one);
+        t[j] = max(bottom, t[j]);  // weighs exactly nothing and stays finite; a NaN stays a NaN
+        s[j] = max(bottom, s[j]);
+      }
+    }
+    for (int j = 0; j < kUnroll; ++j) top_t = max(top_t, t[j]), top_s = max(top_s, s[j]);
+    for (int j = 0; j < kUnroll; ++j) et[j] = exp2(t[j]), es[j] = exp2(s[j]);
+    for (int j = 0; j < kUnroll; ++j) {
+      Floats difference = t[j] - s[j];
+      if constexpr (kExcluded) difference = (Floats)((Ints)difference & both[j]);
+      a += et[j] * difference;
+      b -= es[j] * difference;
+    }
+    for (int j = 0; j < kUnroll; ++j) {
+      z += et[j];
+      u += es[j];
+      h += et[j] * t[j];
+      k += es[j] * s[j];
+    }
+  };
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) step(x + i, y + i);
+  if (i < count) {  // the rest, filled up with columns that weigh exactly nothing
+    float tail_x[kStep], tail_y[kStep];
+    std::fill(tail_x, tail_x + kStep, (m - 1000.0f - 0.01f * std::fabs(m)) / scale);
+    std::fill(tail_y, tail_y + kStep, (n - 1000.0f - 0.01f * std::fabs(n)) / scale);
+    std::copy(x + i, x + count, tail_x);
+    std::copy(y + i, y + count, tail_y);
+    step(tail_x, tail_y);
+  }
+  return {sum_of_lanes(z), sum_of_lanes(u), sum_of_lanes(a), sum_of_lanes(b), sum_of_lanes(h), sum_of_lanes(k),
+          max_of_lanes(top_t), max_of_lanes(top_s), sum_of_lanes(only_x), sum_of_lanes(only_y),
+          sum_of_lanes(extreme)};
+}
+
+static inline float block_max(const float* x, int64_t count) {
+  Floats top = splat(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) top = max(load(x + i), top);
+  float best = max_of_lanes(top);
+  for (; i < count; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// A side without weight gives no reference: another block may hold columns far below this one.
+static inline TokenState block_state(const BlockSums& sums, double m, double n) {
+  return {sums.z > 0 ? m * kLn2 : -TokenState::infinity(),
+          sums.u > 0 ? n * kLn2 : -TokenState::infinity(),
+          sums.z,
+          sums.u,
+          kLn2 * (sums.a + (m - n) * sums.z),
+          kLn2 * (sums.b + (n - m) * sums.u),
+          kLn2 * sums.h,
+          kLn2 * sums.k,
+          -TokenState::infinity(),
+          -TokenState::infinity(),
+          sums.only_x > 0 ? 1.0 : 0.0,
+          sums.only_y > 0 ? 1.0 : 0.0};
+}
+
+static inline bool usable(const BlockSums& s) {
+  const bool in_range = s.top_t <= 64.0f && s.top_s <= 64.0f && !(s.extreme > 0);
+  return in_range && finite(s.z) && finite(s.u) && finite(s.a) && finite(s.b) && finite(s.h) && finite(s.k);
+}
+
+// The exact, slow way for a block: double throughout, every special value as token_state.h says.
+static inline void push_exactly(TokenState& state, const Logits& in, const void* x, const void* y, int64_t from,
+                                int64_t count) {
+  constexpr int64_t kPiece = 512;
+  double bx[kPiece], by[kPiece];
+  const double scale = natural_scale(in);
+  for (int64_t done = 0; done < count; done += kPiece) {
+    const int64_t piece = std::min(kPiece, count - done);
+    as_doubles(x, in.student.dtype, from + done, piece, bx);
+    as_doubles(y, in.teacher.dtype, from + done, piece, by);
+    for (int64_t i = 0; i < piece; ++i) bx[i] *= scale, by[i] *= scale;
+    state.push_block(bx, by, piece);
+  }
+}
+
+// Columns [from, to) of a row, folded into a state.
+static inline TokenState fold_columns(const Logits& in, const void* x, const void* y, int64_t from, int64_t to) {
+  TokenState state = TokenState::empty();
+  if (is_wide(in)) {
+    push_exactly(state, in, x, y, from, to - from);
+    return state;
+  }
+  const float scale = scale_of(in.temperature).per_octave;
+  alignas(64) float buffer_x[kBlock], buffer_y[kBlock];
+  float m = 0, n = 0;  // references, once a block with columns of both models has been seen
+  bool referenced = false;
+  for (int64_t start = from; start < to; start += kBlock) {
+    const int64_t count = std::min(kBlock, to - start);
+    const float* bx = as_floats(x, in.student.dtype, start, count, buffer_x);
+    const float* by = as_floats(y, in.teacher.dtype, start, count, buffer_y);
+    BlockSums sums{};
+    bool good = false;
+    if (referenced) {
+      sums = block_sums<false>(bx, by, count, scale, m, n);
+      good = usable(sums);
+    }
+    float block_m = m, block_n = n;
+    if (!good) {
+      const float none = -__builtin_inff();
+      const float top_x = block_max(bx, count) * scale, top_y = block_max(by, count) * scale;
+      // A block that a model excludes altogether has no maximum; any reference serves, and none is kept.
+      block_m = top_x == none ? 0 : referenced ? std::max(m, top_x) : top_x;
+      block_n = top_y == none ? 0 : referenced ? std::max(n, top_y) : top_y;
+      if (finite(block_m) && finite(block_n)) {
+        if (top_x != none && top_y != none) m = block_m, n = block_n, referenced = true;
+        sums = block_sums<false>(bx, by, count, scale, block_m, block_n);
+        good = usable(sums);
+        if (!good) {
+          sums = block_sums<true>(bx, by, count, scale, block_m, block_n);
+          good = usable(sums);
+        }
+      }
+    }
+    if (good) {
+      state.merge(block_state(sums, block_m, block_n));
+    } else {
+      push_exactly(state, in, x, y, start, count);
+    }
+  }
+  return state;
+}
+
+static int64_t segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
+
+static void fold(const Logits& in, int64_t row, int64_t first, int64_t last, double* states) {
+  const void* x = row_of(in.student, row);
+  const void* y = row_of(in.teacher, row);
+  for (int64_t segment = first; segment < last; ++segment) {
+    const int64_t from = segment * kSegment, to = std::min(in.vocab, from + kSegment);
+    const TokenState state = fold_columns(in, x, y, from, to);
+    std::memcpy(states + segment * TokenState::kFields, &state, sizeof state);
+  }
+}
+
+static inline void label(TokenState& state, const Logits& in, int64_t row, int64_t column) {
+  const double scale = natural_scale(in);
+  state.label(scale * element(row_of(in.student, row), in.student.dtype, column),
+              scale * element(row_of(in.teacher, row), in.teacher.dtype, column));
+}
+
+static void update(const Logits& in, int64_t row, int64_t own, double* states) {
+  TokenState state, tile = fold_columns(in, row_of(in.student, row), row_of(in.teacher, row), 0, in.vocab);
+  if (own >= 0) label(tile, in, row, own);
+  std::memcpy(&state, states, sizeof state);
+  state.merge(tile);
+  std::memcpy(states, &state, sizeof state);
+}
+
+static inline void write_statistics(const TokenStats& stats, const StatsOut& out, int64_t row) {
+  const double values[6] = {stats.logprob,         stats.teacher_logprob, stats.entropy,
+                            stats.teacher_entropy, stats.reverse_kl,      stats.forward_kl};
+  for (int i = 0; i < 6; ++i) {
+    if (out.statistics[i] == nullptr) continue;
+    if (out.wide) {
+      static_cast<double*>(out.statistics[i])[row] = values[i];
+    } else {
+      static_cast<float*>(out.statistics[i])[row] = static_cast<float>(values[i]);
+    }
+  }
+}
+
+static void finish(const Logits& in, int64_t row, const double* states, int64_t count, const StatsOut& out) {
+  double* saved = out.saved + 4 * row;
+  if (in.mask != nullptr && in.mask[row] == 0) {
+    write_statistics({0, 0, 0, 0, 0, 0}, out, row);
+    std::fill(saved, saved + 4, 0.0);
+    return;
+  }
+  TokenState state = TokenState::empty();
+  for (int64_t i = 0; i < count; ++i) {
+    TokenState part;
+    std::memcpy(&part, states + i * TokenState::kFields, sizeof part);
+    state.merge(part);
+  }
+  if (in.tokens != nullptr) label(state, in, row, in.tokens[row]);
+  const TokenStats stats = state.finish();
+  write_statistics(stats, out, row);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const bool valid = state.valid();
+  saved[0] = valid ? state.log_normalizer() : nan;
+  saved[1] = valid ? state.teacher_log_normalizer() : nan;
+  saved[2] = stats.entropy;
+  saved[3] = stats.reverse_kl;
+}
+
+}  // namespace CMDP_ISA
+}  // namespace cmdp
