@@ -298,7 +298,7 @@ def test_bad_input(case, pair, tmp_path, capsys, monkeypatch):
     assert error.startswith("cmdp-fast: error: ") and error.count("\n") == 1
     assert expected in error
     assert [path.name for path in runs.iterdir()] == ["taken"] and not list((runs / "taken").iterdir())
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "cmdp_fast").exists()
 
 
 def test_option_that_does_not_exist(capsys):

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import objective
-from ..reference import BudgetTrace, ConstrainedReward, TokenStats, token_cost
+import cmdp_fast as cf
+from cmdp_fast import objective
+
 from .config import TrainConfig
 from .data import Row
 from .errors import InputError
@@ -28,33 +29,6 @@ from .rollout import Rollout, Sampling, completion_logits, generate
 Metrics = dict[str, float]
 
 
-# --- until the native operations are here
-def token_stats(student_logits, teacher_logits, tokens, *, mask, temperature, vocab_size, inplace_backward=False):
-    from ..reference import token_stats
-
-    return token_stats(
-        student_logits, teacher_logits, tokens, mask=mask, temperature=temperature, vocab_size=vocab_size
-    )
-
-
-def constrained_reward(
-    student_logits, teacher_logits, tokens, task_reward, budget, *, mask, cost, kind, penalty, discrepancy_weight,
-    coefficient, reduction, temperature, vocab_size
-):  # fmt: skip
-    from ..reference import budget_trace, modified_reward
-
-    stats = token_stats(
-        student_logits, teacher_logits, tokens, mask=mask, temperature=temperature, vocab_size=vocab_size
-    )
-    c = torch.where(mask, token_cost(stats, cost), 0.0)
-    trace = budget_trace(c, budget, mask=mask, reduction=reduction)
-    reward = modified_reward(
-        task_reward, c, trace, kind=kind, penalty=penalty, discrepancy_weight=discrepancy_weight,
-        coefficient=coefficient, mask=mask
-    )  # fmt: skip
-    return ConstrainedReward(stats, trace, reward)
-
-
 @dataclass
 class Experience:
     """B scored completions of up to T tokens."""
@@ -63,8 +37,8 @@ class Experience:
     texts: list[str]
     task_reward: Tensor  # [B], all reward functions together
     named_rewards: dict[str, Tensor]  # [B] each, NaN where the function has no opinion
-    stats: TokenStats  # [B, T] each, of the policy that sampled
-    trace: BudgetTrace
+    stats: cf.TokenStats  # [B, T] each, of the policy that sampled
+    trace: cf.BudgetTrace
     reward: Tensor  # [B, T], modified
     last_reward: Tensor  # [B, T], the task reward at its token
     teacher_logits: Tensor | None  # [B, T, V], if they are kept
@@ -100,7 +74,8 @@ class PPO:
         self.clock = Clock(accelerator.device)
         kp, ki, kd = config.pid_gains
         self.pid = objective.PIDController(kp=kp, ki=ki, kd=kd, initial_integral=config.coefficient)
-        self.coefficient = config.coefficient  # lambda, which moves for pid only
+        # lambda, which moves for pid only, or the barrier's kappa
+        self.coefficient = config.coefficient if config.kind in ("lagrangian", "pid", "barrier") else None
         self.tokens_seen = 0
 
     def step(self, rows: list[Row], prompts: list[list[int]]) -> Metrics:
@@ -140,7 +115,7 @@ class PPO:
     @torch.no_grad()
     def score(
         self, policy: Any, rollout: Rollout, last_reward: Tensor, clock: Clock, keep_logits: bool
-    ) -> tuple[ConstrainedReward, Tensor | None]:
+    ) -> tuple[cf.ConstrainedReward, Tensor | None]:
         """Statistics, account and modified reward of each token; the teacher's logits too if they fit in the cache."""
         c = self.config
         kept, parts = None, []
@@ -150,7 +125,7 @@ class PPO:
             teacher_logits = self.logits(self.teacher, part)
             with clock.phase("kernels"):
                 parts.append(
-                    constrained_reward(
+                    cf.constrained_reward(
                         student_logits,
                         teacher_logits,
                         part.tokens,
@@ -172,9 +147,9 @@ class PPO:
                 if kept is None:
                     kept = teacher_logits.new_empty(len(rollout), *teacher_logits.shape[1:])
                 kept[rows] = teacher_logits
-        stats = TokenStats(*(torch.cat(column) for column in zip(*(p.stats for p in parts), strict=True)))
-        trace = BudgetTrace(*(torch.cat(column) for column in zip(*(p.trace for p in parts), strict=True)))
-        return ConstrainedReward(stats, trace, torch.cat([p.reward for p in parts])), kept
+        stats = cf.TokenStats(*(torch.cat(column) for column in zip(*(p.stats for p in parts), strict=True)))
+        trace = cf.BudgetTrace(*(torch.cat(column) for column in zip(*(p.trace for p in parts), strict=True)))
+        return cf.ConstrainedReward(stats, trace, torch.cat([p.reward for p in parts])), kept
 
     def logits(self, model: Any, rollout: Rollout) -> Tensor:
         """A model's logits [B, T, V] at the tokens of the completions."""
@@ -221,12 +196,14 @@ class PPO:
                     for rows in minibatch.split(c.micro_batch_size):
                         loss, part, logits = self.loss(experience, advantage, direct, rows, len(minibatch))
                         self.backward(loss, logits)
-                        for name, value in part.items():
-                            metrics[name] = metrics.get(name, 0.0) + float(value) * len(rows) / len(minibatch)
+                        share = int(rollout.mask[rows].sum()) / int(rollout.mask[minibatch].sum())
+                        for name, value in part.items():  # losses add up, the others are means over tokens
+                            weight = 1.0 if name.startswith("loss") else share
+                            metrics[name] = metrics.get(name, 0.0) + weight * float(value)
                     norm = float(self.accelerator.clip_grad_norm_(self.student.parameters(), c.max_grad_norm))
                     if not math.isfinite(norm):
                         raise InputError(
-                            "the gradient is not finite: the learning rate is too high, or the cost is infinite because "
+                            "the gradient is not finite: the learning rate is too high, or the cost is infinite where "
                             "the teacher excludes a token that the student uses"
                         )
                     self.optimizer.step()
@@ -250,7 +227,7 @@ class PPO:
                 teacher_logits = self.logits(self.teacher, part)
         logits = self.logits(self.student, part)
         with self.clock.phase("kernels"):
-            stats = token_stats(
+            stats = cf.token_stats(
                 logits,
                 teacher_logits,
                 part.tokens,
@@ -266,11 +243,11 @@ class PPO:
             mask=part.mask,
             clip_low=c.clip_low,
             clip_high=c.clip_high,
-            cost=None if c.action_dependent else token_cost(stats, c.cost),
+            cost=None if c.action_dependent else cf.token_cost(stats, c.cost),
             direct=None if c.action_dependent else direct[rows],
             normalizer=sequences,
         )
-        return loss, metrics | {"loss": loss.detach() * sequences / len(rows)}, logits
+        return loss, metrics | {"loss": loss.detach()}, logits
 
     def backward(self, loss: Tensor, logits: Tensor) -> None:
         """The backward pass; its part above the logits, loss and statistics, is booked as time in the kernels."""
@@ -298,7 +275,7 @@ class PPO:
         }
         metrics |= {f"rewards/{name}/mean": value.nanmean() for name, value in e.named_rewards.items()}
         ours = objective.constraint_metrics(
-            token_cost(e.stats, c.cost), e.trace, mask=mask, correct=e.task_reward >= c.correct_at
+            cf.token_cost(e.stats, c.cost), e.trace, mask=mask, correct=e.task_reward >= c.correct_at
         )
         ours |= {
             "modified_reward": e.reward.sum(1).mean(),
@@ -306,7 +283,7 @@ class PPO:
             "cumulative_k1": log_ratio.sum(1).mean(),
             "cumulative_k3": (torch.expm1(-log_ratio) + log_ratio).sum(1).mean(),
         }
-        if c.kind in ("lagrangian", "pid"):
+        if self.coefficient is not None and c.kind != "barrier":
             ours["lambda"] = torch.tensor(self.coefficient)
         return {name: float(value) for name, value in metrics.items()} | {
             f"cmdp/{name}": float(value) for name, value in ours.items()

@@ -48,10 +48,6 @@ def train(config: TrainConfig) -> Path:
         f"{len(problems.train)} problems to train on, {len(problems.held_out)} held out; "
         f"{config.kind}, budget {config.budget:g} nats of {config.cost} a completion"
     )
-    if config.kind == "saute" and not config.action_dependent:
-        report.say(
-            f"warning: {config.cost} does not depend on the action, so that saute's penalty has no direct gradient"
-        )
     results: dict[str, Any] = {}
     samples = {}
     for who, policy in (("teacher", ppo.teacher), ("student_before", ppo.student)):
