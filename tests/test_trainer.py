@@ -293,6 +293,7 @@ def test_bad_input(case, pair, tmp_path, capsys, monkeypatch):
         else value
         for name, value in changes.items()
     }
+    capsys.readouterr()  # what saving the models above printed
     assert main(arguments(pair, runs, **changes)) == 2
     error = capsys.readouterr().err
     assert error.startswith("cmdp-fast: error: ") and error.count("\n") == 1
