@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-try:
-    from cmdp_fast import _C as native
 
-    _native_problem = None
-except ImportError as error:  # no compiler at installation time, or a wheel for another platform
-    native = None  # type: ignore[assignment]
-    _native_problem = f"the native module was not built or does not load here ({error})"
+def _load_native():
+    """The native module and None, or None and the reason why it cannot be used."""
+    try:
+        from cmdp_fast import _C
+
+        _C.variant()  # raises if the processor is older than every compiled variant
+    except (ImportError, RuntimeError) as error:
+        return None, f"the native module was not built, or does not run here ({error})"
+    return _C, None
+
+
+native, _native_problem = _load_native()
+
+# Every backend, and None if it works here, else why it does not.
+_BACKENDS: dict[str, str | None] = {
+    "cpu": _native_problem,
+    "triton": "this version has no GPU kernels; tensors on a GPU use the torch backend",
+    "torch": None,
+}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -19,33 +32,20 @@ def available_backends() -> dict[str, str | None]:
     ``cpu``: the native kernels, for CPU tensors. ``triton``: GPU kernels. ``torch``: plain PyTorch
     (`cmdp_fast.reference`), for any device.
     """
-    problem = _native_problem
-    if native is not None:
-        try:
-            native.variant()
-        except RuntimeError as error:
-            problem = str(error)
-    return {
-        "cpu": problem,
-        "triton": "this version has no GPU kernels; tensors on a GPU use the torch backend",
-        "torch": None,
-    }
+    return dict(_BACKENDS)
 
 
-def choose(backend: str | None, *tensors: Tensor | None) -> str:
-    """The backend that serves these tensors: the one named, or the best that works here.
+def choose(backend: str | None, tensor: Tensor) -> str:
+    """The backend that serves a tensor's device: the one named, or the best that works here.
 
-    Raises ValueError for an unknown name, a backend that does not work here, or tensors it cannot take.
+    Raises ValueError for an unknown name, a backend that does not work here, or a tensor it cannot take.
     """
-    on_cpu = all(t is None or t.device.type == "cpu" for t in tensors)
     if backend is None:
-        return "cpu" if on_cpu and available_backends()["cpu"] is None else "torch"
-    known = available_backends()
-    if backend not in known:
-        raise ValueError(f"backend={backend!r} is unknown; expected None or one of {', '.join(known)}")
-    if known[backend] is not None:
-        raise ValueError(f"backend={backend!r} is not available here: {known[backend]}")
-    if backend == "cpu" and not on_cpu:
-        device = next(t.device for t in tensors if t is not None and t.device.type != "cpu")
-        raise ValueError(f"backend='cpu' takes CPU tensors, got one on {device}")
+        return "cpu" if tensor.device.type == "cpu" and _BACKENDS["cpu"] is None else "torch"
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; expected None or one of {', '.join(_BACKENDS)}")
+    if _BACKENDS[backend] is not None:
+        raise ValueError(f"backend={backend!r} is not available here: {_BACKENDS[backend]}")
+    if backend == "cpu" and tensor.device.type != "cpu":
+        raise ValueError(f"backend='cpu' takes CPU tensors, got one on {tensor.device}")
     return backend

@@ -63,7 +63,7 @@ struct BlockSums {
 // 0 * inf = NaN; without it they make the sums NaN, and the caller comes back with kExcluded.
 template <bool kExcluded>
 static inline BlockSums block_sums(const float* x, const float* y, int64_t count, float scale, float m, float n) {
-  constexpr int kUnroll = 2;  // independent chains a model: hides the latency of the polynomial
+  constexpr int kUnroll = 3;  // independent chains a model: hides the latency of the polynomial
   constexpr int kStep = kUnroll * kLanes;
   Floats z{}, u{}, a{}, b{}, h{}, k{}, only_x{}, only_y{}, extreme{};
   Floats top_t = splat(-3e38f), top_s = top_t;

@@ -1,0 +1,39 @@
+"""What runs here and why: the text of `cmdp-fast info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from cmdp_fast.ops.backends import available_backends, native
+
+_PACKAGES = ("cmdp_fast", "torch", "triton", "transformers", "datasets", "accelerate", "tyro", "reasoning-gym")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """Versions, processor features, the kernel variant chosen, threads, and which backends work."""
+    lines = [f"python         {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    lines += [f"{package:<14} {_version(package)}" for package in _PACKAGES]
+    if native is None:
+        lines.append("native module  absent")
+    else:
+        variants = ", ".join(name if runs else f"{name} (not on this processor)" for name, runs in native.variants())
+        lines += [
+            f"cpu features   {' '.join(native.cpu_features()) or 'none looked for on this architecture'}",
+            f"kernel variant {native.variant()} of {variants}",
+            f"openmp         {'yes' if native.OPENMP else 'no: single thread'}",
+        ]
+    lines.append(f"threads        {torch.get_num_threads()} (torch.get_num_threads) of {os.cpu_count()} processors")
+    for name, problem in available_backends().items():
+        lines.append(f"backend {name:<6} {'available' if problem is None else f'not available: {problem}'}")
+    return "\n".join(lines)
