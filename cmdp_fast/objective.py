@@ -115,12 +115,7 @@ def _returns(reward: Tensor, keep: Tensor, gamma: float) -> Tensor:
 
 
 def score_coefficient(
-    reward: Tensor,
-    task_part: Tensor,
-    *,
-    action_dependent: bool,
-    mask: Tensor | None = None,
-    gamma: float = 1.0,
+    reward: Tensor, task_part: Tensor, *, action_dependent: bool, mask: Tensor | None = None, gamma: float = 1.0
 ) -> Tensor:
     """The coefficient of grad log pi(a_t|s_t) before a baseline is subtracted, [B, T].
 
@@ -163,15 +158,15 @@ def direct_coefficient(
     k_i = kappa w_i / (d - C_L) up to L, with w_i taken at t = L, and barrier_slope from the crossing on.
 
     ``lagrangian, pid``: lambda at every token, undiscounted. ``saute, worst_case``: 0, their penalty is piecewise
-    constant; with an action-independent cost only the score term of later penalties acts.
-
-    Raises ValueError for an unknown kind or reduction and where ``coefficient`` is missing.
+    constant; with an action-independent cost only the score term of later penalties acts. Raises ValueError for an
+    unknown kind or reduction and where ``coefficient`` is missing.
     """
     _check_kind(kind)
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r}, expected 'sum' or 'mean'")
     if coefficient is None and kind in ("lagrangian", "pid", "barrier"):
         raise ValueError(f"kind={kind!r} needs coefficient ({'kappa' if kind == 'barrier' else 'lambda'}), got None")
+    price = 0.0 if coefficient is None else coefficient
     remaining = trace.remaining.detach()
     keep = _kept(remaining, mask)
     inside = _inside(trace) & keep
@@ -186,14 +181,10 @@ def direct_coefficient(
         over = _last(trace.violated, keep) & ~(_last(remaining, keep) > 0)  # not "<= 0": NaN is over budget
         weight = torch.where(over, discrepancy_weight * account_weight(keep), 0.0)
     elif kind == "barrier":
-        assert coefficient is not None
         slack = torch.where(inside.any(1, keepdim=True), _last(remaining, inside), 1.0)
-        weight = torch.where(inside, coefficient * account_weight(inside) / slack, barrier_slope)
-    elif kind in ("lagrangian", "pid"):
-        assert coefficient is not None
-        weight = torch.full_like(remaining, coefficient)
+        weight = torch.where(inside, price * account_weight(inside) / slack, barrier_slope)
     else:
-        weight = torch.zeros_like(remaining)
+        weight = torch.full_like(remaining, price if kind in ("lagrangian", "pid") else 0.0)
     return torch.where(keep, weight, 0.0)
 
 
@@ -210,7 +201,7 @@ def _groups(x: Tensor, group_size: int) -> Tensor:
 
 
 def _leave_one_out(groups: Tensor) -> Tensor:
-    """x - mean of the other members of its group (dim 1), as a centring so that equal members give exactly 0."""
+    """x less the mean of the other members of its group (dim 1)."""
     size = groups.shape[1]
     return (groups - groups.mean(1, keepdim=True)) * (size / (size - 1))
 
@@ -225,13 +216,10 @@ class GroupAdvantage(NamedTuple):
 def grpo(returns: Tensor, group_size: int, eps: float = 1e-4) -> GroupAdvantage:
     """(S_i - mean) / (std + eps) over contiguous groups, std with ddof 1; ``returns`` and both results are [B].
 
-    Divide `direct_coefficient` by ``scale[:, None]`` as well, or the discrepancy weight silently changes its meaning
-    with the spread of the group's returns.
-
-    Two facts. A group whose returns take two values has, up to eps, the same advantages whatever their distance:
+    Divide `direct_coefficient` by ``scale[:, None]`` too, or the discrepancy weight changes its meaning with the spread
+    of the returns. A group whose returns take two values has, up to eps, the same advantages whatever their distance:
     where feasible completions score 1 and the others -n, it is indifferent to n. In a group of equal returns only the
-    direct term acts, and as scale = eps it is multiplied by 1/eps (10,000). `rloo` has neither property.
-
+    direct term acts, and with scale = eps it is multiplied by 1/eps (10,000). `rloo` neither forgets n nor rescales.
     Raises ValueError if group_size < 2 or does not divide B.
     """
     groups = _groups(returns, group_size)
@@ -253,9 +241,8 @@ def position_rloo(score: Tensor, group_size: int, mask: Tensor | None = None) ->
     completions at the same position, where a completion that has finished counts as 0.
 
     Column t has to be the t-th completion token of every sequence. The baseline comes from other samples, so it is
-    unbiased; unlike one number a sequence it knows how much of the return is still to come.
-
-    Raises ValueError if group_size < 2 or does not divide B.
+    unbiased; unlike one number a sequence it knows how much of the return is still to come. Raises ValueError if
+    group_size < 2 or does not divide B.
     """
     keep = _kept(score, mask)
     groups = _groups(torch.where(keep, score, 0.0), group_size)
@@ -310,12 +297,11 @@ def ppo_loss(
     that are accumulated into one step have to share one N.
 
     Metrics, means over real tokens: ``clip_ratio/low_mean``, ``clip_ratio/high_mean`` (rho beyond the edge on the side
-    where the clip takes effect), ``clip_ratio/region_mean`` (either), ``approx_kl`` (mean of rho - 1 - log rho, nats),
-    ``ratio``; and ``loss/score``, ``loss/direct``, the two terms of the loss.
+    where the clip takes effect), ``clip_ratio/region_mean`` (either), ``approx_kl`` (mean of rho - 1 - log rho, nats);
+    and ``loss/score``, ``loss/direct``, the two terms of the loss.
 
-    Raises ValueError for shapes that differ, for one of ``cost`` and ``direct`` without the other, and for a cost that
-    cannot pass a gradient although logprob can: the direct term would be lost without a word. For costs that depend on
-    the action leave both out.
+    Raises ValueError for shapes that differ, for ``cost`` without ``direct`` or the reverse, and for a cost that cannot
+    pass a gradient although logprob can: the direct term would be lost. Leave both out for action-dependent costs.
     """
     keep = _kept(logprob, mask, old_logprob=old_logprob, advantage=advantage)
     if (cost is None) != (direct is None):
@@ -348,7 +334,6 @@ def ppo_loss(
             "clip_ratio/high_mean": high.sum() / tokens,
             "clip_ratio/region_mean": (low | high).sum() / tokens,
             "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum() / tokens,
-            "ratio": torch.where(keep, ratio, 0.0).sum() / tokens,
             "loss/score": score_loss.detach(),
             "loss/direct": direct_loss.detach(),
         }
@@ -394,11 +379,12 @@ def constraint_metrics(
     feasible = remaining >= 0
 
     share = (alpha * size - torch.arange(size, device=cost.device)).clamp(0.0, 1.0)
+    worst = total.sort(descending=True).values
     metrics = {
         "constraint_satisfaction": feasible.to(total.dtype).mean(),
         "mean_excess": (-remaining).clamp(min=0.0).mean(),
         "mean_cumulative": total.mean(),
-        "cvar": (total.sort(descending=True).values * share).sum() / (alpha * size),
+        "cvar": torch.where(share > 0, worst * share, 0.0).sum() / (alpha * size),
         "mean_token_cost": cost.sum() / length.sum().clamp(min=1),
         "max_token_cost": cost.masked_fill(~keep, -torch.inf).amax(),
         "first_violation": 1.0 - ((trace.violated & keep).sum(1) / length.clamp(min=1)).mean(),
@@ -410,5 +396,5 @@ def constraint_metrics(
     if mean_budget is not None:
         mean = cost.cumsum(1) / keep.long().cumsum(1).clamp(min=1)
         limit = torch.as_tensor(mean_budget, dtype=mean.dtype, device=mean.device).expand(size)[:, None]
-        metrics["prefix_satisfaction"] = ((mean <= limit) | ~keep).all(1).to(total.dtype).mean()
+        metrics["prefix_satisfaction"] = (mean <= limit).all(1).to(total.dtype).mean()
     return metrics

@@ -1,0 +1,399 @@
+"""Returns, coefficients, advantages, surrogate, controller and metrics: worked numbers and properties."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from exact import ops, vectors
+from torch import Tensor
+
+from cmdp_fast import objective
+from cmdp_fast.reference import REWARDS
+
+EXAMPLE = vectors("worked_example")
+
+
+def row(values: list[float]) -> Tensor:
+    return torch.tensor([values], dtype=torch.float32)
+
+
+COST, TASK = row(EXAMPLE["cost"]), row(EXAMPLE["task_reward"])
+MASK = torch.tensor([[False, True, True, False, True, True, True, False]])
+
+
+def spread(values: Tensor, fill: float = math.nan) -> Tensor:
+    """The example's five tokens among three masked ones that hold ``fill``."""
+    return torch.full(MASK.shape, fill, dtype=values.dtype).masked_scatter(MASK, values)
+
+
+def example(name: str, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Modified reward and task part of the worked example."""
+    data = EXAMPLE[name]
+    kind = name.split("_")[0]
+    cost, task = (COST, TASK) if mask is None else (spread(COST), spread(TASK))
+    trace = ops.budget_trace(cost, EXAMPLE["budget"], mask=mask)
+    reward = ops.modified_reward(
+        task,
+        cost,
+        trace,
+        kind=kind,
+        penalty=data.get("penalty", 1.0),
+        penalty_at=data.get("penalty_at"),
+        discrepancy_weight=data.get("discrepancy_weight", 1.0),
+        coefficient=data.get("lambda"),
+        mask=mask,
+    )
+    return reward, objective.task_part(task, trace, kind)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Returns and score coefficients
+
+
+@pytest.mark.parametrize("name", ["saute", "cmdp", "cmdp_every", "hinge", "lagrangian"])
+def test_worked_example(name: str) -> None:
+    """The numbers are binary fractions, so equality is exact."""
+    data = EXAMPLE[name]
+    reward, task = example(name)
+    assert torch.equal(reward, row(data["modified_reward"]))
+    assert torch.equal(objective.returns_to_go(reward), row(data["return_to_go"]))
+    if "return_to_go_gamma_half" in data:
+        assert torch.equal(objective.returns_to_go(reward, gamma=0.5), row(data["return_to_go_gamma_half"]))
+    if "score_coefficient" in data:
+        score = objective.score_coefficient(reward, task, action_dependent=False)
+        assert torch.equal(score, row(data["score_coefficient"]))
+    score = objective.score_coefficient(reward, task, action_dependent=True)
+    assert torch.equal(score, row(data["return_to_go"]))
+
+
+def test_score_coefficient_discounts_what_comes_later() -> None:
+    """The penalties of saute at gamma .5: each token's later ones, halved once more than in its return."""
+    reward, task = example("saute")
+    score = objective.score_coefficient(reward, task, action_dependent=False, gamma=0.5)
+    assert torch.equal(score, row([-0.4375, -0.875, -0.75, -0.5, 0.0]))
+    kept_reward, kept_task = example("hinge")
+    score = objective.score_coefficient(kept_reward, kept_task, action_dependent=False, gamma=0.5)
+    assert torch.equal(score[:, 3:], row([0.3125, 1.0]))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["saute", "saute_crossing", "cmdp", "cmdp_every", "hinge", "lagrangian"])
+def test_masked_tokens_neither_count_nor_discount(name: str, gamma: float) -> None:
+    reward, task = example(name)
+    spread_reward = spread(reward)
+    _, spread_task = example(name, MASK)
+    expected = objective.returns_to_go(reward, gamma=gamma)
+    assert torch.equal(objective.returns_to_go(spread_reward, mask=MASK, gamma=gamma), spread(expected, 0.0))
+    for action_dependent in (False, True):
+        expected = objective.score_coefficient(reward, task, action_dependent=action_dependent, gamma=gamma)
+        score = objective.score_coefficient(
+            spread_reward, spread_task, action_dependent=action_dependent, gamma=gamma, mask=MASK
+        )
+        assert torch.equal(score, spread(expected, 0.0))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.5, 0.0])
+@pytest.mark.parametrize("width", [0, 1, 2, 3, 64, 1000])
+def test_returns_match_the_recurrence(width: int, gamma: float) -> None:
+    """A thousand tokens at gamma .5 discount by 1e-301: nothing may be divided by such a number."""
+    generator = torch.Generator().manual_seed(width)
+    reward = torch.randn(3, width, dtype=torch.float64, generator=generator)
+    mask = torch.rand(3, width, generator=generator) < 0.7
+    expected, following = torch.zeros_like(reward), torch.zeros(3, dtype=torch.float64)
+    for t in reversed(range(width)):
+        following = torch.where(mask[:, t], reward[:, t] + gamma * following, following)
+        expected[:, t] = torch.where(mask[:, t], following, 0.0)
+    actual = objective.returns_to_go(reward, mask=mask, gamma=gamma)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_task_part() -> None:
+    task = row([1.0, 2.0, 4.0, 8.0, 16.0])
+    trace = ops.budget_trace(COST, 0.5)
+    expected = {"cmdp": [1, 2, 0, 0, 0], "barrier": [1, 2, 0, 0, 0], "hinge": [1, 2, 4, 8, 16]}
+    expected |= {"saute": expected["cmdp"], "worst_case": expected["cmdp"]}
+    expected |= {"lagrangian": expected["hinge"], "pid": expected["hinge"]}
+    assert expected.keys() == set(REWARDS)
+    for kind, values in expected.items():
+        assert torch.equal(objective.task_part(task, trace, kind), row(values))
+    # C = d is feasible for the others; log(1 - C/d) is not finite there
+    at_edge = ops.budget_trace(COST, 0.5625)
+    assert torch.equal(objective.task_part(task, at_edge, "cmdp"), row([1, 2, 4, 0, 0]))
+    assert torch.equal(objective.task_part(task, at_edge, "barrier"), row([1, 2, 0, 0, 0]))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Direct coefficients (their values against finite differences: test_gradient.py)
+
+
+@pytest.mark.parametrize("kind", ["cmdp", "hinge"])
+def test_direct_term_acts_on_every_token_of_a_violating_sequence(kind: str) -> None:
+    cost = COST.repeat(2, 1)
+    trace = ops.budget_trace(cost, torch.tensor([0.5, 1.0]))
+    direct = objective.direct_coefficient(trace, kind, discrepancy_weight=2.0)
+    assert torch.equal(direct, torch.tensor([[2.0] * 5, [0.0] * 5]))
+    trace = ops.budget_trace(COST, 0.25, gamma=0.5)
+    direct = objective.direct_coefficient(trace, kind, discrepancy_weight=2.0, gamma=0.5)
+    assert torch.equal(direct, row([2.0, 1.0, 0.5, 0.25, 0.125]))
+    trace = ops.budget_trace(COST, 0.1875, reduction="mean")
+    direct = objective.direct_coefficient(trace, kind, discrepancy_weight=2.0, reduction="mean")
+    torch.testing.assert_close(direct, row([0.4] * 5))
+
+
+@pytest.mark.parametrize("edge", ["strict", "saute"])
+def test_direct_term_at_the_edge_follows_the_violation(edge: str) -> None:
+    trace = ops.budget_trace(COST, 1.0, edge=edge)
+    direct = objective.direct_coefficient(trace, "hinge")
+    assert torch.equal(direct > 0, trace.violated[:, -1:].expand_as(direct))
+
+
+def test_direct_coefficients_of_the_other_kinds() -> None:
+    trace = ops.budget_trace(COST, 0.5)
+    for kind in ("saute", "worst_case"):
+        assert not objective.direct_coefficient(trace, kind).any()
+    for kind in ("lagrangian", "pid"):
+        assert torch.equal(objective.direct_coefficient(trace, kind, coefficient=0.25), row([0.25] * 5))
+    barrier = objective.direct_coefficient(trace, "barrier", coefficient=0.5, barrier_slope=8.0)
+    torch.testing.assert_close(barrier, row([1.6, 1.6, 8.0, 8.0, 8.0]))  # 1.6 = .5 / (.5 - .1875)
+
+
+@pytest.mark.parametrize("kind", REWARDS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_masked_tokens_do_not_change_direct_coefficients(kind: str, reduction: str) -> None:
+    budget = 0.5 if reduction == "sum" else 0.1875
+    options = {"coefficient": 0.5, "reduction": reduction, "gamma": 0.5 if reduction == "sum" else 1.0}
+    account = {"reduction": reduction, "gamma": options["gamma"]}
+    expected = objective.direct_coefficient(ops.budget_trace(COST, budget, **account), kind, **options)
+    trace = ops.budget_trace(spread(COST), budget, mask=MASK, **account)
+    actual = objective.direct_coefficient(trace, kind, mask=MASK, **options)
+    torch.testing.assert_close(actual, spread(expected, 0.0))
+
+
+def test_direct_coefficient_counts_nan_as_over_budget() -> None:
+    trace = ops.budget_trace(row([0.1, math.nan]), 1.0)
+    assert torch.equal(objective.direct_coefficient(trace, "cmdp"), row([1.0, 1.0]))
+
+
+def test_barrier_total() -> None:
+    """The logarithms telescope: the total is kappa log(1 - C_T/d)."""
+    data = EXAMPLE["barrier"]
+    trace = ops.budget_trace(COST.double(), data["budget"])
+    reward = ops.modified_reward(0 * TASK.double(), COST.double(), trace, kind="barrier", coefficient=data["kappa"])
+    assert objective.returns_to_go(reward)[0, 0].item() == pytest.approx(data["total"], abs=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def test_group_advantages_of_the_vectors() -> None:
+    data = EXAMPLE["group_advantages"]
+    returns = torch.tensor(data["returns"], dtype=torch.float64)
+    two_groups = torch.cat([returns, 10 - returns])
+    advantage, scale = objective.grpo(two_groups, 4, eps=0.0)
+    expected = torch.tensor(data["grpo_eps0"], dtype=torch.float64)
+    torch.testing.assert_close(advantage, torch.cat([expected, -expected]), rtol=0, atol=1e-8)
+    torch.testing.assert_close(scale, returns.std().expand(8))
+    expected = torch.tensor(data["rloo"], dtype=torch.float64)
+    torch.testing.assert_close(objective.rloo(two_groups, 4), torch.cat([expected, -expected]), rtol=0, atol=1e-12)
+    assert torch.equal(objective.grpo(two_groups, 4).scale, scale + 1e-4)
+
+
+def test_two_valued_group_is_indifferent_to_the_penalty_only_after_normalisation() -> None:
+    small, large = (torch.tensor([1.0, 1.0, 1.0, -n], dtype=torch.float64) for n in (0.5, 50.0))
+    torch.testing.assert_close(objective.grpo(small, 4, eps=0.0).advantage, objective.grpo(large, 4, eps=0.0).advantage)
+    ratio = objective.rloo(large, 4) / objective.rloo(small, 4)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 51.0 / 1.5))
+
+
+def test_equal_returns_leave_the_direct_term_alone() -> None:
+    returns = torch.full((4,), -1.75)
+    advantage, scale = objective.grpo(returns, 4)
+    assert not advantage.any() and not objective.rloo(returns, 4).any()
+    torch.testing.assert_close(scale, torch.full((4,), 1e-4))
+
+
+def test_position_rloo_counts_a_finished_sample_as_zero() -> None:
+    score = torch.tensor([[4.0, 2.0, 6.0], [1.0, 5.0, math.nan], [1.0, math.nan, math.nan]])
+    mask = ~score.isnan()
+    expected = torch.tensor([[3.0, -0.5, 6.0], [-1.5, 4.0, 0.0], [-1.5, 0.0, 0.0]])
+    torch.testing.assert_close(objective.position_rloo(score, 3, mask), expected)
+    other_group = torch.cat([score, 0 * score + 7])
+    both = objective.position_rloo(other_group, 3, mask.repeat(2, 1))
+    torch.testing.assert_close(both[:3], expected)
+    single = torch.randn(6, 1)
+    torch.testing.assert_close(objective.position_rloo(single, 3)[:, 0], objective.rloo(single[:, 0], 3))
+
+
+@pytest.mark.parametrize("group_size", [1, 0, -2, 3])
+def test_group_size_must_divide(group_size: int) -> None:
+    for function in (objective.grpo, objective.rloo):
+        with pytest.raises(ValueError, match=f"group_size={group_size}"):
+            function(torch.zeros(4), group_size)
+    with pytest.raises(ValueError, match=f"group_size={group_size}"):
+        objective.position_rloo(torch.zeros(4, 2), group_size)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("lam", [1.0, 0.95, 0.0])
+def test_gae_matches_the_recurrence(gamma: float, lam: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    reward, value = torch.randn(2, 4, 50, dtype=torch.float64, generator=generator)
+    mask = torch.rand(4, 50, generator=generator) < 0.8
+    expected = torch.zeros_like(reward)
+    following_advantage = following_value = torch.zeros(4, dtype=torch.float64)
+    for t in reversed(range(50)):
+        delta = reward[:, t] + gamma * following_value - value[:, t]
+        advantage = delta + gamma * lam * following_advantage
+        following_advantage = torch.where(mask[:, t], advantage, following_advantage)
+        following_value = torch.where(mask[:, t], value[:, t], following_value)
+        expected[:, t] = torch.where(mask[:, t], advantage, 0.0)
+    noisy = torch.where(mask, reward, torch.nan), torch.where(mask, value, torch.nan)
+    advantage, target = objective.gae(*noisy, mask=mask, gamma=gamma, lam=lam)
+    torch.testing.assert_close(advantage, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(target, torch.where(mask, expected + value, 0.0), rtol=0, atol=1e-12)
+    if lam == 1.0:  # the target is then the return itself
+        torch.testing.assert_close(target, objective.returns_to_go(reward, mask=mask, gamma=gamma))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Controller
+
+
+def test_pid_of_the_vectors() -> None:
+    data = EXAMPLE["pid"]
+    controller = objective.PIDController(
+        **{name: data[name] for name in ("kp", "ki", "kd", "d_delay", "ema_p", "ema_d", "initial_integral")}
+    )
+    assert controller == objective.PIDController()
+    for cost, expected in zip(data["mean_cost"], data["lambda"], strict=True):
+        assert controller.update(cost, data["budget"]) == pytest.approx(expected, abs=1e-12)
+    assert controller.coefficient == pytest.approx(data["lambda"][-1], abs=1e-12)
+
+
+def test_pid_derivative_looks_back_by_its_delay() -> None:
+    controller = objective.PIDController(kp=0.0, ki=0.0, kd=1.0, ema_d=0.0, d_delay=2, initial_integral=0.0)
+    costs = [3.0, 5.0, 6.0, 6.0, 1.0, 8.0]
+    assert [controller.update(cost, 0.0) for cost in costs] == [3.0, 5.0, 3.0, 1.0, 0.0, 2.0]
+
+
+def test_pid_neither_saves_up_nor_rewards_a_fall() -> None:
+    controller = objective.PIDController(kp=0.0, ki=1.0, kd=0.0, initial_integral=0.0)
+    assert [controller.update(cost, 5.0) for cost in (0.0, 6.0)] == [0.0, 1.0]
+    controller = objective.PIDController(kp=0.0, ki=1.0, kd=1.0, ema_d=0.0, d_delay=1, initial_integral=0.0)
+    assert [controller.update(cost, 0.0) for cost in (10.0, 0.0)] == [20.0, 10.0]
+
+
+def test_pid_continues_from_its_state() -> None:
+    original, resumed = objective.PIDController(d_delay=3), objective.PIDController(d_delay=3)
+    costs = torch.tensor([30.0, 20.0, 40.0, 35.0, 10.0, 26.0])
+    for cost in costs[:4]:
+        original.update(cost, 25.0)
+    resumed.load_state_dict(original.state_dict())
+    assert resumed.coefficient == original.coefficient
+    assert [resumed.update(c, 25.0) for c in costs[4:]] == [original.update(c, 25.0) for c in costs[4:]]
+
+
+def test_pid_rejects_what_would_spoil_its_state() -> None:
+    controller = objective.PIDController()
+    before = controller.state_dict()
+    for cost in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            controller.update(cost, 25.0)
+    with pytest.raises(ValueError, match="expected"):
+        controller.load_state_dict({"integral": 0.0})
+    assert controller.state_dict() == before
+    with pytest.raises(ValueError, match="d_delay=0"):
+        objective.PIDController(d_delay=0)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_constraint_metrics() -> None:
+    cost = torch.tensor([[0.5, 0.25, 0.25, math.nan], [1.0, 1.0, 0.5, 0.5], [0.0, 3.0, math.nan, math.nan]])
+    mask = ~cost.isnan()
+    trace = ops.budget_trace(cost, 1.0, mask=mask)
+    metrics = objective.constraint_metrics(
+        cost, trace, mask=mask, correct=torch.tensor([True, False, True]), mean_budget=0.5, alpha=0.5
+    )
+    expected = {
+        "accuracy": 2 / 3,
+        "constraint_satisfaction": 1 / 3,  # C_T = 1, 3, 3; the first is at the budget and feasible
+        "prefix_satisfaction": 1 / 3,
+        "correct_and_feasible": 1 / 3,
+        "mean_excess": 4 / 3,
+        "mean_cumulative": 7 / 3,
+        "cvar": 3.0,
+        "mean_token_cost": 7 / 9,
+        "max_token_cost": 3.0,
+        "first_violation": (1.0 + 1 / 4 + 1 / 2) / 3,
+    }
+    assert metrics.keys() == expected.keys()
+    for name, number in expected.items():
+        assert metrics[name].shape == ()
+        assert metrics[name].item() == pytest.approx(number, rel=1e-6), name
+    without = objective.constraint_metrics(cost, trace, mask=mask)
+    assert without.keys() == expected.keys() - {"accuracy", "correct_and_feasible", "prefix_satisfaction"}
+
+
+def test_prefix_satisfaction_of_the_vectors() -> None:
+    trace = ops.budget_trace(COST.repeat(2, 1), 1.0)
+    limits = torch.tensor([EXAMPLE["prefix_mean"]["budget_mean"], 0.203125])
+    metrics = objective.constraint_metrics(COST.repeat(2, 1), trace, mean_budget=limits)
+    assert metrics["prefix_satisfaction"] == 0.5  # m_4 = .203125 is over .2, though m_5 is not
+    masked = spread(COST)
+    for limit, expected in ((0.2, 0.0), (0.203125, 1.0)):  # a masked token is not counted
+        trace = ops.budget_trace(masked, 1.0, mask=MASK)
+        metrics = objective.constraint_metrics(masked, trace, mask=MASK, mean_budget=limit)
+        assert metrics["prefix_satisfaction"] == expected
+
+
+def test_infinite_cost_outside_the_tail_does_not_spoil_the_cvar() -> None:
+    cost = torch.tensor([[math.inf], [math.inf], [1.0], [0.0]])
+    assert objective.constraint_metrics(cost, ops.budget_trace(cost, 5.0), alpha=0.25)["cvar"] == math.inf
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0.1, 10.0), (0.15, 29 / 3), (0.3, 9.0), (1.0, 5.5)])
+def test_cvar_takes_a_fraction_of_a_sequence(alpha: float, expected: float) -> None:
+    cost = torch.arange(1.0, 11.0)[torch.randperm(10, generator=torch.Generator().manual_seed(0)), None]
+    metrics = objective.constraint_metrics(cost, ops.budget_trace(cost, 5.0), alpha=alpha)
+    assert metrics["cvar"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_nan_cost_is_not_satisfied() -> None:
+    cost = row([0.1, math.nan])
+    metrics = objective.constraint_metrics(cost, ops.budget_trace(cost, 1.0), mean_budget=1.0)
+    assert metrics["constraint_satisfaction"] == 0 and metrics["prefix_satisfaction"] == 0
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_errors_say_what_was_given() -> None:
+    trace = ops.budget_trace(COST, 0.5)
+    with pytest.raises(ValueError, match="kind='ppo'"):
+        objective.task_part(TASK, trace, "ppo")
+    with pytest.raises(ValueError, match="kind='ppo'"):
+        objective.direct_coefficient(trace, "ppo")
+    with pytest.raises(ValueError, match="reduction='max'"):
+        objective.direct_coefficient(trace, "cmdp", reduction="max")
+    for kind in ("lagrangian", "pid", "barrier"):
+        with pytest.raises(ValueError, match="needs coefficient"):
+            objective.direct_coefficient(trace, kind)
+    with pytest.raises(ValueError, match="alpha=0"):
+        objective.constraint_metrics(COST, trace, alpha=0)
+    with pytest.raises(ValueError, match="at least one token"):
+        objective.constraint_metrics(COST[:0], ops.budget_trace(COST[:0], 0.5))
+    with pytest.raises(ValueError, match=r"\[B, T\]"):
+        objective.returns_to_go(TASK[0])
+    with pytest.raises(ValueError, match="mask has shape"):
+        objective.returns_to_go(TASK, mask=MASK)
+    with pytest.raises(TypeError, match=r"torch\.bool"):
+        objective.returns_to_go(TASK, mask=torch.ones_like(TASK))
+    with pytest.raises(ValueError, match="task_part has shape"):
+        objective.score_coefficient(TASK, TASK[:, :3], action_dependent=False)
