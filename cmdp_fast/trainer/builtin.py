@@ -90,8 +90,10 @@ def builtin_folder(name: str, config: TrainConfig, train: Sequence[Row], report:
         try:
             _make(recipe, train, scratch, report, f"first run: training the {label}")
             (scratch / "settings.json").write_text(settings)
-            if not folder.is_dir():  # another process may have been faster
-                os.replace(scratch, folder)
+            os.replace(scratch, folder)
+        except OSError:
+            if not folder.is_dir():  # or another process has been faster
+                raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder

@@ -213,6 +213,11 @@ class TrainConfig:
         return "mean" if self.kind == "worst_case" else "sum"
 
     @property
+    def account(self) -> str:
+        """What the budget bounds, in words."""
+        return f"mean {self.cost} a token (nats)" if self.reduction == "mean" else f"cumulative {self.cost} (nats)"
+
+    @property
     def batch_size(self) -> int:
         """Completions a step."""
         return self.prompts_per_step * self.num_generations

@@ -99,7 +99,7 @@ class PPO:
         self, policy: Any, rows: list[Row], prompts: list[list[int]], clock: Clock, *, keep_logits: bool = False
     ) -> Experience:
         """Completions of the prompts by a policy (the student; the teacher, to evaluate it), with their scores."""
-        with clock.phase("rollout"):
+        with clock.phase("rollout"), self.accelerator.autocast():
             rollout = generate(policy, prompts, self.sampling)
             ids = rollout.completion_ids()
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -275,7 +275,11 @@ class PPO:
         }
         metrics |= {f"rewards/{name}/mean": value.nanmean() for name, value in e.named_rewards.items()}
         ours = objective.constraint_metrics(
-            cf.token_cost(e.stats, c.cost), e.trace, mask=mask, correct=e.task_reward >= c.correct_at
+            cf.token_cost(e.stats, c.cost),
+            e.trace,
+            mask=mask,
+            correct=e.task_reward >= c.correct_at,
+            mean_budget=c.budget if c.reduction == "mean" else None,
         )
         ours |= {
             "modified_reward": e.reward.sum(1).mean(),

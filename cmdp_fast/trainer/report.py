@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from .checkpoint import as_json
 
 T = TypeVar("T")
 
@@ -103,7 +104,7 @@ class MetricsLog:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of a training step."""
         self.steps.append({"step": step, **metrics})
-        self._lines.write(json.dumps(self.steps[-1]) + "\n")
+        self._lines.write(as_json(self.steps[-1]) + "\n")
         self._lines.flush()
         self._scalars(step, metrics)
 
@@ -122,13 +123,13 @@ class MetricsLog:
             self._events.add_scalar(name, value, step)
 
 
-def plot_curves(path: Path, log: MetricsLog, budget: float, unit: str, teacher_accuracy: float) -> None:
-    """Accuracy, cumulative cost against the budget and satisfaction: training batches as lines, held-out as dots."""
+def plot_curves(path: Path, log: MetricsLog, account: str, budget: float, teacher_accuracy: float) -> None:
+    """Accuracy, the account of the cost against the budget, satisfaction: training batches as lines, held-out as dots."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     panels = (
         ("accuracy", "cmdp/accuracy", "accuracy", teacher_accuracy, "teacher"),
-        (f"cumulative {unit} a completion (nats)", "cmdp/mean_cumulative", "mean_cumulative", budget, "budget"),
+        (account, "cmdp/mean_cumulative", "mean_cumulative", budget, "budget"),
         ("constraint satisfaction", "cmdp/constraint_satisfaction", "constraint_satisfaction", None, ""),
     )
     figure = Figure(figsize=(12, 3.6), layout="constrained")

@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> Path:
     clock = ppo.clock
     report.say(
         f"{len(problems.train)} problems to train on, {len(problems.held_out)} held out; "
-        f"{config.kind}, budget {config.budget:g} nats of {config.cost} a completion"
+        f"{config.kind}, budget {config.budget:g} for the {config.account}"
     )
     results: dict[str, Any] = {}
     samples = {}
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Path:
             if step < config.steps and config.eval_every and step % config.eval_every == 0:
                 log.evaluation(step, evaluate(ppo, ppo.student, held_out, clock)[0])
             if config.save_every and step % config.save_every == 0:
-                save_student(ppo.accelerator.unwrap_model(ppo.student), tokenizer, folder)
+                save_student(ppo.student, tokenizer, folder)
         results["student_after"], samples["student_after"] = evaluate(ppo, ppo.student, held_out, clock)
         log.evaluation(config.steps, results["student_after"])
         report.say(f"{'student_after':<15}{_describe(results['student_after'])}")
@@ -80,10 +80,10 @@ def train(config: TrainConfig) -> Path:
         report.say(f"interrupted after step {done}: saving the student as it is")
         raise
     finally:
-        save_student(ppo.accelerator.unwrap_model(ppo.student), tokenizer, folder)
+        save_student(ppo.student, tokenizer, folder)
         log.close()
         write_json(folder / "summary.json", summary(config, ppo, results, done, interrupted))
-        plot_curves(folder / "curves.png", log, config.budget, config.cost, results["teacher"]["accuracy"])
+        plot_curves(folder / "curves.png", log, config.account, config.budget, results["teacher"]["accuracy"])
         shown = ((who, some[:: config.eval_generations][:SAMPLES]) for who, some in samples.items())
         write_text(folder / "samples.txt", samples_text(shown))
         report.say(f"{folder}: student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt")
@@ -100,6 +100,8 @@ def make_ppo(config: TrainConfig, student: Any, teacher: Any, tokenizer: Any, re
     if accelerator.num_processes > 1:
         raise InputError(f"cmdp-fast train runs in one process, it was launched in {accelerator.num_processes}")
     set_seed(config.seed)
+    # Not `prepare`d: that would copy every output to float32, and the kernels read bfloat16 logits as they are.
+    student = student.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
@@ -112,14 +114,13 @@ def make_ppo(config: TrainConfig, student: Any, teacher: Any, tokenizer: Any, re
         pad=tokenizer.pad_token_id,
         suppress=tuple(range(vocab_size, student.get_output_embeddings().weight.shape[0])),
     )
-    student, optimizer = accelerator.prepare(student, optimizer)
     return PPO(
         config,
         accelerator=accelerator,
         student=student,
         teacher=teacher.to(accelerator.device),
         tokenizer=tokenizer,
-        optimizer=optimizer,
+        optimizer=accelerator.prepare(optimizer),
         scheduler=scheduler,
         sampling=sampling,
         vocab_size=vocab_size,
