@@ -108,8 +108,7 @@ class PPO:
             named = {name: torch.tensor(v, device=rollout.tokens.device) for name, v in values.items()}
             task_reward = torch.stack(list(named.values())).nansum(0)
             last_reward = at_last_token(task_reward, rollout.mask)
-            parts, logits = self.score(policy, rollout, last_reward, clock, keep_logits)
-            stats, trace, reward = parts
+            (stats, trace, reward), logits = self.score(policy, rollout, last_reward, clock, keep_logits)
         return Experience(rollout, texts, task_reward, named, stats, trace, reward, last_reward, logits)
 
     @torch.no_grad()

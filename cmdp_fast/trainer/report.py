@@ -124,7 +124,7 @@ class MetricsLog:
 
 
 def plot_curves(path: Path, log: MetricsLog, account: str, budget: float, teacher_accuracy: float) -> None:
-    """Accuracy, the account of the cost against the budget, satisfaction: training batches as lines, held-out as dots."""
+    """Accuracy, the account against the budget, satisfaction: training batches as lines, evaluations as dots."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     panels = (
