@@ -8,13 +8,15 @@ import torch
 
 from .data import Row
 from .ppo import PPO
-from .report import Clock
+from .report import Clock, Report
 from .rollout import encode_prompts
 
 EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, whatever the run's seed
 
 
-def evaluate(ppo: PPO, policy: Any, rows: list[Row], clock: Clock) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def evaluate(
+    ppo: PPO, policy: Any, rows: list[Row], clock: Clock, report: Report | None = None, who: str = "student"
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(figures, samples) of a policy on some problems, `eval_generations` completions each.
 
     ``accuracy`` counts completions whose reward is at least `correct_at`; ``constraint_satisfaction`` those whose
@@ -22,7 +24,7 @@ def evaluate(ppo: PPO, policy: Any, rows: list[Row], clock: Clock) -> tuple[dict
     summed over the tokens, in nats; ``mean_length`` counts tokens with the end of sequence; ``examples`` is how many
     completions there were. The teacher's divergence from itself is 0, so it satisfies any budget.
 
-    The random state of the training is left as it was.
+    The random state of the training is left as it was. With a `report` there is a progress bar.
     """
     config = ppo.config
     rows = [row for row in rows for _ in range(config.eval_generations)]
@@ -31,7 +33,8 @@ def evaluate(ppo: PPO, policy: Any, rows: list[Row], clock: Clock) -> tuple[dict
     parts, samples = [], []
     with clock.phase("evaluation"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(EVALUATION_SEED)
-        for start in range(0, len(rows), config.batch_size):
+        starts = range(0, len(rows), config.batch_size)
+        for start in report.track(starts, f"evaluating {who}") if report else starts:
             some = slice(start, start + config.batch_size)
             experience = ppo.experience(policy, rows[some], prompts[some], Clock())
             parts.append((len(experience.texts), ppo.measure(experience)))

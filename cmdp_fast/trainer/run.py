@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> Path:
     results: dict[str, Any] = {}
     samples = {}
     for who, policy in (("teacher", ppo.teacher), ("student_before", ppo.student)):
-        results[who], samples[who] = evaluate(ppo, policy, held_out, clock)
+        results[who], samples[who] = evaluate(ppo, policy, held_out, clock, report, who)
         report.say(f"{who:<15}{_describe(results[who])}")
 
     folder = make_run_folder(config)
@@ -72,9 +72,10 @@ def train(config: TrainConfig) -> Path:
                 log.evaluation(step, evaluate(ppo, ppo.student, held_out, clock)[0])
             if config.save_every and step % config.save_every == 0:
                 save_student(ppo.student, tokenizer, folder)
-        results["student_after"], samples["student_after"] = evaluate(ppo, ppo.student, held_out, clock)
-        log.evaluation(config.steps, results["student_after"])
-        report.say(f"{'student_after':<15}{_describe(results['student_after'])}")
+        who = "student_after"
+        results[who], samples[who] = evaluate(ppo, ppo.student, held_out, clock, report, who)
+        log.evaluation(config.steps, results[who])
+        report.say(f"{who:<15}{_describe(results[who])}")
     except KeyboardInterrupt:
         interrupted = True
         report.say(f"interrupted after step {done}: saving the student as it is")
