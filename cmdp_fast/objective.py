@@ -231,7 +231,7 @@ def grpo(returns: Tensor, group_size: int, eps: float = 1e-4) -> GroupAdvantage:
 def rloo(returns: Tensor, group_size: int) -> Tensor:
     """S_i less the mean of the group's other returns, [B]; contiguous groups, no normalisation, unbiased.
 
-    In a group of equal returns only the direct term acts. Raises ValueError if group_size < 2 or does not divide B.
+    In a group of equal returns only the direct term acts. Raises ValueError as `grpo` does.
     """
     return _leave_one_out(_groups(returns, group_size)).flatten(0, 1)
 
@@ -240,9 +240,8 @@ def position_rloo(score: Tensor, group_size: int, mask: Tensor | None = None) ->
     """The leave-one-out baseline at each position: `score_coefficient` [B, T] less the mean over the group's other
     completions at the same position, where a completion that has finished counts as 0.
 
-    Column t has to be the t-th completion token of every sequence. The baseline comes from other samples, so it is
-    unbiased; unlike one number a sequence it knows how much of the return is still to come. Raises ValueError if
-    group_size < 2 or does not divide B.
+    Column t has to be the t-th completion token of every sequence. Unbiased, as it comes from other samples; it knows
+    how much of the return is still to come. Raises ValueError if group_size < 2 or does not divide B.
     """
     keep = _kept(score, mask)
     groups = _groups(torch.where(keep, score, 0.0), group_size)
@@ -355,8 +354,7 @@ def constraint_metrics(
 ) -> dict[str, Tensor]:
     """What a run reports about its constraint, as scalar tensors on the device of ``cost`` [B, T].
 
-    C_T is the account of ``trace`` (which knows its budget d) at the last real token of a sequence.
-
+    C_T is the account of ``trace`` (which knows its budget d) at the last real token of a sequence:
     ``constraint_satisfaction`` mean 1[C_T <= d]; ``mean_excess`` mean (C_T - d)+; ``mean_cumulative`` mean C_T;
     ``cvar`` the mean of the worst ``alpha`` of the C_T (the conditional value at risk of the empirical distribution; a
     fraction of a sequence counts as that fraction); ``mean_token_cost`` and ``max_token_cost`` over real tokens;

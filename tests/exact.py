@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cmdp_fast.reference as ops  # the three operations under test: any backend with their signatures will do
+import cmdp_fast as ops  # the library as a user calls it: the native kernels where they are built
 from cmdp_fast import objective
 from cmdp_fast.reference import DIFFERENTIABLE_COSTS, BudgetTrace, token_cost
 
@@ -104,7 +104,7 @@ def roll_out(problem: Problem, theta: Tensor, setting: Setting) -> Rollout:
         kind=setting.kind,
         penalty=setting.penalty,
         discrepancy_weight=setting.weight,
-        coefficient=setting.coefficient,
+        coefficient=setting.coefficient if setting.kind in ("lagrangian", "pid", "barrier") else None,
     )
     return Rollout(stats.logprob, cost, trace, reward, stats.logprob.detach().sum(1).exp())
 

@@ -152,9 +152,8 @@ def test_bandit_hinge_below_the_multiplier_overspends() -> None:
 @pytest.mark.parametrize(("cost", "index"), [("reverse_kl", 1), ("forward_kl", 0)])
 def test_bandit_pid_finds_the_multiplier(cost: str, index: int) -> None:
     problem, pid, optimum = bandit(), Pid(), BANDIT[cost][index]
-    policy, rollout = ascend(
-        problem, Setting("pid", optimum["budget"], cost=cost), steps=600, rate=0.05, final=0.1, adapt=pid
-    )
+    setting = Setting("pid", optimum["budget"], cost=cost, coefficient=pid.controller.coefficient)
+    policy, rollout = ascend(problem, setting, steps=600, rate=0.05, final=0.1, adapt=pid)
     assert value(problem, rollout) == pytest.approx(optimum["value"], abs=1e-6)
     assert pid.controller.coefficient == pytest.approx(optimum["lambda"], abs=1e-5)
     torch.testing.assert_close(policy, torch.tensor([optimum["policy"]], dtype=torch.float64), rtol=0, atol=1e-5)

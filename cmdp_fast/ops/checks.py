@@ -97,7 +97,7 @@ def token_range(value: Tensor, mask: Tensor | None, vocab: int) -> None:
 
 def positive(name: str, value: float) -> None:
     number(name, value)
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 

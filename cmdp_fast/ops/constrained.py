@@ -139,8 +139,9 @@ def constrained_reward(
     else:
         paid = token_cost(stats, cost).detach()
     if chosen == "torch":
-        account = {"mask": mask, "cu_seqlens": cu_seqlens}
-        trace = reference.budget_trace(paid, limits, gamma=gamma, reduction=reduction, edge=edge, **account)
+        trace = reference.budget_trace(
+            paid, limits, gamma=gamma, reduction=reduction, edge=edge, mask=mask, cu_seqlens=cu_seqlens
+        )
         reward = reference.modified_reward(
             task_reward,
             paid,
@@ -151,7 +152,8 @@ def constrained_reward(
             discrepancy_weight=discrepancy_weight,
             coefficient=coefficient,
             barrier_slope=barrier_slope,
-            **account,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
         )
         return ConstrainedReward(stats, trace, reward)
     given = task_reward.detach().to(paid.dtype).contiguous()

@@ -22,7 +22,8 @@ class TokenState:
 
     >>> state = TokenState.empty(rows=2)
     >>> for start in range(0, vocab, width):
-    ...     state.update(student[:, start : start + width], teacher[:, start : start + width], tokens, first_column=start)
+    ...     tile = slice(start, start + width)
+    ...     state.update(student[:, tile], teacher[:, tile], tokens, first_column=start)
     >>> stats = state.finish()  # as token_stats(student, teacher, tokens), up to rounding
 
     ``fields`` is ``[rows, 12]`` float64: the references m, n, the sums z, u, a, b, h, k, the token's two logits and
@@ -79,7 +80,13 @@ class TokenState:
             return self.merge(self._fold(student, teacher, tokens.long() - first_column, width))
         index = flat(tokens, torch.int64)
         backends.native.update_states(
-            matrix(student), matrix(teacher), address(index), first_column, self.temperature, address(self.fields), threads()
+            matrix(student),
+            matrix(teacher),
+            address(index),
+            first_column,
+            self.temperature,
+            address(self.fields),
+            threads(),
         )
         return self
 

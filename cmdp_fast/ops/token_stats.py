@@ -234,9 +234,7 @@ def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entrop
         )
     student, teacher, tokens, mask, saved = ctx.saved_tensors
     if not ctx.inplace:
-        grad = _token_stats_backward(
-            student, teacher, tokens, mask, saved, *upstream, ctx.temperature, ctx.vocab_size
-        )
+        grad = _token_stats_backward(student, teacher, tokens, mask, saved, *upstream, ctx.temperature, ctx.vocab_size)
         return (grad, *nothing)
     ctx.spent = True
     memory = student.detach()

@@ -4,12 +4,13 @@
 //   dx = [ g_l (1[v=a] - p) - g_H p (log p + H) + g_R p (log p - log w - R) + g_F (p - w) ] / temperature.
 //
 // In powers of two, with t = L x - M and s = L y - N where M, N are the normalisers rounded to float and r, q what the
-// rounding left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of the row fold into four coefficients:
+// rounding left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of the row fold into a few coefficients:
 //
-//   dx = 2^t (c0 + c1 t + c2 (t - s)) - c3 2^s.
+//   dx = 2^t (c0 + c1 t + c2 ((t - s) - center)) - c3 2^s,      center = R in octaves.
 //
-// Splitting the normalisers keeps p to a rounding error although L x may be large; t - s is taken as a difference so
-// that nearly equal models do not cancel. The token's own column is done apart, in double.
+// Splitting the normalisers keeps p to a rounding error although L x may be large. t - s is taken as a difference, so
+// that nearly equal models do not cancel, and R comes off it at once, so that models far apart do not either. The
+// token's own column is done apart, in double.
 #pragma once
 
 #include "forward.h"
@@ -46,7 +47,7 @@ static inline double column_gradient(const RowGradient& g, double x, double y, b
 
 template <bool kTeacher, bool kForwardKl>
 static inline void gradient_block(const float* x, const float* y, float* out, int64_t count, float scale, float m,
-                                  float n, const float (&c)[4]) {
+                                  float n, float center, const float (&c)[4]) {
   const auto step = [&](const float* xs, const float* ys, float* to) {
     Floats t = load(xs) * scale - m;
     // An excluded column is clamped to where its weight is exactly zero.
@@ -54,7 +55,7 @@ static inline void gradient_block(const float* x, const float* y, float* out, in
     Floats factor = t * c[1] + c[0], value;
     if constexpr (kTeacher) {
       const Floats s = max(load(ys) * scale - n, splat(-1e30f));
-      factor = (t - s) * c[2] + factor;
+      factor = ((t - s) - center) * c[2] + factor;
       value = exp2(t) * factor;
       if constexpr (kForwardKl) value = value - exp2(s) * c[3];
     } else {
@@ -112,7 +113,9 @@ static void backward(const Logits& in, int64_t row, const Upstream& up, const do
   const double r = g.lx * kLog2e - m, q = g.ly * kLog2e - n;
   const double weight = g.scale * std::exp2(-r);
   const double along_t = -g.g_h * kLn2, along_difference = g.g_r * kLn2;
-  const double constant = -g.g_l - g.g_h * g.h - g.g_r * g.r + g.g_f - along_t * r + along_difference * (q - r);
+  const float center = static_cast<float>(g.r * kLog2e);
+  const double off_center = center - g.r * kLog2e + q - r;  // what the float center and normalisers left of t - s - R
+  const double constant = -g.g_l - g.g_h * g.h + g.g_f - along_t * r + along_difference * off_center;
   const float c[4] = {static_cast<float>(weight * constant), static_cast<float>(weight * along_t),
                       static_cast<float>(weight * along_difference),
                       static_cast<float>(g.scale * std::exp2(-q) * g.g_f)};
@@ -124,11 +127,11 @@ static void backward(const Logits& in, int64_t row, const Upstream& up, const do
     const bool forward_kl = c[3] != 0, teacher = forward_kl || c[2] != 0;
     map_blocks(in, x, y, teacher, to, [&](const float* bx, const float* by, float* dx, int64_t count) {
       if (forward_kl) {
-        gradient_block<true, true>(bx, by, dx, count, scale, m, n, c);
+        gradient_block<true, true>(bx, by, dx, count, scale, m, n, center, c);
       } else if (teacher) {
-        gradient_block<true, false>(bx, by, dx, count, scale, m, n, c);
+        gradient_block<true, false>(bx, by, dx, count, scale, m, n, center, c);
       } else {
-        gradient_block<false, false>(bx, by, dx, count, scale, m, n, c);
+        gradient_block<false, false>(bx, by, dx, count, scale, m, n, center, c);
       }
     });
   } else {

@@ -23,8 +23,10 @@
 namespace cmdp {
 inline namespace CMDP_ISA {
 
-constexpr int64_t kBlock = 4096;     // columns: two float buffers of it stay in the L1 and L2 caches
-constexpr int64_t kSegment = 16384;  // columns that one thread folds; depends on nothing, so results do not either
+// Columns of a block: 256 float additions a lane between two double ones, and buffers that stay in the L1 cache.
+constexpr int64_t kBlock = 256 * kLanes;
+// Columns that one thread folds. It depends on nothing, so that the result of a row does not either.
+constexpr int64_t kSegment = 16384;
 constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr double kLog2e = 1.44269504088896340735992468100;
 

@@ -55,8 +55,10 @@ static inline MixtureFloats mixture_floats(const Mixture& mix, Floats t, Floats 
   const float b = static_cast<float>(mix.b), rest = static_cast<float>(1 - mix.b);
   const float c_p = static_cast<float>(mix.c_student), c_w = static_cast<float>(mix.c_teacher);
   const float ln2 = static_cast<float>(kLn2);
-  const Floats g = rho * b + rest, log_g = log2(g) * ln2;
-  return {w * c_w * (delta * ln2 - log_g) - p * c_p * log_g, p, -c_p * log_g - rest * (rho * c_w + c_p) / g};
+  // In octaves until after the subtraction: where one model has no weight, delta and log g are both about 126.
+  const Floats g = rho * b + rest, octaves = log2(g);
+  return {(w * c_w * (delta - octaves) - p * c_p * octaves) * ln2, p,
+          octaves * (-c_p * ln2) - rest * (rho * c_w + c_p) / g};
 }
 
 static inline bool fast_mixture(const Logits& in, const RowNormalizers& norm) {

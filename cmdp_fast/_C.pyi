@@ -1,0 +1,116 @@
+"""Types of the native module (csrc/bindings.cpp): addresses, sizes and strides in, no framework."""
+
+from collections.abc import Sequence
+
+STATE_FIELDS: int
+OPENMP: bool
+
+class Matrix:
+    def __init__(self, address: int, dtype: str, sizes: Sequence[int], strides: Sequence[int], width: int) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
+class TokenState:
+    def __init__(self) -> None: ...
+    def push(self, x: float, y: float) -> None: ...
+    def push_block(self, x: Sequence[float], y: Sequence[float]) -> None: ...
+    def label(self, x: float, y: float) -> None: ...
+    def raise_to(self, m: float, n: float) -> None: ...
+    def merge(self, other: TokenState) -> None: ...
+    def finish(self) -> list[float]: ...
+    def fields(self) -> list[float]: ...
+
+def token_stats(
+    student: Matrix,
+    teacher: Matrix,
+    tokens: int,
+    mask: int,
+    vocab: int,
+    temperature: float,
+    statistics: Sequence[int],
+    wide: bool,
+    saved: int,
+    threads: int,
+) -> None: ...
+def token_stats_backward(
+    student: Matrix,
+    teacher: Matrix,
+    tokens: int,
+    mask: int,
+    vocab: int,
+    temperature: float,
+    upstream: Sequence[int],
+    saved: int,
+    out: Matrix,
+    threads: int,
+) -> None: ...
+def mixture(
+    student: Matrix,
+    teacher: Matrix,
+    mask: int,
+    vocab: int,
+    temperature: float,
+    b: float,
+    c_teacher: float,
+    c_student: float,
+    saved: int,
+    value: int,
+    mean: int,
+    threads: int,
+) -> None: ...
+def mixture_backward(
+    student: Matrix,
+    teacher: Matrix,
+    mask: int,
+    vocab: int,
+    temperature: float,
+    b: float,
+    c_teacher: float,
+    c_student: float,
+    saved: int,
+    mean: int,
+    upstream: int,
+    out: Matrix,
+    threads: int,
+) -> None: ...
+def update_states(
+    student: Matrix,
+    teacher: Matrix,
+    tokens: int,
+    first_column: int,
+    temperature: float,
+    states: int,
+    threads: int,
+) -> None: ...
+def budget_trace(
+    cost: int,
+    wide: bool,
+    mask: int,
+    offsets: int,
+    count: int,
+    total: int,
+    limits: int,
+    budget: tuple[float, bool, bool],
+    trace: Sequence[int],
+    reward: tuple[str, bool, float, float, float, float] | None,
+    task_reward: int,
+    result: int,
+) -> None: ...
+def modified_reward(
+    task_reward: int,
+    cost: int,
+    wide: bool,
+    mask: int,
+    offsets: int,
+    count: int,
+    total: int,
+    trace: Sequence[int],
+    reward: tuple[str, bool, float, float, float, float],
+    result: int,
+) -> None: ...
+def variants() -> list[tuple[str, bool]]: ...
+def variant() -> str: ...
+def set_variant(name: str) -> None: ...
+def cpu_features() -> list[str]: ...

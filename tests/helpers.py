@@ -1,0 +1,61 @@
+"""Inputs and the error criterion that the operation tests share."""
+
+import os
+
+import pytest
+import torch
+
+from cmdp_fast import reference
+
+DIFFERENTIABLE = ("logprob", "entropy", "reverse_kl", "forward_kl")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def make_logits(*shape, dtype=torch.float32, scale=3.0, offset=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + offset
+    return values.to(dtype)
+
+
+def make_tokens(*shape, vocab, seed=0):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed + 99))
+
+
+def weighted_sum(stats, weights):
+    """A scalar that sends `weights[name]` upstream into each named statistic."""
+    return sum((getattr(stats, name).double() * weight).sum() for name, weight in weights.items())
+
+
+def exact_and_eager(student, teacher, tokens, weights=None, **settings):
+    """The reference in float64, and in the dtype that the library computes in; with weights, the gradients too."""
+    outcomes = []
+    for cast in (torch.Tensor.double, lambda t: t.to(reference.compute_dtype(student, teacher))):
+        x = cast(student.detach()).requires_grad_()
+        stats = reference.token_stats(x, cast(teacher.detach()), tokens, **settings)
+        gradient = None
+        if weights is not None:
+            gradient = torch.autograd.grad(weighted_sum(stats, weights), x)[0]
+        outcomes.append((stats, gradient))
+    return outcomes
+
+
+def assert_no_worse(ours, eager, exact, what="", *, size=1.0, terms=1):
+    """Our error against float64 may not exceed eager PyTorch's in the same precision by more than rounding.
+
+    Both are sums of rounded terms in different orders, so "no worse" means a factor of two, and for where eager happens
+    to be exact eight units in the last place of `size`, the largest value or the largest of the terms whose difference
+    it is. Float64 is summed in sequence: the rounding of `terms` additions adds up like a random walk.
+    """
+    exact, ours, eager = exact.detach().double(), ours.detach(), eager.detach()
+    if not exact.numel():
+        return
+    units = 8 + (terms**0.5 if ours.dtype == torch.float64 else 0)
+    rounding = units * torch.finfo(ours.dtype).eps * max(1.0, size, float(exact.abs().max()))
+    error, allowed = (ours.double() - exact).abs(), (eager.double() - exact).abs()
+    limit = 2 * float(allowed.max()) + rounding
+    assert float(error.max()) <= limit, f"{what}: error {float(error.max()):.3g} > {limit:.3g}"
+
+
+def needs_memory(gigabytes):
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return pytest.mark.skipif(available < gigabytes, reason=f"needs {gigabytes} GiB, {available:.0f} GiB are free")

@@ -1,0 +1,244 @@
+"""budget_trace and modified_reward: the worked example to the last digit, layouts, properties, errors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cmdp_fast as cf
+from cmdp_fast.reference import REWARDS
+
+COEFFICIENT = {"lagrangian": 0.5, "pid": 0.5, "barrier": 0.1}
+
+
+@pytest.fixture(params=[torch.float32, torch.float64])
+def example(request, vectors):
+    v = vectors["worked_example"]
+    cost, reward = (torch.tensor([v[name]], dtype=request.param) for name in ("cost", "task_reward"))
+    return v, cost, reward
+
+
+def same(tensor, numbers):
+    """Binary-exact: no tolerance."""
+    return tensor.flatten().tolist() == [pytest.approx(n, abs=0, rel=0) for n in numbers]
+
+
+def test_trace_of_the_worked_example(example, backend):
+    v, cost, _ = example
+    trace = cf.budget_trace(cost, v["budget"], backend=backend)
+    assert same(trace.cumulative, v["cumulative"]) and same(trace.remaining, v["remaining"])
+    assert trace.violated.int().flatten().tolist() == v["violated"]
+    assert trace.first_violation.tolist() == [v["first_violation"]]
+    assert same(trace.excess, v["excess"])
+    assert all(t.dtype == cost.dtype for t in (trace.cumulative, trace.remaining, trace.excess))
+
+
+@pytest.mark.parametrize(
+    "name, kind, given_settings",
+    [
+        ("cmdp", "cmdp", {"discrepancy_weight": 2}),
+        ("cmdp_every", "cmdp", {"discrepancy_weight": 2, "penalty_at": "every"}),
+        ("hinge", "hinge", {"discrepancy_weight": 2}),
+        ("saute", "saute", {}),
+        ("saute", "worst_case", {}),
+        ("saute_crossing", "saute", {"penalty_at": "crossing"}),
+        ("lagrangian", "lagrangian", {"coefficient": 0.5}),
+        ("lagrangian", "pid", {"coefficient": 0.5}),
+    ],
+)
+def test_rewards_of_the_worked_example(name, kind, given_settings, example, backend):
+    v, cost, reward = example
+    trace = cf.budget_trace(cost, v["budget"], backend=backend)
+    got = cf.modified_reward(reward, cost, trace, kind=kind, backend=backend, **given_settings)
+    assert same(got, v[name]["modified_reward"]) and got.dtype == cost.dtype
+
+
+def test_discount_mean_edge_and_barrier_of_the_worked_example(example, backend):
+    v, cost, reward = example
+    discounted = cf.budget_trace(cost, 1.0, gamma=v["discounted"]["gamma_c"], backend=backend)
+    assert same(discounted.cumulative, v["discounted"]["cumulative"])
+    mean = cf.budget_trace(cost, v["prefix_mean"]["budget_mean"], reduction="mean", backend=backend)
+    assert mean.cumulative.flatten().tolist() == pytest.approx(v["prefix_mean"]["values"], rel=1e-7)
+    # m_5 = .2 = d is feasible on its own; the violation of token 4 is absorbing
+    assert mean.violated.int().flatten().tolist() == v["prefix_mean"]["violated"]
+    for edge in ("strict", "saute"):
+        trace = cf.budget_trace(cost, v["edge"]["budget"], edge=edge, backend=backend)
+        assert trace.violated.int().flatten().tolist() == v["edge"][f"violated_{edge}"]
+    b = v["barrier"]
+    trace = cf.budget_trace(cost, b["budget"], backend=backend)
+    steps = cf.modified_reward(
+        torch.zeros_like(reward), cost, trace, kind="barrier", coefficient=b["kappa"], backend=backend
+    )
+    assert steps.sum().item() == pytest.approx(b["total"], rel=4 * torch.finfo(cost.dtype).eps)
+
+
+def test_barrier_by_hand(backend):
+    """Inside: kappa times the logarithm's fall; outside, the crossing token included: -slope times the cost."""
+    cost, reward = torch.tensor([[0.25, 0.25, 0.75, 0.5]]).double(), torch.tensor([[0.0, 1.0, 1.0, 1.0]]).double()
+    trace = cf.budget_trace(cost, 1.0, backend=backend)
+    got = cf.modified_reward(reward, cost, trace, kind="barrier", coefficient=0.5, barrier_slope=3.0, backend=backend)
+    expected = [0.5 * math.log(0.75), 1 + 0.5 * (math.log(0.5) - math.log(0.75)), -2.25, -1.5]
+    assert got.flatten().tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_one_budget_a_sequence_and_per_token(backend):
+    cost = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
+    mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    trace = cf.budget_trace(cost, torch.tensor([0.75, 3.0]), mask=mask, backend=backend)
+    assert trace.first_violation.tolist() == [1, 4]
+    trace = cf.budget_trace(cost, 0.25, mask=mask, per_token=True, backend=backend)
+    assert trace.remaining[:, -1].tolist() == [1.0 - 2.0, 0.5 - 1.0]
+    assert trace.first_violation.tolist() == [2, 1]
+
+
+def test_masked_tokens_cost_nothing_and_are_not_counted(backend):
+    """Left padding, a hole, right padding: what is left behaves as if they were not there."""
+    cost = torch.tensor([[9.0, 0.125, 9.0, 0.0625, 0.375, 0.25, 0.1875, 9.0]])
+    reward = torch.tensor([[5.0, 0, 5, 0, 0, 0, 1, 5]])
+    mask = torch.tensor([[False, True, False, True, True, True, True, False]])
+    for settings_ in ({}, {"gamma": 0.5}, {"reduction": "mean"}):
+        trace = cf.budget_trace(cost, 0.2, mask=mask, backend=backend, **settings_)
+        dense = cf.budget_trace(cost[mask][None], 0.2, backend=backend, **settings_)
+        for got, want in zip(trace, dense, strict=True):
+            if got.shape == cost.shape:
+                assert torch.equal(got[mask][None], want)
+        assert trace.cumulative[0, 0] == 0 and not trace.violated[0, 0] and trace.excess[~mask].eq(0).all()
+        for kind in REWARDS:
+            given_settings = {"kind": kind, "coefficient": COEFFICIENT.get(kind), "backend": backend}
+            got = cf.modified_reward(reward, cost, trace, mask=mask, **given_settings)
+            want = cf.modified_reward(reward[mask][None], cost[mask][None], dense, **given_settings)
+            assert torch.equal(got[~mask], torch.zeros(3))
+            assert torch.allclose(got[mask][None], want, rtol=1e-6, atol=0), kind
+    assert cf.budget_trace(cost, 0.5, mask=mask, backend=backend).first_violation.tolist() == [4]
+
+
+sequences = st.lists(st.lists(st.floats(0, 1, width=32), max_size=9), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sequences, st.floats(0, 3), st.sampled_from(["strict", "saute"]), st.data())
+def test_packed_padded_and_reference_agree(costs, budget, edge, data):
+    lengths = [len(c) for c in costs]
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    packed = torch.tensor([c for row in costs for c in row], dtype=torch.float32)
+    keep = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=len(packed), max_size=len(packed))), dtype=torch.bool
+    )
+    reward = torch.linspace(-1, 1, len(packed))
+    width = max(lengths)
+    padded, real = torch.full((len(costs), width), 7.0), torch.zeros(len(costs), width, dtype=torch.bool)
+    padded_reward = torch.zeros(len(costs), width)
+    for i, n in enumerate(lengths):
+        piece = slice(int(cu[i]), int(cu[i + 1]))
+        padded[i, :n], padded_reward[i, :n], real[i, :n] = packed[piece], reward[piece], keep[piece]
+    columns = torch.arange(width) < torch.tensor(lengths)[:, None]
+    for settings_ in ({}, {"reduction": "mean"}, {"gamma": 0.5}, {"per_token": True}):
+        settings_ = {"edge": edge, **settings_}
+        outcomes = []
+        for backend in [name for name, problem in cf.available_backends().items() if problem is None]:
+            p = cf.budget_trace(packed, budget, mask=keep, cu_seqlens=cu, backend=backend, **settings_)
+            q = cf.budget_trace(padded, budget, mask=real, backend=backend, **settings_)
+            for name in ("cumulative", "remaining", "violated", "excess"):
+                assert torch.equal(getattr(p, name), getattr(q, name)[columns])
+            none = q.first_violation == width
+            assert torch.equal(p.first_violation, torch.where(none, torch.tensor(lengths), q.first_violation))
+            for kind in REWARDS:
+                given_settings = {"kind": kind, "coefficient": COEFFICIENT.get(kind), "backend": backend}
+                r = cf.modified_reward(reward, packed, p, mask=keep, cu_seqlens=cu, **given_settings)
+                s = cf.modified_reward(padded_reward, padded, q, mask=real, **given_settings)
+                assert torch.allclose(r, s[columns], rtol=1e-5, atol=1e-6, equal_nan=True), kind
+                outcomes.append(r)
+        half = len(outcomes) // 2
+        for a, b in zip(outcomes[:half], outcomes[half:], strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0, 5))
+def test_excess_adds_up_to_the_overrun(costs, budget):
+    cost = torch.tensor([costs], dtype=torch.float64)
+    trace = cf.budget_trace(cost, budget)
+    assert trace.excess.sum().item() == pytest.approx(max(sum(costs) - budget, 0), abs=1e-12)
+    assert (trace.excess >= 0).all()
+    assert bool(trace.violated[0, -1]) == bool(trace.first_violation < len(costs))
+    assert trace.violated.int().diff().ge(0).all()  # absorbing
+
+
+def test_a_violation_is_absorbing_when_the_cost_turns_negative(backend):
+    """k1 can be negative: the account may recover, the violation does not."""
+    cost = torch.tensor([[0.5, 0.25, -0.5, 0.5]])
+    trace = cf.budget_trace(cost, 0.5, backend=backend)
+    assert trace.violated.tolist() == [[False, True, True, True]]
+    assert trace.excess.tolist() == [[0, 0.25, -0.25, 0.25]]
+    reward = cf.modified_reward(torch.ones(1, 4), cost, trace, backend=backend)
+    assert reward.tolist() == [[1, -1.25, 0.25, -0.25]]
+
+
+def test_nan_counts_as_a_violation(backend):
+    trace = cf.budget_trace(torch.tensor([[0.0, torch.nan, 0.0]]), 1.0, backend=backend)
+    assert trace.violated.tolist() == [[False, True, True]] and trace.first_violation.tolist() == [1]
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_empty(shape, backend):
+    cost = torch.zeros(shape)
+    trace = cf.budget_trace(cost, 1.0, backend=backend)
+    assert trace.cumulative.shape == shape and trace.first_violation.tolist() == [0] * shape[0]
+    assert cf.modified_reward(cost, cost, trace, backend=backend).shape == shape
+    packed = cf.budget_trace(torch.zeros(0), 1.0, cu_seqlens=torch.tensor([0, 0, 0]), backend=backend)
+    assert packed.first_violation.tolist() == [0, 0] and packed.excess.shape == (0,)
+
+
+def test_strided_and_half_precision_costs(backend):
+    cost = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    strided, expanded = cost.t()[::2], cost[:1].expand(4, 8)
+    for c in (strided, expanded, cost.bfloat16()):
+        got = cf.budget_trace(c, 1.0, backend=backend)
+        want = cf.budget_trace(c.float().contiguous(), 1.0, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+COST = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: cf.budget_trace(COST.long(), 1.0), TypeError, "cost must be floating point, got int64"),
+        (lambda: cf.budget_trace(COST[0], 1.0), ValueError, r"got \[3\] without cu_seqlens"),
+        (lambda: cf.budget_trace(COST, -1.0), ValueError, "budget must be at least 0, got -1.0"),
+        (lambda: cf.budget_trace(COST, math.nan), ValueError, "budget must be at least 0, got nan"),
+        (lambda: cf.budget_trace(COST, torch.tensor([1.0, -2.0])), ValueError, r"budget\[1\] = -2.0"),
+        (lambda: cf.budget_trace(COST, torch.ones(3)), ValueError, r"shape \[2\] \(sequences\), got \[3\]"),
+        (lambda: cf.budget_trace(COST, "1"), TypeError, "budget must be a number"),
+        (lambda: cf.budget_trace(COST, 1.0, gamma=0.0), ValueError, r"gamma must lie in \(0, 1\]"),
+        (lambda: cf.budget_trace(COST, 1.0, gamma=0.5, reduction="mean"), ValueError, "takes no discount"),
+        (lambda: cf.budget_trace(COST, 1.0, reduction="max"), ValueError, "reduction='max' is unknown"),
+        (lambda: cf.budget_trace(COST, 1.0, edge="soft"), ValueError, "edge='soft' is unknown"),
+        (lambda: cf.budget_trace(COST, 1.0, mask=COST), TypeError, "mask must be bool"),
+        (lambda: cf.budget_trace(COST, 1.0, cu_seqlens=torch.tensor([0, 3])), ValueError, "must be packed"),
+        (lambda: packed(torch.tensor([0, 2])), ValueError, r"from 0 to the number of tokens, 3, got \[0, 2\]"),
+        (lambda: packed(torch.tensor([0, 4, 3])), ValueError, "cu_seqlens must rise"),
+        (lambda: packed(torch.tensor([0.0, 3.0])), TypeError, "cu_seqlens must be int32 or int64"),
+        (lambda: rewarded(kind="ppo"), ValueError, "kind='ppo' is unknown; expected one of cmdp"),
+        (lambda: rewarded(kind="lagrangian"), ValueError, "needs coefficient="),
+        (lambda: rewarded(coefficient=1.0), ValueError, "kind='cmdp' has none, got coefficient=1.0"),
+        (lambda: rewarded(penalty=-1.0), ValueError, "penalty must be finite and not negative"),
+        (lambda: rewarded(kind="hinge", penalty_at="every"), ValueError, "has no penalty"),
+        (lambda: rewarded(penalty_at="last"), ValueError, "penalty_at='last' is unknown"),
+        (lambda: rewarded(reward=torch.ones(2, 4)), ValueError, r"task_reward must have the shape of cost, \[2, 3\]"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def packed(cu_seqlens):
+    return cf.budget_trace(COST[0], 1.0, cu_seqlens=cu_seqlens)
+
+
+def rewarded(reward=COST, **settings):
+    return cf.modified_reward(reward, COST, cf.budget_trace(COST, 1.0), **settings)

@@ -1,0 +1,112 @@
+"""constrained_reward: bitwise what its three parts give in turn, padded and packed, for every cost and kind."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from helpers import DTYPES, make_logits, make_tokens
+
+import cmdp_fast as cf
+from cmdp_fast.reference import COSTS, REWARDS
+
+COEFFICIENT = {"lagrangian": 0.5, "pid": 0.5, "barrier": 0.1}
+pytestmark = pytest.mark.filterwarnings("ignore:kind='saute'")
+
+
+def batch(dtype=torch.float32):
+    x, y = make_logits(3, 6, 40, dtype=dtype), make_logits(3, 6, 40, dtype=dtype, scale=2.5, seed=1)
+    tokens, reward = make_tokens(3, 6, vocab=40), make_logits(3, 6, scale=1.0, seed=4)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1, 4:], mask[2, 0] = False, False
+    return x, y, tokens, reward, mask
+
+
+def in_turn(x, y, tokens, reward, budget, cost, kind, *, mask, cu_seqlens=None, backend, **settings):
+    stats = cf.token_stats(x, y, tokens, mask=mask, backend=backend)
+    c = cf.divergence(x, y, "jsd", mask=mask, backend=backend) if cost == "jsd" else cf.token_cost(stats, cost)
+    layout = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}
+    trace = cf.budget_trace(c, budget, reduction="mean" if kind == "worst_case" else "sum", **layout)
+    return stats, trace, cf.modified_reward(reward, c, trace, kind=kind, **settings, **layout)
+
+
+def pairs():
+    for cost, kind in itertools.product(COSTS, REWARDS):
+        if kind != "worst_case" or cost == "nll":
+            yield cost, kind
+
+
+@pytest.mark.parametrize("cost, kind", list(pairs()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_equals_its_parts_bitwise(cost, kind, dtype, backend):
+    x, y, tokens, reward, mask = batch(dtype)
+    settings = {"discrepancy_weight": 2.0, "penalty": 0.5, "coefficient": COEFFICIENT.get(kind), "backend": backend}
+    got = cf.constrained_reward(x, y, tokens, reward, 1.5, mask=mask, cost=cost, kind=kind, **settings)
+    stats, trace, modified = in_turn(x, y, tokens, reward, 1.5, cost, kind, mask=mask, **settings)
+    for a, b in zip((*got.stats, *got.trace, got.reward), (*stats, *trace, modified), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_equals_padded(dtype, backend):
+    x, y, tokens, reward, mask = batch(dtype)
+    lengths = mask.sum(1)
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    budget = torch.tensor([0.5, 1.0, 2.0])
+    padded = cf.constrained_reward(x, y, tokens, reward, budget, mask=mask, backend=backend)
+    packed = cf.constrained_reward(x[mask], y[mask], tokens[mask], reward[mask], budget, cu_seqlens=cu, backend=backend)
+    for a, b in zip(padded.stats, packed.stats, strict=True):
+        assert torch.equal(a[mask], b)
+    assert torch.equal(padded.reward[mask], packed.reward)
+    assert torch.equal(padded.trace.cumulative[mask], packed.trace.cumulative)
+
+
+def test_the_statistics_stay_differentiable(backend):
+    x, y, tokens, reward, mask = batch()
+    x.requires_grad_()
+    out = cf.constrained_reward(x, y, tokens, reward, 1.5, mask=mask, backend=backend)
+    assert not out.reward.requires_grad and not out.trace.excess.requires_grad
+    loss = -(out.stats.logprob * out.reward).sum() + 0.1 * out.stats.reverse_kl.sum()
+    gradient = torch.autograd.grad(loss, x)[0]
+    apart = cf.token_stats(x, y, tokens, mask=mask, backend=backend)
+    again = torch.autograd.grad(-(apart.logprob * out.reward).sum() + 0.1 * apart.reverse_kl.sum(), x)[0]
+    assert torch.equal(gradient, again) and not gradient[~mask].any()
+
+
+def test_worst_case_defaults_to_its_own_cost(backend):
+    x, y, tokens, reward, mask = batch()
+    out = cf.constrained_reward(x, y, tokens, reward, 2.0, mask=mask, kind="worst_case", backend=backend)
+    expected = cf.budget_trace(-out.stats.teacher_logprob, 2.0, mask=mask, reduction="mean", backend=backend)
+    assert torch.equal(out.trace.cumulative, expected.cumulative)
+    with pytest.raises(ValueError, match="kind='worst_case' is defined for cost='nll'"):
+        cf.constrained_reward(x, y, tokens, reward, 2.0, kind="worst_case", cost="reverse_kl")
+
+
+def test_saute_warns_where_its_penalty_has_no_gradient():
+    x, y, tokens, reward, _ = batch()
+    with pytest.warns(UserWarning, match="no direct gradient"):
+        cf.constrained_reward(x, y, tokens, reward, 2.0, kind="saute")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cf.constrained_reward(x, y, tokens, reward, 2.0, kind="saute", cost="k1")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"cost": "kl"}, ValueError, "cost='kl' is unknown; expected one of reverse_kl"),
+        ({"budget": -1.0}, ValueError, "budget must be at least 0"),
+        ({"budget": torch.ones(2)}, ValueError, r"shape \[3\] \(sequences\), got \[2\]"),
+        ({"task_reward": torch.ones(3)}, ValueError, r"task_reward must have the shape of tokens, \[3, 6\]"),
+        ({"tokens": torch.ones(3, 5, dtype=torch.int64)}, ValueError, "task_reward must have the shape of tokens"),
+        ({"tokens": torch.full((3, 6), 40)}, ValueError, r"tokens\[0, 0\] = 40 is outside the vocabulary \[0, 40\)"),
+        ({"kind": "barrier"}, ValueError, "needs coefficient="),
+        ({"teacher_logits": make_logits(3, 6, 41)}, ValueError, "pass vocab_size="),
+        ({"edge": "hard"}, ValueError, "edge='hard' is unknown"),
+    ],
+)
+def test_errors(change, error, message):
+    x, y, tokens, reward, _ = batch()
+    arguments = {"student_logits": x, "teacher_logits": y, "tokens": tokens, "task_reward": reward, "budget": 1.0}
+    with pytest.raises(error, match=message):
+        cf.constrained_reward(**{**arguments, **change})

@@ -1,0 +1,142 @@
+"""The native module trusts nobody: wrong addresses, sizes and tags raise before anything is read."""
+
+import threading
+import time
+
+import pytest
+import torch
+from helpers import make_logits
+
+from cmdp_fast.ops.backends import native
+from cmdp_fast.ops.native import matrix
+
+pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
+
+
+def call(x=None, *, tokens=None, vocab=8, temperature=1.0, statistics=None, saved=None, threads=1, teacher=None):
+    x = matrix(make_logits(2, 8)) if x is None else x
+    keep = [torch.empty(2) for _ in range(6)], torch.empty(2, 4, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    native.token_stats(
+        x,
+        x if teacher is None else teacher,
+        keep[2].data_ptr() if tokens is None else tokens,
+        0,
+        vocab,
+        temperature,
+        [t.data_ptr() for t in keep[0]] if statistics is None else statistics,
+        False,
+        keep[1].data_ptr() if saved is None else saved,
+        threads,
+    )
+
+
+def test_a_right_call_passes():
+    x = make_logits(2, 8)
+    call(matrix(x))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"tokens": 0}, "tokens is a null pointer"),
+        ({"tokens": 3}, "tokens is not aligned"),
+        ({"saved": 0}, "saved is a null pointer"),
+        ({"vocab": 9}, "vocab is outside the width"),
+        ({"vocab": 0}, "vocab is outside the width"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"statistics": [8, 0, 0, 0, 0, 0]}, "a statistic is a null pointer"),
+    ],
+)
+def test_wrong_calls_raise(arguments, message):
+    x = make_logits(2, 8)
+    with pytest.raises(ValueError, match=message):
+        call(matrix(x), **arguments)
+
+
+def test_tokens_are_checked_here_too():
+    x, tokens = make_logits(2, 8), torch.tensor([0, 8])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        call(matrix(x), tokens=tokens.data_ptr())
+
+
+def test_rows_must_agree():
+    x, y = make_logits(2, 8), make_logits(3, 8)
+    with pytest.raises(ValueError, match="different numbers of rows"):
+        call(matrix(x), teacher=matrix(y))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, "float32", [2], [8], 8), "null pointer"),
+        ((64, "int8", [2], [8], 8), "dtype 'int8' is not one of"),
+        ((64, "float32", [2], [8, 1], 8), "as many strides"),
+        ((64, "float32", [-2], [8], 8), "negative size"),
+        ((64, "float32", [2], [-8], 8), "negative size or stride"),
+        ((64, "float32", [2], [8], -1), "negative width"),
+        ((64, "float32", [2**40, 2**40], [1, 1], 8), "overflows 64 bits"),
+        ((64, "float32", [2], [2**62], 8), "overflows 64 bits"),
+        ((65, "float32", [2], [8], 8), "not aligned"),
+        ((64, "float32", [1] * 9, [1] * 9, 8), "at most 8"),
+    ],
+)
+def test_wrong_matrices_raise(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        native.Matrix(*arguments)
+
+
+def test_wrong_offsets_raise():
+    cost, offsets, limits = torch.zeros(4), torch.tensor([0, 9]), torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="offsets must begin with 0 and end with the number of tokens"):
+        native.budget_trace(
+            cost.data_ptr(),
+            False,
+            0,
+            offsets.data_ptr(),
+            1,
+            4,
+            limits.data_ptr(),
+            (1.0, False, False),
+            [8] * 5,
+            None,
+            0,
+            0,
+        )
+
+
+def test_an_unknown_variant_raises():
+    with pytest.raises(ValueError, match="no kernel variant named 'sse9'"):
+        native.set_variant("sse9")
+    for name, runs in native.variants():
+        if not runs:
+            with pytest.raises(RuntimeError, match=f"cannot run the kernel variant '{name}'"):
+                native.set_variant(name)
+
+
+def test_the_gil_is_released():
+    """A Python thread makes progress while a kernel runs."""
+    import cmdp_fast as cf
+
+    x, y = make_logits(64, 60000), make_logits(64, 60000, seed=1)
+    tokens = torch.zeros(64, dtype=torch.int64)
+    ticks, stop = 0, threading.Event()
+
+    def tick():
+        nonlocal ticks
+        while not stop.is_set():
+            ticks += 1
+            time.sleep(0)
+
+    worker = threading.Thread(target=tick)
+    worker.start()
+    while ticks == 0:
+        time.sleep(0.001)
+    before = ticks
+    for _ in range(20):
+        cf.token_stats(x, y, tokens)
+    during = ticks - before
+    stop.set()
+    worker.join()
+    assert during > 20  # with the GIL held there is at most a switch between two calls

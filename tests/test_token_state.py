@@ -1,0 +1,154 @@
+"""The state's algebra, in C++ through the binding and in the public TokenState."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import make_logits, make_tokens
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cmdp_fast as cf
+from cmdp_fast import reference
+from cmdp_fast.ops.backends import native
+
+needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
+columns = st.lists(st.tuples(*[st.floats(-40, 40) | st.just(-torch.inf)] * 2), max_size=12)
+
+
+def fold(pairs, by_block=False):
+    state = native.TokenState()
+    if by_block:
+        state.push_block([x for x, _ in pairs], [y for _, y in pairs])
+    else:
+        for x, y in pairs:
+            state.push(x, y)
+    if pairs:
+        state.label(*pairs[0])
+    return state
+
+
+def close(a, b, skip=0):
+    pairs = list(zip(a.finish(), b.finish(), strict=True))[skip:]
+    return all(p == pytest.approx(q, rel=1e-12, abs=1e-12, nan_ok=True) for p, q in pairs)
+
+
+def merged(*states):
+    total = native.TokenState()
+    for state in states:
+        total.merge(state)
+    return total
+
+
+@needs_native
+@given(columns)
+def test_columns_one_by_one_or_as_a_block(pairs):
+    assert close(fold(pairs), fold(pairs, by_block=True))
+
+
+@needs_native
+@given(columns, columns, columns)
+def test_merge_is_associative_and_commutative(first, second, third):
+    a, b, c = fold(first), fold(second), fold(third)
+    left, right = merged(merged(a, b), c), merged(a, merged(b, c))
+    assert close(left, right)
+    assert close(merged(a, b, c), merged(c, a, b))
+
+
+@needs_native
+@given(columns)
+def test_the_empty_state_is_the_identity(pairs):
+    state = fold(pairs)
+    assert merged(native.TokenState(), state).fields() == state.fields()
+    assert merged(state, native.TokenState()).fields() == state.fields()
+
+
+@needs_native
+@given(columns, columns)
+def test_merging_equals_pushing_everything(first, second):
+    together = fold(first + second)
+    parts = merged(fold(first), fold(second))
+    assert close(parts, together, skip=2)  # the labels are those of different columns
+
+
+@needs_native
+@given(columns, st.floats(0, 50), st.floats(0, 50))
+def test_raising_changes_no_statistic(pairs, by_x, by_y):
+    state, raised = fold(pairs), fold(pairs)
+    m, n = raised.fields()[:2]
+    raised.raise_to(max(m, -100.0) + by_x, max(n, -100.0) + by_y)
+    for p, q in zip(state.finish(), raised.finish(), strict=True):
+        assert p == pytest.approx(q, rel=1e-9, abs=1e-9, nan_ok=True)
+
+
+@needs_native
+def test_the_state_against_the_reference():
+    x, y = make_logits(1, 50, dtype=torch.float64), make_logits(1, 50, dtype=torch.float64, seed=1)
+    state = fold(list(zip(x[0].tolist(), y[0].tolist(), strict=True)))
+    exact = reference.token_stats(x, y, torch.tensor([0]))
+    assert state.finish() == pytest.approx([float(s) for s in exact], abs=1e-12)
+
+
+@needs_native
+def test_an_empty_state_has_no_statistics():
+    assert all(value != value for value in native.TokenState().finish())
+
+
+@needs_native
+def test_push_block_refuses_unequal_lengths():
+    with pytest.raises(ValueError, match="as many columns"):
+        native.TokenState().push_block([1.0], [1.0, 2.0])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The public TokenState
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_tiles_in_any_order(order, dtype, backend):
+    x, y = make_logits(4, 500, dtype=dtype), make_logits(4, 500, dtype=dtype, seed=1)
+    tokens = torch.tensor([0, 120, 320, 499])
+    bounds = (0, 121, 320, 500)
+    state = cf.TokenState.empty(4, temperature=0.8)
+    for i in order:
+        piece = slice(bounds[i], bounds[i + 1])
+        state.update(x[:, piece], y[:, piece], tokens, first_column=bounds[i], backend=backend)
+    stats, whole = state.finish(), cf.token_stats(x, y, tokens, temperature=0.8)
+    for got, want in zip(stats, whole, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.allclose(got, want, rtol=2e-6, atol=2e-6)
+
+
+def test_merge_of_two_halves(backend):
+    x, y, tokens = make_logits(4, 300), make_logits(4, 300, seed=1), make_tokens(4, vocab=300)
+    x[0, :150], y[1, 150:] = -torch.inf, -torch.inf
+    left = cf.TokenState.empty(4).update(x[:, :150], y[:, :150], tokens, backend=backend)
+    right = cf.TokenState.empty(4).update(x[:, 150:], y[:, 150:], tokens, first_column=150, backend=backend)
+    for a, b in ((left, right), (right, left)):
+        both = cf.TokenState.empty(4).merge(a).merge(b).finish()
+        for got, want in zip(both, cf.token_stats(x, y, tokens), strict=True):
+            assert torch.allclose(got, want, rtol=2e-6, atol=2e-6)
+
+
+def test_merge_with_the_empty_state_changes_nothing(backend):
+    x, y, tokens = make_logits(4, 30), make_logits(4, 30, seed=1), make_tokens(4, vocab=30)
+    state = cf.TokenState.empty(4).update(x, y, tokens, backend=backend)
+    before = state.finish()
+    state.merge(cf.TokenState.empty(4))
+    assert all(torch.equal(a, b) for a, b in zip(before, state.finish(), strict=True))
+
+
+def test_token_state_refuses_what_does_not_fit(backend):
+    state = cf.TokenState.empty(4)
+    x, tokens = make_logits(4, 30), make_tokens(4, vocab=30)
+    with pytest.raises(ValueError, match=r"shape \[4, C\], got \[3, 30\]"):
+        state.update(x[:3], x[:3], tokens[:3], backend=backend)
+    with pytest.raises(ValueError, match="vocab_size"):
+        state.update(x, x[:, :20], tokens, backend=backend)
+    with pytest.raises(ValueError, match="first_column must be at least 0"):
+        state.update(x, x, tokens, first_column=-1, backend=backend)
+    with pytest.raises(ValueError, match="cannot merge"):
+        state.merge(cf.TokenState.empty(4, temperature=2.0))
+    with pytest.raises(ValueError, match="rows must be at least 0"):
+        cf.TokenState.empty(-1)

@@ -1,0 +1,342 @@
+"""token_stats against the float64 reference: values, gradients, layouts, invariances."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import (
+    DIFFERENTIABLE,
+    DTYPES,
+    assert_no_worse,
+    exact_and_eager,
+    make_logits,
+    make_tokens,
+    needs_memory,
+    weighted_sum,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cmdp_fast as cf
+from cmdp_fast import reference
+from cmdp_fast.ops.backends import native
+
+needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
+# One column; around one vector, one step of the loop, one block, one segment; several segments.
+WIDTHS = (1, 2, 7, 16, 25, 48, 151, 4096, 4101, 16385, 50000)
+
+
+def check(student, teacher, tokens, backend, **settings):
+    weights = {name: make_logits(*tokens.shape, scale=1.0, seed=i) for i, name in enumerate(DIFFERENTIABLE)}
+    x = student.detach().clone().requires_grad_()
+    stats = cf.token_stats(x, teacher, tokens, backend=backend, **settings)
+    gradient = torch.autograd.grad(weighted_sum(stats, weights), x)[0]
+    exact, eager = exact_and_eager(student, teacher, tokens, weights, **settings)
+    width = student.shape[-1]
+    for name in stats._fields:
+        assert_no_worse(getattr(stats, name), getattr(eager[0], name), getattr(exact[0], name), name, terms=width)
+    assert gradient.dtype == student.dtype
+    # The gradient of the reverse KL is a difference from R, which carries the rounding of R itself.
+    size = float((exact[0].reverse_kl * weights["reverse_kl"]).abs().max()) / settings.get("temperature", 1.0)
+    assert_no_worse(gradient, eager[1].to(student.dtype), exact[1], "gradient", size=size, terms=width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_values_and_gradients(width, backend):
+    check(make_logits(3, width), make_logits(3, width, seed=1), make_tokens(3, vocab=width), backend)
+
+
+@pytest.mark.parametrize("student, teacher", list(itertools.product(DTYPES, DTYPES)))
+def test_every_pair_of_dtypes(student, teacher, backend):
+    check(
+        make_logits(4, 333, dtype=student),
+        make_logits(4, 333, dtype=teacher, seed=1),
+        make_tokens(4, vocab=333),
+        backend,
+    )
+
+
+@pytest.mark.parametrize("student_offset, teacher_offset", [(100, 0), (0, -100), (1e4, -1e4), (-3000, 5000)])
+def test_offsets_cost_no_precision(student_offset, teacher_offset, backend):
+    x = make_logits(4, 5000, offset=student_offset)
+    check(x, make_logits(4, 5000, offset=teacher_offset, seed=1), make_tokens(4, vocab=5000), backend)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.7, 3.0])
+def test_temperature(temperature, backend):
+    x, y = make_logits(4, 777), make_logits(4, 777, seed=1)
+    check(x, y, make_tokens(4, vocab=777), backend, temperature=temperature)
+
+
+def test_nearly_equal_models(backend):
+    """The KL of two models that differ by 1e-3 is about 1e-7: cancellation would show here."""
+    x = make_logits(4, 3000)
+    check(x, x + make_logits(4, 3000, scale=1e-3, seed=1), make_tokens(4, vocab=3000), backend)
+
+
+def test_equal_models_have_no_divergence(backend):
+    x = make_logits(4, 3000)
+    stats = cf.token_stats(x, x.clone(), make_tokens(4, vocab=3000), backend=backend)
+    assert torch.equal(stats.reverse_kl, torch.zeros(4)) and torch.equal(stats.forward_kl, torch.zeros(4))
+    assert torch.equal(stats.logprob, stats.teacher_logprob)
+    assert torch.equal(stats.entropy, stats.teacher_entropy)
+
+
+@needs_native
+@pytest.mark.parametrize("variant", [name for name, runs in (native.variants() if native else ()) if runs])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kernel_variant(variant, dtype):
+    chosen = native.variant()
+    try:
+        native.set_variant(variant)
+        x, y = make_logits(3, 4133, dtype=dtype), make_logits(3, 4133, dtype=dtype, seed=1)
+        check(x, y, make_tokens(3, vocab=4133), "cpu")
+    finally:
+        native.set_variant(chosen)
+
+
+def test_worked_example(vectors, backend):
+    v = vectors["worked_example"]["divergences"]
+    p = torch.tensor([v["p"]], dtype=torch.float64).log().repeat(3, 1).requires_grad_()
+    q = torch.tensor([v["q"]], dtype=torch.float64).log().repeat(3, 1)
+    tokens = torch.arange(3)
+    stats = cf.token_stats(p, q, tokens, backend=backend)
+    assert stats.reverse_kl[0].item() == pytest.approx(v["reverse_kl"], abs=1e-15)
+    assert stats.forward_kl[0].item() == pytest.approx(v["forward_kl"], abs=1e-15)
+    reverse = torch.autograd.grad(stats.reverse_kl.sum(), p, retain_graph=True)[0]
+    forward = torch.autograd.grad(stats.forward_kl.sum(), p)[0]
+    assert reverse[0].tolist() == pytest.approx(v["grad_reverse_kl"], abs=5e-9)
+    assert forward[0].tolist() == pytest.approx(v["grad_forward_kl"], abs=1e-15)
+    assert cf.token_cost(stats, "k1").tolist() == pytest.approx(v["k1"], abs=5e-9)
+    assert cf.token_cost(stats, "k3").tolist() == pytest.approx(v["k3"], abs=5e-9)
+    assert torch.equal(cf.token_cost(stats, "nll"), -stats.teacher_logprob)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradcheck(name, backend):
+    x = make_logits(3, 9, dtype=torch.float64).requires_grad_()
+    y, tokens = make_logits(3, 9, dtype=torch.float64, seed=1), make_tokens(3, vocab=9)
+    mask = torch.tensor([True, False, True])
+
+    def statistic(logits):
+        return getattr(
+            cf.token_stats(logits, y, tokens, mask=mask, temperature=0.7, vocab_size=8, backend=backend), name
+        )
+
+    assert torch.autograd.gradcheck(statistic, x)
+
+
+@pytest.mark.parametrize("present", [c for n in range(1, 5) for c in itertools.combinations(DIFFERENTIABLE, n)])
+def test_any_subset_of_upstream_gradients(present, backend):
+    x, y, tokens = make_logits(4, 70), make_logits(4, 70, seed=1), make_tokens(4, vocab=70)
+    weights = {name: make_logits(4, scale=1.0, seed=i) for i, name in enumerate(present)}
+    exact, eager = exact_and_eager(x, y, tokens, weights)
+    x.requires_grad_()
+    stats = cf.token_stats(x, y, tokens, backend=backend)
+    gradient = torch.autograd.grad(weighted_sum(stats, weights), x)[0]
+    assert_no_worse(gradient, eager[1], exact[1])
+
+
+def test_strided_and_expanded_upstream_gradients(backend):
+    x, y, tokens = make_logits(4, 70), make_logits(4, 70, seed=1), make_tokens(4, vocab=70)
+    x.requires_grad_()
+    stats = cf.token_stats(x, y, tokens, backend=backend)
+    strided = torch.arange(8.0)[::2]
+    expanded = torch.tensor(0.5).expand(4)
+    outputs = (stats.logprob, stats.reverse_kl)
+    got = torch.autograd.grad(outputs, x, (strided, expanded), retain_graph=True)[0]
+    plain = torch.autograd.grad(outputs, x, (strided.contiguous(), expanded.contiguous()))[0]
+    assert torch.equal(got, plain)
+
+
+def test_no_upstream_gradient_is_no_gradient():
+    x, y, tokens = make_logits(2, 9).requires_grad_(), make_logits(2, 9), make_tokens(2, vocab=9)
+    stats = cf.token_stats(x, y.requires_grad_(), tokens)
+    assert not stats.teacher_logprob.requires_grad and not stats.teacher_entropy.requires_grad
+    (stats.logprob * 0 + stats.teacher_logprob).sum().backward()
+    assert y.grad is None and torch.equal(x.grad, torch.zeros_like(x))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Layouts
+
+
+def layouts():
+    base = make_logits(6, 5, 64)
+    yield "shifted", base[:, :-1]
+    yield "transposed rows", base.transpose(0, 1)
+    yield "strided rows", base[::2, 1::3]
+    yield "columns of a wider matrix", base[..., 7:50]
+    yield "strided columns", base[..., ::2]
+    yield "transposed columns", base.transpose(1, 2)
+    yield "expanded", base[:1].expand(6, 5, 64)
+    yield "one row", base[0, 0]
+    yield "four dimensions", base.view(2, 3, 5, 64).permute(2, 0, 1, 3)
+
+
+@pytest.mark.parametrize("name, x", list(layouts()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_layouts(name, x, inplace, backend):
+    y = make_logits(*x.shape, seed=1)
+    tokens = make_tokens(*x.shape[:-1], vocab=x.shape[-1])
+    plain, strided = x.contiguous().requires_grad_(), x.clone(memory_format=torch.preserve_format)
+    if not inplace:
+        strided = x.detach()
+    strided.requires_grad_()
+    expected = cf.token_stats(plain, y, tokens, backend=backend)
+    got = cf.token_stats(strided, y, tokens, inplace_backward=inplace, backend=backend)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    of = [torch.autograd.grad((s.reverse_kl + s.logprob).sum(), t)[0] for s, t in ((got, strided), (expected, plain))]
+    assert torch.equal(*of)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+def test_no_rows(shape, backend):
+    x = make_logits(*shape, 11).requires_grad_()
+    stats = cf.token_stats(x, make_logits(*shape, 11), make_tokens(*shape, vocab=11), backend=backend)
+    assert all(s.shape == shape for s in stats)
+    stats.reverse_kl.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_beyond_two_to_the_eighteen_columns(backend):
+    width = 2**18 + 1
+    check(make_logits(1, width), make_logits(1, width, seed=1), torch.tensor([width - 1]), backend)
+
+
+@needs_native
+@needs_memory(7)
+def test_beyond_two_to_the_thirty_one_elements():
+    """Offsets are 64-bit: the last rows of a 4.3 GB matrix come out as they do alone, forward and backward."""
+    rows, width = 14200, 151936
+    x = torch.empty(rows, width, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x.copy_(make_logits(width, dtype=torch.bfloat16))
+    x[-1] = make_logits(width, dtype=torch.bfloat16, seed=2)
+    y = make_logits(1, width, dtype=torch.bfloat16, seed=1).expand(rows, width)
+    tokens = make_tokens(rows, vocab=width)
+    alone = x[-2:].clone().requires_grad_()
+    expected = cf.token_stats(alone, y[-2:], tokens[-2:])
+    (expected.reverse_kl - expected.logprob).sum().backward()
+    x.requires_grad_()
+    stats = cf.token_stats(x, y, tokens, inplace_backward=True)
+    for name in stats._fields:
+        assert torch.equal(getattr(stats, name)[-2:], getattr(expected, name))
+    assert stats.reverse_kl[0] == stats.reverse_kl[1] == stats.reverse_kl[-2] != stats.reverse_kl[-1]
+    gradient = torch.autograd.grad((stats.reverse_kl - stats.logprob).sum(), x)[0]
+    assert gradient.data_ptr() == x.data_ptr()
+    assert torch.equal(gradient[-2:], alone.grad)
+
+
+@needs_native
+@needs_memory(2)
+def test_strides_beyond_two_to_the_thirty_one():
+    """Two rows more than 2^31 elements apart; the pages between them are never touched."""
+    width, apart = 300, 2**31 + 7
+    far = torch.empty(apart + width, dtype=torch.bfloat16).as_strided((2, width), (apart, 1))
+    far.copy_(make_logits(2, width, dtype=torch.bfloat16))
+    y, tokens = make_logits(2, width, seed=1), make_tokens(2, vocab=width)
+    for a, b in zip(cf.token_stats(far, y, tokens), cf.token_stats(far.contiguous(), y, tokens), strict=True):
+        assert torch.equal(a, b)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Invariances
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_row_does_not_depend_on_the_others_or_on_threads(dtype, threads):
+    x = make_logits(9, 40000, dtype=dtype)
+    y, tokens = make_logits(9, 40000, dtype=dtype, seed=1), make_tokens(9, vocab=40000)
+
+    def run(rows, count):
+        threads(count)
+        logits = x[rows].clone().requires_grad_()
+        stats = cf.token_stats(logits, y[rows], tokens[rows])
+        gradient = torch.autograd.grad(sum(getattr(stats, n).sum() for n in DIFFERENTIABLE), logits)[0]
+        return (*stats, gradient)
+
+    everything = run(slice(0, 9), 1)
+    for rows, count in itertools.product((slice(0, 9), slice(0, 1), slice(3, 5), slice(2, 9)), (1, 2, 3, 7)):
+        for whole, part in zip(everything, run(rows, count), strict=True):
+            assert torch.equal(whole[rows], part), (rows, count)
+
+
+def test_masked_rows_are_exactly_zero_and_not_read(backend):
+    x, y, tokens = make_logits(5, 300), make_logits(5, 300, seed=1), make_tokens(5, vocab=300)
+    mask = torch.tensor([True, False, True, False, True])
+    expected = cf.token_stats(x, y, tokens, backend=backend)
+    x[~mask], y[~mask], tokens[~mask] = torch.nan, torch.inf, -100
+    x.requires_grad_()
+    stats = cf.token_stats(x, y, tokens, mask=mask, backend=backend)
+    stats_sum = sum(getattr(stats, name).sum() for name in DIFFERENTIABLE)
+    gradient = torch.autograd.grad(stats_sum, x)[0]
+    for got, full in zip(stats, expected, strict=True):
+        assert torch.equal(got, torch.where(mask, full, 0.0))
+    assert torch.equal(gradient[~mask], torch.zeros(2, 300)) and gradient[mask].isfinite().all()
+    nothing = cf.token_stats(x, y, tokens, mask=torch.zeros(5, dtype=torch.bool), backend=backend)
+    assert all(torch.equal(s, torch.zeros(5)) for s in nothing)
+
+
+def test_vocab_size_compares_a_common_prefix(backend):
+    x, y, tokens = make_logits(4, 60), make_logits(4, 75, seed=1), make_tokens(4, vocab=50)
+    x[:, 55] = torch.nan  # beyond the prefix nothing is read
+    x.requires_grad_()
+    stats = cf.token_stats(x, y, tokens, vocab_size=50, backend=backend)
+    expected = cf.token_stats(x[:, :50].detach(), y[:, :50], tokens, backend=backend)
+    for got, same in zip(stats, expected, strict=True):
+        assert torch.equal(got, same)
+    gradient = torch.autograd.grad(stats.reverse_kl.sum(), x)[0]
+    assert torch.equal(gradient[:, 50:], torch.zeros(4, 10)) and gradient[:, :50].isfinite().all()
+    mass = cf.dropped_teacher_mass(y, 50, rows_at_once=3)
+    assert torch.allclose(mass, y.softmax(-1)[:, 50:].sum(-1))
+
+
+logit_rows = st.integers(1, 40).flatmap(
+    lambda n: st.tuples(*(st.lists(st.floats(-30, 30, width=32), min_size=n, max_size=n) for _ in range(2)))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(logit_rows, st.randoms(use_true_random=False), st.sampled_from([-50.0, 3.0, 1000.0]))
+def test_properties(rows, random, shift):
+    """KL >= 0, H in [0, log V], invariance under permuted columns and under a shift of either model's logits."""
+    x, y = (torch.tensor([row], dtype=torch.float64) for row in rows)
+    width = x.shape[1]
+    tokens = torch.tensor([random.randrange(width)])
+    order = list(range(width))
+    random.shuffle(order)
+    permuted = torch.tensor([order.index(int(tokens))])
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        a, b = x.to(dtype), y.to(dtype)
+        base = cf.token_stats(a, b, tokens)
+        assert base.reverse_kl >= 0 and base.forward_kl >= 0
+        assert base.logprob <= 0 and base.teacher_logprob <= 0
+        top = math.log(width) + tolerance
+        assert 0 <= base.entropy <= top and 0 <= base.teacher_entropy <= top
+        scale = max(1.0, float(base.reverse_kl), float(base.forward_kl))
+        for other in (
+            cf.token_stats(a[:, order], b[:, order], permuted),
+            cf.token_stats((x + shift).to(dtype), b, tokens),
+            cf.token_stats(a, (y + shift).to(dtype), tokens),
+        ):
+            # A shifted float32 logit is rounded to a unit of the shift before we see it.
+            slack = tolerance * scale + (4 * abs(shift) * torch.finfo(dtype).eps if other is not base else 0)
+            for p, q in zip(base, other, strict=True):
+                assert abs(float(p) - float(q)) <= slack
+
+
+def test_reference_is_the_textbook():
+    """The reference against formulas written out once more, so that it is not only compared with itself."""
+    x, y = make_logits(5, 13, dtype=torch.float64), make_logits(5, 13, dtype=torch.float64, seed=1)
+    tokens = make_tokens(5, vocab=13)
+    stats = reference.token_stats(x, y, tokens)
+    for i in range(5):
+        p, w = x[i].exp() / x[i].exp().sum(), y[i].exp() / y[i].exp().sum()
+        assert stats.logprob[i].item() == pytest.approx(float(p[tokens[i]].log()), abs=1e-13)
+        assert stats.entropy[i].item() == pytest.approx(-float((p * p.log()).sum()), abs=1e-13)
+        assert stats.reverse_kl[i].item() == pytest.approx(float((p * (p / w).log()).sum()), abs=1e-13)
+        assert stats.forward_kl[i].item() == pytest.approx(float((w * (w / p).log()).sum()), abs=1e-13)

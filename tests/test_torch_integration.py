@@ -1,0 +1,178 @@
+"""What torch expects of an operator: torch.compile, opcheck, autocast, in-place gradients, clear errors."""
+
+import copy
+
+import pytest
+import torch
+from helpers import DIFFERENTIABLE, make_logits, make_tokens
+
+import cmdp_fast as cf
+from cmdp_fast.ops.backends import native
+
+needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
+OPS = torch.ops.cmdp_fast
+
+
+def everything(x, y, tokens, mask, reward):
+    out = cf.constrained_reward(x, y, tokens, reward, 1.5, mask=mask)
+    loss = sum(getattr(out.stats, name).sum() for name in DIFFERENTIABLE) + (out.stats.logprob * out.reward).sum()
+    jsd = cf.divergence(x, y, mask=mask)
+    return (*out.stats, *out.trace, out.reward, jsd), loss + jsd.sum()
+
+
+def inputs(dtype=torch.float32):
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0, 3:] = False
+    x, y = make_logits(3, 5, 37, dtype=dtype), make_logits(3, 5, 37, dtype=dtype, seed=1)
+    return x.requires_grad_(), y, make_tokens(3, 5, vocab=37), mask, make_logits(3, 5, scale=1.0, seed=2)
+
+
+@needs_native
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_gives_equal_results(dynamic):
+    compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic)
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = inputs(dtype)
+        plain, loss = everything(*arguments)
+        gradient = torch.autograd.grad(loss, arguments[0])[0]
+        got, compiled_loss = compiled(*arguments)
+        for a, b in zip(got, plain, strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride()
+        assert torch.equal(torch.autograd.grad(compiled_loss, arguments[0])[0], gradient)
+
+
+@needs_native
+def test_compile_with_inplace_backward_keeps_the_logits():
+    x, y, tokens, _, _ = inputs()
+    before = x.detach().clone()
+
+    def loss(x):
+        return cf.token_stats(x, y, tokens, inplace_backward=True).reverse_kl.sum()
+
+    gradient = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), x)[0]
+    assert torch.equal(x, before)
+    assert torch.equal(gradient, torch.autograd.grad(cf.token_stats(x, y, tokens).reverse_kl.sum(), x)[0])
+
+
+def samples():
+    x, y, tokens, mask, reward = inputs()
+    plain = x.detach()
+    stats = (1.0, 37)
+    saved = OPS.token_stats(plain, y, tokens, mask, *stats, False)[6] if native else None
+    g = torch.rand(3, 5)
+    yield "token_stats", (x, y, tokens, mask, *stats, False)
+    yield (
+        "token_stats",
+        (make_logits(4, 9, dtype=torch.bfloat16), make_logits(4, 9), tokens[0, :4] % 8, None, 0.5, 8, False),
+    )
+    yield "token_stats_backward", (plain, y, tokens, mask, saved, g, None, g, None, *stats)
+    yield "token_stats_backward_", (plain.clone(), y, tokens, None, saved, None, g, None, g, *stats)
+    yield "mixture_divergence", (x, y, mask, *stats, 0.5, 0.5, 0.5)
+    if native:
+        _, saved, mean = OPS.mixture_divergence(plain, y, mask, *stats, 0.5, 0.5, 0.5)
+        yield "mixture_divergence_backward", (plain, y, mask, saved, mean, g, *stats, 0.5, 0.5, 0.5)
+    cost, offsets, limits = torch.rand(3, 5), torch.tensor([0, 5, 10, 15]), torch.ones(3, dtype=torch.float64)
+    account, rule = (1.0, False, False), ("cmdp", True, 1.0, 1.0, 0.0, 10.0)
+    yield "budget_trace", (cost, mask, offsets, limits, *account)
+    yield "constrained_scan", (reward, cost, mask, offsets, limits, *account, *rule)
+    yield "modified_reward", (reward, cost, cost, cost, mask, cost, None, offsets, *rule)
+
+
+@needs_native
+@pytest.mark.parametrize("name, arguments", list(samples()), ids=lambda v: v if isinstance(v, str) else "")
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(OPS, name).default, copy.deepcopy(arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_downcast_the_statistics(dtype, backend):
+    x, y, tokens, mask, _ = inputs()
+    plain = cf.token_stats(x, y, tokens, mask=mask, backend=backend)
+    jsd = cf.divergence(x, y, mask=mask, backend=backend)
+    with torch.autocast("cpu", dtype=dtype):
+        under = cf.token_stats(x, y, tokens, mask=mask, backend=backend)
+        jsd_under = cf.divergence(x, y, mask=mask, backend=backend)
+    for a, b in zip((*plain, jsd), (*under, jsd_under), strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a, b)
+
+
+@needs_native
+def test_inplace_backward_writes_into_the_logits():
+    x, y, tokens, mask, _ = inputs()
+    expected = torch.autograd.grad(cf.token_stats(x, y, tokens, mask=mask).reverse_kl.sum(), x)[0]
+    hidden = x.detach().clone().requires_grad_()
+    logits = hidden * 1
+    stats = cf.token_stats(logits, y, tokens, mask=mask, inplace_backward=True)
+    gradient = torch.autograd.grad(stats.reverse_kl.sum(), logits, retain_graph=True)[0]
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert torch.equal(gradient, expected) and torch.equal(logits.detach(), expected)
+    with pytest.raises(RuntimeError, match=r"differentiated a second time.*inplace_backward=False"):
+        torch.autograd.grad(stats.reverse_kl.sum(), logits)
+
+
+@needs_native
+def test_inplace_backward_is_noticed_by_others_who_saved_the_logits():
+    x, y, tokens, _, _ = inputs()
+    logits = x * 1
+    other = (logits**2).sum()
+    cf.token_stats(logits, y, tokens, inplace_backward=True).reverse_kl.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+@needs_native
+def test_there_is_no_second_derivative():
+    x, y, tokens, _, _ = inputs()
+    stats = cf.token_stats(x, y, tokens)
+    gradient = torch.autograd.grad(stats.reverse_kl.sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_the_teacher_never_gets_a_gradient(backend):
+    x, y, tokens, _, _ = inputs()
+    y.requires_grad_()
+    stats = cf.token_stats(x, y, tokens, backend=backend)
+    (sum(s.sum() for s in stats) + cf.divergence(x, y, backend=backend).sum()).backward()
+    assert y.grad is None and x.grad is not None
+
+
+LOGITS, TOKENS = make_logits(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"student_logits": [1.0]}, TypeError, "student_logits must be a tensor, got list"),
+        ({"student_logits": LOGITS.long()}, TypeError, "student_logits must be float32, bfloat16, float16 or float64"),
+        ({"teacher_logits": LOGITS[:1]}, ValueError, r"got \[2, 3, 9\] and \[1, 3, 9\]"),
+        ({"teacher_logits": LOGITS.to("meta")}, ValueError, "teacher_logits is on meta, but student_logits is on cpu"),
+        ({"teacher_logits": LOGITS[..., :8]}, ValueError, "9 wide and teacher_logits 8; pass vocab_size="),
+        ({"vocab_size": 10}, ValueError, r"min\(9, 9\) = 9"),
+        ({"vocab_size": 0}, ValueError, "vocab_size=0 must be at least 1"),
+        ({"vocab_size": 2.0}, TypeError, "vocab_size must be an int"),
+        ({"tokens": TOKENS.float()}, TypeError, "tokens must be integers"),
+        ({"tokens": TOKENS[0]}, ValueError, r"without its last axis, \[2, 3\], got \[3\]"),
+        ({"tokens": TOKENS.to("meta")}, ValueError, "tokens is on meta"),
+        ({"tokens": TOKENS + 9}, ValueError, r"tokens\[0, 0\] = 9 is outside the vocabulary \[0, 9\)"),
+        ({"tokens": TOKENS - torch.eye(2, 3).long()}, ValueError, r"tokens\[0, 0\] = -1 is outside"),
+        ({"mask": TOKENS}, TypeError, r"mask must be bool .* convert with mask.bool\(\)"),
+        ({"mask": TOKENS[0].bool()}, ValueError, r"mask must have the shape of tokens, \[2, 3\], got \[3\]"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": torch.inf}, ValueError, "temperature must be positive and finite"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown; expected None or one of cpu, triton, torch"),
+    ],
+)
+def test_errors(change, error, message, backend):
+    arguments = {"student_logits": LOGITS, "teacher_logits": LOGITS, "tokens": TOKENS, "backend": backend, **change}
+    with pytest.raises(error, match=message):
+        cf.token_stats(**arguments)
+
+
+def test_an_unavailable_backend_says_why():
+    for name, problem in cf.available_backends().items():
+        if problem is not None:
+            with pytest.raises(ValueError, match=f"backend='{name}' is not available here: "):
+                cf.token_stats(LOGITS, LOGITS, TOKENS, backend=name)
+    assert cf.available_backends()["torch"] is None
