@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import builtin, data, rewards
+from cmdp_fast.trainer.checkpoint import as_json, save_student
 from cmdp_fast.trainer.config import TrainConfig, parse, read_recipe
 from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.evaluate import evaluate
@@ -444,6 +446,31 @@ def test_reward_gets_the_arguments_of_trl(pair):
     assert metrics["reward"] == pytest.approx(0.5 + odd_share)
 
 
+def test_chat_prompts(pair, tmp_path):
+    """Messages go through the chat template, and the reward gets a message back, as from TRL."""
+    chat = tmp_path / "chat.jsonl"
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROBLEMS]
+    chat.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = {}
+
+    def remember(prompts, completions, **_):
+        seen.update(prompts=prompts, completions=completions)
+        return [0.0] * len(completions)
+
+    with pytest.raises(InputError, match="no chat template"):
+        ppo_of(settings(pair, dataset=str(chat)), remember=remember)
+    tokenizer = AutoTokenizer.from_pretrained(pair["student"])
+    tokenizer.chat_template = "{% for m in messages %}A{{ m['content'] }}{% endfor %}{{ ';' if add_generation_prompt }}"
+    student = tmp_path / "student"
+    shutil.copytree(pair["student"], student)
+    tokenizer.save_pretrained(student)
+    ppo, rows, prompts = ppo_of(settings(pair, dataset=str(chat), student=str(student)), remember=remember)
+    ppo.step(rows, prompts)
+    assert prompts[0] == tokenizer(f"A{rows[0]['prompt'][0]['content']};")["input_ids"]
+    assert seen["prompts"][0] == rows[0]["prompt"]
+    assert [message["role"] for message in seen["completions"][0]] == ["assistant"]
+
+
 def test_reward_of_the_wrong_length(pair):
     ppo, rows, prompts = ppo_of(settings(pair), short=lambda **_: [1.0])
     with pytest.raises(InputError, match="short returned 1 rewards for 12 completions"):
@@ -715,6 +742,52 @@ def test_a_step_of_every_kind(kind, changes, pair):
         assert direct == 0
     assert ("cmdp/lambda" in metrics) == (kind in ("lagrangian", "pid"))
     assert ("cmdp/prefix_satisfaction" in metrics) == (kind == "worst_case")
+
+
+def test_pid_moves_its_multiplier(pair):
+    ppo, rows, prompts = ppo_of(settings(pair, kind="pid", coefficient=0.1, budget=0.5))
+    metrics = ppo.step(rows, prompts)
+    assert metrics["cmdp/lambda"] == pytest.approx(0.1) and metrics["cmdp/mean_cumulative"] > 0.5
+    assert ppo.coefficient > 0.1
+
+
+def test_direct_term_is_divided_like_the_advantage(pair, monkeypatch):
+    ppo, rows, prompts = ppo_of(settings(pair, kind="lagrangian", coefficient=0.5, baseline="grpo", epochs=1))
+    rows, prompts = ([item for item in items for _ in range(4)] for items in (rows, prompts))
+    experience = ppo.experience(ppo.student, rows, prompts, Clock())
+    advantage, scale = ppo.advantage(experience)
+    given = []
+    loss = ppo.loss
+    monkeypatch.setattr(ppo, "loss", lambda e, a, direct, *rest: given.append(direct) or loss(e, a, direct, *rest))
+    ppo.update(experience, advantage, scale)
+    expected = torch.where(experience.rollout.mask, 0.5 / scale[:, None], 0.0)
+    torch.testing.assert_close(given[0], expected)
+    returns = experience.reward.sum(1).view(3, 4)
+    deviation = returns.std(1, keepdim=True) + 1e-4
+    torch.testing.assert_close(scale.view(3, 4), deviation.expand(3, 4))
+    torch.testing.assert_close(advantage[:, 0].view(3, 4), (returns - returns.mean(1, keepdim=True)) / deviation)
+
+
+def test_failed_save_keeps_the_earlier_student(pair, tmp_path):
+    ppo, _, _ = ppo_of(settings(pair))
+    save_student(ppo.student, ppo.tokenizer, tmp_path)
+
+    class Broken:
+        def save_pretrained(self, _):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_student(ppo.student, Broken(), tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path / "student").eos_token == "."
+    save_student(ppo.student, ppo.tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_json_has_no_nan():
+    assert json.loads(as_json({"a": [math.nan, (1.0, -math.inf)], "b": {"c": 0.5}})) == {
+        "a": [None, [1.0, None]],
+        "b": {"c": 0.5},
+    }
 
 
 def test_first_pass_has_ratio_one(pair):
