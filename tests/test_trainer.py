@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import builtin, data, rewards
 from cmdp_fast.trainer.checkpoint import as_json, save_student
-from cmdp_fast.trainer.config import TrainConfig, parse, read_recipe
+from cmdp_fast.trainer.config import RECIPES, TrainConfig, parse, read_recipe
 from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.models import load_pair
@@ -45,7 +45,13 @@ def _one_thread():
 
 
 def tiny_model(
-    folder: Path, seed: int, layers: int = 1, alphabet: str = "0123456789+=;A", family: str = "llama", spare: int = 0
+    folder: Path,
+    seed: int,
+    layers: int = 1,
+    alphabet: str = "0123456789+=;A",
+    family: str = "llama",
+    spare: int = 0,
+    positions: int = 64,
 ) -> str:
     """A random model with a character tokenizer; `spare` columns of its logits belong to no token."""
     tokenizer = builtin._tokenizer([alphabet])
@@ -59,7 +65,7 @@ def tiny_model(
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         initializer_range=0.3,  # far enough from uniform for the two to differ
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -346,6 +352,28 @@ def test_command_line_over_recipe_over_defaults(tmp_path):
     assert config.temperature == TrainConfig().temperature
     assert config.run_name == "mine"
     assert parse(["--recipe", str(recipe), "--task-args", '{"max_terms": 3}']).task_args == {"max_terms": 3}
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_recipes_of_the_package(recipe):
+    first = (RECIPES / f"{recipe}.toml").read_text().splitlines()[0]
+    assert first.startswith("# cmdp-fast train")  # how it is launched
+    models = () if recipe == "quickstart" else ("--student=a", "--teacher=b", "--dataset=c")
+    assert parse([f"--recipe={recipe}", *models]).recipe == recipe
+
+
+def test_other_task_of_reasoning_gym(pair, tmp_path):
+    """A task of words, judged by itself, with the pair's recipe."""
+    student = tiny_model(tmp_path / "s", seed=1, alphabet="".join(map(chr, range(33, 127))), positions=512)
+    teacher = tiny_model(tmp_path / "t", seed=2, alphabet="".join(map(chr, range(33, 127))), positions=512)
+    command = (
+        f"train --recipe=pair --student={student} --teacher={teacher} --task=spell_backward --task-size=30 --steps=1"
+    )
+    command += (
+        f" --rewards=reasoning_gym --max-completion-length=4 --prompts-per-step=2 --output-dir={tmp_path / 'runs'}"
+    )
+    assert main(command.split()) == 0
+    assert (tmp_path / "runs" / "pair" / "summary.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -801,6 +829,14 @@ def test_first_pass_has_ratio_one(pair):
     metrics = ppo.step(rows, prompts)
     assert metrics["approx_kl"] < 1e-9  # half the square of a log-ratio that is rounding alone
     assert metrics["clip_ratio/region_mean"] == 0
+
+
+def test_seed_reaches_the_sampling(pair):
+    tokens = []
+    for seed in (0, 0, 1):
+        ppo, _, prompts = ppo_of(settings(pair, seed=seed))
+        tokens.append(generate(ppo.student, prompts * 8, ppo.sampling).completion_ids())
+    assert tokens[0] == tokens[1] != tokens[2]
 
 
 @pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"teacher_cache_mb": 0}])
