@@ -9,8 +9,6 @@
 namespace cmdp {
 inline namespace CMDP_ISA {
 
-static inline float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
-
 // Round to nearest, ties to even; a NaN stays a NaN.
 static inline uint16_t to_bfloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -46,7 +44,7 @@ static inline double element(const void* data, DType dtype, int64_t i) {
     case DType::float32:
       return static_cast<const float*>(data)[i];
     case DType::bfloat16:
-      return from_bfloat16(static_cast<const uint16_t*>(data)[i]);
+      return widen(static_cast<const BFloat16*>(data)[i]);
     case DType::float16:
       return from_float16(static_cast<const uint16_t*>(data)[i]);
     case DType::float64:
@@ -78,12 +76,9 @@ static inline const float* as_floats(const void* data, DType dtype, int64_t from
   const uint16_t* half = static_cast<const uint16_t*>(data) + from;
   int64_t i = 0;
   if (dtype == DType::bfloat16) {
-    for (; i + kLanes <= count; i += kLanes) {
-      Shorts narrow;
-      std::memcpy(&narrow, half + i, sizeof narrow);
-      store(buffer + i, (Floats)(__builtin_convertvector(narrow, Ints) << 16));
-    }
-    for (; i < count; ++i) buffer[i] = from_bfloat16(half[i]);
+    const BFloat16* brain = static_cast<const BFloat16*>(data) + from;
+    for (; i + kLanes <= count; i += kLanes) store(buffer + i, load(brain + i));
+    for (; i < count; ++i) buffer[i] = widen(brain[i]);
   } else {
 #if defined(__F16C__)
     for (; i + 8 <= count; i += 8) {

@@ -10,8 +10,8 @@
 // backward pass. Differences t - s are taken relative to the references, so that a common shift of one model's
 // logits costs no precision. Across blocks the sums are double.
 //
-// The reference of a row's segment is the maximum of its first block; a block that exceeds it by 2^64 gets its own.
-// The maximum is therefore read twice for one block of a segment only, and memory is read once.
+// The reference of a row's segment is the maximum of its first block; a block that exceeds it by 2^23 gets its own.
+// Maxima are therefore looked for in one block of a segment only, and memory is read once.
 #pragma once
 
 #include <algorithm>
@@ -23,10 +23,13 @@
 namespace cmdp {
 inline namespace CMDP_ISA {
 
-// Columns of a block: 256 float additions a lane between two double ones, and buffers that stay in the L1 cache.
-constexpr int64_t kBlock = 256 * kLanes;
-// Columns that one thread folds. It depends on nothing, so that the result of a row does not either.
-constexpr int64_t kSegment = 16384;
+constexpr int kUnroll = 3;  // vectors a step and model: independent chains that hide the latency of the polynomial
+constexpr int64_t kStep = kUnroll * kLanes;
+// Columns of a block: 255 float additions a lane between two double ones, and buffers that stay in the L1 cache.
+constexpr int64_t kBlock = 85 * kStep;
+// Columns that one thread folds. It depends on nothing else, so that the result of a row does not either.
+constexpr int64_t kSegment = 8 * kBlock;
+constexpr int64_t kAhead = 2048;  // columns between reading and prefetching
 constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr double kLog2e = 1.44269504088896340735992468100;
 
@@ -56,30 +59,29 @@ static inline bool finite(double value) {
 
 struct BlockSums {
   float z, u, a, b, h, k;
-  float top_t, top_s;       // largest t and s
-  float only_x, only_y;     // > 0 if a column is excluded by the teacher alone (by the student alone)
-  float extreme;            // > 0 if a finite logit lies too far down for float arithmetic
+  bool usable;           // float arithmetic was enough
+  float only_x, only_y;  // > 0 if a column is excluded by the teacher alone (by the student alone)
 };
 
-// The six sums of one block, `count` columns. With kExcluded, columns of -inf are given weight zero instead of
-// 0 * inf = NaN; without it they make the sums NaN, and the caller comes back with kExcluded.
-template <bool kExcluded>
-static inline BlockSums block_sums(const float* x, const float* y, int64_t count, float scale, float m, float n) {
-  constexpr int kUnroll = 3;  // independent chains a model: hides the latency of the polynomial
-  constexpr int kStep = kUnroll * kLanes;
+// The six sums of one block, `count` columns. The plain version takes logits within about 72 nats below and 16 nats above
+// the reference, which is all that a language model says, and reports anything else as not usable. With kExcluded,
+// columns of -inf weigh zero instead of 0 * inf = NaN, and so do columns far below the reference.
+template <bool kExcluded, class X, class Y>
+static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float scale, float m, float n) {
   Floats z{}, u{}, a{}, b{}, h{}, k{}, only_x{}, only_y{}, extreme{};
-  Floats top_t = splat(-3e38f), top_s = top_t;
-  const auto step = [&](const float* xs, const float* ys) {
+  Floats top = splat(-3e38f);
+  Ints seen = kNothingSeen;
+  const auto step = [&]<bool kCareful>(const auto* xs, const auto* ys) {
     Floats t[kUnroll], s[kUnroll], et[kUnroll], es[kUnroll];
+    Ints both[kUnroll];
     for (int j = 0; j < kUnroll; ++j) {
       t[j] = load(xs + j * kLanes) * scale - m;
       s[j] = load(ys + j * kLanes) * scale - n;
     }
-    Ints both[kUnroll];
-    if constexpr (kExcluded) {
-      const Floats gone = splat(-__builtin_inff()), bottom = splat(-1e30f);
-      const Ints one = (Ints)splat(1.0f);
-      for (int j = 0; j < kUnroll; ++j) {
+    for (int j = 0; j < kUnroll; ++j) {
+      if constexpr (kCareful) {
+        const Floats gone = splat(-__builtin_inff()), bottom = splat(-1e30f);
+        const Ints one = (Ints)splat(1.0f);
         const Ints has_x = load(xs + j * kLanes) != gone, has_y = load(ys + j * kLanes) != gone;
         both[j] = has_x & has_y;
         only_x += (Floats)(has_x & ~has_y & one);
@@ -87,13 +89,17 @@ static inline BlockSums block_sums(const float* x, const float* y, int64_t count
         extreme += (Floats)(((has_x & (t[j] < bottom)) | (has_y & (s[j] < bottom))) & one);
         t[j] = max(bottom, t[j]);  // weighs exactly nothing and stays finite; a NaN stays a NaN
         s[j] = max(bottom, s[j]);
+        top = max(top, max(t[j], s[j]));
+        et[j] = exp2(t[j]);
+        es[j] = exp2(s[j]);
+      } else {
+        et[j] = exp2_in_range(t[j], seen);
+        es[j] = exp2_in_range(s[j], seen);
       }
     }
-    for (int j = 0; j < kUnroll; ++j) top_t = max(top_t, t[j]), top_s = max(top_s, s[j]);
-    for (int j = 0; j < kUnroll; ++j) et[j] = exp2(t[j]), es[j] = exp2(s[j]);
     for (int j = 0; j < kUnroll; ++j) {
       Floats difference = t[j] - s[j];
-      if constexpr (kExcluded) difference = (Floats)((Ints)difference & both[j]);
+      if constexpr (kCareful) difference = (Floats)((Ints)difference & both[j]);
       a += et[j] * difference;
       b -= es[j] * difference;
     }
@@ -105,26 +111,35 @@ static inline BlockSums block_sums(const float* x, const float* y, int64_t count
     }
   };
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) step(x + i, y + i);
-  if (i < count) {  // the rest, filled up with columns that weigh exactly nothing
-    float tail_x[kStep], tail_y[kStep];
-    std::fill(tail_x, tail_x + kStep, (m - 1000.0f - 0.01f * std::fabs(m)) / scale);
-    std::fill(tail_y, tail_y + kStep, (n - 1000.0f - 0.01f * std::fabs(n)) / scale);
-    std::copy(x + i, x + count, tail_x);
-    std::copy(y + i, y + count, tail_y);
-    step(tail_x, tail_y);
+  for (; i + kStep <= count; i += kStep) {
+    // The hardware prefetcher stops at every page; two pages ahead the next ones are asked for in time.
+    for (int64_t line = 0; line < kStep; line += 64 / static_cast<int64_t>(sizeof(X))) {
+      __builtin_prefetch(x + i + kAhead + line);
+      __builtin_prefetch(y + i + kAhead + line);
+    }
+    step.template operator()<kExcluded>(x + i, y + i);
   }
-  return {sum_of_lanes(z), sum_of_lanes(u), sum_of_lanes(a), sum_of_lanes(b), sum_of_lanes(h), sum_of_lanes(k),
-          max_of_lanes(top_t), max_of_lanes(top_s), sum_of_lanes(only_x), sum_of_lanes(only_y),
-          sum_of_lanes(extreme)};
+  if (i < count) {  // the rest of the row, filled up with columns that both models exclude
+    float tail_x[kStep], tail_y[kStep];
+    std::fill(tail_x, tail_x + kStep, -__builtin_inff());
+    std::fill(tail_y, tail_y + kStep, -__builtin_inff());
+    for (int64_t j = i; j < count; ++j) tail_x[j - i] = widen(x[j]), tail_y[j - i] = widen(y[j]);
+    step.template operator()<true>(static_cast<const float*>(tail_x), static_cast<const float*>(tail_y));
+  }
+  BlockSums sums{sum_of_lanes(z), sum_of_lanes(u), sum_of_lanes(a), sum_of_lanes(b), sum_of_lanes(h),
+                 sum_of_lanes(k), false,           sum_of_lanes(only_x), sum_of_lanes(only_y)};
+  sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) && finite(sums.z) &&
+                finite(sums.u) && finite(sums.a) && finite(sums.b) && finite(sums.h) && finite(sums.k);
+  return sums;
 }
 
-static inline float block_max(const float* x, int64_t count) {
+template <class X>
+static inline float block_max(const X* x, int64_t count) {
   Floats top = splat(-__builtin_inff());
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) top = max(load(x + i), top);
   float best = max_of_lanes(top);
-  for (; i < count; ++i) best = x[i] > best ? x[i] : best;
+  for (; i < count; ++i) best = widen(x[i]) > best ? widen(x[i]) : best;
   return best;
 }
 
@@ -144,11 +159,6 @@ static inline TokenState block_state(const BlockSums& sums, double m, double n) 
           sums.only_y > 0 ? 1.0 : 0.0};
 }
 
-static inline bool usable(const BlockSums& s) {
-  const bool in_range = s.top_t <= 64.0f && s.top_s <= 64.0f && !(s.extreme > 0);
-  return in_range && finite(s.z) && finite(s.u) && finite(s.a) && finite(s.b) && finite(s.h) && finite(s.k);
-}
-
 // The exact, slow way for a block: double throughout, every special value as token_state.h says.
 static inline void push_exactly(TokenState& state, const Logits& in, const void* x, const void* y, int64_t from,
                                 int64_t count) {
@@ -164,7 +174,38 @@ static inline void push_exactly(TokenState& state, const Logits& in, const void*
   }
 }
 
-// Columns [from, to) of a row, folded into a state.
+// The references of a run of blocks, once a block with columns of both models has been seen.
+struct References {
+  float m = 0, n = 0;
+  bool known = false;
+};
+
+// One block in float. False if it holds what float arithmetic cannot do (NaN, +inf, an abyss): push it exactly.
+template <class X, class Y>
+static inline bool push_floats(TokenState& state, References& ref, const X* x, const Y* y, int64_t count, float scale) {
+  if (ref.known) {
+    const BlockSums sums = block_sums<false>(x, y, count, scale, ref.m, ref.n);
+    if (sums.usable) {
+      state.merge(block_state(sums, ref.m, ref.n));
+      return true;
+    }
+  }
+  const float none = -__builtin_inff();
+  const float top_x = block_max(x, count) * scale, top_y = block_max(y, count) * scale;
+  // A block that a model excludes altogether has no maximum; any reference serves, and none is kept.
+  const float m = top_x == none ? 0 : ref.known ? std::max(ref.m, top_x) : top_x;
+  const float n = top_y == none ? 0 : ref.known ? std::max(ref.n, top_y) : top_y;
+  if (!finite(m) || !finite(n)) return false;
+  if (top_x != none && top_y != none) ref = {m, n, true};
+  BlockSums sums = block_sums<false>(x, y, count, scale, m, n);
+  if (!sums.usable) sums = block_sums<true>(x, y, count, scale, m, n);
+  if (!sums.usable) return false;
+  state.merge(block_state(sums, m, n));
+  return true;
+}
+
+// Columns [from, to) of a row, folded into a state. Float32 and bfloat16 pairs are read where they lie; other dtypes
+// and mixtures are converted a block at a time.
 static inline TokenState fold_columns(const Logits& in, const void* x, const void* y, int64_t from, int64_t to) {
   TokenState state = TokenState::empty();
   if (is_wide(in)) {
@@ -172,41 +213,22 @@ static inline TokenState fold_columns(const Logits& in, const void* x, const voi
     return state;
   }
   const float scale = scale_of(in.temperature).per_octave;
+  const bool brains = in.student.dtype == DType::bfloat16 && in.teacher.dtype == DType::bfloat16;
   alignas(64) float buffer_x[kBlock], buffer_y[kBlock];
-  float m = 0, n = 0;  // references, once a block with columns of both models has been seen
-  bool referenced = false;
+  References ref;
   for (int64_t start = from; start < to; start += kBlock) {
     const int64_t count = std::min(kBlock, to - start);
-    const float* bx = as_floats(x, in.student.dtype, start, count, buffer_x);
-    const float* by = as_floats(y, in.teacher.dtype, start, count, buffer_y);
-    BlockSums sums{};
-    bool good = false;
-    if (referenced) {
-      sums = block_sums<false>(bx, by, count, scale, m, n);
-      good = usable(sums);
-    }
-    float block_m = m, block_n = n;
-    if (!good) {
-      const float none = -__builtin_inff();
-      const float top_x = block_max(bx, count) * scale, top_y = block_max(by, count) * scale;
-      // A block that a model excludes altogether has no maximum; any reference serves, and none is kept.
-      block_m = top_x == none ? 0 : referenced ? std::max(m, top_x) : top_x;
-      block_n = top_y == none ? 0 : referenced ? std::max(n, top_y) : top_y;
-      if (finite(block_m) && finite(block_n)) {
-        if (top_x != none && top_y != none) m = block_m, n = block_n, referenced = true;
-        sums = block_sums<false>(bx, by, count, scale, block_m, block_n);
-        good = usable(sums);
-        if (!good) {
-          sums = block_sums<true>(bx, by, count, scale, block_m, block_n);
-          good = usable(sums);
-        }
-      }
-    }
-    if (good) {
-      state.merge(block_state(sums, block_m, block_n));
+    bool done;
+    if (brains) {
+      const auto* bx = static_cast<const BFloat16*>(x) + start;
+      const auto* by = static_cast<const BFloat16*>(y) + start;
+      done = push_floats(state, ref, bx, by, count, scale);
     } else {
-      push_exactly(state, in, x, y, start, count);
+      const float* bx = as_floats(x, in.student.dtype, start, count, buffer_x);
+      const float* by = as_floats(y, in.teacher.dtype, start, count, buffer_y);
+      done = push_floats(state, ref, bx, by, count, scale);
     }
+    if (!done) push_exactly(state, in, x, y, start, count);
   }
   return state;
 }

@@ -1,0 +1,64 @@
+"""The package as it is installed: with and without the native module, and the command that reports on it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cmdp_fast as cf
+from cmdp_fast import info
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_report_names_versions_variant_threads_and_every_backend():
+    text = info.report()
+    assert f"torch          {torch.__version__}" in text and f"cmdp_fast      {cf.__version__}" in text
+    assert f"threads        {torch.get_num_threads()}" in text
+    for name, problem in cf.available_backends().items():
+        expected = "available" if problem is None else f"not available: {problem}"
+        assert f"backend {name:<6} {expected}" in text
+
+
+WITHOUT_NATIVE = """
+import sys
+sys.modules["cmdp_fast._C"] = None  # what an import of a module that was not built comes to
+import torch
+import cmdp_fast as cf, cmdp_fast.info
+assert cf.available_backends()["cpu"].startswith("the native module was not built"), cf.available_backends()
+x, y = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5)
+out = cf.constrained_reward(x, y, torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3), 1.0)
+out.stats.reverse_kl.sum().backward()
+cf.divergence(x, y)
+cf.TokenState.empty(3).update(x[0], y[0], torch.zeros(3, dtype=torch.int64)).finish()
+try:
+    cf.token_stats(x, y, torch.zeros(2, 3, dtype=torch.int64), backend="cpu")
+except ValueError as error:
+    print(error)
+print(cmdp_fast.info.report())
+"""
+
+
+def test_the_torch_backend_serves_without_the_native_module():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NATIVE], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "backend='cpu' is not available here: the native module was not built" in done.stdout
+    assert "native module  absent" in done.stdout and "backend torch  available" in done.stdout
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_installation_without_a_compiler(required, tmp_path):
+    """It succeeds and says what is missing, unless the native module is asked for."""
+    pytest.importorskip("setuptools")
+    environment = {**os.environ, "CXX": "/bin/false", "CMDP_FAST_REQUIRE_NATIVE": "1" if required else "0"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert not list(tmp_path.rglob("*.so"))
+    if required:
+        assert done.returncode != 0
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "cmdp_fast: the native kernels were not built" in done.stderr
