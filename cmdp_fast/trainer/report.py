@@ -1,0 +1,159 @@
+"""What a run shows: progress with the time left, a line of metrics a step, TensorBoard events, curves, samples."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .checkpoint import as_json
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Seconds spent in named phases. On a GPU it waits for the device at both ends of a phase."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    def now(self) -> float:
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def add(self, phase: str, since: float) -> None:
+        """Adds the time since then to a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - since
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times the body of a with statement."""
+        since = self.now()
+        try:
+            yield
+        finally:
+            self.add(name, since)
+
+
+class Report:
+    """The console. Quiet, a line now and then instead of a moving bar, if CI is set or the output is no terminal."""
+
+    def __init__(self) -> None:
+        self.quiet = os.environ.get("CI", "").lower() not in ("", "0", "false") or not sys.stdout.isatty()
+        self._status = ""
+
+    def say(self, line: str) -> None:
+        """Prints a line."""
+        print(line, flush=True)
+
+    def status(self, text: str) -> None:
+        """Sets what stands beside the bar that is running."""
+        self._status = text
+
+    def track(self, items: Sequence[T], description: str) -> Iterator[T]:
+        """The items, with a bar and the time left."""
+        self._status = ""
+        yield from self._lines(items, description) if self.quiet else self._bar(items, description)
+
+    def _lines(self, items: Sequence[T], description: str) -> Iterator[T]:
+        every = max(1, len(items) // 10)
+        self.say(description)
+        start = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            if self._status and (done % every == 0 or done == len(items)):
+                left = (time.monotonic() - start) / done * (len(items) - done)
+                self.say(f"  {done}/{len(items)}  {self._status}  {left:.0f} s left")
+
+    def _bar(self, items: Sequence[T], description: str) -> Iterator[T]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        with Progress(*columns) as progress:
+            task = progress.add_task(description, total=len(items), status="")
+            for item in items:
+                yield item
+                progress.update(task, advance=1, status=self._status)
+
+
+class MetricsLog:
+    """`metrics.jsonl`, a line a step, and TensorBoard events of the same numbers."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.steps: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []
+        self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._events = SummaryWriter(str(folder / "tensorboard"))
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Records the metrics of a training step."""
+        self.steps.append({"step": step, **metrics})
+        self._lines.write(as_json(self.steps[-1]) + "\n")
+        self._lines.flush()
+        self._scalars(step, metrics)
+
+    def evaluation(self, step: int, result: dict[str, float]) -> None:
+        """Records an evaluation of the student after so many steps; it has its place in the curves."""
+        self.evaluations.append({"step": step, **result})
+        self._scalars(step, {f"eval/{name}": value for name, value in result.items()})
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._lines.close()
+        self._events.close()
+
+    def _scalars(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+
+def plot_curves(path: Path, log: MetricsLog, account: str, budget: float, teacher_accuracy: float) -> None:
+    """Accuracy, the account against the budget, satisfaction: training batches as lines, evaluations as dots."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    panels = (
+        ("accuracy", "cmdp/accuracy", "accuracy", teacher_accuracy, "teacher"),
+        (account, "cmdp/mean_cumulative", "mean_cumulative", budget, "budget"),
+        ("constraint satisfaction", "cmdp/constraint_satisfaction", "constraint_satisfaction", None, ""),
+    )
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (title, training, held_out, level, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot([s["step"] for s in log.steps], [s[training] for s in log.steps], lw=1, alpha=0.7, label="training")
+        axes.plot([e["step"] for e in log.evaluations], [e[held_out] for e in log.evaluations], "o-", label="held out")
+        if level is not None:
+            axes.axhline(level, color="black", ls="--", lw=1, label=label)
+        axes.set(title=title, xlabel="step")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    part = path.with_name(f".{path.name}")
+    figure.savefig(part, format="png", dpi=120)
+    os.replace(part, path)
+
+
+def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
+    """Completions as text: a heading for each policy, then its samples."""
+    lines = []
+    for heading, samples in parts:
+        lines += [heading, "=" * len(heading)]
+        for s in samples:
+            verdict = "right" if s["correct"] else "wrong"
+            budget = "within budget" if s["feasible"] else "OVER BUDGET"
+            lines.append(f"{s['prompt']}  ->  {s['completion']}   [{verdict}, {s['cumulative']:.2f}, {budget}]")
+        lines.append("")
+    return "\n".join(lines)

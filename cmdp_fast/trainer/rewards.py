@@ -1,0 +1,148 @@
+"""Task rewards: functions with TRL's signature, built in or the user's own.
+
+    reward(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+`prompts` and `completions` are texts, or lists of chat messages where the dataset's prompts are; `completion_ids`
+lists of token ids without padding; `columns` the other columns of the dataset, a value a completion. None means that
+the function has no opinion: such a completion earns nothing from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig
+from .data import Row
+from .errors import InputError, first_line
+
+RewardFunction = Callable[..., Sequence["float | None"]]
+
+
+def load_rewards(config: TrainConfig, example: Row) -> dict[str, RewardFunction]:
+    """The reward functions of a configuration by the name under which they are logged."""
+    try:
+        pattern = re.compile(config.answer_pattern)
+    except re.error as error:
+        raise InputError(f"--answer-pattern {config.answer_pattern!r}: {error}") from error
+    if config.answer_pattern and pattern.groups < 1:
+        raise InputError(f"--answer-pattern {config.answer_pattern!r} has no group to mark the answer")
+    built_in: dict[str, RewardFunction] = {
+        "exact_answer": exact_answer(pattern),
+        "math_verify": math_verify,
+        "reasoning_gym": reasoning_gym_judge(pattern),
+    }
+    functions = {}
+    for spec in config.rewards:
+        if spec in built_in:
+            needed = ("answer", "metadata") if spec == "reasoning_gym" else ("answer",)
+            if missing := [column for column in needed if column not in example]:
+                raise InputError(
+                    f"--rewards {spec} needs the column {missing[0]!r}, there are only {', '.join(example)}"
+                )
+            functions[spec] = built_in[spec]
+        else:
+            functions[spec.rpartition(":")[2]] = _import(spec, sorted(built_in))
+    return functions
+
+
+def exact_answer(pattern: re.Pattern[str]) -> RewardFunction:
+    """1 if the final answer is the reference answer, character by character but for spaces at the ends; else 0."""
+
+    def reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+        return [
+            float(final_answer(text_of(completion), pattern) == str(expected).strip())
+            for completion, expected in zip(completions, answer, strict=True)
+        ]
+
+    return reward
+
+
+def math_verify(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+    """1 if math-verify finds an expression in the completion that equals the answer; None if it cannot read that."""
+    from math_verify import parse, verify
+
+    scores: list[float | None] = []
+    for completion, expected in zip(completions, answer, strict=True):
+        gold = parse(str(expected))
+        scores.append(float(verify(gold, parse(text_of(completion)))) if gold else None)
+    return scores
+
+
+def reasoning_gym_judge(pattern: re.Pattern[str]) -> RewardFunction:
+    """What the reasoning-gym task itself says of the final answer, between 0 and 1."""
+
+    def reward(
+        completions: Sequence[Any], answer: Sequence[Any], metadata: Sequence[dict[str, Any]], **_: Any
+    ) -> list[float | None]:
+        from reasoning_gym import get_score_answer_fn
+
+        scores: list[float | None] = []
+        for completion, expected, about in zip(completions, answer, metadata, strict=True):
+            judge = get_score_answer_fn(about["source_dataset"])
+            entry = {"answer": expected, "metadata": about}
+            scores.append(float(judge(final_answer(text_of(completion), pattern), entry)))
+        return scores
+
+    return reward
+
+
+def final_answer(text: str, pattern: re.Pattern[str]) -> str | None:
+    """The first group of the last match, or the whole text if the pattern is empty; None where it does not match."""
+    if not pattern.pattern:
+        return text.strip()
+    found = [match.group(1) for match in pattern.finditer(text)]
+    return found[-1].strip() if found and found[-1] is not None else None
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion, which for a chat is a list of one message."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def call_rewards(
+    functions: dict[str, RewardFunction], rows: Sequence[Row], texts: Sequence[str], completion_ids: list[list[int]]
+) -> dict[str, list[float]]:
+    """Calls each function once for all completions. Returns a value a completion by name, NaN for None."""
+    prompts = [row["prompt"] for row in rows]
+    completions: list[Any] = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    values = {}
+    for name, function in functions.items():
+        result = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        if len(result) != len(rows):
+            raise InputError(f"--rewards {name} returned {len(result)} rewards for {len(rows)} completions")
+        values[name] = [math.nan if value is None else float(value) for value in result]
+    return values
+
+
+def _import(spec: str, built_in: list[str]) -> RewardFunction:
+    module_name, colon, function_name = spec.rpartition(":")
+    if not colon:
+        raise InputError(f"--rewards {spec}: neither one of {', '.join(built_in)} nor module:function")
+    try:
+        if module_name.endswith(".py"):
+            source = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+            assert source is not None and source.loader is not None  # a .py path always has a loader
+            module = importlib.util.module_from_spec(source)
+            source.loader.exec_module(module)
+        else:
+            if os.getcwd() not in sys.path:  # a console script does not look there
+                sys.path.append(os.getcwd())
+            module = importlib.import_module(module_name)
+    except (ImportError, OSError) as error:
+        raise InputError(f"--rewards {spec}: {first_line(error)}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"--rewards {spec}: {module_name} has no function {function_name!r}")
+    return function

@@ -1,0 +1,175 @@
+"""A run from beginning to end: load, look at the student before, train, look at it after, save."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import check_run_folder, make_run_folder, save_student, write_json, write_text
+from .config import TrainConfig
+from .data import load_problems
+from .errors import InputError
+from .evaluate import evaluate
+from .models import common_vocabulary, load_pair
+from .ppo import PPO
+from .report import MetricsLog, Report, plot_curves, samples_text
+from .rewards import load_rewards
+from .rollout import Sampling, encode_prompts, end_tokens
+
+SAMPLES = 20
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains as the configuration says and returns the run's folder.
+
+    Raises InputError for anything that cannot be used, before the folder is made. An interrupt (Ctrl-C) once the
+    training has begun ends it there: the folder gets everything but the last evaluation, and the interrupt is raised
+    again.
+    """
+    report = Report()
+    check_run_folder(config)
+    problems = load_problems(config)
+    rewards = load_rewards(config, problems.train[0])
+    student, teacher, tokenizer = load_pair(config, problems.train, report)
+    train_prompts = encode_prompts(problems.train, tokenizer)
+    held_out = problems.held_out[: config.eval_prompts]
+    _check_lengths(config, [student, teacher], train_prompts + encode_prompts(held_out, tokenizer))
+
+    ppo = make_ppo(config, student, teacher, tokenizer, rewards)
+    order = shuffled(len(problems.train), config.prompts_per_step, config.seed)
+
+    clock = ppo.clock
+    report.say(
+        f"{len(problems.train)} problems to train on, {len(problems.held_out)} held out; "
+        f"{config.kind}, budget {config.budget:g} for the {config.account}"
+    )
+    results: dict[str, Any] = {}
+    samples = {}
+    for who, policy in (("teacher", ppo.teacher), ("student_before", ppo.student)):
+        results[who], samples[who] = evaluate(ppo, policy, held_out, clock, report, who)
+        report.say(f"{who:<15}{_describe(results[who])}")
+
+    folder = make_run_folder(config)
+    log = MetricsLog(folder)
+    log.evaluation(0, results["student_before"])
+    done, interrupted = 0, False
+    try:
+        for step in report.track(range(1, config.steps + 1), f"training {folder}"):
+            chosen = next(order)
+            metrics = ppo.step([problems.train[i] for i in chosen], [train_prompts[i] for i in chosen])
+            log.step(step, metrics)
+            done = step
+            report.status(
+                f"reward {metrics['reward']:.2f}  KL {metrics['cmdp/cumulative_kl']:.2f}  "
+                f"within budget {metrics['cmdp/constraint_satisfaction']:.0%}"
+            )
+            if step < config.steps and config.eval_every and step % config.eval_every == 0:
+                log.evaluation(step, evaluate(ppo, ppo.student, held_out, clock)[0])
+            if config.save_every and step % config.save_every == 0:
+                save_student(ppo.student, tokenizer, folder)
+        who = "student_after"
+        results[who], samples[who] = evaluate(ppo, ppo.student, held_out, clock, report, who)
+        log.evaluation(config.steps, results[who])
+        report.say(f"{who:<15}{_describe(results[who])}")
+    except KeyboardInterrupt:
+        interrupted = True
+        report.say(f"interrupted after step {done}: saving the student as it is")
+        raise
+    finally:
+        save_student(ppo.student, tokenizer, folder)
+        log.close()
+        write_json(folder / "summary.json", summary(config, ppo, results, done, interrupted))
+        plot_curves(folder / "curves.png", log, config.account, config.budget, results["teacher"]["accuracy"])
+        shown = ((who, some[:: config.eval_generations][:SAMPLES]) for who, some in samples.items())
+        write_text(folder / "samples.txt", samples_text(shown))
+        report.say(f"{folder}: student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt")
+    return folder
+
+
+def make_ppo(config: TrainConfig, student: Any, teacher: Any, tokenizer: Any, rewards: dict[str, Any]) -> PPO:
+    """The models on their device with an optimizer, ready for a step. Seeds the random numbers."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from transformers import get_scheduler
+
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise InputError(f"cmdp-fast train runs in one process, it was launched in {accelerator.num_processes}")
+    set_seed(config.seed)
+    # Not `prepare`d: that would copy every output to float32, and the kernels read bfloat16 logits as they are.
+    student = student.to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+    scheduler = get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
+    vocab_size = common_vocabulary(student, teacher)
+    sampling = Sampling(
+        max_length=config.max_completion_length,
+        temperature=config.temperature,
+        eos=end_tokens(student, tokenizer),
+        pad=tokenizer.pad_token_id,
+        suppress=tuple(range(vocab_size, student.get_output_embeddings().weight.shape[0])),
+    )
+    return PPO(
+        config,
+        accelerator=accelerator,
+        student=student,
+        teacher=teacher.to(accelerator.device),
+        tokenizer=tokenizer,
+        optimizer=accelerator.prepare(optimizer),
+        scheduler=scheduler,
+        sampling=sampling,
+        vocab_size=vocab_size,
+        rewards=rewards,
+    )
+
+
+def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of indices below count without end: one shuffle follows another, and none repeats within a shuffle."""
+    rng = random.Random(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += rng.sample(range(count), count)
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def summary(config: TrainConfig, ppo: PPO, results: dict[str, Any], steps: int, interrupted: bool) -> dict[str, Any]:
+    """What `summary.json` holds. `kernels` are the seconds of scoring and update inside the token statistics."""
+    phases = ("rollout", "scoring", "update", "evaluation", "kernels")
+    seconds = {phase: round(ppo.clock.seconds.get(phase, 0.0), 3) for phase in phases}
+    step = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
+    return {
+        "budget": config.budget,
+        **{who: results.get(who) for who in ("teacher", "student_before", "student_after")},
+        "steps": steps,
+        "interrupted": interrupted,
+        "seconds": seconds,
+        "kernel_share_of_step": round(seconds["kernels"] / step, 4) if step else None,
+        "pid": ppo.pid.state_dict() if config.kind == "pid" else None,
+        "config": asdict(config),
+    }
+
+
+def _describe(result: dict[str, float]) -> str:
+    return (
+        f"accuracy {result['accuracy']:.1%}   within budget {result['constraint_satisfaction']:.1%}   "
+        f"cumulative KL {result['mean_cumulative_kl']:.2f}   length {result['mean_length']:.1f}"
+    )
+
+
+def _check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[int]]) -> None:
+    longest = max(len(ids) for ids in prompts)
+    for model in models:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and longest + config.max_completion_length > limit:
+            raise InputError(
+                f"a prompt of {longest} tokens and --max-completion-length {config.max_completion_length} do not fit "
+                f"the {limit} positions of {model.config.name_or_path}"
+            )

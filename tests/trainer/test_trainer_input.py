@@ -1,0 +1,152 @@
+"""Bad input, and the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_pair import PROBLEMS, arguments, tiny_model
+
+from cmdp_fast.cli import main
+from cmdp_fast.trainer.config import RECIPES, TrainConfig, parse
+from cmdp_fast.trainer.errors import InputError
+
+BAD_INPUT = {
+    "budget 0": (dict(budget=0), "--budget must be a positive number, not 0.0"),
+    "budget below 0": (dict(budget=-1), "--budget must be a positive number"),
+    "budget not a number": (dict(budget="nan"), "--budget must be a positive number"),
+    "student path": (dict(student="./no/such/model"), "--student ./no/such/model"),
+    "teacher path": (dict(teacher="./no/such/model"), "--teacher ./no/such/model"),
+    "a folder without a model": (dict(student="{tmp}"), "no causal language model"),
+    "built-in model": (dict(student="builtin:poet"), "there is no model builtin:poet"),
+    "built-in model for other problems": (dict(student="builtin:arithmetic-student"), "that are sums"),
+    "task": (dict(task="basic_aritmetic", dataset=""), "did you mean basic_arithmetic"),
+    "task argument": (dict(task="chain_sum", dataset="", task_args='{"terms": 3}'), "--task chain_sum"),
+    "task and dataset": (dict(task="chain_sum"), "exactly one of --task and --dataset"),
+    "dataset": (dict(dataset="./no/such.jsonl"), "--dataset ./no/such.jsonl"),
+    "prompt column": (dict(prompt_column="question"), "there is no column 'question'"),
+    "answer column": (dict(answer_column="solution"), "there is no column 'solution' for the answer"),
+    "no answer column": (dict(dataset="{bare}"), "--rewards exact_answer needs the column 'answer'"),
+    "template": (dict(prompt_template="{question}"), "--prompt-template"),
+    "reward": (dict(rewards="no_such_reward"), "--rewards no_such_reward"),
+    "reward function": (dict(rewards="math:no_such_function"), "math has no function 'no_such_function'"),
+    "answer pattern": (dict(answer_pattern="("), "--answer-pattern"),
+    "tokenizers": (dict(teacher="{other_tokenizer}"), "must share a tokenizer"),
+    "too long": (dict(max_completion_length=62), "do not fit the 64 positions"),
+    "existing folder": (dict(name="taken"), "choose another --name"),
+    "recipe": (dict(recipe="slowstart"), "--recipe slowstart"),
+    "one completion a prompt": (dict(num_generations=1), "--num-generations"),
+    "worst case of a divergence": (dict(kind="worst_case"), "--cost nll"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    changes, expected = BAD_INPUT[case]
+    runs = tmp_path / "runs"
+    (runs / "taken").mkdir(parents=True)
+    other = tiny_model(tmp_path / "other", seed=1, alphabet="=+9876543210;A?")
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in PROBLEMS))
+    changes = {
+        name: value.format(tmp=tmp_path, other_tokenizer=other, bare=bare)
+        if name in ("student", "teacher", "dataset")
+        else value
+        for name, value in changes.items()
+    }
+    capsys.readouterr()  # what saving the models above printed
+    assert main(arguments(pair, runs, **changes)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cmdp-fast: error: ") and error.count("\n") == 1
+    assert expected in error
+    assert [path.name for path in runs.iterdir()] == ["taken"] and not list((runs / "taken").iterdir())
+    assert not (tmp_path / "cache" / "cmdp_fast").exists()
+
+
+def test_option_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--no-such-option=1"])
+    assert exit_.value.code == 2
+
+
+def test_commands(capsys):
+    assert main(["--help"]) == 0
+    assert "train" in (text := capsys.readouterr().out) and "info" in text
+    assert main(["dance"]) == 2
+    assert "unknown command 'dance'" in capsys.readouterr().err
+
+
+def test_without_the_extra():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('datasets', 'transformers', 'tyro', 'rich')));"
+    code = blocked + "from cmdp_fast.cli import main; main(['info']); sys.exit(main(['train']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "cmdp_fast[train]" in done.stderr
+    assert "torch" in done.stdout  # info needs nothing of the extra
+
+
+def test_command_line_over_recipe_over_defaults(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('student = "a"\nteacher = "b"\ntask = "chain_sum"\nbudget = 5\nsteps = 7\nrewards = ["x", "y"]')
+    config = parse(["--recipe", str(recipe), "--steps", "9"])
+    assert (config.steps, config.budget, config.rewards) == (9, 5.0, ("x", "y"))
+    assert config.temperature == TrainConfig().temperature
+    assert config.run_name == "mine"
+    assert parse(["--recipe", str(recipe), "--task-args", '{"max_terms": 3}']).task_args == {"max_terms": 3}
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_recipes_of_the_package(recipe):
+    first = (RECIPES / f"{recipe}.toml").read_text().splitlines()[0]
+    assert first.startswith("# cmdp-fast train")  # how it is launched
+    models = () if recipe == "quickstart" else ("--student=a", "--teacher=b", "--dataset=c")
+    assert parse([f"--recipe={recipe}", *models]).recipe == recipe
+
+
+def test_other_task_of_reasoning_gym(pair, tmp_path):
+    """A task of words, judged by itself, with the pair's recipe."""
+    student = tiny_model(tmp_path / "s", seed=1, alphabet="".join(map(chr, range(33, 127))), positions=512)
+    teacher = tiny_model(tmp_path / "t", seed=2, alphabet="".join(map(chr, range(33, 127))), positions=512)
+    command = (
+        f"train --recipe=pair --student={student} --teacher={teacher} --task=spell_backward --task-size=30 --steps=1"
+    )
+    command += (
+        f" --rewards=reasoning_gym --max-completion-length=4 --prompts-per-step=2 --output-dir={tmp_path / 'runs'}"
+    )
+    assert main(command.split()) == 0
+    assert (tmp_path / "runs" / "pair" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("stepps = 1", "no setting named 'stepps'"),
+        ('steps = "many"', "steps must be int"),
+        ("budget = true", "budget must be float"),
+        ("steps =", "not valid TOML"),
+        ('baseline = "none"', "--baseline must be one of rloo"),
+    ],
+)
+def test_recipe_errors(line, expected, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'student = "a"\nteacher = "b"\ntask = "chain_sum"\n{line}')
+    with pytest.raises(InputError, match=re.escape(expected)):
+        parse(["--recipe", str(recipe)])
+
+
+def test_every_field_is_documented(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    source = Path(sys.modules[TrainConfig.__module__].__file__).read_text()
+    for field in dataclasses.fields(TrainConfig):
+        assert re.search(rf'^    {field.name}: .*\n    """', source, re.M), field.name

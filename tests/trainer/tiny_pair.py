@@ -1,0 +1,110 @@
+"""A pair of random models small enough for a step to take milliseconds, and ways to use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cmdp_fast.trainer import builtin, data, rewards
+from cmdp_fast.trainer.config import TrainConfig
+from cmdp_fast.trainer.models import load_pair
+from cmdp_fast.trainer.ppo import PPO
+from cmdp_fast.trainer.report import Report
+from cmdp_fast.trainer.rollout import encode_prompts
+from cmdp_fast.trainer.run import make_ppo
+
+PROBLEMS = [{"prompt": f"{i}+{9 - i}=", "answer": "9", "note": i} for i in range(10)]
+
+
+def tiny_model(
+    folder: Path,
+    seed: int,
+    layers: int = 1,
+    alphabet: str = "0123456789+=;A",
+    family: str = "llama",
+    spare: int = 0,
+    positions: int = 64,
+) -> str:
+    """A random model with a character tokenizer; `spare` columns of its logits belong to no token."""
+    tokenizer = builtin._tokenizer([alphabet])
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer) + spare,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=positions,
+        initializer_range=0.3,  # far enough from uniform for the two to differ
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def settings(pair: dict[str, str], **changes) -> TrainConfig:
+    base = TrainConfig(
+        **pair,
+        holdout_fraction=0.3,
+        steps=2,
+        prompts_per_step=3,
+        num_generations=4,
+        max_completion_length=6,
+        minibatch_size=6,
+        micro_batch_size=5,
+        learning_rate=1e-2,
+        budget=2.0,
+        eval_generations=3,
+        baseline="position_rloo",
+    )
+    config = dataclasses.replace(base, **changes)
+    config.validate()
+    return config
+
+
+def arguments(pair: dict[str, str], output: Path, **changes) -> list[str]:
+    """A command line that says the same as `settings`, over the quickstart recipe."""
+    values = {
+        **pair,
+        "task": "",
+        "prompt_template": "",
+        "answer_pattern": "",
+        "holdout_fraction": 0.3,
+        "steps": 2,
+        "prompts_per_step": 3,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "minibatch_size": 6,
+        "micro_batch_size": 5,
+        "learning_rate": 1e-2,
+        "eval_generations": 3,
+        "eval_every": 1,
+        "output_dir": output,
+        "name": "r",
+        **changes,
+    }
+    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
+
+
+def ppo_of(config: TrainConfig, **reward_functions) -> tuple[PPO, list, list]:
+    problems = data.load_problems(config)
+    student, teacher, tokenizer = load_pair(config, problems.train, Report())
+    functions = reward_functions or rewards.load_rewards(config, problems.train[0])
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the first precision of the process would stay
+    ppo = make_ppo(config, student, teacher, tokenizer, functions)
+    rows = problems.train[: config.prompts_per_step]
+    return ppo, rows, encode_prompts(rows, tokenizer)
+
+
+def untimed(metrics: dict) -> dict:
+    return {name: value for name, value in metrics.items() if name != "step_time"}
