@@ -146,12 +146,10 @@ def memory(rows: int, vocab: int) -> dict[str, int]:
 
 def show(title: str, results: dict[str, dict[str, float]], ours: str) -> None:
     print(f"\n{title}")
-    reference = results[ours]["median_ms"]
+    baseline, short = results[ours]["median_ms"], ours.split(",")[0]
     for name, r in results.items():
-        ratio = r["median_ms"] / reference
-        print(
-            f"  {name:<58} {r['median_ms']:8.1f} ms  [{r['min_ms']:7.1f}, {r['max_ms']:7.1f}]  {ratio:6.2f} x {ours.split(',')[0]}"
-        )
+        spread = f"[{r['min_ms']:7.1f}, {r['max_ms']:7.1f}]"
+        print(f"  {name:<58} {r['median_ms']:8.1f} ms  {spread}  {r['median_ms'] / baseline:6.2f} x {short}")
 
 
 def main() -> None:
