@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <optional>
@@ -101,8 +102,19 @@ int checked_threads(int threads) {
   return threads;
 }
 
+// As many threads as the work keeps busy: waking one costs as much as some ten thousand columns.
+int useful_threads(int threads, int64_t rows, int64_t width) {
+  const int64_t busy = 1 + rows * width / 32768;
+  return static_cast<int>(std::min<int64_t>(threads, busy));
+}
+
 // Rows whose work is small are handed out many at a time.
 int64_t grain_for(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
+
+template <class Body>
+void for_rows(const Matrix& logits, int threads, const Body& body) {
+  parallel_for(logits.rows, useful_threads(threads, logits.rows, logits.width), grain_for(logits.width), body);
+}
 
 void check_output(const Matrix& out, const Matrix& student) {
   if (out.rows != student.rows || out.width != student.width || out.dtype != student.dtype) {
@@ -117,6 +129,7 @@ void run_forward(const Logits& in, const StatsOut& out, int threads) {
   const int64_t rows = in.student.rows, segments = table.segments(in.vocab);
   const auto skipped = [&](int64_t row) { return in.mask != nullptr && in.mask[row] == 0; };
   const size_t row_state = static_cast<size_t>(segments) * TokenState::kFields;
+  threads = useful_threads(threads, rows, in.vocab);
   if (rows >= threads || segments == 1) {
     parallel_for(rows, threads, grain_for(in.vocab), [&](int64_t row) {
       std::array<double, 64 * TokenState::kFields> stack;
@@ -163,8 +176,7 @@ void token_stats_backward(const Matrix& student, const Matrix& teacher, uintptr_
   checked_threads(threads);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
-  parallel_for(student.rows, threads, grain_for(student.width),
-               [&](int64_t row) { table.backward(in, row, up, scalars, out); });
+  for_rows(student, threads, [&](int64_t row) { table.backward(in, row, up, scalars, out); });
 }
 
 Mixture checked_mixture(double b, double c_teacher, double c_student) {
@@ -183,7 +195,7 @@ void mixture(const Matrix& student, const Matrix& teacher, uintptr_t mask, int64
   checked_threads(threads);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
-  parallel_for(student.rows, threads, grain_for(vocab), [&](int64_t row) {
+  for_rows(student, threads, [&](int64_t row) {
     if (in.mask != nullptr && in.mask[row] == 0) {
       values[row] = means[row] = 0;
     } else {
@@ -205,8 +217,7 @@ void mixture_backward(const Matrix& student, const Matrix& teacher, uintptr_t ma
   checked_threads(threads);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
-  parallel_for(student.rows, threads, grain_for(student.width),
-               [&](int64_t row) { table.mixture_backward(in, row, mix, scalars, means[row], g[row], out); });
+  for_rows(student, threads, [&](int64_t row) { table.mixture_backward(in, row, mix, scalars, means[row], g[row], out); });
 }
 
 // Folds a tile of columns [first_column, first_column + width) into the states of all rows.
@@ -221,7 +232,7 @@ void update_states(const Matrix& student, const Matrix& teacher, uintptr_t token
   checked_threads(threads);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
-  parallel_for(student.rows, threads, grain_for(student.width), [&](int64_t row) {
+  for_rows(student, threads, [&](int64_t row) {
     const int64_t own = token[row] - first_column;
     table.update(in, row, own >= 0 && own < student.width ? own : -1, all + row * TokenState::kFields);
   });
