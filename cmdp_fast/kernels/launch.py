@@ -1,0 +1,119 @@
+"""How a kernel is launched: tensors as rows with at most two strides, and the table of launch settings.
+
+The settings depend on the dtypes and on V alone, never on the number of rows: a row is split over programs in the same
+way in every batch, which makes its result bitwise the same in every batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Asked for by hand only: a run-time choice may change the order of additions from one machine or run to the next.
+AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
+
+
+class Forward(NamedTuple):
+    """Of the kernels that fold a row: a tile is ``lanes`` x ``vector`` columns, a program folds ``segment``."""
+
+    lanes: int
+    vector: int
+    segment: int
+    warps: int
+
+
+class Columns(NamedTuple):
+    """Of the kernels that write a column for every column they read."""
+
+    block: int
+    warps: int
+
+
+def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
+    """One lane a thread. ``vector`` is what one thread loads in 128 bits of the wider dtype."""
+    vector = 4 if torch.float32 in dtypes else 8
+    if vocab < 1024:  # a narrow row: one warp, so that lanes without columns do not outnumber the others
+        return Forward(32, vector, 1024, 1)
+    if vocab < 16384:  # a few tiles a row: four warps leave more programs to hide latency behind
+        return Forward(128, vector, 16384, 4)
+    # A language model's vocabulary. 16384 columns are 8 to 16 tiles: long enough that merging 256 lanes at the end costs
+    # little, short enough that one row of 151936 columns keeps ten multiprocessors busy.
+    return Forward(256, vector, 16384, 8)
+
+
+def column_settings(vocab: int) -> Columns:
+    """16 columns a thread: two to four independent 128-bit loads of each model in flight."""
+    return Columns(512, 1) if vocab < 1024 else Columns(2048, 4)
+
+
+def segments(vocab: int, settings: Forward) -> int:
+    return -(-vocab // settings.segment)
+
+
+def scale_of(temperature: float) -> float:
+    """log2(e)/temperature rounded to float32: what the kernels multiply logits by."""
+    return float(torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32))
+
+
+def shrink_of(scale: float) -> float:
+    """A power of two that makes scale times any finite logit small enough to be subtracted without overflow."""
+    return 2.0 ** -(max(0, math.ceil(math.log2(scale))) + 3)
+
+
+class Rows(NamedTuple):
+    """Rows ``[rows, V]`` over at most two leading axes: row i begins at i // inner * outer_stride + i % inner * stride."""
+
+    tensor: Tensor
+    inner: int
+    stride: int
+    outer_stride: int
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return self.inner, self.stride, self.outer_stride
+
+
+def row_axes(t: Tensor) -> list[tuple[int, int]]:
+    """Size and stride of the leading axes of ``[..., V]``, neighbouring axes merged where memory allows."""
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    return axes
+
+
+def rows_of(t: Tensor) -> Rows:
+    """A tensor as the kernels address it; one with more than two strides is copied."""
+    axes = row_axes(t)
+    if len(axes) > 2:
+        t = t.contiguous()
+        axes = row_axes(t)
+    (outer, outer_stride), (inner, stride) = [(1, 0), (1, 0), *axes][-2:]
+    return Rows(t, inner, stride, outer_stride)
+
+
+def count_rows(t: Tensor) -> int:
+    return math.prod(t.shape[:-1])
+
+
+def flags(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as bytes, which is what it is in memory."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def on(t: Tensor):
+    """Launches within go to the tensor's device, whichever is the current one."""
+    return torch.cuda.device_of(t)
+
+
+def padded(count: int) -> int:
+    return triton.next_power_of_2(count)

@@ -1,0 +1,73 @@
+"""Helpers with one-word jobs for all kernels: where a row lies, what a column weighs, how partial states merge.
+
+Every kernel works in octaves: with L = log2(e)/temperature a logit x counts as t = L x - M, one fused multiply-add, and
+weighs 2^t, one instruction of the GPU. M is any finite reference; the maximum keeps the power in range. Differences
+t - s of the two models are taken relative to the references, so that a common shift of one model's logits costs no
+precision. `finish` turns octaves back into nats.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2E = math.log2(math.e)
+LN2 = tl.constexpr(math.log(2.0))
+# The reference of a lane that has seen no column. Finite, so that the first rise of the reference multiplies zeros by
+# a number; a row whose every logit lies below it is left to the careful loop.
+NOWHERE = tl.constexpr(-1e30)
+STATE_FIELDS = 8  # m, n, z, u, a, b, h, k
+
+
+@triton.jit
+def locate(row, inner, inner_stride, outer_stride):
+    """The offset of a row in elements, in 64 bits: rows are numbered over at most two axes."""
+    wide = row.to(tl.int64)
+    return (wide // inner) * outer_stride + (wide % inner) * inner_stride
+
+
+@triton.jit
+def octaves(x, scale, reference):
+    """L x - M with one rounding."""
+    return tl.fma(x, scale + tl.zeros_like(x), tl.zeros_like(x) - reference)
+
+
+@triton.jit
+def excluded(x):
+    return x == float("-inf")
+
+
+@triton.jit
+def raised(m, n, z, u, a, b, h, k, top, teacher_top):
+    """The six sums after the references have been moved up to `top` and `teacher_top`."""
+    rise, teacher_rise = top - m, teacher_top - n
+    shrink, teacher_shrink = tl.exp2(-rise), tl.exp2(-teacher_rise)
+    a = (a - (rise - teacher_rise) * z) * shrink
+    b = (b - (teacher_rise - rise) * u) * teacher_shrink
+    h = (h - rise * z) * shrink
+    k = (k - teacher_rise * u) * teacher_shrink
+    return z * shrink, u * teacher_shrink, a, b, h, k
+
+
+@triton.jit
+def merged(m, n, z, u, a, b, h, k):
+    """The state of all lanes `[L]`, merged once, in an order that depends on L alone."""
+    top, teacher_top = tl.max(m, 0), tl.max(n, 0)
+    z, u, a, b, h, k = raised(m, n, z, u, a, b, h, k, top, teacher_top)
+    return (
+        top,
+        teacher_top,
+        tl.sum(z, 0),
+        tl.sum(u, 0),
+        tl.sum(a, 0),
+        tl.sum(b, 0),
+        tl.sum(h, 0),
+        tl.sum(k, 0),
+    )
+
+
+@triton.jit
+def finite(value):
+    return tl.abs(value) < float("inf")
