@@ -13,8 +13,8 @@ import math
 import triton
 import triton.language as tl
 
-LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2.0))
+PER_NAT = tl.constexpr(math.log2(math.e))  # octaves
 # The reference of a lane that has seen no column. Finite, so that the first rise of the reference multiplies zeros by
 # a number; a row whose every logit lies below it is left to the careful loop.
 NOWHERE = tl.constexpr(-1e30)
