@@ -269,6 +269,8 @@ def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
     partial = student.new_empty((rows, segments, STATE_FIELDS), dtype=torch.float64)
     x, y = launch.rows_of(student), launch.rows_of(teacher)
     scale = launch.scale_of(temperature)
+    if rows == 0:
+        return Folded(partial, x, y, vocab, segments, scale)
     fold_kernel[(rows * segments,)](
         x.tensor,
         y.tensor,
