@@ -100,7 +100,7 @@ def fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES: tl.constexpr
     a finite number; 0 · anything = 0; a or b is +inf where only the student (only the teacher) uses a column."""
     tile: tl.constexpr = LANES * VECTOR
     columns = tl.arange(0, tile)
-    small = scale * shrink
+    small, units = scale * shrink, 1.0 / shrink
     m = top_of(x_row, start, stop, LANES, VECTOR) * small
     n = top_of(y_row, start, stop, LANES, VECTOR) * small
     z = tl.zeros([tile], tl.float32)
@@ -116,8 +116,8 @@ def fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES: tl.constexpr
         no_x, no_y = excluded(x), excluded(y)
         t = tl.where(no_x, 0.0, octaves(x, small, m))
         s = tl.where(no_y, 0.0, octaves(y, small, n))
-        p = tl.where(no_x, 0.0, tl.exp2(t / shrink))
-        w = tl.where(no_y, 0.0, tl.exp2(s / shrink))
+        p = tl.where(no_x, 0.0, tl.exp2(t * units))
+        w = tl.where(no_y, 0.0, tl.exp2(s * units))
         difference = t - s
         z += p
         u += w
@@ -125,7 +125,6 @@ def fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES: tl.constexpr
         b += tl.where(no_y, 0.0, tl.where(no_x, float("inf"), w * -difference))
         h += p * t
         k += w * s
-    units = 1.0 / shrink
     return (
         m.to(tl.float64) * units,
         n.to(tl.float64) * units,
