@@ -59,16 +59,16 @@ def reward_of(
     paid = tl.where(charged, penalty, 0.0)
     if KIND == "cmdp":
         return tl.where(violated, 0.0, given) - paid - weight * excess
-    if KIND == "hinge":
+    elif KIND == "hinge":
         return given - weight * excess
-    if KIND == "saute":
+    elif KIND == "saute":
         return tl.where(violated, 0.0, given) - paid
-    if KIND == "lagrangian":
+    elif KIND == "lagrangian":
         return given - coefficient * cost
-    # log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}), and remaining_0 = d.
-    before = tl.where(started, remaining_before, remaining + cumulative)
-    step = tl.log(tl.where(inside, remaining / before, 1.0))
-    return tl.where(inside, given + coefficient * step, -slope * cost)
+    else:  # barrier: log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}), and remaining_0 = d
+        before = tl.where(started, remaining_before, remaining + cumulative)
+        step = tl.log(tl.where(inside, remaining / before, 1.0))
+        return tl.where(inside, given + coefficient * step, -slope * cost)
 
 
 @triton.jit
@@ -76,9 +76,10 @@ def cost_of(plus, minus, at, mask):
     """The cost as the operations before have rounded it: plus, -minus or plus - minus."""
     if minus is None:
         return tl.load(plus + at, mask=mask, other=0.0).to(tl.float64)
-    if plus is None:
+    elif plus is None:
         return -tl.load(minus + at, mask=mask, other=0.0).to(tl.float64)
-    return (tl.load(plus + at, mask=mask, other=0.0) - tl.load(minus + at, mask=mask, other=0.0)).to(tl.float64)
+    else:
+        return (tl.load(plus + at, mask=mask, other=0.0) - tl.load(minus + at, mask=mask, other=0.0)).to(tl.float64)
 
 
 @triton.jit
