@@ -11,7 +11,6 @@ import os
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -66,6 +65,11 @@ def segments(vocab: int, settings: Forward) -> int:
 def scale_of(temperature: float) -> float:
     """log2(e)/temperature rounded to float32: what the kernels multiply logits by."""
     return float(torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32))
+
+
+def natural_of(scale: float) -> float:
+    """What that factor is in nats: 1/temperature but for the rounding, the same in the forward and backward pass."""
+    return scale * math.log(2.0)
 
 
 def shrink_of(scale: float) -> float:
@@ -134,6 +138,3 @@ def on(t: Tensor):
     """Launches within go to the tensor's device, whichever is the current one."""
     return torch.cuda.device_of(t)
 
-
-def padded(count: int) -> int:
-    return triton.next_power_of_2(count)

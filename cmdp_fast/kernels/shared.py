@@ -13,8 +13,8 @@ import math
 import triton
 import triton.language as tl
 
-LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2.0))
+PER_NAT = tl.constexpr(math.log2(math.e))  # octaves
 # The reference of a lane that has seen no column. Finite, so that the first rise of the reference multiplies zeros by
 # a number; a row whose every logit lies below it is left to the careful loop.
 NOWHERE = tl.constexpr(-1e30)
@@ -23,9 +23,13 @@ STATE_FIELDS = 8  # m, n, z, u, a, b, h, k
 
 @triton.jit
 def locate(row, inner, inner_stride, outer_stride):
-    """The offset of a row in elements, in 64 bits: rows are numbered over at most two axes."""
-    wide = row.to(tl.int64)
-    return (wide // inner) * outer_stride + (wide % inner) * inner_stride
+    """The offset of a row in elements, in 64 bits: rows are numbered over at most two axes.
+
+    Rows are fewer than 2^31, and a division in 64 bits would cost as much as a tile.
+    """
+    row = row.to(tl.int32)
+    outer = row // inner
+    return outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride
 
 
 @triton.jit

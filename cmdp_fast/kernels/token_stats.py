@@ -14,15 +14,17 @@ sum that is not finite (0 · inf); the program then folds its segment again, car
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmdp_fast.kernels import launch
+from cmdp_fast.kernels import finish, launch
+from cmdp_fast.kernels.finish import finish_rows
 from cmdp_fast.kernels.fold import fold
 from cmdp_fast.kernels.shared import (
-    LN2,
     STATE_FIELDS,
     excluded,
     finite,
@@ -144,23 +146,8 @@ def fold_kernel(
 
 
 @triton.jit
-def rise_of(m, z):
-    """How far each part's reference lies below the highest one that carries weight, and that reference."""
-    top = tl.max(tl.where(z > 0, m, float("-inf")), 0)
-    top = tl.where(finite(top), top, 0.0)
-    return tl.where(z > 0, top - m, 0.0), top
-
-
-@triton.jit
-def mean_of(sums, weight, rise, shrink, total):
-    """sum shrink (sums - rise weight) / total over the parts, where +inf stays +inf."""
-    infinite = sums == float("inf")
-    value = tl.sum(tl.where(infinite, 0.0, shrink * (sums - rise * weight)), 0) / total
-    return tl.where(tl.max(infinite.to(tl.int32), 0) > 0, float("inf"), value)
-
-
-@triton.jit
 def finish_kernel(
+    rows,
     student,
     teacher,
     tokens,
@@ -182,111 +169,121 @@ def finish_kernel(
     vocab,
     segments,
     scale,
+    ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One program a row: merges its segments, in double, and writes the statistics and the scalars to save."""
-    row = tl.program_id(0).to(tl.int64)
-    keep = True
-    if mask is not None:
-        keep = tl.load(mask + row) != 0
-    part = tl.arange(0, PARTS)
-    present = (part < segments) & keep
-    at = partial + (row * segments + part) * 8
-    m = tl.load(at, mask=present, other=0.0)
-    n = tl.load(at + 1, mask=present, other=0.0)
-    z = tl.load(at + 2, mask=present, other=0.0)
-    u = tl.load(at + 3, mask=present, other=0.0)
-    a = tl.load(at + 4, mask=present, other=0.0)
-    b = tl.load(at + 5, mask=present, other=0.0)
-    h = tl.load(at + 6, mask=present, other=0.0)
-    k = tl.load(at + 7, mask=present, other=0.0)
-    rise, top = rise_of(m, z)
-    teacher_rise, teacher_top = rise_of(n, u)
-    shrink, teacher_shrink = tl.exp2(-rise), tl.exp2(-teacher_rise)
-    # A segment that one model excludes altogether has no reference of that model: any will do, as its sum is +inf or 0.
-    z_all, u_all = tl.sum(z * shrink, 0), tl.sum(u * teacher_shrink, 0)
-    valid = (z_all > 0) & (u_all > 0) & finite(z_all) & finite(u_all)
-    z_all, u_all = tl.where(valid, z_all, 1.0), tl.where(valid, u_all, 1.0)
-    log_z, log_u = tl.log2(z_all), tl.log2(u_all)
-    nan = float("nan")
-    h_all = tl.maximum(log_z - mean_of(h, z, rise, shrink, z_all), 0.0) * LN2
-    k_all = tl.maximum(log_u - mean_of(k, u, teacher_rise, teacher_shrink, u_all), 0.0) * LN2
-    r = tl.maximum(mean_of(a, z, rise - teacher_rise, shrink, z_all) - log_z + log_u, 0.0) * LN2
-    f = tl.maximum(mean_of(b, u, teacher_rise - rise, teacher_shrink, u_all) - log_u + log_z, 0.0) * LN2
-    if tokens is not None:
-        token = tl.load(tokens + row).to(tl.int64)
-        # A token outside the vocabulary has no logit. The host cannot look without stalling the device.
-        known = (token >= 0) & (token < vocab) & keep
-        x = tl.load(student + locate(row, x_inner, x_stride, x_outer_stride) + token, mask=known, other=nan)
-        y = tl.load(teacher + locate(row, y_inner, y_stride, y_outer_stride) + token, mask=known, other=nan)
-        own = (x.to(tl.float64) * scale - top - log_z) * LN2
-        teacher_own = (y.to(tl.float64) * scale - teacher_top - log_u) * LN2
-        own = tl.where(own > 0, 0.0, own)
-        teacher_own = tl.where(teacher_own > 0, 0.0, teacher_own)
-        tl.store(logprob + row, tl.where(keep, tl.where(valid, own, nan), 0.0).to(tl.float32))
-        tl.store(teacher_logprob + row, tl.where(keep, tl.where(valid, teacher_own, nan), 0.0).to(tl.float32))
-        tl.store(entropy + row, tl.where(keep, tl.where(valid, h_all, nan), 0.0).to(tl.float32))
-        tl.store(teacher_entropy + row, tl.where(keep, tl.where(valid, k_all, nan), 0.0).to(tl.float32))
-        tl.store(reverse_kl + row, tl.where(keep, tl.where(valid, r, nan), 0.0).to(tl.float32))
-        tl.store(forward_kl + row, tl.where(keep, tl.where(valid, f, nan), 0.0).to(tl.float32))
-    to = saved + row * 4
-    tl.store(to, tl.where(keep, tl.where(valid, (top + log_z) * LN2, nan), 0.0))
-    tl.store(to + 1, tl.where(keep, tl.where(valid, (teacher_top + log_u) * LN2, nan), 0.0))
-    tl.store(to + 2, tl.where(keep, tl.where(valid, h_all, nan), 0.0))
-    tl.store(to + 3, tl.where(keep, tl.where(valid, r, nan), 0.0))
+    """One program for ROWS rows."""
+    finish_rows(
+        tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS),
+        rows,
+        student,
+        teacher,
+        tokens,
+        mask,
+        partial,
+        logprob,
+        teacher_logprob,
+        entropy,
+        teacher_entropy,
+        reverse_kl,
+        forward_kl,
+        saved,
+        x_inner,
+        x_stride,
+        x_outer_stride,
+        y_inner,
+        y_stride,
+        y_outer_stride,
+        vocab,
+        segments,
+        scale,
+        PARTS,
+    )
+
+
+class Folded(NamedTuple):
+    """Partial states of all rows, and what it takes to finish them."""
+
+    partial: Tensor  # [rows, segments, 8] float64
+    student: launch.Rows
+    teacher: launch.Rows
+    vocab: int
+    segments: int
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int | float, ...]:
+        """The arguments of `finish_rows` after the saved scalars."""
+        return (*self.student.strides, *self.teacher.strides, self.vocab, self.segments, self.scale)
+
+    @property
+    def parts(self) -> int:
+        return triton.next_power_of_2(self.segments)
+
+
+def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float, vocab: int) -> Folded:
+    """Launches the one pass over the logits. ``mask``: bytes, or None."""
+    rows = launch.count_rows(student)
+    settings = launch.forward_settings(vocab, student.dtype, teacher.dtype)
+    segments = launch.segments(vocab, settings)
+    partial = student.new_empty((rows, segments, STATE_FIELDS), dtype=torch.float64)
+    x, y = launch.rows_of(student), launch.rows_of(teacher)
+    scale = launch.scale_of(temperature)
+    fold_kernel[(rows * segments,)](
+        x.tensor,
+        y.tensor,
+        mask,
+        partial,
+        *x.strides,
+        *y.strides,
+        vocab,
+        segments,
+        scale,
+        launch.shrink_of(scale),
+        LANES=settings.lanes,
+        VECTOR=settings.vector,
+        STEP=settings.step,
+        SEGMENT=settings.segment,
+        ALIGNED=launch.aligned(x, settings.vector) and launch.aligned(y, settings.vector),
+        PTX=launch.speaks_ptx(),
+        num_warps=settings.warps,
+    )
+    return Folded(partial, x, y, vocab, segments, scale)
+
+
+def empty_statistics(student: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Room for the six statistics and the saved scalars."""
+    shape = student.shape[:-1]
+    statistics = [student.new_empty(shape, dtype=torch.float32) for _ in range(6)]
+    return statistics, student.new_empty((*shape, 4), dtype=torch.float64)
 
 
 def token_stats(
     student: Tensor, teacher: Tensor, tokens: Tensor | None, mask: Tensor | None, temperature: float, vocab: int
 ) -> tuple[list[Tensor], Tensor]:
-    """The six statistics ``[...]`` float32 (none without tokens) and the saved scalars ``[..., 4]`` float64."""
-    shape, rows = student.shape[:-1], launch.count_rows(student)
-    wanted = tokens is not None
-    statistics = [student.new_empty(shape, dtype=torch.float32) for _ in range(6 if wanted else 0)]
-    saved = student.new_empty((*shape, 4), dtype=torch.float64)
+    """The six statistics ``[...]`` float32 and the saved scalars ``[..., 4]`` float64.
+
+    Without tokens the statistics are left unwritten: only the scalars are wanted.
+    """
+    rows = launch.count_rows(student)
+    statistics, saved = empty_statistics(student)
     if rows == 0:
         return statistics, saved
-    settings = launch.forward_settings(vocab, student.dtype, teacher.dtype)
-    segments = launch.segments(vocab, settings)
-    partial = student.new_empty((rows, segments, STATE_FIELDS), dtype=torch.float64)
-    x, y = launch.rows_of(student), launch.rows_of(teacher)
-    index = tokens.contiguous() if tokens is not None else None
     keep = launch.flags(mask)
-    scale = launch.scale_of(temperature)
     with launch.on(student):
-        fold_kernel[(rows * segments,)](
-            x.tensor,
-            y.tensor,
+        folded = fold_rows(student, teacher, keep, temperature, vocab)
+        finish_kernel[(triton.cdiv(rows, finish.ROWS),)](
+            rows,
+            folded.student.tensor,
+            folded.teacher.tensor,
+            None if tokens is None else tokens.contiguous(),
             keep,
-            partial,
-            *x.strides,
-            *y.strides,
-            vocab,
-            segments,
-            scale,
-            launch.shrink_of(scale),
-            LANES=settings.lanes,
-            VECTOR=settings.vector,
-            STEP=settings.step,
-            SEGMENT=settings.segment,
-            ALIGNED=launch.aligned(x, settings.vector) and launch.aligned(y, settings.vector),
-            PTX=launch.speaks_ptx(),
-            num_warps=settings.warps,
-        )
-        finish_kernel[(rows,)](
-            x.tensor,
-            y.tensor,
-            index,
-            keep,
-            partial,
-            *(statistics if wanted else [None] * 6),
+            folded.partial,
+            *statistics,
             saved,
-            *x.strides,
-            *y.strides,
-            vocab,
-            segments,
-            scale,
-            PARTS=launch.padded(segments),
-            num_warps=1,
+            *folded.shape,
+            ROWS=finish.ROWS,
+            PARTS=folded.parts,
+            num_warps=finish.WARPS,
         )
     return statistics, saved

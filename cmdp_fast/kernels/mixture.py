@@ -1,0 +1,253 @@
+"""Divergences from a mixture: c_teacher KL(w‖M) + c_student KL(p‖M) with M = (1 - b) p + b w, 0 < b < 1.
+
+The mixture's logarithm needs both normalisers first, hence a second pass. With rho = w/p = 2^delta the mixture is p g,
+g = (1 - b) + b rho, so that log p - log M = -log g and log w - log M = delta - log g: no logarithm of a probability is
+taken. Clamping delta to ±126 changes nothing: beyond it one model has no weight in the column, and delta - log g has
+reached its limit -log b.
+
+    value    sum p (-c_student log g) + w c_teacher (delta - log g)
+    gradient p (G - sum p G) / temperature,  G = -c_student log g - (1 - b)(c_student + c_teacher rho)/g
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cmdp_fast.kernels import launch
+from cmdp_fast.kernels.shared import LN2, NOWHERE, locate, octaves
+from cmdp_fast.kernels.token_stats import token_stats
+from cmdp_fast.kernels.token_stats_backward import split
+
+FAR = tl.constexpr(126.0)
+
+
+@triton.jit
+def clamped(x, low, high):
+    """x within [low, high]; a NaN stays one."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def terms(x, y, scale, m, r, n, q, b, c_teacher, c_student):
+    """A column's share of the value, p, and G."""
+    t = clamped(octaves(x, scale, m), NOWHERE, -NOWHERE)
+    s = clamped(octaves(y, scale, n), NOWHERE, -NOWHERE)
+    p, w = tl.exp2(t) * tl.exp2(-r), tl.exp2(s) * tl.exp2(-q)
+    delta = clamped(s - t + (r - q), -FAR, FAR)
+    rho = tl.exp2(delta)
+    g = (1 - b) + b * rho
+    # In octaves until after the subtraction: where one model has no weight, delta and log g are both about 126.
+    log_g = tl.log2(g)
+    value = (w * c_teacher * (delta - log_g) - p * c_student * log_g) * LN2
+    slope = -c_student * LN2 * log_g - (1 - b) * (c_student + c_teacher * rho) / g
+    return value, p, slope
+
+
+@triton.jit
+def mixture_kernel(
+    student,
+    teacher,
+    mask,
+    saved,
+    partial,
+    x_inner,
+    x_stride,
+    x_outer_stride,
+    y_inner,
+    y_stride,
+    y_outer_stride,
+    vocab,
+    segments,
+    scale,
+    b,
+    c_teacher,
+    c_student,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """One program a segment of a row: sum of the values and of p G go to partial [rows, segments, 2]."""
+    program = tl.program_id(0)
+    row, segment = program // segments, program % segments
+    if mask is not None:
+        if tl.load(mask + row) == 0:
+            return
+    x_row = student + locate(row, x_inner, x_stride, x_outer_stride)
+    y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
+    at = saved + row.to(tl.int64) * 4
+    m, r = split(tl.load(at))
+    n, q = split(tl.load(at + 1))
+    start = segment * SEGMENT
+    stop = tl.minimum(start + SEGMENT, vocab)
+    tile: tl.constexpr = LANES * VECTOR
+    columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    value = tl.zeros([LANES], tl.float32)
+    mean = tl.zeros([LANES], tl.float32)
+    whole = start + (stop - start) // tile * tile
+    for first in range(start, whole, tile):
+        x = tl.load(x_row + first + columns).to(tl.float32)
+        y = tl.load(y_row + first + columns).to(tl.float32)
+        v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
+        value += tl.sum(v, 1)
+        mean += tl.sum(p * slope, 1)
+    if whole < stop:
+        inside = whole + columns < stop
+        x = tl.load(x_row + whole + columns, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(y_row + whole + columns, mask=inside, other=0.0).to(tl.float32)
+        v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
+        value += tl.sum(tl.where(inside, v, 0.0), 1)
+        mean += tl.sum(tl.where(inside, p * slope, 0.0), 1)
+    to = partial + program.to(tl.int64) * 2
+    tl.store(to, tl.sum(value, 0))
+    tl.store(to + 1, tl.sum(mean, 0))
+
+
+@triton.jit
+def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
+    """One program a row: adds its segments, in double and in a fixed order."""
+    row = tl.program_id(0).to(tl.int64)
+    keep = True
+    if mask is not None:
+        keep = tl.load(mask + row) != 0
+    part = tl.arange(0, PARTS)
+    present = (part < segments) & keep
+    at = partial + (row * segments + part) * 2
+    total = tl.sum(tl.load(at, mask=present, other=0.0).to(tl.float64), 0)
+    tl.store(value + row, tl.where(total < 0, 0.0, total).to(tl.float32))
+    tl.store(mean + row, tl.sum(tl.load(at + 1, mask=present, other=0.0).to(tl.float64), 0))
+
+
+@triton.jit
+def backward_kernel(
+    student,
+    teacher,
+    mask,
+    saved,
+    mean,
+    upstream,
+    out,
+    x_inner,
+    x_stride,
+    x_outer_stride,
+    y_inner,
+    y_stride,
+    y_outer_stride,
+    out_inner,
+    out_stride,
+    out_outer_stride,
+    vocab,
+    width,
+    blocks,
+    scale,
+    natural,
+    b,
+    c_teacher,
+    c_student,
+    BLOCK: tl.constexpr,
+):
+    """One program a block of columns of a row."""
+    program = tl.program_id(0)
+    row, block = program // blocks, program % blocks
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    written = columns < width
+    to = out + locate(row, out_inner, out_stride, out_outer_stride) + columns
+    if mask is not None:
+        if tl.load(mask + row) == 0:
+            tl.store(to, tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty), mask=written)
+            return
+    inside = columns < vocab
+    at = saved + row.to(tl.int64) * 4
+    m, r = split(tl.load(at))
+    n, q = split(tl.load(at + 1))
+    x = tl.load(student + locate(row, x_inner, x_stride, x_outer_stride) + columns, mask=inside, other=0.0)
+    y = tl.load(teacher + locate(row, y_inner, y_stride, y_outer_stride) + columns, mask=inside, other=0.0)
+    _, p, slope = terms(x.to(tl.float32), y.to(tl.float32), scale, m, r, n, q, b, c_teacher, c_student)
+    center = tl.load(mean + row).to(tl.float32)
+    outer = tl.load(upstream + row).to(tl.float32) * natural
+    tl.store(to, tl.where(inside, p * (slope - center) * outer, 0.0).to(out.dtype.element_ty), mask=written)
+
+
+def mixture(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float, vocab: int, weights: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence ``[...]`` float32; saved scalars ``[..., 4]`` and the mean of G ``[...]``, both float64.
+
+    ``weights``: b, c_teacher, c_student.
+    """
+    shape, rows = student.shape[:-1], launch.count_rows(student)
+    _, saved = token_stats(student, teacher, None, mask, temperature, vocab)
+    value = student.new_empty(shape, dtype=torch.float32)
+    mean = student.new_empty(shape, dtype=torch.float64)
+    if rows == 0:
+        return value, saved, mean
+    settings = launch.forward_settings(vocab, student.dtype, teacher.dtype)
+    segments = launch.segments(vocab, settings)
+    partial = student.new_empty((rows, segments, 2), dtype=torch.float32)
+    x, y, keep = launch.rows_of(student), launch.rows_of(teacher), launch.flags(mask)
+    with launch.on(student):
+        mixture_kernel[(rows * segments,)](
+            x.tensor,
+            y.tensor,
+            keep,
+            saved,
+            partial,
+            *x.strides,
+            *y.strides,
+            vocab,
+            segments,
+            launch.scale_of(temperature),
+            *weights,
+            LANES=settings.lanes,
+            VECTOR=settings.vector,
+            SEGMENT=settings.segment,
+            num_warps=settings.warps,
+        )
+        finish_kernel[(rows,)](keep, partial, value, mean, segments, PARTS=triton.next_power_of_2(segments), num_warps=1)
+    return value, saved, mean
+
+
+def mixture_backward(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    saved: Tensor,
+    mean: Tensor,
+    upstream: Tensor,
+    temperature: float,
+    vocab: int,
+    weights: tuple[float, ...],
+    out: Tensor,
+) -> None:
+    """Writes the gradient of the student's logits into ``out``, contiguous ``[..., V]``."""
+    rows, width = launch.count_rows(student), student.shape[-1]
+    if rows == 0:
+        return
+    settings = launch.column_settings(width)
+    blocks = -(-width // settings.block)
+    x, y, to = launch.rows_of(student), launch.rows_of(teacher), launch.rows_of(out)
+    scale = launch.scale_of(temperature)
+    with launch.on(student):
+        backward_kernel[(rows * blocks,)](
+            x.tensor,
+            y.tensor,
+            launch.flags(mask),
+            saved,
+            mean,
+            upstream.contiguous(),
+            to.tensor,
+            *x.strides,
+            *y.strides,
+            *to.strides,
+            vocab,
+            width,
+            blocks,
+            scale,
+            launch.natural_of(scale),
+            *weights,
+            BLOCK=settings.block,
+            num_warps=settings.warps,
+        )
