@@ -10,6 +10,7 @@ from helpers import (
     DTYPES,
     assert_no_worse,
     exact_and_eager,
+    finest,
     make_logits,
     make_tokens,
     needs_memory,
@@ -98,21 +99,23 @@ def test_every_kernel_variant(variant, dtype):
 
 def test_worked_example(vectors, backend):
     v = vectors["worked_example"]["divergences"]
-    p = torch.tensor([v["p"]], dtype=torch.float64).log().repeat(3, 1).requires_grad_()
-    q = torch.tensor([v["q"]], dtype=torch.float64).log().repeat(3, 1)
+    dtype, exact, close = finest(backend)
+    p = torch.tensor([v["p"]], dtype=torch.float64).log().repeat(3, 1).to(dtype).requires_grad_()
+    q = torch.tensor([v["q"]], dtype=torch.float64).log().repeat(3, 1).to(dtype)
     tokens = torch.arange(3)
     stats = cf.token_stats(p, q, tokens, backend=backend)
-    assert stats.reverse_kl[0].item() == pytest.approx(v["reverse_kl"], abs=1e-15)
-    assert stats.forward_kl[0].item() == pytest.approx(v["forward_kl"], abs=1e-15)
+    assert stats.reverse_kl[0].item() == pytest.approx(v["reverse_kl"], abs=exact)
+    assert stats.forward_kl[0].item() == pytest.approx(v["forward_kl"], abs=exact)
     reverse = torch.autograd.grad(stats.reverse_kl.sum(), p, retain_graph=True)[0]
     forward = torch.autograd.grad(stats.forward_kl.sum(), p)[0]
-    assert reverse[0].tolist() == pytest.approx(v["grad_reverse_kl"], abs=5e-9)
-    assert forward[0].tolist() == pytest.approx(v["grad_forward_kl"], abs=1e-15)
-    assert cf.token_cost(stats, "k1").tolist() == pytest.approx(v["k1"], abs=5e-9)
-    assert cf.token_cost(stats, "k3").tolist() == pytest.approx(v["k3"], abs=5e-9)
+    assert reverse[0].tolist() == pytest.approx(v["grad_reverse_kl"], abs=close)
+    assert forward[0].tolist() == pytest.approx(v["grad_forward_kl"], abs=exact)
+    assert cf.token_cost(stats, "k1").tolist() == pytest.approx(v["k1"], abs=close)
+    assert cf.token_cost(stats, "k3").tolist() == pytest.approx(v["k3"], abs=close)
     assert torch.equal(cf.token_cost(stats, "nll"), -stats.teacher_logprob)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(name, backend):
     x = make_logits(3, 9, dtype=torch.float64).requires_grad_()
@@ -169,7 +172,7 @@ def layouts():
     yield "strided rows", base[::2, 1::3]
     yield "columns of a wider matrix", base[..., 7:50]
     yield "strided columns", base[..., ::2]
-    yield "transposed columns", base.transpose(1, 2)
+    yield "transposed columns", base[:2].transpose(1, 2)
     yield "expanded", base[:1].expand(6, 5, 64)
     yield "one row", base[0, 0]
     yield "four dimensions", base.view(2, 3, 5, 64).permute(2, 0, 1, 3)

@@ -57,25 +57,25 @@ def test_compile_with_inplace_backward_keeps_the_logits():
 def samples():
     x, y, tokens, mask, reward = inputs()
     plain = x.detach()
-    stats = (1.0, 37)
-    saved = OPS.token_stats(plain, y, tokens, mask, *stats, False)[6] if native else None
+    stats, cpu = (1.0, 37), "cpu"
+    saved = OPS.token_stats(plain, y, tokens, mask, *stats, False, cpu)[6] if native else None
     g = torch.rand(3, 5)
-    yield "token_stats", (x, y, tokens, mask, *stats, False)
+    yield "token_stats", (x, y, tokens, mask, *stats, False, cpu)
     yield (
         "token_stats",
-        (make_logits(4, 9, dtype=torch.bfloat16), make_logits(4, 9), tokens[0, :4] % 8, None, 0.5, 8, False),
+        (make_logits(4, 9, dtype=torch.bfloat16), make_logits(4, 9), tokens[0, :4] % 8, None, 0.5, 8, False, cpu),
     )
-    yield "token_stats_backward", (plain, y, tokens, mask, saved, g, None, g, None, *stats)
-    yield "token_stats_backward_", (plain.clone(), y, tokens, None, saved, None, g, None, g, *stats)
-    yield "mixture_divergence", (x, y, mask, *stats, 0.5, 0.5, 0.5)
+    yield "token_stats_backward", (plain, y, tokens, mask, saved, g, None, g, None, *stats, cpu)
+    yield "token_stats_backward_", (plain.clone(), y, tokens, None, saved, None, g, None, g, *stats, cpu)
+    yield "mixture_divergence", (x, y, mask, *stats, 0.5, 0.5, 0.5, cpu)
     if native:
-        _, saved, mean = OPS.mixture_divergence(plain, y, mask, *stats, 0.5, 0.5, 0.5)
-        yield "mixture_divergence_backward", (plain, y, mask, saved, mean, g, *stats, 0.5, 0.5, 0.5)
+        _, saved, mean = OPS.mixture_divergence(plain, y, mask, *stats, 0.5, 0.5, 0.5, cpu)
+        yield "mixture_divergence_backward", (plain, y, mask, saved, mean, g, *stats, 0.5, 0.5, 0.5, cpu)
     cost, offsets, limits = torch.rand(3, 5), torch.tensor([0, 5, 10, 15]), torch.ones(3, dtype=torch.float64)
     account, rule = (1.0, False, False), ("cmdp", True, 1.0, 1.0, 0.0, 10.0)
-    yield "budget_trace", (cost, mask, offsets, limits, *account)
-    yield "constrained_scan", (reward, cost, mask, offsets, limits, *account, *rule)
-    yield "modified_reward", (reward, cost, cost, cost, mask, cost, None, offsets, *rule)
+    yield "budget_trace", (cost, mask, offsets, limits, *account, cpu)
+    yield "constrained_scan", (reward, cost, mask, offsets, limits, *account, *rule, cpu)
+    yield "modified_reward", (reward, cost, cost, cost, mask, cost, None, offsets, *rule, cpu)
 
 
 @needs_native

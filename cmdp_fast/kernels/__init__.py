@@ -5,6 +5,7 @@ into statistics. Under ``TRITON_INTERPRET=1`` they run on CPU tensors.
 """
 
 from cmdp_fast.kernels.constrained import COSTS, constrained_pass
+from cmdp_fast.kernels.launch import addressable
 from cmdp_fast.kernels.mixture import mixture, mixture_backward
 from cmdp_fast.kernels.scan import modify_rewards, trace_budgets
 from cmdp_fast.kernels.token_stats import token_stats
@@ -12,6 +13,7 @@ from cmdp_fast.kernels.token_stats_backward import token_stats_backward
 
 __all__ = [
     "COSTS",
+    "addressable",
     "constrained_pass",
     "mixture",
     "mixture_backward",

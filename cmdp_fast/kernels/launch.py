@@ -115,12 +115,16 @@ def row_axes(t: Tensor) -> list[tuple[int, int]]:
     return axes
 
 
+def addressable(t: Tensor) -> bool:
+    """Whether the kernels can address a tensor's rows where they lie, and so write to them."""
+    return len(row_axes(t)) <= 2
+
+
 def rows_of(t: Tensor) -> Rows:
     """A tensor as the kernels address it; one with more than two strides is copied."""
-    axes = row_axes(t)
-    if len(axes) > 2:
+    if not addressable(t):
         t = t.contiguous()
-        axes = row_axes(t)
+    axes = row_axes(t)
     (outer, outer_stride), (inner, stride) = [(1, 0), (1, 0), *axes][-2:]
     return Rows(t, inner, stride, outer_stride)
 

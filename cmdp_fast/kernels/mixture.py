@@ -110,11 +110,11 @@ def mixture_kernel(
 def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
     """One program a row: adds its segments, in double and in a fixed order."""
     row = tl.program_id(0).to(tl.int64)
-    keep = True
+    count = segments
     if mask is not None:
-        keep = tl.load(mask + row) != 0
+        count = tl.where(tl.load(mask + row) != 0, segments, 0)
     part = tl.arange(0, PARTS)
-    present = (part < segments) & keep
+    present = part < count
     at = partial + (row * segments + part) * 2
     total = tl.sum(tl.load(at, mask=present, other=0.0).to(tl.float64), 0)
     tl.store(value + row, tl.where(total < 0, 0.0, total).to(tl.float32))

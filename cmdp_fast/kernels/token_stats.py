@@ -54,7 +54,7 @@ def fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES: tl.constexpr
 
     A column a step: this is rare, and the registers it takes count against the main loop too."""
     columns = tl.arange(0, LANES)
-    small = scale * shrink
+    small, units = scale * shrink, 1.0 / shrink
     m = top_of(x_row, start, stop, LANES) * small
     n = top_of(y_row, start, stop, LANES) * small
     z = tl.zeros([LANES], tl.float32)
@@ -70,8 +70,8 @@ def fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES: tl.constexpr
         no_x, no_y = excluded(x), excluded(y)
         t = tl.where(no_x, 0.0, octaves(x, small, m))
         s = tl.where(no_y, 0.0, octaves(y, small, n))
-        p = tl.where(no_x, 0.0, tl.exp2(t / shrink))
-        w = tl.where(no_y, 0.0, tl.exp2(s / shrink))
+        p = tl.where(no_x, 0.0, tl.exp2(t * units))
+        w = tl.where(no_y, 0.0, tl.exp2(s * units))
         difference = t - s
         z += p
         u += w
@@ -79,7 +79,6 @@ def fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES: tl.constexpr
         b += tl.where(no_y, 0.0, tl.where(no_x, float("inf"), w * -difference))
         h += p * t
         k += w * s
-    units = 1.0 / shrink
     return (
         m.to(tl.float64) * units,
         n.to(tl.float64) * units,
@@ -229,6 +228,8 @@ def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
     partial = student.new_empty((rows, segments, STATE_FIELDS), dtype=torch.float64)
     x, y = launch.rows_of(student), launch.rows_of(teacher)
     scale = launch.scale_of(temperature)
+    if rows == 0:
+        return Folded(partial, x, y, vocab, segments, scale)
     fold_kernel[(rows * segments,)](
         x.tensor,
         y.tensor,
