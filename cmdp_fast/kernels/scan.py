@@ -74,12 +74,14 @@ def reward_of(
 @triton.jit
 def cost_of(plus, minus, at, mask):
     """The cost as the operations before have rounded it: plus, -minus or plus - minus."""
+    # The compiler leaves out a branch whose condition is known, but not what follows a return.
     if minus is None:
-        return tl.load(plus + at, mask=mask, other=0.0).to(tl.float64)
+        cost = tl.load(plus + at, mask=mask, other=0.0)
     elif plus is None:
-        return -tl.load(minus + at, mask=mask, other=0.0).to(tl.float64)
+        cost = -tl.load(minus + at, mask=mask, other=0.0)
     else:
-        return (tl.load(plus + at, mask=mask, other=0.0) - tl.load(minus + at, mask=mask, other=0.0)).to(tl.float64)
+        cost = tl.load(plus + at, mask=mask, other=0.0) - tl.load(minus + at, mask=mask, other=0.0)
+    return cost.to(tl.float64)
 
 
 @triton.jit

@@ -23,9 +23,13 @@ STATE_FIELDS = 8  # m, n, z, u, a, b, h, k
 
 @triton.jit
 def locate(row, inner, inner_stride, outer_stride):
-    """The offset of a row in elements, in 64 bits: rows are numbered over at most two axes."""
-    wide = row.to(tl.int64)
-    return (wide // inner) * outer_stride + (wide % inner) * inner_stride
+    """The offset of a row in elements, in 64 bits: rows are numbered over at most two axes.
+
+    Rows are fewer than 2^31, and a division in 64 bits would cost as much as a tile.
+    """
+    row = row.to(tl.int32)
+    outer = row // inner
+    return outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride
 
 
 @triton.jit
@@ -42,12 +46,13 @@ def excluded(x):
 @triton.jit
 def raised(m, n, z, u, a, b, h, k, top, teacher_top):
     """The six sums after the references have been moved up to `top` and `teacher_top`."""
-    rise, teacher_rise = top - m, teacher_top - n
-    shrink, teacher_shrink = tl.exp2(-rise), tl.exp2(-teacher_rise)
-    a = (a - (rise - teacher_rise) * z) * shrink
-    b = (b - (teacher_rise - rise) * u) * teacher_shrink
-    h = (h - rise * z) * shrink
-    k = (k - teacher_rise * u) * teacher_shrink
+    drop, teacher_drop = m - top, n - teacher_top
+    apart = drop - teacher_drop
+    shrink, teacher_shrink = tl.exp2(drop), tl.exp2(teacher_drop)
+    a = (a + apart * z) * shrink
+    b = (b - apart * u) * teacher_shrink
+    h = (h + drop * z) * shrink
+    k = (k + teacher_drop * u) * teacher_shrink
     return z * shrink, u * teacher_shrink, a, b, h, k
 
 

@@ -1,8 +1,8 @@
 """Statistics, forward: all six values and the saved scalars from one read of both rows.
 
-Why memory is read once: the state of `csrc/token_state.h` streams. Each lane (one thread) keeps the state of the columns
-it has seen; a tile is [lanes, vector] whose inner axis is what one thread loads in 128 bits, and maxima and sums run
-along the inner axis only, so that the loop needs neither a barrier nor a shuffle. Lanes are merged once, at the end.
+Why memory is read once: the state of `csrc/token_state.h` streams. Each lane (one thread) keeps the state of the
+columns it has seen, so that the loop (`cmdp_fast.kernels.fold`) needs neither a barrier nor a shuffle. Lanes are merged
+once, at the end.
 Why it is exact: a state is exact relative to any finite reference, and merging is associative and commutative.
 
 A row is split into segments, one program each; the number of segments depends on V alone. `finish_kernel` merges their
@@ -23,93 +23,47 @@ from torch import Tensor
 
 from cmdp_fast.kernels import finish, launch
 from cmdp_fast.kernels.finish import finish_rows
+from cmdp_fast.kernels.fold import fold
 from cmdp_fast.kernels.shared import (
-    NOWHERE,
     STATE_FIELDS,
     excluded,
     finite,
     locate,
     merged,
     octaves,
-    raised,
 )
 
 
 @triton.jit
-def push(x, y, inside, scale, m, n, z, u, a, b, h, k, WHOLE: tl.constexpr):
-    """Folds a tile [L, C] into the states [L]; unless WHOLE, columns that are not `inside` weigh nothing."""
-    top = tl.maximum(m, tl.max(x, 1) * scale)
-    teacher_top = tl.maximum(n, tl.max(y, 1) * scale)
-    z, u, a, b, h, k = raised(m, n, z, u, a, b, h, k, top, teacher_top)
-    t, s = octaves(x, scale, top[:, None]), octaves(y, scale, teacher_top[:, None])
-    p, w = tl.exp2(t), tl.exp2(s)
-    if not WHOLE:
-        t, s = tl.where(inside, t, 0.0), tl.where(inside, s, 0.0)
-        p, w = tl.where(inside, p, 0.0), tl.where(inside, w, 0.0)
-    difference = t - s
-    z += tl.sum(p, 1)
-    u += tl.sum(w, 1)
-    a += tl.sum(p * difference, 1)
-    b -= tl.sum(w * difference, 1)
-    h += tl.sum(p * t, 1)
-    k += tl.sum(w * s, 1)
-    return top, teacher_top, z, u, a, b, h, k
+def top_of(row, start, stop, LANES: tl.constexpr):
+    """The maximum of columns [start, stop); 0 if there is none that is finite."""
+    columns = tl.arange(0, LANES)
+    best = tl.full([LANES], float("-inf"), tl.float32)
+    for at in range(start, stop, LANES):
+        best = tl.maximum(
+            best, tl.load(row + at + columns, mask=at + columns < stop, other=float("-inf")).to(tl.float32)
+        )
+    top = tl.max(best, 0)
+    return tl.where(finite(top), top, 0.0)
 
 
 @triton.jit
-def fold(x_row, y_row, start, stop, scale, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """The state of columns [start, stop), for logits without special values."""
-    tile: tl.constexpr = LANES * VECTOR
-    columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    m = tl.full([LANES], NOWHERE, tl.float32)
-    n = tl.full([LANES], NOWHERE, tl.float32)
+def fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES: tl.constexpr):
+    """As `fold`, every special value included. Octaves are counted in units of 1/shrink, in which any finite logit is
+    a finite number; 0 · anything = 0; a or b is +inf where only the student (only the teacher) uses a column.
+
+    A column a step: this is rare, and the registers it takes count against the main loop too."""
+    columns = tl.arange(0, LANES)
+    small, units = scale * shrink, 1.0 / shrink
+    m = top_of(x_row, start, stop, LANES) * small
+    n = top_of(y_row, start, stop, LANES) * small
     z = tl.zeros([LANES], tl.float32)
     u = tl.zeros([LANES], tl.float32)
     a = tl.zeros([LANES], tl.float32)
     b = tl.zeros([LANES], tl.float32)
     h = tl.zeros([LANES], tl.float32)
     k = tl.zeros([LANES], tl.float32)
-    whole = start + (stop - start) // tile * tile
-    for at in range(start, whole, tile):
-        x = tl.load(x_row + at + columns).to(tl.float32)
-        y = tl.load(y_row + at + columns).to(tl.float32)
-        m, n, z, u, a, b, h, k = push(x, y, True, scale, m, n, z, u, a, b, h, k, True)
-    if whole < stop:
-        inside = whole + columns < stop
-        x = tl.load(x_row + whole + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        y = tl.load(y_row + whole + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        m, n, z, u, a, b, h, k = push(x, y, inside, scale, m, n, z, u, a, b, h, k, False)
-    return merged(m, n, z, u, a, b, h, k)
-
-
-@triton.jit
-def top_of(row, start, stop, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """The maximum of columns [start, stop); 0 if there is none that is finite."""
-    tile: tl.constexpr = LANES * VECTOR
-    columns = tl.arange(0, tile)
-    best = tl.full([tile], float("-inf"), tl.float32)
-    for at in range(start, stop, tile):
-        best = tl.maximum(best, tl.load(row + at + columns, mask=at + columns < stop, other=float("-inf")).to(tl.float32))
-    top = tl.max(best, 0)
-    return tl.where(finite(top), top, 0.0)
-
-
-@triton.jit
-def fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """As `fold`, every special value included. Octaves are counted in units of 1/shrink, in which any finite logit is
-    a finite number; 0 · anything = 0; a or b is +inf where only the student (only the teacher) uses a column."""
-    tile: tl.constexpr = LANES * VECTOR
-    columns = tl.arange(0, tile)
-    small, units = scale * shrink, 1.0 / shrink
-    m = top_of(x_row, start, stop, LANES, VECTOR) * small
-    n = top_of(y_row, start, stop, LANES, VECTOR) * small
-    z = tl.zeros([tile], tl.float32)
-    u = tl.zeros([tile], tl.float32)
-    a = tl.zeros([tile], tl.float32)
-    b = tl.zeros([tile], tl.float32)
-    h = tl.zeros([tile], tl.float32)
-    k = tl.zeros([tile], tl.float32)
-    for at in range(start, stop, tile):
+    for at in range(start, stop, LANES):
         inside = at + columns < stop
         x = tl.load(x_row + at + columns, mask=inside, other=float("-inf")).to(tl.float32)
         y = tl.load(y_row + at + columns, mask=inside, other=float("-inf")).to(tl.float32)
@@ -155,7 +109,10 @@ def fold_kernel(
     shrink,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    STEP: tl.constexpr,
     SEGMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """One program a segment of a row: its state goes to partial [rows, segments, 8]."""
     program = tl.program_id(0)
@@ -163,16 +120,19 @@ def fold_kernel(
     if mask is not None:
         if tl.load(mask + row) == 0:
             return
-    x_row = student + locate(row, x_inner, x_stride, x_outer_stride)
-    y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
+    x_offset = locate(row, x_inner, x_stride, x_outer_stride)
+    y_offset = locate(row, y_inner, y_stride, y_outer_stride)
+    if ALIGNED:
+        x_offset, y_offset = tl.multiple_of(x_offset, VECTOR), tl.multiple_of(y_offset, VECTOR)
+    x_row, y_row = student + x_offset, teacher + y_offset
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, vocab)
-    m, n, z, u, a, b, h, k = fold(x_row, y_row, start, stop, scale, LANES, VECTOR)
+    m, n, z, u, a, b, h, k = merged(*fold(x_row, y_row, start, stop, scale, LANES, VECTOR, STEP, ALIGNED, PTX))
     sums = finite(z) & finite(u) & finite(a) & finite(b) & finite(h) & finite(k)
     m, n, z, u = m.to(tl.float64), n.to(tl.float64), z.to(tl.float64), u.to(tl.float64)
     a, b, h, k = a.to(tl.float64), b.to(tl.float64), h.to(tl.float64), k.to(tl.float64)
     if not (sums & (z > 0) & (u > 0)):
-        m, n, z, u, a, b, h, k = fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES, VECTOR)
+        m, n, z, u, a, b, h, k = fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES)
     to = partial + program.to(tl.int64) * 8
     tl.store(to, m)
     tl.store(to + 1, n)
@@ -283,7 +243,10 @@ def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
         launch.shrink_of(scale),
         LANES=settings.lanes,
         VECTOR=settings.vector,
+        STEP=settings.step,
         SEGMENT=settings.segment,
+        ALIGNED=launch.aligned(x, settings.vector) and launch.aligned(y, settings.vector),
+        PTX=launch.speaks_ptx(),
         num_warps=settings.warps,
     )
     return Folded(partial, x, y, vocab, segments, scale)
