@@ -25,8 +25,10 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        wide = "float64" in item.keywords or (hasattr(item, "callspec") and torch.float64 in item.callspec.params.values())
-        if "triton" in item.keywords and wide and not item.path.name == "test_budget.py":  # a scan takes float64
+        wide = "float64" in item.keywords or (
+            hasattr(item, "callspec") and torch.float64 in item.callspec.params.values()
+        )
+        if "triton" in item.keywords and wide and item.path.name != "test_budget.py":  # a scan takes float64
             item.add_marker(pytest.mark.skip(reason="the GPU kernels take no float64 logits"))
     if config.getoption("--slow"):
         return

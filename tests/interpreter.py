@@ -14,7 +14,9 @@ def look_once_a_launch() -> None:
     looked: dict[tuple[str, ...], Any] = {}
 
     def patch_once(function):
-        languages = tuple(sorted(k for k, v in function.__globals__.items() if v in (interpreter.tl, interpreter.tl.core)))
+        languages = tuple(
+            sorted(k for k, v in function.__globals__.items() if v in (interpreter.tl, interpreter.tl.core))
+        )
         if languages not in looked:
             looked[languages] = patch(function)
         return looked[languages]

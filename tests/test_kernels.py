@@ -138,9 +138,7 @@ def test_sequences_longer_than_a_chunk():
     cost = make_logits(2, 2500, scale=1.0).abs().to(DEVICE)
     mask = make_tokens(2, 2500, vocab=3).bool().to(DEVICE)
     for settings in ({}, {"reduction": "mean"}, {"gamma": 0.999}):
-        got, want = (
-            cf.budget_trace(cost, 900.0, mask=mask, backend=name, **settings) for name in ("triton", "torch")
-        )
+        got, want = (cf.budget_trace(cost, 900.0, mask=mask, backend=name, **settings) for name in ("triton", "torch"))
         for name, a, b in zip(got._fields, got, want, strict=True):
             assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=2e-4), name
         for kind, coefficient in (("cmdp", None), ("barrier", 0.5)):

@@ -141,4 +141,3 @@ def flags(mask: Tensor | None) -> Tensor | None:
 def on(t: Tensor):
     """Launches within go to the tensor's device, whichever is the current one."""
     return torch.cuda.device_of(t)
-

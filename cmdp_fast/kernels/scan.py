@@ -1,15 +1,14 @@
 """The budget's account of every sequence and the modified reward of every token: one program a sequence.
 
-The meanings stand in `cmdp_fast/reference.py` and `csrc/budget.h`. A sequence is read in chunks of a fixed size, so that
-a sequence comes out the same whether it is padded or packed; sums are kept in double. A violation is absorbing, so
-that `violated` needs no scan: it holds from the first token on that is over budget.
+The meanings stand in `cmdp_fast/reference.py` and `csrc/budget.h`. A sequence is read in chunks of a fixed size, so
+that it comes out the same whether it is padded or packed; sums are kept in double. A violation is absorbing, so that
+`violated` needs no scan: it holds from the first token on that is over budget.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,9 +1,9 @@
 """Statistics, backward: one expression a column for the four upstream gradients, in one pass.
 
-With t = L x - M, s = L y - N, where M and N are the normalisers in octaves rounded to float32 and r, q what rounding left,
-p = 2^t 2^-r and w = 2^s 2^-q, and the table of gradients in `cmdp_fast/reference.py` becomes
+With t = L x - M, s = L y - N, where M and N are the normalisers in octaves rounded to float32 and r, q what rounding
+left, p = 2^t 2^-r and w = 2^s 2^-q, and the table of gradients in `cmdp_fast/reference.py` becomes
 
-    dx = 2^t (c0 + c1 t + c2 (t - s - center)) - c3 2^s  + onehot c4,     center = R in octaves.
+    dx = 2^t (c0 + c1 t + c2 (t - s - center)) - c3 2^s + onehot c4,     center = R in octaves.
 
 Splitting the normalisers keeps p to a rounding error although L x may be large. t - s is taken as a difference, so
 that nearly equal models do not cancel, and R comes off it at once, so that models far apart do not either.
@@ -12,7 +12,6 @@ An upstream gradient that is None is compiled away, and with both KLs absent the
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -45,7 +45,7 @@ def budget_trace(
         reduction: ``sum``, or ``mean``: the prefix mean m_t = (1/t) sum_{i<=t} c_i takes the place of C_t.
         edge: ``strict``: C_t = d is feasible; ``saute``: a spent budget (C_t >= d) is a violation, as in Sauté RL.
         per_token: the budget of a sequence is d times its number of unmasked tokens.
-        backend: None chooses (``cpu`` for CPU tensors, ``triton`` for those on a GPU, else ``torch``); a name forces it.
+        backend: None chooses (``cpu`` for CPU tensors, ``triton`` on a GPU, else ``torch``); a name forces it.
 
     Returns:
         `BudgetTrace`: ``cumulative, remaining, excess`` float32 (float64 for float64 cost) and ``violated`` bool,

@@ -226,9 +226,7 @@ def _constrained_pass(
     discrepancy_weight: float,
     coefficient: float,
     barrier_slope: float,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = budget if budgets is None else budgets
     if tokens.device.type == "cpu":
         checks.token_range(tokens, mask, vocab_size)
@@ -252,7 +250,7 @@ def _constrained_pass(
         tuple(trace),
         reward,
     )
-    return (*statistics, saved, *trace, reward)  # type: ignore[return-value]
+    return (*statistics, saved, *trace, reward)
 
 
 def _empty_outcome(student: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:

@@ -147,7 +147,7 @@ def _token_stats(
         checks.token_range(tokens, mask, vocab_size)
     if backend == "triton":
         statistics, saved = backends.kernels.token_stats(student, teacher, tokens, mask, temperature, vocab_size)
-        return (*statistics, saved)  # type: ignore[return-value]
+        return (*statistics, saved)
     dtype = compute_dtype(student, teacher)
     statistics = [torch.empty(tokens.shape, dtype=dtype) for _ in range(6)]
     saved = torch.empty((*tokens.shape, 4), dtype=torch.float64)
@@ -164,7 +164,7 @@ def _token_stats(
         address(saved),
         threads(),
     )
-    return (*statistics, saved)  # type: ignore[return-value]
+    return (*statistics, saved)
 
 
 @_token_stats.register_fake
