@@ -206,7 +206,9 @@ def mixture(
             SEGMENT=settings.segment,
             num_warps=settings.warps,
         )
-        finish_kernel[(rows,)](keep, partial, value, mean, segments, PARTS=triton.next_power_of_2(segments), num_warps=1)
+        finish_kernel[(rows,)](
+            keep, partial, value, mean, segments, PARTS=triton.next_power_of_2(segments), num_warps=1
+        )
     return value, saved, mean
 
 
