@@ -369,16 +369,16 @@ def missed_bars(report: Report) -> list[str]:
 
 
 def print_table(reports: list[Report]) -> None:
-    names = "kernel arch dtype vocab regs shared local occ. loads bar. shfl ex2/col instr/col bytes/col".split()
-    widths = (36, 6, 8, 6, 4, 6, 5, 4, 20, 4, 4, 7, 9, 9)
-    print("  ".join(name.ljust(width) for name, width in zip(names, widths, strict=True)))
+    """Loads as number x bits. Loads, barriers and shuffles are those of the main loop, or of a kernel without one."""
+    row = "{:46} {:6} {:8} {:>6} {:>4} {:>6} {:>5} {:>5}  {:18} {:>4} {:>4} {:>7} {:>9} {:>9}"
+    a_kernel = ("kernel", "arch", "dtype", "vocab", "regs", "shared", "local", "occ.")
+    print(row.format(*a_kernel, "loads", "bar.", "shfl", "ex2/col", "instr/col", "bytes/col"))
     for r in reports:
         loads = " ".join(f"{times}x{bits}" for bits, times in r.loads.items())
-        a_column = [f"{r.exponentials_a_column:.2f}", f"{r.instructions_a_column:.2f}", r.bytes_a_column]
-        cells = [r.kernel + ("" if r.loop else " (no loop)"), r.arch, r.dtype, r.vocab, r.registers, r.shared, r.local]
-        cells += [f"{r.occupancy:.0%}" if r.occupancy else "-", loads, r.barriers, r.shuffles]
-        cells += a_column if r.columns else ["-"] * 3
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)))
+        a_column = (f"{r.exponentials_a_column:.2f}", f"{r.instructions_a_column:.2f}", r.bytes_a_column)
+        name, busy = r.kernel + ("" if r.loop else ", no loop"), f"{r.occupancy:.0%}" if r.occupancy else "-"
+        a_kernel = (name, r.arch, r.dtype, r.vocab, r.registers, r.shared, r.local, busy)
+        print(row.format(*a_kernel, loads, r.barriers, r.shuffles, *(a_column if r.columns else "---")))
 
 
 def print_bounds(reports: list[Report]) -> None:

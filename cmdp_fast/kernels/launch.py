@@ -20,8 +20,8 @@ AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
 
 
 class Forward(NamedTuple):
-    """Of the kernels that fold a row: a lane loads ``vector`` columns at once, and folds ``step`` of them each time that
-    it raises its references; a program folds ``segment`` columns."""
+    """Of the kernels that fold a row: a lane loads ``vector`` columns at once, and raises its references every ``step``
+    columns; a program folds ``segment`` columns."""
 
     lanes: int
     vector: int
@@ -40,17 +40,18 @@ class Columns(NamedTuple):
 def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
     """One lane a thread. ``vector`` is what one thread loads in 128 bits of the wider dtype.
 
-    16 columns a step: 15.75 instructions a column (bfloat16, sm_90). 8 cost 17.9, 32 save one but take 60 registers
-    instead of 40.
+    A step of 16 columns takes 15.9 instructions a column (bfloat16, sm_90) and 59 registers; 8 columns take 17.9; 32
+    save one more but fill the registers. Float32 columns need twice the registers and half the speed: 8 a step.
     """
-    vector = 4 if torch.float32 in dtypes else 8
+    vector, step = (4, 8) if torch.float32 in dtypes else (8, 16)
+    warp = warp_size()
     if vocab < 1024:  # a narrow row: one warp, so that lanes without columns do not outnumber the others
-        return Forward(32, vector, 16, 1024, 1)
-    if vocab < 16384:  # a few tiles a row: four warps leave more programs to hide latency behind
-        return Forward(128, vector, 16, 16384, 4)
-    # A language model's vocabulary. 16384 columns are 4 tiles: long enough that merging 256 lanes at the end costs
-    # little, short enough that one row of 151936 columns keeps ten multiprocessors busy.
-    return Forward(256, vector, 16, 16384, 8)
+        return Forward(warp, vector, step, 1024, 1)
+    if vocab < 16384:  # a few tiles a row: fewer warps leave more programs to hide latency behind
+        return Forward(128, vector, step, 16384, 128 // warp)
+    # A language model's vocabulary. 32768 columns are 8 tiles: long enough that merging 256 lanes at the end costs a
+    # fifth of them at most, short enough that a few rows of 151936 columns occupy many multiprocessors.
+    return Forward(256, vector, step, 32768, 256 // warp)
 
 
 def column_settings(vocab: int) -> Columns:
@@ -100,6 +101,11 @@ def aligned(rows: Rows, vector: int) -> bool:
 def speaks_ptx() -> bool:
     """Whether kernels are compiled for an NVIDIA GPU; neither AMD's compiler nor the interpreter takes its assembly."""
     return not knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+
+
+def warp_size() -> int:
+    """Threads of a warp: 64 on AMD's data centre GPUs."""
+    return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
 
 
 def row_axes(t: Tensor) -> list[tuple[int, int]]:
