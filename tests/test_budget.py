@@ -119,7 +119,7 @@ sequences = st.lists(st.lists(st.floats(0, 1, width=32), max_size=9), min_size=1
 
 
 @pytest.mark.triton
-@settings(max_examples=12 if INTERPRETED else 60, deadline=None)
+@settings(max_examples=6 if INTERPRETED else 60, deadline=None)
 @given(sequences, st.floats(0, 3), st.sampled_from(["strict", "saute"]), st.data())
 def test_packed_padded_and_reference_agree(costs, budget, edge, data):
     lengths = [len(c) for c in costs]

@@ -1,4 +1,4 @@
-"""The machine code of the statistics kernel for a GPU that need not be there: benchmarks/static_gpu.py must find the bars met."""
+"""The machine code of the kernels for a GPU that need not be there: benchmarks/static_gpu.py must find the bars met."""
 
 import importlib.util
 import json
@@ -46,8 +46,8 @@ def static_gpu():
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """What the script says of bfloat16 logits of 151936 columns on sm_90: in a process of its own, because the tests may
-    run with the interpreter instead of the compiler."""
+    """What the script says of bfloat16 logits of 151936 columns on sm_90: in a process of its own, because the tests
+    may run with the interpreter instead of the compiler."""
     out = tmp_path_factory.mktemp("static") / "reports.json"
     command = [sys.executable, SCRIPT, "--arch", "90", "--dtype", "bfloat16", "--vocab", "151936", "--json", out]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-# Asked for by hand only: a run-time choice may change the order of additions from one machine or run to the next.
+# Asked for by hand only: a choice at run time may change the order of additions from one run to the next.
 AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
 
 
@@ -54,6 +56,28 @@ def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
     return Forward(256, vector, step, 32768, 256 // warp)
 
 
+_fastest: dict[tuple[object, ...], Forward] = {}
+
+
+def tuned(settings: Forward, key: tuple[object, ...], run: Callable[[Forward], object]) -> Forward:
+    """The settings of the table; under CMDP_FAST_AUTOTUNE=1 the fastest of a few around them, measured once a key.
+
+    The first call with a key must not be captured in a graph. Segments stay as they are: memory depends on them.
+    """
+    if not AUTOTUNE:
+        return settings
+    if key not in _fastest:
+        steps = (s for s in (settings.step // 2, settings.step, settings.step * 2) if s >= settings.vector)
+        choices = [
+            settings._replace(step=s, lanes=settings.lanes // n, warps=settings.warps // n)
+            for s in steps
+            for n in (1, 2)
+            if settings.warps >= n
+        ]
+        _fastest[key] = min(choices, key=lambda choice: triton.testing.do_bench(lambda: run(choice)))
+    return _fastest[key]
+
+
 def column_settings(vocab: int) -> Columns:
     """16 columns a thread: two to four independent 128-bit loads of each model in flight."""
     return Columns(512, 1) if vocab < 1024 else Columns(2048, 4)
@@ -79,7 +103,7 @@ def shrink_of(scale: float) -> float:
 
 
 class Rows(NamedTuple):
-    """Rows ``[rows, V]`` over at most two leading axes: row i begins at i // inner * outer_stride + i % inner * stride."""
+    """Rows ``[rows, V]`` over at most two axes: row i begins at i // inner * outer_stride + i % inner * stride."""
 
     tensor: Tensor
     inner: int
@@ -131,7 +155,7 @@ def rows_of(t: Tensor) -> Rows:
     if not addressable(t):
         t = t.contiguous()
     axes = row_axes(t)
-    (outer, outer_stride), (inner, stride) = [(1, 0), (1, 0), *axes][-2:]
+    (_, outer_stride), (inner, stride) = [(1, 0), (1, 0), *axes][-2:]
     return Rows(t, inner, stride, outer_stride)
 
 

@@ -228,27 +228,31 @@ def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
     partial = student.new_empty((rows, segments, STATE_FIELDS), dtype=torch.float64)
     x, y = launch.rows_of(student), launch.rows_of(teacher)
     scale = launch.scale_of(temperature)
-    if rows == 0:
-        return Folded(partial, x, y, vocab, segments, scale)
-    fold_kernel[(rows * segments,)](
-        x.tensor,
-        y.tensor,
-        mask,
-        partial,
-        *x.strides,
-        *y.strides,
-        vocab,
-        segments,
-        scale,
-        launch.shrink_of(scale),
-        LANES=settings.lanes,
-        VECTOR=settings.vector,
-        STEP=settings.step,
-        SEGMENT=settings.segment,
-        ALIGNED=launch.aligned(x, settings.vector) and launch.aligned(y, settings.vector),
-        PTX=launch.speaks_ptx(),
-        num_warps=settings.warps,
-    )
+    wide_loads = launch.aligned(x, settings.vector) and launch.aligned(y, settings.vector)
+
+    def run(settings: launch.Forward) -> None:
+        fold_kernel[(rows * segments,)](
+            x.tensor,
+            y.tensor,
+            mask,
+            partial,
+            *x.strides,
+            *y.strides,
+            vocab,
+            segments,
+            scale,
+            launch.shrink_of(scale),
+            LANES=settings.lanes,
+            VECTOR=settings.vector,
+            STEP=settings.step,
+            SEGMENT=settings.segment,
+            ALIGNED=wide_loads,
+            PTX=launch.speaks_ptx(),
+            num_warps=settings.warps,
+        )
+
+    if rows > 0:
+        run(launch.tuned(settings, (vocab, student.dtype, teacher.dtype, wide_loads, student.device), run))
     return Folded(partial, x, y, vocab, segments, scale)
 
 
