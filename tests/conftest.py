@@ -39,7 +39,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    return request.param
+    """A backend by name. Where it needs a GPU, the test makes its tensors there."""
+    on_gpu = request.param == "triton" and not INTERPRETED
+    torch.set_default_device("cuda" if on_gpu else None)
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(scope="session")
