@@ -18,10 +18,10 @@ from cmdp_fast.ops.budget import (
     constrained_scan,
     sequence_limits,
 )
-from cmdp_fast.ops.divergence import divergence
+from cmdp_fast.ops.divergence import check_kind, divergence
 from cmdp_fast.ops.native import flat
 from cmdp_fast.ops.token_stats import token_stats
-from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS, BudgetTrace, ConstrainedReward, TokenStats
+from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS, BudgetTrace, ConstrainedReward, TokenStats, compute_dtype
 
 
 def token_cost(stats: TokenStats, kind: str = "reverse_kl") -> Tensor:
@@ -96,17 +96,19 @@ def constrained_reward(
     cost = cost or ("nll" if worst_case else "reverse_kl")
     reduction = reduction or ("mean" if worst_case else "sum")
     checks.choice("cost", cost, COSTS)
+    if cost == "jsd":
+        check_kind(cost, beta)
     if worst_case and (cost, reduction) != ("nll", "mean"):
         raise ValueError(
             f"kind='worst_case' is defined for cost='nll' and reduction='mean', got {cost!r} and {reduction!r}"
         )
     budget_rule = check_budget_rule(gamma, reduction, edge)
     reward_rule = check_reward_rule(kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope)
+    checks.logits(student_logits, teacher_logits, vocab_size)
     checks.tensor("tokens", tokens)
-    checks.tensor("task_reward", task_reward)
     offsets = check_sequences("tokens", tokens, mask, cu_seqlens)
     check_like("task_reward", task_reward, "tokens", tokens)
-    limits = sequence_limits(budget, tokens, mask, offsets, per_token)
+    limits = sequence_limits(budget, tokens, mask, offsets, per_token, compute_dtype(student_logits, teacher_logits))
     check_values(offsets, limits, tokens)
     chosen = backends.choose(backend, student_logits)
     if kind == "saute" and cost in DIFFERENTIABLE_COSTS and not torch.compiler.is_compiling():

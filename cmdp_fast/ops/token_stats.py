@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import address, flat, matrix, overlaps, threads, unit_stride
+from cmdp_fast.ops.native import SAVED, address, can_overwrite, flat, matrix, threads, unit_stride
 from cmdp_fast.reference import TokenStats, compute_dtype
 
 
@@ -33,8 +33,8 @@ def token_stats(
     ``reverse_kl`` KL(p‖w), ``forward_kl`` KL(w‖p).
 
     ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to the student, together, in one
-    backward pass that stores nothing as wide as the vocabulary. The teacher never receives a gradient. There is
-    no second derivative.
+    backward pass that stores nothing as wide as the vocabulary. The teacher never receives a gradient. Reverse mode
+    only: there is no second derivative, no `torch.func.jvp`.
 
     Args:
         student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; a last axis that is not
@@ -46,8 +46,10 @@ def token_stats(
         vocab_size: statistics over the common prefix of this width; columns beyond it count as -inf for both
             models. `dropped_teacher_mass` tells how much of the teacher that leaves out.
         inplace_backward: write the gradient into the memory of ``student_logits``. The logits are gone after the
-            backward pass, and a second backward pass through this call raises. Has no effect under
-            ``torch.compile`` or on the torch backend, which allocate the gradient.
+            backward pass: whoever else saved them for a backward pass of their own must have done it before, a second
+            backward pass through this call raises, and if the logits are a leaf their ``.grad`` is that same memory.
+            Logits whose rows share memory with one another or with other rows of the teacher's are copied first. Has no
+            effect under ``torch.compile`` or on the torch backend, which allocate the gradient.
         backend: None chooses: ``cpu`` (native) for CPU tensors, else ``torch``; a name forces it.
 
     Returns:
@@ -76,12 +78,10 @@ def token_stats(
             student_logits, teacher_logits, tokens, mask=mask, temperature=temperature, vocab_size=vocab
         )
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    student = unit_stride(student_logits)
-    if inplace and overlaps(student):
-        student = student.contiguous()
-    outputs = _token_stats(
-        student, unit_stride(teacher_logits.detach()), tokens, mask, float(temperature), vocab, inplace
-    )
+    student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
+    if inplace and not can_overwrite(student, teacher):
+        student = student.clone(memory_format=torch.contiguous_format)
+    outputs = _token_stats(student, teacher, tokens, mask, float(temperature), vocab, inplace)
     return TokenStats(*outputs[:6])
 
 
@@ -124,7 +124,7 @@ def _token_stats(
     checks.token_range(tokens, mask, vocab_size)
     dtype = compute_dtype(student, teacher)
     statistics = [torch.empty(tokens.shape, dtype=dtype) for _ in range(6)]
-    saved = torch.empty((*tokens.shape, 4), dtype=torch.float64)
+    saved = torch.empty((*tokens.shape, SAVED), dtype=torch.float64)
     index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
     backends.native.token_stats(
         matrix(student),
@@ -145,7 +145,7 @@ def _token_stats(
 def _(student, teacher, tokens, mask, temperature, vocab_size, inplace_backward):
     dtype = compute_dtype(student, teacher)
     statistics = [student.new_empty(tokens.shape, dtype=dtype) for _ in range(6)]
-    return (*statistics, student.new_empty((*tokens.shape, 4), dtype=torch.float64))
+    return (*statistics, student.new_empty((*tokens.shape, SAVED), dtype=torch.float64))
 
 
 def _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, out) -> None:
