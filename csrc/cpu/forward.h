@@ -25,10 +25,10 @@ inline namespace CMDP_ISA {
 
 constexpr int kUnroll = 3;  // vectors a step and model: independent chains that hide the latency of the polynomial
 constexpr int64_t kStep = kUnroll * kLanes;
-// Float sums are kept in two levels, a run of 8 steps and a block of 11 runs, so that no lane makes more than some 35
+// Float sums are kept in two levels, a run of 11 steps and a block of 8 runs, so that no lane makes more than some 40
 // additions before its sum goes on in double. The buffers of a block stay in the L1 cache.
-constexpr int64_t kRun = 8 * kStep;
-constexpr int64_t kBlock = 11 * kRun;
+constexpr int64_t kRun = 11 * kStep;
+constexpr int64_t kBlock = 8 * kRun;
 // Columns that one thread folds. It depends on nothing else, so that the result of a row does not either.
 constexpr int64_t kSegment = 8 * kBlock;
 constexpr int64_t kAhead = 2048;  // columns between reading and prefetching
