@@ -53,9 +53,13 @@ class CMakeBuild(build_ext):
 
 
 here = Path(__file__).parent
-native = sorted(str(path.relative_to(here)) for path in (here / "csrc").rglob("*") if path.is_file())
+# As `depends` these travel in the sdist; how to compile the sources, CMake alone knows.
+travels = ("csrc", "tests", "benchmarks")
+files = [path for folder in travels for path in (here / folder).rglob("*") if path.is_file()] + [
+    here / "constraints.txt"
+]
+depends = sorted(str(path.relative_to(here)) for path in files if "__pycache__" not in path.parts)
 setup(
-    # As `depends` the sources travel in the sdist; CMake alone knows how to compile them.
-    ext_modules=[Extension("cmdp_fast._C", sources=[], depends=native)],
+    ext_modules=[Extension("cmdp_fast._C", sources=[], depends=depends)],
     cmdclass={"build_ext": CMakeBuild},
 )

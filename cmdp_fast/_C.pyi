@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-STATE_FIELDS: int
+SAVED: int
 OPENMP: bool
 
 class Matrix:

@@ -286,12 +286,15 @@ def budget_trace(
     position = torch.arange(width, device=cost.device).expand_as(violated)
     first = torch.where(violated, position, width).amin(-1) if width else violated.new_zeros(len(cost)).long()
     overrun = (cumulative - limit).clamp(min=0.0)
+    before = _previous(overrun)
+    # Once the overrun is infinite nothing adds to it; a masked token adds nothing either.
+    excess = torch.where(before.isinf() | ~keep, 0.0, overrun - before)
     return BudgetTrace(
         cumulative.to(dtype),
         (limit - cumulative).to(dtype),
         violated,
         first,
-        (overrun - _previous(overrun)).to(dtype),
+        excess.to(dtype),
     )
 
 
@@ -330,7 +333,7 @@ def modified_reward(
         )
         return padded[real]
     keep = torch.ones_like(cost, dtype=torch.bool) if mask is None else mask
-    reward = torch.where(keep, task_reward.to(dtype).double(), 0.0)
+    reward = torch.where(keep, task_reward.detach().to(dtype).double(), 0.0)
     paid = torch.where(keep, cost.detach().double(), 0.0)
     excess = trace.excess.double()
     violated = trace.violated & keep
@@ -351,6 +354,6 @@ def modified_reward(
         start = (remaining + trace.cumulative.double())[..., :1]
         before = torch.cat([start, remaining[..., :-1]], dim=-1)
         inside = (remaining > 0).long().cumprod(-1) > 0
-        step = torch.log(torch.where(inside, remaining / before, 1.0))
+        step = torch.log(torch.where(inside & remaining.isfinite(), remaining / before, 1.0))
         value = torch.where(inside, reward + float(coefficient or 0.0) * step, -barrier_slope * paid)
     return torch.where(keep, value, 0.0).to(dtype)

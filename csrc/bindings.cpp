@@ -39,6 +39,8 @@ T* pointer(uintptr_t address, const char* name, bool needed) {
   return reinterpret_cast<T*>(address);
 }
 
+static_assert(kSegmentState == TokenState::kFields + 1);
+
 DType dtype_named(const std::string& name, int& size) {
   size = name == "float64" ? 8 : name == "float32" ? 4 : 2;
   if (name == "float32") return DType::float32;
@@ -128,11 +130,11 @@ void run_forward(const Logits& in, const StatsOut& out, int threads) {
   const KernelTable& table = kernels();
   const int64_t rows = in.student.rows, segments = table.segments(in.vocab);
   const auto skipped = [&](int64_t row) { return in.mask != nullptr && in.mask[row] == 0; };
-  const size_t row_state = static_cast<size_t>(segments) * TokenState::kFields;
+  const size_t row_state = static_cast<size_t>(segments) * kSegmentState;
   threads = useful_threads(threads, rows, in.vocab);
   if (rows >= threads || segments == 1) {
     parallel_for(rows, threads, grain_for(in.vocab), [&](int64_t row) {
-      std::array<double, 64 * TokenState::kFields> stack;
+      std::array<double, 64 * kSegmentState> stack;
       std::unique_ptr<double[]> heap;
       double* states = stack.data();
       if (row_state > stack.size()) heap.reset(new double[row_state]), states = heap.get();
@@ -362,7 +364,7 @@ PYBIND11_MODULE(_C, module) {
                                                        s.h, s.k, s.xa, s.ya, s.r_inf, s.f_inf};
       });
 
-  module.attr("STATE_FIELDS") = TokenState::kFields;
+  module.attr("SAVED") = kSaved;
   module.def("token_stats", &token_stats);
   module.def("token_stats_backward", &token_stats_backward);
   module.def("mixture", &mixture);

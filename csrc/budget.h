@@ -40,7 +40,9 @@ struct BudgetState {
     const bool over = rule.inclusive ? !(total < limit) : !(total <= limit);
     const bool crossing = over && !violated;
     violated = violated || over;
-    return {total, limit - total, overrun - overrun_before, violated, crossing};
+    // Once the overrun is infinite nothing adds to it; the difference of two infinities would be NaN.
+    const double excess = std::isinf(overrun_before) ? 0 : overrun - overrun_before;
+    return {total, limit - total, excess, violated, crossing};
   }
 
   // What a masked token reports: the account as it stands.
@@ -88,7 +90,9 @@ struct RewardState {
         started = true;
         remaining_before = in.remaining;
         inside = inside && in.remaining > 0;
-        return inside ? reward + rule.coefficient * std::log(in.remaining / before) : -rule.barrier_slope * in.cost;
+        if (!inside) return -rule.barrier_slope * in.cost;
+        // An infinite budget has no barrier.
+        return reward + (std::isinf(in.remaining) ? 0 : rule.coefficient * std::log(in.remaining / before));
       }
     }
     return 0;

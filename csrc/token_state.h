@@ -2,14 +2,16 @@
 //
 // For logits x (student) and y (teacher), already divided by the temperature, over the columns v seen:
 //
-//   m = max x          z = sum e^(x-m)          a = sum e^(x-m) (x - y)       h = sum e^(x-m) (x - m)
-//   n = max y          u = sum e^(y-n)          b = sum e^(y-n) (y - x)       k = sum e^(y-n) (y - n)
+//   m = max x     z = sum e^(x-m)     a = sum e^(x-m) ((x-m) - (y-n))     h = sum e^(x-m) (x - m)
+//   n = max y     u = sum e^(y-n)     b = sum e^(y-n) ((y-n) - (x-m))     k = sum e^(y-n) (y - n)
 //
 // plus x and y at the token's own column, and two flags for columns that one model uses and the other excludes.
 // m and n need not be the maxima: any finite reference works, a maximum keeps the exponentials in range.
-// Raising m to m' multiplies z, a, h by e^(m-m'), and h also loses (m'-m) z. Two states of disjoint columns are
-// merged by raising both to the larger references and adding. Merging is associative and commutative with the
-// empty state as identity, so vector lanes, threads, tiles of the vocabulary and ranks are all partial states.
+// Raising m by r and n by q multiplies z, a, h by e^-r, before which h loses r z and a loses (r - q) z; likewise the
+// teacher's. Two states of disjoint columns are merged by raising both to the larger references and adding. Merging is
+// associative and commutative with the empty state as identity, so vector lanes, threads, tiles of the vocabulary and
+// ranks are all partial states. Everything is relative to the references, so that a shift of a model's logits, however
+// large, costs no precision: KL(p‖w) = a/z - log z + log u.
 //
 // Header-only, free of any framework, double throughout. Define CMDP_HD as `__host__ __device__` for device code.
 #pragma once
@@ -62,17 +64,18 @@ struct TokenState {
     raise(top_x, top_y);
     for (int64_t i = 0; i < count; ++i) {
       const bool has_x = x[i] != -inf, has_y = y[i] != -inf;
+      const double t = x[i] - m, s = y[i] - n;
       if (has_x) {
-        const double e = std::exp(x[i] - m);
+        const double e = std::exp(t);
         z += e;
-        h += e * (x[i] - m);
-        if (has_y) a += e * (x[i] - y[i]);
+        h += e * t;
+        if (has_y) a += e * (t - s);
       }
       if (has_y) {
-        const double e = std::exp(y[i] - n);
+        const double e = std::exp(s);
         u += e;
-        k += e * (y[i] - n);
-        if (has_x) b += e * (y[i] - x[i]);
+        k += e * s;
+        if (has_x) b += e * (s - t);
       }
       if (has_x && !has_y) r_inf = 1;
       if (has_y && !has_x) f_inf = 1;
@@ -84,24 +87,18 @@ struct TokenState {
 
   // Moves the references up. An empty side (z = 0) has nothing to scale and only takes the new reference.
   CMDP_HD void raise(double new_m, double new_n) {
-    if (new_m != m) {
-      if (z != 0) {
-        const double scale = std::exp(m - new_m);
-        h = scale * (h - (new_m - m) * z);
-        z *= scale;
-        a *= scale;
-      }
-      m = new_m;
+    const double r = new_m != m && z != 0 ? new_m - m : 0, q = new_n != n && u != 0 ? new_n - n : 0;
+    if (r != 0 || q != 0) {
+      const double scale_x = std::exp(-r), scale_y = std::exp(-q);
+      a = scale_x * (a - (r - q) * z);
+      b = scale_y * (b - (q - r) * u);
+      h = scale_x * (h - r * z);
+      k = scale_y * (k - q * u);
+      z *= scale_x;
+      u *= scale_y;
     }
-    if (new_n != n) {
-      if (u != 0) {
-        const double scale = std::exp(n - new_n);
-        k = scale * (k - (new_n - n) * u);
-        u *= scale;
-        b *= scale;
-      }
-      n = new_n;
-    }
+    m = new_m;
+    n = new_n;
   }
 
   CMDP_HD void merge(TokenState other) {
@@ -115,9 +112,6 @@ struct TokenState {
     f_inf = f_inf > other.f_inf ? f_inf : other.f_inf;
   }
 
-  CMDP_HD double log_normalizer() const { return m + std::log(z); }
-  CMDP_HD double teacher_log_normalizer() const { return n + std::log(u); }
-
   // A row is usable if both models have probability somewhere and nothing in it was NaN or +inf.
   CMDP_HD bool valid() const { return z > 0 && z < infinity() && u > 0 && u < infinity(); }
 
@@ -130,14 +124,14 @@ struct TokenState {
       const double nan = std::numeric_limits<double>::quiet_NaN();
       return {nan, nan, nan, nan, nan, nan};
     }
-    const double lx = log_normalizer(), ly = teacher_log_normalizer();
+    const double log_z = std::log(z), log_u = std::log(u);
     return {
-        at_most_zero(xa - lx),
-        at_most_zero(ya - ly),
-        at_least_zero(std::log(z) - h / z),
-        at_least_zero(std::log(u) - k / u),
-        r_inf != 0 ? infinity() : at_least_zero(a / z - lx + ly),
-        f_inf != 0 ? infinity() : at_least_zero(b / u - ly + lx),
+        at_most_zero((xa - m) - log_z),
+        at_most_zero((ya - n) - log_u),
+        at_least_zero(log_z - h / z),
+        at_least_zero(log_u - k / u),
+        r_inf != 0 ? infinity() : at_least_zero(a / z - log_z + log_u),
+        f_inf != 0 ? infinity() : at_least_zero(b / u - log_u + log_z),
     };
   }
 };

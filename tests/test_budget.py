@@ -182,6 +182,36 @@ def test_a_violation_is_absorbing_when_the_cost_turns_negative(backend):
     assert reward.tolist() == [[1, -1.25, 0.25, -0.25]]
 
 
+def test_an_infinite_cost_is_paid_once(backend):
+    """R = +inf is a statistic like any other; what comes after it must not be NaN."""
+    cost = torch.tensor([[0.5, torch.inf, 0.25, torch.inf]])
+    trace = cf.budget_trace(cost, 1.0, backend=backend)
+    assert trace.excess.tolist() == [[0, math.inf, 0, 0]] and trace.violated.tolist() == [[False, True, True, True]]
+    for kind in ("cmdp", "hinge", "saute"):
+        reward = cf.modified_reward(torch.ones(1, 4), cost, trace, kind=kind, backend=backend)
+        assert not reward.isnan().any(), kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.7])
+def test_a_cost_equal_to_the_budget_is_feasible_in_any_dtype(dtype, budget, backend):
+    cost = torch.tensor([[budget]], dtype=dtype)
+    limit = float(cost) if dtype == torch.bfloat16 else budget
+    assert not cf.budget_trace(cost, limit, backend=backend).violated.any()
+    assert cf.budget_trace(cost, limit, edge="saute", backend=backend).violated.all()
+
+
+def test_an_infinite_budget(backend):
+    cost, mask = torch.ones(2, 3), torch.tensor([[True] * 3, [False] * 3])
+    trace = cf.budget_trace(cost, math.inf, mask=mask, per_token=True, backend=backend)
+    assert not trace.violated[0].any() and trace.excess.eq(0).all()
+    for kind in REWARDS:
+        settings_ = {"kind": kind, "coefficient": COEFFICIENT.get(kind), "mask": mask, "backend": backend}
+        reward = cf.modified_reward(torch.ones(2, 3), cost, trace, **settings_)
+        expected = 0.5 if kind in ("lagrangian", "pid") else 1.0
+        assert reward.tolist() == [[expected] * 3, [0.0] * 3], kind
+
+
 def test_nan_counts_as_a_violation(backend):
     trace = cf.budget_trace(torch.tensor([[0.0, torch.nan, 0.0]]), 1.0, backend=backend)
     assert trace.violated.tolist() == [[False, True, True]] and trace.first_violation.tolist() == [1]
@@ -195,6 +225,33 @@ def test_empty(shape, backend):
     assert cf.modified_reward(cost, cost, trace, backend=backend).shape == shape
     packed = cf.budget_trace(torch.zeros(0), 1.0, cu_seqlens=torch.tensor([0, 0, 0]), backend=backend)
     assert packed.first_violation.tolist() == [0, 0] and packed.excess.shape == (0,)
+
+
+@pytest.mark.parametrize("reduction, gamma", [("sum", 1.0), ("sum", 0.5), ("mean", 1.0)])
+def test_what_masked_tokens_report(reduction, gamma, backend):
+    """The account as it stands: before the first token the whole budget, later what the last token left."""
+    cost, mask = torch.tensor([[9.0, 0.5, 9.0, 0.5, 9.0]]), torch.tensor([[False, True, False, True, False]])
+    trace = cf.budget_trace(cost, 0.6, mask=mask, reduction=reduction, gamma=gamma, backend=backend)
+    first, second = 0.5, {("sum", 1.0): 1.0, ("sum", 0.5): 0.75, ("mean", 1.0): 0.5}[reduction, gamma]
+    assert trace.cumulative.tolist() == [[0.0, first, first, second, second]]
+    assert torch.allclose(trace.remaining, 0.6 - trace.cumulative)
+    over = second > 0.6
+    assert trace.violated.tolist() == [[False, False, False, over, over]]
+    assert trace.excess[0, [0, 2, 4]].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_tensors_that_are_not_contiguous(backend):
+    shape, generator = (8, 6), torch.Generator().manual_seed(0)
+    cost, reward = torch.rand(shape, generator=generator).t(), torch.rand(shape, generator=generator).t()
+    trace = cf.budget_trace(cost, 1.0, backend=backend)
+    strided = cf.BudgetTrace(*(t.t().contiguous().t() if t.dim() == 2 else t for t in trace))
+    assert not strided.violated.is_contiguous()
+    expected = cf.modified_reward(reward.contiguous(), cost.contiguous(), trace, backend=backend)
+    assert torch.equal(cf.modified_reward(reward, cost, strided, backend=backend), expected)
+    needs_grad = cf.modified_reward(
+        reward.clone().requires_grad_(), cost.clone().requires_grad_(), trace, backend=backend
+    )
+    assert torch.equal(needs_grad, expected) and not needs_grad.requires_grad
 
 
 def test_strided_and_half_precision_costs(backend):
@@ -233,6 +290,8 @@ COST = torch.ones(2, 3)
         (lambda: rewarded(coefficient=1.0), ValueError, "kind='cmdp' has none, got coefficient=1.0"),
         (lambda: rewarded(penalty=-1.0), ValueError, "penalty must be finite and not negative"),
         (lambda: rewarded(kind="hinge", penalty_at="every"), ValueError, "has no penalty"),
+        (lambda: cf.modified_reward(COST, COST, (COST,) * 5), TypeError, "trace must be the BudgetTrace"),
+        (lambda: rewarded(violated=COST), TypeError, "trace.violated must be bool, got float32"),
         (lambda: rewarded(penalty_at="last"), ValueError, "penalty_at='last' is unknown"),
         (lambda: rewarded(reward=torch.ones(2, 4)), ValueError, r"task_reward must have the shape of cost, \[2, 3\]"),
     ],
@@ -246,5 +305,7 @@ def packed(cu_seqlens):
     return cf.budget_trace(COST[0], 1.0, cu_seqlens=cu_seqlens)
 
 
-def rewarded(reward=COST, **settings):
-    return cf.modified_reward(reward, COST, cf.budget_trace(COST, 1.0), **settings)
+def rewarded(reward=COST, violated=None, **settings):
+    trace = cf.budget_trace(COST, 1.0)
+    trace = trace if violated is None else trace._replace(violated=violated)
+    return cf.modified_reward(reward, COST, trace, **settings)

@@ -48,6 +48,35 @@ def test_equals_its_parts_bitwise(cost, kind, dtype, backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "kind, extra",
+    [
+        ("cmdp", {"gamma": 0.5, "penalty_at": "every"}),
+        ("saute", {"edge": "saute", "penalty_at": "crossing", "reduction": "mean"}),
+        ("barrier", {"coefficient": 0.3, "barrier_slope": 4.0, "per_token": True}),
+    ],
+)
+@pytest.mark.parametrize("cost", ["jsd", "reverse_kl"])
+def test_every_setting_reaches_its_part(kind, extra, cost, backend):
+    x, y, tokens, reward, mask = batch()
+    tokens, logits = tokens % 30, {"temperature": 0.7, "vocab_size": 30, "backend": backend}
+    x.requires_grad_()
+    given = {"mask": mask, "cost": cost, "kind": kind, "beta": 0.2, "penalty": 0.5, **logits, **extra}
+    got = cf.constrained_reward(x, y, tokens, reward, 0.4, inplace_backward=True, **given)
+
+    stats = cf.token_stats(x.detach(), y, tokens, mask=mask, **logits)
+    c = stats.reverse_kl if cost == "reverse_kl" else cf.divergence(x.detach(), y, beta=0.2, mask=mask, **logits)
+    account = {k: v for k, v in extra.items() if k in ("gamma", "edge", "per_token", "reduction")}
+    trace = cf.budget_trace(c, 0.4, mask=mask, backend=backend, **account)
+    rule = {k: v for k, v in extra.items() if k not in account}
+    modified = cf.modified_reward(reward, c, trace, kind=kind, penalty=0.5, mask=mask, backend=backend, **rule)
+    for a, b in zip((*got.stats, *got.trace, got.reward), (*stats, *trace, modified), strict=True):
+        assert torch.equal(a, b)
+    assert trace.violated.any() and not trace.violated.all()
+    gradient = torch.autograd.grad(got.stats.reverse_kl.sum(), x)[0]
+    assert (gradient.data_ptr() == x.data_ptr()) == (backend != "torch")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_equals_padded(dtype, backend):
     x, y, tokens, reward, mask = batch(dtype)
@@ -72,6 +101,14 @@ def test_the_statistics_stay_differentiable(backend):
     apart = cf.token_stats(x, y, tokens, mask=mask, backend=backend)
     again = torch.autograd.grad(-(apart.logprob * out.reward).sum() + 0.1 * apart.reverse_kl.sum(), x)[0]
     assert torch.equal(gradient, again) and not gradient[~mask].any()
+
+
+def test_a_token_that_the_teacher_excludes_is_not_nan(backend):
+    x, y, tokens, reward, mask = batch()
+    y[0, 2, 5] = -torch.inf
+    out = cf.constrained_reward(x, y, tokens, reward, 1.5, mask=mask, backend=backend)
+    assert out.stats.reverse_kl[0, 2] == torch.inf and out.trace.violated[0, 2:].all()
+    assert out.reward[0, 2] == -torch.inf and out.reward[0, 3:].isfinite().all()
 
 
 def test_worst_case_defaults_to_its_own_cost(backend):
@@ -103,6 +140,7 @@ def test_saute_warns_where_its_penalty_has_no_gradient():
         ({"tokens": torch.full((3, 6), 40)}, ValueError, r"tokens\[0, 0\] = 40 is outside the vocabulary \[0, 40\)"),
         ({"kind": "barrier"}, ValueError, "needs coefficient="),
         ({"teacher_logits": make_logits(3, 6, 41)}, ValueError, "pass vocab_size="),
+        ({"cost": "jsd", "beta": 2.0}, ValueError, r"beta must lie in \[0, 1\], got 2.0"),
         ({"edge": "hard"}, ValueError, "edge='hard' is unknown"),
     ],
 )

@@ -31,6 +31,12 @@ def test_values_and_gradients(kind, beta, width, backend):
     check(make_logits(3, width), make_logits(3, width, seed=1), kind, beta, backend)
 
 
+@pytest.mark.parametrize("student_offset, teacher_offset", [(100, 0), (0, -100), (1e4, -1e4)])
+def test_offsets_cost_no_precision(student_offset, teacher_offset, backend):
+    x, y = make_logits(3, 3000, offset=student_offset), make_logits(3, 3000, offset=teacher_offset, seed=1)
+    check(x, y, "jsd", 0.3, backend)
+
+
 @pytest.mark.parametrize("student, teacher", list(itertools.product(DTYPES, DTYPES)))
 def test_every_pair_of_dtypes(student, teacher, backend):
     x, y = make_logits(3, 333, dtype=student), make_logits(3, 333, dtype=teacher, seed=1)

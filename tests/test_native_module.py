@@ -8,14 +8,18 @@ import torch
 from helpers import make_logits
 
 from cmdp_fast.ops.backends import native
-from cmdp_fast.ops.native import matrix
+from cmdp_fast.ops.native import SAVED, matrix
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 
 
 def call(x=None, *, tokens=None, vocab=8, temperature=1.0, statistics=None, saved=None, threads=1, teacher=None):
     x = matrix(make_logits(2, 8)) if x is None else x
-    keep = [torch.empty(2) for _ in range(6)], torch.empty(2, 4, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    keep = (
+        [torch.empty(2) for _ in range(6)],
+        torch.empty(2, native.SAVED, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.int64),
+    )
     native.token_stats(
         x,
         x if teacher is None else teacher,
@@ -28,6 +32,10 @@ def call(x=None, *, tokens=None, vocab=8, temperature=1.0, statistics=None, save
         keep[1].data_ptr() if saved is None else saved,
         threads,
     )
+
+
+def test_both_sides_agree_on_what_is_saved():
+    assert native.SAVED == SAVED
 
 
 def test_a_right_call_passes():

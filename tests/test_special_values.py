@@ -223,6 +223,34 @@ def test_a_finite_abyss_is_not_an_exclusion(backend):
     assert gradients["reverse_kl"].isfinite().all()
 
 
+def test_the_gradient_at_a_finite_abyss(backend):
+    """The teacher at finfo.min where the student is at e^-75: R is thousands, nearly all of it there."""
+    x, y = torch.zeros(1, 100), torch.zeros(1, 100)
+    x[0, 7], y[0, 7] = -75.0, torch.finfo(torch.float32).min
+    tokens, weights = torch.tensor([0]), {"reverse_kl": torch.ones(1)}
+    (_, exact), (_, eager) = exact_and_eager(x, y, tokens, weights)
+    x.requires_grad_()
+    gradient = torch.autograd.grad(cf.token_stats(x, y, tokens, backend=backend).reverse_kl.sum(), x)[0]
+    assert_no_worse(gradient, eager, exact)
+    assert gradient[0, 7] > 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+def test_rows_that_are_finfo_min_throughout(dtype, which, backend):
+    """What a mask leaves of a row that is masked altogether: a uniform distribution, very far down."""
+    x, y = make_logits(2, 50, dtype=dtype), make_logits(2, 50, dtype=dtype, seed=1)
+    flat_x, flat_y = x.clone(), y.clone()
+    for logits, flat in {"student": [(x, flat_x)], "teacher": [(y, flat_y)]}.get(which, [(x, flat_x), (y, flat_y)]):
+        logits[1], flat[1] = torch.finfo(dtype).min, 0.0
+    stats, gradients = run(x, y, torch.tensor([3, 4]), backend)
+    expected, expected_gradients = run(flat_x, flat_y, torch.tensor([3, 4]), backend)
+    for got, want in zip(stats, expected, strict=True):
+        assert torch.allclose(got, want, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected_gradients[name], rtol=1e-2, atol=1e-6), name
+
+
 def test_divergences_with_excluded_columns(place, backend):
     width, column = place
     x, y, _ = pair(width)

@@ -131,6 +131,14 @@ def test_merge_of_two_halves(backend):
             assert torch.allclose(got, want, rtol=2e-6, atol=2e-6)
 
 
+def test_one_float64_tile_makes_the_statistics_float64(backend):
+    x, tokens = make_logits(2, 30), make_tokens(2, vocab=60)
+    for first, second in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        state = cf.TokenState.empty(2).update(x.to(first), x.to(first), tokens, backend=backend)
+        other = cf.TokenState.empty(2).update(x.to(second), x, tokens, first_column=30, backend=backend)
+        assert state.merge(other).finish().entropy.dtype == torch.float64
+
+
 def test_merge_with_the_empty_state_changes_nothing(backend):
     x, y, tokens = make_logits(4, 30), make_logits(4, 30, seed=1), make_tokens(4, vocab=30)
     state = cf.TokenState.empty(4).update(x, y, tokens, backend=backend)

@@ -76,6 +76,46 @@ def test_nearly_equal_models(backend):
     check(x, x + make_logits(4, 3000, scale=1e-3, seed=1), make_tokens(4, vocab=3000), backend)
 
 
+@pytest.mark.parametrize("jump", [14.0, 20.0, 40.0, 100.0, 3000.0, -50.0, -80.0, -3000.0])
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+def test_columns_far_from_the_first_ones(jump, which, backend):
+    """The native kernel takes its reference from the first block; what lies far above or below it must not suffer."""
+    x, y = make_logits(3, 40000), make_logits(3, 40000, seed=1)
+    for logits in {"student": (x,), "teacher": (y,), "both": (x, y)}[which]:
+        logits[0, 5000:9000] += jump
+        logits[1, 39990:] += jump
+        logits[2, :4000] += jump
+    check(x, y, torch.tensor([6000, 39999, 20]), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [3, 333, 5000])
+@needs_native
+def test_half_precision_gradients_are_the_rounded_float_gradients(dtype, width):
+    """Bitwise: the same arithmetic on the same values, rounded to nearest at the end."""
+    x, y = make_logits(3, width, dtype=dtype), make_logits(3, width, dtype=dtype, seed=1)
+    tokens, gradients = make_tokens(3, vocab=width), []
+    for logits in (x.clone(), x.float()):
+        logits.requires_grad_()
+        stats = cf.token_stats(logits, y, tokens, backend="cpu")
+        total = 1e3 * stats.reverse_kl - stats.logprob + 1e-3 * stats.entropy
+        gradients.append(torch.autograd.grad(total.sum(), logits)[0])
+    assert torch.equal(gradients[0], gradients[1].to(dtype))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e10, 1e30])
+def test_upstream_gradients_of_any_size(size, backend):
+    x, y, tokens = make_logits(3, 500), make_logits(3, 500, seed=1), make_tokens(3, vocab=500)
+    gradients = []
+    for scale in (1.0, size):
+        logits = x.clone().requires_grad_()
+        stats = cf.token_stats(logits, y, tokens, backend=backend)
+        weights = torch.tensor([1.0, -2.0, 0.5]) * scale
+        total = (weights * (stats.reverse_kl + stats.forward_kl + stats.logprob - stats.entropy)).sum()
+        gradients.append(torch.autograd.grad(total, logits)[0].double() / scale)
+    assert torch.allclose(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
 def test_equal_models_have_no_divergence(backend):
     x = make_logits(4, 3000)
     stats = cf.token_stats(x, x.clone(), make_tokens(4, vocab=3000), backend=backend)
@@ -84,17 +124,43 @@ def test_equal_models_have_no_divergence(backend):
     assert torch.equal(stats.entropy, stats.teacher_entropy)
 
 
-@needs_native
-@pytest.mark.parametrize("variant", [name for name, runs in (native.variants() if native else ()) if runs])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_kernel_variant(variant, dtype):
+@pytest.fixture(params=[name for name, runs in (native.variants() if native else ()) if runs])
+def variant(request):
+    """Every compiled variant of the kernels that this processor runs, in turn."""
     chosen = native.variant()
-    try:
-        native.set_variant(variant)
-        x, y = make_logits(3, 4133, dtype=dtype), make_logits(3, 4133, dtype=dtype, seed=1)
-        check(x, y, make_tokens(3, vocab=4133), "cpu")
-    finally:
-        native.set_variant(chosen)
+    native.set_variant(request.param)
+    yield request.param
+    native.set_variant(chosen)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 13, 2112, 4133, 17000])
+@pytest.mark.parametrize("offsets", [(0, 0), (1e3, -1e3), (1e4, 30)])
+def test_every_kernel_variant(variant, dtype, width, offsets):
+    x, y = (make_logits(3, width, dtype=dtype, offset=o, seed=i) for i, o in enumerate(offsets))
+    check(x, y, make_tokens(3, vocab=width), "cpu")
+
+
+@pytest.mark.parametrize("width", [100, 2040, 2112, 4224, 30000])
+def test_constant_rows(width, backend):
+    """Equal terms round to the same side, addition after addition: the worst that can happen to a sum."""
+    x, y = make_logits(3, width, scale=2.0), torch.full((3, width), 0.3)
+    check(x, y, make_tokens(3, vocab=width), backend)
+    check(y, x, make_tokens(3, vocab=width), backend)
+
+
+@pytest.mark.parametrize("size", [2907252.0, 6.54e6, 7.27e6, 1e9, 1e20, 1e37])
+def test_one_logit_in_the_abyss(size, backend):
+    """Finite, and so far down that it weighs nothing: the bits of such an exponent must not pass for a small one."""
+    x, y = make_logits(2, 48), make_logits(2, 48, seed=1)
+    tokens = torch.tensor([3, 4])
+    kept = [i for i in range(48) if i != 7]
+    expected = cf.token_stats(x[:, kept], y[:, kept], tokens, backend=backend)
+    for step in range(-3, 4):
+        x[:, 7] = y[:, 7] = -size - step * 7
+        for got, want in zip(cf.token_stats(x, y, tokens, backend=backend), expected, strict=True):
+            assert torch.allclose(got, want, rtol=1e-6, atol=1e-6), step
 
 
 def test_worked_example(vectors, backend):
@@ -197,6 +263,65 @@ def test_layouts(name, inplace, backend):
     assert torch.equal(*of)
 
 
+SHARING = {
+    "expanded": lambda base: base[:1].expand(5, 64),
+    "windows": lambda base: base[:1].unfold(0, 1, 1).transpose(1, 2).expand(5, 1, 64).squeeze(1),
+    "overlapping windows": lambda base: base.unfold(0, 2, 1).transpose(1, 2)[:, 0],
+    "two windows": lambda base: base.unfold(0, 2, 1).transpose(1, 2),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("layout", SHARING)
+def test_inplace_backward_of_rows_that_share_memory(layout):
+    """Where overwriting one row would change another, the gradient goes elsewhere; it is right in any case."""
+    leaf = make_logits(6, 64).requires_grad_()
+    shape = SHARING[layout](leaf).shape
+    y, tokens = make_logits(*shape, seed=1), make_tokens(*shape[:-1], vocab=64)
+    gradients = []
+    for inplace in (False, True):
+        base = leaf.detach().clone().requires_grad_()
+        stats = cf.token_stats(SHARING[layout](base), y, tokens, inplace_backward=inplace)
+        gradients.append(torch.autograd.grad(stats.reverse_kl.sum(), base)[0])
+    assert torch.equal(*gradients)
+
+
+@needs_native
+def test_inplace_backward_with_a_teacher_in_the_same_memory():
+    """A shifted teacher is read after the student's row before it has been written; the same rows are no problem."""
+    tokens = make_tokens(5, vocab=64)
+    for teacher, copied in ((slice(0, 5), True), (slice(1, 6), False)):
+        gradients = []
+        for inplace in (False, True):
+            base = make_logits(6, 64)
+            student = base[1:].requires_grad_()
+            stats = cf.token_stats(student, base.detach()[teacher], tokens, inplace_backward=inplace)
+            gradients.append(torch.autograd.grad((stats.reverse_kl + stats.logprob).sum(), student)[0])
+        assert torch.equal(*gradients)
+        assert (gradients[1].data_ptr() != student.data_ptr()) == copied
+
+
+@needs_native
+def test_inplace_backward_of_a_slice_copies_nothing():
+    base = make_logits(4, 6, 64)
+    x = base[:, :-1].requires_grad_()
+    y, tokens = make_logits(4, 5, 64, seed=1), make_tokens(4, 5, vocab=64)
+    gradient = torch.autograd.grad(cf.token_stats(x, y, tokens, inplace_backward=True).reverse_kl.sum(), x)[0]
+    assert gradient.data_ptr() == base.data_ptr() and gradient.stride() == x.stride()
+    assert torch.equal(base[:, -1], make_logits(4, 6, 64)[:, -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_narrow_tokens(dtype, backend):
+    """The vocabulary may be larger than the type of the tokens can say."""
+    x, y = make_logits(2, 70000), make_logits(2, 70000, seed=1)
+    tokens = torch.tensor([100, 7])
+    for got, want in zip(
+        cf.token_stats(x, y, tokens.to(dtype), backend=backend), cf.token_stats(x, y, tokens), strict=True
+    ):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
 def test_no_rows(shape, backend):
     x = make_logits(*shape, 11).requires_grad_()
@@ -270,6 +395,19 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(dtype, threads):
             assert torch.equal(whole[rows], part), (rows, count)
 
 
+@needs_native
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_masked_row_among_few(rows, threads):
+    """When rows are split over threads a masked one is still not read."""
+    threads(7)
+    x, y, tokens = make_logits(rows, 120000), make_logits(rows, 120000, seed=1), make_tokens(rows, vocab=120000)
+    expected = cf.token_stats(x, y, tokens)
+    x[0], tokens[0] = torch.nan, -1
+    stats = cf.token_stats(x, y, tokens, mask=torch.arange(rows) > 0)
+    for got, want in zip(stats, expected, strict=True):
+        assert got[0] == 0 and torch.equal(got[1:], want[1:])
+
+
 def test_masked_rows_are_exactly_zero_and_not_read(backend):
     x, y, tokens = make_logits(5, 300), make_logits(5, 300, seed=1), make_tokens(5, vocab=300)
     mask = torch.tensor([True, False, True, False, True])
@@ -296,8 +434,9 @@ def test_vocab_size_compares_a_common_prefix(backend):
         assert torch.equal(got, same)
     gradient = torch.autograd.grad(stats.reverse_kl.sum(), x)[0]
     assert torch.equal(gradient[:, 50:], torch.zeros(4, 10)) and gradient[:, :50].isfinite().all()
-    mass = cf.dropped_teacher_mass(y, 50, rows_at_once=3)
-    assert torch.allclose(mass, y.softmax(-1)[:, 50:].sum(-1))
+    for temperature in (1.0, 3.0):
+        mass = cf.dropped_teacher_mass(y, 50, temperature=temperature, rows_at_once=3)
+        assert torch.allclose(mass, (y / temperature).softmax(-1)[:, 50:].sum(-1))
 
 
 logit_rows = st.integers(1, 40).flatmap(

@@ -54,6 +54,28 @@ def test_compile_with_inplace_backward_keeps_the_logits():
     assert torch.equal(gradient, torch.autograd.grad(cf.token_stats(x, y, tokens).reverse_kl.sum(), x)[0])
 
 
+@needs_native
+def test_compile_of_a_token_state():
+    x, y, tokens, _, _ = inputs()
+    x, y, tokens = x.detach().flatten(0, 1), y.flatten(0, 1), tokens.flatten()
+
+    def tiles(x, y, tokens):
+        state = cf.TokenState.empty(len(x))
+        for start in (0, 20):
+            state.update(x[:, start : start + 20], y[:, start : start + 20], tokens, first_column=start)
+        return state.finish()
+
+    for a, b in zip(torch.compile(tiles, fullgraph=True)(x, y, tokens), tiles(x, y, tokens), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@needs_native
+def test_under_fake_tensors():
+    with torch._subclasses.FakeTensorMode() as mode:
+        outputs, _ = everything(*(mode.from_tensor(t) for t in inputs()))
+    assert outputs[0].shape == (3, 5) and outputs[-1].dtype == torch.float32
+
+
 def samples():
     x, y, tokens, mask, reward = inputs()
     plain = x.detach()
@@ -151,7 +173,7 @@ LOGITS, TOKENS = make_logits(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64)
         ({"vocab_size": 10}, ValueError, r"min\(9, 9\) = 9"),
         ({"vocab_size": 0}, ValueError, "vocab_size=0 must be at least 1"),
         ({"vocab_size": 2.0}, TypeError, "vocab_size must be an int"),
-        ({"tokens": TOKENS.float()}, TypeError, "tokens must be integers"),
+        ({"tokens": TOKENS.float()}, TypeError, "tokens must be int64, int32, int16 or uint8, got float32"),
         ({"tokens": TOKENS[0]}, ValueError, r"without its last axis, \[2, 3\], got \[3\]"),
         ({"tokens": TOKENS.to("meta")}, ValueError, "tokens is on meta"),
         ({"tokens": TOKENS + 9}, ValueError, r"tokens\[0, 0\] = 9 is outside the vocabulary \[0, 9\)"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
@@ -59,7 +60,7 @@ def budget_trace(
     """
     offsets = check_cost(cost, mask, cu_seqlens)
     rule = check_budget_rule(gamma, reduction, edge)
-    limits = sequence_limits(budget, cost, mask, offsets, per_token)
+    limits = sequence_limits(budget, cost, mask, offsets, per_token, compute_dtype(cost))
     chosen = backends.choose(backend, cost)
     if chosen == "torch":
         check_values(offsets, limits, cost)
@@ -121,6 +122,10 @@ def modified_reward(
     """
     offsets = check_cost(cost, mask, cu_seqlens)
     check_like("task_reward", task_reward, "cost", cost)
+    if not isinstance(trace, BudgetTrace):
+        raise TypeError(f"trace must be the BudgetTrace that budget_trace returned, got {type(trace).__name__}")
+    if trace.violated.dtype != torch.bool:
+        raise TypeError(f"trace.violated must be bool, got {checks.describe(trace.violated)}")
     for name, field in trace._asdict().items():
         if name != "first_violation":
             check_like(f"trace.{name}", field, "cost", cost)
@@ -252,9 +257,15 @@ def check_budget(budget: float | Tensor, like: Tensor, sequences: int) -> None:
 
 
 def sequence_limits(
-    budget: float | Tensor, like: Tensor, mask: Tensor | None, offsets: Tensor, per_token: bool
+    budget: float | Tensor,
+    like: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor,
+    per_token: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The budget of every sequence, ``[B]`` float64."""
+    """The budget of every sequence, ``[B]`` float64, rounded to the dtype of the costs: a float32 cost of 0.3 has to
+    be within a budget of 0.3."""
     count = offsets.shape[0] - 1
     check_budget(budget, like, count)
     if isinstance(budget, Tensor):
@@ -264,13 +275,14 @@ def sequence_limits(
     if per_token:
         kept = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.to(torch.float64)
         running = torch.nn.functional.pad(kept.flatten().cumsum(0), (1, 0))
-        limits = limits * (running[offsets[1:]] - running[offsets[:-1]])
-    return limits.contiguous()
+        tokens = running[offsets[1:]] - running[offsets[:-1]]
+        limits = torch.where(tokens > 0, limits * tokens, 0.0)
+    return limits.to(dtype).to(torch.float64).contiguous()
 
 
 def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
     """What only the values tell; looked at on the CPU only, where it does not stall a device."""
-    if like.device.type != "cpu" or torch.compiler.is_compiling():
+    if like.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(like, FakeTensor):
         return
     if int(offsets[0]) != 0 or int(offsets[-1]) != like.numel() or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(

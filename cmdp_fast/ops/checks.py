@@ -62,7 +62,7 @@ def logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
 def tokens(value: Tensor, student: Tensor) -> None:
     tensor("tokens", value)
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise TypeError(f"tokens must be integers, got {describe(value)}")
+        raise TypeError(f"tokens must be int64, int32, int16 or uint8, got {describe(value)}")
     if value.shape != student.shape[:-1]:
         raise ValueError(
             f"tokens must have the shape of student_logits without its last axis, {list(student.shape[:-1])}, "
@@ -84,6 +84,7 @@ def mask(value: Tensor | None, like: Tensor, shape: torch.Size, expected: str) -
 
 def token_range(value: Tensor, mask: Tensor | None, vocab: int) -> None:
     """Raises on the first unmasked token outside ``[0, vocab)``. Looks at values: only for CPU tensors."""
+    value = value.long()  # a narrow type could not hold the bound it is compared with
     wrong = (value < 0) | (value >= vocab)
     if mask is not None:
         wrong = wrong & mask

@@ -21,16 +21,15 @@ from cmdp_fast.ops.budget import (
     sequence_limits,
     sequence_offsets,
 )
-from cmdp_fast.ops.divergence import divergence
-from cmdp_fast.ops.native import flat, unit_stride
+from cmdp_fast.ops.divergence import check_kind, divergence
+from cmdp_fast.ops.native import SAVED, flat
 from cmdp_fast.ops.token_stats import (
-    check_arguments,
+    kernel_memory,
     save_for_gradient,
     statistics_gradient,
-    student_memory,
     token_stats,
 )
-from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS, BudgetTrace, ConstrainedReward, TokenStats
+from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS, BudgetTrace, ConstrainedReward, TokenStats, compute_dtype
 
 
 def token_cost(stats: TokenStats, kind: str = "reverse_kl") -> Tensor:
@@ -105,19 +104,20 @@ def constrained_reward(
     cost = cost or ("nll" if worst_case else "reverse_kl")
     reduction = reduction or ("mean" if worst_case else "sum")
     checks.choice("cost", cost, COSTS)
+    if cost == "jsd":
+        check_kind(cost, beta)
     if worst_case and (cost, reduction) != ("nll", "mean"):
         raise ValueError(
             f"kind='worst_case' is defined for cost='nll' and reduction='mean', got {cost!r} and {reduction!r}"
         )
     budget_rule = check_budget_rule(gamma, reduction, edge)
     reward_rule = check_reward_rule(kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope)
-    checks.tensor("tokens", tokens)
-    checks.tensor("task_reward", task_reward)
+    vocab = checks.logits(student_logits, teacher_logits, vocab_size)
+    checks.tokens(tokens, student_logits)
     sequences = check_layout("tokens", tokens, mask, cu_seqlens)
     check_like("task_reward", task_reward, "tokens", tokens)
     check_budget(budget, tokens, sequences)
-    checks.tensor("student_logits", student_logits)
-    checks.tensor("teacher_logits", teacher_logits)
+    checks.positive("temperature", temperature)
     chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
     if kind == "saute" and cost in DIFFERENTIABLE_COSTS and not torch.compiler.is_compiling():
         warnings.warn(
@@ -127,11 +127,10 @@ def constrained_reward(
         )
 
     if chosen == "triton" and cost in backends.kernels.COSTS:
-        vocab = check_arguments(student_logits, teacher_logits, tokens, mask, temperature, vocab_size)
-        student, inplace = student_memory(student_logits, inplace_backward, chosen)
+        student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)
         outputs = _constrained_pass(
             student,
-            unit_stride(teacher_logits.detach()),
+            teacher,
             tokens,
             mask,
             task_reward.detach(),
@@ -149,7 +148,7 @@ def constrained_reward(
         return ConstrainedReward(TokenStats(*outputs[:6]), BudgetTrace(*outputs[7:12]), outputs[12])
 
     offsets = sequence_offsets(tokens, cu_seqlens)
-    limits = sequence_limits(budget, tokens, mask, offsets, per_token)
+    limits = sequence_limits(budget, tokens, mask, offsets, per_token, compute_dtype(student_logits, teacher_logits))
     check_values(offsets, limits, tokens)
     stats = token_stats(
         student_logits,
@@ -231,7 +230,7 @@ def _constrained_pass(
     if tokens.device.type == "cpu":
         checks.token_range(tokens, mask, vocab_size)
         offsets = sequence_offsets(tokens, cu_seqlens)
-        check_values(offsets, sequence_limits(given, tokens, mask, offsets, per_token), tokens)
+        check_values(offsets, sequence_limits(given, tokens, mask, offsets, per_token, torch.float32), tokens)
     *trace, reward = _empty_outcome(student, tokens, cu_seqlens)
     statistics, saved = backends.kernels.constrained_pass(
         student,
@@ -262,7 +261,7 @@ def _empty_outcome(student: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -
 @_constrained_pass.register_fake
 def _(student, teacher, tokens, mask, task_reward, cu_seqlens, *args):
     statistics = [student.new_empty(tokens.shape, dtype=torch.float32) for _ in range(6)]
-    saved = student.new_empty((*tokens.shape, 4), dtype=torch.float64)
+    saved = student.new_empty((*tokens.shape, SAVED), dtype=torch.float64)
     return (*statistics, saved, *_empty_outcome(student, tokens, cu_seqlens))
 
 

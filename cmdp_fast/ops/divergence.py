@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import address, flat, matrix, threads, unit_stride
+from cmdp_fast.ops.native import SAVED, address, flat, matrix, threads, unit_stride
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import DIVERGENCES, compute_dtype, divergence_weights
 
@@ -54,12 +54,7 @@ def divergence(
     shape = student_logits.shape[:-1]
     checks.mask(mask, student_logits, shape, "student_logits without its last axis")
     checks.positive("temperature", temperature)
-    checks.choice("kind", kind, DIVERGENCES)
-    checks.number("beta", beta)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}")
-    if kind.startswith("skew") and beta == 1:
-        raise ValueError(f"{kind} with beta=1 compares a model with itself and is always 0; beta must be below 1")
+    check_kind(kind, beta)
     chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
     plain = _plain_kl(kind, beta)
     if plain is not None:
@@ -91,6 +86,15 @@ def divergence(
     return value
 
 
+def check_kind(kind: str, beta: float) -> None:
+    checks.choice("kind", kind, DIVERGENCES)
+    checks.number("beta", beta)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    if kind.startswith("skew") and beta == 1:
+        raise ValueError(f"{kind} with beta=1 compares a model with itself and is always 0; beta must be below 1")
+
+
 def _plain_kl(kind: str, beta: float) -> str | None:
     """The KL that a divergence reduces to at the end of beta's range, or None."""
     if kind in ("reverse_kl", "forward_kl"):
@@ -115,7 +119,7 @@ def _mixture(
     if backend == "triton":
         return backends.kernels.mixture(student, teacher, mask, temperature, vocab_size, (b, c_teacher, c_student))
     shape, dtype = student.shape[:-1], compute_dtype(student, teacher)
-    saved = torch.empty((*shape, 4), dtype=torch.float64)
+    saved = torch.empty((*shape, SAVED), dtype=torch.float64)
     value, mean = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
     keep = flat(mask, torch.bool)
     pair = matrix(student), matrix(teacher)
@@ -142,7 +146,7 @@ def _mixture(
 def _(student, teacher, mask, temperature, vocab_size, b, c_teacher, c_student, backend):
     shape, dtype = student.shape[:-1], compute_dtype(student, teacher)
     wide = student.new_empty(shape, dtype=torch.float64)
-    return student.new_empty(shape, dtype=dtype), student.new_empty((*shape, 4), dtype=torch.float64), wide
+    return student.new_empty(shape, dtype=dtype), student.new_empty((*shape, SAVED), dtype=torch.float64), wide
 
 
 @torch.library.custom_op("cmdp_fast::mixture_divergence_backward", mutates_args=())

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from cmdp_fast.ops.backends import native
 
+SAVED = 7  # numbers a row that the backward pass needs: kSaved in csrc/cpu/kernels.h
+
 
 def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
@@ -21,9 +23,20 @@ def unit_stride(t: Tensor) -> Tensor:
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
-def overlaps(t: Tensor) -> bool:
-    """Whether two rows share memory, as after `expand`: such logits cannot be overwritten row by row."""
-    return any(size > 1 and stride < t.shape[-1] for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True))
+def can_overwrite(t: Tensor, other: Tensor) -> bool:
+    """Whether rows of ``t`` may be overwritten one by one while ``other`` is still read.
+
+    Not if rows of ``t`` share memory, as after `expand` or `unfold`, nor if ``other`` lies in the same storage in
+    another layout: a row could then be overwritten before it has been read. The same rows are fine.
+    """
+    extent = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return False
+        extent += (size - 1) * stride
+    shared = t.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    same = t.data_ptr() == other.data_ptr() and t.stride() == other.stride() and t.dtype == other.dtype
+    return not shared or same
 
 
 def matrix(t: Tensor):

@@ -79,16 +79,7 @@ class TokenState:
         student, teacher = unit_stride(student_tile.detach()), unit_stride(teacher_tile.detach())
         if backends.choose(backend, student) != "cpu":
             return self.merge(self._fold(student, teacher, tokens.long() - first_column, width))
-        index = flat(tokens, torch.int64)
-        backends.native.update_states(
-            matrix(student),
-            matrix(teacher),
-            address(index),
-            first_column,
-            self.temperature,
-            address(self.fields),
-            threads(),
-        )
+        _update_states(self.fields, student, teacher, tokens, first_column, self.temperature)
         return self
 
     def merge(self, other: TokenState) -> TokenState:
@@ -112,12 +103,13 @@ class TokenState:
     def finish(self) -> TokenStats:
         """The six statistics, ``[rows]`` float32 (float64 once any tile was float64), as `token_stats` returns them."""
         m, n, z, u, a, b, h, k, xa, ya, r_inf, f_inf = self.fields.unbind(-1)
-        lx, ly = m + z.log(), n + u.log()
+        log_z, log_u = z.log(), u.log()
         good = (z > 0) & (z < torch.inf) & (u > 0) & (u < torch.inf)
-        reverse = torch.where(r_inf > 0, torch.inf, (a / z - lx + ly).clamp(min=0))
-        forward = torch.where(f_inf > 0, torch.inf, (b / u - ly + lx).clamp(min=0))
-        entropy, teacher_entropy = (z.log() - h / z).clamp(min=0), (u.log() - k / u).clamp(min=0)
-        values = ((xa - lx).clamp(max=0), (ya - ly).clamp(max=0), entropy, teacher_entropy, reverse, forward)
+        reverse = torch.where(r_inf > 0, torch.inf, (a / z - log_z + log_u).clamp(min=0))
+        forward = torch.where(f_inf > 0, torch.inf, (b / u - log_u + log_z).clamp(min=0))
+        entropy, teacher_entropy = (log_z - h / z).clamp(min=0), (log_u - k / u).clamp(min=0)
+        logprob, teacher_logprob = ((xa - m) - log_z).clamp(max=0), ((ya - n) - log_u).clamp(max=0)
+        values = (logprob, teacher_logprob, entropy, teacher_entropy, reverse, forward)
         return TokenStats(*(torch.where(good, v, torch.nan).to(self.dtype) for v in values))
 
     def _fold(self, student: Tensor, teacher: Tensor, column: Tensor, width: int) -> TokenState:
@@ -126,8 +118,9 @@ class TokenState:
         has_x, has_y = ~torch.isneginf(x), ~torch.isneginf(y)
         m, n = x.amax(-1), y.amax(-1)
         m, n = torch.where(m.isneginf(), 0.0, m), torch.where(n.isneginf(), 0.0, n)
-        p, w = (x - m[:, None]).exp(), (y - n[:, None]).exp()
-        difference = (x - y).masked_fill(~(has_x & has_y), 0.0)
+        t, s = x - m[:, None], y - n[:, None]
+        p, w = t.exp(), s.exp()
+        difference = (t - s).masked_fill(~(has_x & has_y), 0.0)
         z, u = p.sum(-1), w.sum(-1)
         own = (column >= 0) & (column < width)
         index = column.clamp(0, width - 1)[:, None]
@@ -138,8 +131,8 @@ class TokenState:
             u,
             (p * difference).sum(-1),
             (w * -difference).sum(-1),
-            (p * (x - m[:, None]).masked_fill(~has_x, 0.0)).sum(-1),
-            (w * (y - n[:, None]).masked_fill(~has_y, 0.0)).sum(-1),
+            (p * t.masked_fill(~has_x, 0.0)).sum(-1),
+            (w * s.masked_fill(~has_y, 0.0)).sum(-1),
             torch.where(own, x.gather(1, index)[:, 0], -torch.inf),
             torch.where(own, y.gather(1, index)[:, 0], -torch.inf),
             (has_x & ~has_y).any(-1).double(),
@@ -154,6 +147,28 @@ def _raised(fields: Tensor, top: Tensor) -> Tensor:
     # A side without weight has nothing to scale: its reference may be -inf.
     rise_x = torch.where(z == 0, 0.0, top[:, 0] - m)
     rise_y = torch.where(u == 0, 0.0, top[:, 1] - n)
-    scale_x, scale_y = (-rise_x).exp(), (-rise_y).exp()
-    moved = (z * scale_x, u * scale_y, a * scale_x, b * scale_y, (h - rise_x * z) * scale_x, (k - rise_y * u) * scale_y)
+    scale_x, scale_y, apart = (-rise_x).exp(), (-rise_y).exp(), rise_x - rise_y
+    moved = (
+        z * scale_x,
+        u * scale_y,
+        (a - apart * z) * scale_x,
+        (b + apart * u) * scale_y,
+        (h - rise_x * z) * scale_x,
+        (k - rise_y * u) * scale_y,
+    )
     return torch.stack((m, n, *moved, *rest), dim=-1)
+
+
+@torch.library.custom_op("cmdp_fast::update_states", mutates_args=("fields",))
+def _update_states(
+    fields: Tensor, student: Tensor, teacher: Tensor, tokens: Tensor, first_column: int, temperature: float
+) -> None:
+    index = flat(tokens, torch.int64)
+    backends.native.update_states(
+        matrix(student), matrix(teacher), address(index), first_column, temperature, address(fields), threads()
+    )
+
+
+@_update_states.register_fake
+def _(fields, student, teacher, tokens, first_column, temperature):
+    return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import address, flat, matrix, overlaps, threads, unit_stride
+from cmdp_fast.ops.native import SAVED, address, can_overwrite, flat, matrix, threads, unit_stride
 from cmdp_fast.reference import TokenStats, compute_dtype
 
 
@@ -33,8 +33,8 @@ def token_stats(
     ``reverse_kl`` KL(p‖w), ``forward_kl`` KL(w‖p).
 
     ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to the student, together, in one
-    backward pass that stores nothing as wide as the vocabulary. The teacher never receives a gradient. There is
-    no second derivative.
+    backward pass that stores nothing as wide as the vocabulary. The teacher never receives a gradient. Reverse mode
+    only: there is no second derivative, no `torch.func.jvp`.
 
     Args:
         student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; a last axis that is not
@@ -46,8 +46,10 @@ def token_stats(
         vocab_size: statistics over the common prefix of this width; columns beyond it count as -inf for both
             models. `dropped_teacher_mass` tells how much of the teacher that leaves out.
         inplace_backward: write the gradient into the memory of ``student_logits``. The logits are gone after the
-            backward pass, and a second backward pass through this call raises. Has no effect under
-            ``torch.compile`` or on the torch backend, which allocate the gradient.
+            backward pass: whoever else saved them for a backward pass of their own must have done it before, a second
+            backward pass through this call raises, and if the logits are a leaf their ``.grad`` is that same memory.
+            Logits whose rows share memory with one another or with other rows of the teacher's are copied first. Has no
+            effect under ``torch.compile`` or on the torch backend, which allocate the gradient.
         backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` for tensors on a GPU (not float64), else
             ``torch``; a name forces it.
 
@@ -66,7 +68,10 @@ def token_stats(
 
     Source: the token-level KL of arXiv 2509.22921; the streaming state is this project's (csrc/token_state.h).
     """
-    vocab = check_arguments(student_logits, teacher_logits, tokens, mask, temperature, vocab_size)
+    vocab = checks.logits(student_logits, teacher_logits, vocab_size)
+    checks.tokens(tokens, student_logits)
+    checks.mask(mask, tokens, tokens.shape, "tokens")
+    checks.positive("temperature", temperature)
     chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
     if chosen == "torch":
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -74,36 +79,22 @@ def token_stats(
         return reference.token_stats(
             student_logits, teacher_logits, tokens, mask=mask, temperature=temperature, vocab_size=vocab
         )
-    student, inplace = student_memory(student_logits, inplace_backward, chosen)
-    outputs = _token_stats(
-        student, unit_stride(teacher_logits.detach()), tokens, mask, float(temperature), vocab, inplace, chosen
-    )
+    student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)
+    outputs = _token_stats(student, teacher, tokens, mask, float(temperature), vocab, inplace, chosen)
     return TokenStats(*outputs[:6])
 
 
-def check_arguments(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    vocab_size: int | None,
-) -> int:
-    """Checks what `token_stats` is given and returns the number of columns that count."""
-    vocab = checks.logits(student_logits, teacher_logits, vocab_size)
-    checks.tokens(tokens, student_logits)
-    checks.mask(mask, tokens, tokens.shape, "tokens")
-    checks.positive("temperature", temperature)
-    return vocab
-
-
-def student_memory(logits: Tensor, inplace_backward: bool, backend: str) -> tuple[Tensor, bool]:
-    """The logits as the kernels read them, and whether their memory takes the gradient."""
+def kernel_memory(
+    student_logits: Tensor, teacher_logits: Tensor, inplace_backward: bool, backend: str
+) -> tuple[Tensor, Tensor, bool]:
+    """Both logits as the kernels read them, and whether the student's memory takes the gradient."""
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    student = unit_stride(logits)
-    if inplace and (overlaps(student) or (backend == "triton" and not backends.kernels.addressable(student))):
-        student = student.contiguous()
-    return student, inplace
+    student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
+    if inplace:
+        reachable = backend != "triton" or backends.kernels.addressable(student)
+        if not (reachable and can_overwrite(student, teacher)):
+            student = student.clone(memory_format=torch.contiguous_format)
+    return student, teacher, inplace
 
 
 def dropped_teacher_mass(
@@ -150,7 +141,7 @@ def _token_stats(
         return (*statistics, saved)
     dtype = compute_dtype(student, teacher)
     statistics = [torch.empty(tokens.shape, dtype=dtype) for _ in range(6)]
-    saved = torch.empty((*tokens.shape, 4), dtype=torch.float64)
+    saved = torch.empty((*tokens.shape, SAVED), dtype=torch.float64)
     index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
     backends.native.token_stats(
         matrix(student),
@@ -171,7 +162,7 @@ def _token_stats(
 def _(student, teacher, tokens, mask, temperature, vocab_size, inplace_backward, backend):
     dtype = compute_dtype(student, teacher)
     statistics = [student.new_empty(tokens.shape, dtype=dtype) for _ in range(6)]
-    return (*statistics, student.new_empty((*tokens.shape, 4), dtype=torch.float64))
+    return (*statistics, student.new_empty((*tokens.shape, SAVED), dtype=torch.float64))
 
 
 def _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, backend, out) -> None:

@@ -18,24 +18,37 @@
 namespace cmdp {
 inline namespace CMDP_ISA {
 
+// The normalisers of a row as the forward pass saved them, and in octaves as a float and what its rounding left.
+struct RowNormalizers {
+  double m_exact, n_exact, log_z, log_u;
+  float m, n;
+  double r, q;
+
+  RowNormalizers(const double* saved)
+      : m_exact(saved[0]), n_exact(saved[1]), log_z(saved[2]), log_u(saved[3]) {
+    const double lx = (m_exact + log_z) * kLog2e, ly = (n_exact + log_u) * kLog2e;
+    m = static_cast<float>(lx), n = static_cast<float>(ly);
+    r = lx - m, q = ly - n;
+  }
+  double log_p(double x) const { return (x - m_exact) - log_z; }  // x scaled by 1/temperature
+  double log_w(double y) const { return (y - n_exact) - log_u; }
+};
+
 struct RowGradient {
   double g_l, g_h, g_r, g_f;  // upstream; g_r is 0 where R is infinite: its true gradient is, and would poison the step
-  double lx, ly, h, r;        // saved by the forward pass
+  double h, r;                // H and R
   double scale;
 };
 
 static inline RowGradient row_gradient(const Logits& in, int64_t row, const Upstream& up, const double* saved) {
   const auto g = [&](int i) { return up.g[i] != nullptr ? up.g[i][row] : 0.0; };
-  const double r = saved[4 * row + 3];
-  const bool unbounded = r == TokenState::infinity();
-  return {g(0),           g(1),          unbounded ? 0.0 : g(2), g(3),
-          saved[4 * row], saved[4 * row + 1], saved[4 * row + 2], unbounded ? 0.0 : r,
-          natural_scale(in)};
+  const bool unbounded = saved[5] == TokenState::infinity();
+  return {g(0), g(1), unbounded ? 0.0 : g(2), g(3), saved[4], unbounded ? 0.0 : saved[5], natural_scale(in)};
 }
 
 // One column in double, x and y raw. Excluded columns have probability 0, and 0 * anything = 0.
-static inline double column_gradient(const RowGradient& g, double x, double y, bool own) {
-  const double log_p = x * g.scale - g.lx, log_w = y * g.scale - g.ly;
+static inline double column_gradient(const RowGradient& g, const RowNormalizers& norm, double x, double y, bool own) {
+  const double log_p = norm.log_p(scaled(x, g.scale)), log_w = norm.log_w(scaled(y, g.scale));
   const double p = std::exp(log_p), w = std::exp(log_w);
   double sum = g.g_f * (p - w) + g.g_l * ((own ? 1.0 : 0.0) - p);
   if (p != 0) {
@@ -48,13 +61,14 @@ static inline double column_gradient(const RowGradient& g, double x, double y, b
 template <bool kTeacher, bool kForwardKl>
 static inline void gradient_block(const float* x, const float* y, float* out, int64_t count, float scale, float m,
                                   float n, float center, const float (&c)[4]) {
+  const Floats per_octave = splat(scale), minus_m = splat(-m), minus_n = splat(-n);
   const auto step = [&](const float* xs, const float* ys, float* to) {
-    Floats t = load(xs) * scale - m;
+    Floats t = multiply_add(load(xs), per_octave, minus_m);
     // An excluded column is clamped to where its weight is exactly zero.
     t = max(t, splat(-127.0f));
     Floats factor = t * c[1] + c[0], value;
     if constexpr (kTeacher) {
-      const Floats s = max(load(ys) * scale - n, splat(-1e30f));
+      const Floats s = max(multiply_add(load(ys), per_octave, minus_n), splat(-1e30f));
       factor = ((t - s) - center) * c[2] + factor;
       value = exp2(t) * factor;
       if constexpr (kForwardKl) value = value - exp2(s) * c[3];
@@ -104,41 +118,42 @@ static void backward(const Logits& in, int64_t row, const Upstream& up, const do
   }
   const void* x = row_of(in.student, row);
   const void* y = row_of(in.teacher, row);
+  saved += kSaved * row;
   const RowGradient g = row_gradient(in, row, up, saved);
+  const RowNormalizers norm(saved);
+  const auto column = [&](int64_t i, bool own) {
+    return column_gradient(g, norm, element(x, in.student.dtype, i), element(y, in.teacher.dtype, i), own);
+  };
   const int64_t token = in.tokens[row];
-  // Before anything is written: the output may be the logits themselves.
-  const double own = column_gradient(g, element(x, in.student.dtype, token), element(y, in.teacher.dtype, token), true);
+  const double own = column(token, true);  // before anything is written: the output may be the logits themselves
 
-  const float m = static_cast<float>(g.lx * kLog2e), n = static_cast<float>(g.ly * kLog2e);
-  const double r = g.lx * kLog2e - m, q = g.ly * kLog2e - n;
-  const double weight = g.scale * std::exp2(-r);
+  const double weight = g.scale * std::exp2(-norm.r);
   const double along_t = -g.g_h * kLn2, along_difference = g.g_r * kLn2;
   const float center = static_cast<float>(g.r * kLog2e);
-  const double off_center = center - g.r * kLog2e + q - r;  // what the float center and normalisers left of t - s - R
-  const double constant = -g.g_l - g.g_h * g.h + g.g_f - along_t * r + along_difference * off_center;
+  // What the float center and the float normalisers left of t - s - R.
+  const double off_center = center - g.r * kLog2e + norm.q - norm.r;
+  const double constant = -g.g_l - g.g_h * g.h + g.g_f - along_t * norm.r + along_difference * off_center;
   const float c[4] = {static_cast<float>(weight * constant), static_cast<float>(weight * along_t),
                       static_cast<float>(weight * along_difference),
-                      static_cast<float>(g.scale * std::exp2(-q) * g.g_f)};
+                      static_cast<float>(g.scale * std::exp2(-norm.q) * g.g_f)};
   const auto modest = [](double value) { return finite(value) && std::fabs(value) < 1e7; };
-  const bool fast = !is_wide(in) && modest(c[0]) && modest(c[1]) && modest(c[2]) && modest(c[3]) && modest(g.r) &&
-                    finite(m) && finite(n);
+  const bool exact = saved[6] != 0;
+  const bool fast = !exact && modest(c[0]) && modest(c[1]) && modest(c[2]) && modest(c[3]) && finite(norm.m) &&
+                    finite(norm.n);
   if (fast) {
     const float scale = scale_of(in.temperature).per_octave;
     const bool forward_kl = c[3] != 0, teacher = forward_kl || c[2] != 0;
     map_blocks(in, x, y, teacher, to, [&](const float* bx, const float* by, float* dx, int64_t count) {
       if (forward_kl) {
-        gradient_block<true, true>(bx, by, dx, count, scale, m, n, center, c);
+        gradient_block<true, true>(bx, by, dx, count, scale, norm.m, norm.n, center, c);
       } else if (teacher) {
-        gradient_block<true, false>(bx, by, dx, count, scale, m, n, center, c);
+        gradient_block<true, false>(bx, by, dx, count, scale, norm.m, norm.n, center, c);
       } else {
-        gradient_block<false, false>(bx, by, dx, count, scale, m, n, center, c);
+        gradient_block<false, false>(bx, by, dx, count, scale, norm.m, norm.n, center, c);
       }
     });
   } else {
-    for (int64_t i = 0; i < in.vocab; ++i) {
-      const double dx = column_gradient(g, element(x, in.student.dtype, i), element(y, in.teacher.dtype, i), false);
-      set_element(to, in.student.dtype, i, dx);
-    }
+    for (int64_t i = 0; i < in.vocab; ++i) set_element(to, in.student.dtype, i, column(i, false));
   }
   set_element(to, in.student.dtype, token, own);
   zero_columns(out, to, in.vocab);

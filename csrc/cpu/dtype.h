@@ -102,9 +102,9 @@ static inline void from_floats(const float* values, void* data, DType dtype, int
   if (dtype == DType::bfloat16) {
     for (; i + kLanes <= count; i += kLanes) {
       const Floats v = load(values + i);
-      const Ints bits = (Ints)v;
-      const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      const Shorts narrow = __builtin_convertvector(v == v ? rounded : Ints{} + 0x7fc0, Shorts);
+      const Words bits = (Words)v;
+      const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+      const Shorts narrow = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Shorts);
       std::memcpy(half + i, &narrow, sizeof narrow);
     }
     for (; i < count; ++i) half[i] = to_bfloat16(values[i]);

@@ -25,8 +25,10 @@ inline namespace CMDP_ISA {
 
 constexpr int kUnroll = 3;  // vectors a step and model: independent chains that hide the latency of the polynomial
 constexpr int64_t kStep = kUnroll * kLanes;
-// Columns of a block: 255 float additions a lane between two double ones, and buffers that stay in the L1 cache.
-constexpr int64_t kBlock = 85 * kStep;
+// Float sums are kept in two levels, a run of 11 steps and a block of 8 runs, so that no lane makes more than some 40
+// additions before its sum goes on in double. The buffers of a block stay in the L1 cache.
+constexpr int64_t kRun = 11 * kStep;
+constexpr int64_t kBlock = 8 * kRun;
 // Columns that one thread folds. It depends on nothing else, so that the result of a row does not either.
 constexpr int64_t kSegment = 8 * kBlock;
 constexpr int64_t kAhead = 2048;  // columns between reading and prefetching
@@ -52,6 +54,14 @@ static inline double natural_scale(const Logits& in) {
   return is_wide(in) ? 1.0 / in.temperature : scale_of(in.temperature).natural;
 }
 
+// A logit times the scale, rounded: the same number wherever it is computed, so that two of them cancel exactly. Without
+// the barrier the product might be fused with a subtraction that follows.
+static inline double scaled(double logit, double scale) {
+  double product = logit * scale;
+  asm volatile("" : "+m"(product));
+  return product;
+}
+
 // isfinite that no compiler flag can fold away.
 static inline bool finite(double value) {
   return (std::bit_cast<uint64_t>(value) & 0x7ff0000000000000u) != 0x7ff0000000000000u;
@@ -68,15 +78,17 @@ struct BlockSums {
 // columns of -inf weigh zero instead of 0 * inf = NaN, and so do columns far below the reference.
 template <bool kExcluded, class X, class Y>
 static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float scale, float m, float n) {
-  Floats z{}, u{}, a{}, b{}, h{}, k{}, only_x{}, only_y{}, extreme{};
-  Floats top = splat(-3e38f);
-  Ints seen = kNothingSeen;
+  Floats z{}, u{}, a{}, b{}, h{}, k{};                                     // of the run
+  Floats run_z{}, run_u{}, run_a{}, run_b{}, run_h{}, run_k{};             // of the runs before it
+  Floats only_x{}, only_y{}, extreme{}, top = splat(-3e38f);
+  Words seen{};
+  const Floats factor = splat(scale), minus_m = splat(-m), minus_n = splat(-n);
   const auto step = [&]<bool kCareful>(const auto* xs, const auto* ys) {
     Floats t[kUnroll], s[kUnroll], et[kUnroll], es[kUnroll];
     Ints both[kUnroll];
     for (int j = 0; j < kUnroll; ++j) {
-      t[j] = load(xs + j * kLanes) * scale - m;
-      s[j] = load(ys + j * kLanes) * scale - n;
+      t[j] = multiply_add(load(xs + j * kLanes), factor, minus_m);
+      s[j] = multiply_add(load(ys + j * kLanes), factor, minus_n);
     }
     for (int j = 0; j < kUnroll; ++j) {
       if constexpr (kCareful) {
@@ -110,14 +122,21 @@ static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float 
       k += es[j] * s[j];
     }
   };
+  const auto end_run = [&] {
+    run_z += z, run_u += u, run_a += a, run_b += b, run_h += h, run_k += k;
+    z = u = a = b = h = k = Floats{};
+  };
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    // The hardware prefetcher stops at every page; two pages ahead the next ones are asked for in time.
-    for (int64_t line = 0; line < kStep; line += 64 / static_cast<int64_t>(sizeof(X))) {
-      __builtin_prefetch(x + i + kAhead + line);
-      __builtin_prefetch(y + i + kAhead + line);
+  while (i + kStep <= count) {
+    for (const int64_t end = std::min(i + kRun, count); i + kStep <= end; i += kStep) {
+      // The hardware prefetcher stops at every page; two pages ahead the next ones are asked for in time.
+      for (int64_t line = 0; line < kStep; line += 64 / static_cast<int64_t>(sizeof(X))) {
+        __builtin_prefetch(x + i + kAhead + line);
+        __builtin_prefetch(y + i + kAhead + line);
+      }
+      step.template operator()<kExcluded>(x + i, y + i);
     }
-    step.template operator()<kExcluded>(x + i, y + i);
+    end_run();
   }
   if (i < count) {  // the rest of the row, filled up with columns that both models exclude
     float tail_x[kStep], tail_y[kStep];
@@ -125,9 +144,11 @@ static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float 
     std::fill(tail_y, tail_y + kStep, -__builtin_inff());
     for (int64_t j = i; j < count; ++j) tail_x[j - i] = widen(x[j]), tail_y[j - i] = widen(y[j]);
     step.template operator()<true>(static_cast<const float*>(tail_x), static_cast<const float*>(tail_y));
+    end_run();
   }
-  BlockSums sums{sum_of_lanes(z), sum_of_lanes(u), sum_of_lanes(a), sum_of_lanes(b), sum_of_lanes(h),
-                 sum_of_lanes(k), false,           sum_of_lanes(only_x), sum_of_lanes(only_y)};
+  BlockSums sums{sum_of_lanes(run_z), sum_of_lanes(run_u), sum_of_lanes(run_a),
+                 sum_of_lanes(run_b), sum_of_lanes(run_h), sum_of_lanes(run_k),
+                 false,               sum_of_lanes(only_x), sum_of_lanes(only_y)};
   sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) && finite(sums.z) &&
                 finite(sums.u) && finite(sums.a) && finite(sums.b) && finite(sums.h) && finite(sums.k);
   return sums;
@@ -149,8 +170,8 @@ static inline TokenState block_state(const BlockSums& sums, double m, double n) 
           sums.u > 0 ? n * kLn2 : -TokenState::infinity(),
           sums.z,
           sums.u,
-          kLn2 * (sums.a + (m - n) * sums.z),
-          kLn2 * (sums.b + (n - m) * sums.u),
+          kLn2 * sums.a,
+          kLn2 * sums.b,
           kLn2 * sums.h,
           kLn2 * sums.k,
           -TokenState::infinity(),
@@ -169,7 +190,7 @@ static inline void push_exactly(TokenState& state, const Logits& in, const void*
     const int64_t piece = std::min(kPiece, count - done);
     as_doubles(x, in.student.dtype, from + done, piece, bx);
     as_doubles(y, in.teacher.dtype, from + done, piece, by);
-    for (int64_t i = 0; i < piece; ++i) bx[i] *= scale, by[i] *= scale;
+    for (int64_t i = 0; i < piece; ++i) bx[i] = scaled(bx[i], scale), by[i] = scaled(by[i], scale);
     state.push_block(bx, by, piece);
   }
 }
@@ -206,9 +227,12 @@ static inline bool push_floats(TokenState& state, References& ref, const X* x, c
 
 // Columns [from, to) of a row, folded into a state. Float32 and bfloat16 pairs are read where they lie; other dtypes
 // and mixtures are converted a block at a time.
-static inline TokenState fold_columns(const Logits& in, const void* x, const void* y, int64_t from, int64_t to) {
+// `exact` tells whether any block needed the exact way.
+static inline TokenState fold_columns(const Logits& in, const void* x, const void* y, int64_t from, int64_t to,
+                                      bool& exact) {
   TokenState state = TokenState::empty();
-  if (is_wide(in)) {
+  exact = is_wide(in);
+  if (exact) {
     push_exactly(state, in, x, y, from, to - from);
     return state;
   }
@@ -229,6 +253,7 @@ static inline TokenState fold_columns(const Logits& in, const void* x, const voi
       done = push_floats(state, ref, bx, by, count, scale);
     }
     if (!done) push_exactly(state, in, x, y, start, count);
+    exact = exact || !done;
   }
   return state;
 }
@@ -240,19 +265,22 @@ static void fold(const Logits& in, int64_t row, int64_t first, int64_t last, dou
   const void* y = row_of(in.teacher, row);
   for (int64_t segment = first; segment < last; ++segment) {
     const int64_t from = segment * kSegment, to = std::min(in.vocab, from + kSegment);
-    const TokenState state = fold_columns(in, x, y, from, to);
-    std::memcpy(states + segment * TokenState::kFields, &state, sizeof state);
+    bool exact;
+    const TokenState state = fold_columns(in, x, y, from, to, exact);
+    std::memcpy(states + segment * kSegmentState, &state, sizeof state);
+    states[segment * kSegmentState + TokenState::kFields] = exact;
   }
 }
 
 static inline void label(TokenState& state, const Logits& in, int64_t row, int64_t column) {
   const double scale = natural_scale(in);
-  state.label(scale * element(row_of(in.student, row), in.student.dtype, column),
-              scale * element(row_of(in.teacher, row), in.teacher.dtype, column));
+  state.label(scaled(element(row_of(in.student, row), in.student.dtype, column), scale),
+              scaled(element(row_of(in.teacher, row), in.teacher.dtype, column), scale));
 }
 
 static void update(const Logits& in, int64_t row, int64_t own, double* states) {
-  TokenState state, tile = fold_columns(in, row_of(in.student, row), row_of(in.teacher, row), 0, in.vocab);
+  bool exact;
+  TokenState state, tile = fold_columns(in, row_of(in.student, row), row_of(in.teacher, row), 0, in.vocab, exact);
   if (own >= 0) label(tile, in, row, own);
   std::memcpy(&state, states, sizeof state);
   state.merge(tile);
@@ -273,27 +301,30 @@ static inline void write_statistics(const TokenStats& stats, const StatsOut& out
 }
 
 static void finish(const Logits& in, int64_t row, const double* states, int64_t count, const StatsOut& out) {
-  double* saved = out.saved + 4 * row;
+  double* saved = out.saved + kSaved * row;
   if (in.mask != nullptr && in.mask[row] == 0) {
     write_statistics({0, 0, 0, 0, 0, 0}, out, row);
-    std::fill(saved, saved + 4, 0.0);
+    std::fill(saved, saved + kSaved, 0.0);
     return;
   }
   TokenState state = TokenState::empty();
+  bool exact = false;
   for (int64_t i = 0; i < count; ++i) {
     TokenState part;
-    std::memcpy(&part, states + i * TokenState::kFields, sizeof part);
+    std::memcpy(&part, states + i * kSegmentState, sizeof part);
     state.merge(part);
+    exact = exact || states[i * kSegmentState + TokenState::kFields] != 0;
   }
   if (in.tokens != nullptr) label(state, in, row, in.tokens[row]);
   const TokenStats stats = state.finish();
   write_statistics(stats, out, row);
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const bool valid = state.valid();
-  saved[0] = valid ? state.log_normalizer() : nan;
-  saved[1] = valid ? state.teacher_log_normalizer() : nan;
-  saved[2] = stats.entropy;
-  saved[3] = stats.reverse_kl;
+  const double values[kSaved] = {valid ? state.m : nan,           valid ? state.n : nan,
+                                 valid ? std::log(state.z) : nan, valid ? std::log(state.u) : nan,
+                                 stats.entropy,                   stats.reverse_kl,
+                                 exact ? 1.0 : 0.0};
+  std::copy(values, values + kSaved, saved);
 }
 
 }  // namespace CMDP_ISA

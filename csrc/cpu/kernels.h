@@ -38,12 +38,18 @@ struct Logits {
   double temperature;
 };
 
-// Outputs of the forward pass: six arrays of [rows], float64 if `wide` else float32, and four scalars a row for the
-// backward pass: the two log-normalisers, H and R.
+// What the backward pass needs of a row: m, n, log z, log u (the log-normalisers are m + log z and n + log u; the parts
+// are kept apart because m may be too large for the sum), H, R, and whether the row needs the exact way.
+constexpr int kSaved = 7;
+
+// A folded segment: the fields of its state, and whether it needed the exact way.
+constexpr int kSegmentState = 13;
+
+// Outputs of the forward pass: six arrays of [rows], float64 if `wide` else float32, and what the backward pass needs.
 struct StatsOut {
   void* statistics[6];
   bool wide;
-  double* saved;  // [rows, 4]
+  double* saved;  // [rows, kSaved]
 };
 
 // Upstream gradients of logprob, entropy, reverse_kl, forward_kl: [rows] each, or null where there is none.
@@ -61,7 +67,7 @@ struct KernelTable {
   int lanes;
   // Work is cut into segments of a row, by a rule that depends on the width alone.
   int64_t (*segments)(int64_t vocab);
-  // Folds segments [first, last) of a row into one state each (12 doubles a segment).
+  // Folds segments [first, last) of a row into one state each (kSegmentState doubles).
   void (*fold)(const Logits&, int64_t row, int64_t first, int64_t last, double* states);
   // Merges the states of a row in order and writes its statistics.
   void (*finish)(const Logits&, int64_t row, const double* states, int64_t count, const StatsOut&);

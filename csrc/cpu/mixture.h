@@ -14,19 +14,6 @@
 namespace cmdp {
 inline namespace CMDP_ISA {
 
-// The normalisers of a row, split into a float and the rest as in backward.h.
-struct RowNormalizers {
-  double lx, ly;
-  float m, n;
-  double r, q;
-};
-
-static inline RowNormalizers row_normalizers(const double* saved, int64_t row) {
-  const double lx = saved[4 * row], ly = saved[4 * row + 1];
-  const float m = static_cast<float>(lx * kLog2e), n = static_cast<float>(ly * kLog2e);
-  return {lx, ly, m, n, lx * kLog2e - m, ly * kLog2e - n};
-}
-
 struct MixtureTerms {
   double value, p, slope;  // contribution to the value, probability, G
 };
@@ -67,7 +54,7 @@ static inline bool fast_mixture(const Logits& in, const RowNormalizers& norm) {
 
 static void mixture(const Logits& in, int64_t row, const Mixture& mix, const double* saved, double* value,
                     double* mean) {
-  const RowNormalizers norm = row_normalizers(saved, row);
+  const RowNormalizers norm(saved + kSaved * row);
   const void* x = row_of(in.student, row);
   const void* y = row_of(in.teacher, row);
   double total = 0, slope = 0;
@@ -83,7 +70,8 @@ static void mixture(const Logits& in, int64_t row, const Mixture& mix, const dou
       Floats sum{}, slopes{};
       const auto step = [&](const float* xs, const float* ys) {
         const MixtureFloats terms =
-            mixture_floats(mix, load(xs) * scale - norm.m, load(ys) * scale - norm.n, p_factor, w_factor, drift);
+            mixture_floats(mix, multiply_add(load(xs), splat(scale), splat(-norm.m)),
+                           multiply_add(load(ys), splat(scale), splat(-norm.n)), p_factor, w_factor, drift);
         sum += terms.value;
         slopes += terms.p * terms.slope;
       };
@@ -103,8 +91,8 @@ static void mixture(const Logits& in, int64_t row, const Mixture& mix, const dou
   } else {
     const double scale = natural_scale(in);
     for (int64_t i = 0; i < in.vocab; ++i) {
-      const MixtureTerms terms = mixture_column(mix, element(x, in.student.dtype, i) * scale - norm.lx,
-                                                element(y, in.teacher.dtype, i) * scale - norm.ly);
+      const MixtureTerms terms = mixture_column(mix, norm.log_p(scaled(element(x, in.student.dtype, i), scale)),
+                                                norm.log_w(scaled(element(y, in.teacher.dtype, i), scale)));
       total += terms.value;
       slope += terms.p * terms.slope;
     }
@@ -120,7 +108,7 @@ static void mixture_backward(const Logits& in, int64_t row, const Mixture& mix, 
     zero_columns(out, to, 0);
     return;
   }
-  const RowNormalizers norm = row_normalizers(saved, row);
+  const RowNormalizers norm(saved + kSaved * row);
   const void* x = row_of(in.student, row);
   const void* y = row_of(in.teacher, row);
   const double factor = upstream * natural_scale(in);
@@ -132,7 +120,8 @@ static void mixture_backward(const Logits& in, int64_t row, const Mixture& mix, 
     map_blocks(in, x, y, true, to, [&](const float* bx, const float* by, float* dx, int64_t count) {
       const auto step = [&](const float* xs, const float* ys, float* to_lane) {
         const MixtureFloats terms =
-            mixture_floats(mix, load(xs) * scale - norm.m, load(ys) * scale - norm.n, p_factor, w_factor, drift);
+            mixture_floats(mix, multiply_add(load(xs), splat(scale), splat(-norm.m)),
+                           multiply_add(load(ys), splat(scale), splat(-norm.n)), p_factor, w_factor, drift);
         store(to_lane, terms.p * (terms.slope - center) * outer);
       };
       int64_t i = 0;
@@ -148,8 +137,8 @@ static void mixture_backward(const Logits& in, int64_t row, const Mixture& mix, 
   } else {
     const double scale = natural_scale(in);
     for (int64_t i = 0; i < in.vocab; ++i) {
-      const MixtureTerms terms = mixture_column(mix, element(x, in.student.dtype, i) * scale - norm.lx,
-                                                element(y, in.teacher.dtype, i) * scale - norm.ly);
+      const MixtureTerms terms = mixture_column(mix, norm.log_p(scaled(element(x, in.student.dtype, i), scale)),
+                                                norm.log_w(scaled(element(y, in.teacher.dtype, i), scale)));
       set_element(to, in.student.dtype, i, factor * terms.p * (terms.slope - mean));
     }
   }

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef CMDP_ISA
@@ -29,6 +31,7 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float))));  // for arithmetic on bits, which may wrap
 typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
 static inline Floats splat(float value) { return value - Floats{}; }
@@ -68,6 +71,22 @@ static inline Floats max(Floats a, Floats b) {
 #endif
 }
 
+// a b + c with one rounding, wherever the expression stands: the compiler's own contraction stops at basic blocks, and
+// a logit times the scale, rounded before the reference comes off, would lose what the difference needs.
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else  // no such instruction: the product is exact in double
+  typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
+  const auto wide = [](Floats v) { return __builtin_convertvector(v, Doubles); };
+  return __builtin_convertvector(wide(a) * wide(b) + wide(c), Floats);
+#endif
+}
+
 static inline float sum_of_lanes(Floats v) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
@@ -102,28 +121,27 @@ static inline Floats exp2(Floats t) {
   t = max(t, splat(-127.0f));
   const Floats shifted = t + magic;
   const Floats f = t - (shifted - magic);
-  return (Floats)((Ints)exp2_fraction<0>(f) + ((Ints)shifted << 23));
+  return (Floats)((Words)exp2_fraction<0>(f) + ((Words)shifted << 23));
 }
 
-// 2^t for t in [-104, 23], without a clamp: one integer `or` in place of two comparisons. Whether every t
-// was in the range is told by `seen`, which collects the bits of the integers: biased by 104 they fit in seven bits, and
-// anything else, infinities and NaNs included, disturbs the bits above, which are those of 1.5 * 2^23.
+// 2^t for t in [-104, 23], without a clamp: two integer operations in place of two comparisons. Whether every t was in
+// the range is told by `seen`, which collects what stands beside the bits of 1.5 * 2^23 in the shifted sums: biased by
+// 104 the integers fit in seven bits, and anything else, infinities and NaNs included, changes a bit above those.
 constexpr int kExponentBias = 104;
-constexpr int32_t kMagicBits = 0x4b400000;
-static const Ints kNothingSeen = Ints{} + kMagicBits;
+constexpr uint32_t kMagicBits = 0x4b400000;
 
-static inline Floats exp2_in_range(Floats t, Ints& seen) {
+static inline Floats exp2_in_range(Floats t, Words& seen) {
   const Floats magic = splat(12582912.0f + kExponentBias);
   const Floats shifted = t + magic;
-  seen |= (Ints)shifted;
+  seen |= (Words)shifted ^ kMagicBits;
   const Floats f = t - (shifted - magic);
-  return (Floats)((Ints)exp2_fraction<kExponentBias>(f) + ((Ints)shifted << 23));
+  return (Floats)((Words)exp2_fraction<kExponentBias>(f) + ((Words)shifted << 23));
 }
 
-static inline bool in_range(Ints seen) {
-  int32_t all = 0;
+static inline bool in_range(Words seen) {
+  uint32_t all = 0;
   for (int i = 0; i < kLanes; ++i) all |= seen[i];
-  return (all & ~0x7f) == kMagicBits;
+  return all < 128;
 }
 
 // log2(g) for normal g > 0: the exponent, and on the mantissa in [1/sqrt 2, sqrt 2) the series of atanh in

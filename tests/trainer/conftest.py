@@ -10,8 +10,8 @@ from tiny_pair import PROBLEMS, tiny_model
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small are slower on more."""
+def one_thread():
+    """Models this small are slower on more, and metrics are bitwise reproducible for a given number only."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -15,8 +15,8 @@ from cmdp_fast.cli import main
 from cmdp_fast.trainer import data
 
 
-@pytest.fixture(scope="session")
-def finished_run(pair, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def finished_run(pair, tmp_path_factory, one_thread) -> Path:
     output = tmp_path_factory.mktemp("finished")
     assert main(arguments(pair, output)) == 0
     return output / "r"
