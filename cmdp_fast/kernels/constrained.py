@@ -120,7 +120,9 @@ def sequence_kernel(
     if budgets is not None:
         limit = tl.load(budgets + sequence.to(tl.int64) * budget_stride).to(tl.float64)
     if PER_TOKEN:
-        limit = limit * tl.sum(kept, 0).to(tl.float64)
+        count = tl.sum(kept, 0).to(tl.float64)
+        limit = tl.where(count > 0, limit * count, 0.0)
+    limit = limit.to(tl.float32).to(tl.float64)  # as the costs are rounded: a cost of 0.3 is within a budget of 0.3
     scan_sequence(
         sequence,
         begin,
@@ -167,7 +169,7 @@ def constrained_pass(
     trace: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     reward: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
-    """Statistics ``[...]`` and saved scalars ``[..., 4]``; the trace and the reward are written where they are given.
+    """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; the trace and the reward are written where they are given.
 
     Tokens are ``[B, T]``, or ``[N]`` with ``cu_seqlens [B+1]``; ``cost`` is one of `COSTS`.
     """

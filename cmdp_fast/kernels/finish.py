@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cmdp_fast.kernels.shared import LN2, finite, locate
+from cmdp_fast.kernels.shared import LN2, SAVED, STATE_FIELDS, finite, locate
 
 ROWS = 32  # rows a step
 WARPS = 4
@@ -73,7 +73,7 @@ def finish_rows(
         keep = inside & (tl.load(mask + row, mask=inside, other=0) != 0)
     part = tl.arange(0, PARTS)[None, :]
     present = (part < segments) & keep[:, None]
-    at = partial + (row[:, None] * segments + part) * 8
+    at = partial + (row[:, None] * segments + part) * STATE_FIELDS
     m = tl.load(at, mask=present, other=0.0)
     n = tl.load(at + 1, mask=present, other=0.0)
     z = tl.load(at + 2, mask=present, other=0.0)
@@ -110,8 +110,14 @@ def finish_rows(
         put(teacher_entropy + row, k_all, valid, keep, inside)
         put(reverse_kl + row, r, valid, keep, inside)
         put(forward_kl + row, f, valid, keep, inside)
-    to = saved + row * 4
-    put(to, (top + log_z) * LN2, valid, keep, inside)
-    put(to + 1, (teacher_top + log_u) * LN2, valid, keep, inside)
-    put(to + 2, h_all, valid, keep, inside)
-    put(to + 3, r, valid, keep, inside)
+    careful = tl.max(tl.load(at + 8, mask=present, other=0.0), 1)
+    # From 2^24 octaves on a normaliser in float32 may be off by more than an octave, beyond what `split` repairs.
+    careful = tl.where(tl.maximum(tl.abs(top), tl.abs(teacher_top)) < 1e7, careful, 1.0)
+    to = saved + row * SAVED
+    put(to, top, valid, keep, inside)
+    put(to + 1, teacher_top, valid, keep, inside)
+    put(to + 2, log_z, valid, keep, inside)
+    put(to + 3, log_u, valid, keep, inside)
+    put(to + 4, h_all, valid, keep, inside)
+    put(to + 5, r, valid, keep, inside)
+    put(to + 6, careful, keep, keep, inside)

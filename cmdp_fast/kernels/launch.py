@@ -97,11 +97,6 @@ def natural_of(scale: float) -> float:
     return scale * math.log(2.0)
 
 
-def shrink_of(scale: float) -> float:
-    """A power of two that makes scale times any finite logit small enough to be subtracted without overflow."""
-    return 2.0 ** -(max(0, math.ceil(math.log2(scale))) + 3)
-
-
 class Rows(NamedTuple):
     """Rows ``[rows, V]`` over at most two axes: row i begins at i // inner * outer_stride + i % inner * stride."""
 

@@ -17,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
-from cmdp_fast.kernels.shared import LN2, NOWHERE, locate, octaves
+from cmdp_fast.kernels.shared import LN2, NOWHERE, SAVED, locate, octaves
 from cmdp_fast.kernels.token_stats import token_stats
-from cmdp_fast.kernels.token_stats_backward import split
+from cmdp_fast.kernels.token_stats_backward import MODEST, split
 
 FAR = tl.constexpr(126.0)
+FAR_CAREFULLY = tl.constexpr(1000.0)
 
 
 @triton.jit
@@ -41,6 +42,22 @@ def terms(x, y, scale, m, r, n, q, b, c_teacher, c_student):
     rho = tl.exp2(delta)
     g = (1 - b) + b * rho
     # In octaves until after the subtraction: where one model has no weight, delta and log g are both about 126.
+    log_g = tl.log2(g)
+    value = (w * c_teacher * (delta - log_g) - p * c_student * log_g) * LN2
+    slope = -c_student * LN2 * log_g - (1 - b) * (c_student + c_teacher * rho) / g
+    return value, p, slope
+
+
+@triton.jit
+def careful_terms(x, y, scale, at, b, c_teacher, c_student):
+    """As `terms`, in double."""
+    factor = tl.zeros([], tl.float64) + scale
+    log_p = (x.to(tl.float64) * factor - tl.load(at)) - tl.load(at + 2)
+    log_w = (y.to(tl.float64) * factor - tl.load(at + 1)) - tl.load(at + 3)
+    p, w = tl.exp2(log_p), tl.exp2(log_w)
+    delta = clamped(tl.where((p == 0) & (w == 0), 0.0, log_w - log_p), -FAR_CAREFULLY, FAR_CAREFULLY)
+    rho = tl.exp2(delta)
+    g = (1 - b) + b * rho
     log_g = tl.log2(g)
     value = (w * c_teacher * (delta - log_g) - p * c_student * log_g) * LN2
     slope = -c_student * LN2 * log_g - (1 - b) * (c_student + c_teacher * rho) / g
@@ -78,11 +95,26 @@ def mixture_kernel(
             return
     x_row = student + locate(row, x_inner, x_stride, x_outer_stride)
     y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
-    at = saved + row.to(tl.int64) * 4
-    m, r = split(tl.load(at))
-    n, q = split(tl.load(at + 1))
+    at = saved + row.to(tl.int64) * SAVED
+    m, r = split(tl.load(at), tl.load(at + 2))
+    n, q = split(tl.load(at + 1), tl.load(at + 3))
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, vocab)
+    to = partial + program.to(tl.int64) * 2
+    if tl.load(at + 6) != 0:
+        total = tl.zeros([LANES], tl.float64)
+        slopes = tl.zeros([LANES], tl.float64)
+        for first in range(start, stop, LANES):
+            lane = first + tl.arange(0, LANES)
+            inside = lane < stop
+            x = tl.load(x_row + lane, mask=inside, other=0.0)
+            y = tl.load(y_row + lane, mask=inside, other=0.0)
+            v, p, slope = careful_terms(x, y, scale, at, b, c_teacher, c_student)
+            total += tl.where(inside, v, 0.0)
+            slopes += tl.where(inside, p * slope, 0.0)
+        tl.store(to, tl.sum(total, 0))
+        tl.store(to + 1, tl.sum(slopes, 0))
+        return
     tile: tl.constexpr = LANES * VECTOR
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     value = tl.zeros([LANES], tl.float32)
@@ -101,9 +133,8 @@ def mixture_kernel(
         v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
         value += tl.sum(tl.where(inside, v, 0.0), 1)
         mean += tl.sum(tl.where(inside, p * slope, 0.0), 1)
-    to = partial + program.to(tl.int64) * 2
-    tl.store(to, tl.sum(value, 0))
-    tl.store(to + 1, tl.sum(mean, 0))
+    tl.store(to, tl.sum(value, 0).to(tl.float64))
+    tl.store(to + 1, tl.sum(mean, 0).to(tl.float64))
 
 
 @triton.jit
@@ -116,9 +147,9 @@ def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
     part = tl.arange(0, PARTS)
     present = part < count
     at = partial + (row * segments + part) * 2
-    total = tl.sum(tl.load(at, mask=present, other=0.0).to(tl.float64), 0)
+    total = tl.sum(tl.load(at, mask=present, other=0.0), 0)
     tl.store(value + row, tl.where(total < 0, 0.0, total).to(tl.float32))
-    tl.store(mean + row, tl.sum(tl.load(at + 1, mask=present, other=0.0).to(tl.float64), 0))
+    tl.store(mean + row, tl.sum(tl.load(at + 1, mask=present, other=0.0), 0))
 
 
 @triton.jit
@@ -160,21 +191,27 @@ def backward_kernel(
             tl.store(to, tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty), mask=written)
             return
     inside = columns < vocab
-    at = saved + row.to(tl.int64) * 4
-    m, r = split(tl.load(at))
-    n, q = split(tl.load(at + 1))
+    at = saved + row.to(tl.int64) * SAVED
+    m, r = split(tl.load(at), tl.load(at + 2))
+    n, q = split(tl.load(at + 1), tl.load(at + 3))
     x = tl.load(student + locate(row, x_inner, x_stride, x_outer_stride) + columns, mask=inside, other=0.0)
     y = tl.load(teacher + locate(row, y_inner, y_stride, y_outer_stride) + columns, mask=inside, other=0.0)
+    center = tl.load(mean + row)
+    outer = tl.load(upstream + row).to(tl.float64) * natural
+    if tl.where(tl.abs(outer) >= MODEST, 1.0, tl.load(at + 6)) != 0:
+        _, p, slope = careful_terms(x, y, scale, at, b, c_teacher, c_student)
+        value = (p * (slope - center) * outer).to(tl.float32)
+        tl.store(to, tl.where(inside, value, 0.0).to(out.dtype.element_ty), mask=written)
+        return
     _, p, slope = terms(x.to(tl.float32), y.to(tl.float32), scale, m, r, n, q, b, c_teacher, c_student)
-    center = tl.load(mean + row).to(tl.float32)
-    outer = tl.load(upstream + row).to(tl.float32) * natural
-    tl.store(to, tl.where(inside, p * (slope - center) * outer, 0.0).to(out.dtype.element_ty), mask=written)
+    value = p * (slope - center.to(tl.float32)) * outer.to(tl.float32)
+    tl.store(to, tl.where(inside, value, 0.0).to(out.dtype.element_ty), mask=written)
 
 
 def mixture(
     student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float, vocab: int, weights: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence ``[...]`` float32; saved scalars ``[..., 4]`` and the mean of G ``[...]``, both float64.
+    """The divergence ``[...]`` float32; saved scalars ``[..., SAVED]`` and the mean of G ``[...]``, both float64.
 
     ``weights``: b, c_teacher, c_student.
     """
@@ -186,7 +223,7 @@ def mixture(
         return value, saved, mean
     settings = launch.forward_settings(vocab, student.dtype, teacher.dtype)
     segments = launch.segments(vocab, settings)
-    partial = student.new_empty((rows, segments, 2), dtype=torch.float32)
+    partial = student.new_empty((rows, segments, 2), dtype=torch.float64)
     x, y, keep = launch.rows_of(student), launch.rows_of(teacher), launch.flags(mask)
     with launch.on(student):
         mixture_kernel[(rows * segments,)](

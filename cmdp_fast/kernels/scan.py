@@ -66,7 +66,8 @@ def reward_of(
         return given - coefficient * cost
     else:  # barrier: log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}), and remaining_0 = d
         before = tl.where(started, remaining_before, remaining + cumulative)
-        step = tl.log(tl.where(inside, remaining / before, 1.0))
+        # An infinite budget has no barrier.
+        step = tl.log(tl.where(inside & (remaining != float("inf")), remaining / before, 1.0))
         return tl.where(inside, given + coefficient * step, -slope * cost)
 
 
@@ -142,7 +143,9 @@ def scan_sequence(
             over = keep & (~(account <= limit))
         first = tl.minimum(first, tl.min(tl.where(over, i, length), 0))
         overrun = tl.where(account <= limit, 0.0, account - limit)
-        added = tl.where(keep, overrun - previous(overrun, overrun_before), 0.0)
+        before = previous(overrun, overrun_before)
+        # Once the overrun is infinite nothing adds to it; the difference of two infinities would be NaN.
+        added = tl.where(keep & (before != float("inf")), overrun - before, 0.0)
         left = limit - account
         bad = i >= first
         tl.store(cumulative + at, account.to(cumulative.dtype.element_ty), mask=real)

@@ -18,7 +18,10 @@ PER_NAT = tl.constexpr(math.log2(math.e))  # octaves
 # The reference of a lane that has seen no column. Finite, so that the first rise of the reference multiplies zeros by
 # a number; a row whose every logit lies below it is left to the careful loop.
 NOWHERE = tl.constexpr(-1e30)
-STATE_FIELDS = 8  # m, n, z, u, a, b, h, k
+STATE_FIELDS = tl.constexpr(9)  # m, n, z, u, a, b, h, k, and 1 if the segment was folded carefully
+# What the backward pass needs of a row, in double: the references m, n and log z, log u in octaves, H and R in nats,
+# and 1 if the row has to be done carefully.
+SAVED = tl.constexpr(7)
 
 
 @triton.jit

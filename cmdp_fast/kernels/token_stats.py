@@ -25,12 +25,12 @@ from cmdp_fast.kernels import finish, launch
 from cmdp_fast.kernels.finish import finish_rows
 from cmdp_fast.kernels.fold import fold
 from cmdp_fast.kernels.shared import (
+    SAVED,
     STATE_FIELDS,
     excluded,
     finite,
     locate,
     merged,
-    octaves,
 )
 
 
@@ -48,46 +48,46 @@ def top_of(row, start, stop, LANES: tl.constexpr):
 
 
 @triton.jit
-def fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES: tl.constexpr):
-    """As `fold`, every special value included. Octaves are counted in units of 1/shrink, in which any finite logit is
-    a finite number; 0 · anything = 0; a or b is +inf where only the student (only the teacher) uses a column.
+def fold_carefully(x_row, y_row, start, stop, scale, LANES: tl.constexpr):
+    """As `fold`, every special value included: differences in double, in which those of any two logits are finite and
+    those of equal ones 0; 0 · anything = 0; a or b is +inf where only the student (only the teacher) uses a column.
 
     A column a step: this is rare, and the registers it takes count against the main loop too."""
     columns = tl.arange(0, LANES)
-    small, units = scale * shrink, 1.0 / shrink
-    m = top_of(x_row, start, stop, LANES) * small
-    n = top_of(y_row, start, stop, LANES) * small
+    factor = tl.zeros([], tl.float64) + scale
+    m = top_of(x_row, start, stop, LANES).to(tl.float64) * factor
+    n = top_of(y_row, start, stop, LANES).to(tl.float64) * factor
     z = tl.zeros([LANES], tl.float32)
     u = tl.zeros([LANES], tl.float32)
-    a = tl.zeros([LANES], tl.float32)
-    b = tl.zeros([LANES], tl.float32)
-    h = tl.zeros([LANES], tl.float32)
-    k = tl.zeros([LANES], tl.float32)
+    a = tl.zeros([LANES], tl.float64)
+    b = tl.zeros([LANES], tl.float64)
+    h = tl.zeros([LANES], tl.float64)
+    k = tl.zeros([LANES], tl.float64)
     for at in range(start, stop, LANES):
         inside = at + columns < stop
-        x = tl.load(x_row + at + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        y = tl.load(y_row + at + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.load(x_row + at + columns, mask=inside, other=float("-inf")).to(tl.float64)
+        y = tl.load(y_row + at + columns, mask=inside, other=float("-inf")).to(tl.float64)
         no_x, no_y = excluded(x), excluded(y)
-        t = tl.where(no_x, 0.0, octaves(x, small, m))
-        s = tl.where(no_y, 0.0, octaves(y, small, n))
-        p = tl.where(no_x, 0.0, tl.exp2(t * units))
-        w = tl.where(no_y, 0.0, tl.exp2(s * units))
-        difference = t - s
+        # In double the products are exact, so that equal logits cancel, whether or not the compiler fuses this.
+        t = tl.where(no_x, 0.0, x * factor - m)
+        s = tl.where(no_y, 0.0, y * factor - n)
+        p = tl.where(no_x, 0.0, tl.exp2(t.to(tl.float32)))
+        w = tl.where(no_y, 0.0, tl.exp2(s.to(tl.float32)))
         z += p
         u += w
-        a += tl.where(no_x, 0.0, tl.where(no_y, float("inf"), p * difference))
-        b += tl.where(no_y, 0.0, tl.where(no_x, float("inf"), w * -difference))
+        a += tl.where(no_x, 0.0, tl.where(no_y, float("inf"), p * (t - s)))
+        b += tl.where(no_y, 0.0, tl.where(no_x, float("inf"), w * (s - t)))
         h += p * t
         k += w * s
     return (
-        m.to(tl.float64) * units,
-        n.to(tl.float64) * units,
+        m,
+        n,
         tl.sum(z, 0).to(tl.float64),
         tl.sum(u, 0).to(tl.float64),
-        tl.sum(a, 0).to(tl.float64) * units,
-        tl.sum(b, 0).to(tl.float64) * units,
-        tl.sum(h, 0).to(tl.float64) * units,
-        tl.sum(k, 0).to(tl.float64) * units,
+        tl.sum(a, 0),
+        tl.sum(b, 0),
+        tl.sum(h, 0),
+        tl.sum(k, 0),
     )
 
 
@@ -106,7 +106,6 @@ def fold_kernel(
     vocab,
     segments,
     scale,
-    shrink,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     STEP: tl.constexpr,
@@ -114,7 +113,7 @@ def fold_kernel(
     ALIGNED: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """One program a segment of a row: its state goes to partial [rows, segments, 8]."""
+    """One program a segment of a row: its state goes to partial [rows, segments, STATE_FIELDS]."""
     program = tl.program_id(0)
     row, segment = program // segments, program % segments
     if mask is not None:
@@ -131,9 +130,11 @@ def fold_kernel(
     sums = finite(z) & finite(u) & finite(a) & finite(b) & finite(h) & finite(k)
     m, n, z, u = m.to(tl.float64), n.to(tl.float64), z.to(tl.float64), u.to(tl.float64)
     a, b, h, k = a.to(tl.float64), b.to(tl.float64), h.to(tl.float64), k.to(tl.float64)
+    careful = tl.zeros([], tl.float64)
     if not (sums & (z > 0) & (u > 0)):
-        m, n, z, u, a, b, h, k = fold_carefully(x_row, y_row, start, stop, scale, shrink, LANES)
-    to = partial + program.to(tl.int64) * 8
+        careful += 1
+        m, n, z, u, a, b, h, k = fold_carefully(x_row, y_row, start, stop, scale, LANES)
+    to = partial + program.to(tl.int64) * STATE_FIELDS
     tl.store(to, m)
     tl.store(to + 1, n)
     tl.store(to + 2, z)
@@ -142,6 +143,7 @@ def fold_kernel(
     tl.store(to + 5, b)
     tl.store(to + 6, h)
     tl.store(to + 7, k)
+    tl.store(to + 8, careful)
 
 
 @triton.jit
@@ -203,7 +205,7 @@ def finish_kernel(
 class Folded(NamedTuple):
     """Partial states of all rows, and what it takes to finish them."""
 
-    partial: Tensor  # [rows, segments, 8] float64
+    partial: Tensor  # [rows, segments, STATE_FIELDS] float64
     student: launch.Rows
     teacher: launch.Rows
     vocab: int
@@ -225,7 +227,7 @@ def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
     rows = launch.count_rows(student)
     settings = launch.forward_settings(vocab, student.dtype, teacher.dtype)
     segments = launch.segments(vocab, settings)
-    partial = student.new_empty((rows, segments, STATE_FIELDS), dtype=torch.float64)
+    partial = student.new_empty((rows, segments, STATE_FIELDS.value), dtype=torch.float64)
     x, y = launch.rows_of(student), launch.rows_of(teacher)
     scale = launch.scale_of(temperature)
     wide_loads = launch.aligned(x, settings.vector) and launch.aligned(y, settings.vector)
@@ -241,7 +243,6 @@ def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
             vocab,
             segments,
             scale,
-            launch.shrink_of(scale),
             LANES=settings.lanes,
             VECTOR=settings.vector,
             STEP=settings.step,
@@ -260,13 +261,13 @@ def empty_statistics(student: Tensor) -> tuple[list[Tensor], Tensor]:
     """Room for the six statistics and the saved scalars."""
     shape = student.shape[:-1]
     statistics = [student.new_empty(shape, dtype=torch.float32) for _ in range(6)]
-    return statistics, student.new_empty((*shape, 4), dtype=torch.float64)
+    return statistics, student.new_empty((*shape, SAVED.value), dtype=torch.float64)
 
 
 def token_stats(
     student: Tensor, teacher: Tensor, tokens: Tensor | None, mask: Tensor | None, temperature: float, vocab: int
 ) -> tuple[list[Tensor], Tensor]:
-    """The six statistics ``[...]`` float32 and the saved scalars ``[..., 4]`` float64.
+    """The six statistics ``[...]`` float32 and the saved scalars ``[..., SAVED]`` float64.
 
     Without tokens the statistics are left unwritten: only the scalars are wanted.
     """
