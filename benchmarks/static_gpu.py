@@ -106,7 +106,7 @@ def _backward(vocab: int, dtype: torch.dtype) -> None:
     from cmdp_fast import kernels
 
     x, y, tokens, mask = _inputs(vocab, dtype)
-    saved, upstream = torch.empty(2, 4, dtype=torch.float64), torch.empty(2)
+    saved, upstream = torch.empty(2, 7, dtype=torch.float64), torch.empty(2)
     kernels.token_stats_backward(x, y, tokens, mask, saved, (upstream,) * 4, 1.0, vocab, x)
 
 

@@ -33,9 +33,12 @@ class Forward(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Of the kernels that write a column for every column they read."""
+    """Of the kernels that write a column for every column they read: a program writes ``span`` of them, a ``tile`` at a
+    time, or ``careful`` at a time where it has to be done carefully."""
 
-    block: int
+    tile: int
+    span: int
+    careful: int
     warps: int
 
 
@@ -79,8 +82,9 @@ def tuned(settings: Forward, key: tuple[object, ...], run: Callable[[Forward], o
 
 
 def column_settings(vocab: int) -> Columns:
-    """16 columns a thread: two to four independent 128-bit loads of each model in flight."""
-    return Columns(512, 1) if vocab < 1024 else Columns(2048, 4)
+    """16 columns a thread and tile: two to four independent 128-bit loads of each model in flight. Four tiles a program
+    share the row's coefficients, whose double arithmetic would otherwise cost as much as a tile."""
+    return Columns(512, 512, 32, 1) if vocab < 1024 else Columns(2048, 8192, 128, 4)
 
 
 def segments(vocab: int, settings: Forward) -> int:

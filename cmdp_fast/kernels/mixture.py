@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
-from cmdp_fast.kernels.shared import LN2, NOWHERE, SAVED, locate, octaves
+from cmdp_fast.kernels.shared import LN2, SAVED, locate, octaves, taken
 from cmdp_fast.kernels.token_stats import token_stats
 from cmdp_fast.kernels.token_stats_backward import MODEST, split
 
@@ -34,11 +34,10 @@ def clamped(x, low, high):
 
 @triton.jit
 def terms(x, y, scale, m, r, n, q, b, c_teacher, c_student):
-    """A column's share of the value, p, and G."""
-    t = clamped(octaves(x, scale, m), NOWHERE, -NOWHERE)
-    s = clamped(octaves(y, scale, n), NOWHERE, -NOWHERE)
+    """A column's share of the value, p, and G; without special values."""
+    t, s = octaves(x, scale, m), octaves(y, scale, n)
     p, w = tl.exp2(t) * tl.exp2(-r), tl.exp2(s) * tl.exp2(-q)
-    delta = clamped(s - t + (r - q), -FAR, FAR)
+    delta = tl.minimum(tl.maximum(s - t + (r - q), -FAR), FAR)
     rho = tl.exp2(delta)
     g = (1 - b) + b * rho
     # In octaves until after the subtraction: where one model has no weight, delta and log g are both about 126.
@@ -121,15 +120,13 @@ def mixture_kernel(
     mean = tl.zeros([LANES], tl.float32)
     whole = start + (stop - start) // tile * tile
     for first in range(start, whole, tile):
-        x = tl.load(x_row + first + columns).to(tl.float32)
-        y = tl.load(y_row + first + columns).to(tl.float32)
+        x, y = taken(x_row, first + columns, None), taken(y_row, first + columns, None)
         v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
         value += tl.sum(v, 1)
         mean += tl.sum(p * slope, 1)
     if whole < stop:
         inside = whole + columns < stop
-        x = tl.load(x_row + whole + columns, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(y_row + whole + columns, mask=inside, other=0.0).to(tl.float32)
+        x, y = taken(x_row, whole + columns, inside), taken(y_row, whole + columns, inside)
         v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
         value += tl.sum(tl.where(inside, v, 0.0), 1)
         mean += tl.sum(tl.where(inside, p * slope, 0.0), 1)
@@ -178,34 +175,54 @@ def backward_kernel(
     b,
     c_teacher,
     c_student,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    SPAN: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
-    """One program a block of columns of a row."""
+    """One program SPAN columns of a row, a TILE at a time."""
     program = tl.program_id(0)
     row, block = program // blocks, program % blocks
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    written = columns < width
-    to = out + locate(row, out_inner, out_stride, out_outer_stride) + columns
+    start = block * SPAN
+    stop = tl.minimum(start + SPAN, width)
+    to_row = out + locate(row, out_inner, out_stride, out_outer_stride)
+    tile = tl.arange(0, TILE)
     if mask is not None:
         if tl.load(mask + row) == 0:
-            tl.store(to, tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty), mask=written)
+            for first in range(start, stop, TILE):
+                columns = first + tile
+                tl.store(to_row + columns, tl.zeros([TILE], tl.float32).to(out.dtype.element_ty), mask=columns < width)
             return
-    inside = columns < vocab
     at = saved + row.to(tl.int64) * SAVED
-    m, r = split(tl.load(at), tl.load(at + 2))
-    n, q = split(tl.load(at + 1), tl.load(at + 3))
-    x = tl.load(student + locate(row, x_inner, x_stride, x_outer_stride) + columns, mask=inside, other=0.0)
-    y = tl.load(teacher + locate(row, y_inner, y_stride, y_outer_stride) + columns, mask=inside, other=0.0)
+    x_row = student + locate(row, x_inner, x_stride, x_outer_stride)
+    y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
     center = tl.load(mean + row)
     outer = tl.load(upstream + row).to(tl.float64) * natural
     if tl.where(tl.abs(outer) >= MODEST, 1.0, tl.load(at + 6)) != 0:
-        _, p, slope = careful_terms(x, y, scale, at, b, c_teacher, c_student)
-        value = (p * (slope - center) * outer).to(tl.float32)
-        tl.store(to, tl.where(inside, value, 0.0).to(out.dtype.element_ty), mask=written)
+        for first in range(start, stop, CAREFUL):
+            columns = first + tl.arange(0, CAREFUL)
+            inside = columns < vocab
+            x = tl.load(x_row + columns, mask=inside, other=0.0)
+            y = tl.load(y_row + columns, mask=inside, other=0.0)
+            _, p, slope = careful_terms(x, y, scale, at, b, c_teacher, c_student)
+            value = tl.where(inside, p * (slope - center) * outer, 0.0).to(tl.float32)
+            tl.store(to_row + columns, value.to(out.dtype.element_ty), mask=columns < width)
         return
-    _, p, slope = terms(x.to(tl.float32), y.to(tl.float32), scale, m, r, n, q, b, c_teacher, c_student)
-    value = p * (slope - center.to(tl.float32)) * outer.to(tl.float32)
-    tl.store(to, tl.where(inside, value, 0.0).to(out.dtype.element_ty), mask=written)
+    m, r = split(tl.load(at), tl.load(at + 2))
+    n, q = split(tl.load(at + 1), tl.load(at + 3))
+    middle, factor = center.to(tl.float32), outer.to(tl.float32)
+    whole = start + tl.maximum(tl.minimum(stop, vocab) - start, 0) // TILE * TILE
+    for first in range(start, whole, TILE):
+        columns = first + tile
+        x, y = taken(x_row, columns, None), taken(y_row, columns, None)
+        _, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
+        tl.store(to_row + columns, (p * (slope - middle) * factor).to(out.dtype.element_ty))
+    for first in range(whole, stop, TILE):
+        columns = first + tile
+        inside = columns < vocab
+        x, y = taken(x_row, columns, inside), taken(y_row, columns, inside)
+        _, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
+        value = p * (slope - middle) * factor
+        tl.store(to_row + columns, tl.where(inside, value, 0.0).to(out.dtype.element_ty), mask=columns < width)
 
 
 def mixture(
@@ -266,7 +283,7 @@ def mixture_backward(
     if rows == 0:
         return
     settings = launch.column_settings(width)
-    blocks = -(-width // settings.block)
+    blocks = -(-width // settings.span)
     x, y, to = launch.rows_of(student), launch.rows_of(teacher), launch.rows_of(out)
     scale = launch.scale_of(temperature)
     with launch.on(student):
@@ -287,6 +304,8 @@ def mixture_backward(
             scale,
             launch.natural_of(scale),
             *weights,
-            BLOCK=settings.block,
+            TILE=settings.tile,
+            SPAN=settings.span,
+            CAREFUL=settings.careful,
             num_warps=settings.warps,
         )

@@ -36,6 +36,15 @@ def locate(row, inner, inner_stride, outer_stride):
 
 
 @triton.jit
+def taken(row, columns, inside):
+    """Columns of a row in float32, 0 where not `inside`; all of them if that is None."""
+    if inside is None:
+        return tl.load(row + columns).to(tl.float32)
+    else:
+        return tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def octaves(x, scale, reference):
     """L x - M with one rounding."""
     return tl.fma(x, scale + tl.zeros_like(x), tl.zeros_like(x) - reference)
