@@ -81,7 +81,9 @@ def test_no_kernel_spills(reports):
 def test_backward_moves_three_matrices_by_wide_loads(reports):
     report = reports[0][BACKWARD]
     assert report["bytes_a_column"] == 6
-    assert report["loads"]["128"] * 128 == 2 * 16 * report["columns"]
+    assert report["loads"] == {"128": 4} and report["columns"] == 16
+    assert report["barriers"] == 0 and report["shuffles"] == 0
+    assert report["instructions_a_column"] <= 18 and report["occupancy"] >= 0.5
 
 
 def test_bounds_are_labelled(reports):

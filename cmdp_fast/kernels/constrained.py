@@ -169,7 +169,7 @@ def constrained_pass(
     trace: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     reward: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
-    """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; the trace and the reward are written where they are given.
+    """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; trace and reward are written where they are given.
 
     Tokens are ``[B, T]``, or ``[N]`` with ``cu_seqlens [B+1]``; ``cost`` is one of `COSTS`.
     """
@@ -214,6 +214,6 @@ def constrained_pass(
             ROWS=finish.ROWS,
             PARTS=folded.parts,
             CHUNK=scan.CHUNK,
-            num_warps=finish.WARPS,
+            **launch.compiled_for(finish.WARPS),
         )
     return statistics, saved

@@ -87,6 +87,12 @@ def column_settings(vocab: int) -> Columns:
     return Columns(512, 512, 32, 1) if vocab < 1024 else Columns(2048, 8192, 128, 4)
 
 
+def compiled_for(warps: int) -> dict[str, object]:
+    """How a kernel is compiled. Multiplications and additions fuse only where a kernel says so: left to the compiler,
+    the same formula could round differently in two kernels whose results are promised to be the same."""
+    return {"num_warps": warps, "enable_fp_fusion": False}
+
+
 def segments(vocab: int, settings: Forward) -> int:
     return -(-vocab // settings.segment)
 

@@ -39,7 +39,7 @@ def terms(x, y, scale, m, r, n, q, b, c_teacher, c_student):
     p, w = tl.exp2(t) * tl.exp2(-r), tl.exp2(s) * tl.exp2(-q)
     delta = tl.minimum(tl.maximum(s - t + (r - q), -FAR), FAR)
     rho = tl.exp2(delta)
-    g = (1 - b) + b * rho
+    g = tl.fma(rho, tl.zeros_like(rho) + b, tl.zeros_like(rho) + (1 - b))
     # In octaves until after the subtraction: where one model has no weight, delta and log g are both about 126.
     log_g = tl.log2(g)
     value = (w * c_teacher * (delta - log_g) - p * c_student * log_g) * LN2
@@ -258,10 +258,10 @@ def mixture(
             LANES=settings.lanes,
             VECTOR=settings.vector,
             SEGMENT=settings.segment,
-            num_warps=settings.warps,
+            **launch.compiled_for(settings.warps),
         )
         finish_kernel[(rows,)](
-            keep, partial, value, mean, segments, PARTS=triton.next_power_of_2(segments), num_warps=1
+            keep, partial, value, mean, segments, PARTS=triton.next_power_of_2(segments), **launch.compiled_for(1)
         )
     return value, saved, mean
 
@@ -307,5 +307,5 @@ def mixture_backward(
             TILE=settings.tile,
             SPAN=settings.span,
             CAREFUL=settings.careful,
-            num_warps=settings.warps,
+            **launch.compiled_for(settings.warps),
         )

@@ -357,7 +357,7 @@ def trace_budgets(
             **budget_settings(*budget),
             **reward_settings(*rule),
             CHUNK=CHUNK,
-            num_warps=WARPS,
+            **launch.compiled_for(WARPS),
         )
 
 
@@ -388,5 +388,5 @@ def modify_rewards(
             reward,
             **reward_settings(*rule),
             CHUNK=CHUNK,
-            num_warps=WARPS,
+            **launch.compiled_for(WARPS),
         )

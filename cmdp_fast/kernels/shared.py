@@ -61,10 +61,10 @@ def raised(m, n, z, u, a, b, h, k, top, teacher_top):
     drop, teacher_drop = m - top, n - teacher_top
     apart = drop - teacher_drop
     shrink, teacher_shrink = tl.exp2(drop), tl.exp2(teacher_drop)
-    a = (a + apart * z) * shrink
-    b = (b - apart * u) * teacher_shrink
-    h = (h + drop * z) * shrink
-    k = (k + teacher_drop * u) * teacher_shrink
+    a = tl.fma(apart, z, a) * shrink
+    b = tl.fma(-apart, u, b) * teacher_shrink
+    h = tl.fma(drop, z, h) * shrink
+    k = tl.fma(teacher_drop, u, k) * teacher_shrink
     return z * shrink, u * teacher_shrink, a, b, h, k
 
 

@@ -249,7 +249,7 @@ def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
             SEGMENT=settings.segment,
             ALIGNED=wide_loads,
             PTX=launch.speaks_ptx(),
-            num_warps=settings.warps,
+            **launch.compiled_for(settings.warps),
         )
 
     if rows > 0:
@@ -290,6 +290,6 @@ def token_stats(
             *folded.shape,
             ROWS=finish.ROWS,
             PARTS=folded.parts,
-            num_warps=finish.WARPS,
+            **launch.compiled_for(finish.WARPS),
         )
     return statistics, saved

@@ -44,9 +44,7 @@ def upstream(gradient, row):
 
 
 @triton.jit
-def careful_gradient(
-    x, y, own, at, scale, natural, g_l, g_h, g_r, g_f, LOGPROB: tl.constexpr, FORWARD: tl.constexpr
-):
+def careful_gradient(x, y, own, at, scale, natural, g_l, g_h, g_r, g_f, LOGPROB: tl.constexpr, FORWARD: tl.constexpr):
     """dx of some columns in double. Excluded columns have probability 0, and 0 · anything = 0."""
     factor = tl.zeros([], tl.float64) + scale
     log_p = (x.to(tl.float64) * factor - tl.load(at)) - tl.load(at + 2)
@@ -128,7 +126,8 @@ def backward_kernel(
     SPAN: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):
-    """One program SPAN columns of a row, a TILE at a time. `out` may be the student's logits: each column is read, then written."""
+    """One program SPAN columns of a row, a TILE at a time. `out` may be the student's logits: a column is read, then
+    written."""
     program = tl.program_id(0)
     row, block = program // blocks, program % blocks
     start = block * SPAN
@@ -253,5 +252,5 @@ def token_stats_backward(
             TILE=settings.tile,
             SPAN=settings.span,
             CAREFUL=settings.careful,
-            num_warps=settings.warps,
+            **launch.compiled_for(settings.warps),
         )

@@ -113,10 +113,11 @@ def constrained_reward(
     budget_rule = check_budget_rule(gamma, reduction, edge)
     reward_rule = check_reward_rule(kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope)
     vocab = checks.logits(student_logits, teacher_logits, vocab_size)
-    checks.tokens(tokens, student_logits)
+    checks.tensor("tokens", tokens)
     sequences = check_layout("tokens", tokens, mask, cu_seqlens)
     check_like("task_reward", task_reward, "tokens", tokens)
     check_budget(budget, tokens, sequences)
+    checks.tokens(tokens, student_logits)
     checks.positive("temperature", temperature)
     chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
     if kind == "saute" and cost in DIFFERENTIABLE_COSTS and not torch.compiler.is_compiling():
