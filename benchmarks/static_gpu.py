@@ -5,8 +5,8 @@
 The launchers of `cmdp_fast.kernels` are called on tensors of the real widths, with a driver that names a GPU and
 launches nothing. So Triton's own JIT compiles what it would compile there, with the specialisations that it infers from
 these very arguments. The code is disassembled, and the main loop looked at: of the loops that contain no other, the one
-that loads most. A column is one logit of the student and one of the teacher; a kernel without a loop over columns (the
-backward passes, one block a program) is counted as a whole.
+with most exponentials, and most loads. A column is one logit of the student and one of the teacher; a kernel without a
+loop over columns is counted as a whole.
 
 The bound is the slowest of memory (bytes over bandwidth), issue (instructions over issue rate, one a cycle and
 scheduler) and exponentials (16 a cycle and multiprocessor). It leaves out what happens outside the loop, latency and
@@ -77,11 +77,12 @@ class Report:
     loads: dict[int, int] = field(default_factory=dict)  # of the loop, by width in bits
     barriers: int = 0
     shuffles: int = 0
-    columns: float = 0.0  # in one turn of the loop; 0 where a kernel does not walk over columns
+    columns: float = 0.0  # in one turn of the loop; 0 of a kernel that holds no logits
     exponentials_a_column: float = 0.0
     instructions_a_column: float = 0.0
     bytes_a_column: int = 0
     predicted: dict[str, dict[str, float | str]] = field(default_factory=dict)
+    lanes: list[str] = field(default_factory=list)  # how vectors that are reduced lie over threads
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -189,15 +190,14 @@ class NamedGPU:
         return torch.device("cpu")
 
 
-def compiled(case: Case, vocab: int, dtype: torch.dtype, target: GPUTarget) -> Iterator[tuple[str, object, dict]]:
-    """(name, compiled kernel, arguments by name) of everything that the case launches."""
+def compiled(case: Case, vocab: int, dtype: torch.dtype, target: GPUTarget) -> Iterator[tuple[str, object]]:
+    """(name, compiled kernel) of everything that the case launches."""
     launched = []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         name = f"{self.__module__.rpartition('.')[2]}.{self.__name__}"
-        launched.append((name, kernel, arguments))
+        launched.append((name, kernel))
         return kernel
 
     run, JITFunction.run = JITFunction.run, compile_only
@@ -255,12 +255,19 @@ def load_bits(name: str) -> int:
     return 0
 
 
+EXPONENTIALS = ("MUFU.EX2", "v_exp_f32")
+
+
 def main_loop(code: list[Instruction]) -> list[Instruction] | None:
-    """Of the loops that contain no other, the one that loads most; None if no loop loads anything."""
+    """Of the loops that contain no other, the one with most exponentials, and most loads; None if no loop loads."""
     loops = [(i.target, at + 1) for at, i in enumerate(code) if i.target is not None and i.target <= at]
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
     bodies = [code[a:b] for a, b in inner]
-    best = max(bodies, key=lambda body: sum(load_bits(i.name) for i in body), default=None)
+
+    def work(body: list[Instruction]) -> tuple[int, int]:
+        return count(body, *EXPONENTIALS), sum(load_bits(i.name) for i in body)
+
+    best = max(bodies, key=work, default=None)
     return best if best and any(load_bits(i.name) for i in best) else None
 
 
@@ -275,6 +282,13 @@ def occupancy(registers: int, shared: int, threads: int, arch: str) -> float:
     per_warp = -(-registers // 8) * 8 * 32
     blocks = min(65536 // per_warp // warps, memory // (shared + 1024), 64 // warps, 32)
     return blocks * warps / 64
+
+
+def reduced_layouts(ir: str) -> list[str]:
+    """Shape and layout of every tensor that Triton reduces: sums come out bitwise the same if these are."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg.*)$", ir, re.MULTILINE))
+    shapes = re.findall(r"^ +\}\) : \(tensor<([\dx]+)x\w+, (#\w+)>\) ->", ir, re.MULTILINE)
+    return sorted({f"{size} {layouts[name]}" for size, name in shapes})
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -299,7 +313,7 @@ def read_amd(kernel) -> tuple[list[Instruction], int, int]:
     return parse_amdgcn(text), number["vgpr_count"], number["private_segment_fixed_size"]
 
 
-def examine(name: str, kernel, arguments: dict, traffic: int, vocab: int, dtype: str, arch: str) -> Report:
+def examine(name: str, kernel, traffic: int, vocab: int, dtype: str, arch: str) -> Report:
     """All figures of one compiled kernel. ``traffic``: how many matrices of logits it moves."""
     target = TARGETS[arch]
     code, registers, local = (read_nvidia if target.backend == "cuda" else read_amd)(kernel)
@@ -310,14 +324,15 @@ def examine(name: str, kernel, arguments: dict, traffic: int, vocab: int, dtype:
     report = Report(name, arch, dtype, vocab, threads, registers, shared, local, busy, len(code), loop is not None)
     body = loop or code
     report.loads = dict(sorted(collections.Counter(b for i in body if (b := load_bits(i.name))).items()))
+    report.lanes = reduced_layouts(kernel.asm["ttgir"])
     report.barriers = count(body, "BAR", "s_barrier")
     report.shuffles = count(body, "SHFL", "ds_bpermute", "ds_swizzle")
     if traffic:
         size = DTYPES[dtype].itemsize
         loaded = sum(bits // 8 * times for bits, times in report.loads.items())
-        report.columns = loaded / (2 * size) if loop else arguments["BLOCK"] / threads
+        report.columns = loaded / (2 * size)
         report.bytes_a_column = traffic * size
-        report.exponentials_a_column = count(body, "MUFU.EX2", "v_exp_f32") / report.columns
+        report.exponentials_a_column = count(body, *EXPONENTIALS) / report.columns
         report.instructions_a_column = len(body) / report.columns
         report.predicted = {d.name: predict(report, d) for d in DEVICES if d.arch == arch}
     return report
@@ -342,11 +357,11 @@ def survey(archs: list[str], dtypes: list[str], vocabularies: list[int]) -> list
         for dtype in dtypes:
             for vocab in vocabularies:
                 for case in CASES:
-                    for name, kernel, arguments in compiled(case, vocab, DTYPES[dtype], TARGETS[arch]):
+                    for name, kernel in compiled(case, vocab, DTYPES[dtype], TARGETS[arch]):
                         traffic = next((c.traffic[name] for c in CASES if name in c.traffic), 0)
                         key = (name, arch, dtype, vocab) if traffic else (name, arch)
                         if key not in reports:
-                            reports[key] = examine(name, kernel, arguments, traffic, vocab, dtype, arch)
+                            reports[key] = examine(name, kernel, traffic, vocab, dtype, arch)
     return list(reports.values())
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "static_gpu.py"
 FOLD, BACKWARD = "token_stats.fold_kernel", "token_stats_backward.backward_kernel"
+MIXTURE, SEQUENCE = "mixture.mixture_kernel", "constrained.sequence_kernel"
 
 # Two nested loops and a branch forwards, as nvdisasm prints them.
 SASS = """
@@ -45,27 +46,33 @@ def static_gpu():
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """What the script says of bfloat16 logits of 151936 columns on sm_90: in a process of its own, because the tests
-    may run with the interpreter instead of the compiler."""
+def survey(tmp_path_factory):
+    """What the script says of bfloat16 logits on sm_90: in a process of its own, because the tests may run with the
+    interpreter instead of the compiler."""
     out = tmp_path_factory.mktemp("static") / "reports.json"
-    command = [sys.executable, SCRIPT, "--arch", "90", "--dtype", "bfloat16", "--vocab", "151936", "--json", out]
+    command = [sys.executable, SCRIPT, "--arch", "90", "--dtype", "bfloat16", "--vocab", "151936", "50257"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
+    outcome = subprocess.run([*command, "--json", out], env=environment, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
-    return {report["kernel"]: report for report in json.loads(out.read_text())}, outcome.stdout
+    return json.loads(out.read_text()), outcome.stdout
+
+
+@pytest.fixture(scope="module")
+def reports(survey):
+    """By kernel: rows that begin at multiples of 16 bytes."""
+    return {report["kernel"]: report for report in survey[0] if report["vocab"] == 151936}
 
 
 def test_statistics_kernel_reaches_its_bars(static_gpu, reports):
-    report = static_gpu.Report(**reports[0][FOLD])
+    report = static_gpu.Report(**reports[FOLD])
     report.loads = {int(bits): times for bits, times in report.loads.items()}
     assert static_gpu.missed_bars(report) == []
     assert report.columns == 16 and report.bytes_a_column == 4
 
 
 def test_bars_can_be_missed(static_gpu, reports):
-    report = static_gpu.Report(**reports[0][FOLD])
+    report = static_gpu.Report(**reports[FOLD])
     report.loads, report.barriers, report.local, report.registers = {128: 3, 16: 2}, 1, 8, 255
     report.exponentials_a_column, report.instructions_a_column, report.occupancy = 2.6, 23.1, 0.4
     report.shuffles, report.loop = 5, False
@@ -73,21 +80,34 @@ def test_bars_can_be_missed(static_gpu, reports):
 
 
 def test_no_kernel_spills(reports):
-    assert len(reports[0]) >= 8
-    for name, report in reports[0].items():
+    assert len(reports) >= 8
+    for name, report in reports.items():
         assert report["local"] == 0, name
 
 
 def test_backward_moves_three_matrices_by_wide_loads(reports):
-    report = reports[0][BACKWARD]
+    report = reports[BACKWARD]
     assert report["bytes_a_column"] == 6
     assert report["loads"] == {"128": 4} and report["columns"] == 16
     assert report["barriers"] == 0 and report["shuffles"] == 0
     assert report["instructions_a_column"] <= 18 and report["occupancy"] >= 0.5
 
 
-def test_bounds_are_labelled(reports):
-    _, printed = reports
+def test_sums_are_added_in_the_same_order_wherever_a_row_lies(survey, reports):
+    """Rows that do not begin at multiples of 16 bytes are loaded otherwise, but reduced over the same lanes."""
+    odd = {report["kernel"]: report for report in survey[0] if report["vocab"] == 50257}
+    assert {FOLD, MIXTURE, BACKWARD} <= odd.keys()
+    for kernel in (FOLD, MIXTURE):
+        assert set(odd[kernel]["loads"]) == {"16"} and set(reports[kernel]["loads"]) == {"128"}
+        assert odd[kernel]["lanes"] == reports[kernel]["lanes"] and len(odd[kernel]["lanes"]) == 1, kernel
+    assert odd[BACKWARD]["lanes"] == []
+    # A statistic is the same whichever of the two kernels finishes it.
+    finish, sequence = (set(reports[name]["lanes"]) for name in ("token_stats.finish_kernel", SEQUENCE))
+    assert finish and finish <= sequence
+
+
+def test_bounds_are_labelled(survey):
+    _, printed = survey
     bounds = printed[printed.index("PREDICTED, NOT MEASURED") :]
     assert "H100" in bounds and "H200" in bounds
     assert all("predicted" in line for line in bounds.splitlines()[1:])

@@ -58,7 +58,10 @@ def test_every_pair_of_dtypes(student, teacher, backend):
     )
 
 
-@pytest.mark.parametrize("student_offset, teacher_offset", [(100, 0), (0, -100), (1e4, -1e4), (-3000, 5000)])
+FAR = [(1e7, 0), (0, -1e9), (-1e12, 0), (0, 1e20), (1e30, -1e30), (-2e30, 1e37), (0, 3e38), (-3e38, 0)]
+
+
+@pytest.mark.parametrize("student_offset, teacher_offset", [(100, 0), (0, -100), (1e4, -1e4), (-3000, 5000), *FAR])
 def test_offsets_cost_no_precision(student_offset, teacher_offset, backend):
     x = make_logits(4, 5000, offset=student_offset)
     check(x, make_logits(4, 5000, offset=teacher_offset, seed=1), make_tokens(4, vocab=5000), backend)

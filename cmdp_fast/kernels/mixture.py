@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
+from cmdp_fast.kernels.fold import places, read, widened
 from cmdp_fast.kernels.shared import LN2, SAVED, locate, octaves, taken
 from cmdp_fast.kernels.token_stats import token_stats
 from cmdp_fast.kernels.token_stats_backward import MODEST, split
@@ -85,8 +86,10 @@ def mixture_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     SEGMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """One program a segment of a row: sum of the values and of p G go to partial [rows, segments, 2]."""
+    """One program a segment of a row, read as the statistics' loop reads it; the sums of the values and of p G go to
+    partial [rows, segments, 2]."""
     program = tl.program_id(0)
     row, segment = program // segments, program % segments
     if mask is not None:
@@ -94,6 +97,8 @@ def mixture_kernel(
             return
     x_row = student + locate(row, x_inner, x_stride, x_outer_stride)
     y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
+    if ALIGNED:
+        x_row, y_row = tl.multiple_of(x_row, 16), tl.multiple_of(y_row, 16)
     at = saved + row.to(tl.int64) * SAVED
     m, r = split(tl.load(at), tl.load(at + 2))
     n, q = split(tl.load(at + 1), tl.load(at + 3))
@@ -114,22 +119,35 @@ def mixture_kernel(
         tl.store(to, tl.sum(total, 0))
         tl.store(to + 1, tl.sum(slopes, 0))
         return
+    X: tl.constexpr = x_row.dtype.element_ty
+    Y: tl.constexpr = y_row.dtype.element_ty
+    x_halves: tl.constexpr = 2 if ALIGNED and X.primitive_bitwidth == 16 else 1
+    y_halves: tl.constexpr = 2 if ALIGNED and Y.primitive_bitwidth == 16 else 1
+    loads: tl.constexpr = 1 if ALIGNED else VECTOR
     tile: tl.constexpr = LANES * VECTOR
-    columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    tiles = (stop - start) // tile
+    x_at = places(x_row + start, LANES, VECTOR, ALIGNED)
+    y_at = places(y_row + start, LANES, VECTOR, ALIGNED)
     value = tl.zeros([LANES], tl.float32)
     mean = tl.zeros([LANES], tl.float32)
-    whole = start + (stop - start) // tile * tile
-    for first in range(start, whole, tile):
-        x, y = taken(x_row, first + columns, None), taken(y_row, first + columns, None)
+    for _ in range(tiles):
+        xs = read(x_at, LANES, VECTOR, loads, ALIGNED)
+        ys = read(y_at, LANES, VECTOR, loads, ALIGNED)
+        for i in tl.static_range(VECTOR):
+            x = widened(xs[i // x_halves], X, i % x_halves)
+            y = widened(ys[i // y_halves], Y, i % y_halves)
+            v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
+            value += v
+            mean = tl.fma(p, slope, mean)
+        x_at += tile // x_halves
+        y_at += tile // y_halves
+    for first in range(start + tiles * tile, stop, LANES):  # what is left, a column a step
+        columns = first + tl.arange(0, LANES)
+        inside = columns < stop
+        x, y = taken(x_row, columns, inside), taken(y_row, columns, inside)
         v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
-        value += tl.sum(v, 1)
-        mean += tl.sum(p * slope, 1)
-    if whole < stop:
-        inside = whole + columns < stop
-        x, y = taken(x_row, whole + columns, inside), taken(y_row, whole + columns, inside)
-        v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
-        value += tl.sum(tl.where(inside, v, 0.0), 1)
-        mean += tl.sum(tl.where(inside, p * slope, 0.0), 1)
+        value += tl.where(inside, v, 0.0)
+        mean += tl.where(inside, p * slope, 0.0)
     tl.store(to, tl.sum(value, 0).to(tl.float64))
     tl.store(to + 1, tl.sum(mean, 0).to(tl.float64))
 
@@ -258,6 +276,7 @@ def mixture(
             LANES=settings.lanes,
             VECTOR=settings.vector,
             SEGMENT=settings.segment,
+            ALIGNED=launch.aligned(x, settings.vector) and launch.aligned(y, settings.vector),
             **launch.compiled_for(settings.warps),
         )
         finish_kernel[(rows,)](

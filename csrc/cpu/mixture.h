@@ -48,9 +48,8 @@ static inline MixtureFloats mixture_floats(const Mixture& mix, Floats t, Floats 
           octaves * (-c_p * ln2) - rest * (rho * c_w + c_p) / g};
 }
 
-// From 2^24 octaves on a normaliser in float may be off by more than an octave, and 2^r no longer repairs it.
 static inline bool fast_mixture(const Logits& in, const RowNormalizers& norm) {
-  return !is_wide(in) && std::fabs(norm.m) < 1e7f && std::fabs(norm.n) < 1e7f;
+  return !is_wide(in) && std::fabs(norm.m) < kLargestReference && std::fabs(norm.n) < kLargestReference;
 }
 
 static void mixture(const Logits& in, int64_t row, const Mixture& mix, const double* saved, double* value,
