@@ -34,8 +34,6 @@ from cmdp_fast.ops import checks
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
-_Hook = Callable[[Tensor], Tensor]
-
 
 class Head(NamedTuple):
     """How a model turns hidden states h into logits: softcap * tanh(scale * (h W^T + b) / softcap).
@@ -83,7 +81,7 @@ def last_hidden_state(
         seen.append(hidden)
         return hidden[..., :0, :]
 
-    _call(chain, head, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}, before=keep)
+    _call(chain, head, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}, keep)
     _once(seen, chain[-1])
     return seen[0]
 
@@ -91,9 +89,9 @@ def last_hidden_state(
 def head_of(model: Any) -> Head:
     """The head of a causal language model, wrapped or not, checked to give the model's logits.
 
-    The first call for a model runs it once, in evaluation mode, without gradients, on two tokens, with logits from -1000
-    to 1000 put in the place of the head's; later calls return what was found with the parameters of the moment. Under
-    DDP or FSDP every rank must make the first call, best before training. Tied embeddings are fine.
+    The first call for a model runs it once, in evaluation mode, without gradients, on two tokens, with logits from
+    -1000 to 1000 put in the place of the head's; later calls return what was found with the parameters of the moment.
+    Under DDP or FSDP every rank must make the first call, best before training. Tied embeddings are fine.
 
     Raises TypeError for a model without an output embedding, or a head that is not a plain linear layer in floating
     point (quantized, or with an adapter of its own); ValueError if its weights are elsewhere (sharded, offloaded) or if
@@ -120,7 +118,7 @@ def _unwrapped(model: Any) -> list[nn.Module]:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     chain = [model]
     while True:
-        outer = chain[-1]
+        outer: Any = chain[-1]
         inner = getattr(outer, "_orig_mod", None)  # torch.compile
         if not isinstance(inner, nn.Module):
             inner = getattr(outer, "module", None)  # DDP, FSDP, DeepSpeed
@@ -132,7 +130,7 @@ def _unwrapped(model: Any) -> list[nn.Module]:
 
 
 def _output_embedding(inner: nn.Module) -> nn.Module:
-    get = getattr(inner, "get_output_embeddings", None)
+    get: Any = getattr(inner, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if not isinstance(head, nn.Module):
         raise TypeError(
@@ -147,14 +145,12 @@ def _call(
     chain: list[nn.Module],
     head: nn.Module,
     inputs: dict[str, Any],
-    before: _Hook | None = None,
-    after: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+    before: Callable[[Tensor], Tensor],
+    after: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
 ) -> Any:
     """Calls the model with the head's input replaced by before(input), its output by after(head, input, output)."""
-    handles = []
-    if before is not None:
-        # First, before a hook that would shard the input
-        handles.append(head.register_forward_pre_hook(lambda _, x: (before(x[0]), *x[1:]), prepend=True))
+    # First of all, before a hook that would shard the input
+    handles = [head.register_forward_pre_hook(lambda _, x: (before(x[0]), *x[1:]), prepend=True)]
     if after is not None:
         handles.append(head.register_forward_hook(lambda module, x, out: after(module, x[0], out)))
     # A graph compiled with the hooks would be used again without them, and one compiled without them ignores them.
@@ -210,8 +206,8 @@ def _plain_linear(head: nn.Module, inner: nn.Module) -> nn.Linear:
         type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
     ):
         raise TypeError(
-            f"{what} is quantized: its weight is a {type(weight).__name__} of {weight.dtype}; expected a plain tensor of "
-            "float32, bfloat16, float16 or float64"
+            f"{what} is quantized: its weight is a {type(weight).__name__} of {weight.dtype}; expected a plain tensor "
+            "of float32, bfloat16, float16 or float64"
         )
     if weight.is_meta or weight.shape != (head.out_features, head.in_features):
         state = "offloaded" if weight.is_meta else f"sharded, its shape is {list(weight.shape)}"
@@ -256,35 +252,50 @@ def _measured(
     seen: list[Tensor] = []
     linear_error: list[float] = []
 
-    def substitute(module: nn.Module, hidden: Tensor, out: Tensor) -> Tensor:
+    def pattern(size: int, like: Tensor) -> Tensor:
+        """Numbers of both signs in [-1, 1], in no order."""
+        return (torch.arange(size, device=like.device) * 1_000_003 % size - size // 2) / max(size // 2, 1)
+
+    def enter(hidden: Tensor) -> Tensor:  # a padding token's may be 0, and shows nothing
+        return pattern(hidden.shape[-1], hidden).to(hidden.dtype).expand_as(hidden)
+
+    def leave(module: Any, hidden: Tensor, out: Tensor) -> Tensor:
         weight, bias = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in (module.weight, module.bias))
         ours = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
-        linear_error.append(_error(out, ours, ours.abs().amax(-1, keepdim=True)))
-        # Large values of both signs, in no order: they show a softcap however timid the model's own logits are, and a
-        # bias, a mask or a cut wherever it is.
-        order = torch.arange(out.shape[-1], device=out.device) * 7 % out.shape[-1]
-        ramp = torch.linspace(-1.0, 1.0, out.shape[-1], device=out.device)[order]
-        seen.append((ramp * torch.tensor([[10.0], [1000.0]], device=out.device)).to(out.dtype).expand_as(out))
+        linear_error.append(_error(out, ours, ours.abs().amax(-1, keepdim=True), out.dtype))
+        # Large values show a softcap however timid the model's own logits are, and different ones in all columns show
+        # a bias, a mask or a cut wherever it is.
+        odd = torch.arange(out.shape[-2], device=out.device)[:, None] % 2
+        rows = pattern(out.shape[-1], out) * torch.where(odd == 1, 10.0, 1000.0)
+        seen.append(rows.to(out.dtype).expand_as(out))
         return seen[-1]
 
-    embedding = getattr(inner, "get_input_embeddings", lambda: None)()
+    embeddings: Any = getattr(inner, "get_input_embeddings", lambda: None)
+    embedding = embeddings()
     device = head.weight.device if embedding is None else embedding.weight.device
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     with _evaluating(chain[0]):
-        output = _call(chain, head, {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device=device)}, after=substitute)
+        output = _call(chain, head, {"input_ids": tokens}, enter, leave)
     _once(seen, inner)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{type(inner).__name__} returned {checks.describe(output)}; expected an output with .logits")
+        raise TypeError(f"{type(inner).__name__} returned a {type(output).__name__}; expected an output with .logits")
     if linear_error[0] > 1.0:
         raise ValueError(f"the head of {type(inner).__name__} does not return h W^T + b: something changes its forward")
-    raw = seen[0]
+    raw, logits = seen[0].cpu(), logits.cpu()  # not every device has float64
     if logits.shape != raw.shape:
         raise ValueError(
-            f"{type(inner).__name__} makes logits of shape {list(logits.shape)} from the {list(raw.shape)} of its head; "
-            "expected it to keep the shape"
+            f"{type(inner).__name__} makes logits of shape {list(logits.shape)} from the {list(raw.shape)} of its "
+            "head; expected it to keep the shape"
         )
+    smallest = torch.finfo(raw.dtype).smallest_normal
     errors = {
-        (softcap, scale): _error(logits, ours := _postprocessed(raw.double(), softcap, scale), ours.abs(), raw.dtype)
+        (softcap, scale): _error(
+            logits,
+            ours := _postprocessed(raw.double(), softcap, scale),
+            ours.abs().clamp(min=smallest * max(softcap or 1.0, 1.0)),
+            raw.dtype,
+        )
         for softcap, scale in itertools.product(*candidates)
     }
     best = min(errors, key=lambda pair: errors[pair])
@@ -298,10 +309,10 @@ def _measured(
     return best
 
 
-def _error(value: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype | None = None) -> float:
-    """The largest error in units of a handful of roundings, in ``dtype``, of numbers of this size; > 1 is too large."""
+def _error(value: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype) -> float:
+    """The largest error in units of a handful of roundings in ``dtype`` of numbers of this size; > 1 is too large."""
     if value.shape != expected.shape:
         return math.inf
-    allowed = 8 * torch.finfo(dtype or value.dtype).eps * size.double()
-    off = (value.double() - expected.double()).abs()
+    allowed = 8 * torch.finfo(dtype).eps * size.cpu().double()
+    off = (value.cpu().double() - expected.cpu().double()).abs()
     return float(torch.where(off == 0, 0.0, off / allowed).nan_to_num(math.inf).amax())
