@@ -166,11 +166,9 @@ def _call(
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return (
-        hasattr(module, "_orig_mod")
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )
+    """By `torch.compile`, of the module or of its forward, or in place."""
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 def _once(seen: list[Any], inner: nn.Module) -> None:

@@ -284,40 +284,59 @@ def test_fully_sharded(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def compiled(how: str, model: nn.Module) -> nn.Module:
+class Graphs:
+    """A backend of torch.compile that runs what it is given and counts the graphs."""
+
+    def __init__(self) -> None:
+        torch.compiler.reset()
+        self.count = 0
+
+    def __call__(self, graph, _):
+        self.count += 1
+        return graph.forward
+
+
+def compiled(how: str, model: nn.Module, backend: Graphs) -> nn.Module:
     if how == "wrapped":
-        return torch.compile(model, backend="eager")
+        return torch.compile(model, backend=backend)
     if how == "in place":
-        model.compile(backend="eager")
+        model.compile(backend=backend)
     elif how == "forward":
-        model.forward = torch.compile(model.forward, backend="eager")
+        model.forward = torch.compile(model.forward, backend=backend)
     else:
-        model.model.compile(backend="eager")
+        model.model.compile(backend=backend)
     return model
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place", "forward", "base model"])
 def test_compiled(how):
-    """Neither does a graph compiled before ignore the hooks, nor one compiled after remember them."""
-    torch.compiler.reset()
+    """The model is not compiled again for the hooks, nor its graph used with or without them when it should not be."""
     plain = tiny()
-    model = compiled(how, copy.deepcopy(plain))
+    graphs = Graphs()
+    model = compiled(how, copy.deepcopy(plain), graphs)
+    head = cf.head_of(model)
     with torch.no_grad():
         expected = plain(**batch()).logits
-        for _ in range(2):
-            hidden = cf.last_hidden_state(model, **batch())
-            assert_same(cf.head_of(model).logits(hidden), expected)
+        cf.last_hidden_state(model, **batch())
+        assert (graphs.count > 0) == (how == "base model")
+        assert_same(model(**batch()).logits, expected)
+        before = graphs.count
+        for _ in range(3):
+            assert_same(head.logits(cf.last_hidden_state(model, **batch())), expected)
             assert_same(model(**batch()).logits, expected)
+        assert graphs.count == before > 0
 
 
 def test_called_from_compiled_code():
-    torch.compiler.reset()
     model = tiny()
     head = cf.head_of(model)
-    step = torch.compile(lambda: head.logits(cf.last_hidden_state(model, **batch())).sum(), backend="eager")
+    graphs, inputs = Graphs(), batch()
+    step = torch.compile(lambda: head.logits(cf.last_hidden_state(model, **inputs)).sum(), backend=graphs)
     with torch.no_grad():
-        for _ in range(2):
-            assert_same(step(), model(**batch()).logits.sum())
+        expected = model(**batch()).logits.sum()
+        for _ in range(3):
+            assert_same(step(), expected)
+    assert graphs.count == 1, "the head's part alone"
 
 
 # --------------------------------------------------------------------------------------------------------------
