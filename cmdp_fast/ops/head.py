@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,17 +18,26 @@ from torch import Tensor
 from cmdp_fast.ops import checks, gemm
 
 
-class Head:
-    """One model's ``hidden [rows, H]`` and ``weight [V, H]``: logits by the tile, in memory that is used again."""
+class Model(NamedTuple):
+    """What makes one model's logits."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, wide: bool
-    ):
-        self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
-        factors = torch.float64 if wide else gemm.input_dtype(hidden, weight)
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+
+
+class Head:
+    """A model's logits by the tile, in memory that is used again; the hidden states are ``[rows, H]``."""
+
+    def __init__(self, model: Model, computed: torch.dtype):
+        """``computed``: the dtype of the statistics. If it is float64 both models are projected in float64."""
+        hidden, self.weight, self.bias, self.scale, self.softcap = model
+        factors = torch.float64 if computed == torch.float64 else gemm.input_dtype(hidden, self.weight)
         self.hidden = hidden.to(factors)
         self.dtype = gemm.output_dtype(factors, hidden.device)
-        self.piece = weight[:0]
+        self.piece = self.weight[:0]
         self.offset: Tensor | None = None
         self._memory: dict[str, Tensor] = {}
 
@@ -71,25 +81,26 @@ class Head:
         return self._memory[what][:size].view(*shape)
 
 
-def check(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
-    """Checks one model's arguments: ``hidden [..., H]``, ``weight [V, H]``, ``bias [V]``."""
-    given = [(f"{model}_hidden", hidden), (f"{model}_weight", weight)]
+def check(name: str, model: Model) -> None:
+    """Checks the arguments of a model called ``student`` or ``teacher``."""
+    hidden, weight, bias, scale, softcap = model
+    given = [(f"{name}_hidden", hidden), (f"{name}_weight", weight)]
     if bias is not None:
-        given.append((f"{model}_bias", bias))
-    for name, value in given:
-        checks.tensor(name, value)
+        given.append((f"{name}_bias", bias))
+    for argument, value in given:
+        checks.tensor(argument, value)
         if value.dtype not in checks.LOGIT_DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {checks.describe(value)}")
-        checks.same_device(name, value, f"{model}_hidden", hidden)
+            raise TypeError(f"{argument} must be float32, bfloat16, float16 or float64, got {checks.describe(value)}")
+        checks.same_device(argument, value, f"{name}_hidden", hidden)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
         raise ValueError(
-            f"{model}_hidden [..., H] and {model}_weight [V, H] must agree in H, got {list(hidden.shape)} and "
+            f"{name}_hidden [..., H] and {name}_weight [V, H] must agree in H, got {list(hidden.shape)} and "
             f"{list(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{model}_bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-    checks.number(f"{model}_scale", scale)
+        raise ValueError(f"{name}_bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    checks.number(f"{name}_scale", scale)
     if scale == 0 or not -math.inf < scale < math.inf:
-        raise ValueError(f"{model}_scale must be finite and not 0, got {scale}")
+        raise ValueError(f"{name}_scale must be finite and not 0, got {scale}")
     if softcap is not None:
-        checks.positive(f"{model}_softcap", softcap)
+        checks.positive(f"{name}_softcap", softcap)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast.ops import backends, checks, head, parallel
-from cmdp_fast.ops.head import Head
+from cmdp_fast.ops.head import Head, Model
 from cmdp_fast.ops.head_gradient import HeadGradient
 from cmdp_fast.ops.native import SAVED
 from cmdp_fast.ops.tile_gradient import write_tile_gradient
@@ -105,8 +105,8 @@ def linear_token_stats(
             raise ValueError("a DTensor head brings its own process group and columns; do not pass them as well")
         local, process_group, first_column = sharded
         student_weight, student_bias, teacher_weight, teacher_bias = local  # type: ignore[assignment]
-    head.check("student", student_hidden, student_weight, student_bias, student_scale, student_softcap)
-    head.check("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    head.check("student", Model(student_hidden, student_weight, student_bias, student_scale, student_softcap))
+    head.check("teacher", Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap))
     checks.same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
@@ -151,15 +151,14 @@ def linear_token_stats(
 class _Tiles:
     """Both heads over the rows that count, and how they are cut into tiles."""
 
-    def __init__(self, tokens: Tensor, mask: Tensor | None, student: tuple, teacher: tuple, width: int):
-        """``student`` and ``teacher`` are hidden, weight, bias, scale and softcap each."""
+    def __init__(self, tokens: Tensor, mask: Tensor | None, student: Model, teacher: Model, width: int):
         self.kept = None if mask is None else mask.flatten().nonzero()[:, 0]
         self.shape = tokens.shape
         self.tokens = self.compact(tokens).long().contiguous()
-        wide = compute_dtype(*student[:2], *teacher[:2]) == torch.float64  # then both models are
+        dtype = compute_dtype(student.hidden, student.weight, teacher.hidden, teacher.weight)
         self.student, self.teacher = (
-            Head(self.compact(hidden, 1), weight[:width], *rest, wide=wide)
-            for hidden, weight, *rest in (student, teacher)
+            Head(m._replace(hidden=self.compact(m.hidden, 1), weight=m.weight[:width]), dtype)
+            for m in (student, teacher)
         )
         pair = self.student.dtype.itemsize + self.teacher.dtype.itemsize
         count = len(self.tokens)
@@ -207,8 +206,8 @@ def _linear_token_stats(
         tiles = _Tiles(
             tokens,
             mask,
-            (student_hidden, student_weight, student_bias, student_scale, student_softcap),
-            (teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
+            Model(student_hidden, student_weight, student_bias, student_scale, student_softcap),
+            Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
             width,
         )
         student, teacher = tiles.student, tiles.teacher
@@ -266,8 +265,8 @@ def _linear_token_stats_backward(
         tiles = _Tiles(
             tokens,
             mask,
-            (student_hidden, student_weight, student_bias, student_scale, student_softcap),
-            (teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
+            Model(student_hidden, student_weight, student_bias, student_scale, student_softcap),
+            Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
             width,
         )
         student, teacher = tiles.student, tiles.teacher
