@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 SAVED: int
+STATE: int
 OPENMP: bool
 
 class Matrix:
@@ -45,6 +46,7 @@ def token_stats_backward(
     saved: int,
     out: Matrix,
     threads: int,
+    first_column: int = 0,
 ) -> None: ...
 def mixture(
     student: Matrix,

@@ -11,6 +11,7 @@ from cmdp_fast.ops.backends import available_backends
 from cmdp_fast.ops.budget import budget_trace, modified_reward
 from cmdp_fast.ops.constrained import constrained_reward, token_cost
 from cmdp_fast.ops.divergence import divergence
+from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.token_state import TokenState
 from cmdp_fast.ops.token_stats import dropped_teacher_mass, token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
@@ -30,6 +31,7 @@ __all__ = [
     "dropped_teacher_mass",
     "head_of",
     "last_hidden_state",
+    "linear_token_stats",
     "modified_reward",
     "token_cost",
     "token_stats",

@@ -150,6 +150,32 @@ def token_stats(
     return TokenStats(*(_poison(value, log_p, log_w) for value in stats))
 
 
+def linear_token_stats(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    tokens: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    **settings,
+) -> TokenStats:
+    """`token_stats` of logits that are made in full; arguments and returns as `cmdp_fast.linear_token_stats`."""
+    student = _project(student_hidden, student_weight, student_bias, student_scale, student_softcap)
+    teacher = _project(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    return token_stats(student, teacher, tokens, **settings)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    logits = scale * torch.nn.functional.linear(hidden, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def divergence_weights(kind: str, beta: float) -> tuple[float, float, float]:
     """(b, c_teacher, c_student): the divergence is c_teacher KL(w‖M) + c_student KL(p‖M), M = (1-b) p + b w."""
     if kind == "jsd":

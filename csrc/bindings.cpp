@@ -83,20 +83,23 @@ Matrix make_matrix(uintptr_t address, const std::string& dtype, const std::vecto
 }
 
 Logits make_logits(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
-                   double temperature, bool needs_tokens) {
+                   double temperature, bool needs_tokens, int64_t first_column = 0) {
   if (student.rows != teacher.rows) fail("student and teacher have different numbers of rows");
   if (vocab < 1 || vocab > student.width || vocab > teacher.width) fail("vocab is outside the width of the logits");
   if (!(temperature > 0)) fail("the temperature must be positive");
+  if (first_column < 0) fail("first_column is negative");
   const bool needed = needs_tokens && student.rows > 0;
-  Logits in{student, teacher, pointer<const int64_t>(tokens, "tokens", needed),
-            pointer<const uint8_t>(mask, "mask", false), vocab, temperature};
-  if (in.tokens != nullptr) {
-    for (int64_t row = 0; row < student.rows; ++row) {
-      if (in.mask != nullptr && in.mask[row] == 0) continue;
-      if (in.tokens[row] < 0 || in.tokens[row] >= vocab) fail("tokens: an index is outside the vocabulary");
-    }
+  return {student, teacher, pointer<const int64_t>(tokens, "tokens", needed),
+          pointer<const uint8_t>(mask, "mask", false), vocab, temperature, first_column};
+}
+
+// For whole rows. A tile may well not hold the token's column.
+void check_tokens(const Logits& in) {
+  if (in.tokens == nullptr) return;
+  for (int64_t row = 0; row < in.student.rows; ++row) {
+    if (in.mask != nullptr && in.mask[row] == 0) continue;
+    if (own_column(in, row) < 0) fail("tokens: an index is outside the vocabulary");
   }
-  return in;
 }
 
 int checked_threads(int threads) {
@@ -156,6 +159,7 @@ void token_stats(const Matrix& student, const Matrix& teacher, uintptr_t tokens,
                  int threads) {
   const bool wanted = statistics[0] != 0;
   const Logits in = make_logits(student, teacher, tokens, mask, vocab, temperature, wanted);
+  check_tokens(in);
   const bool any = student.rows > 0;
   StatsOut out{{}, wide, pointer<double>(saved, "saved", any)};
   for (int i = 0; i < 6; ++i) {
@@ -167,10 +171,12 @@ void token_stats(const Matrix& student, const Matrix& teacher, uintptr_t tokens,
   run_forward(in, out, threads);
 }
 
+// `first_column`: nonzero for a tile of wider rows, of which `saved` tells; a token whose column lies in another tile
+// has none here.
 void token_stats_backward(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
                           double temperature, const std::array<uintptr_t, 4>& upstream, uintptr_t saved,
-                          const Matrix& out, int threads) {
-  const Logits in = make_logits(student, teacher, tokens, mask, vocab, temperature, true);
+                          const Matrix& out, int threads, int64_t first_column) {
+  const Logits in = make_logits(student, teacher, tokens, mask, vocab, temperature, true, first_column);
   check_output(out, student);
   Upstream up{};
   for (int i = 0; i < 4; ++i) up.g[i] = pointer<const double>(upstream[i], "an upstream gradient", false);
@@ -225,19 +231,14 @@ void mixture_backward(const Matrix& student, const Matrix& teacher, uintptr_t ma
 // Folds a tile of columns [first_column, first_column + width) into the states of all rows.
 void update_states(const Matrix& student, const Matrix& teacher, uintptr_t tokens, int64_t first_column,
                    double temperature, uintptr_t states, int threads) {
-  if (first_column < 0) fail("first_column is negative");
   if (student.width == 0) return;
-  const Logits in = make_logits(student, teacher, 0, 0, student.width, temperature, false);
+  const Logits in = make_logits(student, teacher, tokens, 0, student.width, temperature, true, first_column);
   if (teacher.width != student.width) fail("the tiles of student and teacher have different widths");
-  const int64_t* token = pointer<const int64_t>(tokens, "tokens", student.rows > 0);
   double* all = pointer<double>(states, "states", student.rows > 0);
   checked_threads(threads);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
-  for_rows(student, threads, [&](int64_t row) {
-    const int64_t own = token[row] - first_column;
-    table.update(in, row, own >= 0 && own < student.width ? own : -1, all + row * TokenState::kFields);
-  });
+  for_rows(student, threads, [&](int64_t row) { table.update(in, row, all + row * kSegmentState); });
 }
 
 RewardKind reward_kind(const std::string& kind) {
@@ -365,8 +366,11 @@ PYBIND11_MODULE(_C, module) {
       });
 
   module.attr("SAVED") = kSaved;
+  module.attr("STATE") = kSegmentState;
   module.def("token_stats", &token_stats);
-  module.def("token_stats_backward", &token_stats_backward);
+  module.def("token_stats_backward", &token_stats_backward, py::arg("student"), py::arg("teacher"), py::arg("tokens"),
+             py::arg("mask"), py::arg("vocab"), py::arg("temperature"), py::arg("upstream"), py::arg("saved"),
+             py::arg("out"), py::arg("threads"), py::arg("first_column") = 0);
   module.def("mixture", &mixture);
   module.def("mixture_backward", &mixture_backward);
   module.def("update_states", &update_states);

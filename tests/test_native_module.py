@@ -8,7 +8,7 @@ import torch
 from helpers import make_logits
 
 from cmdp_fast.ops.backends import native
-from cmdp_fast.ops.native import SAVED, matrix
+from cmdp_fast.ops.native import SAVED, STATE, matrix
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 
@@ -35,7 +35,7 @@ def call(x=None, *, tokens=None, vocab=8, temperature=1.0, statistics=None, save
 
 
 def test_both_sides_agree_on_what_is_saved():
-    assert native.SAVED == SAVED
+    assert (native.SAVED, native.STATE) == (SAVED, STATE)
 
 
 def test_a_right_call_passes():

@@ -49,26 +49,32 @@ def logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
                 "pass vocab_size= to compare them over a common prefix"
             )
         vocab_size = widths[0]
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size must be an int, got {describe(vocab_size)}")
+    prefix(vocab_size, *widths)
+    return vocab_size
+
+
+def prefix(vocab_size: int, student_width: int, teacher_width: int) -> None:
+    """Checks a number of columns that both models must have."""
+    integer("vocab_size", vocab_size)
+    widths = (student_width, teacher_width)
     if vocab_size < 1 or vocab_size > min(widths):
         raise ValueError(
             f"vocab_size={vocab_size} must be at least 1 and at most the narrower width, "
             f"min({widths[0]}, {widths[1]}) = {min(widths)}"
         )
-    return vocab_size
 
 
-def tokens(value: Tensor, student: Tensor) -> None:
+def tokens(value: Tensor, student: Tensor, name: str = "student_logits") -> None:
+    """``student``: the logits or hidden states ``[..., *]``, called ``name``."""
     tensor("tokens", value)
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"tokens must be int64, int32, int16 or uint8, got {describe(value)}")
     if value.shape != student.shape[:-1]:
         raise ValueError(
-            f"tokens must have the shape of student_logits without its last axis, {list(student.shape[:-1])}, "
+            f"tokens must have the shape of {name} without its last axis, {list(student.shape[:-1])}, "
             f"got {list(value.shape)}"
         )
-    same_device("tokens", value, "student_logits", student)
+    same_device("tokens", value, name, student)
 
 
 def mask(value: Tensor | None, like: Tensor, shape: torch.Size, expected: str) -> None:
@@ -105,6 +111,11 @@ def positive(name: str, value: float) -> None:
 def number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
+
+
+def integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

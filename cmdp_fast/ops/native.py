@@ -8,6 +8,7 @@ from torch import Tensor
 from cmdp_fast.ops.backends import native
 
 SAVED = 7  # numbers a row that the backward pass needs: kSaved in csrc/cpu/kernels.h
+STATE = 13  # numbers a row of a token state: kSegmentState there
 
 
 def address(t: Tensor | None) -> int:

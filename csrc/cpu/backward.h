@@ -50,7 +50,8 @@ static inline RowGradient row_gradient(const Logits& in, int64_t row, const Upst
 static inline double column_gradient(const RowGradient& g, const RowNormalizers& norm, double x, double y, bool own) {
   const double log_p = norm.log_p(scaled(x, g.scale)), log_w = norm.log_w(scaled(y, g.scale));
   const double p = std::exp(log_p), w = std::exp(log_w);
-  double sum = g.g_f * (p - w) + g.g_l * ((own ? 1.0 : 0.0) - p);
+  double sum = g.g_l * ((own ? 1.0 : 0.0) - p);
+  if (g.g_f != 0) sum += g.g_f * (p - w);
   if (p != 0) {
     if (g.g_h != 0) sum -= g.g_h * p * (log_p + g.h);
     if (g.g_r != 0) sum += g.g_r * p * (log_p - log_w - g.r);
@@ -124,8 +125,9 @@ static void backward(const Logits& in, int64_t row, const Upstream& up, const do
   const auto column = [&](int64_t i, bool own) {
     return column_gradient(g, norm, element(x, in.student.dtype, i), element(y, in.teacher.dtype, i), own);
   };
-  const int64_t token = in.tokens[row];
-  const double own = column(token, true);  // before anything is written: the output may be the logits themselves
+  const int64_t token = own_column(in, row);
+  // Before anything is written: the output may be the logits themselves.
+  const double own = token >= 0 ? column(token, true) : 0;
 
   const double weight = g.scale * std::exp2(-norm.r);
   const double along_t = -g.g_h * kLn2, along_difference = g.g_r * kLn2;
@@ -155,7 +157,7 @@ static void backward(const Logits& in, int64_t row, const Upstream& up, const do
   } else {
     for (int64_t i = 0; i < in.vocab; ++i) set_element(to, in.student.dtype, i, column(i, false));
   }
-  set_element(to, in.student.dtype, token, own);
+  if (token >= 0) set_element(to, in.student.dtype, token, own);
   zero_columns(out, to, in.vocab);
 }
 

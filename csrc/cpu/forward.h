@@ -229,10 +229,10 @@ static inline bool push_floats(TokenState& state, References& ref, const X* x, c
 }
 
 // Columns [from, to) of a row, folded into a state. Float32 and bfloat16 pairs are read where they lie; other dtypes
-// and mixtures are converted a block at a time.
+// and mixtures are converted a block at a time. `ref`: references to begin with, if any are known.
 // `exact` tells whether any block needed the exact way.
 static inline TokenState fold_columns(const Logits& in, const void* x, const void* y, int64_t from, int64_t to,
-                                      bool& exact) {
+                                      References ref, bool& exact) {
   TokenState state = TokenState::empty();
   exact = is_wide(in);
   if (exact) {
@@ -242,7 +242,6 @@ static inline TokenState fold_columns(const Logits& in, const void* x, const voi
   const float scale = scale_of(in.temperature).per_octave;
   const bool brains = in.student.dtype == DType::bfloat16 && in.teacher.dtype == DType::bfloat16;
   alignas(64) float buffer_x[kBlock], buffer_y[kBlock];
-  References ref;
   for (int64_t start = from; start < to; start += kBlock) {
     const int64_t count = std::min(kBlock, to - start);
     bool done;
@@ -269,7 +268,7 @@ static void fold(const Logits& in, int64_t row, int64_t first, int64_t last, dou
   for (int64_t segment = first; segment < last; ++segment) {
     const int64_t from = segment * kSegment, to = std::min(in.vocab, from + kSegment);
     bool exact;
-    const TokenState state = fold_columns(in, x, y, from, to, exact);
+    const TokenState state = fold_columns(in, x, y, from, to, {}, exact);
     std::memcpy(states + segment * kSegmentState, &state, sizeof state);
     states[segment * kSegmentState + TokenState::kFields] = exact;
   }
@@ -281,13 +280,24 @@ static inline void label(TokenState& state, const Logits& in, int64_t row, int64
               scaled(element(row_of(in.teacher, row), in.teacher.dtype, column), scale));
 }
 
-static void update(const Logits& in, int64_t row, int64_t own, double* states) {
-  bool exact;
-  TokenState state, tile = fold_columns(in, row_of(in.student, row), row_of(in.teacher, row), 0, in.vocab, exact);
-  if (own >= 0) label(tile, in, row, own);
+// The references of earlier columns serve a tile as well as its own maxima would: it is then read once, and merging
+// takes no exponentials.
+static inline References references_of(const TokenState& state) {
+  const float m = static_cast<float>(state.m / kLn2), n = static_cast<float>(state.n / kLn2);
+  return {m, n, finite(m) && finite(n)};
+}
+
+static void update(const Logits& in, int64_t row, double* states) {
+  TokenState state;
   std::memcpy(&state, states, sizeof state);
+  bool exact;
+  TokenState tile = fold_columns(in, row_of(in.student, row), row_of(in.teacher, row), 0, in.vocab,
+                                 references_of(state), exact);
+  const int64_t own = own_column(in, row);
+  if (own >= 0) label(tile, in, row, own);
   state.merge(tile);
   std::memcpy(states, &state, sizeof state);
+  if (exact) states[TokenState::kFields] = 1;
 }
 
 static inline void write_statistics(const TokenStats& stats, const StatsOut& out, int64_t row) {

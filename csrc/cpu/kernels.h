@@ -36,13 +36,20 @@ struct Logits {
   const uint8_t* mask;    // [rows], 0 = do not read the row; or null
   int64_t vocab;          // columns that count; the rest is -inf for both models
   double temperature;
+  int64_t first_column;   // of the vocabulary: nonzero for a tile of a wider row
 };
+
+// Where the token's own column lies within the row, or -1 if another tile holds it.
+static inline int64_t own_column(const Logits& in, int64_t row) {
+  const uint64_t column = static_cast<uint64_t>(in.tokens[row]) - static_cast<uint64_t>(in.first_column);
+  return column < static_cast<uint64_t>(in.vocab) ? static_cast<int64_t>(column) : -1;
+}
 
 // What the backward pass needs of a row: m, n, log z, log u (the log-normalisers are m + log z and n + log u; the parts
 // are kept apart because m may be too large for the sum), H, R, and whether the row needs the exact way.
 constexpr int kSaved = 7;
 
-// A folded segment: the fields of its state, and whether it needed the exact way.
+// Folded columns of a row: the fields of their state, and whether they needed the exact way.
 constexpr int kSegmentState = 13;
 
 // Outputs of the forward pass: six arrays of [rows], float64 if `wide` else float32, and what the backward pass needs.
@@ -71,8 +78,8 @@ struct KernelTable {
   void (*fold)(const Logits&, int64_t row, int64_t first, int64_t last, double* states);
   // Merges the states of a row in order and writes its statistics.
   void (*finish)(const Logits&, int64_t row, const double* states, int64_t count, const StatsOut&);
-  // Merges the columns of a tile into a row's state; `own` is the token's column within the tile, or -1.
-  void (*update)(const Logits&, int64_t row, int64_t own, double* state);
+  // Merges the columns of a tile into a row's state (kSegmentState doubles).
+  void (*update)(const Logits&, int64_t row, double* state);
   // Gradient of one row with respect to the student's logits, written to the row of `out` (which may be the logits).
   void (*backward)(const Logits&, int64_t row, const Upstream&, const double* saved, const Matrix& out);
   // Value of a row's divergence with a mixture, and what its gradient needs (sum p G).

@@ -1,0 +1,106 @@
+"""A language-model head whose logits are made a tile at a time and thrown away.
+
+    logits = capped(scale * (hidden W^T + bias)),    capped(l) = softcap * tanh(l / softcap), or l without a softcap.
+
+The order is that of the models in transformers: right after the head Cohere multiplies by its scale and Granite divides
+by its own, and Gemma 2 and 3 cap what the head gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmdp_fast.ops import checks, gemm
+
+
+class Model(NamedTuple):
+    """What makes one model's logits."""
+
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+
+
+class Head:
+    """A model's logits by the tile, in memory that is used again; the hidden states are ``[rows, H]``."""
+
+    def __init__(self, model: Model, computed: torch.dtype):
+        """``computed``: the dtype of the statistics. If it is float64 both models are projected in float64."""
+        hidden, self.weight, self.bias, self.scale, self.softcap = model
+        factors = torch.float64 if computed == torch.float64 else gemm.input_dtype(hidden, self.weight)
+        self.hidden = hidden.to(factors)
+        self.dtype = gemm.output_dtype(factors, hidden.device)
+        self.piece = self.weight[:0]
+        self.offset: Tensor | None = None
+        self._memory: dict[str, Tensor] = {}
+
+    def select(self, columns: slice) -> None:
+        """Which columns of the vocabulary `logits` gives: their piece of the head, converted if need be."""
+        piece = self.weight[columns]
+        if piece.dtype != self.hidden.dtype:
+            piece = self._reuse("piece", piece.shape, self.hidden.dtype).copy_(piece)
+        self.piece = piece
+        self.offset = None if self.bias is None else self.bias[columns].to(self.dtype)
+
+    def logits(self, rows: slice) -> Tensor:
+        """The tile ``[R, C]`` of some rows and the selected columns. It lives until the next call."""
+        hidden = self.hidden[rows]
+        tile = self._reuse("logits", (len(hidden), len(self.piece)), self.dtype)
+        gemm.multiply(hidden, self.piece.t(), out=tile)
+        if self.offset is not None:
+            tile.add_(self.offset)
+        if self.softcap is not None:
+            tile.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        elif self.scale != 1.0:
+            tile.mul_(self.scale)
+        return tile
+
+    def gradient_tile(self, logits: Tensor) -> Tensor:
+        """Where the gradient of the logits goes: over the logits, unless `chain` needs them."""
+        return logits if self.softcap is None else self._reuse("gradient", logits.shape, self.dtype)
+
+    def chain(self, gradient: Tensor, logits: Tensor) -> None:
+        """Turns the gradient of the logits into that of hidden W^T + bias. Overwrites both."""
+        if self.softcap is not None:
+            gradient.mul_(logits.mul_(1 / self.softcap).square_().neg_().add_(1.0).mul_(self.scale))
+        elif self.scale != 1.0:
+            gradient.mul_(self.scale)
+
+    def _reuse(self, what: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a contiguous tensor, the same as the last time. The first use must be the largest."""
+        size = math.prod(shape)
+        if what not in self._memory:
+            self._memory[what] = torch.empty(size, dtype=dtype, device=self.hidden.device)
+        return self._memory[what][:size].view(*shape)
+
+
+def check(name: str, model: Model) -> None:
+    """Checks the arguments of a model called ``student`` or ``teacher``."""
+    hidden, weight, bias, scale, softcap = model
+    given = [(f"{name}_hidden", hidden), (f"{name}_weight", weight)]
+    if bias is not None:
+        given.append((f"{name}_bias", bias))
+    for argument, value in given:
+        checks.tensor(argument, value)
+        if value.dtype not in checks.LOGIT_DTYPES:
+            raise TypeError(f"{argument} must be float32, bfloat16, float16 or float64, got {checks.describe(value)}")
+        checks.same_device(argument, value, f"{name}_hidden", hidden)
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+        raise ValueError(
+            f"{name}_hidden [..., H] and {name}_weight [V, H] must agree in H, got {list(hidden.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}_bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    checks.number(f"{name}_scale", scale)
+    if scale == 0 or not -math.inf < scale < math.inf:
+        raise ValueError(f"{name}_scale must be finite and not 0, got {scale}")
+    if softcap is not None:
+        checks.positive(f"{name}_softcap", softcap)

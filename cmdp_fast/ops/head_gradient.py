@@ -1,0 +1,58 @@
+"""Sums the gradients of a head and of its hidden states over tiles of that of the logits, in float32 or wider."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cmdp_fast.ops import gemm
+from cmdp_fast.ops.head import Head
+
+
+class HeadGradient:
+    """``hidden [rows, H]``, ``weight [V, H]`` and ``bias [V]``; an empty tensor for what is not needed.
+
+    The head's gradient is complete once all rows of its columns have been added, so that only the selected piece of it
+    is kept in float32 beside the result, and none where the head itself is float32.
+    """
+
+    def __init__(self, head: Head, weight: Tensor, needed: Sequence[bool]):
+        """``weight`` is the whole head, ``head`` may stop at the last column that counts."""
+        self.head = head
+        self.dtype = torch.promote_types(head.hidden.dtype, torch.float32)
+        columns, device = len(head.weight), weight.device
+        self.needs_hidden, self.needs_weight, self.needs_bias = needed
+        self.hidden, self.weight, self.bias, self.piece = (torch.empty(0, device=device) for _ in range(4))
+        if self.needs_hidden:
+            self.hidden = torch.zeros(head.hidden.shape, dtype=self.dtype, device=device)
+        if self.needs_weight:
+            self.weight = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+            self.weight[columns if len(head.hidden) else 0 :] = 0
+        if self.needs_bias:
+            self.bias = torch.zeros(len(weight), dtype=self.dtype, device=device)
+
+    def add(self, gradient: Tensor, rows: slice, columns: slice) -> None:
+        """Adds a tile of the gradient of hidden W^T + bias; the head's selected columns are ``columns``."""
+        hidden = self.head.hidden[rows]
+        narrow = gradient.to(hidden.dtype)
+        if self.needs_hidden:
+            gemm.accumulate(self.hidden[rows], narrow, self.head.piece)
+        if self.needs_weight:
+            gemm.accumulate(self._piece(columns), narrow.t(), hidden, fresh=rows.start == 0)
+        if self.needs_bias:
+            self.bias[columns] += gradient.sum(0, dtype=self.dtype)
+
+    def leave(self, columns: slice) -> None:
+        """All rows of these columns have been added."""
+        if self.needs_weight and self.weight.dtype != self.dtype:
+            self.weight[columns] = self._piece(columns)
+
+    def _piece(self, columns: slice) -> Tensor:
+        target = self.weight[columns]
+        if target.dtype == self.dtype:
+            return target
+        if len(self.piece) < len(target):
+            self.piece = torch.empty(target.shape, dtype=self.dtype, device=target.device)
+        return self.piece[: len(target)]

@@ -1,0 +1,65 @@
+"""How large a tile of logits is, so that it is still in the cache when the statistics read what a GEMM has written.
+
+A tile is R rows by C columns of both models' logits. It is written by two GEMMs and read once (forward) or read and
+overwritten (backward), so it should stay in the last-level cache while the GEMMs stream the heads through it. A quarter
+of the cache is what it may take: the rest holds the piece of the head and the hidden states that the next GEMM reads.
+Within that area rows come first, up to `ROWS`, because every tile of rows reads the piece of the head again and because
+R is the inner dimension of the head's gradient.
+
+The size changes speed and memory, never a result beyond rounding. ``CMDP_FAST_TILE_BYTES`` overrides the area, for
+caches that the system reports wrongly (virtual machines) and for memory that is short.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+ROWS = 1024
+COLUMNS = 768  # C is a multiple of this: whole vectors and whole steps of the native kernels, whole blocks of a GEMM
+SHARE = 4
+UNKNOWN_CACHE = 4 * 2**20  # a thread's share where the system does not tell
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def tile_shape(rows: int, columns: int, element_size: int, device: torch.device) -> tuple[int, int]:
+    """(R, C) for ``rows`` x ``columns`` logits of both models that take ``element_size`` bytes a pair."""
+    tiles = -(-rows // ROWS)
+    height = max(1, -(-rows // max(1, tiles)))  # rows are dealt out evenly
+    width = tile_bytes(device) // (height * element_size) // COLUMNS * COLUMNS
+    return height, min(max(width, COLUMNS), columns)
+
+
+def tile_bytes(device: torch.device) -> int:
+    """What a pair of tiles may take on a device."""
+    given = os.environ.get("CMDP_FAST_TILE_BYTES")
+    if given is not None:
+        if not given.isdecimal() or int(given) == 0:
+            raise ValueError(f"CMDP_FAST_TILE_BYTES must be a positive number of bytes, got {given!r}")
+        return int(given)
+    if device.type == "cuda":
+        # One tile at a time occupies the whole device; more than half of the L2 cache keeps its GEMMs long enough.
+        return torch.cuda.get_device_properties(device).L2_cache_size * 3 // 4
+    return _cache_of_a_core() * torch.get_num_threads() // SHARE
+
+
+@functools.cache
+def _cache_of_a_core() -> int:
+    """The last-level cache over the cores that share it."""
+    try:
+        levels = {int((index / "level").read_text()): index for index in CACHES.glob("index*")}
+        last = levels[max(levels)]
+        size = last.joinpath("size").read_text().strip()
+        sharing = _count(last.joinpath("shared_cpu_list").read_text())
+        return int(size.removesuffix("K")) * 1024 // sharing
+    except (OSError, ValueError):
+        return UNKNOWN_CACHE
+
+
+def _count(cpus: str) -> int:
+    """How many processors a list such as "0-3,8" names."""
+    ends = [part.split("-") for part in cpus.strip().split(",")]
+    return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
