@@ -155,6 +155,13 @@ def _constrained(vocab: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
+def _tile(vocab: int, dtype: torch.dtype) -> None:
+    from cmdp_fast import kernels
+
+    x, y, tokens, _ = _inputs(vocab, dtype)
+    kernels.update_states(torch.empty(2, 13, dtype=torch.float64), x, y, tokens, 0, 1.0)
+
+
 @dataclass(frozen=True)
 class Case:
     launch: Callable[[int, torch.dtype], None]
@@ -166,6 +173,7 @@ CASES = (
     Case(_statistics, {"token_stats.fold_kernel": 2}),
     Case(_backward, {"token_stats_backward.backward_kernel": 3}),
     Case(_mixture, {"mixture.mixture_kernel": 2, "mixture.backward_kernel": 3}),
+    Case(_tile, {}),
     Case(_budget, {}),
     Case(_constrained, {}),
 )

@@ -131,6 +131,7 @@ def test_merge_of_two_halves(backend):
             assert torch.allclose(got, want, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.float64
 def test_one_float64_tile_makes_the_statistics_float64(backend):
     x, tokens = make_logits(2, 30), make_tokens(2, vocab=60)
     for first, second in ((torch.float32, torch.float64), (torch.float64, torch.float32)):

@@ -18,13 +18,15 @@ there. What is measured: values, in Triton's interpreter (TRITON_INTERPRET=1), b
 been measured on a GPU.
 
 `constrained.py` is the whole method in two launches, `scan.py` the budget's scan, `mixture.py` JSD and skewed
-divergences (a second pass), `launch.py` the launch settings, `shared.py` the algebra of partial states.
+divergences (a second pass), `token_state.py` a tile of the vocabulary, `launch.py` the launch settings, `shared.py` the
+algebra of partial states.
 """
 
 from cmdp_fast.kernels.constrained import COSTS, constrained_pass
 from cmdp_fast.kernels.launch import addressable
 from cmdp_fast.kernels.mixture import mixture, mixture_backward
 from cmdp_fast.kernels.scan import modify_rewards, trace_budgets
+from cmdp_fast.kernels.token_state import update_states
 from cmdp_fast.kernels.token_stats import token_stats
 from cmdp_fast.kernels.token_stats_backward import token_stats_backward
 
@@ -38,4 +40,5 @@ __all__ = [
     "token_stats",
     "token_stats_backward",
     "trace_budgets",
+    "update_states",
 ]

@@ -102,11 +102,6 @@ def scale_of(temperature: float) -> float:
     return float(torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32))
 
 
-def natural_of(scale: float) -> float:
-    """What that factor is in nats: 1/temperature but for the rounding, the same in the forward and backward pass."""
-    return scale * math.log(2.0)
-
-
 class Rows(NamedTuple):
     """Rows ``[rows, V]`` over at most two axes: row i begins at i // inner * outer_stride + i % inner * stride."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.fold import places, read, widened
-from cmdp_fast.kernels.shared import LN2, SAVED, locate, octaves, taken
+from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, taken
 from cmdp_fast.kernels.token_stats import token_stats
 from cmdp_fast.kernels.token_stats_backward import MODEST, split
 
@@ -51,9 +51,9 @@ def terms(x, y, scale, m, r, n, q, b, c_teacher, c_student):
 @triton.jit
 def careful_terms(x, y, scale, at, b, c_teacher, c_student):
     """As `terms`, in double."""
-    factor = tl.zeros([], tl.float64) + scale
-    log_p = (x.to(tl.float64) * factor - tl.load(at)) - tl.load(at + 2)
-    log_w = (y.to(tl.float64) * factor - tl.load(at + 1)) - tl.load(at + 3)
+    factor = natural(scale)
+    log_p = ((x.to(tl.float64) * factor - tl.load(at)) - tl.load(at + 2)) * PER_NAT
+    log_w = ((y.to(tl.float64) * factor - tl.load(at + 1)) - tl.load(at + 3)) * PER_NAT
     p, w = tl.exp2(log_p), tl.exp2(log_w)
     delta = clamped(tl.where((p == 0) & (w == 0), 0.0, log_w - log_p), -FAR_CAREFULLY, FAR_CAREFULLY)
     rho = tl.exp2(delta)
@@ -189,7 +189,6 @@ def backward_kernel(
     width,
     blocks,
     scale,
-    natural,
     b,
     c_teacher,
     c_student,
@@ -214,7 +213,7 @@ def backward_kernel(
     x_row = student + locate(row, x_inner, x_stride, x_outer_stride)
     y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
     center = tl.load(mean + row)
-    outer = tl.load(upstream + row).to(tl.float64) * natural
+    outer = tl.load(upstream + row).to(tl.float64) * natural(scale)
     if tl.where(tl.abs(outer) >= MODEST, 1.0, tl.load(at + 6)) != 0:
         for first in range(start, stop, CAREFUL):
             columns = first + tl.arange(0, CAREFUL)
@@ -304,7 +303,6 @@ def mixture_backward(
     settings = launch.column_settings(width)
     blocks = -(-width // settings.span)
     x, y, to = launch.rows_of(student), launch.rows_of(teacher), launch.rows_of(out)
-    scale = launch.scale_of(temperature)
     with launch.on(student):
         backward_kernel[(rows * blocks,)](
             x.tensor,
@@ -320,8 +318,7 @@ def mixture_backward(
             vocab,
             width,
             blocks,
-            scale,
-            launch.natural_of(scale),
+            launch.scale_of(temperature),
             *weights,
             TILE=settings.tile,
             SPAN=settings.span,

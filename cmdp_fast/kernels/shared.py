@@ -3,7 +3,7 @@
 Every kernel works in octaves: with L = log2(e)/temperature a logit x counts as t = L x - M, one fused multiply-add, and
 weighs 2^t, one instruction of the GPU. M is any finite reference; the maximum keeps the power in range. Differences
 t - s of the two models are taken relative to the references, so that a common shift of one model's logits costs no
-precision. `finish` turns octaves back into nats.
+precision. States leave the loops in nats, in double.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ PER_NAT = tl.constexpr(math.log2(math.e))  # octaves
 # a number; a row whose every logit lies below it is left to the careful loop.
 NOWHERE = tl.constexpr(-1e30)
 STATE_FIELDS = tl.constexpr(9)  # m, n, z, u, a, b, h, k, and 1 if the segment was folded carefully
-# What the backward pass needs of a row, in double: the references m, n and log z, log u in octaves, H and R in nats,
-# and 1 if the row has to be done carefully.
+# What the backward pass needs of a row, in double and in nats: the references m and n, log z, log u, H, R, and 1 if the
+# row has to be done carefully.
 SAVED = tl.constexpr(7)
 
 
@@ -48,6 +48,12 @@ def taken(row, columns, inside):
 def octaves(x, scale, reference):
     """L x - M with one rounding."""
     return tl.fma(x, scale + tl.zeros_like(x), tl.zeros_like(x) - reference)
+
+
+@triton.jit
+def natural(scale):
+    """What the kernels multiply logits by, in nats and in double: 1/temperature but for the rounding of `scale`."""
+    return (tl.zeros([], tl.float64) + scale) * LN2
 
 
 @triton.jit

@@ -25,12 +25,15 @@ from cmdp_fast.kernels import finish, launch
 from cmdp_fast.kernels.finish import finish_rows
 from cmdp_fast.kernels.fold import fold
 from cmdp_fast.kernels.shared import (
+    LN2,
+    PER_NAT,
     SAVED,
     STATE_FIELDS,
     excluded,
     finite,
     locate,
     merged,
+    natural,
 )
 
 
@@ -49,12 +52,13 @@ def top_of(row, start, stop, LANES: tl.constexpr):
 
 @triton.jit
 def fold_carefully(x_row, y_row, start, stop, scale, LANES: tl.constexpr):
-    """As `fold`, every special value included: differences in double, in which those of any two logits are finite and
-    those of equal ones 0; 0 · anything = 0; a or b is +inf where only the student (only the teacher) uses a column.
+    """As `fold`, but in nats and every special value included: differences in double, in which those of any two logits
+    are finite and those of equal ones 0; 0 · anything = 0; a or b is +inf where only the student (only the teacher)
+    uses a column.
 
     A column a step: this is rare, and the registers it takes count against the main loop too."""
     columns = tl.arange(0, LANES)
-    factor = tl.zeros([], tl.float64) + scale
+    factor = natural(scale)
     m = top_of(x_row, start, stop, LANES).to(tl.float64) * factor
     n = top_of(y_row, start, stop, LANES).to(tl.float64) * factor
     z = tl.zeros([LANES], tl.float32)
@@ -68,11 +72,11 @@ def fold_carefully(x_row, y_row, start, stop, scale, LANES: tl.constexpr):
         x = tl.load(x_row + at + columns, mask=inside, other=float("-inf")).to(tl.float64)
         y = tl.load(y_row + at + columns, mask=inside, other=float("-inf")).to(tl.float64)
         no_x, no_y = excluded(x), excluded(y)
-        # In double the products are exact, so that equal logits cancel, whether or not the compiler fuses this.
+        # Equal logits cancel: their products are rounded alike, before they are subtracted.
         t = tl.where(no_x, 0.0, x * factor - m)
         s = tl.where(no_y, 0.0, y * factor - n)
-        p = tl.where(no_x, 0.0, tl.exp2(t.to(tl.float32)))
-        w = tl.where(no_y, 0.0, tl.exp2(s.to(tl.float32)))
+        p = tl.where(no_x, 0.0, tl.exp2((t * PER_NAT).to(tl.float32)))
+        w = tl.where(no_y, 0.0, tl.exp2((s * PER_NAT).to(tl.float32)))
         z += p
         u += w
         a += tl.where(no_x, 0.0, tl.where(no_y, float("inf"), p * (t - s)))
@@ -128,8 +132,8 @@ def fold_kernel(
     stop = tl.minimum(start + SEGMENT, vocab)
     m, n, z, u, a, b, h, k = merged(*fold(x_row, y_row, start, stop, scale, LANES, VECTOR, STEP, ALIGNED, PTX))
     sums = finite(z) & finite(u) & finite(a) & finite(b) & finite(h) & finite(k)
-    m, n, z, u = m.to(tl.float64), n.to(tl.float64), z.to(tl.float64), u.to(tl.float64)
-    a, b, h, k = a.to(tl.float64), b.to(tl.float64), h.to(tl.float64), k.to(tl.float64)
+    m, n, z, u = m.to(tl.float64) * LN2, n.to(tl.float64) * LN2, z.to(tl.float64), u.to(tl.float64)
+    a, b, h, k = a.to(tl.float64) * LN2, b.to(tl.float64) * LN2, h.to(tl.float64) * LN2, k.to(tl.float64) * LN2
     careful = tl.zeros([], tl.float64)
     if not (sums & (z > 0) & (u > 0)):
         careful += 1

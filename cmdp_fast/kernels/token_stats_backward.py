@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
-from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, octaves, taken
+from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, taken
 
 MODEST = tl.constexpr(1e7)  # coefficients up to here do not overflow float32 on the way to a finite result
 
@@ -29,7 +29,7 @@ MODEST = tl.constexpr(1e7)  # coefficients up to here do not overflow float32 on
 @triton.jit
 def split(reference, log_sum):
     """A normaliser in octaves as float32, and what the rounding left."""
-    exact = reference + log_sum
+    exact = (reference + log_sum) * PER_NAT
     rounded = exact.to(tl.float32)
     return rounded, (exact - rounded.to(tl.float64)).to(tl.float32)
 
@@ -44,21 +44,21 @@ def upstream(gradient, row):
 
 
 @triton.jit
-def careful_gradient(x, y, own, at, scale, natural, g_l, g_h, g_r, g_f, LOGPROB: tl.constexpr, FORWARD: tl.constexpr):
+def careful_gradient(x, y, own, at, scale, g_l, g_h, g_r, g_f, LOGPROB: tl.constexpr, FORWARD: tl.constexpr):
     """dx of some columns in double. Excluded columns have probability 0, and 0 · anything = 0."""
-    factor = tl.zeros([], tl.float64) + scale
+    factor = natural(scale)
     log_p = (x.to(tl.float64) * factor - tl.load(at)) - tl.load(at + 2)
     log_w = (y.to(tl.float64) * factor - tl.load(at + 1)) - tl.load(at + 3)
-    h, r = tl.load(at + 4) * PER_NAT, tl.load(at + 5) * PER_NAT
-    p, w = tl.exp2(log_p), tl.exp2(log_w)
+    h, r = tl.load(at + 4), tl.load(at + 5)
+    p, w = tl.exp2(log_p * PER_NAT), tl.exp2(log_w * PER_NAT)
     # Where R is infinite so is its gradient, which would poison the step: it passes none.
     bracket = tl.where(r == float("inf"), 0.0, g_r * ((log_p - log_w) - r)) - g_h * (log_p + h)
-    value = tl.where(p == 0, 0.0, LN2 * p * bracket)
+    value = tl.where(p == 0, 0.0, p * bracket)
     if FORWARD:
         value += g_f * (p - w)
     if LOGPROB:
         value += g_l * (tl.where(own, 1.0, 0.0) - p)
-    return value * natural
+    return value * factor
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def backward_kernel(
     width,
     blocks,
     scale,
-    natural,
+    first_column,
     TILE: tl.constexpr,
     SPAN: tl.constexpr,
     CAREFUL: tl.constexpr,
@@ -145,9 +145,9 @@ def backward_kernel(
     y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
     g_l, g_h = upstream(g_logprob, row), upstream(g_entropy, row)
     g_r, g_f = upstream(g_reverse_kl, row), upstream(g_forward_kl, row)
-    token = 0
+    token = tl.zeros([], tl.int64)
     if g_logprob is not None:
-        token = tl.load(tokens + row)
+        token = tl.load(tokens + row).to(tl.int64) - first_column
 
     m, r = split(tl.load(at), tl.load(at + 2))
     n, q = split(tl.load(at + 1), tl.load(at + 3))
@@ -157,9 +157,10 @@ def backward_kernel(
     constant = g_f - g_l - g_h * tl.load(at + 4) - along_t * r
     if g_reverse_kl is not None:  # what the rounded center and normalisers left of t - s - R
         constant += along_difference * (center - divergence + (q - r))
-    weight = natural * tl.exp2(-r)
+    factor = natural(scale)
+    weight = factor * tl.exp2(-r)
     c0, c1, c2 = weight * constant, weight * along_t, weight * along_difference
-    c3 = natural * tl.exp2(-q) * g_f
+    c3 = factor * tl.exp2(-q) * g_f
     largest = tl.maximum(tl.maximum(tl.abs(c0), tl.abs(c1)), tl.maximum(tl.abs(c2), tl.abs(c3)))
     c0, c1, c2, c3 = c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32)
 
@@ -171,7 +172,7 @@ def backward_kernel(
             x = tl.load(x_row + columns, mask=inside, other=0.0)
             y = tl.load(y_row + columns, mask=inside, other=0.0)
             value = careful_gradient(
-                x, y, columns == token, at, scale, natural, g_l, g_h, g_r, g_f,
+                x, y, columns == token, at, scale, g_l, g_h, g_r, g_f,
                 g_logprob is not None, g_forward_kl is not None,
             )  # fmt: skip
             value = tl.where(inside, value, 0.0).to(tl.float32).to(out.dtype.element_ty)
@@ -183,7 +184,7 @@ def backward_kernel(
     if own_here:  # apart and in double, and read before a neighbour writes over it
         x, y = tl.load(x_row + token), tl.load(y_row + token)
         own += careful_gradient(
-            x, y, True, at, scale, natural, g_l, g_h, g_r, g_f, g_logprob is not None, g_forward_kl is not None
+            x, y, True, at, scale, g_l, g_h, g_r, g_f, g_logprob is not None, g_forward_kl is not None
         ).to(tl.float32)
         tl.debug_barrier()
     with_teacher: tl.constexpr = (g_reverse_kl is not None) or (g_forward_kl is not None)
@@ -220,8 +221,12 @@ def token_stats_backward(
     temperature: float,
     vocab: int,
     out: Tensor,
+    first_column: int = 0,
 ) -> None:
-    """Writes the gradient of the student's logits into ``out`` ``[..., V]``, which may be the logits themselves."""
+    """Writes the gradient of the student's logits into ``out`` ``[..., V]``, which may be the logits themselves.
+
+    They may be a tile of the vocabulary that begins at ``first_column``; ``saved`` is that of whole rows.
+    """
     rows, width = launch.count_rows(student), student.shape[-1]
     if rows == 0:
         return
@@ -230,7 +235,6 @@ def token_stats_backward(
     x, y, to = launch.rows_of(student), launch.rows_of(teacher), launch.rows_of(out)
     if to.tensor is not out:
         raise ValueError(f"the gradient must be writable with at most two strides, got strides {out.stride()}")
-    scale = launch.scale_of(temperature)
     flowing = [None if g is None else g.contiguous() for g in upstream]
     with launch.on(student):
         backward_kernel[(rows * blocks,)](
@@ -247,8 +251,8 @@ def token_stats_backward(
             vocab,
             width,
             blocks,
-            scale,
-            launch.natural_of(scale),
+            launch.scale_of(temperature),
+            first_column,
             TILE=settings.tile,
             SPAN=settings.span,
             CAREFUL=settings.careful,

@@ -80,7 +80,8 @@ def linear_token_stats(
             part of it, and autograd expects the whole, hence True. False for hidden states that went through an
             operation whose backward pass sums them itself, such as Megatron's copy to the tensor-parallel region or
             the gather of a sequence-parallel region: they would be summed twice.
-        backend: None chooses: ``cpu`` (native) for CPU tensors, else ``torch``; a name forces it. GEMMs are PyTorch's.
+        backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` on a GPU (not float64), else ``torch``; a
+            name forces it. GEMMs are PyTorch's.
 
     Returns:
         `TokenStats` of tensors ``[...]``: float32, or float64 if a hidden state or head is float64.
@@ -116,7 +117,8 @@ def linear_token_stats(
     checks.tokens(tokens, student_hidden, "student_hidden")
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    chosen = backends.choose(backend, student_hidden)
+    computed = torch.empty(0, dtype=compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight))
+    chosen = backends.choose_for_logits(backend, student_hidden, computed)
     width, vocab = parallel.columns(
         student_weight.shape[0], teacher_weight.shape[0], vocab_size, process_group, first_column, tokens, mask
     )
@@ -139,7 +141,7 @@ def linear_token_stats(
         first_column,
         parallel.name_of(process_group),
         reduce_hidden_grad,
-        "cpu" if chosen == "cpu" else "torch",
+        chosen,
     )
     return TokenStats(*outputs[:6])
 

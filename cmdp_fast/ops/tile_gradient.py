@@ -1,4 +1,4 @@
-"""The gradient of a tile of student logits, from the saved scalars of whole rows: native, or in plain PyTorch."""
+"""The gradient of a tile of student logits, from the saved scalars of whole rows, on every backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def write_tile_gradient(
     backend: str,
 ) -> None:
     """Writes d/d(student) of sum of upstream times statistics; the table of gradients is in cmdp_fast/reference.py."""
-    if backend != "cpu":
+    if backend == "triton":
+        backends.kernels.token_stats_backward(
+            student, teacher, tokens, mask, saved, upstream, temperature, student.shape[-1], out, first_column
+        )
+        return
+    if backend == "torch":
         out.copy_(_gradient(student, teacher, tokens, mask, saved, upstream, first_column, temperature))
         return
     index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)

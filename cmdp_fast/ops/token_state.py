@@ -71,7 +71,7 @@ class TokenState:
         Args:
             student_tile, teacher_tile: ``[rows, C]`` logits, each of its own dtype. No column may be given twice.
             tokens: ``[rows]`` integers, indices into the whole vocabulary.
-        backend: as `token_stats`; there is no GPU kernel for this, ``triton`` is served by PyTorch.
+            backend: as `token_stats`.
         Raises: TypeError, ValueError for shapes, dtypes or devices that do not fit.
         """
         rows = self.fields.shape[0]
@@ -88,11 +88,12 @@ class TokenState:
         wide = compute_dtype(student_tile, teacher_tile)
         self.dtype = torch.float64 if wide == torch.float64 else self.dtype
         student, teacher = unit_stride(student_tile.detach()), unit_stride(teacher_tile.detach())
-        if backends.choose(backend, student) != "cpu":
+        chosen = backends.choose_for_logits(backend, student, teacher)
+        if chosen == "torch":
             tile = _fold(student, teacher, tokens.long() - first_column, width, self.temperature)
             self.fields = _merged(self.fields, tile)
         else:
-            _update_states(self.fields, student, teacher, tokens, first_column, self.temperature)
+            _update_states(self.fields, student, teacher, tokens, first_column, self.temperature, chosen)
         return self
 
     def merge(self, other: TokenState) -> TokenState:
@@ -132,9 +133,12 @@ def fold_tile(
     backend: str,
 ) -> None:
     """`TokenState.update` of ``fields [rows, 13]`` in place, without checks; tokens are contiguous int64."""
-    if backend != "cpu":
+    if backend == "torch":
         tile = _fold(student, teacher, tokens - first_column, student.shape[1], temperature)
         fields.copy_(_merged(fields, tile))
+        return
+    if backend == "triton":
+        backends.kernels.update_states(fields, student, teacher, tokens, first_column, temperature)
         return
     backends.native.update_states(
         matrix(student), matrix(teacher), address(tokens), first_column, temperature, address(fields), threads()
@@ -230,12 +234,18 @@ def _raised(fields: Tensor, top: Tensor) -> Tensor:
 
 @torch.library.custom_op("cmdp_fast::update_states", mutates_args=("fields",))
 def _update_states(
-    fields: Tensor, student: Tensor, teacher: Tensor, tokens: Tensor, first_column: int, temperature: float
+    fields: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    first_column: int,
+    temperature: float,
+    backend: str,
 ) -> None:
     index = tokens.to(torch.int64).contiguous()
-    fold_tile(fields, student, teacher, index, first_column, temperature, "cpu")
+    fold_tile(fields, student, teacher, index, first_column, temperature, backend)
 
 
 @_update_states.register_fake
-def _(fields, student, teacher, tokens, first_column, temperature):
+def _(fields, *args):
     return None
