@@ -158,8 +158,8 @@ def _constrained(vocab: int, dtype: torch.dtype) -> None:
 def _tile(vocab: int, dtype: torch.dtype) -> None:
     from cmdp_fast import kernels
 
-    x, y, tokens, _ = _inputs(vocab, dtype)
-    kernels.update_states(torch.empty(2, 13, dtype=torch.float64), x, y, tokens, 0, 1.0)
+    x, y, tokens, mask = _inputs(vocab, dtype)
+    kernels.update_states(torch.empty(2, 13, dtype=torch.float64), x, y, tokens, mask, 0, 1.0)
 
 
 @dataclass(frozen=True)

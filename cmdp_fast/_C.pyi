@@ -85,6 +85,7 @@ def update_states(
     temperature: float,
     states: int,
     threads: int,
+    mask: int = 0,
 ) -> None: ...
 def budget_trace(
     cost: int,

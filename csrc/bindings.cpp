@@ -228,17 +228,19 @@ void mixture_backward(const Matrix& student, const Matrix& teacher, uintptr_t ma
   for_rows(student, threads, [&](int64_t row) { table.mixture_backward(in, row, mix, scalars, means[row], g[row], out); });
 }
 
-// Folds a tile of columns [first_column, first_column + width) into the states of all rows.
+// Folds a tile of columns [first_column, first_column + width) into the states of all rows that the mask keeps.
 void update_states(const Matrix& student, const Matrix& teacher, uintptr_t tokens, int64_t first_column,
-                   double temperature, uintptr_t states, int threads) {
+                   double temperature, uintptr_t states, int threads, uintptr_t mask) {
   if (student.width == 0) return;
-  const Logits in = make_logits(student, teacher, tokens, 0, student.width, temperature, true, first_column);
+  const Logits in = make_logits(student, teacher, tokens, mask, student.width, temperature, true, first_column);
   if (teacher.width != student.width) fail("the tiles of student and teacher have different widths");
   double* all = pointer<double>(states, "states", student.rows > 0);
   checked_threads(threads);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
-  for_rows(student, threads, [&](int64_t row) { table.update(in, row, all + row * kSegmentState); });
+  for_rows(student, threads, [&](int64_t row) {
+    if (in.mask == nullptr || in.mask[row] != 0) table.update(in, row, all + row * kSegmentState);
+  });
 }
 
 RewardKind reward_kind(const std::string& kind) {
@@ -373,7 +375,9 @@ PYBIND11_MODULE(_C, module) {
              py::arg("out"), py::arg("threads"), py::arg("first_column") = 0);
   module.def("mixture", &mixture);
   module.def("mixture_backward", &mixture_backward);
-  module.def("update_states", &update_states);
+  module.def("update_states", &update_states, py::arg("student"), py::arg("teacher"), py::arg("tokens"),
+             py::arg("first_column"), py::arg("temperature"), py::arg("states"), py::arg("threads"),
+             py::arg("mask") = 0);
   module.def("budget_trace", &budget_trace);
   module.def("modified_reward", &modified_reward);
 

@@ -29,6 +29,7 @@ def update_kernel(
     student,
     teacher,
     tokens,
+    mask,
     partial,
     fields,
     x_inner,
@@ -44,9 +45,11 @@ def update_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One program for ROWS rows."""
+    """One program for ROWS rows. The state of a masked row stays as it is."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
+    if mask is not None:
+        inside = inside & (tl.load(mask + row, mask=inside, other=0) != 0)
     part = tl.arange(0, PARTS)[None, :]
     at = partial + (row[:, None] * segments + part) * STATE_FIELDS
     m, n, z, u, a, b, h, k, only_student, only_teacher, careful = merged_parts(at, (part < segments) & inside[:, None])
@@ -85,19 +88,27 @@ def update_kernel(
 
 
 def update_states(
-    fields: Tensor, student: Tensor, teacher: Tensor, tokens: Tensor, first_column: int, temperature: float
+    fields: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    first_column: int,
+    temperature: float,
 ) -> None:
-    """Folds columns [first_column, first_column + C) of ``[rows, C]`` logits into ``fields [rows, 13]``, in place."""
-    rows, width = student.shape
+    """Folds columns [first_column, first_column + C) of logits ``[..., C]`` into ``fields [rows, 13]``, in place."""
+    rows, width = launch.count_rows(student), student.shape[-1]
     if rows == 0:
         return
+    keep = launch.flags(mask)
     with launch.on(student):
-        folded = fold_rows(student, teacher, None, temperature, width)
+        folded = fold_rows(student, teacher, keep, temperature, width)
         update_kernel[(triton.cdiv(rows, finish.ROWS),)](
             rows,
             folded.student.tensor,
             folded.teacher.tensor,
             tokens.contiguous(),
+            keep,
             folded.partial,
             fields,
             *folded.shape,

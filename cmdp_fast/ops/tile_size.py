@@ -20,7 +20,7 @@ import torch
 
 ROWS = 1024
 COLUMNS = 768  # C is a multiple of this: whole vectors and whole steps of the native kernels, whole blocks of a GEMM
-SHARE = 4
+SHARE = 8
 UNKNOWN_CACHE = 4 * 2**20  # a thread's share where the system does not tell
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -30,7 +30,7 @@ def tile_shape(rows: int, columns: int, element_size: int, device: torch.device)
     tiles = -(-rows // ROWS)
     height = max(1, -(-rows // max(1, tiles)))  # rows are dealt out evenly
     width = tile_bytes(device) // (height * element_size) // COLUMNS * COLUMNS
-    return height, min(max(width, COLUMNS), columns)
+    return height, min(max(width, COLUMNS), max(1, columns))
 
 
 def tile_bytes(device: torch.device) -> int:

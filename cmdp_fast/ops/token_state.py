@@ -131,18 +131,32 @@ def fold_tile(
     first_column: int,
     temperature: float,
     backend: str,
+    mask: Tensor | None = None,
 ) -> None:
-    """`TokenState.update` of ``fields [rows, 13]`` in place, without checks; tokens are contiguous int64."""
-    if backend == "torch":
-        tile = _fold(student, teacher, tokens - first_column, student.shape[1], temperature)
-        fields.copy_(_merged(fields, tile))
+    """`TokenState.update` of ``fields [rows, 13]`` in place, without checks.
+
+    Logits may have several leading axes; tokens and mask are contiguous ``[rows]``, int64 and bool. A row that the mask
+    excludes is not read, and its state stays as it is.
+    """
+    if backend == "cpu":
+        backends.native.update_states(
+            matrix(student),
+            matrix(teacher),
+            address(tokens),
+            first_column,
+            temperature,
+            address(fields),
+            threads(),
+            address(mask),
+        )
         return
     if backend == "triton":
-        backends.kernels.update_states(fields, student, teacher, tokens, first_column, temperature)
+        backends.kernels.update_states(fields, student, teacher, tokens, mask, first_column, temperature)
         return
-    backends.native.update_states(
-        matrix(student), matrix(teacher), address(tokens), first_column, temperature, address(fields), threads()
-    )
+    x, y = (t.reshape(len(fields), t.shape[-1]) for t in (student, teacher))
+    kept = slice(None) if mask is None else mask
+    tile = _fold(x[kept], y[kept], tokens[kept] - first_column, x.shape[1], temperature)
+    fields[kept] = _merged(fields[kept], tile)
 
 
 def all_reduced(fields: Tensor, process_group: dist.ProcessGroup) -> Tensor:

@@ -7,11 +7,13 @@ csrc/cpu/forward.h and csrc/cpu/backward.h.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
 from cmdp_fast.ops.native import SAVED, address, can_overwrite, flat, matrix, threads, unit_stride
+from cmdp_fast.ops.sharded_stats import sharded_token_stats
 from cmdp_fast.reference import TokenStats, compute_dtype
 
 
@@ -24,6 +26,8 @@ def token_stats(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    first_column: int = 0,
     backend: str | None = None,
 ) -> TokenStats:
     """Log-probabilities, entropies and both KL divergences of every token, from one pass over both rows of logits.
@@ -49,7 +53,11 @@ def token_stats(
             backward pass: whoever else saved them for a backward pass of their own must have done it before, a second
             backward pass through this call raises, and if the logits are a leaf their ``.grad`` is that same memory.
             Logits whose rows share memory with one another or with other rows of the teacher's are copied first. Has no
-            effect under ``torch.compile`` or on the torch backend, which allocate the gradient.
+            effect under ``torch.compile``, with ``process_group`` or on the torch backend, which allocate the gradient.
+        process_group: ranks that hold columns [first_column, first_column + V) of the same rows each (tensor
+            parallelism), with the same tokens and mask. Every rank gets the statistics of whole rows, and the gradient
+            of its own columns. ``vocab_size`` counts the columns of all ranks. Not under ``torch.compile``.
+        first_column: where this rank's columns begin.
         backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` for tensors on a GPU (not float64), else
             ``torch``; a name forces it.
 
@@ -68,6 +76,9 @@ def token_stats(
 
     Source: the token-level KL of arXiv 2509.22921; the streaming state is this project's (csrc/token_state.h).
     """
+    if process_group is not None or first_column != 0:
+        settings = (temperature, vocab_size, process_group, first_column, backend)
+        return sharded_token_stats(student_logits, teacher_logits, tokens, mask, *settings)
     vocab = checks.logits(student_logits, teacher_logits, vocab_size)
     checks.tokens(tokens, student_logits)
     checks.mask(mask, tokens, tokens.shape, "tokens")

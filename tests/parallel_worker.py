@@ -1,0 +1,161 @@
+"""What every rank of test_parallel.py does: its own columns against the whole vocabulary, which it computes as well."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import DIFFERENTIABLE, make_logits, weighted_sum
+from linear_inputs import evaluate, make_inputs
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import cmdp_fast as cf
+
+VOCAB, INF = 50, torch.inf
+BOUNDS = {2: (0, 7, 50), 3: (0, 20, 21, 50)}
+CLOSE = {"rtol": 1e-5, "atol": 3e-6}
+
+
+def run(rank: int, world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        group = dist.group.WORLD
+        first, end = BOUNDS[world][rank : rank + 2]
+        for backend in ("torch", "cpu"):
+            if cf.available_backends()[backend] is None:
+                linear(group, first, end, backend)
+                logits(group, first, end, backend)
+                state(group, first, end, backend)
+                common_prefix(group, first, end, backend)
+        sharded_head(world)
+        refusals(group, rank, first, end)
+    finally:
+        dist.destroy_process_group()
+
+
+def model(dtype=torch.float32):
+    """Tokens on every rank, a masked row, columns that one model or both may not use, on either side of a boundary."""
+    inputs = make_inputs(rows=(2, 4), vocab=VOCAB, student=dtype, teacher=dtype, biased=True)
+    inputs["tokens"] = torch.tensor([[0, 6, 7, 19], [20, 21, 49, 30]])
+    for part, columns in (("student_bias", (3, 40)), ("teacher_bias", (3, 8))):
+        inputs[part][list(columns)] = -INF
+    inputs["teacher_bias"][8] = 0.5 if dtype == torch.bfloat16 else -INF  # without it no divergence is infinite
+    return inputs, torch.tensor([[True, True, True, True], [True, True, True, False]])
+
+
+def shard(inputs, first, end):
+    parts = ("student_weight", "student_bias", "teacher_weight", "teacher_bias")
+    return {name: value[first:end] if name in parts else value for name, value in inputs.items()}
+
+
+def same(ours, whole) -> None:
+    for name, a, b in zip(whole._fields, ours, whole, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def linear(group, first, end, backend) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, mask = model(dtype)
+        options = {"mask": mask, "temperature": 0.8, "backend": backend}
+        whole, expected = evaluate(cf.linear_token_stats, inputs, **options)
+        mine = shard(inputs, first, end)
+        spread = {"process_group": group, "first_column": first}
+        close = CLOSE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+        for reduce in (True, False):
+            stats, gradients = evaluate(cf.linear_token_stats, mine, reduce_hidden_grad=reduce, **options, **spread)
+            same(stats, whole)
+            hidden = gradients["student_hidden"]
+            if not reduce:
+                dist.all_reduce(hidden, group=group)
+            torch.testing.assert_close(hidden, expected["student_hidden"], **close)
+            for name in ("student_weight", "student_bias"):
+                torch.testing.assert_close(gradients[name], expected[name][first:end], **close)
+
+
+def logits(group, first, end, backend) -> None:
+    x, y = make_logits(2, 4, VOCAB), make_logits(2, 4, VOCAB, seed=1)
+    x[..., 40], y[0, :, 8] = -INF, -INF
+    x[1, 0, 5] = torch.nan
+    _, mask = model()
+    tokens = torch.tensor([[0, 6, 7, 19], [20, 21, 49, 30]])
+    gradients, results = [], []
+    for columns, spread in (
+        (slice(None), {}),
+        (slice(first, end), {"process_group": group, "first_column": first}),
+    ):
+        leaf = x[..., columns].clone().requires_grad_()
+        stats = cf.token_stats(leaf, y[..., columns], tokens, mask=mask, temperature=0.8, backend=backend, **spread)
+        weights = {name: make_logits(2, 4, scale=1.0, seed=i) for i, name in enumerate(DIFFERENTIABLE)}
+        gradients.append(torch.autograd.grad(weighted_sum(stats, weights), leaf)[0])
+        results.append(stats)
+    for whole, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, whole, equal_nan=True, **CLOSE)
+    torch.testing.assert_close(gradients[1], gradients[0][..., first:end], equal_nan=True, **CLOSE)
+    assert gradients[1][1, 0].isnan().all() and not gradients[1][1, 3].any()
+
+
+def state(group, first, end, backend) -> None:
+    x, y, tokens = make_logits(5, VOCAB), make_logits(5, VOCAB, seed=1), torch.tensor([0, 7, 20, 25, 49])
+    mine = cf.TokenState.empty(5)
+    mine.update(x[:, first:end], y[:, first:end], tokens, first_column=first, backend=backend)
+    same(mine.finish(process_group=group), cf.token_stats(x, y, tokens))
+    same(mine.finish(), cf.token_stats(x, y, tokens))
+
+
+def common_prefix(group, first, end, backend) -> None:
+    """Ranks beyond the prefix hold nothing of it."""
+    inputs, mask = model()
+    inputs["tokens"] = inputs["tokens"] % 7
+    for vocab_size in (7, 30):
+        options = {"vocab_size": vocab_size, "mask": mask, "backend": backend}
+        whole, expected = evaluate(cf.linear_token_stats, inputs, **options)
+        stats, gradients = evaluate(
+            cf.linear_token_stats, shard(inputs, first, end), process_group=group, first_column=first, **options
+        )
+        same(stats, whole)
+        torch.testing.assert_close(gradients["student_weight"], expected["student_weight"][first:end], **CLOSE)
+        torch.testing.assert_close(gradients["student_hidden"], expected["student_hidden"], **CLOSE)
+
+
+def sharded_head(world) -> None:
+    inputs, mask = model()
+    whole, expected = evaluate(cf.linear_token_stats, inputs, mask=mask)
+    mesh = init_device_mesh("cpu", (world,))
+    shards = {
+        name: value if "hidden" in name or name == "tokens" else distribute_tensor(value, mesh, [Shard(0)])
+        for name, value in inputs.items()
+    }
+    stats, gradients = evaluate(cf.linear_token_stats, shards, mask=mask)
+    same(stats, whole)
+    for name, gradient in gradients.items():
+        assert isinstance(gradient, DTensor) == (name != "student_hidden")
+        full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        torch.testing.assert_close(full, expected[name], **CLOSE)
+    with pytest.raises(ValueError, match="all of them must be"):
+        cf.linear_token_stats(**{**shards, "teacher_bias": inputs["teacher_bias"]})
+    with pytest.raises(ValueError, match="brings its own process group"):
+        cf.linear_token_stats(**shards, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"sharded over its rows, \[Shard\(0\)\]"):
+        cf.linear_token_stats(**{**shards, "student_weight": shards["student_weight"].redistribute(mesh, [Shard(1)])})
+
+
+def refusals(group, rank, first, end) -> None:
+    """Every rank refuses, before any of them waits for another."""
+    inputs, _ = model()
+    mine = shard(inputs, first, end)
+    with pytest.raises(ValueError, match="columns of the ranks must adjoin and begin at 0"):
+        cf.linear_token_stats(**mine, process_group=group)
+    with pytest.raises(ValueError, match=r"hold different tokens or masks.*full_tensor"):
+        cf.linear_token_stats(
+            **{**mine, "tokens": (inputs["tokens"] + rank) % VOCAB}, process_group=group, first_column=first
+        )
+    with pytest.raises(ValueError, match="hold different tokens or masks"):
+        rows = {
+            name: value[:, : rank + 1] if "hidden" in name or name == "tokens" else value
+            for name, value in mine.items()
+        }
+        cf.linear_token_stats(**rows, process_group=group, first_column=first)
+    with pytest.raises(ValueError, match=r"outside the vocabulary \[0, 50\)"):
+        cf.linear_token_stats(**{**mine, "tokens": inputs["tokens"] + 1}, process_group=group, first_column=first)
+    with pytest.raises(ValueError, match="vocab_size=60, but the ranks hold 50 columns"):
+        cf.linear_token_stats(**mine, vocab_size=60, process_group=group, first_column=first)
