@@ -32,7 +32,7 @@ def sharded_token_stats(
     checks.tokens(tokens, student_logits)
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    chosen = backends.choose(backend, student_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
     width, vocab = parallel.columns(student, teacher, vocab_size, process_group, first_column, tokens, mask)
     outputs = _sharded_token_stats(
         unit_stride(student_logits),
@@ -44,7 +44,7 @@ def sharded_token_stats(
         vocab,
         first_column,
         parallel.name_of(process_group),
-        "cpu" if chosen == "cpu" else "torch",
+        chosen,
     )
     return TokenStats(*outputs[:6])
 
