@@ -89,8 +89,7 @@ class Report:
 # What is compiled: every launcher, called as the operations call it
 
 
-def _inputs(vocab: int, dtype: torch.dtype):
-    rows = 2
+def _inputs(vocab: int, dtype: torch.dtype, rows: int = 2):
     x, y = torch.empty(rows, vocab, dtype=dtype), torch.empty(rows, vocab, dtype=dtype)
     tokens, mask = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
     return x, y, tokens, mask
@@ -147,11 +146,12 @@ def _budget(vocab: int, dtype: torch.dtype) -> None:
 def _constrained(vocab: int, dtype: torch.dtype) -> None:
     from cmdp_fast import kernels
 
-    x, y, tokens, mask = (t[None] for t in _inputs(vocab, dtype))
-    reward = torch.empty(1, 2)
+    length = 16  # a multiple of 16, like most padded batches: the compiler may know where sequences begin
+    x, y, tokens, mask = (t[None] for t in _inputs(vocab, dtype, length))
+    reward = torch.empty(1, length)
     kernels.constrained_pass(
-        x, y, tokens, mask, reward, None, 2.0, 1.0, vocab, "reverse_kl", False, (1.0, False, False), RULE, _trace(1, 2),
-        reward,
+        x, y, tokens, mask, reward, None, 2.0, 1.0, vocab, "reverse_kl", False, (1.0, False, False), RULE,
+        _trace(1, length), reward,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What the GPU kernels promise beyond the shared suite: a row's result depends on nothing but the row, two launches a
 batch, fake tensors on a GPU, and, where there is one, graphs, streams and a second device."""
 
+import math
 import sys
 
 import pytest
@@ -91,6 +92,12 @@ def test_a_token_outside_the_vocabulary_reads_nothing():
     saved = kernels.token_stats(x, y, tokens, None, 1.0, 40)[0]
     for name, value in zip(cf.TokenStats._fields, saved, strict=True):
         assert value.isnan().tolist() == [False, *[name.endswith("logprob")] * 2], name
+
+
+def test_settings_do_not_depend_on_the_default_device():
+    """A setting computed on a GPU by default would be read back from it: no graph could be captured."""
+    with torch.device("meta"):
+        assert kernels.launch.scale_of(2.0) == pytest.approx(0.5 / math.log(2), rel=1e-7)
 
 
 class Launches:

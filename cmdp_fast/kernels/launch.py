@@ -98,8 +98,11 @@ def segments(vocab: int, settings: Forward) -> int:
 
 
 def scale_of(temperature: float) -> float:
-    """log2(e)/temperature rounded to float32: what the kernels multiply logits by."""
-    return float(torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32))
+    """log2(e)/temperature rounded to float32: what the kernels multiply logits by.
+
+    On the CPU whatever the default device: a number read back from a GPU would stall it, and end a graph's capture.
+    """
+    return float(torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32, device="cpu"))
 
 
 class Rows(NamedTuple):

@@ -95,10 +95,11 @@ def mixture_kernel(
     if mask is not None:
         if tl.load(mask + row) == 0:
             return
-    x_row = student + locate(row, x_inner, x_stride, x_outer_stride)
-    y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
+    x_offset = locate(row, x_inner, x_stride, x_outer_stride)
+    y_offset = locate(row, y_inner, y_stride, y_outer_stride)
     if ALIGNED:
-        x_row, y_row = tl.multiple_of(x_row, 16), tl.multiple_of(y_row, 16)
+        x_offset, y_offset = tl.multiple_of(x_offset, VECTOR), tl.multiple_of(y_offset, VECTOR)
+    x_row, y_row = student + x_offset, teacher + y_offset
     at = saved + row.to(tl.int64) * SAVED
     m, r = split(tl.load(at), tl.load(at + 2))
     n, q = split(tl.load(at + 1), tl.load(at + 3))
