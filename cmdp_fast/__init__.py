@@ -9,9 +9,11 @@ The mathematics stands in `cmdp_fast.reference`, what PPO does with it in `cmdp_
 from cmdp_fast.heads import Head, head_of, last_hidden_state
 from cmdp_fast.ops.backends import available_backends
 from cmdp_fast.ops.budget import budget_trace, modified_reward
-from cmdp_fast.ops.constrained import constrained_reward, token_cost
+from cmdp_fast.ops.constrained import constrained_reward
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.linear import linear_token_stats
+from cmdp_fast.ops.linear_constrained import linear_constrained_reward
+from cmdp_fast.ops.terms import token_cost
 from cmdp_fast.ops.token_state import TokenState
 from cmdp_fast.ops.token_stats import dropped_teacher_mass, token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
@@ -31,6 +33,7 @@ __all__ = [
     "dropped_teacher_mass",
     "head_of",
     "last_hidden_state",
+    "linear_constrained_reward",
     "linear_token_stats",
     "modified_reward",
     "token_cost",

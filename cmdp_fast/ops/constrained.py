@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.budget import (
-    check_budget,
-    check_budget_rule,
-    check_layout,
-    check_like,
-    check_reward_rule,
-    check_values,
-    constrained_scan,
-    empty_trace,
-    sequence_limits,
-    sequence_offsets,
-)
+from cmdp_fast.ops.budget import check_values, empty_trace, sequence_limits, sequence_offsets
 from cmdp_fast.ops.divergence import check_kind, divergence
-from cmdp_fast.ops.native import SAVED, flat
-from cmdp_fast.ops.token_stats import (
-    kernel_memory,
-    save_for_gradient,
-    statistics_gradient,
-    token_stats,
-)
-from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS, BudgetTrace, ConstrainedReward, TokenStats, compute_dtype
-
-
-def token_cost(stats: TokenStats, kind: str = "reverse_kl") -> Tensor:
-    """The cost c_t of every token, from its statistics.
-
-    ``reverse_kl`` and ``forward_kl`` depend on the policy and are differentiable; ``k1`` = rho, ``k3`` = exp(-rho) - 1
-    + rho with rho = logprob - teacher_logprob, and ``nll`` = -teacher_logprob depend on the action and are
-    detached. (As a detached cost k1 is an unbiased estimate of the reverse KL and k3 is a biased one.)
-
-    Args: stats: `TokenStats`. kind: one of the names above (``jsd`` needs the logits: `divergence`).
-    Returns: a tensor like the statistics, in nats. Raises: ValueError for another kind.
-    """
-    checks.choice("kind", kind, tuple(c for c in COSTS if c != "jsd"))
-    return reference.token_cost(stats, kind)
+from cmdp_fast.ops.native import SAVED
+from cmdp_fast.ops.terms import check_completions, check_terms, token_cost
+from cmdp_fast.ops.token_stats import kernel_memory, save_for_gradient, statistics_gradient, token_stats
+from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats, compute_dtype
 
 
 def constrained_reward(
@@ -100,34 +68,17 @@ def constrained_reward(
 
     Source: after arXiv 2509.22921; the discrepancy term Phi is this project's definition (`modified_reward`).
     """
-    worst_case = kind == "worst_case"
-    cost = cost or ("nll" if worst_case else "reverse_kl")
-    reduction = reduction or ("mean" if worst_case else "sum")
-    checks.choice("cost", cost, COSTS)
-    if cost == "jsd":
-        check_kind(cost, beta)
-    if worst_case and (cost, reduction) != ("nll", "mean"):
-        raise ValueError(
-            f"kind='worst_case' is defined for cost='nll' and reduction='mean', got {cost!r} and {reduction!r}"
-        )
-    budget_rule = check_budget_rule(gamma, reduction, edge)
-    reward_rule = check_reward_rule(kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope)
+    amounts = (penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope)
+    terms = check_terms(cost, kind, *amounts, gamma, reduction, edge)
+    if terms.cost == "jsd":
+        check_kind("jsd", beta)
     vocab = checks.logits(student_logits, teacher_logits, vocab_size)
-    checks.tensor("tokens", tokens)
-    sequences = check_layout("tokens", tokens, mask, cu_seqlens)
-    check_like("task_reward", task_reward, "tokens", tokens)
-    check_budget(budget, tokens, sequences)
+    check_completions(tokens, task_reward, budget, mask, cu_seqlens)
     checks.tokens(tokens, student_logits)
     checks.positive("temperature", temperature)
     chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
-    if kind == "saute" and cost in DIFFERENTIABLE_COSTS and not torch.compiler.is_compiling():
-        warnings.warn(
-            f"kind='saute' with cost={cost!r}: the cost does not depend on the action, so the penalty has no direct "
-            "gradient and a student may stay over budget; use kind='cmdp' or 'hinge', or cost='k1'",
-            stacklevel=2,
-        )
 
-    if chosen == "triton" and cost in backends.kernels.COSTS:
+    if chosen == "triton" and terms.cost in backends.kernels.COSTS:
         student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)
         outputs = _constrained_pass(
             student,
@@ -141,10 +92,10 @@ def constrained_reward(
             float(temperature),
             vocab,
             inplace,
-            cost,
+            terms.cost,
             per_token,
-            *budget_rule,
-            *reward_rule,
+            *terms.budget_rule,
+            *terms.reward_rule,
         )
         return ConstrainedReward(TokenStats(*outputs[:6]), BudgetTrace(*outputs[7:12]), outputs[12])
 
@@ -161,7 +112,7 @@ def constrained_reward(
         inplace_backward=inplace_backward,
         backend=chosen,
     )
-    if cost == "jsd":
+    if terms.cost == "jsd":
         paid = divergence(
             student_logits.detach(),
             teacher_logits,
@@ -172,30 +123,9 @@ def constrained_reward(
             backend=chosen,
         )
     else:
-        paid = token_cost(stats, cost).detach()
-    if chosen == "torch":
-        trace = reference.budget_trace(
-            paid, limits, gamma=gamma, reduction=reduction, edge=edge, mask=mask, cu_seqlens=cu_seqlens
-        )
-        reward = reference.modified_reward(
-            task_reward,
-            paid,
-            trace,
-            kind=kind,
-            penalty=penalty,
-            penalty_at=penalty_at,
-            discrepancy_weight=discrepancy_weight,
-            coefficient=coefficient,
-            barrier_slope=barrier_slope,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-        )
-        return ConstrainedReward(stats, trace, reward)
-    given = task_reward.detach().to(paid.dtype).contiguous()
-    *lines, reward = constrained_scan(
-        given, paid.contiguous(), flat(mask, torch.bool), offsets, limits, *budget_rule, *reward_rule, chosen
-    )
-    return ConstrainedReward(stats, BudgetTrace(*lines), reward)
+        paid = token_cost(stats, terms.cost).detach()
+    trace, reward = terms.settle(paid, task_reward, limits, offsets, mask, cu_seqlens, chosen)
+    return ConstrainedReward(stats, trace, reward)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""linear_constrained_reward is the three operations called in turn, and checks everything before it computes anything."""
+
+import pytest
+import torch
+from helpers import make_logits
+from linear_inputs import make_inputs
+
+import cmdp_fast as cf
+
+MASK = torch.tensor([[True] * 5, [True, True, True, False, False]])
+
+
+def completions(**options):
+    return make_inputs(rows=(2, 5), vocab=40, **options), make_logits(2, 5, scale=1.0, seed=7)
+
+
+@pytest.mark.parametrize("cost", ["reverse_kl", "forward_kl", "k1", "k3", "nll"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_equals_the_three_operations_in_turn(cost, per_token, backend):
+    inputs, reward = completions(biased=True)
+    leaves = [inputs[name].requires_grad_() for name in ("student_hidden", "student_weight")]
+    mask = MASK.to(reward.device)
+    settings = {"temperature": 0.7, "student_softcap": 9.0, "teacher_scale": 0.5, "mask": mask, "backend": backend}
+    out = cf.linear_constrained_reward(
+        **inputs, task_reward=reward, budget=0.3, cost=cost, per_token=per_token, gamma=0.9, **settings
+    )
+    stats = cf.linear_token_stats(**inputs, **settings)
+    paid = cf.token_cost(stats, cost).detach()
+    where = {"mask": mask, "backend": backend}
+    trace = cf.budget_trace(paid, 0.3, per_token=per_token, gamma=0.9, **where)
+    want = (*stats, *trace, cf.modified_reward(reward, paid, trace, **where))
+    for a, b in zip((*out.stats, *out.trace, out.reward), want, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(
+        torch.autograd.grad(out.stats.reverse_kl.sum(), leaves),
+        torch.autograd.grad(stats.reverse_kl.sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_packed_equals_padded(backend):
+    inputs, reward = completions()
+    mask = MASK.to(reward.device)
+    padded = cf.linear_constrained_reward(
+        **inputs, task_reward=reward, budget=torch.tensor([0.3, 0.1]), mask=mask, kind="hinge", backend=backend
+    )
+    rows = {name: value[mask] if name in ("tokens", "student_hidden", "teacher_hidden") else value
+            for name, value in inputs.items()}  # fmt: skip
+    packed = cf.linear_constrained_reward(
+        **rows,
+        task_reward=reward[mask],
+        budget=torch.tensor([0.3, 0.1]),
+        cu_seqlens=torch.tensor([0, 5, 8]),
+        kind="hinge",
+        backend=backend,
+    )
+    assert torch.allclose(packed.reward, padded.reward[mask], rtol=1e-6, atol=1e-6)
+    assert packed.trace.violated.equal(padded.trace.violated[mask])
+
+
+def test_worst_case_fills_in_its_cost_and_reduction():
+    inputs, reward = completions()
+    plain = cf.linear_constrained_reward(**inputs, task_reward=reward, budget=1.0, kind="worst_case")
+    named = cf.linear_constrained_reward(
+        **inputs, task_reward=reward, budget=1.0, kind="worst_case", cost="nll", reduction="mean"
+    )
+    assert torch.equal(plain.reward, named.reward)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"cost": "jsd"}, ValueError, "cost='jsd' is unknown; expected one of reverse_kl, forward_kl, k1, k3, nll"),
+        ({"budget": -1.0}, ValueError, "budget must be at least 0, got -1.0"),
+        ({"task_reward": torch.zeros(2, 4)}, ValueError, r"task_reward must have the shape of tokens, \[2, 5\]"),
+        ({"student_hidden": None}, TypeError, "student_hidden must be a tensor, got NoneType"),
+        ({"teacher_hidden": torch.zeros(2, 4, 20)}, ValueError, "must agree in all but the last axis"),
+        ({"kind": "hinge", "coefficient": 1.0}, ValueError, "kind='hinge' has none, got coefficient=1.0"),
+        ({"gamma": 0.0}, ValueError, r"gamma must lie in \(0, 1\], got 0.0"),
+    ],
+)
+def test_errors(change, error, message, monkeypatch):
+    inputs, reward = completions()
+    monkeypatch.setattr(cf.ops.linear, "_Tiles", None)  # nothing is computed
+    with pytest.raises(error, match=message):
+        cf.linear_constrained_reward(**{**inputs, "task_reward": reward, "budget": 1.0, **change})
+
+
+def test_saute_warns():
+    inputs, reward = completions()
+    with pytest.warns(UserWarning, match="the penalty has no direct"):
+        cf.linear_constrained_reward(**inputs, task_reward=reward, budget=1.0, kind="saute")
+
+
+def test_compile_traces_the_whole_graph():
+    inputs, reward = completions()
+    compiled = torch.compile(
+        lambda: cf.linear_constrained_reward(**inputs, task_reward=reward, budget=0.3).reward,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(compiled(), cf.linear_constrained_reward(**inputs, task_reward=reward, budget=0.3).reward)
