@@ -143,6 +143,23 @@ def test_without_gradients_nothing_is_saved(backend):
         assert not cf.linear_token_stats(**inputs, backend=backend).logprob.requires_grad
 
 
+def test_there_is_no_second_derivative(backend):
+    inputs = make_inputs(rows=(2,), vocab=20)
+    hidden = inputs["student_hidden"].requires_grad_()
+    stats = cf.linear_token_stats(**inputs, backend=backend)
+    gradient = torch.autograd.grad(stats.reverse_kl.sum(), hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_a_second_backward_pass_gives_the_same(backend):
+    inputs = make_inputs(rows=(6,), vocab=50)
+    hidden = inputs["student_hidden"].requires_grad_()
+    loss = cf.linear_token_stats(**inputs, backend=backend).reverse_kl.sum()
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, hidden)[0], first)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gradients_are_summed_in_float32_and_rounded_once(dtype, tiny_tiles):
