@@ -107,7 +107,7 @@ def test_any_shape_any_tiles(data):
 @pytest.mark.float64
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(name, tiny_tiles, backend):
-    inputs = make_inputs(rows=(6,), vocab=33, student=torch.float64, teacher=torch.float64, biased=True)
+    inputs = make_inputs(rows=(6,), vocab=18, hidden=(2, 3), student=torch.float64, teacher=torch.float64, biased=True)
     mask = torch.tensor([True, True, False, True, True, True])
 
     def statistic(hidden, weight, bias):
@@ -150,6 +150,23 @@ def test_without_gradients_nothing_is_saved(backend):
     inputs["student_hidden"].requires_grad_()
     with torch.no_grad():
         assert not cf.linear_token_stats(**inputs, backend=backend).logprob.requires_grad
+
+
+def test_there_is_no_second_derivative(backend):
+    inputs = make_inputs(rows=(2,), vocab=20)
+    hidden = inputs["student_hidden"].requires_grad_()
+    stats = cf.linear_token_stats(**inputs, backend=backend)
+    gradient = torch.autograd.grad(stats.reverse_kl.sum(), hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_a_second_backward_pass_gives_the_same(backend):
+    inputs = make_inputs(rows=(6,), vocab=50)
+    hidden = inputs["student_hidden"].requires_grad_()
+    loss = cf.linear_token_stats(**inputs, backend=backend).reverse_kl.sum()
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, hidden)[0], first)
 
 
 @needs_native

@@ -52,8 +52,9 @@ def linear_token_stats(
 
     A model's logits are ``scale * (hidden W^T + bias)``, then ``softcap * tanh(logits / softcap)`` if it has a softcap
     (the order of Cohere, Granite and Gemma in transformers), then divided by the temperature. They exist a tile at a
-    time, sized for the last-level cache, and are made again in the backward pass: six products of rows x V x H instead
-    of four, and memory that does not grow with rows x V.
+    time, sized for the last-level cache (``CMDP_FAST_TILE_BYTES`` overrides the size), and are made again in the
+    backward pass: six products of rows x V x H instead of four, and memory that does not grow with rows x V. Where
+    there is memory for the logits, `token_stats` with ``inplace_backward`` on them saves the two.
 
     ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to ``student_hidden``,
     ``student_weight`` and ``student_bias``; what needs no gradient costs nothing. The teacher never receives one.
