@@ -1,4 +1,4 @@
-"""linear_constrained_reward is the three operations called in turn, and checks everything before it computes anything."""
+"""linear_constrained_reward is the three operations called in turn, and checks everything before it computes."""
 
 import pytest
 import torch

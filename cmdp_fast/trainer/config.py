@@ -137,7 +137,11 @@ class TrainConfig:
     micro_batch_size: int = 32
     """Completions that go through a model at once; gradients of a minibatch are accumulated over them."""
     teacher_cache_mb: int = 512
-    """The teacher's logits are kept from scoring to update if they fit in this, otherwise computed again."""
+    """The teacher's hidden states (or logits) are kept from scoring to update if they fit in this, otherwise computed
+    again."""
+    logits: Literal["tiled", "full"] = "tiled"
+    """tiled: scoring and update go from hidden states to statistics a tile of the vocabulary at a time, and hold no
+    logits; full: both models' logits are made in full, for a model whose head is not a plain linear layer."""
     clip_low: float = 0.2
     """PPO's clip below 1."""
     clip_high: float = 0.2

@@ -1,8 +1,8 @@
 """One step of constrained PPO, to be read from top to bottom.
 
 roll out   the student samples a group of completions of each prompt
-score      teacher and student read them; `constrained_reward` turns both logits into costs, the account of the
-           budget and the modified reward, in one pass over the vocabulary
+score      teacher and student read them; `constrained_reward` turns what both say into costs, the account of the
+           budget and the modified reward, in one pass over the vocabulary, without holding logits (scoring.py)
 advantage  what each token is worth, compared with the group's other completions
 update     some epochs of clipped PPO over minibatches, with the direct term: the gradient through the divergence
 """
@@ -24,7 +24,8 @@ from .data import Row
 from .errors import InputError
 from .report import Clock
 from .rewards import RewardFunction, call_rewards
-from .rollout import Rollout, Sampling, completion_logits, generate
+from .rollout import Rollout, Sampling, generate
+from .scoring import make_scoring
 
 Metrics = dict[str, float]
 
@@ -41,7 +42,7 @@ class Experience:
     trace: cf.BudgetTrace
     reward: Tensor  # [B, T], modified
     last_reward: Tensor  # [B, T], the task reward at its token
-    teacher_logits: Tensor | None  # [B, T, V], if they are kept
+    teacher_outputs: Tensor | None  # [B, T, ...], if they are kept
 
 
 class PPO:
@@ -70,6 +71,7 @@ class PPO:
         self.scheduler = scheduler
         self.sampling = sampling
         self.vocab_size = vocab_size
+        self.scoring = make_scoring(config.logits, (student, teacher), vocab_size, config.temperature)
         self.rewards = rewards
         self.clock = Clock(accelerator.device)
         kp, ki, kd = config.pid_gains
@@ -84,7 +86,7 @@ class PPO:
         group = self.config.num_generations
         rows = [row for row in rows for _ in range(group)]
         prompts = [ids for ids in prompts for _ in range(group)]
-        experience = self.experience(self.student, rows, prompts, self.clock, keep_logits=True)
+        experience = self.experience(self.student, rows, prompts, self.clock, keep_outputs=True)
         advantage, scale = self.advantage(experience)
         metrics = self.measure(experience)
         metrics |= self.update(experience, advantage, scale)
@@ -96,7 +98,7 @@ class PPO:
     # ------------------------------------------------------------------------------------- roll out and score
 
     def experience(
-        self, policy: Any, rows: list[Row], prompts: list[list[int]], clock: Clock, *, keep_logits: bool = False
+        self, policy: Any, rows: list[Row], prompts: list[list[int]], clock: Clock, *, keep_outputs: bool = False
     ) -> Experience:
         """Completions of the prompts by a policy (the student; the teacher, to evaluate it), with their scores."""
         with clock.phase("rollout"), self.accelerator.autocast():
@@ -108,25 +110,24 @@ class PPO:
             named = {name: torch.tensor(v, device=rollout.tokens.device) for name, v in values.items()}
             task_reward = torch.stack(list(named.values())).nansum(0)
             last_reward = at_last_token(task_reward, rollout.mask)
-            (stats, trace, reward), logits = self.score(policy, rollout, last_reward, clock, keep_logits)
-        return Experience(rollout, texts, task_reward, named, stats, trace, reward, last_reward, logits)
+            (stats, trace, reward), kept = self.score(policy, rollout, last_reward, clock, keep_outputs)
+        return Experience(rollout, texts, task_reward, named, stats, trace, reward, last_reward, kept)
 
     @torch.no_grad()
     def score(
-        self, policy: Any, rollout: Rollout, last_reward: Tensor, clock: Clock, keep_logits: bool
+        self, policy: Any, rollout: Rollout, last_reward: Tensor, clock: Clock, keep_outputs: bool
     ) -> tuple[cf.ConstrainedReward, Tensor | None]:
-        """Statistics, account and modified reward of each token; the teacher's logits too if they fit in the cache."""
+        """Statistics, account and modified reward of each token; the teacher's outputs too if they fit in the cache."""
         c = self.config
         kept, parts = None, []
         for rows in torch.arange(len(rollout)).split(c.micro_batch_size):
             part = rollout.rows(rows)
-            student_logits = self.logits(policy, part)
-            teacher_logits = self.logits(self.teacher, part)
+            outputs = self.outputs(policy, part), self.outputs(self.teacher, part)
             with clock.phase("kernels"):
                 parts.append(
-                    cf.constrained_reward(
-                        student_logits,
-                        teacher_logits,
+                    self.scoring.constrained_reward(
+                        (policy, self.teacher),
+                        outputs,
                         part.tokens,
                         last_reward[rows],
                         c.budget,
@@ -137,23 +138,22 @@ class PPO:
                         discrepancy_weight=c.discrepancy_weight,
                         coefficient=self.coefficient,
                         reduction=c.reduction,
-                        temperature=c.temperature,
-                        vocab_size=self.vocab_size,
                     )
                 )
-            size = len(rollout) * teacher_logits[0].numel() * teacher_logits.element_size()
-            if keep_logits and size <= c.teacher_cache_mb * 2**20:
+            teacher = outputs[1]
+            size = len(rollout) * teacher[0].numel() * teacher.element_size()
+            if keep_outputs and size <= c.teacher_cache_mb * 2**20:
                 if kept is None:
-                    kept = teacher_logits.new_empty(len(rollout), *teacher_logits.shape[1:])
-                kept[rows] = teacher_logits
+                    kept = teacher.new_empty(len(rollout), *teacher.shape[1:])
+                kept[rows] = teacher
         stats = cf.TokenStats(*(torch.cat(column) for column in zip(*(p.stats for p in parts), strict=True)))
         trace = cf.BudgetTrace(*(torch.cat(column) for column in zip(*(p.trace for p in parts), strict=True)))
         return cf.ConstrainedReward(stats, trace, torch.cat([p.reward for p in parts])), kept
 
-    def logits(self, model: Any, rollout: Rollout) -> Tensor:
-        """A model's logits [B, T, V] at the tokens of the completions."""
+    def outputs(self, model: Any, rollout: Rollout) -> Tensor:
+        """What a model makes of each token of the completions, [B, T, ...]: hidden states or logits."""
         with self.accelerator.autocast():
-            return completion_logits(model, rollout)
+            return self.scoring.outputs(model, rollout)
 
     # ------------------------------------------------------------------------------------- advantage
 
@@ -193,8 +193,8 @@ class PPO:
                 for minibatch in torch.randperm(len(rollout)).split(c.minibatch_size):
                     metrics: Metrics = {}
                     for rows in minibatch.split(c.micro_batch_size):
-                        loss, part, logits = self.loss(experience, advantage, direct, rows, len(minibatch))
-                        self.backward(loss, logits)
+                        loss, part, outputs = self.loss(experience, advantage, direct, rows, len(minibatch))
+                        self.backward(loss, outputs)
                         share = int(rollout.mask[rows].sum()) / int(rollout.mask[minibatch].sum())
                         for name, value in part.items():  # losses add up, the others are means over tokens
                             weight = 1.0 if name.startswith("loss") else share
@@ -217,24 +217,16 @@ class PPO:
     def loss(
         self, experience: Experience, advantage: Tensor, direct: Tensor, rows: Tensor, sequences: int
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """(loss, metrics, the student's logits) of some completions of a minibatch of so many sequences."""
+        """(loss, metrics, the student's outputs) of some completions of a minibatch of so many sequences."""
         c, part = self.config, experience.rollout.rows(rows)
-        if experience.teacher_logits is not None:
-            teacher_logits = experience.teacher_logits[rows]
+        if experience.teacher_outputs is not None:
+            teacher = experience.teacher_outputs[rows]
         else:
             with torch.no_grad():
-                teacher_logits = self.logits(self.teacher, part)
-        logits = self.logits(self.student, part)
+                teacher = self.outputs(self.teacher, part)
+        student = self.outputs(self.student, part)
         with self.clock.phase("kernels"):
-            stats = cf.token_stats(
-                logits,
-                teacher_logits,
-                part.tokens,
-                mask=part.mask,
-                temperature=c.temperature,
-                vocab_size=self.vocab_size,
-                inplace_backward=True,  # nobody reads the logits again, and the gradient is as large as they are
-            )
+            stats = self.scoring.token_stats((self.student, self.teacher), (student, teacher), part.tokens, part.mask)
         loss, metrics = objective.ppo_loss(
             stats.logprob,
             experience.stats.logprob[rows],
@@ -246,12 +238,12 @@ class PPO:
             direct=None if c.action_dependent else direct[rows],
             normalizer=sequences,
         )
-        return loss, metrics | {"loss": loss.detach()}, logits
+        return loss, metrics | {"loss": loss.detach()}, student
 
-    def backward(self, loss: Tensor, logits: Tensor) -> None:
-        """The backward pass; its part above the logits, loss and statistics, is booked as time in the kernels."""
+    def backward(self, loss: Tensor, outputs: Tensor) -> None:
+        """The backward pass; its part above the outputs, loss and statistics, is booked as time in the kernels."""
         since = self.clock.now()
-        logits.register_hook(lambda _: self.clock.add("kernels", since))
+        outputs.register_hook(lambda _: self.clock.add("kernels", since))
         self.accelerator.backward(loss)
 
     # ------------------------------------------------------------------------------------- what is logged

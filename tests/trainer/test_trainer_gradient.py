@@ -36,17 +36,17 @@ def experience_of(config: TrainConfig, repeat: int = 4):
     ppo, rows, _ = ppo_of(config)
     rows = [row for row in rows for _ in range(config.num_generations)] * repeat
     prompts = [ids * (1 + i % 3) for i, ids in enumerate(encode_prompts(rows, ppo.tokenizer))]
-    experience = ppo.experience(ppo.student, rows, prompts, Clock(), keep_logits=True)
+    experience = ppo.experience(ppo.student, rows, prompts, Clock(), keep_outputs=True)
     lengths = experience.rollout.mask.sum(1).tolist()
     assert len(set(lengths)) > 1 and experience.rollout.finished.any()
     completions = [tokens[:n] for tokens, n in zip(experience.rollout.tokens, lengths, strict=True)]
     return ppo, experience, prompts, completions
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_scores_are_the_models_own(temperature, family_pair):
+@pytest.mark.parametrize("temperature, logits", [(1.0, "tiled"), (0.7, "tiled"), (0.7, "full")])
+def test_scores_are_the_models_own(temperature, logits, family_pair):
     """Padding on both sides and batching change nothing: a completion alone has the same log-probabilities."""
-    config = settings(family_pair, temperature=temperature, max_completion_length=12)
+    config = settings(family_pair, temperature=temperature, max_completion_length=12, logits=logits)
     ppo, experience, prompts, completions = experience_of(config)
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         n = len(completion)
@@ -67,9 +67,10 @@ def test_scores_are_the_models_own(temperature, family_pair):
         torch.testing.assert_close(experience.trace.cumulative[i, n - 1].double(), total, atol=1e-4, rtol=1e-5)
 
 
-def test_gradient_of_a_step(family_pair):
+@pytest.mark.parametrize("logits", ["tiled", "full"])
+def test_gradient_of_a_step(logits, family_pair):
     """The update's gradient against the formula, written out for each completion alone."""
-    config = settings(family_pair, max_completion_length=12, kind="hinge", temperature=0.9, budget=0.5)
+    config = settings(family_pair, max_completion_length=12, kind="hinge", temperature=0.9, budget=0.5, logits=logits)
     ppo, experience, prompts, completions = experience_of(config)
     size = len(prompts)
     torch.manual_seed(0)

@@ -181,7 +181,10 @@ def test_seed_reaches_the_sampling(pair):
     assert tokens[0] == tokens[1] != tokens[2]
 
 
-@pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"teacher_cache_mb": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"micro_batch_size": 1}, {"teacher_cache_mb": 0}, {"logits": "full"}, {"logits": "full", "teacher_cache_mb": 0}],
+)
 def test_memory_settings_change_no_result(change, pair):
     """One optimizer step, since Adam's first update is a sign: the norm of the gradient shows any difference."""
     results = []
