@@ -131,8 +131,12 @@ def aligned(rows: Rows, vector: int) -> bool:
 
 
 def speaks_ptx() -> bool:
-    """Whether kernels are compiled for an NVIDIA GPU; neither AMD's compiler nor the interpreter takes its assembly."""
-    return not knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+    """Whether kernels are compiled for an NVIDIA GPU that has every instruction they name (sm_80 on: Turing compares no
+    two numbers at once); neither AMD's compiler nor the interpreter takes its assembly."""
+    if knobs.runtime.interpret:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 80
 
 
 def warp_size() -> int:
