@@ -45,8 +45,9 @@ class Columns(NamedTuple):
 def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
     """One lane a thread. ``vector`` is what one thread loads in 128 bits of the wider dtype.
 
-    A step of 16 columns takes 15.9 instructions a column (bfloat16, sm_90) and 59 registers; 8 columns take 17.9; 32
-    save one more but fill the registers. Float32 columns need twice the registers and half the speed: 8 a step.
+    A step of 16 columns takes 16.0 instructions a column (bfloat16, sm_90) and 64 registers; 8 columns take 18.8 and
+    48; 32 save one more, but their 80 registers leave a third of the warps. Float32 columns need twice the registers
+    and half the speed: 8 a step.
     """
     vector, step = (4, 8) if torch.float32 in dtypes else (8, 16)
     warp = warp_size()
