@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,6 +106,17 @@ def test_sums_are_added_in_the_same_order_wherever_a_row_lies(survey, reports):
     # A statistic is the same whichever of the two kernels finishes it, a trace whichever scans the sequence.
     finish, trace, sequence = (set(reports[name]["lanes"]) for name in (FINISH, TRACE, SEQUENCE))
     assert finish and trace and finish | trace == sequence
+
+
+@pytest.mark.parametrize("arch, speaks", [("cuda 75", False), ("cuda 80", True), ("hip gfx942", False)])
+def test_assembly_is_written_only_for_gpus_that_take_it(arch, speaks, static_gpu, monkeypatch):
+    from cmdp_fast.kernels import launch
+
+    backend, name = arch.split()
+    target = static_gpu.GPUTarget(backend, int(name) if name.isdigit() else name, 32)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=static_gpu.NamedGPU(target)))
+    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    assert launch.speaks_ptx() == speaks
 
 
 def test_bounds_are_labelled(survey):

@@ -5,7 +5,7 @@ program folds one segment of a row (`token_stats.py`); within it every thread, a
 128-bit loads and never looks at another lane (`fold.py`), so that the loop has no barrier. The lanes are merged once at
 the end, the segments of a row by a second small kernel in a fixed order (`finish.py`). Into how many segments a row is
 cut depends on V alone: a decode batch of a few rows occupies the device, and a row's result is bitwise the same in
-every batch. Moved per row: 2 V elements forward, 64 bytes a segment, six statistics; 2 V read and V written backward.
+every batch. Moved per row: 2 V elements forward, 72 bytes a segment, six statistics; 2 V read and V written backward.
 
 Why it is exact. A state is exact relative to any finite reference, maxima only keep powers in range. Exponentials are
 powers of two with log2(e)/temperature folded into one fused multiply-add; differences of the two models are taken

@@ -45,8 +45,9 @@ class Columns(NamedTuple):
 def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
     """One lane a thread. ``vector`` is what one thread loads in 128 bits of the wider dtype.
 
-    A step of 16 columns takes 15.9 instructions a column (bfloat16, sm_90) and 59 registers; 8 columns take 17.9; 32
-    save one more but fill the registers. Float32 columns need twice the registers and half the speed: 8 a step.
+    A step of 16 columns takes 16.0 instructions a column (bfloat16, sm_90) and 64 registers; 8 columns take 18.8 and
+    48; 32 save one more, but their 80 registers leave a third of the warps. Float32 columns need twice the registers
+    and half the speed: 8 a step.
     """
     vector, step = (4, 8) if torch.float32 in dtypes else (8, 16)
     warp = warp_size()
@@ -126,8 +127,12 @@ def aligned(rows: Rows, vector: int) -> bool:
 
 
 def speaks_ptx() -> bool:
-    """Whether kernels are compiled for an NVIDIA GPU; neither AMD's compiler nor the interpreter takes its assembly."""
-    return not knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+    """Whether kernels are compiled for an NVIDIA GPU that has every instruction they name (sm_80 on: Turing compares no
+    two numbers at once); neither AMD's compiler nor the interpreter takes its assembly."""
+    if knobs.runtime.interpret:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 80
 
 
 def warp_size() -> int:

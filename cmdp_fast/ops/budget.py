@@ -55,6 +55,7 @@ def budget_trace(
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices, offsets or settings that do not fit; a negative or NaN budget.
+        The values of tensors (``cu_seqlens``, ``budget``) are checked on the CPU only: looking would stall a GPU.
 
     Source: Sauté RL (Sootla et al. 2022) without its state; the excess is this project's discrepancy term.
     """
