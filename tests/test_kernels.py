@@ -100,6 +100,24 @@ def test_settings_do_not_depend_on_the_default_device():
         assert kernels.launch.scale_of(2.0) == pytest.approx(0.5 / math.log(2), rel=1e-7)
 
 
+def test_offsets_nobody_has_checked_lead_nowhere():
+    """On the CPU they are an error; on a GPU nobody looks, and the kernels stay within the tensors."""
+    cost, reward = torch.ones(4, device=DEVICE), torch.zeros(8, device=DEVICE)
+    offsets, limits = (
+        torch.tensor([-3, 2, 900], device=DEVICE),
+        torch.full((2,), 1.5, dtype=torch.float64, device=DEVICE),
+    )
+    room = [torch.full((8,), 7.0, device=DEVICE) for _ in range(3)]
+    lines = [t[2:6] for t in room]
+    violated, first = torch.zeros(4, dtype=torch.bool, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    trace = (lines[0], lines[1], violated, first, lines[2])
+    rule = ("cmdp", True, 1.0, 1.0, 0.0, 0.0)
+    kernels.trace_budgets(cost, None, offsets, limits, (1.0, False, False), trace, rule, cost, reward[2:6])
+    assert lines[0].tolist() == [1.0, 2.0, 1.0, 2.0] and first.tolist() == [1, 1]
+    assert all(t[:2].eq(7.0).all() and t[6:].eq(7.0).all() for t in room)
+    assert reward[:2].eq(0.0).all() and reward[6:].eq(0.0).all()
+
+
 class Launches:
     """Counts the kernels that are launched."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmdp_fast.kernels import finish, launch, scan
 from cmdp_fast.kernels.finish import finish_rows
-from cmdp_fast.kernels.scan import scan_sequence
+from cmdp_fast.kernels.scan import bounds, scan_sequence
 from cmdp_fast.kernels.token_stats import empty_statistics, fold_rows
 
 # A cost as a difference of statistics (plus, minus), which is how `reference.token_cost` rounds it too.
@@ -48,6 +48,7 @@ def sequence_kernel(
     scale,
     width,
     offsets,
+    token_count,
     budgets,
     budget_stride,
     budget: tl.float64,
@@ -80,8 +81,7 @@ def sequence_kernel(
         begin = sequence.to(tl.int64) * width
         stop = begin + width
     else:
-        begin = tl.load(offsets + sequence).to(tl.int64)
-        stop = tl.load(offsets + sequence + 1).to(tl.int64)
+        begin, stop = bounds(offsets, sequence, token_count)
     kept = tl.zeros([ROWS], tl.int64)
     for first in range(begin, stop, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -198,6 +198,7 @@ def constrained_pass(
             *folded.shape,
             tokens.shape[-1],
             None if cu_seqlens is None else cu_seqlens.contiguous(),
+            tokens.numel(),
             budget if given else None,
             budget.stride(0) if isinstance(budget, Tensor) and budget.dim() else 0,
             0.0 if given else budget,

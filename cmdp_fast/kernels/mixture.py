@@ -256,11 +256,11 @@ def mixture(
     mean = student.new_empty(shape, dtype=torch.float64)
     if rows == 0:
         return value, saved, mean
-    settings = launch.forward_settings(vocab, student.dtype, teacher.dtype)
-    segments = launch.segments(vocab, settings)
-    partial = student.new_empty((rows, segments, 2), dtype=torch.float64)
     x, y, keep = launch.rows_of(student), launch.rows_of(teacher), launch.flags(mask)
     with launch.on(student):
+        settings = launch.forward_settings(vocab, student.dtype, teacher.dtype)
+        segments = launch.segments(vocab, settings)
+        partial = student.new_empty((rows, segments, 2), dtype=torch.float64)
         mixture_kernel[(rows * segments,)](
             x.tensor,
             y.tensor,

@@ -22,6 +22,13 @@ FORMULA = {"worst_case": "saute", "pid": "lagrangian"}
 
 
 @triton.jit
+def bounds(offsets, sequence, tokens):
+    """Where a sequence begins and ends. Offsets that nobody has checked must not lead outside of the tensors."""
+    begin = tl.maximum(tl.load(offsets + sequence).to(tl.int64), 0)
+    return begin, tl.minimum(tl.load(offsets + sequence + 1).to(tl.int64), tokens)
+
+
+@triton.jit
 def previous(x, first):
     """x shifted by one token; `first` comes before the chunk."""
     index = tl.arange(0, x.shape[0])
@@ -187,6 +194,7 @@ def trace_kernel(
     cost,
     mask,
     offsets,
+    token_count,
     limits,
     cumulative,
     remaining,
@@ -208,8 +216,8 @@ def trace_kernel(
     CHUNK: tl.constexpr,
 ):
     sequence = tl.program_id(0)
-    begin = tl.load(offsets + sequence)
-    length = tl.load(offsets + sequence + 1) - begin
+    begin, stop = bounds(offsets, sequence, token_count)
+    length = stop - begin
     scan_sequence(
         sequence,
         begin,
@@ -249,6 +257,7 @@ def reward_kernel(
     excess,
     mask,
     offsets,
+    token_count,
     reward,
     penalty: tl.float64,
     weight: tl.float64,
@@ -260,8 +269,8 @@ def reward_kernel(
 ):
     """The modified reward of a sequence from a trace that exists already."""
     sequence = tl.program_id(0)
-    begin = tl.load(offsets + sequence)
-    length = tl.load(offsets + sequence + 1) - begin
+    begin, stop = bounds(offsets, sequence, token_count)
+    length = stop - begin
     count = tl.zeros([], tl.int64)
     outside = length
     for start in range(0, length, CHUNK):
@@ -346,6 +355,7 @@ def trace_budgets(
             cost,
             launch.flags(mask),
             offsets,
+            cost.numel(),
             limits,
             cumulative,
             remaining,
@@ -385,6 +395,7 @@ def modify_rewards(
             excess,
             launch.flags(mask),
             offsets,
+            cost.numel(),
             reward,
             **reward_settings(*rule),
             CHUNK=CHUNK,

@@ -72,7 +72,7 @@ def token_stats(
     Raises:
         TypeError: a wrong type or dtype. ValueError: shapes, devices, widths or a temperature that do not fit, or
         a token outside the vocabulary (on the CPU; the first offender is named. On a GPU, where looking would stall
-        the device, its log-probabilities are NaN).
+        the device, its log-probabilities are NaN, and so is a loss of them: mask what does not count).
 
     Source: the token-level KL of arXiv 2509.22921; the streaming state is this project's (csrc/token_state.h).
     """

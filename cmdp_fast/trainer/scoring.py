@@ -31,7 +31,7 @@ class FromLogits:
     def constrained_reward(
         self, models: Pair, outputs: Outputs, tokens: Tensor, task_reward: Tensor, budget: float, **options: Any
     ) -> cf.ConstrainedReward:
-        return cf.constrained_reward(*outputs, tokens, task_reward, budget, **self.settings, **options)
+        return cf.constrained_reward(*outputs, tokens, task_reward, budget, **(options | self.settings))
 
     def token_stats(self, models: Pair, outputs: Outputs, tokens: Tensor, mask: Tensor) -> cf.TokenStats:
         # In place: nobody reads the logits again, and the gradient is as large as they are.
