@@ -6,6 +6,7 @@
 The mathematics stands in `cmdp_fast.reference`, what PPO does with it in `cmdp_fast.objective`.
 """
 
+from cmdp_fast.heads import Head, head_of, last_hidden_state
 from cmdp_fast.ops.backends import available_backends
 from cmdp_fast.ops.budget import budget_trace, modified_reward
 from cmdp_fast.ops.constrained import constrained_reward, token_cost
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetTrace",
     "ConstrainedReward",
+    "Head",
     "TokenState",
     "TokenStats",
     "available_backends",
@@ -27,6 +29,8 @@ __all__ = [
     "constrained_reward",
     "divergence",
     "dropped_teacher_mass",
+    "head_of",
+    "last_hidden_state",
     "linear_token_stats",
     "modified_reward",
     "token_cost",

@@ -5,8 +5,18 @@ import pytest
 import torch
 
 import cmdp_fast as cf
+from cmdp_fast.ops.backends import INTERPRETED
 
-BACKENDS = [name for name in ("torch", "cpu") if cf.available_backends()[name] is None]
+MARKS = {"triton": [pytest.mark.triton]}
+BACKENDS = [
+    pytest.param(name, marks=MARKS.get(name, []))
+    for name in ("torch", "cpu", "triton")
+    if cf.available_backends()[name] is None
+]
+if INTERPRETED:
+    import interpreter
+
+    interpreter.look_once_a_launch()
 
 
 def pytest_addoption(parser):
@@ -14,6 +24,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        wide = "float64" in item.keywords or (
+            hasattr(item, "callspec") and torch.float64 in item.callspec.params.values()
+        )
+        if "triton" in item.keywords and wide and item.path.name != "test_budget.py":  # a scan takes float64
+            item.add_marker(pytest.mark.skip(reason="the GPU kernels take no float64 logits"))
     if config.getoption("--slow"):
         return
     for item in items:
@@ -23,7 +39,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    return request.param
+    """A backend by name. Where it needs a GPU, the test makes its tensors there."""
+    on_gpu = request.param == "triton" and not INTERPRETED
+    torch.set_default_device("cuda" if on_gpu else None)
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(scope="session")

@@ -11,19 +11,32 @@ DIFFERENTIABLE = ("logprob", "entropy", "reverse_kl", "forward_kl")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def here(value):
+    """A CPU tensor on the device that the backend under test needs (see the fixture); anything else as it is."""
+    on_cpu = isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    return value.to(torch.get_default_device()) if on_cpu else value
+
+
 def make_logits(*shape, dtype=torch.float32, scale=3.0, offset=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + offset
-    return values.to(dtype)
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * scale + offset
+    return here(values.to(dtype))
 
 
 def make_tokens(*shape, vocab, seed=0):
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed + 99))
+    return here(torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed + 99), device="cpu"))
 
 
 def weighted_sum(stats, weights):
     """A scalar that sends `weights[name]` upstream into each named statistic."""
     return sum((getattr(stats, name).double() * weight).sum() for name, weight in weights.items())
+
+
+def finest(backend):
+    """The widest dtype of logits that a backend takes, what it is exact to, and what ten given digits are worth."""
+    if backend == "triton":
+        return torch.float32, 4e-7, 4e-7  # a few units in the last place of 1
+    return torch.float64, 1e-15, 5e-9
 
 
 def exact_and_eager(student, teacher, tokens, weights=None, **settings):

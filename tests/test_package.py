@@ -49,6 +49,28 @@ def test_the_torch_backend_serves_without_the_native_module():
     assert "native module  absent" in done.stdout and "backend torch  available" in done.stdout
 
 
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+import cmdp_fast as cf
+problem = cf.available_backends()["triton"]
+cf.token_stats(torch.randn(2, 5), torch.randn(2, 5), torch.zeros(2, dtype=torch.int64))
+print(problem)
+"""
+
+
+@pytest.mark.parametrize(
+    "interpreted, reason", [("1", "triton cannot be imported"), ("0", "no CUDA or ROCm device was found")]
+)
+def test_a_missing_triton_is_reported(interpreted, reason):
+    environment = {**os.environ, "TRITON_INTERPRET": interpreted, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(reason)
+
+
 @pytest.mark.parametrize("required", [False, True])
 def test_installation_without_a_compiler(required, tmp_path):
     """It succeeds and says what is missing, unless the native module is asked for."""

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import DIFFERENTIABLE, make_logits, make_tokens
+from helpers import DIFFERENTIABLE, here, make_logits, make_tokens
 
 import cmdp_fast as cf
 from cmdp_fast.ops.backends import native
@@ -79,25 +79,25 @@ def test_under_fake_tensors():
 def samples():
     x, y, tokens, mask, reward = inputs()
     plain = x.detach()
-    stats = (1.0, 37)
-    saved = OPS.token_stats(plain, y, tokens, mask, *stats, False)[6] if native else None
+    stats, cpu = (1.0, 37), "cpu"
+    saved = OPS.token_stats(plain, y, tokens, mask, *stats, False, cpu)[6] if native else None
     g = torch.rand(3, 5)
-    yield "token_stats", (x, y, tokens, mask, *stats, False)
+    yield "token_stats", (x, y, tokens, mask, *stats, False, cpu)
     yield (
         "token_stats",
-        (make_logits(4, 9, dtype=torch.bfloat16), make_logits(4, 9), tokens[0, :4] % 8, None, 0.5, 8, False),
+        (make_logits(4, 9, dtype=torch.bfloat16), make_logits(4, 9), tokens[0, :4] % 8, None, 0.5, 8, False, cpu),
     )
-    yield "token_stats_backward", (plain, y, tokens, mask, saved, g, None, g, None, *stats)
-    yield "token_stats_backward_", (plain.clone(), y, tokens, None, saved, None, g, None, g, *stats)
-    yield "mixture_divergence", (x, y, mask, *stats, 0.5, 0.5, 0.5)
+    yield "token_stats_backward", (plain, y, tokens, mask, saved, g, None, g, None, *stats, cpu)
+    yield "token_stats_backward_", (plain.clone(), y, tokens, None, saved, None, g, None, g, *stats, cpu)
+    yield "mixture_divergence", (x, y, mask, *stats, 0.5, 0.5, 0.5, cpu)
     if native:
-        _, saved, mean = OPS.mixture_divergence(plain, y, mask, *stats, 0.5, 0.5, 0.5)
-        yield "mixture_divergence_backward", (plain, y, mask, saved, mean, g, *stats, 0.5, 0.5, 0.5)
+        _, saved, mean = OPS.mixture_divergence(plain, y, mask, *stats, 0.5, 0.5, 0.5, cpu)
+        yield "mixture_divergence_backward", (plain, y, mask, saved, mean, g, *stats, 0.5, 0.5, 0.5, cpu)
     cost, offsets, limits = torch.rand(3, 5), torch.tensor([0, 5, 10, 15]), torch.ones(3, dtype=torch.float64)
     account, rule = (1.0, False, False), ("cmdp", True, 1.0, 1.0, 0.0, 10.0)
-    yield "budget_trace", (cost, mask, offsets, limits, *account)
-    yield "constrained_scan", (reward, cost, mask, offsets, limits, *account, *rule)
-    yield "modified_reward", (reward, cost, cost, cost, mask, cost, None, offsets, *rule)
+    yield "budget_trace", (cost, mask, offsets, limits, *account, cpu)
+    yield "constrained_scan", (reward, cost, mask, offsets, limits, *account, *rule, cpu)
+    yield "modified_reward", (reward, cost, cost, cost, mask, cost, None, offsets, *rule, cpu)
 
 
 @needs_native
@@ -111,7 +111,7 @@ def test_autocast_does_not_downcast_the_statistics(dtype, backend):
     x, y, tokens, mask, _ = inputs()
     plain = cf.token_stats(x, y, tokens, mask=mask, backend=backend)
     jsd = cf.divergence(x, y, mask=mask, backend=backend)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(x.device.type, dtype=dtype):
         under = cf.token_stats(x, y, tokens, mask=mask, backend=backend)
         jsd_under = cf.divergence(x, y, mask=mask, backend=backend)
     for a, b in zip((*plain, jsd), (*under, jsd_under), strict=True):
@@ -168,7 +168,7 @@ LOGITS, TOKENS = make_logits(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64)
         ({"student_logits": [1.0]}, TypeError, "student_logits must be a tensor, got list"),
         ({"student_logits": LOGITS.long()}, TypeError, "student_logits must be float32, bfloat16, float16 or float64"),
         ({"teacher_logits": LOGITS[:1]}, ValueError, r"got \[2, 3, 9\] and \[1, 3, 9\]"),
-        ({"teacher_logits": LOGITS.to("meta")}, ValueError, "teacher_logits is on meta, but student_logits is on cpu"),
+        ({"teacher_logits": LOGITS.to("meta")}, ValueError, "teacher_logits is on meta, but student_logits is on c"),
         ({"teacher_logits": LOGITS[..., :8]}, ValueError, "9 wide and teacher_logits 8; pass vocab_size="),
         ({"vocab_size": 10}, ValueError, r"min\(9, 9\) = 9"),
         ({"vocab_size": 0}, ValueError, "vocab_size=0 must be at least 1"),
@@ -187,7 +187,10 @@ LOGITS, TOKENS = make_logits(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64)
     ],
 )
 def test_errors(change, error, message, backend):
+    if "outside" in message and torch.get_default_device().type != "cpu":
+        pytest.skip("looking at the tokens would stall a GPU")
     arguments = {"student_logits": LOGITS, "teacher_logits": LOGITS, "tokens": TOKENS, "backend": backend, **change}
+    arguments = {name: here(value) for name, value in arguments.items()}
     with pytest.raises(error, match=message):
         cf.token_stats(**arguments)
 

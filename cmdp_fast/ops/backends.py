@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 from torch import Tensor
 
 
@@ -16,12 +19,27 @@ def _load_native():
     return _C, None
 
 
+def _load_kernels():
+    """The Triton kernels and None, or None and the reason why they cannot be used."""
+    if not (INTERPRETED or torch.cuda.is_available()):
+        return None, "no CUDA or ROCm device was found (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+    try:
+        from cmdp_fast import kernels
+    except ImportError as error:
+        return None, f"triton cannot be imported ({error})"
+    return kernels, None
+
+
+# Triton's own switch: its kernels run on CPU tensors, one numpy operation at a time.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 native, _native_problem = _load_native()
+kernels, _kernels_problem = _load_kernels()
 
 # Every backend, and None if it works here, else why it does not.
 _BACKENDS: dict[str, str | None] = {
     "cpu": _native_problem,
-    "triton": "this version has no GPU kernels; tensors on a GPU use the torch backend",
+    "triton": _kernels_problem,
     "torch": None,
 }
 
@@ -40,12 +58,28 @@ def choose(backend: str | None, tensor: Tensor) -> str:
 
     Raises ValueError for an unknown name, a backend that does not work here, or a tensor it cannot take.
     """
+    device = tensor.device.type
     if backend is None:
-        return "cpu" if tensor.device.type == "cpu" and _BACKENDS["cpu"] is None else "torch"
+        best = {"cpu": "cpu", "cuda": "triton"}.get(device, "torch")
+        return best if _BACKENDS[best] is None else "torch"
     if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; expected None or one of {', '.join(_BACKENDS)}")
     if _BACKENDS[backend] is not None:
         raise ValueError(f"backend={backend!r} is not available here: {_BACKENDS[backend]}")
-    if backend == "cpu" and tensor.device.type != "cpu":
+    if backend == "cpu" and device != "cpu":
         raise ValueError(f"backend='cpu' takes CPU tensors, got one on {tensor.device}")
+    if backend == "triton" and device != "cuda" and not (INTERPRETED and device == "cpu"):
+        raise ValueError(f"backend='triton' takes tensors on a GPU, got one on {tensor.device}")
     return backend
+
+
+def choose_for_logits(backend: str | None, student: Tensor, teacher: Tensor) -> str:
+    """As `choose`, for a pair of logits: the GPU kernels compute in float32 and leave float64 to PyTorch."""
+    chosen = choose(backend, student)
+    if chosen == "triton" and torch.float64 in (student.dtype, teacher.dtype):
+        if backend is not None:
+            raise ValueError(
+                "backend='triton' takes float32, bfloat16 and float16 logits, got float64; use backend='torch'"
+            )
+        return "torch"
+    return chosen

@@ -46,7 +46,7 @@ def budget_trace(
         reduction: ``sum``, or ``mean``: the prefix mean m_t = (1/t) sum_{i<=t} c_i takes the place of C_t.
         edge: ``strict``: C_t = d is feasible; ``saute``: a spent budget (C_t >= d) is a violation, as in Sauté RL.
         per_token: the budget of a sequence is d times its number of unmasked tokens.
-        backend: None chooses (``cpu`` for CPU tensors, else ``torch``); a name forces it.
+        backend: None chooses (``cpu`` for CPU tensors, ``triton`` on a GPU, else ``torch``); a name forces it.
 
     Returns:
         `BudgetTrace`: ``cumulative, remaining, excess`` float32 (float64 for float64 cost) and ``violated`` bool,
@@ -61,13 +61,14 @@ def budget_trace(
     offsets = check_cost(cost, mask, cu_seqlens)
     rule = check_budget_rule(gamma, reduction, edge)
     limits = sequence_limits(budget, cost, mask, offsets, per_token, compute_dtype(cost))
-    if backends.choose(backend, cost) == "torch":
+    chosen = backends.choose(backend, cost)
+    if chosen == "torch":
         check_values(offsets, limits, cost)
         return reference.budget_trace(
             cost, limits, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, reduction=reduction, edge=edge
         )
     cost = cost.detach().to(compute_dtype(cost)).contiguous()
-    return BudgetTrace(*_budget_trace(cost, flat(mask, torch.bool), offsets, limits, *rule))
+    return BudgetTrace(*_budget_trace(cost, flat(mask, torch.bool), offsets, limits, *rule, chosen))
 
 
 def modified_reward(
@@ -129,7 +130,8 @@ def modified_reward(
         if name != "first_violation":
             check_like(f"trace.{name}", field, "cost", cost)
     rule = check_reward_rule(kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope)
-    if backends.choose(backend, cost) == "torch":
+    chosen = backends.choose(backend, cost)
+    if chosen == "torch":
         return reference.modified_reward(
             task_reward,
             cost,
@@ -146,7 +148,13 @@ def modified_reward(
     dtype = compute_dtype(cost)
     ready = [t.detach().to(dtype).contiguous() for t in (task_reward, cost, trace.cumulative, trace.remaining)]
     return _modified_reward(
-        *ready, trace.violated.contiguous(), trace.excess.to(dtype).contiguous(), flat(mask, torch.bool), offsets, *rule
+        *ready,
+        trace.violated.contiguous(),
+        trace.excess.to(dtype).contiguous(),
+        flat(mask, torch.bool),
+        offsets,
+        *rule,
+        chosen,
     )
 
 
@@ -154,21 +162,28 @@ def modified_reward(
 # Checks
 
 
-def check_sequences(name: str, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Checks the layout of a per-token tensor and returns where each sequence begins in it, flattened: ``[B+1]``."""
+def check_layout(name: str, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
+    """Checks the layout of a per-token tensor and returns the number of sequences."""
     checks.mask(mask, value, value.shape, name)
     if cu_seqlens is None:
         if value.dim() != 2:
             raise ValueError(
                 f"{name} must be [B, T], or [N] packed with cu_seqlens; got {list(value.shape)} without cu_seqlens"
             )
-        return torch.arange(value.shape[0] + 1, device=value.device) * value.shape[1]
+        return value.shape[0]
     checks.tensor("cu_seqlens", cu_seqlens)
     if value.dim() != 1:
         raise ValueError(f"{name} must be packed, [N], when cu_seqlens is given; got {list(value.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise TypeError(f"cu_seqlens must be int32 or int64 of shape [B+1], got {checks.describe(cu_seqlens)}")
     checks.same_device("cu_seqlens", cu_seqlens, name, value)
+    return cu_seqlens.shape[0] - 1
+
+
+def sequence_offsets(value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Where each sequence begins in a per-token tensor, flattened: ``[B+1]`` int64."""
+    if cu_seqlens is None:
+        return torch.arange(value.shape[0] + 1, device=value.device) * value.shape[1]
     return cu_seqlens.to(torch.int64).contiguous()
 
 
@@ -176,7 +191,8 @@ def check_cost(cost: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> 
     checks.tensor("cost", cost)
     if not cost.dtype.is_floating_point:
         raise TypeError(f"cost must be floating point, got {checks.describe(cost)}")
-    return check_sequences("cost", cost, mask, cu_seqlens)
+    check_layout("cost", cost, mask, cu_seqlens)
+    return sequence_offsets(cost, cu_seqlens)
 
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -227,6 +243,19 @@ def check_reward_rule(
     return kind, penalty_at == "crossing", *(float(n) for n in numbers)  # type: ignore[return-value]
 
 
+def check_budget(budget: float | Tensor, like: Tensor, sequences: int) -> None:
+    if isinstance(budget, Tensor):
+        if budget.shape not in ((), (sequences,)):
+            raise ValueError(
+                f"budget must be a number or have shape [{sequences}] (sequences), got {list(budget.shape)}"
+            )
+        checks.same_device("budget", budget, "the tokens", like)
+        return
+    checks.number("budget", budget)
+    if not budget >= 0:
+        raise ValueError(f"budget must be at least 0, got {budget}")
+
+
 def sequence_limits(
     budget: float | Tensor,
     like: Tensor,
@@ -238,15 +267,10 @@ def sequence_limits(
     """The budget of every sequence, ``[B]`` float64, rounded to the dtype of the costs: a float32 cost of 0.3 has to
     be within a budget of 0.3."""
     count = offsets.shape[0] - 1
+    check_budget(budget, like, count)
     if isinstance(budget, Tensor):
-        if budget.shape not in ((), (count,)):
-            raise ValueError(f"budget must be a number or have shape [{count}] (sequences), got {list(budget.shape)}")
-        checks.same_device("budget", budget, "the tokens", like)
         limits = budget.detach().to(torch.float64).expand(count)
     else:
-        checks.number("budget", budget)
-        if not budget >= 0:
-            raise ValueError(f"budget must be at least 0, got {budget}")
         limits = torch.full((count,), float(budget), dtype=torch.float64, device=like.device)
     if per_token:
         kept = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.to(torch.float64)
@@ -274,19 +298,24 @@ def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
 # The operators that torch sees
 
 
-def _empty_trace(cost: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def empty_trace(cost: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the five fields of a `BudgetTrace`."""
     return (
         torch.empty_like(cost),
         torch.empty_like(cost),
         torch.empty_like(cost, dtype=torch.bool),
-        offsets.new_empty(offsets.shape[0] - 1),
+        cost.new_empty(sequences, dtype=torch.int64),
         torch.empty_like(cost),
     )
 
 
-def _scan(cost, mask, offsets, limits, budget_rule, reward_rule=None, task_reward=None, reward=None):
+def _scan(cost, mask, offsets, limits, budget_rule, backend, reward_rule=None, task_reward=None, reward=None):
     check_values(offsets, limits, cost)
-    trace = _empty_trace(cost, offsets)
+    trace = empty_trace(cost, offsets.shape[0] - 1)
+    if backend == "triton":
+        rewarded = () if reward_rule is None else (reward_rule, task_reward, reward)
+        backends.kernels.trace_budgets(cost, mask, offsets, limits, budget_rule, trace, *rewarded)
+        return trace
     backends.native.budget_trace(
         address(cost),
         cost.dtype == torch.float64,
@@ -306,14 +335,21 @@ def _scan(cost, mask, offsets, limits, budget_rule, reward_rule=None, task_rewar
 
 @torch.library.custom_op("cmdp_fast::budget_trace", mutates_args=())
 def _budget_trace(
-    cost: Tensor, mask: Tensor | None, offsets: Tensor, limits: Tensor, gamma: float, mean: bool, inclusive: bool
+    cost: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor,
+    limits: Tensor,
+    gamma: float,
+    mean: bool,
+    inclusive: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _scan(cost, mask, offsets, limits, (gamma, mean, inclusive))
+    return _scan(cost, mask, offsets, limits, (gamma, mean, inclusive), backend)
 
 
 @_budget_trace.register_fake
-def _(cost, mask, offsets, limits, gamma, mean, inclusive):
-    return _empty_trace(cost, offsets)
+def _(cost, mask, offsets, *args):
+    return empty_trace(cost, offsets.shape[0] - 1)
 
 
 @torch.library.custom_op("cmdp_fast::constrained_scan", mutates_args=())
@@ -332,17 +368,18 @@ def constrained_scan(
     discrepancy_weight: float,
     coefficient: float,
     barrier_slope: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The trace and the modified reward in one scan; bitwise what the two operations give in turn."""
     reward = torch.empty_like(cost)
     rule = (kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope)
-    trace = _scan(cost, mask, offsets, limits, (gamma, mean, inclusive), rule, task_reward, reward)
+    trace = _scan(cost, mask, offsets, limits, (gamma, mean, inclusive), backend, rule, task_reward, reward)
     return (*trace, reward)
 
 
 @constrained_scan.register_fake
 def _(task_reward, cost, mask, offsets, *args):
-    return (*_empty_trace(cost, offsets), torch.empty_like(cost))
+    return (*empty_trace(cost, offsets.shape[0] - 1), torch.empty_like(cost))
 
 
 @torch.library.custom_op("cmdp_fast::modified_reward", mutates_args=())
@@ -361,8 +398,14 @@ def _modified_reward(
     discrepancy_weight: float,
     coefficient: float,
     barrier_slope: float,
+    backend: str,
 ) -> Tensor:
     reward = torch.empty_like(cost)
+    rule = (kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope)
+    if backend == "triton":
+        trace = (cumulative, remaining, violated, excess)
+        backends.kernels.modify_rewards(task_reward, cost, trace, mask, offsets, rule, reward)
+        return reward
     backends.native.modified_reward(
         address(task_reward),
         address(cost),
@@ -372,7 +415,7 @@ def _modified_reward(
         offsets.shape[0] - 1,
         cost.numel(),
         [address(t) for t in (cumulative, remaining, violated, excess)],
-        (kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope),
+        rule,
         address(reward),
     )
     return reward

@@ -10,17 +10,25 @@ from torch import Tensor
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
 from cmdp_fast.ops.budget import (
+    check_budget,
     check_budget_rule,
+    check_layout,
     check_like,
     check_reward_rule,
-    check_sequences,
     check_values,
     constrained_scan,
+    empty_trace,
     sequence_limits,
+    sequence_offsets,
 )
 from cmdp_fast.ops.divergence import check_kind, divergence
-from cmdp_fast.ops.native import flat
-from cmdp_fast.ops.token_stats import token_stats
+from cmdp_fast.ops.native import SAVED, flat
+from cmdp_fast.ops.token_stats import (
+    kernel_memory,
+    save_for_gradient,
+    statistics_gradient,
+    token_stats,
+)
 from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS, BudgetTrace, ConstrainedReward, TokenStats, compute_dtype
 
 
@@ -104,13 +112,14 @@ def constrained_reward(
         )
     budget_rule = check_budget_rule(gamma, reduction, edge)
     reward_rule = check_reward_rule(kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope)
-    checks.logits(student_logits, teacher_logits, vocab_size)
+    vocab = checks.logits(student_logits, teacher_logits, vocab_size)
     checks.tensor("tokens", tokens)
-    offsets = check_sequences("tokens", tokens, mask, cu_seqlens)
+    sequences = check_layout("tokens", tokens, mask, cu_seqlens)
     check_like("task_reward", task_reward, "tokens", tokens)
-    limits = sequence_limits(budget, tokens, mask, offsets, per_token, compute_dtype(student_logits, teacher_logits))
-    check_values(offsets, limits, tokens)
-    chosen = backends.choose(backend, student_logits)
+    check_budget(budget, tokens, sequences)
+    checks.tokens(tokens, student_logits)
+    checks.positive("temperature", temperature)
+    chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
     if kind == "saute" and cost in DIFFERENTIABLE_COSTS and not torch.compiler.is_compiling():
         warnings.warn(
             f"kind='saute' with cost={cost!r}: the cost does not depend on the action, so the penalty has no direct "
@@ -118,6 +127,30 @@ def constrained_reward(
             stacklevel=2,
         )
 
+    if chosen == "triton" and cost in backends.kernels.COSTS:
+        student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)
+        outputs = _constrained_pass(
+            student,
+            teacher,
+            tokens,
+            mask,
+            task_reward.detach(),
+            cu_seqlens,
+            budget.detach() if isinstance(budget, Tensor) else None,
+            0.0 if isinstance(budget, Tensor) else float(budget),
+            float(temperature),
+            vocab,
+            inplace,
+            cost,
+            per_token,
+            *budget_rule,
+            *reward_rule,
+        )
+        return ConstrainedReward(TokenStats(*outputs[:6]), BudgetTrace(*outputs[7:12]), outputs[12])
+
+    offsets = sequence_offsets(tokens, cu_seqlens)
+    limits = sequence_limits(budget, tokens, mask, offsets, per_token, compute_dtype(student_logits, teacher_logits))
+    check_values(offsets, limits, tokens)
     stats = token_stats(
         student_logits,
         teacher_logits,
@@ -160,6 +193,88 @@ def constrained_reward(
         return ConstrainedReward(stats, trace, reward)
     given = task_reward.detach().to(paid.dtype).contiguous()
     *lines, reward = constrained_scan(
-        given, paid.contiguous(), flat(mask, torch.bool), offsets, limits, *budget_rule, *reward_rule
+        given, paid.contiguous(), flat(mask, torch.bool), offsets, limits, *budget_rule, *reward_rule, chosen
     )
     return ConstrainedReward(stats, BudgetTrace(*lines), reward)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The operator behind the GPU kernels: everything in two launches
+
+
+@torch.library.custom_op("cmdp_fast::constrained_pass", mutates_args=())
+def _constrained_pass(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    task_reward: Tensor,
+    cu_seqlens: Tensor | None,
+    budgets: Tensor | None,
+    budget: float,
+    temperature: float,
+    vocab_size: int,
+    inplace_backward: bool,
+    cost: str,
+    per_token: bool,
+    gamma: float,
+    mean: bool,
+    inclusive: bool,
+    kind: str,
+    at_crossing: bool,
+    penalty: float,
+    discrepancy_weight: float,
+    coefficient: float,
+    barrier_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = budget if budgets is None else budgets
+    if tokens.device.type == "cpu":
+        checks.token_range(tokens, mask, vocab_size)
+        offsets = sequence_offsets(tokens, cu_seqlens)
+        check_values(offsets, sequence_limits(given, tokens, mask, offsets, per_token, torch.float32), tokens)
+    *trace, reward = _empty_outcome(student, tokens, cu_seqlens)
+    statistics, saved = backends.kernels.constrained_pass(
+        student,
+        teacher,
+        tokens,
+        mask,
+        task_reward,
+        cu_seqlens,
+        given,
+        temperature,
+        vocab_size,
+        cost,
+        per_token,
+        (gamma, mean, inclusive),
+        (kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope),
+        tuple(trace),
+        reward,
+    )
+    return (*statistics, saved, *trace, reward)
+
+
+def _empty_outcome(student: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    reward = student.new_empty(tokens.shape, dtype=torch.float32)
+    sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (*empty_trace(reward, sequences), reward)
+
+
+@_constrained_pass.register_fake
+def _(student, teacher, tokens, mask, task_reward, cu_seqlens, *args):
+    statistics = [student.new_empty(tokens.shape, dtype=torch.float32) for _ in range(6)]
+    saved = student.new_empty((*tokens.shape, SAVED), dtype=torch.float64)
+    return (*statistics, saved, *_empty_outcome(student, tokens, cu_seqlens))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student, teacher, tokens, mask, _, _, _, _, temperature, vocab_size, inplace, *_ = inputs
+    _, teacher_logprob, _, teacher_entropy, _, _, saved, *rest = output
+    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, saved, *rest)
+    save_for_gradient(ctx, student, teacher, tokens, mask, saved, inplace, temperature, vocab_size, "triton")
+
+
+def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, *_):
+    return (statistics_gradient(ctx, grad_logprob, grad_entropy, grad_reverse, grad_forward), *(None,) * 21)
+
+
+_constrained_pass.register_autograd(_backward, setup_context=_setup_context)

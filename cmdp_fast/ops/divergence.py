@@ -55,7 +55,7 @@ def divergence(
     checks.mask(mask, student_logits, shape, "student_logits without its last axis")
     checks.positive("temperature", temperature)
     check_kind(kind, beta)
-    chosen = backends.choose(backend, student_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
     plain = _plain_kl(kind, beta)
     if plain is not None:
         tokens = torch.zeros(shape, dtype=torch.int64, device=student_logits.device)
@@ -81,6 +81,7 @@ def divergence(
         float(temperature),
         vocab,
         *weights,
+        chosen,
     )
     return value
 
@@ -113,7 +114,10 @@ def _mixture(
     b: float,
     c_teacher: float,
     c_student: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        return backends.kernels.mixture(student, teacher, mask, temperature, vocab_size, (b, c_teacher, c_student))
     shape, dtype = student.shape[:-1], compute_dtype(student, teacher)
     saved = torch.empty((*shape, SAVED), dtype=torch.float64)
     value, mean = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
@@ -139,7 +143,7 @@ def _mixture(
 
 
 @_mixture.register_fake
-def _(student, teacher, mask, temperature, vocab_size, b, c_teacher, c_student):
+def _(student, teacher, mask, temperature, vocab_size, b, c_teacher, c_student, backend):
     shape, dtype = student.shape[:-1], compute_dtype(student, teacher)
     wide = student.new_empty(shape, dtype=torch.float64)
     return student.new_empty(shape, dtype=dtype), student.new_empty((*shape, SAVED), dtype=torch.float64), wide
@@ -158,8 +162,15 @@ def _mixture_backward(
     b: float,
     c_teacher: float,
     c_student: float,
+    backend: str,
 ) -> Tensor:
-    out = torch.empty(student.shape, dtype=student.dtype)
+    out = student.new_empty(student.shape)
+    if backend == "triton":
+        weights = (b, c_teacher, c_student)
+        backends.kernels.mixture_backward(
+            student, teacher, mask, saved, mean, upstream, temperature, vocab_size, weights, out
+        )
+        return out
     keep, flowing = flat(mask, torch.bool), flat(upstream, torch.float64)
     backends.native.mixture_backward(
         matrix(student),
@@ -193,7 +204,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_value, _saved, _mean):
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     if not ctx.needs_input_grad[0] or grad_value is None:
         return (None, *nothing)
     student, teacher, mask, saved, mean = ctx.saved_tensors

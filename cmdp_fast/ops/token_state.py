@@ -71,6 +71,7 @@ class TokenState:
         Args:
             student_tile, teacher_tile: ``[rows, C]`` logits, each of its own dtype. No column may be given twice.
             tokens: ``[rows]`` integers, indices into the whole vocabulary.
+        backend: as `token_stats`; there is no GPU kernel for this, ``triton`` is served by PyTorch.
         Raises: TypeError, ValueError for shapes, dtypes or devices that do not fit.
         """
         rows = self.fields.shape[0]
@@ -87,7 +88,7 @@ class TokenState:
         wide = compute_dtype(student_tile, teacher_tile)
         self.dtype = torch.float64 if wide == torch.float64 else self.dtype
         student, teacher = unit_stride(student_tile.detach()), unit_stride(teacher_tile.detach())
-        if backends.choose(backend, student) == "torch":
+        if backends.choose(backend, student) != "cpu":
             tile = _fold(student, teacher, tokens.long() - first_column, width, self.temperature)
             self.fields = _merged(self.fields, tile)
         else:

@@ -58,7 +58,8 @@ def token_stats(
             parallelism), with the same tokens and mask. Every rank gets the statistics of whole rows, and the gradient
             of its own columns. ``vocab_size`` counts the columns of all ranks. Not under ``torch.compile``.
         first_column: where this rank's columns begin.
-        backend: None chooses: ``cpu`` (native) for CPU tensors, else ``torch``; a name forces it.
+        backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` for tensors on a GPU (not float64), else
+            ``torch``; a name forces it.
 
     Returns:
         `TokenStats` of tensors ``[...]``: float32, or float64 if either model's logits are float64.
@@ -70,7 +71,8 @@ def token_stats(
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: shapes, devices, widths or a temperature that do not fit, or
-        a token outside the vocabulary (on the CPU; the first offender is named).
+        a token outside the vocabulary (on the CPU; the first offender is named. On a GPU, where looking would stall
+        the device, its log-probabilities are NaN).
 
     Source: the token-level KL of arXiv 2509.22921; the streaming state is this project's (csrc/token_state.h).
     """
@@ -81,19 +83,29 @@ def token_stats(
     checks.tokens(tokens, student_logits)
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    chosen = backends.choose(backend, student_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
     if chosen == "torch":
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.token_range(tokens, mask, vocab)
         return reference.token_stats(
             student_logits, teacher_logits, tokens, mask=mask, temperature=temperature, vocab_size=vocab
         )
+    student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)
+    outputs = _token_stats(student, teacher, tokens, mask, float(temperature), vocab, inplace, chosen)
+    return TokenStats(*outputs[:6])
+
+
+def kernel_memory(
+    student_logits: Tensor, teacher_logits: Tensor, inplace_backward: bool, backend: str
+) -> tuple[Tensor, Tensor, bool]:
+    """Both logits as the kernels read them, and whether the student's memory takes the gradient."""
     inplace = inplace_backward and not torch.compiler.is_compiling()
     student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
-    if inplace and not can_overwrite(student, teacher):
-        student = student.clone(memory_format=torch.contiguous_format)
-    outputs = _token_stats(student, teacher, tokens, mask, float(temperature), vocab, inplace)
-    return TokenStats(*outputs[:6])
+    if inplace:
+        reachable = backend != "triton" or backends.kernels.addressable(student)
+        if not (reachable and can_overwrite(student, teacher)):
+            student = student.clone(memory_format=torch.contiguous_format)
+    return student, teacher, inplace
 
 
 def dropped_teacher_mass(
@@ -131,8 +143,13 @@ def _token_stats(
     temperature: float,
     vocab_size: int,
     inplace_backward: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    checks.token_range(tokens, mask, vocab_size)
+    if tokens.device.type == "cpu":
+        checks.token_range(tokens, mask, vocab_size)
+    if backend == "triton":
+        statistics, saved = backends.kernels.token_stats(student, teacher, tokens, mask, temperature, vocab_size)
+        return (*statistics, saved)
     dtype = compute_dtype(student, teacher)
     statistics = [torch.empty(tokens.shape, dtype=dtype) for _ in range(6)]
     saved = torch.empty((*tokens.shape, SAVED), dtype=torch.float64)
@@ -149,17 +166,22 @@ def _token_stats(
         address(saved),
         threads(),
     )
-    return (*statistics, saved)  # type: ignore[return-value]
+    return (*statistics, saved)
 
 
 @_token_stats.register_fake
-def _(student, teacher, tokens, mask, temperature, vocab_size, inplace_backward):
+def _(student, teacher, tokens, mask, temperature, vocab_size, inplace_backward, backend):
     dtype = compute_dtype(student, teacher)
     statistics = [student.new_empty(tokens.shape, dtype=dtype) for _ in range(6)]
     return (*statistics, student.new_empty((*tokens.shape, SAVED), dtype=torch.float64))
 
 
-def _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, out) -> None:
+def _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, backend, out) -> None:
+    if backend == "triton":
+        backends.kernels.token_stats_backward(
+            student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, out
+        )
+        return
     index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
     flowing = [flat(g, torch.float64) for g in upstream]
     backends.native.token_stats_backward(
@@ -189,10 +211,11 @@ def _token_stats_backward(
     grad_forward_kl: Tensor | None,
     temperature: float,
     vocab_size: int,
+    backend: str,
 ) -> Tensor:
-    out = torch.empty(student.shape, dtype=student.dtype)
+    out = student.new_empty(student.shape)
     upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
-    _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, out)
+    _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, backend, out)
     return out
 
 
@@ -214,9 +237,10 @@ def _token_stats_backward_(
     grad_forward_kl: Tensor | None,
     temperature: float,
     vocab_size: int,
+    backend: str,
 ) -> None:
     upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
-    _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, student)
+    _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, backend, student)
 
 
 @_token_stats_backward_.register_fake
@@ -224,20 +248,17 @@ def _(student, *args):
     return None
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, tokens, mask, ctx.temperature, ctx.vocab_size, ctx.inplace = inputs
-    _, teacher_logprob, _, teacher_entropy, _, _, saved = output
-    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, saved)
+def save_for_gradient(ctx, student, teacher, tokens, mask, saved, inplace, *settings) -> None:
+    """What `statistics_gradient` will need. ``settings``: temperature, vocab_size, backend."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(student, teacher, tokens, mask, saved)
-    ctx.spent = False
+    ctx.inplace, ctx.settings, ctx.spent = inplace, settings, False
 
 
-def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, _saved):
-    nothing = (None,) * 6
-    upstream = (grad_logprob, grad_entropy, grad_reverse, grad_forward)
+def statistics_gradient(ctx, *upstream: Tensor | None) -> Tensor | None:
+    """The gradient of the student's logits from those of logprob, entropy, reverse_kl and forward_kl."""
     if not ctx.needs_input_grad[0] or all(g is None for g in upstream):
-        return (None, *nothing)
+        return None
     if ctx.spent:
         raise RuntimeError(
             "token_stats(inplace_backward=True) was differentiated a second time, but the first backward pass has "
@@ -245,12 +266,22 @@ def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entrop
         )
     student, teacher, tokens, mask, saved = ctx.saved_tensors
     if not ctx.inplace:
-        grad = _token_stats_backward(student, teacher, tokens, mask, saved, *upstream, ctx.temperature, ctx.vocab_size)
-        return (grad, *nothing)
+        return _token_stats_backward(student, teacher, tokens, mask, saved, *upstream, *ctx.settings)
     ctx.spent = True
     memory = student.detach()
-    _token_stats_backward_(memory, teacher, tokens, mask, saved, *upstream, ctx.temperature, ctx.vocab_size)
-    return (memory, *nothing)
+    _token_stats_backward_(memory, teacher, tokens, mask, saved, *upstream, *ctx.settings)
+    return memory
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student, teacher, tokens, mask, temperature, vocab_size, inplace, backend = inputs
+    _, teacher_logprob, _, teacher_entropy, _, _, saved = output
+    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, saved)
+    save_for_gradient(ctx, student, teacher, tokens, mask, saved, inplace, temperature, vocab_size, backend)
+
+
+def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, _saved):
+    return (statistics_gradient(ctx, grad_logprob, grad_entropy, grad_reverse, grad_forward), *(None,) * 7)
 
 
 _token_stats.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""Sampling completions, and the two models' logits at their tokens.
+"""Sampling completions, and what the two models predict at their tokens: logits, or hidden states.
 
 Prompts are padded on the left, completions on the right, so that every completion starts in the same column. `mask`
 marks the completion's real tokens: everything up to the end-of-sequence token, which counts, or up to the length
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import cmdp_fast as cf
 
 from .data import Row
 from .errors import InputError
@@ -105,15 +107,33 @@ def completion_mask(tokens: Tensor, eos: Sequence[int]) -> tuple[Tensor, Tensor]
 
 def completion_logits(model: Any, rollout: Rollout) -> Tensor:
     """The logits [B, T, V] from which the completions' tokens were, or would be, drawn."""
-    ids = torch.cat([rollout.prompt_ids, rollout.tokens[:, :-1]], dim=1)
+    return _last(model(**_inputs(rollout)).logits, rollout)
+
+
+def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
+    """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`."""
+    return _last(cf.last_hidden_state(model, **_inputs(rollout)), rollout)
+
+
+def _inputs(rollout: Rollout) -> dict[str, Any]:
+    """What a model is given to predict the completions: everything but their last token, which predicts nothing."""
     attention = torch.cat([rollout.prompt_mask, rollout.mask[:, :-1]], dim=1).long()
-    position = (attention.cumsum(1) - 1).clamp(min=0)  # as in generate: padding does not count
+    return {
+        "input_ids": torch.cat([rollout.prompt_ids, rollout.tokens[:, :-1]], dim=1),
+        "attention_mask": attention,
+        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),  # as in generate: padding does not count
+        "logits_to_keep": rollout.tokens.shape[1],
+        "use_cache": False,
+    }
+
+
+def _last(rows: Tensor, rollout: Rollout) -> Tensor:
+    """The rows that predict the completions' tokens.
+
+    Only a model that knows no logits_to_keep needs the slice; taking it for nothing would copy the gradient.
+    """
     length = rollout.tokens.shape[1]
-    logits = model(
-        input_ids=ids, attention_mask=attention, position_ids=position, logits_to_keep=length, use_cache=False
-    ).logits
-    # Only a model that knows no logits_to_keep needs the slice; taking it for nothing would copy the gradient.
-    return logits if logits.shape[1] == length else logits[:, -length:]
+    return rows if rows.shape[1] == length else rows[:, -length:]
 
 
 @contextmanager

@@ -67,6 +67,8 @@ static inline bool finite(double value) {
   return (std::bit_cast<uint64_t>(value) & 0x7ff0000000000000u) != 0x7ff0000000000000u;
 }
 
+constexpr float kLargestReference = 1e7f;  // below 2^24 octaves, where floats are an octave apart
+
 struct BlockSums {
   float z, u, a, b, h, k;
   bool usable;           // float arithmetic was enough
@@ -216,7 +218,8 @@ static inline bool push_floats(TokenState& state, References& ref, const X* x, c
   // A block that a model excludes altogether has no maximum; any reference serves, and none is kept.
   const float m = top_x == none ? 0 : ref.known ? std::max(ref.m, top_x) : top_x;
   const float n = top_y == none ? 0 : ref.known ? std::max(ref.n, top_y) : top_y;
-  if (!finite(m) || !finite(n)) return false;
+  // A larger reference may be rounded by more than an octave, and then even the maximum weighs anything or nothing.
+  if (!(std::fabs(m) < kLargestReference && std::fabs(n) < kLargestReference)) return false;
   if (top_x != none && top_y != none) ref = {m, n, true};
   BlockSums sums = block_sums<false>(x, y, count, scale, m, n);
   if (!sums.usable) sums = block_sums<true>(x, y, count, scale, m, n);

@@ -49,7 +49,7 @@ static inline MixtureFloats mixture_floats(const Mixture& mix, Floats t, Floats 
 }
 
 static inline bool fast_mixture(const Logits& in, const RowNormalizers& norm) {
-  return !is_wide(in) && finite(norm.m) && finite(norm.n);
+  return !is_wide(in) && std::fabs(norm.m) < kLargestReference && std::fabs(norm.n) < kLargestReference;
 }
 
 static void mixture(const Logits& in, int64_t row, const Mixture& mix, const double* saved, double* value,

@@ -8,14 +8,15 @@ import math
 
 import pytest
 import torch
-from tiny_pair import ppo_of, settings, untimed
-from transformers import AutoTokenizer
+from tiny_pair import ppo_of, settings, tiny_model, untimed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import cmdp_fast as cf
 from cmdp_fast.trainer.checkpoint import as_json, save_student
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.ppo import at_last_token
 from cmdp_fast.trainer.report import Clock
-from cmdp_fast.trainer.rollout import completion_mask, generate
+from cmdp_fast.trainer.rollout import completion_hidden, completion_logits, completion_mask, generate
 from cmdp_fast.trainer.run import shuffled
 
 
@@ -40,6 +41,22 @@ def test_shuffled_visits_everything_equally():
     assert sorted(seen) == sorted([*range(10)] * 2)
     assert sorted(seen[:10]) == list(range(10))
     assert len(next(shuffled(3, 8, seed=0))) == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_completion_hidden_is_what_the_head_turns_into_completion_logits(pair, family, keeps, tmp_path):
+    """For prompts of different lengths, and for a model that knows no logits_to_keep."""
+    ppo, _, prompts = ppo_of(settings(pair))
+    rollout = generate(ppo.student, [prompts[0], prompts[1] * 2, prompts[2][:1]], ppo.sampling)
+    assert not rollout.prompt_mask.all()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, seed=3, family=family))
+    if not keeps:
+        forward = model.forward
+        model.forward = lambda logits_to_keep=0, **inputs: forward(**inputs)
+    logits, hidden = completion_logits(model, rollout), completion_hidden(model, rollout)
+    assert logits.shape[:2] == hidden.shape[:2] == rollout.tokens.shape
+    torch.testing.assert_close(cf.head_of(model).logits(hidden), logits)
 
 
 def test_rollout_samples_the_whole_softmax(pair):

@@ -1,0 +1,41 @@
+"""Triton kernels, one file an operation: plain functions of tensors that know neither autograd nor checks of arguments.
+
+How memory is read once. The six statistics come from a state that streams and merges (`csrc/token_state.h`). One
+program folds one segment of a row (`token_stats.py`); within it every thread, a lane, folds columns of its own with
+128-bit loads and never looks at another lane (`fold.py`), so that the loop has no barrier. The lanes are merged once at
+the end, the segments of a row by a second small kernel in a fixed order (`finish.py`). Into how many segments a row is
+cut depends on V alone: a decode batch of a few rows occupies the device, and a row's result is bitwise the same in
+every batch. Moved per row: 2 V elements forward, 64 bytes a segment, six statistics; 2 V read and V written backward.
+
+Why it is exact. A state is exact relative to any finite reference, maxima only keep powers in range. Exponentials are
+powers of two with log2(e)/temperature folded into one fused multiply-add; differences of the two models are taken
+relative to the references before anything is multiplied, so that a common shift costs no precision. The loop assumes
+ordinary numbers; whatever is not (-inf, NaN, an abyss of -3e38) makes a sum that is not finite, and the segment is
+folded again by a loop that knows every special value. The backward pass splits the normalisers (`..._backward.py`).
+
+What is predicted: `benchmarks/static_gpu.py` reads the machine code that the compiler writes for GPUs that need not be
+there. What is measured: values, in Triton's interpreter (TRITON_INTERPRET=1), by the whole test suite. No speed has
+been measured on a GPU.
+
+`constrained.py` is the whole method in two launches, `scan.py` the budget's scan, `mixture.py` JSD and skewed
+divergences (a second pass), `launch.py` the launch settings, `shared.py` the algebra of partial states.
+"""
+
+from cmdp_fast.kernels.constrained import COSTS, constrained_pass
+from cmdp_fast.kernels.launch import addressable
+from cmdp_fast.kernels.mixture import mixture, mixture_backward
+from cmdp_fast.kernels.scan import modify_rewards, trace_budgets
+from cmdp_fast.kernels.token_stats import token_stats
+from cmdp_fast.kernels.token_stats_backward import token_stats_backward
+
+__all__ = [
+    "COSTS",
+    "addressable",
+    "constrained_pass",
+    "mixture",
+    "mixture_backward",
+    "modify_rewards",
+    "token_stats",
+    "token_stats_backward",
+    "trace_budgets",
+]

@@ -1,0 +1,175 @@
+"""The main loop of the statistics: one lane folds its own columns and never looks at another lane.
+
+A step gives each lane STEP columns of both rows, by 128-bit loads where the rows are aligned, else a column a load. The
+lane finds the maximum of its columns (two 16-bit numbers at a time, before they are widened), raises its references
+once, and adds the columns one by one. All tensors are [L], one column each, so that a thread runs plain scalar code;
+summing tiles [L, C] along C instead costs an extra addition and multiplication for every sum of every tile.
+
+Instructions a column, of both models together: 2 widen, 2 multiply-adds make octaves, 2 exponentials, 1 difference,
+6 sums, 1/4 load; and a share of the maximum and of raising the references, which shrinks as STEP grows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cmdp_fast.kernels.shared import NOWHERE, octaves, raised
+
+
+@triton.jit
+def unstacked(tile, LANES: tl.constexpr, COUNT: tl.constexpr):
+    """The COUNT (2 or 4) columns [L] of a tile [L, COUNT] of which a thread holds whole rows: nothing moves."""
+    if COUNT == 2:
+        first, second = tl.split(tile)
+        return (first, second)
+    else:
+        even, odd = tl.split(tl.reshape(tile, [LANES, 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return (first, second, third, fourth)
+
+
+@triton.jit
+def places(row, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where each lane begins to read: [L, words] of 32 bits, which hold two 16-bit columns, if ALIGNED, else [L].
+
+    A lane reads the same columns in the same order either way: where a row happens to lie must not change its result.
+    """
+    lane = tl.arange(0, LANES)
+    if ALIGNED:
+        words: tl.constexpr = row.dtype.element_ty.primitive_bitwidth * VECTOR // 32
+        return row.to(tl.pointer_type(tl.int32), bitcast=True) + lane[:, None] * words + tl.arange(0, words)[None, :]
+    else:
+        return row + lane * VECTOR
+
+
+@triton.jit
+def read(at, LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, ALIGNED: tl.constexpr):
+    """What LOADS loads give a lane: words [L] if ALIGNED, else columns [L]."""
+    columns = ()
+    for i in tl.static_range(LOADS):
+        if ALIGNED:
+            columns = columns + unstacked(tl.load(at + i * LANES * at.shape[1]), LANES, at.shape[1])
+        else:
+            columns = columns + (tl.load(at + i // VECTOR * LANES * VECTOR + i % VECTOR),)  # noqa: RUF005 (Triton knows no starred items)
+    return columns
+
+
+@triton.jit
+def widened(column, DTYPE: tl.constexpr, HALF: tl.constexpr):
+    """A column in float32: a number, or (of a word that holds two) its lower half 0 or upper half 1."""
+    if column.dtype != tl.int32:
+        return column.to(tl.float32)
+    elif tl.float32 == DTYPE:
+        return column.to(tl.float32, bitcast=True)
+    elif tl.bfloat16 == DTYPE:  # a bfloat16 is the upper half of a float32
+        if HALF == 0:
+            return (column << 16).to(tl.float32, bitcast=True)
+        else:
+            return (column & -65536).to(tl.float32, bitcast=True)
+    else:
+        return (column >> 16 * HALF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def larger_halves(one, other, DTYPE: tl.constexpr):
+    """The larger of two 16-bit numbers, twice, in one instruction of an NVIDIA GPU. A NaN loses."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [one, other], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [one, other], tl.int32, True, 1)
+
+
+@triton.jit
+def highest(columns, DTYPE: tl.constexpr, COUNT: tl.constexpr, HALVES: tl.constexpr, PTX: tl.constexpr):
+    """The maximum [L] over the COUNT · HALVES columns of each lane. A NaN loses here and shows up in the sums."""
+    if HALVES == 2 and PTX:
+        pair = columns[0]
+        for i in tl.static_range(1, COUNT):
+            pair = larger_halves(pair, columns[i], DTYPE)
+        return tl.maximum(widened(pair, DTYPE, 0), widened(pair, DTYPE, 1))
+    else:
+        best = widened(columns[0], DTYPE, 0)
+        for i in tl.static_range(1, COUNT * HALVES):
+            best = tl.maximum(best, widened(columns[i // HALVES], DTYPE, i % HALVES))
+        return best
+
+
+@triton.jit
+def add(x, y, inside, scale, m, n, z, u, a, b, h, k, MASKED: tl.constexpr):
+    """One column [L] of both models into the sums, the references being high enough."""
+    t, s = octaves(x, scale, m), octaves(y, scale, n)
+    p, w = tl.exp2(t), tl.exp2(s)
+    if MASKED:  # a column beyond the end weighs nothing
+        t, s = tl.where(inside, t, 0.0), tl.where(inside, s, 0.0)
+        p, w = tl.where(inside, p, 0.0), tl.where(inside, w, 0.0)
+    difference = t - s
+    return (
+        z + p,
+        u + w,
+        tl.fma(p, difference, a),
+        tl.fma(-w, difference, b),
+        tl.fma(p, t, h),
+        tl.fma(w, s, k),
+    )
+
+
+@triton.jit
+def fold(
+    x_row,
+    y_row,
+    start,
+    stop,
+    scale,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """The states [L] of columns [start, stop), a lane each, for logits without special values.
+
+    ALIGNED: rows and `start` lie at multiples of VECTOR columns and of 16 bytes (8 for the narrower of two dtypes).
+    PTX: the compiler understands NVIDIA's assembly.
+    """
+    X: tl.constexpr = x_row.dtype.element_ty
+    Y: tl.constexpr = y_row.dtype.element_ty
+    x_halves: tl.constexpr = 2 if ALIGNED and X.primitive_bitwidth == 16 else 1
+    y_halves: tl.constexpr = 2 if ALIGNED and Y.primitive_bitwidth == 16 else 1
+    m = tl.full([LANES], NOWHERE, tl.float32)
+    n = tl.full([LANES], NOWHERE, tl.float32)
+    z = tl.zeros([LANES], tl.float32)
+    u = tl.zeros([LANES], tl.float32)
+    a = tl.zeros([LANES], tl.float32)
+    b = tl.zeros([LANES], tl.float32)
+    h = tl.zeros([LANES], tl.float32)
+    k = tl.zeros([LANES], tl.float32)
+    tile: tl.constexpr = LANES * STEP
+    tiles = (stop - start) // tile
+    loads: tl.constexpr = STEP // VECTOR if ALIGNED else STEP
+    x_at = places(x_row + start, LANES, VECTOR, ALIGNED)
+    y_at = places(y_row + start, LANES, VECTOR, ALIGNED)
+    for _ in range(tiles):
+        xs = read(x_at, LANES, VECTOR, loads, ALIGNED)
+        ys = read(y_at, LANES, VECTOR, loads, ALIGNED)
+        top = tl.maximum(m, highest(xs, X, STEP // x_halves, x_halves, PTX) * scale)
+        teacher_top = tl.maximum(n, highest(ys, Y, STEP // y_halves, y_halves, PTX) * scale)
+        z, u, a, b, h, k = raised(m, n, z, u, a, b, h, k, top, teacher_top)
+        m, n = top, teacher_top
+        for i in tl.static_range(STEP):
+            x = widened(xs[i // x_halves], X, i % x_halves)
+            y = widened(ys[i // y_halves], Y, i % y_halves)
+            z, u, a, b, h, k = add(x, y, True, scale, m, n, z, u, a, b, h, k, False)
+        x_at += tile // x_halves
+        y_at += tile // y_halves
+    for at in range(start + tiles * tile, stop, LANES):  # what is left, a column a step
+        column = at + tl.arange(0, LANES)
+        inside = column < stop
+        x = tl.load(x_row + column, mask=inside, other=float("-inf")).to(tl.float32)
+        y = tl.load(y_row + column, mask=inside, other=float("-inf")).to(tl.float32)
+        top, teacher_top = tl.maximum(m, x * scale), tl.maximum(n, y * scale)
+        z, u, a, b, h, k = raised(m, n, z, u, a, b, h, k, top, teacher_top)
+        m, n = top, teacher_top
+        z, u, a, b, h, k = add(x, y, inside, scale, m, n, z, u, a, b, h, k, True)
+    return m, n, z, u, a, b, h, k

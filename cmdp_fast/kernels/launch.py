@@ -1,0 +1,178 @@
+"""How a kernel is launched: tensors as rows with at most two strides, and the table of launch settings.
+
+The settings depend on the dtypes and on V alone, never on the number of rows: a row is split over programs in the same
+way in every batch, which makes its result bitwise the same in every batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+# Asked for by hand only: a choice at run time may change the order of additions from one run to the next.
+AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
+
+
+class Forward(NamedTuple):
+    """Of the kernels that fold a row: a lane loads ``vector`` columns at once, and raises its references every ``step``
+    columns; a program folds ``segment`` columns."""
+
+    lanes: int
+    vector: int
+    step: int
+    segment: int
+    warps: int
+
+
+class Columns(NamedTuple):
+    """Of the kernels that write a column for every column they read: a program writes ``span`` of them, a ``tile`` at a
+    time, or ``careful`` at a time where it has to be done carefully."""
+
+    tile: int
+    span: int
+    careful: int
+    warps: int
+
+
+def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
+    """One lane a thread. ``vector`` is what one thread loads in 128 bits of the wider dtype.
+
+    A step of 16 columns takes 15.9 instructions a column (bfloat16, sm_90) and 59 registers; 8 columns take 17.9; 32
+    save one more but fill the registers. Float32 columns need twice the registers and half the speed: 8 a step.
+    """
+    vector, step = (4, 8) if torch.float32 in dtypes else (8, 16)
+    warp = warp_size()
+    if vocab < 1024:  # a narrow row: one warp, so that lanes without columns do not outnumber the others
+        return Forward(warp, vector, step, 1024, 1)
+    if vocab < 16384:  # a few tiles a row: fewer warps leave more programs to hide latency behind
+        return Forward(128, vector, step, 16384, 128 // warp)
+    # A language model's vocabulary. 32768 columns are 8 tiles: long enough that merging 256 lanes at the end costs a
+    # fifth of them at most, short enough that a few rows of 151936 columns occupy many multiprocessors.
+    return Forward(256, vector, step, 32768, 256 // warp)
+
+
+_fastest: dict[tuple[object, ...], Forward] = {}
+
+
+def tuned(settings: Forward, key: tuple[object, ...], run: Callable[[Forward], object]) -> Forward:
+    """The settings of the table; under CMDP_FAST_AUTOTUNE=1 the fastest of a few around them, measured once a key.
+
+    The first call with a key must not be captured in a graph. Segments stay as they are: memory depends on them.
+    """
+    if not AUTOTUNE:
+        return settings
+    if key not in _fastest:
+        steps = (s for s in (settings.step // 2, settings.step, settings.step * 2) if s >= settings.vector)
+        choices = [
+            settings._replace(step=s, lanes=settings.lanes // n, warps=settings.warps // n)
+            for s in steps
+            for n in (1, 2)
+            if settings.warps >= n
+        ]
+        _fastest[key] = min(choices, key=lambda choice: triton.testing.do_bench(lambda: run(choice)))
+    return _fastest[key]
+
+
+def column_settings(vocab: int) -> Columns:
+    """16 columns a thread and tile: two to four independent 128-bit loads of each model in flight. Four tiles a program
+    share the row's coefficients, whose double arithmetic would otherwise cost as much as a tile."""
+    return Columns(512, 512, 32, 1) if vocab < 1024 else Columns(2048, 8192, 128, 4)
+
+
+def compiled_for(warps: int) -> dict[str, object]:
+    """How a kernel is compiled. Multiplications and additions fuse only where a kernel says so: left to the compiler,
+    the same formula could round differently in two kernels whose results are promised to be the same."""
+    return {"num_warps": warps, "enable_fp_fusion": False}
+
+
+def segments(vocab: int, settings: Forward) -> int:
+    return -(-vocab // settings.segment)
+
+
+def scale_of(temperature: float) -> float:
+    """log2(e)/temperature rounded to float32: what the kernels multiply logits by."""
+    return float(torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32))
+
+
+def natural_of(scale: float) -> float:
+    """What that factor is in nats: 1/temperature but for the rounding, the same in the forward and backward pass."""
+    return scale * math.log(2.0)
+
+
+class Rows(NamedTuple):
+    """Rows ``[rows, V]`` over at most two axes: row i begins at i // inner * outer_stride + i % inner * stride."""
+
+    tensor: Tensor
+    inner: int
+    stride: int
+    outer_stride: int
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return self.inner, self.stride, self.outer_stride
+
+
+def aligned(rows: Rows, vector: int) -> bool:
+    """Whether every row begins where ``vector`` columns can be loaded at once, at a multiple of their size."""
+    bytes_at_once = vector * rows.tensor.element_size()
+    steps = (rows.stride, rows.outer_stride)
+    return rows.tensor.data_ptr() % 16 == 0 and all(s * rows.tensor.element_size() % bytes_at_once == 0 for s in steps)
+
+
+def speaks_ptx() -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU; neither AMD's compiler nor the interpreter takes its assembly."""
+    return not knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+
+
+def warp_size() -> int:
+    """Threads of a warp: 64 on AMD's data centre GPUs."""
+    return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
+
+
+def row_axes(t: Tensor) -> list[tuple[int, int]]:
+    """Size and stride of the leading axes of ``[..., V]``, neighbouring axes merged where memory allows."""
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    return axes
+
+
+def addressable(t: Tensor) -> bool:
+    """Whether the kernels can address a tensor's rows where they lie, and so write to them."""
+    return len(row_axes(t)) <= 2
+
+
+def rows_of(t: Tensor) -> Rows:
+    """A tensor as the kernels address it; one with more than two strides is copied."""
+    if not addressable(t):
+        t = t.contiguous()
+    axes = row_axes(t)
+    (_, outer_stride), (inner, stride) = [(1, 0), (1, 0), *axes][-2:]
+    return Rows(t, inner, stride, outer_stride)
+
+
+def count_rows(t: Tensor) -> int:
+    return math.prod(t.shape[:-1])
+
+
+def flags(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as bytes, which is what it is in memory."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def on(t: Tensor):
+    """Launches within go to the tensor's device, whichever is the current one."""
+    return torch.cuda.device_of(t)

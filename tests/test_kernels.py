@@ -1,0 +1,329 @@
+"""What the GPU kernels promise beyond the shared suite: a row's result depends on nothing but the row, two launches a
+batch, fake tensors on a GPU, and, where there is one, graphs, streams and a second device."""
+
+import sys
+
+import pytest
+import torch
+from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logits, make_tokens, weighted_sum
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cmdp_fast as cf
+from cmdp_fast.ops.backends import INTERPRETED, kernels
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(kernels is None, reason="the triton backend does not work here"),
+]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# One more than a step of one lane, than each tile of the table of launch settings, and than a segment; Qwen2.5.
+WIDTHS = (17, 513, 1023, 1024, 2049, 4097, 16383, 16385, 20481, 151936)
+
+
+def everything(x, y, tokens, **settings):
+    """All statistics and the gradient of all of them, as one list."""
+    x = x.detach().requires_grad_()
+    stats = cf.token_stats(x, y, tokens, backend="triton", **settings)
+    jsd = cf.divergence(x, y, backend="triton")
+    loss = sum(getattr(stats, name).sum() for name in DIFFERENTIABLE)
+    return [*stats, jsd, *torch.autograd.grad(loss, x, retain_graph=True), *torch.autograd.grad(jsd.sum(), x)]
+
+
+def batch(rows, width, dtype=torch.bfloat16):
+    x, y = make_logits(rows, width, dtype=dtype), make_logits(rows, width, dtype=dtype, seed=1)
+    return x.to(DEVICE), y.to(DEVICE), make_tokens(rows, vocab=width).to(DEVICE)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widths_around_every_tile(width):
+    x, y, tokens = (t.cpu() for t in batch(1 if width > 20000 else 2, width))
+    weights = {name: torch.full(tokens.shape, 0.5 + i) for i, name in enumerate(DIFFERENTIABLE)}
+    exact, eager = exact_and_eager(x, y, tokens, weights)
+    logits = x.to(DEVICE).requires_grad_()
+    stats = cf.token_stats(logits, y.to(DEVICE), tokens.to(DEVICE), backend="triton")
+    gradient = torch.autograd.grad(weighted_sum(stats, {k: w.to(DEVICE) for k, w in weights.items()}), logits)[0].cpu()
+    for name in stats._fields:
+        assert_no_worse(getattr(stats, name).cpu(), getattr(eager[0], name), getattr(exact[0], name), name)
+    size = float(3 * exact[0].reverse_kl.detach().abs().max())
+    assert_no_worse(gradient, eager[1].to(x.dtype), exact[1], "gradient", size=size)
+
+
+@pytest.mark.parametrize("width", [999, 17001])
+def test_a_row_is_bitwise_the_same_in_every_batch_and_run(width):
+    """Odd widths: rows of one batch lie at different alignments."""
+    x, y, tokens = batch(4, width)
+    x[3, width // 2] = -torch.inf  # folded a second time, carefully
+    whole = everything(x, y, tokens)
+    for a, b in zip(whole, everything(x, y, tokens), strict=True):
+        assert torch.equal(a, b)
+    for rows, place in ((slice(0, 1), torch.clone), (slice(1, 2), torch.clone), (slice(2, 4), lambda t: t)):
+        parts = everything(place(x[rows]), place(y[rows]), tokens[rows])
+        for a, b in zip(whole, parts, strict=True):
+            assert torch.equal(a[rows], b), rows
+
+
+def test_autotuning_measures_once_and_changes_rounding_only(monkeypatch):
+    times = []
+
+    def measure(run):
+        run()
+        times.append(-len(times))  # the later, the faster
+        return times[-1]
+
+    x, y, tokens = batch(2, 2000)
+    plain = cf.token_stats(x, y, tokens, backend="triton")
+    monkeypatch.setattr(kernels.launch, "AUTOTUNE", True)
+    monkeypatch.setattr(kernels.launch, "_fastest", {})
+    monkeypatch.setattr("triton.testing.do_bench", measure)
+    tuned = cf.token_stats(x, y, tokens, backend="triton")
+    measured = len(times)
+    again = cf.token_stats(x, y, tokens, backend="triton")
+    assert measured > 2 and len(times) == measured
+    for a, b, c in zip(plain, tuned, again, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5) and torch.equal(b, c)
+
+
+def test_a_token_outside_the_vocabulary_reads_nothing():
+    """On the CPU it is an error; on a GPU nobody looks, and its log-probabilities are NaN."""
+    x, y, tokens = batch(3, 40)
+    tokens[1], tokens[2] = 40, -1
+    saved = kernels.token_stats(x, y, tokens, None, 1.0, 40)[0]
+    for name, value in zip(cf.TokenStats._fields, saved, strict=True):
+        assert value.isnan().tolist() == [False, *[name.endswith("logprob")] * 2], name
+
+
+class Launches:
+    """Counts the kernels that are launched."""
+
+    def __init__(self, monkeypatch):
+        self.names = []
+        for path, module in list(sys.modules.items()):
+            if path.startswith(f"{kernels.__name__}."):
+                for name, kernel in list(vars(module).items()):
+                    if name.endswith("_kernel"):
+                        monkeypatch.setattr(module, name, self.counted(name, kernel))
+
+    def counted(self, name, kernel):
+        outer = self
+
+        class Counted:
+            def __getitem__(self, grid):
+                outer.names.append(name)
+                return kernel[grid]
+
+        return Counted()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cost", ["reverse_kl", "k1"])
+def test_constrained_reward_is_two_launches(packed, cost, monkeypatch):
+    x, y, tokens = batch(6, 300)
+    reward, launches = torch.ones(6, device=DEVICE), Launches(monkeypatch)
+    layout = {"cu_seqlens": torch.tensor([0, 2, 6], device=DEVICE)} if packed else {}
+    if not packed:
+        x, y, tokens, reward = x.view(2, 3, 300), y.view(2, 3, 300), tokens.view(2, 3), reward.view(2, 3)
+    for per_token in (False, True):
+        launches.names.clear()
+        cf.constrained_reward(
+            x, y, tokens, reward, 0.5, cost=cost, per_token=per_token, gamma=0.5, backend="triton", **layout
+        )
+        assert launches.names == ["fold_kernel", "sequence_kernel"]
+
+
+@pytest.mark.parametrize("layout", ["mask", "packed"])
+@pytest.mark.parametrize("given", ["number", "tensor", "scalar"])
+def test_budgets_of_every_form_agree_with_the_reference(layout, given):
+    x, y, tokens = batch(6, 50, torch.float32)
+    reward = make_logits(6, scale=1.0, seed=5).to(DEVICE)
+    budget = {"number": 0.7, "tensor": torch.tensor([0.7, 0.3]), "scalar": torch.tensor(0.7)}[given]
+    budget = budget if given == "number" else budget.to(DEVICE)
+    settings = {"mask": torch.tensor([True, True, False, True, True, True]).to(DEVICE), "per_token": True}
+    if layout == "packed":
+        settings["cu_seqlens"] = torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE)
+    else:
+        x, y, tokens, reward = x.view(2, 3, 50), y.view(2, 3, 50), tokens.view(2, 3), reward.view(2, 3)
+        settings["mask"] = settings["mask"].view(2, 3)
+    got, want = (
+        cf.constrained_reward(x, y, tokens, reward, budget, backend=backend, **settings)
+        for backend in ("triton", "torch")
+    )
+    assert torch.equal(got.trace.violated, want.trace.violated)
+    assert torch.equal(got.trace.first_violation, want.trace.first_violation)
+    assert torch.allclose(got.reward, want.reward, atol=1e-5)
+    assert torch.allclose(got.trace.remaining, want.trace.remaining, atol=1e-5)
+
+
+def test_sequences_longer_than_a_chunk():
+    cost = make_logits(2, 2500, scale=1.0).abs().to(DEVICE)
+    mask = make_tokens(2, 2500, vocab=3).bool().to(DEVICE)
+    for settings in ({}, {"reduction": "mean"}, {"gamma": 0.999}):
+        got, want = (cf.budget_trace(cost, 900.0, mask=mask, backend=name, **settings) for name in ("triton", "torch"))
+        for name, a, b in zip(got._fields, got, want, strict=True):
+            assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=2e-4), name
+        for kind, coefficient in (("cmdp", None), ("barrier", 0.5)):
+            rule = {"kind": kind, "coefficient": coefficient, "mask": mask}
+            rewards = [
+                cf.modified_reward(torch.ones_like(cost), cost, t, backend=name, **rule)
+                for name, t in (("triton", got), ("torch", want))
+            ]
+            assert torch.allclose(*rewards, rtol=1e-4, atol=1e-3), kind
+
+
+def test_float64_is_left_to_pytorch():
+    x = make_logits(2, 9, dtype=torch.float64)
+    for pair in ((x, x), (x, x.float()), (x.float(), x)):
+        with pytest.raises(ValueError, match="got float64; use backend='torch'"):
+            cf.token_stats(*pair, torch.zeros(2, dtype=torch.int64), backend="triton")
+        with pytest.raises(ValueError, match="got float64; use backend='torch'"):
+            cf.divergence(*pair, backend="triton")
+
+
+OPS = torch.ops.cmdp_fast
+
+
+def samples():
+    """The operators as torch sees them, on the backend under test."""
+    if kernels is None:
+        return
+    x, y, tokens = batch(6, 37, torch.float32)
+    x, y, tokens = x.view(2, 3, 37), y.view(2, 3, 37), tokens.view(2, 3)
+    mask, reward = torch.tensor([[True] * 3, [True, False, True]], device=DEVICE), torch.ones(2, 3, device=DEVICE)
+    *_, saved = OPS.token_stats(x, y, tokens, mask, 1.0, 37, False, "triton")
+    _, also_saved, mean = OPS.mixture_divergence(x, y, mask, 1.0, 37, 0.5, 0.5, 0.5, "triton")
+    rule = ("cmdp", True, 1.0, 1.0, 0.0, 10.0)
+    yield "token_stats", (x.clone().requires_grad_(), y, tokens, mask, 1.0, 37, False, "triton")
+    yield "token_stats_backward", (x, y, tokens, mask, saved, reward, None, reward, None, 1.0, 37, "triton")
+    yield "token_stats_backward_", (x.clone(), y, tokens, mask, saved, None, reward, None, reward, 1.0, 37, "triton")
+    yield "mixture_divergence", (x.clone().requires_grad_(), y, mask, 1.0, 37, 0.5, 0.5, 0.5, "triton")
+    yield "mixture_divergence_backward", (x, y, mask, also_saved, mean, reward, 1.0, 37, 0.5, 0.5, 0.5, "triton")
+    pass_ = (x.clone().requires_grad_(), y, tokens, mask, reward, None, None, 0.5, 1.0, 37, False, "reverse_kl", False)
+    yield "constrained_pass", (*pass_, 1.0, False, False, *rule)
+
+
+@pytest.mark.parametrize("name, arguments", list(samples()), ids=lambda v: v if isinstance(v, str) else "")
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Without a GPU: shapes and strides of tensors that only pretend to be on one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_tensors_on_a_gpu(dtype):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 3, 40, dtype=dtype, device="cuda").narrow(2, 0, 37)
+        y = torch.empty(3, 2, 37, dtype=dtype, device="cuda").transpose(0, 1)
+        tokens, reward = torch.zeros(2, 3, dtype=torch.int64, device="cuda"), torch.zeros(2, 3, device="cuda")
+        for cost in ("reverse_kl", "k3", "jsd"):
+            out = cf.constrained_reward(x, y, tokens, reward, 1.0, cost=cost)
+            for t in (*out.stats, *out.trace[:3], out.trace.excess, out.reward):
+                assert t.device.type == "cuda" and t.shape == (2, 3) and t.stride() == (3, 1)
+            assert out.trace.first_violation.shape == (2,) and out.trace.violated.dtype == torch.bool
+        # Not by way of autograd, whose engine wants a real device.
+        *_, saved = OPS.token_stats(x, y, tokens, None, 1.0, 37, False, "triton")
+        _, _, mean = OPS.mixture_divergence(x, y, None, 1.0, 37, 0.5, 0.5, 0.5, "triton")
+        settings = (1.0, 37)
+        for gradient in (
+            OPS.token_stats_backward(x, y, tokens, None, saved, reward, None, None, reward, *settings, "triton"),
+            OPS.mixture_divergence_backward(x, y, None, saved, mean, reward, *settings, 0.5, 0.5, 0.5, "triton"),
+        ):
+            assert gradient.shape == x.shape and gradient.stride() == (111, 37, 1) and gradient.dtype == dtype
+
+
+def test_compile_traces_the_whole_graph_for_a_gpu():
+    """torch.compile(fullgraph=True) as far as it goes without a device: the graph, its shapes and strides."""
+    seen = []
+
+    def record(graph, inputs):
+        seen.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=record)
+    def step(x, y, tokens, reward):
+        out = cf.constrained_reward(x, y, tokens, reward, 1.0)
+        return out.reward, out.stats.reverse_kl, cf.divergence(x, y)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, y = (torch.empty(2, 3, 37, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        tokens, reward = torch.zeros(2, 3, dtype=torch.int64, device="cuda"), torch.zeros(2, 3, device="cuda")
+        for t in step(x, y, tokens, reward):
+            assert t.device.type == "cuda" and t.shape == (2, 3) and t.stride() == (3, 1) and t.dtype == torch.float32
+    assert len(seen) == 1 and sum("constrained_pass" in str(target) for target in seen[0]) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@needs_gpu
+def test_graph_capture_and_replay():
+    x, y, tokens = (t.cuda() for t in batch(8, 5000))
+    x, y, tokens = x.view(2, 4, -1).requires_grad_(), y.view(2, 4, -1), tokens.view(2, 4)
+    reward = torch.ones(2, 4, device="cuda")
+
+    def step():
+        out = cf.constrained_reward(x, y, tokens, reward, 3.0)
+        return (*out.stats, *out.trace, out.reward, *torch.autograd.grad(out.stats.reverse_kl.sum(), x))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(make_logits(2, 4, 5000, seed=7))
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_gpu
+def test_a_stream_of_its_own():
+    x, y, tokens = (t.cuda() for t in batch(64, 50000))
+    expected = everything(x, y, tokens)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        # Busy with something else first: a kernel launched on the wrong stream would not wait for it.
+        torch.cuda._sleep(50_000_000)
+        late = x.clone()
+        got = everything(late, y, tokens)
+    side.synchronize()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_two_devices():
+    x, y, tokens = batch(4, 5000)
+    first, second = (everything(*(t.to(f"cuda:{i}") for t in (x, y, tokens))) for i in (0, 1))
+    for a, b in zip(first, second, strict=True):
+        assert b.device.index == 1 and torch.equal(a.cpu(), b.cpu())
+
+
+@needs_gpu
+def test_compiled_by_inductor():
+    x, y, tokens = (t.cuda() for t in batch(4, 5000))
+    compiled = torch.compile(lambda x: cf.token_stats(x, y, tokens).reverse_kl.sum(), fullgraph=True)
+    x.requires_grad_()
+    gradient = torch.autograd.grad(compiled(x), x)[0]
+    assert torch.equal(gradient, torch.autograd.grad(cf.token_stats(x, y, tokens).reverse_kl.sum(), x)[0])
+
+
+@needs_gpu
+def test_no_host_synchronisation():
+    x, y, tokens = (t.cuda() for t in batch(4, 5000))
+    x, y, tokens = x.view(2, 2, -1), y.view(2, 2, -1), tokens.view(2, 2)
+    reward = torch.ones(2, 2, device="cuda")
+    cf.constrained_reward(x, y, tokens, reward, 3.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cf.constrained_reward(x, y, tokens, reward, 3.0)
+        cf.budget_trace(reward, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
