@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.ops import gemm
-from cmdp_fast.ops.head import Head
+from cmdp_fast.ops.projection import Projection
 
 
 class HeadGradient:
@@ -18,7 +18,7 @@ class HeadGradient:
     is kept in float32 beside the result, and none where the head itself is float32.
     """
 
-    def __init__(self, head: Head, weight: Tensor, needed: Sequence[bool]):
+    def __init__(self, head: Projection, weight: Tensor, needed: Sequence[bool]):
         """``weight`` is the whole head, ``head`` may stop at the last column that counts."""
         self.head = head
         self.dtype = torch.promote_types(head.hidden.dtype, torch.float32)

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmdp_fast.ops import backends, checks, head, parallel
-from cmdp_fast.ops.head import Head, Model
+from cmdp_fast.ops import backends, checks, parallel, projection
 from cmdp_fast.ops.head_gradient import HeadGradient
 from cmdp_fast.ops.native import SAVED
+from cmdp_fast.ops.projection import Model, Projection
 from cmdp_fast.ops.tile_gradient import write_tile_gradient
 from cmdp_fast.ops.tile_size import tile_shape
 from cmdp_fast.ops.token_state import TokenState, all_reduced, fold_tile, saved_scalars, statistics
@@ -107,8 +107,8 @@ def linear_token_stats(
             raise ValueError("a DTensor head brings its own process group and columns; do not pass them as well")
         local, process_group, first_column = sharded
         student_weight, student_bias, teacher_weight, teacher_bias = local  # type: ignore[assignment]
-    head.check("student", Model(student_hidden, student_weight, student_bias, student_scale, student_softcap))
-    head.check("teacher", Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap))
+    projection.check("student", Model(student_hidden, student_weight, student_bias, student_scale, student_softcap))
+    projection.check("teacher", Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap))
     checks.same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
@@ -160,7 +160,7 @@ class _Tiles:
         self.tokens = self.compact(tokens).long().contiguous()
         dtype = compute_dtype(student.hidden, student.weight, teacher.hidden, teacher.weight)
         self.student, self.teacher = (
-            Head(m._replace(hidden=self.compact(m.hidden, 1), weight=m.weight[:width]), dtype)
+            Projection(m._replace(hidden=self.compact(m.hidden, 1), weight=m.weight[:width]), dtype)
             for m in (student, teacher)
         )
         pair = self.student.dtype.itemsize + self.teacher.dtype.itemsize

@@ -28,7 +28,7 @@ class Model(NamedTuple):
     softcap: float | None
 
 
-class Head:
+class Projection:
     """A model's logits by the tile, in memory that is used again; the hidden states are ``[rows, H]``."""
 
     def __init__(self, model: Model, computed: torch.dtype):
