@@ -30,6 +30,7 @@ from cmdp_fast.ops.backends import native
 # rows, hidden size of the student and of the teacher, vocabulary
 SHAPES = {"smollm2": (1024, 576, 576, 49152), "qwen2.5": (256, 1536, 3584, 151936)}
 OURS = "linear_token_stats, gradient of logprob + reverse KL"
+KEPT = "the same, saved=tiles"
 TRL = "TRL ChunkedDivergenceFunction, reverse KL alone"
 EAGER = "logits in full, eager, reverse KL alone"
 MATERIALISED = "logits in full, token_stats"
@@ -60,15 +61,15 @@ def losses(g: torch.Tensor, u: torch.Tensor, tokens: torch.Tensor) -> dict[str, 
     """What each variant makes of hidden states and head: a value whose gradient is taken."""
     trl = trl_divergence()
 
-    def ours(h, w):
-        stats = cf.linear_token_stats(h, w, g, u, tokens)
+    def ours(h, w, saved="recompute"):
+        stats = cf.linear_token_stats(h, w, g, u, tokens, saved=saved)
         return stats.logprob + stats.reverse_kl
 
     def materialised(h, w):
         stats = cf.token_stats(h @ w.t(), g @ u.t(), tokens, inplace_backward=True)
         return stats.logprob + stats.reverse_kl
 
-    variants = {OURS: ours}
+    variants = {OURS: ours, KEPT: lambda h, w: ours(h, w, "tiles")}
     if trl is not None:
         variants[TRL] = lambda h, w: trl.apply(h, w, None, g, u, None, 1.0)[0]
     variants[MATERIALISED] = materialised

@@ -144,12 +144,35 @@ def test_only_what_needs_a_gradient_gets_one(needed, tiny_tiles, backend):
     assert everything.keys() == set(parts)
 
 
+@pytest.mark.parametrize("options", [{}, {"student_softcap": 3.0, "teacher_scale": 0.5, "temperature": 0.7}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeping_the_logits_changes_nothing(dtype, options, tiny_tiles, backend):
+    """Nor does a second backward pass: what is kept is not written over."""
+    inputs = make_inputs(rows=(6,), vocab=50, student=dtype, teacher=dtype, biased=True)
+    mask = torch.tensor([True, True, False, True, True, True])
+    leaves = {name: inputs[name].requires_grad_() for name in ("student_hidden", "student_weight", "student_bias")}
+    outcomes = []
+    for saved in ("recompute", "tiles"):
+        stats = cf.linear_token_stats(**inputs, mask=mask, saved=saved, backend=backend, **options)
+        loss = (stats.logprob + stats.entropy + stats.reverse_kl + stats.forward_kl).sum()
+        first = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+        again = torch.autograd.grad(loss, list(leaves.values()))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        outcomes.append((*stats, *first))
+    for a, b in zip(*outcomes, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_without_gradients_nothing_is_saved(backend):
     inputs = make_inputs(rows=(6,), vocab=50)
     assert not cf.linear_token_stats(**inputs, backend=backend).logprob.requires_grad
+    with torch.no_grad():
+        assert not cf.linear_token_stats(**inputs, saved="tiles", backend=backend).logprob.requires_grad
     inputs["student_hidden"].requires_grad_()
     with torch.no_grad():
         assert not cf.linear_token_stats(**inputs, backend=backend).logprob.requires_grad
+    with torch.no_grad():
+        assert not cf.linear_token_stats(**inputs, saved="tiles", backend=backend).logprob.requires_grad
 
 
 def test_there_is_no_second_derivative(backend):
@@ -395,21 +418,22 @@ def test_compile_gives_equal_results(dynamic, backend):
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
-def test_opcheck(needs, backend):
+@pytest.mark.parametrize("keep", [False, True])
+def test_opcheck(needs, keep, backend):
     inputs = make_inputs(rows=(2, 3), vocab=50, biased=True)
     mask = torch.tensor([[True, True, False], [True, False, True]])
     names = ("hidden", "weight", "bias")
     student, teacher = ([inputs[f"{model}_{part}"] for part in names] for model in ("student", "teacher"))
     fixed = (0.7, 0.8, 5.0, 1.0, None, 50)
     forward = torch.ops.cmdp_fast.linear_token_stats.default
-    saved = forward(*student, *teacher, inputs["tokens"], mask, *fixed, 50, 0, "", True, backend)[6]
+    saved = forward(*student, *teacher, inputs["tokens"], mask, *fixed, 50, 0, "", True, keep, backend)[6:]
     upstream = (torch.rand(2, 3), None, torch.rand(2, 3), None)
     torch.library.opcheck(
         torch.ops.cmdp_fast.linear_token_stats_backward.default,
-        (*student, *teacher, inputs["tokens"], mask, saved, *upstream, list(needs), *fixed, 0, "", backend),
+        (*student, *teacher, inputs["tokens"], mask, *saved, *upstream, list(needs), *fixed, 0, "", backend),
     )
     leaves = [t.clone().requires_grad_(n) for t, n in zip(student, needs, strict=True)]
-    torch.library.opcheck(forward, (*leaves, *teacher, inputs["tokens"], mask, *fixed, 50, 0, "", True, backend))
+    torch.library.opcheck(forward, (*leaves, *teacher, inputs["tokens"], mask, *fixed, 50, 0, "", True, keep, backend))
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])

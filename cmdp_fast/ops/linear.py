@@ -46,6 +46,7 @@ def linear_token_stats(
     process_group: dist.ProcessGroup | None = None,
     first_column: int = 0,
     reduce_hidden_grad: bool = True,
+    saved: str = "recompute",
     backend: str | None = None,
 ) -> TokenStats:
     """`token_stats` of the logits that two language-model heads would give, without the logits.
@@ -54,7 +55,7 @@ def linear_token_stats(
     (the order of Cohere, Granite and Gemma in transformers), then divided by the temperature. They exist a tile at a
     time, sized for the last-level cache (``CMDP_FAST_TILE_BYTES`` overrides the size), and are made again in the
     backward pass: six products of rows x V x H instead of four, and memory that does not grow with rows x V. Where
-    there is memory for the logits, `token_stats` with ``inplace_backward`` on them saves the two.
+    there is memory for the logits, ``saved="tiles"`` keeps them and saves the two.
 
     ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to ``student_hidden``,
     ``student_weight`` and ``student_bias``; what needs no gradient costs nothing. The teacher never receives one.
@@ -81,6 +82,9 @@ def linear_token_stats(
             part of it, and autograd expects the whole, hence True. False for hidden states that went through an
             operation whose backward pass sums them itself, such as Megatron's copy to the tensor-parallel region or
             the gather of a sequence-parallel region: they would be summed twice.
+        saved: what the backward pass has of the forward pass. ``recompute``: a few numbers a row; the logits are made
+            again. ``tiles``: both models' logits, rows x V numbers each, for who has the memory: two products of six
+            are saved, and the gradient still exists a tile at a time only.
         backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` on a GPU (not float64), else ``torch``; a
             name forces it. GEMMs are PyTorch's.
 
@@ -118,6 +122,7 @@ def linear_token_stats(
     checks.tokens(tokens, student_hidden, "student_hidden")
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
+    checks.choice("saved", saved, ("recompute", "tiles"))
     computed = torch.empty(0, dtype=compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight))
     chosen = backends.choose_for_logits(backend, student_hidden, computed)
     width, vocab = parallel.columns(
@@ -142,6 +147,7 @@ def linear_token_stats(
         first_column,
         parallel.name_of(process_group),
         reduce_hidden_grad,
+        saved == "tiles" and torch.is_grad_enabled(),
         chosen,
     )
     return TokenStats(*outputs[:6])
@@ -154,14 +160,24 @@ def linear_token_stats(
 class _Tiles:
     """Both heads over the rows that count, and how they are cut into tiles."""
 
-    def __init__(self, tokens: Tensor, mask: Tensor | None, student: Model, teacher: Model, width: int):
+    def __init__(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        student: Model,
+        teacher: Model,
+        width: int,
+        kept: tuple[Tensor, Tensor] | None = None,
+        known: bool = False,
+    ):
+        """``kept``, ``known``: both models' logits, as `Projection` takes them."""
         self.kept = None if mask is None else mask.flatten().nonzero()[:, 0]
         self.shape = tokens.shape
         self.tokens = self.compact(tokens).long().contiguous()
         dtype = compute_dtype(student.hidden, student.weight, teacher.hidden, teacher.weight)
         self.student, self.teacher = (
-            Projection(m._replace(hidden=self.compact(m.hidden, 1), weight=m.weight[:width]), dtype)
-            for m in (student, teacher)
+            Projection(m._replace(hidden=self.compact(m.hidden, 1), weight=m.weight[:width]), dtype, logits, known)
+            for m, logits in zip((student, teacher), kept or (None, None), strict=True)
         )
         pair = self.student.dtype.itemsize + self.teacher.dtype.itemsize
         count = len(self.tokens)
@@ -201,8 +217,11 @@ def _linear_token_stats(
     first_column: int,
     group: str,
     reduce_hidden_grad: bool,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    kept = _room(student_hidden, tokens, width if keep else 0, dtype)
     if tokens.device.type == "cpu":
         checks.token_range(tokens, mask, vocab_size)
     with torch.autocast(tokens.device.type, enabled=False):
@@ -212,8 +231,11 @@ def _linear_token_stats(
             Model(student_hidden, student_weight, student_bias, student_scale, student_softcap),
             Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
             width,
+            kept if keep else None,
         )
         student, teacher = tiles.student, tiles.teacher
+        for logits in kept:  # an operator's results must not hang on what happened to stand in memory
+            logits[len(tiles.tokens) :] = 0
         fields = TokenState.empty(len(tiles.tokens), device=tokens.device).fields
         for columns in tiles.columns:
             student.select(columns)
@@ -225,16 +247,23 @@ def _linear_token_stats(
         if group:
             fields = all_reduced(fields, parallel.group_named(group))
         stats = statistics(fields)
-        dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
         values = [tiles.spread(value.to(dtype)) for value in stats]
-        return (*values, tiles.spread(saved_scalars(fields, stats)))  # type: ignore[return-value]
+        return (*values, tiles.spread(saved_scalars(fields, stats)), *kept)  # type: ignore[return-value]
+
+
+def _room(like: Tensor, tokens: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for both models' logits ``[rows, width]``. Rows are not compacted: their number would depend on data."""
+    shape = (tokens.numel(), width)
+    return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
 
 
 @_linear_token_stats.register_fake
 def _(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, tokens, *settings):
     dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    width, keep = settings[6], settings[11]
     values = [student_hidden.new_empty(tokens.shape, dtype=dtype) for _ in range(6)]
-    return (*values, student_hidden.new_empty((*tokens.shape, SAVED), dtype=torch.float64))
+    scalars = student_hidden.new_empty((*tokens.shape, SAVED), dtype=torch.float64)
+    return (*values, scalars, *_room(student_hidden, tokens, width if keep else 0, dtype))
 
 
 @torch.library.custom_op("cmdp_fast::linear_token_stats_backward", mutates_args=())
@@ -248,6 +277,8 @@ def _linear_token_stats_backward(
     tokens: Tensor,
     mask: Tensor | None,
     saved: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_reverse_kl: Tensor | None,
@@ -264,6 +295,7 @@ def _linear_token_stats_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, head and bias: an empty tensor for one that is not needed. A group sums the first."""
+    keep = student_logits.shape[1] > 0
     with torch.autocast(tokens.device.type, enabled=False):
         tiles = _Tiles(
             tokens,
@@ -271,6 +303,8 @@ def _linear_token_stats_backward(
             Model(student_hidden, student_weight, student_bias, student_scale, student_softcap),
             Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
             width,
+            (student_logits, teacher_logits) if keep else None,
+            known=True,
         )
         student, teacher = tiles.student, tiles.teacher
         # Log-probability and entropy are the student's own affair: without the other two the teacher's tile is not
@@ -315,27 +349,27 @@ def _linear_token_stats_backward(
 
 @_linear_token_stats_backward.register_fake
 def _(student_hidden, student_weight, student_bias, *rest):
-    needed = rest[10]
+    needed = rest[12]
     given = (student_hidden, student_weight, student_bias)
     return tuple(t.new_empty(t.shape) if n else student_hidden.new_empty(0) for t, n in zip(given, needed, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, temperature, s_scale, s_softcap, t_scale, t_softcap, width, _, first, group, reduce, backend = inputs
-    _, teacher_logprob, _, teacher_entropy, _, _, saved = output
-    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, saved)
+    *tensors, temperature, s_scale, s_softcap, t_scale, t_softcap, width, _, first, group, reduce, _, backend = inputs
+    _, teacher_logprob, _, teacher_entropy, _, _, *saved = output
+    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, *saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, saved)
+    ctx.save_for_backward(*tensors, *saved)
     ctx.settings = (temperature, s_scale, s_softcap, t_scale, t_softcap, width, first, group if reduce else "", backend)
 
 
-def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, _saved):
+def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, *_):
     upstream = (grad_logprob, grad_entropy, grad_reverse, grad_forward)
     needed = list(ctx.needs_input_grad[:3])
     if not any(needed) or all(g is None for g in upstream):
-        return (None,) * 19
+        return (None,) * 20
     gradients = _linear_token_stats_backward(*ctx.saved_tensors, *upstream, needed, *ctx.settings)
-    return (*(g if n else None for g, n in zip(gradients, needed, strict=True)), *(None,) * 16)
+    return (*(g if n else None for g, n in zip(gradients, needed, strict=True)), *(None,) * 17)
 
 
 _linear_token_stats.register_autograd(_backward, setup_context=_setup_context)

@@ -47,6 +47,7 @@ def linear_constrained_reward(
     process_group: dist.ProcessGroup | None = None,
     first_column: int = 0,
     reduce_hidden_grad: bool = True,
+    saved: str = "recompute",
     backend: str | None = None,
 ) -> ConstrainedReward:
     """`constrained_reward` from hidden states and language-model heads, without the logits.
@@ -56,7 +57,7 @@ def linear_constrained_reward(
         tokens, task_reward, mask: ``[B, T]`` or ``[N]``.
         cost: as `constrained_reward`, but for ``jsd``, which takes a second pass over the logits.
         student_weight, ..., student_bias, ..., student_softcap, ..., student_scale, ..., temperature, vocab_size,
-            process_group, first_column, reduce_hidden_grad, backend: as `linear_token_stats`.
+            process_group, first_column, reduce_hidden_grad, saved, backend: as `linear_token_stats`.
         Everything else: as `constrained_reward`.
 
     Returns:
@@ -93,6 +94,7 @@ def linear_constrained_reward(
         process_group=process_group,
         first_column=first_column,
         reduce_hidden_grad=reduce_hidden_grad,
+        saved=saved,
         backend=backend,
     )
     paid = token_cost(stats, terms.cost).detach()

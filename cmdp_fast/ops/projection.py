@@ -31,45 +31,64 @@ class Model(NamedTuple):
 class Projection:
     """A model's logits by the tile, in memory that is used again; the hidden states are ``[rows, H]``."""
 
-    def __init__(self, model: Model, computed: torch.dtype):
-        """``computed``: the dtype of the statistics. If it is float64 both models are projected in float64."""
+    def __init__(self, model: Model, computed: torch.dtype, kept: Tensor | None = None, known: bool = False):
+        """``computed``: the dtype of the statistics. If it is float64 both models are projected in float64.
+
+        ``kept [rows, V]``, of that dtype: where all logits stay, if they are to be kept; ``known``: they stand there.
+        """
         hidden, self.weight, self.bias, self.scale, self.softcap = model
         factors = torch.float64 if computed == torch.float64 else gemm.input_dtype(hidden, self.weight)
         self.hidden = hidden.to(factors)
         self.dtype = gemm.output_dtype(factors, hidden.device)
-        self.piece = self.weight[:0]
-        self.offset: Tensor | None = None
+        self.kept, self.known = kept, known
+        self.columns = slice(0)
+        self._piece: Tensor | None = None
         self._memory: dict[str, Tensor] = {}
 
     def select(self, columns: slice) -> None:
-        """Which columns of the vocabulary `logits` gives: their piece of the head, converted if need be."""
-        piece = self.weight[columns]
-        if piece.dtype != self.hidden.dtype:
-            piece = self._reuse("piece", piece.shape, self.hidden.dtype).copy_(piece)
-        self.piece = piece
-        self.offset = None if self.bias is None else self.bias[columns].to(self.dtype)
+        """Which columns of the vocabulary `logits` gives."""
+        self.columns = columns
+        self._piece = None
+
+    @property
+    def piece(self) -> Tensor:
+        """The selected columns' piece of the head, ``[C, H]``, converted if need be."""
+        if self._piece is None:
+            piece = self.weight[self.columns]
+            if piece.dtype != self.hidden.dtype:
+                piece = self._reuse("piece", piece.shape, self.hidden.dtype).copy_(piece)
+            self._piece = piece
+        return self._piece
 
     def logits(self, rows: slice) -> Tensor:
-        """The tile ``[R, C]`` of some rows and the selected columns. It lives until the next call."""
+        """The tile ``[R, C]`` of some rows and the selected columns. It lives until the next call, or is kept."""
+        place = None if self.kept is None else self.kept[rows, self.columns]
+        if place is not None and self.known:
+            return place
         hidden = self.hidden[rows]
-        tile = self._reuse("logits", (len(hidden), len(self.piece)), self.dtype)
+        if place is not None and place.dtype == self.dtype:
+            tile = place
+        else:
+            tile = self._reuse("logits", (len(hidden), len(self.piece)), self.dtype)
         gemm.multiply(hidden, self.piece.t(), out=tile)
-        if self.offset is not None:
-            tile.add_(self.offset)
+        if self.bias is not None:
+            tile.add_(self.bias[self.columns])
         if self.softcap is not None:
             tile.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
         elif self.scale != 1.0:
             tile.mul_(self.scale)
-        return tile
+        return tile if place is None or place is tile else place.copy_(tile)
 
     def gradient_tile(self, logits: Tensor) -> Tensor:
-        """Where the gradient of the logits goes: over the logits, unless `chain` needs them."""
-        return logits if self.softcap is None else self._reuse("gradient", logits.shape, self.dtype)
+        """Where the gradient of the logits goes: over the logits, unless they are kept or `chain` needs them."""
+        in_place = self.softcap is None and self.kept is None
+        return logits if in_place else self._reuse("gradient", logits.shape, logits.dtype)
 
     def chain(self, gradient: Tensor, logits: Tensor) -> None:
-        """Turns the gradient of the logits into that of hidden W^T + bias. Overwrites both."""
+        """Turns the gradient of the logits into that of hidden W^T + bias, in place. Overwrites logits not kept."""
         if self.softcap is not None:
-            gradient.mul_(logits.mul_(1 / self.softcap).square_().neg_().add_(1.0).mul_(self.scale))
+            inner = (logits.clone() if self.kept is not None else logits).mul_(1 / self.softcap)
+            gradient.mul_(inner.square_().neg_().add_(1.0).mul_(self.scale))
         elif self.scale != 1.0:
             gradient.mul_(self.scale)
 
