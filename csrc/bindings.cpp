@@ -12,6 +12,11 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/scan.h"
@@ -335,6 +340,20 @@ std::vector<std::string> cpu_features() {
 
 }  // namespace
 
+// Asks for huge pages where fresh memory will be written from end to end: page by page, the faults cost more than the
+// writing. Advice only, about whole pages within the range; what the system makes of it changes no result.
+static bool advise_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  if (address == 0 || bytes > UINTPTR_MAX - address - page) return false;
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  return end > begin && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  (void)address, (void)bytes;
+  return false;
+#endif
+}
+
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of cmdp_fast: pointers, shapes and strides in, no framework.";
 
@@ -381,6 +400,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("budget_trace", &budget_trace);
   module.def("modified_reward", &modified_reward);
 
+  module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   module.def("variants", [] {
     std::vector<std::pair<std::string, bool>> all;
     for (const Variant& variant : variants()) all.emplace_back(variant.table->name, variant.supported);

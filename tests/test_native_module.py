@@ -148,3 +148,11 @@ def test_the_gil_is_released():
     stop.set()
     worker.join()
     assert during > 20  # with the GIL held there is at most a switch between two calls
+
+
+def test_advice_on_memory_changes_nothing_in_it():
+    values = torch.arange(5_000_000, dtype=torch.float32)
+    native.advise_huge_pages(values.data_ptr(), values.nbytes)
+    assert torch.equal(values, torch.arange(5_000_000, dtype=torch.float32))
+    for nothing in ((0, 1 << 30), (values.data_ptr(), 0), (values.data_ptr() + 8, 100), (2**64 - 8, 100)):
+        assert native.advise_huge_pages(*nothing) is False

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import SAVED, address, flat, matrix, threads, unit_stride
+from cmdp_fast.ops.native import SAVED, address, flat, fresh, matrix, threads, unit_stride
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import DIVERGENCES, compute_dtype, divergence_weights
 
@@ -164,7 +164,7 @@ def _mixture_backward(
     c_student: float,
     backend: str,
 ) -> Tensor:
-    out = student.new_empty(student.shape)
+    out = fresh(student.new_empty(student.shape))
     if backend == "triton":
         weights = (b, c_teacher, c_student)
         backends.kernels.mixture_backward(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cmdp_fast.ops import backends, checks, parallel, projection
 from cmdp_fast.ops.head_gradient import HeadGradient
-from cmdp_fast.ops.native import SAVED
+from cmdp_fast.ops.native import SAVED, fresh
 from cmdp_fast.ops.projection import Model, Projection
 from cmdp_fast.ops.tile_gradient import write_tile_gradient
 from cmdp_fast.ops.tile_size import tile_shape
@@ -221,7 +221,8 @@ def _linear_token_stats(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    kept = _room(student_hidden, tokens, width if keep else 0, dtype)
+    x, y = _room(student_hidden, tokens, width if keep else 0, dtype)
+    kept = fresh(x), fresh(y)
     if tokens.device.type == "cpu":
         checks.token_range(tokens, mask, vocab_size)
     with torch.autocast(tokens.device.type, enabled=False):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cmdp_fast.ops.backends import native
 
+HUGE = 8 * 2**20  # bytes from which on fresh memory asks for huge pages, of 2 MiB where there are any
 SAVED = 7  # numbers a row that the backward pass needs: kSaved in csrc/cpu/kernels.h
 STATE = 13  # numbers a row of a token state: kSegmentState there
 
@@ -17,6 +18,17 @@ def address(t: Tensor | None) -> int:
 
 def threads() -> int:
     return torch.get_num_threads()
+
+
+def fresh(t: Tensor) -> Tensor:
+    """The tensor itself, just allocated and about to be written from end to end.
+
+    On a CPU the first touch of a large one costs more in page faults than the writing does, unless its pages are huge;
+    most Linux systems give those to who asks. Small tensors come from memory that is used again, and need nothing.
+    """
+    if native is not None and t.device.type == "cpu" and t.nbytes >= HUGE:
+        native.advise_huge_pages(t.data_ptr(), t.nbytes)
+    return t
 
 
 def unit_stride(t: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast.ops import backends, checks, parallel
-from cmdp_fast.ops.native import SAVED, flat, unit_stride
+from cmdp_fast.ops.native import SAVED, flat, fresh, unit_stride
 from cmdp_fast.ops.tile_gradient import write_tile_gradient
 from cmdp_fast.ops.token_state import TokenState, all_reduced, fold_tile, saved_scalars, statistics
 from cmdp_fast.reference import TokenStats, compute_dtype
@@ -100,7 +100,7 @@ def _sharded_token_stats_backward(
     first_column: int,
     backend: str,
 ) -> Tensor:
-    out = student.new_empty(student.shape)
+    out = fresh(student.new_empty(student.shape))
     out[..., width:] = 0
     if width > 0:
         write_tile_gradient(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import SAVED, address, can_overwrite, flat, matrix, threads, unit_stride
+from cmdp_fast.ops.native import SAVED, address, can_overwrite, flat, fresh, matrix, threads, unit_stride
 from cmdp_fast.ops.sharded_stats import sharded_token_stats
 from cmdp_fast.reference import TokenStats, compute_dtype
 
@@ -213,7 +213,7 @@ def _token_stats_backward(
     vocab_size: int,
     backend: str,
 ) -> Tensor:
-    out = student.new_empty(student.shape)
+    out = fresh(student.new_empty(student.shape))
     upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
     _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, backend, out)
     return out
