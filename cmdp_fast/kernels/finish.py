@@ -73,19 +73,10 @@ def finish_rows(
     tokens,
     mask,
     partial,
-    logprob,
-    teacher_logprob,
-    entropy,
-    teacher_entropy,
-    reverse_kl,
-    forward_kl,
+    statistics,
     saved,
-    x_inner,
-    x_stride,
-    x_outer_stride,
-    y_inner,
-    y_stride,
-    y_outer_stride,
+    x_strides,
+    y_strides,
     vocab,
     segments,
     scale,
@@ -115,16 +106,16 @@ def finish_rows(
         # A token outside the vocabulary has no logit: NaN. The host cannot look without stalling the device.
         known = (token >= 0) & (token < vocab) & keep
         nan = float("nan")
-        x = tl.load(student + locate(row, x_inner, x_stride, x_outer_stride) + token, mask=known, other=nan)
-        y = tl.load(teacher + locate(row, y_inner, y_stride, y_outer_stride) + token, mask=known, other=nan)
+        x = tl.load(student + locate(row, x_strides) + token, mask=known, other=nan)
+        y = tl.load(teacher + locate(row, y_strides) + token, mask=known, other=nan)
         own = x.to(tl.float64) * natural(scale) - m - log_z
         teacher_own = y.to(tl.float64) * natural(scale) - n - log_u
-        put(logprob + row, tl.where(own > 0, 0.0, own), valid, keep, inside)
-        put(teacher_logprob + row, tl.where(teacher_own > 0, 0.0, teacher_own), valid, keep, inside)
-        put(entropy + row, h, valid, keep, inside)
-        put(teacher_entropy + row, k, valid, keep, inside)
-        put(reverse_kl + row, r, valid, keep, inside)
-        put(forward_kl + row, f, valid, keep, inside)
+        put(statistics[0] + row, tl.where(own > 0, 0.0, own), valid, keep, inside)
+        put(statistics[1] + row, tl.where(teacher_own > 0, 0.0, teacher_own), valid, keep, inside)
+        put(statistics[2] + row, h, valid, keep, inside)
+        put(statistics[3] + row, k, valid, keep, inside)
+        put(statistics[4] + row, r, valid, keep, inside)
+        put(statistics[5] + row, f, valid, keep, inside)
     to = saved + row * SAVED
     put(to, m, valid, keep, inside)
     put(to + 1, n, valid, keep, inside)

@@ -71,12 +71,8 @@ def mixture_kernel(
     mask,
     saved,
     partial,
-    x_inner,
-    x_stride,
-    x_outer_stride,
-    y_inner,
-    y_stride,
-    y_outer_stride,
+    x_strides,
+    y_strides,
     vocab,
     segments,
     scale,
@@ -95,8 +91,8 @@ def mixture_kernel(
     if mask is not None:
         if tl.load(mask + row) == 0:
             return
-    x_offset = locate(row, x_inner, x_stride, x_outer_stride)
-    y_offset = locate(row, y_inner, y_stride, y_outer_stride)
+    x_offset = locate(row, x_strides)
+    y_offset = locate(row, y_strides)
     if ALIGNED:
         x_offset, y_offset = tl.multiple_of(x_offset, VECTOR), tl.multiple_of(y_offset, VECTOR)
     x_row, y_row = student + x_offset, teacher + y_offset
@@ -177,15 +173,9 @@ def backward_kernel(
     mean,
     upstream,
     out,
-    x_inner,
-    x_stride,
-    x_outer_stride,
-    y_inner,
-    y_stride,
-    y_outer_stride,
-    out_inner,
-    out_stride,
-    out_outer_stride,
+    x_strides,
+    y_strides,
+    out_strides,
     vocab,
     width,
     blocks,
@@ -202,7 +192,7 @@ def backward_kernel(
     row, block = program // blocks, program % blocks
     start = block * SPAN
     stop = tl.minimum(start + SPAN, width)
-    to_row = out + locate(row, out_inner, out_stride, out_outer_stride)
+    to_row = out + locate(row, out_strides)
     tile = tl.arange(0, TILE)
     if mask is not None:
         if tl.load(mask + row) == 0:
@@ -211,8 +201,8 @@ def backward_kernel(
                 tl.store(to_row + columns, tl.zeros([TILE], tl.float32).to(out.dtype.element_ty), mask=columns < width)
             return
     at = saved + row.to(tl.int64) * SAVED
-    x_row = student + locate(row, x_inner, x_stride, x_outer_stride)
-    y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
+    x_row = student + locate(row, x_strides)
+    y_row = teacher + locate(row, y_strides)
     center = tl.load(mean + row)
     outer = tl.load(upstream + row).to(tl.float64) * natural(scale)
     if tl.where(tl.abs(outer) >= MODEST, 1.0, tl.load(at + 6)) != 0:
@@ -267,8 +257,8 @@ def mixture(
             keep,
             saved,
             partial,
-            *x.strides,
-            *y.strides,
+            x.strides,
+            y.strides,
             vocab,
             segments,
             launch.scale_of(temperature),
@@ -313,9 +303,9 @@ def mixture_backward(
             mean,
             upstream.contiguous(),
             to.tensor,
-            *x.strides,
-            *y.strides,
-            *to.strides,
+            x.strides,
+            y.strides,
+            to.strides,
             vocab,
             width,
             blocks,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,12 +56,10 @@ def reward_of(
     inside,
     KIND: tl.constexpr,
     AT_CROSSING: tl.constexpr,
-    penalty,
-    weight,
-    coefficient,
-    slope,
+    amounts,
 ):
     """The modified reward of unmasked tokens. `inside`: the barrier has not been crossed yet."""
+    penalty, weight, coefficient, slope = amounts
     charged = crossing if AT_CROSSING else violated
     paid = tl.where(charged, penalty, 0.0)
     if KIND == "cmdp":
@@ -100,11 +99,7 @@ def scan_sequence(
     plus,
     minus,
     mask,
-    cumulative,
-    remaining,
-    violated,
-    first_violation,
-    excess,
+    trace,
     task_reward,
     reward,
     gamma_octaves,
@@ -113,13 +108,11 @@ def scan_sequence(
     INCLUSIVE: tl.constexpr,
     KIND: tl.constexpr,
     AT_CROSSING: tl.constexpr,
-    penalty,
-    weight,
-    coefficient,
-    slope,
+    amounts,
     CHUNK: tl.constexpr,
 ):
     """The trace of one sequence, and unless `reward` is None the reward, computed from the trace as it was rounded."""
+    cumulative, remaining, violated, first_violation, excess = trace
     total = tl.zeros([], tl.float64)
     overrun_before = tl.zeros([], tl.float64)
     remaining_before = tl.zeros([], tl.float64)
@@ -176,10 +169,7 @@ def scan_sequence(
                 i < outside,
                 KIND,
                 AT_CROSSING,
-                penalty,
-                weight,
-                coefficient,
-                slope,
+                amounts,
             )
             tl.store(reward + at, tl.where(keep, value, 0.0).to(reward.dtype.element_ty), mask=real)
             remaining_before = last(rounded)
@@ -196,11 +186,7 @@ def trace_kernel(
     offsets,
     token_count,
     limits,
-    cumulative,
-    remaining,
-    violated,
-    first_violation,
-    excess,
+    trace,
     task_reward,
     reward,
     gamma_octaves: tl.float64,
@@ -226,11 +212,7 @@ def trace_kernel(
         cost,
         None,
         mask,
-        cumulative,
-        remaining,
-        violated,
-        first_violation,
-        excess,
+        trace,
         task_reward,
         reward,
         gamma_octaves,
@@ -239,10 +221,7 @@ def trace_kernel(
         INCLUSIVE,
         KIND,
         AT_CROSSING,
-        penalty,
-        weight,
-        coefficient,
-        slope,
+        (penalty, weight, coefficient, slope),
         CHUNK,
     )
 
@@ -300,10 +279,7 @@ def reward_kernel(
             i < outside,
             KIND,
             AT_CROSSING,
-            penalty,
-            weight,
-            coefficient,
-            slope,
+            (penalty, weight, coefficient, slope),
         )
         tl.store(reward + at, tl.where(keep, value, 0.0).to(reward.dtype.element_ty), mask=real)
         count = count + tl.sum(keep.to(tl.int64), 0)
@@ -331,6 +307,11 @@ def reward_settings(
     }
 
 
+def room(trace: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The five fields of a trace as the kernels write them: bools are bytes."""
+    return tuple(t.view(torch.uint8) if t.dtype == torch.bool else t for t in trace)
+
+
 NO_REWARD = ("none", False, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -349,7 +330,6 @@ def trace_budgets(
     sequences = offsets.shape[0] - 1
     if sequences == 0:
         return
-    cumulative, remaining, violated, first_violation, excess = trace
     with launch.on(cost):
         trace_kernel[(sequences,)](
             cost,
@@ -357,11 +337,7 @@ def trace_budgets(
             offsets,
             cost.numel(),
             limits,
-            cumulative,
-            remaining,
-            launch.flags(violated),
-            first_violation,
-            excess,
+            room(trace),
             task_reward,
             reward,
             **budget_settings(*budget),

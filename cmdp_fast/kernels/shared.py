@@ -25,11 +25,12 @@ SAVED = tl.constexpr(7)
 
 
 @triton.jit
-def locate(row, inner, inner_stride, outer_stride):
+def locate(row, strides):
     """The offset of a row in elements, in 64 bits: rows are numbered over at most two axes.
 
     Rows are fewer than 2^31, and a division in 64 bits would cost as much as a tile.
     """
+    inner, inner_stride, outer_stride = strides
     row = row.to(tl.int32)
     outer = row // inner
     return outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride

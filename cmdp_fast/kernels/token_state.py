@@ -32,12 +32,8 @@ def update_kernel(
     mask,
     partial,
     fields,
-    x_inner,
-    x_stride,
-    x_outer_stride,
-    y_inner,
-    y_stride,
-    y_outer_stride,
+    x_strides,
+    y_strides,
     width,
     segments,
     scale,
@@ -78,8 +74,8 @@ def update_kernel(
 
     column = tl.load(tokens + row, mask=inside, other=0).to(tl.int64) - first_column
     own = inside & (column >= 0) & (column < width)
-    x = tl.load(student + locate(row, x_inner, x_stride, x_outer_stride) + column, mask=own, other=0.0)
-    y = tl.load(teacher + locate(row, y_inner, y_stride, y_outer_stride) + column, mask=own, other=0.0)
+    x = tl.load(student + locate(row, x_strides) + column, mask=own, other=0.0)
+    y = tl.load(teacher + locate(row, y_strides) + column, mask=own, other=0.0)
     tl.store(to + 8, x.to(tl.float64) * natural(scale), mask=own)
     tl.store(to + 9, y.to(tl.float64) * natural(scale), mask=own)
     tl.store(to + 10, 1.0, mask=inside & (only_student > 0))

@@ -101,12 +101,8 @@ def fold_kernel(
     teacher,
     mask,
     partial,
-    x_inner,
-    x_stride,
-    x_outer_stride,
-    y_inner,
-    y_stride,
-    y_outer_stride,
+    x_strides,
+    y_strides,
     vocab,
     segments,
     scale,
@@ -123,8 +119,8 @@ def fold_kernel(
     if mask is not None:
         if tl.load(mask + row) == 0:
             return
-    x_offset = locate(row, x_inner, x_stride, x_outer_stride)
-    y_offset = locate(row, y_inner, y_stride, y_outer_stride)
+    x_offset = locate(row, x_strides)
+    y_offset = locate(row, y_strides)
     if ALIGNED:
         x_offset, y_offset = tl.multiple_of(x_offset, VECTOR), tl.multiple_of(y_offset, VECTOR)
     x_row, y_row = student + x_offset, teacher + y_offset
@@ -158,19 +154,10 @@ def finish_kernel(
     tokens,
     mask,
     partial,
-    logprob,
-    teacher_logprob,
-    entropy,
-    teacher_entropy,
-    reverse_kl,
-    forward_kl,
+    statistics,
     saved,
-    x_inner,
-    x_stride,
-    x_outer_stride,
-    y_inner,
-    y_stride,
-    y_outer_stride,
+    x_strides,
+    y_strides,
     vocab,
     segments,
     scale,
@@ -186,19 +173,10 @@ def finish_kernel(
         tokens,
         mask,
         partial,
-        logprob,
-        teacher_logprob,
-        entropy,
-        teacher_entropy,
-        reverse_kl,
-        forward_kl,
+        statistics,
         saved,
-        x_inner,
-        x_stride,
-        x_outer_stride,
-        y_inner,
-        y_stride,
-        y_outer_stride,
+        x_strides,
+        y_strides,
         vocab,
         segments,
         scale,
@@ -217,9 +195,9 @@ class Folded(NamedTuple):
     scale: float
 
     @property
-    def shape(self) -> tuple[int | float, ...]:
+    def shape(self) -> tuple[tuple[int, int, int], tuple[int, int, int], int, int, float]:
         """The arguments of `finish_rows` after the saved scalars."""
-        return (*self.student.strides, *self.teacher.strides, self.vocab, self.segments, self.scale)
+        return (self.student.strides, self.teacher.strides, self.vocab, self.segments, self.scale)
 
     @property
     def parts(self) -> int:
@@ -242,8 +220,8 @@ def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
             y.tensor,
             mask,
             partial,
-            *x.strides,
-            *y.strides,
+            x.strides,
+            y.strides,
             vocab,
             segments,
             scale,
@@ -289,7 +267,7 @@ def token_stats(
             None if tokens is None else tokens.contiguous(),
             keep,
             folded.partial,
-            *statistics,
+            tuple(statistics),
             saved,
             *folded.shape,
             ROWS=finish.ROWS,

@@ -108,15 +108,9 @@ def backward_kernel(
     g_reverse_kl,
     g_forward_kl,
     out,
-    x_inner,
-    x_stride,
-    x_outer_stride,
-    y_inner,
-    y_stride,
-    y_outer_stride,
-    out_inner,
-    out_stride,
-    out_outer_stride,
+    x_strides,
+    y_strides,
+    out_strides,
     vocab,
     width,
     blocks,
@@ -132,7 +126,7 @@ def backward_kernel(
     row, block = program // blocks, program % blocks
     start = block * SPAN
     stop = tl.minimum(start + SPAN, width)
-    to_row = out + locate(row, out_inner, out_stride, out_outer_stride)
+    to_row = out + locate(row, out_strides)
     tile = tl.arange(0, TILE)
     if mask is not None:
         if tl.load(mask + row) == 0:
@@ -141,8 +135,8 @@ def backward_kernel(
                 tl.store(to_row + columns, tl.zeros([TILE], tl.float32).to(out.dtype.element_ty), mask=columns < width)
             return
     at = saved + row.to(tl.int64) * SAVED
-    x_row = student + locate(row, x_inner, x_stride, x_outer_stride)
-    y_row = teacher + locate(row, y_inner, y_stride, y_outer_stride)
+    x_row = student + locate(row, x_strides)
+    y_row = teacher + locate(row, y_strides)
     g_l, g_h = upstream(g_logprob, row), upstream(g_entropy, row)
     g_r, g_f = upstream(g_reverse_kl, row), upstream(g_forward_kl, row)
     token = tl.zeros([], tl.int64)
@@ -245,9 +239,9 @@ def token_stats_backward(
             saved,
             *flowing,
             to.tensor,
-            *x.strides,
-            *y.strides,
-            *to.strides,
+            x.strides,
+            y.strides,
+            to.strides,
             vocab,
             width,
             blocks,
