@@ -24,6 +24,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # On the GPU backend float64 logits are an error that names the torch backend (test_float64_is_left_to_pytorch), so
+    # the float64 cases of the shared suite have nothing to run there. Skipped rather than left out: the count shows.
     for item in items:
         wide = "float64" in item.keywords or (
             hasattr(item, "callspec") and torch.float64 in item.callspec.params.values()
@@ -32,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="the GPU kernels take no float64 logits"))
     if config.getoption("--slow"):
         return
-    for item in items:
+    for item in items:  # minutes each; the command says how to run them
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.fold import places, read, widened
-from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, taken
+from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, taken, zero
 from cmdp_fast.kernels.token_stats import token_stats
-from cmdp_fast.kernels.token_stats_backward import MODEST, split
+from cmdp_fast.kernels.token_stats_backward import MODEST, log_probabilities, split
 
 FAR = tl.constexpr(126.0)
 FAR_CAREFULLY = tl.constexpr(1000.0)
@@ -51,9 +51,8 @@ def terms(x, y, scale, m, r, n, q, b, c_teacher, c_student):
 @triton.jit
 def careful_terms(x, y, scale, at, b, c_teacher, c_student):
     """As `terms`, in double."""
-    factor = natural(scale)
-    log_p = ((x.to(tl.float64) * factor - tl.load(at)) - tl.load(at + 2)) * PER_NAT
-    log_w = ((y.to(tl.float64) * factor - tl.load(at + 1)) - tl.load(at + 3)) * PER_NAT
+    log_p, log_w = log_probabilities(x, y, at, scale)
+    log_p, log_w = log_p * PER_NAT, log_w * PER_NAT
     p, w = tl.exp2(log_p), tl.exp2(log_w)
     delta = clamped(tl.where((p == 0) & (w == 0), 0.0, log_w - log_p), -FAR_CAREFULLY, FAR_CAREFULLY)
     rho = tl.exp2(delta)
@@ -196,9 +195,7 @@ def backward_kernel(
     tile = tl.arange(0, TILE)
     if mask is not None:
         if tl.load(mask + row) == 0:
-            for first in range(start, stop, TILE):
-                columns = first + tile
-                tl.store(to_row + columns, tl.zeros([TILE], tl.float32).to(out.dtype.element_ty), mask=columns < width)
+            zero(to_row, start, stop, TILE)
             return
     at = saved + row.to(tl.int64) * SAVED
     x_row = student + locate(row, x_strides)

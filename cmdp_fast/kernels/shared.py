@@ -46,6 +46,14 @@ def taken(row, columns, inside):
 
 
 @triton.jit
+def zero(row, start, stop, TILE: tl.constexpr):
+    """Writes 0 to columns [start, stop) of a row."""
+    for first in range(start, stop, TILE):
+        columns = first + tl.arange(0, TILE)
+        tl.store(row + columns, tl.zeros([TILE], tl.float32).to(row.dtype.element_ty), mask=columns < stop)
+
+
+@triton.jit
 def octaves(x, scale, reference):
     """L x - M with one rounding."""
     return tl.fma(x, scale + tl.zeros_like(x), tl.zeros_like(x) - reference)

@@ -9,7 +9,7 @@ left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of a row fold into a few coef
 Splitting the normalisers keeps p to a rounding error although L x may be large. t - s is taken as a difference, so
 that nearly equal models do not cancel, and R comes off it at once, so that models far apart do not either.
 The token's own column is done apart, in double. An upstream gradient that is None is compiled away, and with both KLs
-absent the teacher is not read.
+absent the main loop does not read the teacher.
 
 A row with special values, or with coefficients so large that float32 may overflow on the way, is done in double.
 """
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
-from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, taken
+from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, taken, zero
 
 MODEST = tl.constexpr(1e7)  # coefficients up to here do not overflow float32 on the way to a finite result
 
@@ -44,11 +44,18 @@ def upstream(gradient, row):
 
 
 @triton.jit
-def careful_gradient(x, y, own, at, scale, g_l, g_h, g_r, g_f, LOGPROB: tl.constexpr, FORWARD: tl.constexpr):
-    """dx of some columns in double. Excluded columns have probability 0, and 0 · anything = 0."""
+def log_probabilities(x, y, at, scale):
+    """log p and log w of some columns in nats and in double, -inf where excluded."""
     factor = natural(scale)
     log_p = (x.to(tl.float64) * factor - tl.load(at)) - tl.load(at + 2)
     log_w = (y.to(tl.float64) * factor - tl.load(at + 1)) - tl.load(at + 3)
+    return log_p, log_w
+
+
+@triton.jit
+def careful_gradient(x, y, own, at, scale, g_l, g_h, g_r, g_f, LOGPROB: tl.constexpr, FORWARD: tl.constexpr):
+    """dx of some columns in double. Excluded columns have probability 0, and 0 · anything = 0."""
+    log_p, log_w = log_probabilities(x, y, at, scale)
     h, r = tl.load(at + 4), tl.load(at + 5)
     p, w = tl.exp2(log_p * PER_NAT), tl.exp2(log_w * PER_NAT)
     # Where R is infinite so is its gradient, which would poison the step: it passes none.
@@ -58,7 +65,7 @@ def careful_gradient(x, y, own, at, scale, g_l, g_h, g_r, g_f, LOGPROB: tl.const
         value += g_f * (p - w)
     if LOGPROB:
         value += g_l * (tl.where(own, 1.0, 0.0) - p)
-    return value * factor
+    return value * natural(scale)
 
 
 @triton.jit
@@ -130,9 +137,7 @@ def backward_kernel(
     tile = tl.arange(0, TILE)
     if mask is not None:
         if tl.load(mask + row) == 0:
-            for first in range(start, stop, TILE):
-                columns = first + tile
-                tl.store(to_row + columns, tl.zeros([TILE], tl.float32).to(out.dtype.element_ty), mask=columns < width)
+            zero(to_row, start, stop, TILE)
             return
     at = saved + row.to(tl.int64) * SAVED
     x_row = student + locate(row, x_strides)

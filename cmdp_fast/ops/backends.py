@@ -73,10 +73,10 @@ def choose(backend: str | None, tensor: Tensor) -> str:
     return backend
 
 
-def choose_for_logits(backend: str | None, student: Tensor, teacher: Tensor) -> str:
-    """As `choose`, for a pair of logits: the GPU kernels compute in float32 and leave float64 to PyTorch."""
-    chosen = choose(backend, student)
-    if chosen == "triton" and torch.float64 in (student.dtype, teacher.dtype):
+def choose_for_logits(backend: str | None, tensor: Tensor, computed: torch.dtype) -> str:
+    """As `choose`, for statistics in the dtype ``computed``: the GPU kernels leave float64 to PyTorch."""
+    chosen = choose(backend, tensor)
+    if chosen == "triton" and computed == torch.float64:
         if backend is not None:
             raise ValueError(
                 "backend='triton' takes float32, bfloat16 and float16 logits, got float64; use backend='torch'"

@@ -76,7 +76,7 @@ def constrained_reward(
     check_completions(tokens, task_reward, budget, mask, cu_seqlens)
     checks.tokens(tokens, student_logits)
     checks.positive("temperature", temperature)
-    chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, compute_dtype(student_logits, teacher_logits))
 
     if chosen == "triton" and terms.cost in backends.kernels.COSTS:
         student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)

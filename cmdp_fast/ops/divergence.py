@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import SAVED, address, flat, fresh, matrix, threads, unit_stride
+from cmdp_fast.ops.native import SAVED, address, flat, in_huge_pages, matrix, threads, unit_stride
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import DIVERGENCES, compute_dtype, divergence_weights
 
@@ -55,7 +55,7 @@ def divergence(
     checks.mask(mask, student_logits, shape, "student_logits without its last axis")
     checks.positive("temperature", temperature)
     check_kind(kind, beta)
-    chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, compute_dtype(student_logits, teacher_logits))
     plain = _plain_kl(kind, beta)
     if plain is not None:
         tokens = torch.zeros(shape, dtype=torch.int64, device=student_logits.device)
@@ -164,7 +164,7 @@ def _mixture_backward(
     c_student: float,
     backend: str,
 ) -> Tensor:
-    out = fresh(student.new_empty(student.shape))
+    out = in_huge_pages(student.new_empty(student.shape))
     if backend == "triton":
         weights = (b, c_teacher, c_student)
         backends.kernels.mixture_backward(

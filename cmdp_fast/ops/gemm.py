@@ -47,13 +47,19 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> N
 
 @functools.cache
 def _widens(device: str, dtype: torch.dtype) -> bool:
-    """Whether half-precision factors give a float32 product here. Tried out: it depends on version and vendor."""
+    """Whether half-precision factors give a float32 product here.
+
+    Tried out on two tiny products, because PyTorch has no way to ask: ``out_dtype`` is there from 2.8 on (TypeError
+    before), and not for every vendor's products (RuntimeError). Where it is not, nothing fails: the caller widens.
+    """
     if device == "cpu":
         return False
     try:
         tiny, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
         torch.mm(tiny, tiny, out_dtype=torch.float32, out=out)
         torch.addmm(out, tiny, tiny, out_dtype=torch.float32, out=out)
-    except (RuntimeError, TypeError, NotImplementedError):
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError too, but one that says nothing about the product
+    except (RuntimeError, TypeError):
         return False
     return True

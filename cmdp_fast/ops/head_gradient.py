@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.ops import gemm
-from cmdp_fast.ops.native import fresh
+from cmdp_fast.ops.native import in_huge_pages
 from cmdp_fast.ops.projection import Projection
 
 
@@ -29,7 +29,7 @@ class HeadGradient:
         if self.needs_hidden:
             self.hidden = torch.zeros(head.hidden.shape, dtype=self.dtype, device=device)
         if self.needs_weight:
-            self.weight = fresh(torch.empty(weight.shape, dtype=weight.dtype, device=device))
+            self.weight = in_huge_pages(torch.empty(weight.shape, dtype=weight.dtype, device=device))
             self.weight[columns if len(head.hidden) else 0 :] = 0
         if self.needs_bias:
             self.bias = torch.zeros(len(weight), dtype=self.dtype, device=device)

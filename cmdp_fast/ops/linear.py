@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast.ops import backends, checks, parallel, projection
+from cmdp_fast.ops.gradient import write_gradient
 from cmdp_fast.ops.head_gradient import HeadGradient
-from cmdp_fast.ops.native import SAVED, fresh
+from cmdp_fast.ops.native import SAVED, in_huge_pages
 from cmdp_fast.ops.projection import Model, Projection
-from cmdp_fast.ops.tile_gradient import write_tile_gradient
 from cmdp_fast.ops.tile_size import tile_shape
 from cmdp_fast.ops.token_state import TokenState, all_reduced, fold_tile, saved_scalars, statistics
 from cmdp_fast.reference import TokenStats, compute_dtype
@@ -71,12 +71,14 @@ def linear_token_stats(
         tokens: ``[...]`` integers in [0, vocab_size). Masked tokens may hold anything.
         student_bias, teacher_bias: ``[V]``, ``[V']``. A bias of -inf excludes a column.
         mask: ``[...]`` bool, False = the row is left out of every product; its statistics and gradient are exactly 0.
+            Finding the rows that count makes the host wait for a GPU.
         temperature, student_softcap, teacher_softcap, student_scale, teacher_scale: as above.
         vocab_size: statistics over the common prefix of this width. Rows of the head beyond it get a gradient of 0.
         process_group: ranks that hold columns [first_column, first_column + V) of the vocabulary each, and the same
             hidden states, tokens and mask (tensor parallelism). For a head that is sharded to save memory while each
-            rank has its own rows (FSDP) pass the whole head, ``weight.full_tensor()``. Needs no more than two small
-            all-reduces; every rank gets the statistics. Not under ``torch.compile``.
+            rank has its own rows (FSDP) pass the whole head, ``weight.full_tensor()``. A few numbers are
+            exchanged and looked at first, so that ranks that do not fit raise instead of waiting for each other; then
+            two all-reduces of 13 numbers a row. Every rank gets the statistics. Not under ``torch.compile``.
         first_column: where this rank's columns begin.
         reduce_hidden_grad: whether ``student_hidden``'s gradient is summed over the ranks. Each rank's columns give a
             part of it, and autograd expects the whole, hence True. False for hidden states that went through an
@@ -123,7 +125,7 @@ def linear_token_stats(
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
     checks.choice("saved", saved, ("recompute", "tiles"))
-    computed = torch.empty(0, dtype=compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight))
+    computed = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     chosen = backends.choose_for_logits(backend, student_hidden, computed)
     width, vocab = parallel.columns(
         student_weight.shape[0], teacher_weight.shape[0], vocab_size, process_group, first_column, tokens, mask
@@ -222,7 +224,7 @@ def _linear_token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     x, y = _room(student_hidden, tokens, width if keep else 0, dtype)
-    kept = fresh(x), fresh(y)
+    kept = in_huge_pages(x), in_huge_pages(y)
     if tokens.device.type == "cpu":
         checks.token_range(tokens, mask, vocab_size)
     with torch.autocast(tokens.device.type, enabled=False):
@@ -324,17 +326,18 @@ def _linear_token_stats_backward(
             for rows in tiles.rows:
                 x = student.logits(rows)
                 out = student.gradient_tile(x)
-                write_tile_gradient(
+                write_gradient(
                     x,
                     x if alone else teacher.logits(rows),
                     tiles.tokens[rows],
                     None,
                     kept[rows],
                     [None if g is None else g[rows] for g in upstream],
-                    first_column + columns.start,
                     temperature,
+                    x.shape[1],
                     out,
                     backend,
+                    first_column + columns.start,
                 )
                 student.chain(out, x)
                 gradient.add(out, rows, columns)

@@ -20,7 +20,7 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def fresh(t: Tensor) -> Tensor:
+def in_huge_pages(t: Tensor) -> Tensor:
     """The tensor itself, just allocated and about to be written from end to end.
 
     On a CPU the first touch of a large one costs more in page faults than the writing does, unless its pages are huge;

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast.ops import backends, checks, parallel
-from cmdp_fast.ops.native import SAVED, flat, fresh, unit_stride
-from cmdp_fast.ops.tile_gradient import write_tile_gradient
+from cmdp_fast.ops.gradient import write_gradient
+from cmdp_fast.ops.native import SAVED, in_huge_pages, unit_stride
 from cmdp_fast.ops.token_state import TokenState, all_reduced, fold_tile, saved_scalars, statistics
 from cmdp_fast.reference import TokenStats, compute_dtype
 
@@ -32,7 +32,7 @@ def sharded_token_stats(
     checks.tokens(tokens, student_logits)
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, compute_dtype(student_logits, teacher_logits))
     width, vocab = parallel.columns(student, teacher, vocab_size, process_group, first_column, tokens, mask)
     outputs = _sharded_token_stats(
         unit_stride(student_logits),
@@ -100,21 +100,11 @@ def _sharded_token_stats_backward(
     first_column: int,
     backend: str,
 ) -> Tensor:
-    out = fresh(student.new_empty(student.shape))
-    out[..., width:] = 0
-    if width > 0:
-        write_tile_gradient(
-            student[..., :width],
-            teacher[..., :width],
-            tokens,
-            flat(mask, torch.bool),
-            saved,
-            (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl),
-            first_column,
-            temperature,
-            out[..., :width],
-            backend,
-        )
+    out = in_huge_pages(student.new_empty(student.shape))
+    if width == 0:  # a rank beyond the common prefix
+        return out.zero_()
+    upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
+    write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, width, out, backend, first_column)
     return out
 
 

@@ -17,7 +17,6 @@ from cmdp_fast.reference import TokenStats, compute_dtype
 
 FIELDS = ("m", "n", "z", "u", "a", "b", "h", "k", "xa", "ya", "r_inf", "f_inf", "exact")
 _REFERENCES = ("m", "n", "xa", "ya")  # merged by maximum; the flags too; the sums are added
-_SUMMED = [name in ("z", "u", "a", "b", "h", "k") for name in FIELDS]
 
 
 class TokenState:
@@ -88,7 +87,7 @@ class TokenState:
         wide = compute_dtype(student_tile, teacher_tile)
         self.dtype = torch.float64 if wide == torch.float64 else self.dtype
         student, teacher = unit_stride(student_tile.detach()), unit_stride(teacher_tile.detach())
-        chosen = backends.choose_for_logits(backend, student, teacher)
+        chosen = backends.choose_for_logits(backend, student, wide)
         if chosen == "torch":
             tile = _fold(student, teacher, tokens.long() - first_column, width, self.temperature)
             self.fields = _merged(self.fields, tile)
@@ -195,7 +194,7 @@ def _merged(mine: Tensor, theirs: Tensor) -> Tensor:
     """The fields of two states of disjoint columns, merged."""
     top = torch.maximum(mine, theirs)
     total = _raised(mine, top) + _raised(theirs, top)
-    return torch.where(torch.tensor(_SUMMED, device=mine.device), total, top)
+    return torch.cat((top[:, :2], total[:, 2:8], top[:, 8:]), dim=1)
 
 
 def _fold(student: Tensor, teacher: Tensor, column: Tensor, width: int, temperature: float) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cmdp_fast import reference
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import SAVED, address, can_overwrite, flat, fresh, matrix, threads, unit_stride
+from cmdp_fast.ops.gradient import write_gradient
+from cmdp_fast.ops.native import SAVED, address, can_overwrite, flat, in_huge_pages, matrix, threads, unit_stride
 from cmdp_fast.ops.sharded_stats import sharded_token_stats
 from cmdp_fast.reference import TokenStats, compute_dtype
 
@@ -83,7 +84,7 @@ def token_stats(
     checks.tokens(tokens, student_logits)
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    chosen = backends.choose_for_logits(backend, student_logits, teacher_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, compute_dtype(student_logits, teacher_logits))
     if chosen == "torch":
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.token_range(tokens, mask, vocab)
@@ -176,28 +177,6 @@ def _(student, teacher, tokens, mask, temperature, vocab_size, inplace_backward,
     return (*statistics, student.new_empty((*tokens.shape, SAVED), dtype=torch.float64))
 
 
-def _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, backend, out) -> None:
-    if backend == "triton":
-        backends.kernels.token_stats_backward(
-            student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, out
-        )
-        return
-    index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
-    flowing = [flat(g, torch.float64) for g in upstream]
-    backends.native.token_stats_backward(
-        matrix(student),
-        matrix(teacher),
-        address(index),
-        address(keep),
-        vocab_size,
-        temperature,
-        [address(g) for g in flowing],
-        address(saved),
-        matrix(out),
-        threads(),
-    )
-
-
 @torch.library.custom_op("cmdp_fast::token_stats_backward", mutates_args=())
 def _token_stats_backward(
     student: Tensor,
@@ -213,9 +192,9 @@ def _token_stats_backward(
     vocab_size: int,
     backend: str,
 ) -> Tensor:
-    out = fresh(student.new_empty(student.shape))
+    out = in_huge_pages(student.new_empty(student.shape))
     upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
-    _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, backend, out)
+    write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, out, backend)
     return out
 
 
@@ -240,7 +219,7 @@ def _token_stats_backward_(
     backend: str,
 ) -> None:
     upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
-    _write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, backend, student)
+    write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, student, backend)
 
 
 @_token_stats_backward_.register_fake

@@ -70,7 +70,6 @@ class PPO:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.sampling = sampling
-        self.vocab_size = vocab_size
         self.scoring = make_scoring(config.logits, (student, teacher), vocab_size, config.temperature)
         self.rewards = rewards
         self.clock = Clock(accelerator.device)

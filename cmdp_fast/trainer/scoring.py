@@ -6,6 +6,7 @@ differentiates without knowing which it is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +20,11 @@ Pair = tuple[Any, Any]  # student (or the policy in its place) and teacher
 Outputs = tuple[Tensor, Tensor]  # of both
 
 
+@dataclass
 class FromLogits:
     """Outputs are logits ``[B, T, V]``."""
 
-    def __init__(self, vocab_size: int, temperature: float) -> None:
-        self.settings: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature}
+    settings: dict[str, Any]  # vocab_size and temperature
 
     def outputs(self, model: Any, rollout: Rollout) -> Tensor:
         return completion_logits(model, rollout)
@@ -38,11 +39,11 @@ class FromLogits:
         return cf.token_stats(*outputs, tokens, mask=mask, inplace_backward=True, **self.settings)
 
 
+@dataclass
 class FromHiddenStates:
     """Outputs are hidden states ``[B, T, H]``; logits exist a tile at a time (`cf.linear_token_stats`)."""
 
-    def __init__(self, vocab_size: int, temperature: float) -> None:
-        self.settings: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature}
+    settings: dict[str, Any]
 
     def outputs(self, model: Any, rollout: Rollout) -> Tensor:
         return completion_hidden(model, rollout)
@@ -71,11 +72,12 @@ def _arguments(models: Pair, outputs: Outputs) -> dict[str, Any]:
 
 def make_scoring(logits: str, models: Pair, vocab_size: int, temperature: float) -> FromLogits | FromHiddenStates:
     """The scoring that the setting ``logits`` names. Raises InputError for a model whose head is not known."""
+    settings = {"vocab_size": vocab_size, "temperature": temperature}
     if logits == "full":
-        return FromLogits(vocab_size, temperature)
+        return FromLogits(settings)
     for name, model in zip(("student", "teacher"), models, strict=True):
         try:
             cf.head_of(model)
         except (TypeError, ValueError) as error:
             raise InputError(f"{name}: {error}; with --logits full it can be used all the same") from error
-    return FromHiddenStates(vocab_size, temperature)
+    return FromHiddenStates(settings)

@@ -1,4 +1,4 @@
-"""The gradient of a tile of student logits, from the saved scalars of whole rows, on every backend."""
+"""The gradient of student logits, of whole rows or a tile, from the saved scalars of whole rows, on every backend."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from cmdp_fast.ops.native import address, flat, matrix, threads
 Upstream = Sequence[Tensor | None]  # of logprob, entropy, reverse_kl, forward_kl
 
 
-def write_tile_gradient(
+def write_gradient(
     student: Tensor,  # [..., C]
     teacher: Tensor,  # [..., C], read only if reverse_kl or forward_kl has an upstream gradient
     tokens: Tensor,  # [...] indices into the whole vocabulary
     mask: Tensor | None,  # [...]
     saved: Tensor,  # [..., SAVED] of whole rows
     upstream: Upstream,  # [...] each, of logprob, entropy, reverse_kl, forward_kl
-    first_column: int,
     temperature: float,
-    out: Tensor,  # [..., C] of the student's dtype; may be the student's tile itself
+    width: int,  # columns that count; those beyond get 0
+    out: Tensor,  # [..., C] of the student's dtype; may be the student's logits themselves
     backend: str,
+    first_column: int = 0,
 ) -> None:
     """Writes d/d(student) of sum of upstream times statistics; the table of gradients is in cmdp_fast/reference.py."""
     if backend == "triton":
         backends.kernels.token_stats_backward(
-            student, teacher, tokens, mask, saved, upstream, temperature, student.shape[-1], out, first_column
+            student, teacher, tokens, mask, saved, upstream, temperature, width, out, first_column
         )
         return
     if backend == "torch":
-        out.copy_(_gradient(student, teacher, tokens, mask, saved, upstream, first_column, temperature))
+        counted = student[..., :width], teacher[..., :width]
+        out[..., :width] = _gradient(*counted, tokens, mask, saved, upstream, first_column, temperature)
+        out[..., width:] = 0
         return
     index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
     flowing = [flat(g, torch.float64) for g in upstream]
@@ -41,7 +44,7 @@ def write_tile_gradient(
         matrix(teacher),
         address(index),
         address(keep),
-        student.shape[-1],
+        width,
         temperature,
         [address(g) for g in flowing],
         address(saved),

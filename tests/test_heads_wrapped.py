@@ -1,0 +1,140 @@
+"""Hidden states and head of models that are wrapped: PEFT, DDP, FSDP, torch.compile."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import assert_both_halves_are, assert_same, batch, gradients, tiny
+from torch import nn
+
+import cmdp_fast as cf
+
+
+class Peft(nn.Module):
+    """What a PEFT model looks like from outside: calls and attributes are the base model's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
+
+    def forward(self, **inputs):
+        return self.base_model(**inputs)
+
+
+def test_peft():
+    model = tiny()
+    assert_both_halves_are(Peft(model), model)
+
+
+def test_data_parallel_gradients_are_reduced(tmp_path):
+    """The wrapper itself runs, so that it synchronises the gradient of every parameter, the head's included."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for unused in (False, True):
+            model = tiny()
+            wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=unused)
+            reduced = []
+
+            def count(_, bucket, reduced=reduced):
+                reduced.append(len(bucket.gradients()))
+                future = torch.futures.Future()
+                future.set_result(bucket.buffer())
+                return future
+
+            wrapped.register_comm_hook(None, count)
+            head = cf.head_of(wrapped)
+            model(**batch()).logits.square().sum().backward()
+            expected = gradients(model)
+            for _ in range(2):
+                reduced.clear()
+                head.logits(cf.last_hidden_state(wrapped, **batch())).square().sum().backward()
+                assert sum(reduced) == len(expected)
+                for name, grad in gradients(wrapped.module).items():
+                    assert_same(grad, expected[name])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_fully_sharded(tmp_path):
+    fully_shard = pytest.importorskip("torch.distributed.fsdp").fully_shard
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        plain = tiny()
+        model = copy.deepcopy(plain)
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        hidden = cf.last_hidden_state(model, **batch())
+        logits = cf.head_of(model).logits(hidden)
+        expected = plain(**batch()).logits
+        assert_same(logits, expected)
+        logits.square().sum().backward()
+        expected.square().sum().backward()
+        for (name, sharded), (_, whole) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+            assert sharded.grad is not None, name
+            assert_same(sharded.grad.full_tensor(), whole.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Graphs:
+    """A backend of torch.compile that runs what it is given and counts the graphs."""
+
+    def __init__(self) -> None:
+        torch.compiler.reset()
+        self.count = 0
+
+    def __call__(self, graph, _):
+        self.count += 1
+        return graph.forward
+
+
+def compiled(how: str, model: nn.Module, backend: Graphs) -> nn.Module:
+    if how == "wrapped":
+        return torch.compile(model, backend=backend)
+    if how == "in place":
+        model.compile(backend=backend)
+    elif how == "forward":
+        model.forward = torch.compile(model.forward, backend=backend)
+    else:
+        model.model.compile(backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "forward", "base model"])
+def test_compiled(how):
+    """The model is not compiled again for the hooks, nor its graph used with or without them when it should not be."""
+    plain = tiny()
+    graphs = Graphs()
+    model = compiled(how, copy.deepcopy(plain), graphs)
+    head = cf.head_of(model)
+    with torch.no_grad():
+        expected = plain(**batch()).logits
+        cf.last_hidden_state(model, **batch())
+        assert (graphs.count > 0) == (how == "base model")
+        assert_same(model(**batch()).logits, expected)
+        before = graphs.count
+        for _ in range(3):
+            assert_same(head.logits(cf.last_hidden_state(model, **batch())), expected)
+            assert_same(model(**batch()).logits, expected)
+        assert graphs.count == before > 0
+
+
+def test_called_from_compiled_code():
+    model = tiny()
+    head = cf.head_of(model)
+    graphs, inputs = Graphs(), batch()
+    step = torch.compile(lambda: head.logits(cf.last_hidden_state(model, **inputs)).sum(), backend=graphs)
+    with torch.no_grad():
+        expected = model(**batch()).logits.sum()
+        for _ in range(3):
+            assert_same(step(), expected)
+    assert graphs.count == 1, "the head's part alone"
