@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import cmdp_fast as cf
 from cmdp_fast import reference
 from cmdp_fast.ops.backends import native
+from cmdp_fast.ops.token_state import fold_tile
 
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 columns = st.lists(st.tuples(*[st.floats(-40, 40) | st.just(-torch.inf)] * 2), max_size=12)
@@ -138,6 +139,18 @@ def test_one_float64_tile_makes_the_statistics_float64(backend):
         state = cf.TokenState.empty(2).update(x.to(first), x.to(first), tokens, backend=backend)
         other = cf.TokenState.empty(2).update(x.to(second), x, tokens, first_column=30, backend=backend)
         assert state.merge(other).finish().entropy.dtype == torch.float64
+
+
+def test_a_masked_row_is_not_read_and_keeps_its_state(backend):
+    x, y, tokens = make_logits(3, 30), make_logits(3, 30, seed=1), make_tokens(3, vocab=30)
+    mask = torch.tensor([True, False, True])
+    fields = cf.TokenState.empty(3).update(x, y, tokens, backend=backend).fields
+    before, all_rows = fields.clone(), fields.clone()
+    fold_tile(all_rows, y, x, tokens, 0, 1.0, backend)
+    x[1], y[1] = torch.nan, torch.nan
+    fold_tile(fields, y, x, tokens, 0, 1.0, backend, mask)
+    assert torch.equal(fields[1], before[1])
+    assert torch.equal(fields[mask], all_rows[mask]) and not torch.equal(fields[0], before[0])
 
 
 def test_merge_with_the_empty_state_changes_nothing(backend):

@@ -18,7 +18,7 @@ def alone(model, prompt: list[int], completion: torch.Tensor, width: int, temper
     return torch.log_softmax(logits / temperature, -1)
 
 
-FAMILIES = ["llama", "gpt2", "qwen2", "gemma2", "gpt_neox", "opt"]
+FAMILIES = ["llama", "gpt2", "qwen2", "gemma2", "gpt_neox", "opt", "cohere"]
 
 
 @pytest.fixture(params=FAMILIES)
