@@ -23,7 +23,8 @@ from token_stats import peak_kib, reset_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.ppo import PPO, Experience, at_last_token
+from cmdp_fast.trainer.experience import Collector, Completions
+from cmdp_fast.trainer.ppo import PPO
 from cmdp_fast.trainer.rollout import Rollout, Sampling
 
 VOCABULARY = 49152
@@ -45,12 +46,11 @@ def make_rollout(completions: int, length: int) -> Rollout:
 
 def step(ppo: PPO, rollout: Rollout) -> dict[str, float]:
     """Scores and updates; the seconds of each, and the loss."""
-    start = time.perf_counter()
-    last = at_last_token(torch.ones(len(rollout)), rollout.mask)
-    (stats, trace, reward), kept = ppo.score(ppo.student, rollout, last, ppo.clock, keep_outputs=True)
+    start, constraint = time.perf_counter(), ppo.constraint()
+    completions = Completions(rollout, [], torch.ones(len(rollout)), {})
+    experience = ppo.collector.score(completions, ppo.student, constraint, ppo.clock, keep_outputs=True)
     scored = time.perf_counter()
-    experience = Experience(rollout, [], last.sum(1), {}, stats, trace, reward, last, kept)
-    metrics = ppo.update(experience, *ppo.advantage(experience))
+    metrics = ppo.update(experience, ppo.targets(experience, constraint))
     return {"scoring": scored - start, "update": time.perf_counter() - scored, "loss": metrics["loss"]}
 
 
@@ -60,18 +60,18 @@ def child(logits: str, completions: int, length: int, layers: int) -> None:
     config = TrainConfig(logits=logits, epochs=1, minibatch_size=completions, micro_batch_size=completions, budget=1.0)
     accelerator = Accelerator()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
-    ppo = PPO(
+    collector = Collector(
         config,
         accelerator=accelerator,
         student=student,
         teacher=teacher,
         tokenizer=None,
-        optimizer=accelerator.prepare(optimizer),
-        scheduler=SimpleNamespace(get_last_lr=lambda: [0.0], step=lambda: None),
-        sampling=Sampling(max_length=length, temperature=1.0, eos=(0,), pad=0),
+        sampling=Sampling(max_new_tokens=length, temperature=1.0, eos=(0,), pad=0),
         vocab_size=VOCABULARY,
         rewards={},
     )
+    scheduler = SimpleNamespace(get_last_lr=lambda: [0.0], step=lambda: None)
+    ppo = PPO(collector, optimizer=accelerator.prepare(optimizer), scheduler=scheduler)
     before = reset_peak()
     torch.manual_seed(2)
     took = step(ppo, make_rollout(completions, length))

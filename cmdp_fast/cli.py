@@ -40,8 +40,8 @@ def _train(arguments: Sequence[str]) -> int:
         import datasets
         import transformers
 
-        from .trainer.config import parse
         from .trainer.errors import InputError
+        from .trainer.parse import parse
         from .trainer.run import train
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cmdp_fast"):

@@ -1,44 +1,32 @@
-"""What a run is made of: one typed field a choice, filled from a TOML recipe and then from the command line.
+"""What a run is made of: one typed field a choice, filled by `parse.py`.
 
-Precedence, lowest first: the defaults below, the recipe, the command line. `validate` looks at every number
-and name before a model is loaded.
+`validate` looks at every number and name before a model is loaded.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from ..reference import DIFFERENTIABLE_COSTS
-from .errors import InputError, first_line
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-RECIPES = Path(__file__).parent / "recipes"
+from .errors import InputError
 
 Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
 
 _POSITIVE = (
-    *("budget", "temperature", "steps", "prompts_per_step", "max_completion_length", "epochs", "minibatch_size"),
+    *("budget", "temperature", "steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatch_size"),
     *("micro_batch_size", "learning_rate", "max_grad_norm", "clip_low", "clip_high", "task_size"),
+    *("value_learning_rate",),
     *("eval_prompts", "eval_generations"),
 )
 _NOT_NEGATIVE = (
     *("penalty", "discrepancy_weight", "coefficient", "weight_decay", "lr_warmup_steps", "teacher_cache_mb"),
-    *("eval_every", "save_every"),
+    *("eval_every", "save_every", "prefix_budget", "budget_start", "budget_steps", "top_k", "rollout_batch_size"),
 )
 
 
@@ -49,6 +37,9 @@ class TrainConfig:
     # ---------------------------------------------------------------------------------------------- the run
     recipe: str = "quickstart"
     """Where the defaults of this run come from: a recipe of the package by name, or a path to a TOML file."""
+    method: str = ""
+    """What is done about the budget: a method of the package by name (cmdp, hinge, saute, worst_case, lagrangian, pid,
+    barrier, grpo, gkd, minillm, sft, kd), or a path to a TOML file. Its settings go over the recipe's."""
     name: str = ""
     """Folder of the run inside `output_dir`, which must not exist yet. Empty: the recipe's name, numbered if taken."""
     output_dir: str = "runs"
@@ -100,9 +91,20 @@ class TrainConfig:
 
     # ---------------------------------------------------------------------------------------------- the budget
     budget: float = 2.0
-    """What a completion may spend: nats of cumulative cost (nats a token for `worst_case`)."""
-    cost: Literal["reverse_kl", "forward_kl", "k1", "k3", "nll"] = "reverse_kl"
-    """Cost of a token. The first two are exact divergences and have a direct gradient."""
+    """What a completion may spend: nats of cumulative cost."""
+    budget_per_token: bool = False
+    """The budget is nats a token of the completion, so that a long one may spend more."""
+    budget_start: float = 0.0
+    """The budget at the first step, from which it goes to `budget` in a straight line over `budget_steps`."""
+    budget_steps: int = 0
+    """Length of that schedule. 0: the budget is `budget` from the beginning. Evaluations always use `budget`."""
+    prefix_budget: float = 0.0
+    """Nats a token that the teacher's mean negative log-likelihood may reach over any prefix of a completion: what
+    `worst_case` bounds, and `prefix_satisfaction` reports. 0: neither."""
+    cost: Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"] = "reverse_kl"
+    """Cost of a token. The first three are exact divergences with a direct gradient; `jsd` needs `--logits full`."""
+    jsd_beta: float = 0.5
+    """Beta of the cost `jsd` and of the loss of `gkd`: 0 is forward KL, 1 reverse KL."""
     kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = "cmdp"
     """Which modified reward: how being over the budget is paid for."""
     penalty: float = 1.0
@@ -110,30 +112,50 @@ class TrainConfig:
     discrepancy_weight: float = 1.0
     """Weight of the excess cost (cmdp, hinge)."""
     coefficient: float = 0.0
-    """The multiplier of lagrangian, the first one of pid, or the weight of the barrier."""
+    """The multiplier of lagrangian (0: the task's reward alone), the first one of pid, or the weight of the barrier."""
     pid_gains: tuple[float, float, float] = (0.1, 0.01, 0.01)
     """Proportional, integral and derivative gain of the pid controller."""
 
     # ---------------------------------------------------------------------------------------------- a step
+    algorithm: Literal["ppo", "gkd", "minillm", "sft", "kd"] = "ppo"
+    """ppo: the modified reward, by policy gradient and through the divergence; the others distil without a reward: gkd
+    by a divergence on the student's own text, minillm by the policy gradient of reverse KL, sft and kd on the
+    teacher's text by likelihood and by forward KL."""
     steps: int = 200
     """How many times to roll out and update."""
     prompts_per_step: int = 16
-    """Prompts rolled out a step."""
+    """Prompts rolled out a step, by each process."""
     num_generations: int = 8
     """Completions a prompt: the group whose members are compared with one another."""
-    max_completion_length: int = 256
-    """Longest completion in tokens; the end-of-sequence token counts."""
+    max_new_tokens: int = 256
+    """Longest completion in tokens; the end-of-sequence token counts. One without it is counted as clipped."""
     temperature: float = 1.0
     """Temperature of the policy that is sampled, trained, measured and evaluated."""
-    baseline: Literal["rloo", "grpo", "position_rloo"] = "rloo"
+    top_k: int = 0
+    """Sample from the so many most likely tokens. 0: from all. Anything but the whole softmax is sampled off-policy."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens of this total probability. The same warning holds."""
+    rollout: str = ""
+    """A function of yours that samples instead of `generate`, as `module:function` or `path/file.py:function`; see
+    rollout.py. Its log-probabilities are computed again and the difference is logged."""
+    rollout_batch_size: int = 0
+    """Prompts that are sampled at once, sorted by length. 0: all of a step."""
+    baseline: Literal["rloo", "grpo", "position_rloo", "gae"] = "rloo"
     """What an action is compared with: the mean return of the group's other completions (`rloo`; `position_rloo`
-    compares the returns-to-go at each position), or of the whole group and in units of its deviation (`grpo`)."""
+    compares the returns-to-go at each position), or of the whole group and in units of its deviation (`grpo`), or what
+    a value head predicts (`gae`)."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation: 1 trusts the returns, 0 the value head."""
+    value_learning_rate: float = 1e-3
+    """Learning rate of the value head, a linear layer on the student's hidden states (which it does not change)."""
+    teacher_mix: float = 0.2
+    """Share of the teacher in the policy that minillm samples from."""
     gamma: float = 1.0
     """Discount of the modified reward."""
     epochs: int = 2
     """PPO passes over the completions of a step."""
     minibatch_size: int = 32
-    """Completions an optimizer step."""
+    """Completions an optimizer step, of each process."""
     micro_batch_size: int = 32
     """Completions that go through a model at once; gradients of a minibatch are accumulated over them."""
     teacher_cache_mb: int = 512
@@ -182,21 +204,32 @@ class TrainConfig:
         _check(
             0 < self.holdout_fraction < 1, f"--holdout-fraction must be between 0 and 1, not {self.holdout_fraction}"
         )
+        _check(0 < self.top_p <= 1, f"--top-p must be in (0, 1], not {self.top_p}")
+        _check(0 <= self.jsd_beta <= 1, f"--jsd-beta must be in [0, 1], not {self.jsd_beta}")
+        _check(0 <= self.gae_lambda <= 1, f"--gae-lambda must be in [0, 1], not {self.gae_lambda}")
+        _check(0 <= self.teacher_mix < 1, f"--teacher-mix must be in [0, 1), not {self.teacher_mix}")
         _check(
-            self.num_generations >= 2, f"--num-generations must be at least 2 to compare, not {self.num_generations}"
+            self.num_generations >= (2 if self.grouped else 1),
+            f"--num-generations must be at least {2 if self.grouped else 1} to compare, not {self.num_generations}",
         )
         _check(len(self.rewards) > 0, "--rewards names no reward function")
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
-        _check_choices(self)
+        check_choices(self)
         if self.kind == "worst_case":
             _check(
-                self.cost == "nll",
-                f"--kind worst_case bounds the teacher's log-likelihood: --cost nll, not {self.cost}",
+                self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"
             )
-        if self.kind == "lagrangian":
-            _check(self.coefficient > 0, "--kind lagrangian needs its multiplier: --coefficient")
+            _check(self.prefix_budget > 0, "--kind worst_case needs its budget: --prefix-budget, nats a token")
         if self.kind == "barrier":
             _check(self.coefficient > 0, "--kind barrier needs its weight: --coefficient")
+        if self.budget_steps:
+            _check(self.budget_start > 0, "--budget-steps needs the budget to start from: --budget-start")
+        if self.logits == "tiled":
+            _check(self.cost != "jsd", "--cost jsd reads the logits twice: it needs --logits full")
+            whole = self.algorithm != "gkd" or self.jsd_beta in (0.0, 1.0)
+            _check(whole, "gkd with a --jsd-beta between 0 and 1 reads the logits twice: it needs --logits full")
+        else:
+            _check(self.baseline != "gae", "--baseline gae reads hidden states: it needs --logits tiled")
         _check(
             "/" not in self.name and self.name not in (".", ".."), f"--name is the name of a folder, not {self.name!r}"
         )
@@ -207,23 +240,13 @@ class TrainConfig:
         return self.name or Path(self.recipe).stem
 
     @property
-    def action_dependent(self) -> bool:
-        """Whether the cost of a token depends on the token sampled, so that there is no direct gradient."""
-        return self.cost not in DIFFERENTIABLE_COSTS
-
-    @property
-    def reduction(self) -> str:
-        """How costs add up: their prefix mean for `worst_case`, otherwise their sum."""
-        return "mean" if self.kind == "worst_case" else "sum"
-
-    @property
-    def account(self) -> str:
-        """What the budget bounds, in words."""
-        return f"mean {self.cost} a token (nats)" if self.reduction == "mean" else f"cumulative {self.cost} (nats)"
+    def grouped(self) -> bool:
+        """Whether completions of a prompt are compared with one another."""
+        return self.algorithm == "minillm" or (self.algorithm == "ppo" and self.baseline != "gae")
 
     @property
     def batch_size(self) -> int:
-        """Completions a step."""
+        """Completions a step, of each process."""
         return self.prompts_per_step * self.num_generations
 
 
@@ -236,54 +259,9 @@ def _check(condition: object, message: str) -> None:
         raise InputError(message)
 
 
-def _check_choices(config: TrainConfig) -> None:
+def check_choices(config: TrainConfig) -> None:
+    """Raises InputError for a name that is not one of its field's."""
     for name, kind in get_type_hints(TrainConfig).items():
         choices, value = get_args(kind), getattr(config, name)
         if get_origin(kind) is Literal:
             _check(value in choices, f"--{_flag(name)} must be one of {', '.join(choices)}, not {value}")
-
-
-def read_recipe(name: str) -> TrainConfig:
-    """The configuration in a recipe of the package (by name) or in a TOML file (by path)."""
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-        raise InputError(f"--recipe {name}: neither a TOML file nor one of the package's recipes ({known})")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--recipe {name}: not valid TOML: {first_line(error)}") from error
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    for key, value in values.items():
-        if key not in fields:
-            raise InputError(f"--recipe {name}: there is no setting named {key!r}")
-        default = TrainConfig.__dataclass_fields__[key].default
-        if isinstance(default, tuple):
-            values[key] = value = tuple(value) if isinstance(value, list) else value
-        elif isinstance(default, float) and type(value) is int:
-            values[key] = value = float(value)
-        expected = dict if default is dataclasses.MISSING else type(default)
-        if type(value) is not expected:
-            raise InputError(f"--recipe {name}: {key} must be {expected.__name__}, not {value!r}")
-    config = TrainConfig(**{**values, "recipe": name})
-    _check_choices(config)
-    return config
-
-
-def parse(args: Sequence[str], prog: str = "cmdp-fast train") -> TrainConfig:
-    """The configuration that the command line asks for, validated.
-
-    Raises InputError for what cannot work; tyro itself exits with code 2 on options that do not exist.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="quickstart")
-    recipe, _ = first.parse_known_args(list(args))
-    config = tyro.cli(
-        TrainConfig,
-        prog=prog,
-        description="Distil a student from a teacher under a budget of divergence, with PPO.",
-        default=read_recipe(recipe.recipe),
-        args=list(args),
-    )
-    config.validate()
-    return config

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from .constraint import evaluation_constraint
 from .data import Row
-from .ppo import PPO
+from .experience import Collector
 from .report import Clock, Report
 from .rollout import encode_prompts
 
@@ -15,7 +16,7 @@ EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, 
 
 
 def evaluate(
-    ppo: PPO, policy: Any, rows: list[Row], clock: Clock, report: Report | None = None, who: str = "student"
+    collector: Collector, policy: Any, rows: list[Row], clock: Clock, report: Report | None = None, who: str = "student"
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(figures, samples) of a policy on some problems, `eval_generations` completions each.
 
@@ -26,18 +27,18 @@ def evaluate(
 
     The random state of the training is left as it was. With a `report` there is a progress bar.
     """
-    config = ppo.config
+    config, constraint = collector.config, evaluation_constraint(collector.config)
     rows = [row for row in rows for _ in range(config.eval_generations)]
-    prompts = encode_prompts(rows, ppo.tokenizer)
-    device = ppo.accelerator.device
+    prompts = encode_prompts(rows, collector.tokenizer)
+    device = collector.accelerator.device
     parts, samples = [], []
     with clock.phase("evaluation"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(EVALUATION_SEED)
         starts = range(0, len(rows), config.batch_size)
         for start in report.track(starts, f"evaluating {who}") if report else starts:
             some = slice(start, start + config.batch_size)
-            experience = ppo.experience(policy, rows[some], prompts[some], Clock())
-            parts.append((len(experience.texts), ppo.measure(experience)))
+            experience = collector.collect(policy, rows[some], prompts[some], constraint, Clock())
+            parts.append((len(experience.texts), collector.measure(experience, constraint)))
             last = experience.rollout.mask.sum(1, keepdim=True) - 1
             cumulative = experience.trace.cumulative.gather(1, last)[:, 0].tolist()
             remaining = experience.trace.remaining.gather(1, last)[:, 0].tolist()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from .checkpoint import as_json
+from .constraint import Constraint
 
 T = TypeVar("T")
 
@@ -123,13 +124,15 @@ class MetricsLog:
             self._events.add_scalar(name, value, step)
 
 
-def plot_curves(path: Path, log: MetricsLog, account: str, budget: float, teacher_accuracy: float) -> None:
-    """Accuracy, the account against the budget, satisfaction: training batches as lines, evaluations as dots."""
+def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_accuracy: float) -> None:
+    """Accuracy, cumulative KL, satisfaction: training batches as lines, evaluations as dots."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
+    comparable = constraint.cost == "reverse_kl" and not constraint.per_token
+    budget = constraint.budget if comparable else None
     panels = (
         ("accuracy", "cmdp/accuracy", "accuracy", teacher_accuracy, "teacher"),
-        (account, "cmdp/mean_cumulative", "mean_cumulative", budget, "budget"),
+        ("cumulative KL (nats)", "cmdp/cumulative_kl", "mean_cumulative_kl", budget, "budget"),
         ("constraint satisfaction", "cmdp/constraint_satisfaction", "constraint_satisfaction", None, ""),
     )
     figure = Figure(figsize=(12, 3.6), layout="constrained")

@@ -9,19 +9,15 @@ the function has no opinion: such a completion earns nothing from it.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
 from .data import Row
-from .errors import InputError, first_line
+from .errors import InputError
+from .imports import import_function
 
 RewardFunction = Callable[..., Sequence["float | None"]]
 
@@ -49,7 +45,7 @@ def load_rewards(config: TrainConfig, example: Row) -> dict[str, RewardFunction]
                 )
             functions[spec] = built_in[spec]
         else:
-            functions[spec.rpartition(":")[2]] = _import(spec, sorted(built_in))
+            functions[spec.rpartition(":")[2]] = import_function("--rewards", spec, sorted(built_in))
     return functions
 
 
@@ -124,25 +120,3 @@ def call_rewards(
             raise InputError(f"--rewards {name} returned {len(result)} rewards for {len(rows)} completions")
         values[name] = [math.nan if value is None else float(value) for value in result]
     return values
-
-
-def _import(spec: str, built_in: list[str]) -> RewardFunction:
-    module_name, colon, function_name = spec.rpartition(":")
-    if not colon:
-        raise InputError(f"--rewards {spec}: neither one of {', '.join(built_in)} nor module:function")
-    try:
-        if module_name.endswith(".py"):
-            source = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-            assert source is not None and source.loader is not None  # a .py path always has a loader
-            module = importlib.util.module_from_spec(source)
-            source.loader.exec_module(module)
-        else:
-            if os.getcwd() not in sys.path:  # a console script does not look there
-                sys.path.append(os.getcwd())
-            module = importlib.import_module(module_name)
-    except (ImportError, OSError) as error:
-        raise InputError(f"--rewards {spec}: {first_line(error)}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(f"--rewards {spec}: {module_name} has no function {function_name!r}")
-    return function

@@ -1,24 +1,32 @@
-"""Sampling completions, and what the two models predict at their tokens: logits, or hidden states.
+"""Sampling completions: the batch in which prompts and completions lie, and the function that fills it.
 
 Prompts are padded on the left, completions on the right, so that every completion starts in the same column. `mask`
 marks the completion's real tokens: everything up to the end-of-sequence token, which counts, or up to the length
 limit if there is none (a truncated completion).
+
+A function of the user's own may sample instead, on a server for instance:
+
+    rollout(prompts, sampling, policy) -> {"completion_ids": [[...], ...], "logprobs": [[...], ...] or None}
+
+`prompts` are lists of token ids, `sampling` a `Sampling`, `policy` the student as a transformers model, whose weights a
+server needs. A completion's ids end with its end-of-sequence token, or without one at the length limit. `logprobs`, in
+nats, are only compared with those that the trainer computes itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import cmdp_fast as cf
-
 from .data import Row
 from .errors import InputError
+
+RolloutFunction = Callable[..., dict[str, Any]]
 
 
 @dataclass
@@ -30,14 +38,21 @@ class Rollout:
     tokens: Tensor
     mask: Tensor
     finished: Tensor  # [B]: has an end-of-sequence token
+    sampler_logprob: Tensor | None = None  # [B, T], where the sampler says what it drew with
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def rows(self, index: Tensor | slice) -> Rollout:
         """Some of the completions."""
+        drawn = None if self.sampler_logprob is None else self.sampler_logprob[index]
         return Rollout(
-            self.prompt_ids[index], self.prompt_mask[index], self.tokens[index], self.mask[index], self.finished[index]
+            self.prompt_ids[index],
+            self.prompt_mask[index],
+            self.tokens[index],
+            self.mask[index],
+            self.finished[index],
+            drawn,
         )
 
     def completion_ids(self) -> list[list[int]]:
@@ -47,13 +62,20 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are sampled: from the whole softmax at a temperature, until an end-of-sequence token."""
+    """How completions are sampled, in the words of `GenerationConfig`.
 
-    max_length: int
+    Unless `top_k` or `top_p` say otherwise, from the whole softmax at a temperature: only then is the sampled
+    distribution the one that is scored.
+    """
+
+    max_new_tokens: int
     temperature: float
     eos: tuple[int, ...]
     pad: int
     suppress: tuple[int, ...] = ()  # columns of the student's that the teacher does not have
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 0  # prompts at once; 0: all
 
 
 def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -80,65 +102,114 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Any) -> list[list[int]]:
     return ids
 
 
-@torch.no_grad()
-def generate(policy: Any, prompts: Sequence[list[int]], sampling: Sampling) -> Rollout:
-    """Samples a completion of each prompt."""
-    width = max(len(ids) for ids in prompts)
-    device = policy.device
-    prompt_ids = torch.tensor([[sampling.pad] * (width - len(ids)) + ids for ids in prompts], device=device)
-    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    prompt_mask = torch.arange(width, device=device) >= width - lengths[:, None]
-    with _plain_sampling(policy, sampling):
-        sequences = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
-    tokens = sequences[:, width:]
-    mask, finished = completion_mask(tokens, sampling.eos)
-    return Rollout(prompt_ids, prompt_mask, tokens, mask, finished)
+def generate(
+    policy: Any,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    *,
+    mixed_with: Callable[[Tensor], Any] | None = None,
+    synced_gpus: bool = False,
+) -> Rollout:
+    """Samples a completion of each prompt with transformers: batched, cached, prompts of like length together.
+
+    ``mixed_with`` makes a logits processor for a batch from its prompts' mask [B, P] (`minillm.py`). ``synced_gpus``:
+    every process runs as many steps as the slowest, as a model spread over them needs.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if sampling.batch_size else range(len(prompts))
+    size = sampling.batch_size or len(prompts)
+    completions: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(prompts), size):
+        some = order[start : start + size]
+        for i, ids in zip(
+            some, _generate([prompts[i] for i in some], policy, sampling, mixed_with, synced_gpus), strict=True
+        ):
+            completions[i] = ids
+    return assemble(prompts, completions, sampling, policy.device)
 
 
-def completion_mask(tokens: Tensor, eos: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(mask [B, T], finished [B]): a token counts if no end-of-sequence token came before it.
+def assemble(
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    sampling: Sampling,
+    device: torch.device,
+    logprobs: Sequence[Sequence[float]] | None = None,
+) -> Rollout:
+    """The batch of prompts and completions given as lists of token ids; nothing may follow an end of sequence."""
+    prompt_ids, prompt_mask = _left_padded(prompts, sampling.pad, device)
+    width = max(len(ids) for ids in completions)
+    tokens = torch.tensor([ids + [sampling.pad] * (width - len(ids)) for ids in completions], device=device)
+    lengths = torch.tensor([len(ids) for ids in completions], device=device)
+    mask = torch.arange(width, device=device) < lengths[:, None]
+    finished = torch.tensor([ids[-1] in sampling.eos for ids in completions], device=device)
+    drawn = None
+    if logprobs is not None:
+        drawn = torch.tensor([[*row, *[0.0] * (width - len(row))] for row in logprobs], device=device)
+    return Rollout(prompt_ids, prompt_mask, tokens, mask, finished, drawn)
+
+
+def call_rollout(
+    function: RolloutFunction, name: str, prompts: list[list[int]], sampling: Sampling, policy: Any
+) -> Rollout:
+    """The completions that a function of the user's samples. Raises InputError for anything that it may not return."""
+    result = function(prompts=prompts, sampling=sampling, policy=policy)
+    if not isinstance(result, dict) or "completion_ids" not in result:
+        raise InputError(
+            f"--rollout {name} must return a dict with completion_ids, it returned {type(result).__name__}"
+        )
+    completions = [list(ids) for ids in result["completion_ids"]]
+    if len(completions) != len(prompts):
+        raise InputError(f"--rollout {name} returned {len(completions)} completions for {len(prompts)} prompts")
+    for ids in completions:
+        if not 0 < len(ids) <= sampling.max_new_tokens:
+            raise InputError(
+                f"--rollout {name} returned a completion of {len(ids)} tokens, expected 1 to {sampling.max_new_tokens}"
+            )
+        if any(token in sampling.eos for token in ids[:-1]):
+            raise InputError(f"--rollout {name} returned tokens after an end of sequence: {ids}")
+    logprobs = result.get("logprobs")
+    if logprobs is not None and [len(row) for row in logprobs] != [len(ids) for ids in completions]:
+        raise InputError(f"--rollout {name} returned logprobs of other lengths than its completions")
+    return assemble(prompts, completions, sampling, policy.device, logprobs)
+
+
+def completion_mask(tokens: Tensor, eos: Sequence[int]) -> Tensor:
+    """mask [B, T]: a token counts if no end-of-sequence token came before it.
 
     The first end-of-sequence token counts itself. Padding is recognised by its position and not by its number: many
     models pad with a token that also ends a sequence.
     """
     ends = torch.isin(tokens, torch.tensor(eos, device=tokens.device))
-    return ends.long().cumsum(1) - ends.long() == 0, ends.any(1)
+    return ends.long().cumsum(1) - ends.long() == 0
 
 
-def completion_logits(model: Any, rollout: Rollout) -> Tensor:
-    """The logits [B, T, V] from which the completions' tokens were, or would be, drawn."""
-    return _last(model(**_inputs(rollout)).logits, rollout)
+@torch.no_grad()
+def _generate(
+    prompts: Sequence[list[int]], policy: Any, sampling: Sampling, mixed_with: Any, synced_gpus: bool
+) -> list[list[int]]:
+    from transformers import LogitsProcessorList
+
+    prompt_ids, prompt_mask = _left_padded(prompts, sampling.pad, policy.device)
+    with _plain_sampling(policy, sampling if mixed_with is None else replace(sampling, temperature=1.0)):
+        sequences = policy.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long(),
+            logits_processor=None if mixed_with is None else LogitsProcessorList([mixed_with(prompt_mask)]),
+            synced_gpus=synced_gpus,
+        )
+    tokens = sequences[:, prompt_ids.shape[1] :]
+    return [row[keep].tolist() for row, keep in zip(tokens, completion_mask(tokens, sampling.eos), strict=True)]
 
 
-def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
-    """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`."""
-    return _last(cf.last_hidden_state(model, **_inputs(rollout)), rollout)
-
-
-def _inputs(rollout: Rollout) -> dict[str, Any]:
-    """What a model is given to predict the completions: everything but their last token, which predicts nothing."""
-    attention = torch.cat([rollout.prompt_mask, rollout.mask[:, :-1]], dim=1).long()
-    return {
-        "input_ids": torch.cat([rollout.prompt_ids, rollout.tokens[:, :-1]], dim=1),
-        "attention_mask": attention,
-        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),  # as in generate: padding does not count
-        "logits_to_keep": rollout.tokens.shape[1],
-        "use_cache": False,
-    }
-
-
-def _last(rows: Tensor, rollout: Rollout) -> Tensor:
-    """The rows that predict the completions' tokens.
-
-    Only a model that knows no logits_to_keep needs the slice; taking it for nothing would copy the gradient.
-    """
-    length = rollout.tokens.shape[1]
-    return rows if rows.shape[1] == length else rows[:, -length:]
+def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(ids) for ids in prompts)
+    prompt_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+    return prompt_ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
 @contextmanager
 def _plain_sampling(policy: Any, sampling: Sampling) -> Iterator[None]:
-    """Generation settings under which the sampled distribution *is* the softmax that is scored afterwards.
+    """Generation settings under which nothing happens to the softmax but what `sampling` says.
 
     `generate` fills whatever a call leaves open from the model's own settings, and many models come with a top-p, a
     top-k or a repetition penalty; so those are put aside while it runs.
@@ -149,9 +220,9 @@ def _plain_sampling(policy: Any, sampling: Sampling) -> Iterator[None]:
     policy.generation_config = GenerationConfig(
         do_sample=True,
         temperature=sampling.temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=sampling.max_length,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        max_new_tokens=sampling.max_new_tokens,
         eos_token_id=list(sampling.eos),
         pad_token_id=sampling.pad,
         suppress_tokens=list(sampling.suppress) or None,

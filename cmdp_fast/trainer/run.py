@@ -9,19 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from .checkpoint import check_run_folder, make_run_folder, save_student, write_json, write_text
 from .config import TrainConfig
+from .constraint import evaluation_constraint
 from .data import load_problems
 from .errors import InputError
 from .evaluate import evaluate
+from .experience import Collector
+from .gkd import GKD
+from .imports import import_function
+from .minillm import MiniLLM
 from .models import common_vocabulary, load_pair
+from .off_policy import OffPolicy
 from .ppo import PPO
 from .report import MetricsLog, Report, plot_curves, samples_text
 from .rewards import load_rewards
 from .rollout import Sampling, encode_prompts, end_tokens
+from .value import ValueHead
 
 SAMPLES = 20
+STEPS: dict[str, type[PPO]] = {"ppo": PPO, "gkd": GKD, "minillm": MiniLLM, "sft": OffPolicy, "kd": OffPolicy}
 
 
 def train(config: TrainConfig) -> Path:
@@ -40,18 +49,19 @@ def train(config: TrainConfig) -> Path:
     held_out = problems.held_out[: config.eval_prompts]
     _check_lengths(config, [student, teacher], train_prompts + encode_prompts(held_out, tokenizer))
 
-    ppo = make_ppo(config, student, teacher, tokenizer, rewards)
+    ppo = make_ppo(config, Accelerator(mixed_precision=config.mixed_precision), student, teacher, tokenizer, rewards)
+    collector = ppo.collector
     order = shuffled(len(problems.train), config.prompts_per_step, config.seed)
 
     clock = ppo.clock
     report.say(
         f"{len(problems.train)} problems to train on, {len(problems.held_out)} held out; "
-        f"{config.kind}, budget {config.budget:g} for the {config.account}"
+        f"{config.method or config.kind}, budget {config.budget:g} nats of cumulative {evaluation_constraint(config).cost}"
     )
     results: dict[str, Any] = {}
     samples = {}
     for who, policy in (("teacher", ppo.teacher), ("student_before", ppo.student)):
-        results[who], samples[who] = evaluate(ppo, policy, held_out, clock, report, who)
+        results[who], samples[who] = evaluate(collector, policy, held_out, clock, report, who)
         report.say(f"{who:<15}{_describe(results[who])}")
 
     folder = make_run_folder(config)
@@ -69,11 +79,11 @@ def train(config: TrainConfig) -> Path:
                 f"within budget {metrics['cmdp/constraint_satisfaction']:.0%}"
             )
             if step < config.steps and config.eval_every and step % config.eval_every == 0:
-                log.evaluation(step, evaluate(ppo, ppo.student, held_out, clock)[0])
+                log.evaluation(step, evaluate(collector, ppo.student, held_out, clock)[0])
             if config.save_every and step % config.save_every == 0:
                 save_student(ppo.student, tokenizer, folder)
         who = "student_after"
-        results[who], samples[who] = evaluate(ppo, ppo.student, held_out, clock, report, who)
+        results[who], samples[who] = evaluate(collector, ppo.student, held_out, clock, report, who)
         log.evaluation(config.steps, results[who])
         report.say(f"{who:<15}{_describe(results[who])}")
     except KeyboardInterrupt:
@@ -84,49 +94,57 @@ def train(config: TrainConfig) -> Path:
         save_student(ppo.student, tokenizer, folder)
         log.close()
         write_json(folder / "summary.json", summary(config, ppo, results, done, interrupted))
-        plot_curves(folder / "curves.png", log, config.account, config.budget, results["teacher"]["accuracy"])
+        plot_curves(folder / "curves.png", log, evaluation_constraint(config), results["teacher"]["accuracy"])
         shown = ((who, some[:: config.eval_generations][:SAMPLES]) for who, some in samples.items())
         write_text(folder / "samples.txt", samples_text(shown))
         report.say(f"{folder}: student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt")
     return folder
 
 
-def make_ppo(config: TrainConfig, student: Any, teacher: Any, tokenizer: Any, rewards: dict[str, Any]) -> PPO:
-    """The models on their device with an optimizer, ready for a step. Seeds the random numbers."""
-    from accelerate import Accelerator
+def make_ppo(
+    config: TrainConfig, accelerator: Any, student: Any, teacher: Any, tokenizer: Any, rewards: dict[str, Any]
+) -> PPO:
+    """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
     from transformers import get_scheduler
 
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise InputError(f"cmdp-fast train runs in one process, it was launched in {accelerator.num_processes}")
-    set_seed(config.seed)
-    # Not `prepare`d: that would copy every output to float32, and the kernels read bfloat16 logits as they are.
-    student = student.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
-    scheduler = get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
+    set_seed(config.seed, device_specific=accelerator.num_processes > 1)
     vocab_size = common_vocabulary(student, teacher)
     sampling = Sampling(
-        max_length=config.max_completion_length,
+        max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         eos=end_tokens(student, tokenizer),
         pad=tokenizer.pad_token_id,
         suppress=tuple(range(vocab_size, student.get_output_embeddings().weight.shape[0])),
+        top_k=config.top_k,
+        top_p=config.top_p,
+        batch_size=config.rollout_batch_size,
     )
-    return PPO(
+    groups = [{"params": list(student.parameters()), "lr": config.learning_rate}]
+    value_head = None
+    if config.algorithm == "ppo" and config.baseline == "gae":
+        value_head = ValueHead(student.config.get_text_config().hidden_size).to(accelerator.device)
+        groups.append({"params": list(value_head.parameters()), "lr": config.value_learning_rate})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    scheduler = get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
+    if accelerator.num_processes > 1:
+        student, optimizer = accelerator.prepare(student, optimizer)
+        value_head = value_head and accelerator.prepare(value_head)
+    else:  # not `prepare`d: that would copy every output to float32, and the kernels read bfloat16 logits as they are
+        student, optimizer = student.to(accelerator.device), accelerator.prepare(optimizer)
+    collector = Collector(
         config,
         accelerator=accelerator,
         student=student,
         teacher=teacher.to(accelerator.device),
         tokenizer=tokenizer,
-        optimizer=accelerator.prepare(optimizer),
-        scheduler=scheduler,
         sampling=sampling,
         vocab_size=vocab_size,
         rewards=rewards,
+        rollout=import_function("--rollout", config.rollout) if config.rollout else None,
     )
+    step = STEPS[config.algorithm]
+    return step(collector, optimizer=optimizer, scheduler=scheduler, value_head=value_head)
 
 
 def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -168,8 +186,8 @@ def _check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[in
     longest = max(len(ids) for ids in prompts)
     for model in models:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and longest + config.max_completion_length > limit:
+        if limit and longest + config.max_new_tokens > limit:
             raise InputError(
-                f"a prompt of {longest} tokens and --max-completion-length {config.max_completion_length} do not fit "
+                f"a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens} do not fit "
                 f"the {limit} positions of {model.config.name_or_path}"
             )

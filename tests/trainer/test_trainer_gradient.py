@@ -7,7 +7,6 @@ import torch
 from tiny_pair import ppo_of, settings, tiny_model
 
 from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.report import Clock
 from cmdp_fast.trainer.rollout import encode_prompts
 
 
@@ -35,8 +34,8 @@ def experience_of(config: TrainConfig, repeat: int = 4):
     """A step's experience on prompts of several lengths."""
     ppo, rows, _ = ppo_of(config)
     rows = [row for row in rows for _ in range(config.num_generations)] * repeat
-    prompts = [ids * (1 + i % 3) for i, ids in enumerate(encode_prompts(rows, ppo.tokenizer))]
-    experience = ppo.experience(ppo.student, rows, prompts, Clock(), keep_outputs=True)
+    prompts = [ids * (1 + i % 3) for i, ids in enumerate(encode_prompts(rows, ppo.collector.tokenizer))]
+    experience = ppo.collect(rows, prompts, ppo.constraint())
     lengths = experience.rollout.mask.sum(1).tolist()
     assert len(set(lengths)) > 1 and experience.rollout.finished.any()
     completions = [tokens[:n] for tokens, n in zip(experience.rollout.tokens, lengths, strict=True)]
@@ -46,7 +45,7 @@ def experience_of(config: TrainConfig, repeat: int = 4):
 @pytest.mark.parametrize("temperature, logits", [(1.0, "tiled"), (0.7, "tiled"), (0.7, "full")])
 def test_scores_are_the_models_own(temperature, logits, family_pair):
     """Padding on both sides and batching change nothing: a completion alone has the same log-probabilities."""
-    config = settings(family_pair, temperature=temperature, max_completion_length=12, logits=logits)
+    config = settings(family_pair, temperature=temperature, max_new_tokens=12, logits=logits)
     ppo, experience, prompts, completions = experience_of(config)
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         n = len(completion)
@@ -70,13 +69,13 @@ def test_scores_are_the_models_own(temperature, logits, family_pair):
 @pytest.mark.parametrize("logits", ["tiled", "full"])
 def test_gradient_of_a_step(logits, family_pair):
     """The update's gradient against the formula, written out for each completion alone."""
-    config = settings(family_pair, max_completion_length=12, kind="hinge", temperature=0.9, budget=0.5, logits=logits)
+    config = settings(family_pair, max_new_tokens=12, kind="hinge", temperature=0.9, budget=0.5, logits=logits)
     ppo, experience, prompts, completions = experience_of(config)
     size = len(prompts)
     torch.manual_seed(0)
     advantage, direct = torch.randn(experience.rollout.mask.shape), torch.rand(experience.rollout.mask.shape)
-    loss, _, logits = ppo.loss(experience, advantage, direct, torch.arange(size), size)
-    ppo.backward(loss, logits)
+    loss, _, outputs = ppo.loss(experience, {"advantage": advantage, "direct": direct}, size)
+    ppo.backward(loss, outputs)
     ours = {name: p.grad.clone() for name, p in ppo.student.named_parameters() if p.grad is not None}
     ppo.student.zero_grad()
     expected = torch.zeros(())

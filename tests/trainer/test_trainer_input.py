@@ -13,8 +13,9 @@ import pytest
 from tiny_pair import PROBLEMS, arguments, tiny_model
 
 from cmdp_fast.cli import main
-from cmdp_fast.trainer.config import RECIPES, TrainConfig, parse
+from cmdp_fast.trainer.config import TrainConfig
 from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.trainer.parse import METHODS, RECIPES, parse
 
 BAD_INPUT = {
     "budget 0": (dict(budget=0), "--budget must be a positive number, not 0.0"),
@@ -37,7 +38,7 @@ BAD_INPUT = {
     "reward function": (dict(rewards="math:no_such_function"), "math has no function 'no_such_function'"),
     "answer pattern": (dict(answer_pattern="("), "--answer-pattern"),
     "tokenizers": (dict(teacher="{other_tokenizer}"), "must share a tokenizer"),
-    "too long": (dict(max_completion_length=62), "do not fit the 64 positions"),
+    "too long": (dict(max_new_tokens=62), "do not fit the 64 positions"),
     "existing folder": (dict(name="taken"), "choose another --name"),
     "recipe": (dict(recipe="slowstart"), "--recipe slowstart"),
     "one completion a prompt": (dict(num_generations=1), "--num-generations"),
@@ -110,6 +111,18 @@ def test_recipes_of_the_package(recipe):
     assert parse([f"--recipe={recipe}", *models]).recipe == recipe
 
 
+@pytest.mark.parametrize("method", sorted(path.stem for path in METHODS.glob("*.toml")))
+def test_methods_of_the_package(method, pair, tmp_path):
+    """Each is described, goes over the recipe and under the command line, and trains."""
+    first = (METHODS / f"{method}.toml").read_text().splitlines()[0]
+    assert first.startswith(f"# cmdp-fast train --method {method}")
+    changes = {"method": method, "minibatch_size": 5, "prefix_budget": 1.0}
+    config = parse(arguments(pair, tmp_path, **changes)[1:])
+    assert (config.method, config.minibatch_size, config.budget) == (method, 5, 2.0)
+    assert config.algorithm == method or (config.kind == method) != (method == "grpo")
+    assert main(arguments(pair, tmp_path, **changes)) == 0
+
+
 def test_other_task_of_reasoning_gym(pair, tmp_path):
     """A task of words, judged by itself, with the pair's recipe."""
     student = tiny_model(tmp_path / "s", seed=1, alphabet="".join(map(chr, range(33, 127))), positions=512)
@@ -117,9 +130,7 @@ def test_other_task_of_reasoning_gym(pair, tmp_path):
     command = (
         f"train --recipe=pair --student={student} --teacher={teacher} --task=spell_backward --task-size=30 --steps=1"
     )
-    command += (
-        f" --rewards=reasoning_gym --max-completion-length=4 --prompts-per-step=2 --output-dir={tmp_path / 'runs'}"
-    )
+    command += f" --rewards=reasoning_gym --max-new-tokens=4 --prompts-per-step=2 --output-dir={tmp_path / 'runs'}"
     assert main(command.split()) == 0
     assert (tmp_path / "runs" / "pair" / "summary.json").exists()
 

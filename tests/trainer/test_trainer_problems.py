@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import builtin, data, rewards
-from cmdp_fast.trainer.config import read_recipe
 from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.trainer.parse import read_recipe
 from cmdp_fast.trainer.report import Report
 
 

@@ -14,19 +14,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cmdp_fast as cf
 from cmdp_fast.trainer.checkpoint import as_json, save_student
 from cmdp_fast.trainer.evaluate import evaluate
-from cmdp_fast.trainer.ppo import at_last_token
+from cmdp_fast.trainer.experience import at_last_token
 from cmdp_fast.trainer.report import Clock
-from cmdp_fast.trainer.rollout import completion_hidden, completion_logits, completion_mask, generate
+from cmdp_fast.trainer.rollout import completion_mask, generate
 from cmdp_fast.trainer.run import shuffled
+from cmdp_fast.trainer.scoring import completion_hidden, completion_logits
 
 
 def test_completion_mask():
     eos = (2, 7)
     tokens = torch.tensor([[5, 2, 2, 2], [5, 6, 5, 6], [2, 2, 2, 2], [5, 6, 5, 7], [7, 5, 5, 2]])
-    mask, finished = completion_mask(tokens, eos)
+    mask = completion_mask(tokens, eos)
     assert mask.sum(1).tolist() == [2, 4, 1, 4, 1]  # the end counts, what follows does not
     assert (mask.long().diff(dim=1) <= 0).all()
-    assert finished.tolist() == [True, False, True, True, True]
 
 
 def test_at_last_token():
@@ -48,7 +48,7 @@ def test_shuffled_visits_everything_equally():
 def test_completion_hidden_is_what_the_head_turns_into_completion_logits(pair, family, keeps, tmp_path):
     """For prompts of different lengths, and for a model that knows no logits_to_keep."""
     ppo, _, prompts = ppo_of(settings(pair))
-    rollout = generate(ppo.student, [prompts[0], prompts[1] * 2, prompts[2][:1]], ppo.sampling)
+    rollout = generate(ppo.student, [prompts[0], prompts[1] * 2, prompts[2][:1]], ppo.collector.sampling)
     assert not rollout.prompt_mask.all()
     model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, seed=3, family=family))
     if not keeps:
@@ -69,7 +69,7 @@ def test_rollout_samples_the_whole_softmax(pair):
     own = ppo.student.generation_config
     own.top_k, own.repetition_penalty, own.do_sample = 1, 3.0, True
     torch.manual_seed(0)
-    rollout = generate(ppo.student, prompts[:1] * 8000, dataclasses.replace(ppo.sampling, max_length=1))
+    rollout = generate(ppo.student, prompts[:1] * 8000, dataclasses.replace(ppo.collector.sampling, max_new_tokens=1))
     assert ppo.student.generation_config is own and own.top_k == 1
     counts = torch.bincount(rollout.tokens[:, 0], minlength=120)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_columns_that_the_teacher_lacks_are_not_sampled(pair):
     ppo.student.resize_token_embeddings(40, mean_resizing=False)
     with torch.no_grad():
         ppo.student.get_output_embeddings().weight[20:] = ppo.student.get_output_embeddings().weight[5]
-    sampling = dataclasses.replace(ppo.sampling, suppress=tuple(range(20, 40)))
+    sampling = dataclasses.replace(ppo.collector.sampling, suppress=tuple(range(20, 40)))
     assert generate(ppo.student, prompts * 50, sampling).tokens.max() < 20
 
 
@@ -101,7 +101,7 @@ def test_columns_that_the_teacher_lacks_are_not_sampled(pair):
         ("lagrangian", {"coefficient": 0.5}),
         ("pid", {"coefficient": 0.1}),
         ("barrier", {"coefficient": 0.5}),
-        ("worst_case", {"cost": "nll", "budget": 3.0}),
+        ("worst_case", {"cost": "nll", "prefix_budget": 3.0}),
     ],
 )
 def test_a_step_of_every_kind(kind, changes, pair):
@@ -113,7 +113,7 @@ def test_a_step_of_every_kind(kind, changes, pair):
     assert all(p.grad is None for p in ppo.teacher.parameters())
     direct = metrics["loss/direct"]
     assert direct > 0 if kind in ("cmdp", "hinge", "lagrangian", "barrier") and "k1" not in changes.values() else True
-    if ppo.config.action_dependent:
+    if ppo.constraint().action_dependent:
         assert direct == 0
     assert ("cmdp/lambda" in metrics) == (kind in ("lagrangian", "pid"))
     assert ("cmdp/prefix_satisfaction" in metrics) == (kind == "worst_case")
@@ -123,29 +123,27 @@ def test_pid_moves_its_multiplier(pair):
     ppo, rows, prompts = ppo_of(settings(pair, kind="pid", coefficient=0.1, budget=0.5))
     metrics = ppo.step(rows, prompts)
     assert metrics["cmdp/lambda"] == pytest.approx(0.1) and metrics["cmdp/mean_cumulative"] > 0.5
-    assert ppo.coefficient > 0.1
+    assert ppo.pid.coefficient > 0.1 and ppo.constraint().coefficient == ppo.pid.coefficient
 
 
-def test_direct_term_is_divided_like_the_advantage(pair, monkeypatch):
+def test_direct_term_is_divided_like_the_advantage(pair):
     ppo, rows, prompts = ppo_of(settings(pair, kind="lagrangian", coefficient=0.5, baseline="grpo", epochs=1))
     rows, prompts = ([item for item in items for _ in range(4)] for items in (rows, prompts))
-    experience = ppo.experience(ppo.student, rows, prompts, Clock())
-    advantage, scale = ppo.advantage(experience)
-    given = []
-    loss = ppo.loss
-    monkeypatch.setattr(ppo, "loss", lambda e, a, direct, *rest: given.append(direct) or loss(e, a, direct, *rest))
-    ppo.update(experience, advantage, scale)
-    expected = torch.where(experience.rollout.mask, 0.5 / scale[:, None], 0.0)
-    torch.testing.assert_close(given[0], expected)
+    constraint = ppo.constraint()
+    experience = ppo.collect(rows, prompts, constraint)
+    targets = ppo.targets(experience, constraint)
     returns = experience.reward.sum(1).view(3, 4)
     deviation = returns.std(1, keepdim=True) + 1e-4
-    torch.testing.assert_close(scale.view(3, 4), deviation.expand(3, 4))
-    torch.testing.assert_close(advantage[:, 0].view(3, 4), (returns - returns.mean(1, keepdim=True)) / deviation)
+    scale = deviation.expand(3, 4).reshape(-1)
+    expected = torch.where(experience.rollout.mask, 0.5 / scale[:, None], 0.0)
+    torch.testing.assert_close(targets["direct"], expected)
+    advantage = (returns - returns.mean(1, keepdim=True)) / deviation
+    torch.testing.assert_close(targets["advantage"][:, 0].view(3, 4), advantage)
 
 
 def test_failed_save_keeps_the_earlier_student(pair, tmp_path):
     ppo, _, _ = ppo_of(settings(pair))
-    save_student(ppo.student, ppo.tokenizer, tmp_path)
+    save_student(ppo.student, ppo.collector.tokenizer, tmp_path)
 
     class Broken:
         def save_pretrained(self, _):
@@ -154,7 +152,7 @@ def test_failed_save_keeps_the_earlier_student(pair, tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save_student(ppo.student, Broken(), tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path / "student").eos_token == "."
-    save_student(ppo.student, ppo.tokenizer, tmp_path)
+    save_student(ppo.student, ppo.collector.tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -177,7 +175,7 @@ def test_seed_reaches_the_sampling(pair):
     tokens = []
     for seed in (0, 0, 1):
         ppo, _, prompts = ppo_of(settings(pair, seed=seed))
-        tokens.append(generate(ppo.student, prompts * 8, ppo.sampling).completion_ids())
+        tokens.append(generate(ppo.student, prompts * 8, ppo.collector.sampling).completion_ids())
     assert tokens[0] == tokens[1] != tokens[2]
 
 
@@ -202,9 +200,9 @@ def test_evaluation_leaves_the_random_state_alone(pair):
     ppo, rows, _ = ppo_of(settings(pair))
     state = torch.get_rng_state()
     clock = Clock()
-    first, _ = evaluate(ppo, ppo.student, rows, clock)
+    first, _ = evaluate(ppo.collector, ppo.student, rows, clock)
     assert torch.equal(state, torch.get_rng_state())
-    assert evaluate(ppo, ppo.student, rows, clock)[0] == first
+    assert evaluate(ppo.collector, ppo.student, rows, clock)[0] == first
     assert clock.seconds.keys() == {"evaluation"}
 
 

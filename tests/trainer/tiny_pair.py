@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -59,7 +60,7 @@ def settings(pair: dict[str, str], **changes) -> TrainConfig:
         steps=2,
         prompts_per_step=3,
         num_generations=4,
-        max_completion_length=6,
+        max_new_tokens=6,
         minibatch_size=6,
         micro_batch_size=5,
         learning_rate=1e-2,
@@ -83,7 +84,7 @@ def arguments(pair: dict[str, str], output: Path, **changes) -> list[str]:
         "steps": 2,
         "prompts_per_step": 3,
         "num_generations": 4,
-        "max_completion_length": 6,
+        "max_new_tokens": 6,
         "minibatch_size": 6,
         "micro_batch_size": 5,
         "learning_rate": 1e-2,
@@ -101,10 +102,10 @@ def ppo_of(config: TrainConfig, **reward_functions) -> tuple[PPO, list, list]:
     student, teacher, tokenizer = load_pair(config, problems.train, Report())
     functions = reward_functions or rewards.load_rewards(config, problems.train[0])
     AcceleratorState._reset_state(reset_partial_state=True)  # or the first precision of the process would stay
-    ppo = make_ppo(config, student, teacher, tokenizer, functions)
+    ppo = make_ppo(config, Accelerator(mixed_precision=config.mixed_precision), student, teacher, tokenizer, functions)
     rows = problems.train[: config.prompts_per_step]
     return ppo, rows, encode_prompts(rows, tokenizer)
 
 
 def untimed(metrics: dict) -> dict:
-    return {name: value for name, value in metrics.items() if name != "step_time"}
+    return {name: value for name, value in metrics.items() if name not in ("step_time", "tokens_per_second")}

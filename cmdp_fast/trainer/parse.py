@@ -1,0 +1,87 @@
+"""From a recipe, a method and the command line to a configuration.
+
+Precedence, lowest first: the defaults of `TrainConfig`, the recipe (models, task, budget), the method (what is done
+about the budget), the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from .config import TrainConfig, check_choices
+from .errors import InputError, first_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+METHODS = RECIPES / "methods"
+
+
+def read_recipe(name: str, method: str = "") -> TrainConfig:
+    """The configuration in a recipe, changed by a method; each is one of the package by name or a TOML file by path.
+
+    Without a method it is the one that the recipe names, if it does. Raises InputError for a file that is not there or
+    not valid, and for settings that do not exist or have the wrong type.
+    """
+    values = _read("recipe", name, RECIPES)
+    method = method or values.get("method", "")
+    if method:
+        values |= _read("method", method, METHODS) | {"method": method}
+    config = TrainConfig(**{**values, "recipe": name})
+    check_choices(config)
+    return config
+
+
+def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
+    """The settings in a TOML file, as the types that TrainConfig has."""
+    path = Path(name) if str(name).endswith(".toml") else folder / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise InputError(f"--{option} {name}: neither a TOML file nor one of the package's {option}s ({known})")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--{option} {name}: not valid TOML: {first_line(error)}") from error
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    for key, value in values.items():
+        if key not in fields:
+            raise InputError(f"--{option} {name}: there is no setting named {key!r}")
+        default = TrainConfig.__dataclass_fields__[key].default
+        if isinstance(default, tuple):
+            values[key] = value = tuple(value) if isinstance(value, list) else value
+        elif isinstance(default, float) and type(value) is int:
+            values[key] = value = float(value)
+        expected = dict if default is dataclasses.MISSING else type(default)
+        if type(value) is not expected:
+            raise InputError(f"--{option} {name}: {key} must be {expected.__name__}, not {value!r}")
+    return values
+
+
+def parse(args: Sequence[str], prog: str = "cmdp-fast train") -> TrainConfig:
+    """The configuration that the command line asks for, validated.
+
+    Raises InputError for what cannot work; tyro itself exits with code 2 on options that do not exist.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="quickstart")
+    first.add_argument("--method", default="")
+    base, _ = first.parse_known_args(list(args))
+    config = tyro.cli(
+        TrainConfig,
+        prog=prog,
+        description="Distil a student from a teacher under a budget of divergence, with PPO.",
+        default=read_recipe(base.recipe, base.method),
+        args=list(args),
+    )
+    config.validate()
+    return config
