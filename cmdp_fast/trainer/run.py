@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> Path:
     clock = ppo.clock
     report.say(
         f"{len(problems.train)} problems to train on, {len(problems.held_out)} held out; "
-        f"{config.method or config.kind}, budget {config.budget:g} nats of cumulative {evaluation_constraint(config).cost}"
+        f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
     )
     results: dict[str, Any] = {}
     samples = {}

@@ -78,7 +78,7 @@ def test_reward_gets_the_arguments_of_trl(pair):
         "note": [row["note"] for row in rows for _ in range(4)],
     }
     for text, ids in zip(seen["completions"], seen["completion_ids"], strict=True):
-        assert text == ppo.tokenizer.decode(ids, skip_special_tokens=True) and 1 <= len(ids) <= 6
+        assert text == ppo.collector.tokenizer.decode(ids, skip_special_tokens=True) and 1 <= len(ids) <= 6
     odd_share = sum(row["note"] % 2 for row in rows) / len(rows)
     assert 0 < odd_share < 1  # or the test would show nothing
     assert metrics["rewards/odd/mean"] == 1.0 and metrics["rewards/half/mean"] == 0.5
