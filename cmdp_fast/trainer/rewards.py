@@ -125,15 +125,17 @@ def text_of(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def as_completion(prompt: Any, text: str) -> Any:
+    """What functions of the user's are given as the completion: a text, or for a chat a list of one message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def call_rewards(
     functions: dict[str, RewardFunction], rows: Sequence[Row], texts: Sequence[str], completion_ids: list[list[int]]
 ) -> dict[str, list[float]]:
     """Calls each function once for all completions. Returns a value a completion by name, NaN for None."""
     prompts = [row["prompt"] for row in rows]
-    completions: list[Any] = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     values = {}
     for name, function in functions.items():
