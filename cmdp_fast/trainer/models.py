@@ -16,13 +16,14 @@ from .report import Report
 
 
 def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tuple[Any, Any, Any]:
-    """(student, teacher, tokenizer), on the CPU; the teacher frozen. The student's weights are float32.
+    """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none. The
+    student's weights are float32.
 
     Raises InputError if a model cannot be loaded or the tokenizers differ.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    sources = {"student": config.student, "teacher": config.teacher}
+    sources = {"student": config.student, **({"teacher": config.teacher} if config.teacher else {})}
     folders, tokenizers = {}, {}
     for role, name in sources.items():  # everything cheap before anything is trained or read
         if not name.startswith("builtin:"):
@@ -32,7 +33,8 @@ def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tupl
         if name.startswith("builtin:"):
             folders[role] = str(builtin_folder(name, config, train, report))
             tokenizers[role] = _load(AutoTokenizer, role, folders[role])
-    check_tokenizers(tokenizers["student"], tokenizers["teacher"])
+    if config.teacher:
+        check_tokenizers(tokenizers["student"], tokenizers["teacher"])
 
     tokenizer = tokenizers["student"]
     tokenizer.padding_side = "left"
@@ -41,6 +43,8 @@ def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tupl
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     student = _load_model("student", folders["student"], torch.float32)
+    if not config.teacher:
+        return student.eval(), None, tokenizer
     half = config.mixed_precision == "bf16"
     teacher = _load_model("teacher", folders["teacher"], torch.bfloat16 if half else torch.float32)
     # Dropout off throughout: PPO's ratio has to be 1 where the policy has not changed.
