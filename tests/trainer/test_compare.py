@@ -1,4 +1,4 @@
-"""`cmdp-fast compare`: real runs of tiny models, killed and taken up again, and what is refused before anything runs."""
+"""`cmdp-fast compare`: real runs of tiny models, killed and taken up again; what is refused before anything runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from cmdp_fast.cli import main
+from cmdp_fast.trainer import parse
 from cmdp_fast.trainer.compare import run_all
-from cmdp_fast.trainer.comparison import METHODS, CompareConfig, plan, variant
-from cmdp_fast.trainer.comparison_plots import sweeps
-from cmdp_fast.trainer.comparison_table import Row, cell, columns_of, estimate, markdown
-
-LAST_WORDS = "second-to-last of its prompt"
+from cmdp_fast.trainer.comparison import METHODS as DEFAULT_METHODS
+from cmdp_fast.trainer.comparison import CompareConfig, Run, plan, variant
+from cmdp_fast.trainer.comparison_plots import plot_budgets, sweeps
+from cmdp_fast.trainer.comparison_table import Estimate, Row, cell, columns_of, estimate, markdown
+from cmdp_fast.trainer.report import Report
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +52,14 @@ def words(recipe: Path, folder: Path, methods: str, seeds: str = "0 1", **option
     return command + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
-SWEEP = "cmdp cmdp:budget=0.5 lagrangian:coefficient=0.1 lagrangian:coefficient=0.5"
+METHODS = "cmdp lagrangian:coefficient=0.5"
 
 
 @pytest.fixture(scope="module")
 def comparison(recipe, tmp_path_factory) -> Path:
-    """Two methods with two values each, two seeds; the first run of it is killed with its second run at work."""
+    """Two methods, two seeds; killed after the first run, with another one at work, and taken up again."""
     folder = tmp_path_factory.mktemp("comparison")
-    command = [sys.executable, "-m", "cmdp_fast.cli", *words(recipe, folder, SWEEP, judge="programmatic")]
+    command = [sys.executable, "-m", "cmdp_fast.cli", *words(recipe, folder, METHODS, judge="programmatic")]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     first = folder / "runs" / "cmdp-seed0" / "summary.json"
     while not first.exists():
@@ -67,12 +68,12 @@ def comparison(recipe, tmp_path_factory) -> Path:
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (folder / "table.md").exists()
-    (folder / "runs" / "cmdp-budget=0.5-seed1").mkdir(exist_ok=True)  # what a killed run may leave
+    (folder / "runs" / "lagrangian-coefficient=0.5-seed1").mkdir(exist_ok=True)  # what a killed run may leave
     before = first.stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert first.stat().st_mtime_ns == before  # what was finished is not run again
-    assert "8 runs, 0 of them" not in done.stdout
+    assert "4 runs, 0 of them" not in done.stdout
     return folder
 
 
@@ -83,7 +84,7 @@ def table_of(path: Path) -> list[dict[str, str]]:
 
 def test_every_run_is_in_the_results(comparison):
     results = table_of(comparison / "results.csv")
-    assert len(results) == 8 and not any(r["failure"] for r in results)
+    assert len(results) == 4 and not any(r["failure"] for r in results)
     for r in results:
         summary = json.loads((comparison / "runs" / r["run"] / "summary.json").read_text())
         assert float(r["accuracy"]) == summary["student_after"]["accuracy"]
@@ -96,7 +97,7 @@ def test_every_run_is_in_the_results(comparison):
 
 def test_table_is_the_mean_over_seeds(comparison):
     results, table = table_of(comparison / "results.csv"), table_of(comparison / "table.csv")
-    assert [row["method"] for row in table] == ["teacher", "student before", *SWEEP.split()]
+    assert [row["method"] for row in table] == ["teacher", "student before", *METHODS.split()]
     for row in table[2:]:
         assert row["runs"] == "2"
         label = row["method"]
@@ -115,14 +116,15 @@ def test_files_for_people(comparison):
     text = (comparison / "table.md").read_text()
     assert text.startswith("    cmdp-fast compare --recipe ")
     assert "python 3" in text and "| teacher | 1 | " in text and "lagrangian:coefficient=0.5" in text
-    for plot in ("comparison.png", "pareto.png", "budget.png"):
+    for plot in ("comparison.png", "pareto.png"):
         assert (comparison / plot).read_bytes().startswith(b"\x89PNG")
+    assert not (comparison / "budget.png").exists()
 
 
 def test_finished_comparison_runs_nothing(comparison, recipe, capsys):
     before = {path: path.stat().st_mtime_ns for path in comparison.glob("runs/*/summary.json")}
-    assert main(words(recipe, comparison, SWEEP)) == 0
-    assert "8 runs, 8 of them finished already" in capsys.readouterr().out
+    assert main(words(recipe, comparison, METHODS)) == 0
+    assert "4 runs, 4 of them finished already" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in comparison.glob("runs/*/summary.json")}
 
 
@@ -140,7 +142,7 @@ def test_two_comparisons_in_a_folder(comparison, recipe, capsys):
 
     with open(comparison / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(words(recipe, comparison, SWEEP)) == 2
+        assert main(words(recipe, comparison, METHODS)) == 2
     assert "another comparison" in capsys.readouterr().err
 
 
@@ -195,11 +197,9 @@ def test_refused_options(options, expected, recipe, tmp_path, capsys):
 def test_default_comparison_is_whole():
     """Every method of the package, three multipliers, three seeds; and it could start."""
     runs = plan(CompareConfig())
-    assert len(runs) == 3 * len(METHODS) and len({run.folder for run in runs}) == len(runs)
+    assert len(runs) == 3 * len(DEFAULT_METHODS) and len({run.folder for run in runs}) == len(runs)
     methods = {run.variant.method for run in runs}
-    from cmdp_fast.trainer.parse import METHODS as FOLDER
-
-    assert methods == {path.stem for path in FOLDER.glob("*.toml")}
+    assert methods == {path.stem for path in parse.METHODS.glob("*.toml")}
     sweep = [run.config.coefficient for run in runs if run.variant.method == "lagrangian" and run.config.seed == 0]
     assert len(sweep) >= 3
 
@@ -213,31 +213,48 @@ def test_overrides_reach_the_run_as_they_were_checked(recipe):
         "baseline": "grpo",
     }
     [run, *_] = plan(CompareConfig(recipe=str(recipe), methods=("cmdp:budget_per_token=true,penalty=2",)))
-    from cmdp_fast.trainer.parse import parse
-
     command = run.command()
-    assert parse(command[command.index("train") + 1 :]) == run.config
+    assert parse.parse(command[command.index("train") + 1 :]) == run.config
 
 
-def test_runs_are_ended_with_the_comparison(recipe, tmp_path):
-    """An interrupt between two runs ends those at work."""
-    from cmdp_fast.trainer.report import Report
+def test_runs_are_ended_with_the_comparison(recipe, tmp_path, monkeypatch):
+    """Whatever ends it, an interrupt for one, when the first run is over and the second at work."""
+    pids = tmp_path / "pids"
+    code = f"import os, sys, time; print(os.getpid(), file=open({str(pids)!r}, 'a')); time.sleep(float(sys.argv[1]))"
 
-    runs = plan(
-        CompareConfig(recipe=str(recipe), methods=("cmdp", "cmdp:steps=5000"), seeds=(0,), output_dir=str(tmp_path))
-    )
+    def command(run):
+        return [sys.executable, "-c", code, "600" if run.variant.overrides else "0"]
+
+    monkeypatch.setattr(Run, "command", command)
+    methods = ("cmdp:steps=5000", "cmdp")
+    runs = plan(CompareConfig(recipe=str(recipe), methods=methods, seeds=(0,), output_dir=str(tmp_path)))
     with open(tmp_path / ".lock", "w") as lock:
         going = run_all(runs, 2, tmp_path / "logs", lock.fileno(), Report())
-        first, failure = next(going)
-        assert first is runs[0] and not failure
+        ended, failure = next(going)
+        assert ended is runs[1] and failure == "exit code 0: no output"  # it has left no summary
+        while not pids.exists() or len(pids.read_text().split()) < 2:
+            time.sleep(0.01)
         going.close()
-    log = (tmp_path / "logs" / "cmdp-steps=5000-seed0.log").read_text()
-    time.sleep(0.2)
-    assert (tmp_path / "logs" / "cmdp-steps=5000-seed0.log").read_text() == log
-    assert (
-        not (runs[1].folder / "summary.json").exists()
-        or json.loads((runs[1].folder / "summary.json").read_text())["interrupted"]
-    )
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_one_processor_one_run(recipe, tmp_path, monkeypatch):
+    """No more runs at a time than asked for, and the processors divided between them."""
+    log = tmp_path / "log"
+    code = "import os, sys, time; log = open(sys.argv[1], 'a')"
+    code += "; print('+', os.environ['OMP_NUM_THREADS'], file=log, flush=True); time.sleep(0.1); print('-', file=log)"
+    monkeypatch.setattr(Run, "command", lambda run: [sys.executable, "-c", code, str(log)])
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    runs = plan(CompareConfig(recipe=str(recipe), methods=("cmdp",), seeds=(0, 1, 2, 3), output_dir=str(tmp_path)))
+    with open(tmp_path / ".lock", "w") as lock:
+        assert len(list(run_all(runs, 2, tmp_path / "logs", lock.fileno(), Report()))) == 4
+    lines, at_work = log.read_text().splitlines(), 0
+    assert lines.count("+ 4") == lines.count("-") == 4
+    for line in lines:
+        at_work += 1 if line[0] == "+" else -1
+        assert at_work <= 2
 
 
 def test_estimate():
@@ -245,10 +262,16 @@ def test_estimate():
     assert math.isnan(estimate([1.0]).error)
 
 
+def test_plots_of_budgets(recipe, tmp_path):
+    """Drawn for the methods that were run with several budgets, and for nothing else."""
+    figures = {name: (0.5, 0.1) for name in ("accuracy", "constraint_satisfaction", "mean_cumulative_kl")}
+    rows = [row(label, recipe, **figures) for label in ("pid", "cmdp", "cmdp:budget=0.5")]
+    assert plot_budgets(tmp_path / "b.png", rows) and (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot_budgets(tmp_path / "none.png", rows[:2]) and not (tmp_path / "none.png").exists()
+
+
 def row(label: str, recipe: Path, **figures: tuple[float, float]) -> Row:
     v = variant(label, str(recipe))
-    from cmdp_fast.trainer.comparison_table import Estimate
-
     return Row(v.label, 2, v.config, {name: Estimate(*value) for name, value in figures.items()}, v)
 
 
