@@ -104,7 +104,9 @@ def plot_budgets(path: Path, rows: Sequence[Row]) -> bool:
             estimates = [row.figures[name] for row in curve]
             errors = [0.0 if math.isnan(e.error) else e.error for e in estimates]
             budgets = [row.config.budget for row in curve]
-            axes.errorbar(budgets, [e.mean for e in estimates], yerr=errors, marker="o", capsize=2, label=_name(curve))
+            axes.errorbar(
+                budgets, [e.mean for e in estimates], yerr=errors, marker="o", capsize=2, label=_name(curve, "budget")
+            )
         if name == "mean_cumulative_kl":
             budgets = sorted({row.config.budget for curve in curves for row in curve})
             axes.plot(budgets, budgets, color="black", ls="--", lw=1, label="budget")
@@ -128,11 +130,11 @@ def sweeps(rows: Sequence[Row], setting: str, wanted: Callable[[Row], bool]) -> 
     return [group for group in found if len({getattr(row.config, setting) for row in group}) > 1]
 
 
-def _name(curve: Sequence[Row]) -> str:
-    """What the rows of a sweep have in common."""
+def _name(curve: Sequence[Row], setting: str) -> str:
+    """What the rows of a sweep over a setting have in common."""
     variant = curve[0].variant
     assert variant is not None
-    others = ",".join(f"{key}={value}" for key, value in variant.overrides.items() if key != "budget")
+    others = ",".join(f"{key}={value}" for key, value in variant.overrides.items() if key != setting)
     return ":".join([Path(variant.method).stem, *([others] if others else [])])
 
 

@@ -137,7 +137,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         table.add_row(row.label, str(row.runs), *(cell(row, column) for column in columns))
     console = Console()
     if not console.is_terminal:  # a pipe has no width to keep to
-        console.width = 24 + 20 * (len(columns) + 1)
+        console.width = 32 + 15 * (len(columns) + 1)
     console.print(table)
 
 
