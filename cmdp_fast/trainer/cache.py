@@ -15,7 +15,7 @@ def cache_dir() -> Path:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """The folder, filled by `make` now if it is not there; a process that is killed or outrun leaves nothing half made."""
+    """The folder, filled by `make` now if it is not there. A process that is killed leaves nothing half made."""
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

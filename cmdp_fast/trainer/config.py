@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -34,6 +34,8 @@ _NOT_NEGATIVE = (
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of `cmdp-fast train`."""
+
+    REQUIRED_MODELS: ClassVar[tuple[str, ...]] = ("student", "teacher")
 
     # ---------------------------------------------------------------------------------------------- the run
     recipe: str = "quickstart"
@@ -209,7 +211,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises InputError on the first value that cannot work; no model or dataset is touched."""
-        for name in ("student", "teacher"):
+        for name in self.REQUIRED_MODELS:
             _check(getattr(self, name), f"--{name} is missing: give a hub id, a folder or a builtin:… model")
         _check(bool(self.task) != bool(self.dataset), "give exactly one of --task and --dataset")
         for name in _POSITIVE:

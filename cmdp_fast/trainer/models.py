@@ -17,13 +17,14 @@ from .smollm2 import smollm2_folder
 
 
 def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tuple[Any, Any, Any]:
-    """(student, teacher, tokenizer), on the CPU; the teacher frozen. The student's weights are float32.
+    """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none. The
+    student's weights are float32.
 
     Raises InputError if a model cannot be loaded or the tokenizers differ.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    sources = {"student": config.student, "teacher": config.teacher}
+    sources = {"student": config.student, **({"teacher": config.teacher} if config.teacher else {})}
     folders, tokenizers = {}, {}
     trusted = config.trust_remote_code
     for role, name in sources.items():  # everything cheap before anything is trained or read
@@ -36,7 +37,8 @@ def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tupl
             made = smollm2_folder(name, report) if "smollm2" in name else builtin_folder(name, config, train, report)
             folders[role] = str(made)
             tokenizers[role] = _load(AutoTokenizer, role, folders[role], trusted)
-    check_tokenizers(tokenizers["student"], tokenizers["teacher"])
+    if config.teacher:
+        check_tokenizers(tokenizers["student"], tokenizers["teacher"])
 
     tokenizer = tokenizers["student"]
     tokenizer.padding_side = "left"
@@ -45,6 +47,8 @@ def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tupl
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     student = _load_model("student", folders["student"], torch.float32, trusted)
+    if not config.teacher:
+        return student.eval(), None, tokenizer
     half = config.mixed_precision == "bf16"
     teacher = _load_model("teacher", folders["teacher"], torch.bfloat16 if half else torch.float32, trusted)
     # Dropout off throughout: PPO's ratio has to be 1 where the policy has not changed.
@@ -86,7 +90,7 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
         what = first_line(error)
         if "trust_remote_code" in what:
             raise InputError(
-                f"--{role} {name} comes with code of its own, which would be run: --trust-remote-code if you have read it"
+                f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
             ) from error
         if options.get("use_safetensors") and "safetensors" in what:
             raise InputError(

@@ -72,7 +72,7 @@ def _convert(source: Path, folder: Path, pruned: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
     if hasattr(model.config, "quantization_config"):  # the weights are plain numbers from here on
         del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     if pruned:
         prune(model, DROPPED)
     model.save_pretrained(folder)
