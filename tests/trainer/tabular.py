@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from exact import Problem, Setting
+from exact import Problem, Setting, vectors
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -96,8 +96,31 @@ def collapsed(problem: Problem) -> Tensor:
     return 4.0 * nn.functional.one_hot(value.argmax(1), problem.teacher.shape[1]).double()
 
 
+def methods(name: str) -> dict[str, Setting]:
+    """What the trainer is to do about the budget of the ``tree`` or the ``bandit``, by name."""
+    data = vectors(name)
+    if name == "tree":
+        budget, price, penalty, weight = data["budget"], data["expected_budget"]["lambda"], 0.5, 3.0
+    else:
+        optimum = data["reverse_kl"][1]
+        budget, price, penalty, weight = optimum["budget"], optimum["lambda"], 1.0, 1.0
+    return {
+        "cmdp": Setting("cmdp", budget, penalty=penalty, weight=weight),
+        "hinge": Setting("hinge", budget, weight=weight),
+        "barrier": Setting("barrier", budget, coefficient=0.005),
+        "lagrangian": Setting("lagrangian", budget, coefficient=price),
+        "pid": Setting("pid", budget, coefficient=0.1),
+        "saute": Setting("saute", budget),
+        "grpo": Setting("lagrangian", budget, coefficient=0.0),
+    }
+
+
 def settings(setting: Setting, **changes: Any) -> TrainConfig:
-    """The trainer's configuration of a setting of exact.py: a step samples one group of completions."""
+    """The trainer's configuration of a setting of exact.py: a step samples one group of completions.
+
+    The learning rate falls to 0 in a straight line, so that the policy comes to rest at a budget across which it would
+    hop to and fro. The multiplier of pid has to come to rest with it.
+    """
     worst_case = setting.kind == "worst_case"
     base = TrainConfig(
         student="table",
@@ -111,17 +134,17 @@ def settings(setting: Setting, **changes: Any) -> TrainConfig:
         discrepancy_weight=setting.weight,
         coefficient=setting.coefficient or 0.0,
         pid_gains=(1.0, 0.1, 0.0),  # costs are tenths of a nat, so the gains exceed the defaults by far
-        steps=300,
+        steps=100,
         prompts_per_step=1,
-        num_generations=4096,
-        minibatch_size=2048,
-        micro_batch_size=4096,
+        num_generations=1024,
         epochs=2,
         baseline="position_rloo",
-        learning_rate=0.05,
+        learning_rate=0.03,
         lr_schedule="linear",
     )
     config = dataclasses.replace(base, **changes)
+    half = config.num_generations // 2  # two optimizer steps an epoch: the ratio leaves 1
+    config = dataclasses.replace(config, minibatch_size=half, micro_batch_size=config.num_generations)
     config.validate()
     return config
 
