@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -138,6 +139,10 @@ def plot(path: Path, name: str, ends: list[End], budget: float) -> None:
     right.set(yscale="log", ylabel="KL of a path (nats)")
     right.set_title("each path; area: its probability", fontsize=10)
     right.set_xticks(range(len(methods)), methods)
+    for axis in (left.xaxis, right.yaxis):
+        axis.set_major_locator(FixedLocator([0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0]))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_locator(NullLocator())
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     figure.savefig(part, format="png", dpi=120)

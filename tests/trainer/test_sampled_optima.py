@@ -28,7 +28,7 @@ def accounts(problem: Problem, logits: Tensor, budget: float = BUDGET) -> tuple[
 
 def student() -> Tensor:
     """Some logits whose paths are partly within and partly over `GRADIENTS`' budget."""
-    return tree().teacher.log() + 0.8 * torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).double()
+    return tree().teacher.log() + 0.8 * torch.randn(4, 3, generator=torch.Generator().manual_seed(7)).double()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -48,9 +48,12 @@ def test_the_table_is_sampled_and_scored_as_it_says():
     experience = ppo.collector.score(completions, ppo.student, ppo.constraint(), ppo.clock)
     path = 3 * completions.rollout.tokens[:, 0] + completions.rollout.tokens[:, 1]
     expected, _ = accounts(problem, student())
-    torch.testing.assert_close(completions.task_reward.double(), problem.reward.sum(1)[path])
-    torch.testing.assert_close(experience.trace.cumulative.double(), expected.trace.cumulative[path])
-    torch.testing.assert_close(experience.stats.logprob.double(), expected.logprob[path])
+    for ours, exact in (
+        (completions.task_reward, problem.reward.sum(1)),
+        (experience.trace.cumulative, expected.trace.cumulative),
+        (experience.stats.logprob, expected.logprob),
+    ):
+        torch.testing.assert_close(ours, exact[path].float())  # the trainer's numbers are float32
     deviation = (count * expected.probability * (1 - expected.probability)).sqrt()  # counts are binomial
     assert ((torch.bincount(path, minlength=9) - count * expected.probability).abs() < 5 * deviation).all()
 
