@@ -7,6 +7,10 @@ problem the tree or the bandit of tests/vectors. Each method trains twice: from 
 spent, and from a policy that is over budget at its first token. What a run ends with (its last iterate, nothing is
 averaged) is then evaluated exactly, over all paths: no figure of the table is an estimate. A path is within budget up
 to 0.01 nats, since an optimum lies on the budget and a sampled ascent ends on either side of it.
+
+Two readings need a warning. saute has no gradient once every path has crossed; what carries it beyond the crossing is
+Adam's momentum. The multiplier of pid rises as long as the policy is over budget and has to come down again: from over
+budget on the bandit it is not there after 200 steps (mean KL 0.055), but after 400 (0.099).
 """
 
 from __future__ import annotations
