@@ -1,9 +1,11 @@
-"""The quickstart's own teacher and student: two tiny Llamas that add a few numbers, made on the first run.
+"""The recipes' own teacher and students: tiny Llamas that add a few numbers, made on the first run.
 
 `builtin:arithmetic-teacher` is trained on careful solutions only, "3+4=7;7+2=9;A9.": each step, then the answer.
 `builtin:arithmetic-student` is smaller and is warmed up on few problems and on a mixture of habits, as a pre-trained
 model has: careful, the answer without its steps, and a step that goes wrong. It *can* do the arithmetic, which
 reinforcement learning could not teach it in minutes, but it does not know which habit is wanted.
+`builtin:arithmetic-shortcut-student` knows all training problems and seldom slips: its answers without steps are mostly
+right, so that a reward that likes brevity tempts it to skip them.
 
 Both see training problems only, never held-out ones, and are kept in a cache folder named after a hash of everything
 that went into them.
@@ -50,6 +52,7 @@ class Recipe:
 RECIPES = {
     "builtin:arithmetic-teacher": Recipe(layers=3, steps=500, habits=(1.0, 0.0, 0.0), problems=10_000),
     "builtin:arithmetic-student": Recipe(layers=2, steps=900, habits=(0.4, 0.3, 0.3), problems=500),
+    "builtin:arithmetic-shortcut-student": Recipe(layers=2, steps=1500, habits=(0.5, 0.4, 0.1), problems=10_000),
 }
 
 

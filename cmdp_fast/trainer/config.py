@@ -81,13 +81,16 @@ class TrainConfig:
 
     # ---------------------------------------------------------------------------------------------- the reward
     rewards: tuple[str, ...] = ("exact_answer",)
-    """`exact_answer`, `math_verify`, `reasoning_gym` (the task's own judge), or your function as `module:function` or
-    `path/file.py:function`. Several are added up."""
+    """`exact_answer`, `math_verify`, `reasoning_gym` (the task's own judge), `brevity` (a small bonus for short right
+    answers), or your function as `module:function` or `path/file.py:function`. Several are added up."""
     answer_pattern: str = ""
     """Regular expression whose first group is the final answer; the last match in the completion counts. Empty: the
     whole completion is the answer."""
     correct_at: float = 1.0
     """A completion counts as right in `accuracy` when its reward is at least this."""
+    step_verifier: str = ""
+    """What checks the steps of a solution, for `reasoning_success`: `arithmetic_chain` (the built-in models' sums),
+    `equations` (every equation between numbers in free text), or your function as for `rewards`. Empty: nothing."""
 
     # ---------------------------------------------------------------------------------------------- the budget
     budget: float = 2.0

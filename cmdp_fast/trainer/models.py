@@ -61,9 +61,9 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
     )
 
 
-def common_vocabulary(student: Any, teacher: Any) -> int:
-    """The number of columns that both models' logits have; models of a family may pad their vocabulary differently."""
-    return min(model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
+def common_vocabulary(*models: Any) -> int:
+    """The number of columns that all models' logits have; models of a family may pad their vocabulary differently."""
+    return min(model.get_output_embeddings().weight.shape[0] for model in models)
 
 
 def _load_model(role: str, name: str, dtype: torch.dtype) -> Any:
