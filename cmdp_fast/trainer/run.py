@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> Path:
     student, teacher, tokenizer = load_pair(config, problems.train, report)
     train_prompts = encode_prompts(problems.train, tokenizer)
     held_out = problems.held_out[: config.eval_prompts]
-    _check_lengths(config, [student, teacher], train_prompts + encode_prompts(held_out, tokenizer))
+    check_lengths(config, [student, teacher], train_prompts + encode_prompts(held_out, tokenizer))
 
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     ppo = make_ppo(config, accelerator, student, teacher, tokenizer, rewards, verifier)
@@ -207,7 +207,8 @@ def _describe(result: dict[str, float]) -> str:
     )
 
 
-def _check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[int]]) -> None:
+def check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[int]]) -> None:
+    """Raises InputError if a prompt and its completion may not fit into a model's positions."""
     longest = max(len(ids) for ids in prompts)
     for model in models:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
