@@ -79,7 +79,13 @@ def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> Any:
     """A causal language model from safetensors, which hold numbers and nothing that could run."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, role, name, trusted, dtype=dtype, use_safetensors=True)
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = _load(AutoModelForCausalLM, role, name, trusted, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise InputError(
+            f"--{role} {name} lacks {len(missing)} of the weights of a {type(model).__name__}: {missing[0]}, …"
+        )
+    return model
 
 
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
