@@ -94,7 +94,7 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
     except (OSError, ValueError, KeyError) as error:
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
         what = first_line(error)
-        if "trust_remote_code" in what:
+        if "trust_remote_code" in str(error):
             raise InputError(
                 f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
             ) from error
