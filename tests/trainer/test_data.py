@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from tiny_pair import settings
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from cmdp_fast.trainer import data
 from cmdp_fast.trainer.errors import InputError
@@ -98,9 +98,10 @@ def test_pickled_weights_are_refused(pair, tmp_path):
         load_pair(settings(pair, student=str(folder)), [], Report())
 
 
-def test_code_of_a_model_runs_by_flag_alone(pair, tmp_path):
+def test_code_of_a_model_runs_by_flag_alone(pair, tmp_path, monkeypatch):
     """Such a model says in its config which file of its own to import; this one leaves a mark when that happens."""
     folder, mark = tmp_path / "m", tmp_path / "mark"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     AutoModelForCausalLM.from_pretrained(pair["student"]).save_pretrained(folder)
     AutoTokenizer.from_pretrained(pair["student"]).save_pretrained(folder)
     about = json.loads((folder / "config.json").read_text())
