@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -85,6 +86,8 @@ class TrainConfig:
     """Column with the prompt: a text, or a list of chat messages to which the chat template is applied."""
     answer_column: str = "answer"
     """Column with the reference answer, which the built-in rewards compare with."""
+    reference_pattern: str = ""
+    """Regular expression whose first group is the answer in that column; the last match counts. Empty: all of it."""
     prompt_template: str = ""
     """A format string over the columns that makes the prompt, such as `{prompt} Think step by step.`"""
     chat: bool = False
@@ -102,7 +105,8 @@ class TrainConfig:
     answers), or your function as `module:function` or `path/file.py:function`. Several are added up."""
     answer_pattern: str = ""
     """Regular expression whose first group is the final answer; the last match in the completion counts. Empty: the
-    whole completion is the answer."""
+    whole completion is the answer, in which `math_verify` looks for one: it takes a sum that is only repeated for its
+    result."""
     correct_at: float = 1.0
     """A completion counts as right in `accuracy` when its reward is at least this."""
     step_verifier: str = ""
@@ -238,6 +242,8 @@ class TrainConfig:
             f"--num-generations must be at least {2 if self.grouped else 1} to compare, not {self.num_generations}",
         )
         _check(len(self.rewards) > 0, "--rewards names no reward function")
+        for name in ("answer_pattern", "reference_pattern"):
+            _check_pattern(f"--{_flag(name)}", getattr(self, name))
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
         check_choices(self)
         if self.kind == "worst_case":
@@ -262,7 +268,7 @@ class TrainConfig:
     @property
     def run_name(self) -> str:
         """The name given, or that of the recipe."""
-        return self.name or Path(self.recipe).stem
+        return self.name or Path(self.recipe).name.removesuffix(".toml")
 
     @property
     def grouped(self) -> bool:
@@ -282,6 +288,14 @@ def _flag(name: str) -> str:
 def _check(condition: object, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _check_pattern(option: str, pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise InputError(f"{option} {pattern!r}: {error}") from error
+    _check(groups or not pattern, f"{option} {pattern!r} has no group to mark the answer")
 
 
 def check_choices(config: TrainConfig) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +111,25 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Row]:
     for row in rows:
         taken = {role: row.pop(column) for role, column in wanted.items()}
         renamed.append({**row, **taken})
-    return renamed
+    return [_with_reference(row, config) for row in renamed] if config.reference_pattern else renamed
+
+
+def _with_reference(row: Row, config: TrainConfig) -> Row:
+    """The row with what the pattern finds in the answer in place of the whole of it."""
+    text = str(row.get("answer", ""))
+    found = last_group(re.compile(config.reference_pattern), text)
+    if found is None:
+        raise InputError(
+            f"--reference-pattern {config.reference_pattern!r} finds nothing in the answer {text[-80:]!r} of "
+            f"--dataset {config.dataset}"
+        )
+    return {**row, "answer": found}
+
+
+def last_group(pattern: re.Pattern[str], text: str) -> str | None:
+    """The first group of the last match, without spaces at its ends; None where the pattern does not match."""
+    found = [match.group(1) for match in pattern.finditer(text)]
+    return found[-1].strip() if found and found[-1] is not None else None
 
 
 def _with_prompt(row: Row, config: TrainConfig) -> Row:

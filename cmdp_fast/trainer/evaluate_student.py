@@ -18,7 +18,7 @@ from .models import load_pair
 from .parse import parse_as
 from .report import Clock, Report
 from .rewards import load_rewards
-from .rollout import encode_prompts
+from .rollout import drop_long_prompts, encode_prompts
 from .run import check_lengths, make_collector
 from .steps import load_step_verifier
 
@@ -55,6 +55,7 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, float]:
     rewards = load_rewards(config, problems.train[0])
     verifier = load_step_verifier(config, problems.train[0])
     student, teacher, tokenizer = load_pair(config, problems.train, report)
+    problems = drop_long_prompts(problems, tokenizer, config.max_prompt_length, report)
     held_out = problems.held_out[: config.eval_prompts]
     models = [model for model in (student, teacher) if model is not None]
     check_lengths(config, models, encode_prompts(held_out, tokenizer))

@@ -79,7 +79,13 @@ def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> Any:
     """A causal language model from safetensors, which hold numbers and nothing that could run."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, role, name, trusted, dtype=dtype, use_safetensors=True)
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = _load(AutoModelForCausalLM, role, name, trusted, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise InputError(
+            f"--{role} {name} lacks {len(missing)} of the weights of a {type(model).__name__}: {missing[0]}, …"
+        )
+    return model
 
 
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
@@ -88,7 +94,7 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
     except (OSError, ValueError, KeyError) as error:
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
         what = first_line(error)
-        if "trust_remote_code" in what:
+        if "trust_remote_code" in str(error):
             raise InputError(
                 f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
             ) from error

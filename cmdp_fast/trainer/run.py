@@ -26,7 +26,7 @@ from .off_policy import OffPolicy
 from .ppo import PPO
 from .report import MetricsLog, Report, plot_curves, samples_text
 from .rewards import load_rewards
-from .rollout import Sampling, encode_prompts, end_tokens
+from .rollout import Sampling, drop_long_prompts, encode_prompts, end_tokens
 from .steps import StepVerifier, load_step_verifier
 from .value import ValueHead
 
@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> Path:
     rewards = load_rewards(config, problems.train[0])
     verifier = load_step_verifier(config, problems.train[0])
     student, teacher, tokenizer = load_pair(config, problems.train, report)
+    problems = drop_long_prompts(problems, tokenizer, config.max_prompt_length, report)
     train_prompts = encode_prompts(problems.train, tokenizer)
     held_out = problems.held_out[: config.eval_prompts]
     check_lengths(config, [student, teacher], train_prompts + encode_prompts(held_out, tokenizer))
@@ -147,13 +148,15 @@ def make_collector(
 ) -> Collector:
     """What samples from the student, which is on its device, and scores against the teacher (None: there is none)."""
     model = accelerator.unwrap_model(student)
-    vocab_size = common_vocabulary(model) if teacher is None else common_vocabulary(model, teacher)
+    models = (model,) if teacher is None else (model, teacher)
+    vocab_size = common_vocabulary(*models)
+    width = max(common_vocabulary(each) for each in models)  # the teacher is sampled from as well
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         eos=end_tokens(model, tokenizer),
         pad=tokenizer.pad_token_id,
-        suppress=tuple(range(vocab_size, model.get_output_embeddings().weight.shape[0])),
+        suppress=tuple(range(vocab_size, width)),
         top_k=config.top_k,
         top_p=config.top_p,
         batch_size=config.rollout_batch_size,
