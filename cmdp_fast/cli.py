@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,10 +59,14 @@ def _train(arguments: Sequence[str]) -> int:
     try:
         train(parse(arguments))
     except InputError as error:
-        print(f"cmdp-fast: error: {error}", file=sys.stderr)
+        if (
+            os.environ.get("RANK", "0") == "0"
+        ):  # of several processes, which share their errors (trainer/distributed.py)
+            print(f"cmdp-fast: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cmdp-fast: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("cmdp-fast: interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -32,7 +32,9 @@ def test_run_folder_is_complete(finished_run):
     samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
     for who in ("teacher", "student_before", "student_after"):
         assert who in text
-        assert sum(sample["who"] == who for sample in samples) == 3 * sum(data.is_held_out(p["prompt"], 0.3) for p in PROBLEMS)
+        assert sum(sample["who"] == who for sample in samples) == 3 * sum(
+            data.is_held_out(p["prompt"], 0.3) for p in PROBLEMS
+        )
 
 
 def test_summary_is_consistent(finished_run):

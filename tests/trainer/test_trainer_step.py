@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cmdp_fast as cf
 from cmdp_fast.trainer.checkpoint import as_json, save_student
+from cmdp_fast.trainer.data import shuffled
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.experience import at_last_token
 from cmdp_fast.trainer.report import Clock
 from cmdp_fast.trainer.rollout import completion_mask, generate
-from cmdp_fast.trainer.run import shuffled
 from cmdp_fast.trainer.scoring import completion_hidden, completion_logits
 
 
