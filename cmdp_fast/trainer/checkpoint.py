@@ -47,26 +47,37 @@ def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, 
     target, part, old = (folder / name for name in ("student", ".student.part", ".student.old"))
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    with writing(target):
-        student.save_pretrained(part, state_dict=weights)
-        tokenizer.save_pretrained(part)
-        sync_folder(part)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(part, target)
-        sync(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        with writing(target):
+            student.save_pretrained(part, state_dict=weights)
+            tokenizer.save_pretrained(part)
+            sync_folder(part)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(part, target)
+            sync(folder)
+    finally:
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that replaces an earlier one once it is complete. Raises InputError if it cannot be written."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name under which the body writes a file; it becomes `path` once it is complete. Raises InputError if it cannot
+    be written."""
     part = path.with_name(f".{path.name}")
     with writing(path):
         try:
-            part.write_text(text, encoding="utf-8")
+            yield part
             sync(part)
             os.replace(part, path)
-        except OSError:
+        except BaseException:
             part.unlink(missing_ok=True)
             raise
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .checkpoint import as_json, sync, write_text, writing
+from .checkpoint import as_json, replacing, sync, write_text, writing
 from .config import TrainConfig
 from .constraint import Constraint
 from .errors import InputError
@@ -193,9 +193,8 @@ def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_acc
         axes.set(title=title, xlabel="step")
         axes.set_ylim(bottom=0)
         axes.legend()
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=120)
 
 
 def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
