@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from .checkpoint import sync, sync_folder, write_json, writing
-from .distributed import together
+from .distributed import reshard, together
 from .errors import InputError, first_line
 from .report import Report
 
@@ -34,11 +34,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(accelerator: Any, student: Any, run: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes the checkpoint of a step, with `state` (JSON) in it; every process must call this.
 
     Raises InputError if it cannot be written: the checkpoints that there are stay as they are.
     """
+    reshard(student)
     target = run / "checkpoints" / f"step-{step:06d}"
     part = target.with_name(f".{target.name}.part")
     try:
@@ -68,13 +69,14 @@ def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any
     return target
 
 
-def load_checkpoint(accelerator: Any, run: Path, report: Report) -> dict[str, Any]:
+def load_checkpoint(accelerator: Any, student: Any, run: Path, report: Report) -> dict[str, Any]:
     """Puts back what the accelerator has prepared, and returns the `state`; every process must call this.
 
     If the last checkpoint cannot be read, says so and takes the one before; later ones are removed, for they belong to
     another future. Raises InputError, which names them, if there is none that can be read.
     """
     failures: list[str] = []
+    reshard(student)
     for folder in reversed(checkpoints(run)):
         try:
             with together(accelerator):

@@ -55,7 +55,7 @@ class Run:
         """From the last checkpoint of the run to be resumed, or with a look at teacher and student and a new folder."""
         if self.config.resume and checkpoints(Path(self.config.resume)):
             self.folder = Path(self.config.resume)
-            self._restore(load_checkpoint(self.accelerator, self.folder, self.report))
+            self._restore(load_checkpoint(self.accelerator, self.ppo.student, self.folder, self.report))
         else:
             for who, policy in (("teacher", self.ppo.teacher), ("student_before", self.ppo.student)):
                 self._evaluate(who, policy)
@@ -155,7 +155,7 @@ class Run:
     def _checkpoint(self) -> None:
         done = self.ppo.steps_done
         if done:
-            save_checkpoint(self.accelerator, self.folder, done, self._state())
+            save_checkpoint(self.accelerator, self.ppo.student, self.folder, done, self._state())
 
     def _evaluated(self, policy: Any, who: str = "") -> Any:
         report = self.report if who else None

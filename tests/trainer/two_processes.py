@@ -168,13 +168,14 @@ def same_steps_sharded(cases: list[tuple[dict[str, str], dict[str, Any], Any]], 
             found = ppo.step([problems.train[i] for i in chosen], [prompts[i] for i in chosen])
             close(untimed(found), metrics[step])
             if step == 1:
-                state.save_checkpoint(ppo.accelerator, folder / str(number), 2, {"ppo": ppo.state_dict()})
+                state.save_checkpoint(ppo.accelerator, ppo.student, folder / str(number), 2, {"ppo": ppo.state_dict()})
         _, ours = whole_student(ppo.student, ppo.accelerator)
         if ppo.accelerator.is_main_process:
             close(ours, weights)
 
         again, problems = make(pair, sharding_accelerator(), changes)
-        again.load_state_dict(state.load_checkpoint(again.accelerator, folder / str(number), Report())["ppo"])
+        run = folder / str(number)
+        again.load_state_dict(state.load_checkpoint(again.accelerator, again.student, run, Report())["ppo"])
         close(steps(again, problems, first=2), metrics[2:])
         # sampling keeps step although completions end at different times
         again.collector.rollout = None
