@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from .cache import cache_dir, made_once
 from .config import TrainConfig
 from .data import Row
 from .errors import InputError
@@ -87,24 +85,12 @@ def builtin_folder(name: str, config: TrainConfig, train: Sequence[Row], report:
     settings = json.dumps([FORMAT, asdict(recipe), task], sort_keys=True)
     label = name.removeprefix("builtin:")
     folder = cache_dir() / f"{label}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{label}-", dir=folder.parent))
-        try:
-            _make(recipe, train, scratch, report, f"first run: training the {label}")
-            (scratch / "settings.json").write_text(settings)
-            os.replace(scratch, folder)
-        except OSError:
-            if not folder.is_dir():  # or another process has been faster
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
+    def make(part: Path) -> None:
+        _make(recipe, train, part, report, f"first run: training the {label}")
+        (part / "settings.json").write_text(settings)
 
-def cache_dir() -> Path:
-    """Where built-in models are kept: ``$XDG_CACHE_HOME/cmdp_fast`` or ``~/.cache/cmdp_fast``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmdp_fast"
+    return made_once(folder, make)
 
 
 def _tokenizer(texts: Sequence[str]):

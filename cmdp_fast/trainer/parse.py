@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
@@ -53,22 +53,35 @@ def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--{option} {name}: not valid TOML: {first_line(error)}") from error
+    return typed(values, f"--{option} {name}")
+
+
+def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Settings as the types that TrainConfig has. Raises InputError, which names the source, for those it has not."""
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for key, value in values.items():
         if key not in fields:
-            raise InputError(f"--{option} {name}: there is no setting named {key!r}")
-        default = TrainConfig.__dataclass_fields__[key].default
+            raise InputError(f"{source}: there is no setting named {key!r}")
+        default = fields[key].default
         if isinstance(default, tuple):
             values[key] = value = tuple(value) if isinstance(value, list) else value
         elif isinstance(default, float) and type(value) is int:
             values[key] = value = float(value)
         expected = dict if default is dataclasses.MISSING else type(default)
         if type(value) is not expected:
-            raise InputError(f"--{option} {name}: {key} must be {expected.__name__}, not {value!r}")
+            raise InputError(f"{source}: {key} must be {expected.__name__}, not {value!r}")
     return values
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
+
 def parse(args: Sequence[str], prog: str = "cmdp-fast train") -> TrainConfig:
+    """The configuration of a training that the command line asks for; see `parse_as`."""
+    return parse_as(TrainConfig, args, prog, "Distil a student from a teacher under a budget of divergence, with PPO.")
+
+
+def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: str) -> Config:
     """The configuration that the command line asks for, validated.
 
     Raises InputError for what cannot work; tyro itself exits with code 2 on options that do not exist.
@@ -78,14 +91,11 @@ def parse(args: Sequence[str], prog: str = "cmdp-fast train") -> TrainConfig:
     first.add_argument("--method", default="")
     first.add_argument("--resume", default="")
     base, _ = first.parse_known_args(list(args))
-    default = read_config(Path(base.resume)) if base.resume else read_recipe(base.recipe, base.method)
-    config = tyro.cli(
-        TrainConfig,
-        prog=prog,
-        description="Distil a student from a teacher under a budget of divergence, with PPO.",
-        default=default,
-        args=list(args),
-    )
+    if base.resume:
+        default = kind(**vars(read_config(Path(base.resume))))
+    else:
+        default = kind(**vars(read_recipe(base.recipe, base.method)))
+    config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
     config.validate()
     if config.resume:
         check_changes(default, config)

@@ -81,7 +81,7 @@ def load(config: TrainConfig, report: Report) -> Material:
     student, teacher, tokenizer = load_pair(config, problems.train, report)
     prompts = encode_prompts(problems.train, tokenizer)
     held_out = problems.held_out[: config.eval_prompts]
-    _check_lengths(config, [student, teacher], prompts + encode_prompts(held_out, tokenizer))
+    check_lengths(config, [student, teacher], prompts + encode_prompts(held_out, tokenizer))
     return Material(problems.train, prompts, held_out, rewards, verifier, student, teacher, tokenizer)
 
 
@@ -149,7 +149,8 @@ def make_collector(
     )
 
 
-def _check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[int]]) -> None:
+def check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[int]]) -> None:
+    """Raises InputError if a prompt and its completion may not fit into a model's positions."""
     longest = max(len(ids) for ids in prompts)
     for model in models:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -37,10 +37,14 @@ def arithmetic_chain(prompt: Any, completion: Any, metadata: dict[str, Any], **_
     return "".join(text_of(completion).split()) == worked_solution(metadata["expression"])
 
 
-# A number, perhaps with thousands separated and a currency in front; an expression; a chain of equal expressions.
-_NUMBER = r"-?(?:\( ?)*\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?: ?\))*"
-_EXPRESSION = rf"{_NUMBER}(?: *[-+*/] *{_NUMBER})*"
-_EQUATION = re.compile(rf"{_EXPRESSION}(?: *= *{_EXPRESSION})+")
+# A number, perhaps with thousands separated and a currency in front; an expression; a chain of equal expressions that
+# is not a part of something longer, of which numbers alone tell nothing. No text takes more than time in proportion to
+# its length: brackets are bounded, and an equation is not looked for in the middle of an expression.
+_NUMBER = r"-?(?:\( ?){0,4}\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?: ?\)){0,4}"
+_EXPRESSION = rf"{_NUMBER}(?: ?[-+*/] ?{_NUMBER})*"
+_EQUATION = re.compile(
+    rf"(?<![\w.^%+*/-])(?<![-+*/^%] ){_EXPRESSION}(?: ?= ?{_EXPRESSION})+(?!\w|\.\d|,\d{3}| ?[%*/^]| ?[-+] ?\w)"
+)
 _MARKUP = re.compile(r"^\s*[-*+•]\s+|(?<!\d)\*\*|\*\*(?!\d)")  # bullets and bold type
 _TIMES, _DIVIDED = re.compile(r"(?<=[\d)]) *[x×] *(?=[-$(\d])"), re.compile(r" *÷ *")
 _OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
@@ -59,16 +63,10 @@ def equations(prompt: Any, completion: Any, **_: Any) -> bool | None:
     """
     verdicts = []
     for line in text_of(completion).splitlines():
-        line = _DIVIDED.sub("/", _TIMES.sub("*", _MARKUP.sub("", line)))
-        verdicts += [_holds(match.group()) for match in _EQUATION.finditer(line) if not _continues(line, match)]
+        line = " ".join(_DIVIDED.sub("/", _TIMES.sub("*", _MARKUP.sub("", line))).split())
+        verdicts += [_holds(match.group()) for match in _EQUATION.finditer(line)]
     found = [verdict for verdict in verdicts if verdict is not None]
     return all(found) if found else None
-
-
-def _continues(text: str, match: re.Match[str]) -> bool:
-    """Whether what was found is a part of something longer, of which numbers alone tell nothing."""
-    before, after = text[: match.start()], text[match.end() :]
-    return bool(re.search(r"(?:[\w.^%]|[-+*/^%] *)$", before) or re.match(r"[A-Za-z_^]| *[%*/^]| *[-+] *\w", after))
 
 
 def _holds(equation: str) -> bool | None:
