@@ -138,10 +138,10 @@ def prepare_student(student: Any, optimizer: Any, accelerator: Any) -> tuple[Any
     return student, optimizer
 
 
-def prepare_teacher(teacher: Any, accelerator: Any) -> Any:
-    """The teacher on its device; with FSDP sharded like the student."""
+def on_device(model: Any, accelerator: Any) -> Any:
+    """A model that is not trained, on its device; with FSDP sharded like the student."""
     if accelerator.distributed_type != "FSDP":
-        return teacher.to(accelerator.device)
+        return model.to(accelerator.device)
     from accelerate.utils import fsdp2_prepare_model
 
-    return fsdp2_prepare_model(accelerator, teacher)
+    return fsdp2_prepare_model(accelerator, model)

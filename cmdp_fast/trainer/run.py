@@ -16,7 +16,7 @@ from .checkpoint import check_run_folder
 from .config import TrainConfig
 from .constraint import evaluation_constraint
 from .data import load_problems
-from .distributed import main_first, make_accelerator, prepare_student, prepare_teacher, together
+from .distributed import main_first, make_accelerator, on_device, prepare_student, together
 from .errors import InputError
 from .experience import Collector
 from .gkd import GKD
@@ -139,7 +139,7 @@ def make_collector(
         config,
         accelerator=accelerator,
         student=student,
-        teacher=None if teacher is None else prepare_teacher(teacher, accelerator),
+        teacher=None if teacher is None else on_device(teacher, accelerator),
         tokenizer=tokenizer,
         sampling=sampling,
         vocab_size=vocab_size,

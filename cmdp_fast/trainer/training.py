@@ -231,7 +231,7 @@ def summary(
         "seconds": seconds,
         "kernel_share_of_step": round(seconds["kernels"] / step, 4) if step else None,
         "pid": ppo.pid.state_dict() if config.kind == "pid" else None,
-        "config": asdict(config),
+        "config": asdict(replace(config, resume="")),
     }
 
 

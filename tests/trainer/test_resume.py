@@ -340,6 +340,7 @@ def test_tensorboard_forgets_what_was_cut_off(pair, tmp_path, uninterrupted):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     killed(kill_at(PPO, "collect", STEPS), command(pair, tmp_path))
+    time.sleep(1.1)  # TensorBoard orders its files by the second in which they began
     check_goes_on(tmp_path / "r", uninterrupted)
     events = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
     events.Reload()
