@@ -307,5 +307,6 @@ def _united(parts: Sequence[Completions], unite: Callable[[Sequence[Tensor]], Te
     rollouts = [part.rollout for part in parts]
     nothing = torch.zeros(0, 0, dtype=torch.long)
     rollout = Rollout(nothing, nothing.bool(), **fields_of(rollouts, ("tokens", "mask", "finished", "sampler_logprob")))
-    names = {f.name for f in fields(parts[0])} - {"rollout", "texts", "teacher_outputs"}
+    # In the order of the fields: processes that gather one after the other must agree on it.
+    names = [f.name for f in fields(parts[0]) if f.name not in ("rollout", "texts", "teacher_outputs")]
     return type(parts[0])(rollout=rollout, texts=[], **fields_of(parts, names))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from tiny_pair import arguments, tiny_model, untimed
-from two_processes import in_two_processes, run_command, same_steps, same_steps_sharded, take_steps
+from two_processes import PROCESSES, in_two_processes, run_command, same_steps, same_steps_sharded, take_steps
 
 from cmdp_fast.trainer.distributed import share
 
@@ -65,15 +68,19 @@ def lines(folder: Path) -> list[dict]:
 
 def test_a_run_of_two_processes_and_its_second_half(pair, tmp_path):
     options = {"checkpoint_every": 2, "lr_schedule": "constant", "baseline": "gae"}
-    for name, steps in (("whole", 4), ("half", 2)):
-        run = arguments(pair, tmp_path, name=name, steps=steps, **options)
-        in_two_processes(run_command, run, tmp_path / f"{name}.txt", 0)
+    # as a user starts it, in processes that share nothing, not even the order of a set
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
+    run = [*launch, "-m", "cmdp_fast.cli", *arguments(pair, tmp_path, name="whole", steps=4, **options)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(run, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert shown.count("student_after  accuracy") == 1  # one process prints
+    run = arguments(pair, tmp_path, name="half", steps=2, **options)
+    in_two_processes(run_command, run, tmp_path / "half.txt", 0)
     in_two_processes(run_command, ["train", f"--resume={tmp_path / 'half'}", "--steps=4"], tmp_path / "resumed.txt", 0)
+    assert (tmp_path / "half.txt-1").read_text() == ""
     assert len(lines(tmp_path / "whole")) == 4 and lines(tmp_path / "half") == lines(tmp_path / "whole")
     found = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "half")]
     assert found[0]["student_after"] == found[1]["student_after"]
-    assert "student_after" in (tmp_path / "whole.txt-0").read_text()
-    assert (tmp_path / "whole.txt-1").read_text() == ""  # one process prints
     samples = (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 3 * found[0]["student_after"]["examples"]
     in_two_processes(run_command, ["train", f"--resume={tmp_path / 'half'}"], tmp_path / "finished.txt", 0)
