@@ -108,7 +108,7 @@ MOMENTS = {
     "sampling": (PPO, "collect", 4, False),
     "between two minibatches": (PPO, "descend", 11, True),
     "metrics written": (report.MetricsLog, "step", 5, True),
-    "checkpoint begun": (state, "sync_folder", 2, False),
+    "checkpoint begun": (state, "write_json", 2, False),
     "checkpoint whole, the old not removed": (os, "rename", 2, True),
 }
 
@@ -117,6 +117,7 @@ MOMENTS = {
 def test_killed_at(moment, pair, tmp_path, uninterrupted):
     killed(kill_at(*MOMENTS[moment]), command(pair, tmp_path))
     assert not (tmp_path / "r" / "summary.json").exists()
+    assert all((whole / "run.json").exists() for whole in state.checkpoints(tmp_path / "r"))
     check_goes_on(tmp_path / "r", uninterrupted)
     assert steps_kept(tmp_path / "r") == ["step-000004", "step-000006"]
 
