@@ -113,13 +113,12 @@ def whole_student(student: Any, accelerator: Any) -> tuple[Any, dict[str, Any] |
 
     Every process must call this; with FSDP only the main process gets the weights.
     """
-    reshard(student)
     model = accelerator.unwrap_model(student)
     return model, accelerator.get_state_dict(student) if accelerator.distributed_type == "FSDP" else None
 
 
 def reshard(student: Any) -> None:
-    """Has FSDP spread again what a forward pass has left together, the head: weights are saved and loaded as shards."""
+    """Has FSDP spread again what a forward pass has left together, the head: weights are loaded into shards."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in student.modules():

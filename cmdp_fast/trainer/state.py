@@ -34,12 +34,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(accelerator: Any, student: Any, run: Path, step: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes the checkpoint of a step, with `state` (JSON) in it; every process must call this.
 
     Raises InputError if it cannot be written: the checkpoints that there are stay as they are.
     """
-    reshard(student)
     target = run / "checkpoints" / f"step-{step:06d}"
     part = target.with_name(f".{target.name}.part")
     try:

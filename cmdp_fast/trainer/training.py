@@ -155,7 +155,7 @@ class Run:
     def _checkpoint(self) -> None:
         done = self.ppo.steps_done
         if done:
-            save_checkpoint(self.accelerator, self.ppo.student, self.folder, done, self._state())
+            save_checkpoint(self.accelerator, self.folder, done, self._state())
 
     def _evaluated(self, policy: Any, who: str = "") -> Any:
         report = self.report if who else None

@@ -168,7 +168,9 @@ def same_steps_sharded(cases: list[tuple[dict[str, str], dict[str, Any], Any]], 
             found = ppo.step([problems.train[i] for i in chosen], [prompts[i] for i in chosen])
             close(untimed(found), metrics[step])
             if step == 1:
-                state.save_checkpoint(ppo.accelerator, ppo.student, folder / str(number), 2, {"ppo": ppo.state_dict()})
+                evaluate(ppo.collector, ppo.student, problems.held_out, Clock())  # leaves the head together
+                state.save_checkpoint(ppo.accelerator, folder / str(number), 2, {"ppo": ppo.state_dict()})
+        evaluate(ppo.collector, ppo.student, problems.held_out, Clock())
         _, ours = whole_student(ppo.student, ppo.accelerator)
         if ppo.accelerator.is_main_process:
             close(ours, weights)
