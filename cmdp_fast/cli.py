@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -61,11 +62,16 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     try:
         return run(arguments)
     except InputError as error:
-        print(f"cmdp-fast: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("cmdp-fast: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
+
+
+def _say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # the others of several processes have the same (trainer/distributed.py)
+        print(f"cmdp-fast: {message}", file=sys.stderr)
 
 
 def _runner(command: str) -> Callable[[Sequence[str]], int]:

@@ -27,7 +27,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("penalty", "discrepancy_weight", "coefficient", "weight_decay", "lr_warmup_steps", "teacher_cache_mb"),
-    *("eval_every", "save_every", "prefix_budget", "budget_start", "budget_steps", "top_k", "rollout_batch_size"),
+    *("eval_every", "checkpoint_every", "prefix_budget", "budget_start", "budget_steps", "top_k", "rollout_batch_size"),
     *("max_rows", "max_prompt_length"),
 )
 
@@ -48,6 +48,13 @@ class TrainConfig:
     """Folder of the run inside `output_dir`, which must not exist yet. Empty: the recipe's name, numbered if taken."""
     output_dir: str = "runs"
     """Folder that holds the runs."""
+    resume: str = ""
+    """Folder of a run that stopped, to be finished from its last checkpoint. Its settings are those of its
+    `config.json`; only `steps`, `checkpoint_every`, `eval_every` and `trackers` may be changed."""
+    checkpoint_every: int = 0
+    """Write a checkpoint each so many steps and after the last one; the last two are kept. 0: only when interrupted."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself."""
     seed: int = 0
     """Seed of the prompts' order and of the sampling."""
 
@@ -210,8 +217,6 @@ class TrainConfig:
     """Completions a held-out problem, sampled as in training."""
     eval_every: int = 0
     """Evaluate each so many steps for the curves. 0: only before and after."""
-    save_every: int = 0
-    """Save the student each so many steps. 0: only at the end, or when interrupted."""
 
     def validate(self) -> None:
         """Raises InputError on the first value that cannot work; no model or dataset is touched."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +74,17 @@ def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: in
     except (TypeError, AssertionError, ValueError) as error:
         raise InputError(f"--task {task}: {first_line(error)}") from error
     return [{"prompt": e["question"], "answer": e["answer"], "metadata": e["metadata"]} for e in source]
+
+
+def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of indices below count without end: one shuffle follows another, and none repeats within a shuffle."""
+    rng = random.Random(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += rng.sample(range(count), count)
+        yield waiting[:size]
+        waiting = waiting[size:]
 
 
 def _dataset_rows(config: TrainConfig, split: str) -> list[Row]:
