@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .adapter import has_adapter, save_adapted
 from .config import TrainConfig
 from .errors import InputError
 
@@ -40,7 +41,10 @@ def save_student(student: Any, tokenizer: Any, folder: Path) -> None:
     target, part, old = (folder / name for name in ("student", ".student.part", ".student.old"))
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    student.save_pretrained(part)
+    if has_adapter(student):
+        save_adapted(student, part)
+    else:
+        student.save_pretrained(part)
     tokenizer.save_pretrained(part)
     if target.exists():
         os.rename(target, old)
