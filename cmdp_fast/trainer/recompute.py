@@ -23,7 +23,7 @@ def recompute_layers(model: Any) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise InputError(f"--gradient-checkpointing: {type(model).__name__} has no layers that can be checkpointed")
     for layer in layers:

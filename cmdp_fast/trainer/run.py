@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from .checkpoint import check_run_folder, make_run_folder, save_student, write_json, write_samples, write_text
 from .config import TrainConfig
 from .constraint import evaluation_constraint
-from .data import load_problems
+from .data import Row, load_problems
 from .errors import InputError
 from .evaluate import evaluate
 from .experience import Collector
@@ -43,22 +43,24 @@ def train(config: TrainConfig) -> Path:
     """
     report = Report()
     check_run_folder(config)
-    problems = load_problems(config)
-    rewards = load_rewards(config, problems.train[0])
-    verifier = load_step_verifier(config, problems.train[0])
-    student, teacher, tokenizer = load_pair(config, problems.train, report)
-    train_prompts = encode_prompts(problems.train, tokenizer)
-    held_out = problems.held_out[: config.eval_prompts]
-    check_lengths(config, [student, teacher], train_prompts + encode_prompts(held_out, tokenizer))
-
+    material = load(config, report)
+    problems, held_out, tokenizer = material.problems, material.held_out, material.tokenizer
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    ppo = make_ppo(config, accelerator, student, teacher, tokenizer, rewards, verifier)
+    ppo = make_ppo(
+        config,
+        accelerator,
+        material.student,
+        material.teacher,
+        tokenizer,
+        material.rewards,
+        material.verifier,
+    )
     collector = ppo.collector
-    order = shuffled(len(problems.train), config.prompts_per_step, config.seed)
+    order = shuffled(len(problems), config.prompts_per_step, config.seed)
 
     clock = ppo.clock
     report.say(
-        f"{len(problems.train)} problems to train on, {len(problems.held_out)} held out; "
+        f"{len(problems)} problems to train on, {len(held_out)} to evaluate on; "
         f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
     )
     results: dict[str, Any] = {}
@@ -74,7 +76,7 @@ def train(config: TrainConfig) -> Path:
     try:
         for step in report.track(range(1, config.steps + 1), f"training {folder}"):
             chosen = next(order)
-            metrics = ppo.step([problems.train[i] for i in chosen], [train_prompts[i] for i in chosen])
+            metrics = ppo.step([problems[i] for i in chosen], [material.prompts[i] for i in chosen])
             log.step(step, metrics)
             done = step
             report.status(
@@ -103,6 +105,32 @@ def train(config: TrainConfig) -> Path:
         write_text(folder / "samples.txt", samples_text(shown))
         report.say(f"{folder}: student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt samples.jsonl")
     return folder
+
+
+@dataclass
+class Material:
+    """What a run is made from."""
+
+    problems: list[Row]
+    prompts: list[list[int]]  # token ids
+    held_out: list[Row]
+    rewards: dict[str, Any]
+    verifier: StepVerifier | None
+    student: Any
+    teacher: Any
+    tokenizer: Any
+
+
+def load(config: TrainConfig, report: Report) -> Material:
+    """Problems, rewards and models, the models on the CPU. Raises InputError for what cannot be used."""
+    problems = load_problems(config)
+    rewards = load_rewards(config, problems.train[0])
+    verifier = load_step_verifier(config, problems.train[0])
+    student, teacher, tokenizer = load_pair(config, problems.train, report)
+    prompts = encode_prompts(problems.train, tokenizer)
+    held_out = problems.held_out[: config.eval_prompts]
+    check_lengths(config, [student, teacher], prompts + encode_prompts(held_out, tokenizer))
+    return Material(problems.train, prompts, held_out, rewards, verifier, student, teacher, tokenizer)
 
 
 def make_ppo(

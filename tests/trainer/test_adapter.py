@@ -26,7 +26,7 @@ def same(pair) -> dict[str, str]:
 
 
 def short(completion_ids, **_) -> list[float]:
-    """A reward that differs between completions: a student that starts as its teacher has nothing else to learn from."""
+    """A reward that differs between completions: a student that is its teacher has nothing else to learn from."""
     return [-float(len(ids)) for ids in completion_ids]
 
 
