@@ -109,7 +109,7 @@ def activations(config: TrainConfig, student: Any, rows: int, length: int) -> in
     layers: list[Any] = [module for module in student.modules() if isinstance(module, GradientCheckpointingLayer)]
     try:
         with torch.enable_grad(), mode, half:
-            own = [mode.from_tensor(p).untyped_storage() for p in student.parameters()]
+            own = [t.untyped_storage() for p in student.parameters() for t in (p, mode.from_tensor(p))]
             weights = {storage._cdata for storage in own}
             ids = torch.zeros(rows, length, dtype=torch.long)
             positions = torch.arange(length).expand(rows, length)
