@@ -85,10 +85,15 @@ def _runner(command: str) -> Callable[[Sequence[str]], int]:
         from .trainer.evaluate_student import evaluate_student, parse_evaluate
 
         return lambda arguments: _done(evaluate_student(parse_evaluate(arguments)))
+    from .trainer.dry_run import dry_run
     from .trainer.parse import parse
     from .trainer.run import train
 
-    return lambda arguments: _done(train(parse(arguments)))
+    def run(arguments: Sequence[str]) -> int:
+        config = parse(arguments)
+        return _done(dry_run(config) if config.dry_run else train(config))
+
+    return run
 
 
 def _done(_: object) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .adapter import has_adapter, save_adapted
 from .config import TrainConfig
 from .errors import InputError, first_line
 
@@ -49,7 +50,10 @@ def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, 
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with writing(target):
-            student.save_pretrained(part, state_dict=weights)
+            if has_adapter(student):
+                save_adapted(student, part)
+            else:
+                student.save_pretrained(part, state_dict=weights)
             tokenizer.save_pretrained(part)
             sync_folder(part)
             if target.exists():

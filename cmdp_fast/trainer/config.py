@@ -22,13 +22,13 @@ Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="
 _POSITIVE = (
     *("budget", "temperature", "steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatch_size"),
     *("micro_batch_size", "learning_rate", "max_grad_norm", "clip_low", "clip_high", "task_size"),
-    *("value_learning_rate",),
+    *("value_learning_rate", "lora_alpha"),
     *("eval_prompts", "eval_generations"),
 )
 _NOT_NEGATIVE = (
     *("penalty", "discrepancy_weight", "coefficient", "weight_decay", "lr_warmup_steps", "teacher_cache_mb"),
     *("eval_every", "checkpoint_every", "prefix_budget", "budget_start", "budget_steps", "top_k", "rollout_batch_size"),
-    *("max_rows", "max_prompt_length"),
+    *("max_rows", "max_prompt_length", "lora_rank"),
 )
 
 
@@ -57,6 +57,8 @@ class TrainConfig:
     """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself."""
     seed: int = 0
     """Seed of the prompts' order and of the sampling."""
+    dry_run: bool = False
+    """Load and check models and data, print the settings and an estimate of the memory, and stop there."""
 
     # ---------------------------------------------------------------------------------------------- the models
     student: str = ""
@@ -68,7 +70,18 @@ class TrainConfig:
     trust_remote_code: bool = False
     """Run code that comes with a model. Weights are read from safetensors files only, whatever this says."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: the student runs under autocast and the teacher's weights are held in bfloat16 (for GPUs)."""
+    """bf16: the student runs under autocast and weights that are not trained, the teacher's or those under an adapter,
+    are held in bfloat16 (for GPUs)."""
+    lora_rank: int = 0
+    """Train an adapter of this rank and leave the student's own weights as they are. If the teacher is the same model,
+    its weights are shared. `student/` gets the merged model, `student/adapter` the adapter. 0: train all weights."""
+    lora_alpha: float = 32.0
+    """What the adapter adds is multiplied by this over the rank."""
+    lora_target: tuple[str, ...] = ("all-linear",)
+    """Ends of the names of the modules that get an adapter, such as `q_proj v_proj`. `all-linear`: every linear layer
+    but the head."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more time."""
 
     # ---------------------------------------------------------------------------------------------- the task
     task: str = ""
@@ -249,6 +262,7 @@ class TrainConfig:
         _check(len(self.rewards) > 0, "--rewards names no reward function")
         for name in ("answer_pattern", "reference_pattern"):
             _check_pattern(f"--{_flag(name)}", getattr(self, name))
+        _check(len(self.lora_target) > 0, "--lora-target names no module")
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
         check_choices(self)
         if self.kind == "worst_case":

@@ -49,6 +49,8 @@ def check_sharding(accelerator: Any, config: TrainConfig) -> None:
         raise InputError("FSDP checkpoints need fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration")
     if config.baseline == "gae" and config.algorithm == "ppo":
         raise InputError("--baseline gae does not work with FSDP, whose optimizer has the student's parameters alone")
+    if config.lora_rank:
+        raise InputError("--lora-rank does not work with FSDP: an adapter is small, DDP serves it")
     if config.algorithm == "minillm" and config.teacher_mix:
         raise InputError("minillm with --teacher-mix does not work with FSDP: the teacher would have to keep step")
 

@@ -100,7 +100,8 @@ def make_ppo(
     from transformers import get_scheduler
 
     set_seed(config.seed, device_specific=accelerator.num_processes > 1)
-    groups = [{"params": list(student.parameters()), "lr": config.learning_rate}]
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "lr": config.learning_rate}]
     value_head = None
     if config.algorithm == "ppo" and config.baseline == "gae":
         value_head = ValueHead(student.config.get_text_config().hidden_size).to(accelerator.device)
