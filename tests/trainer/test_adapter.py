@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -179,6 +180,7 @@ def test_bad_input(case, same, tmp_path, capsys):
 
 
 def test_without_peft(same, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
     assert main(arguments(same, tmp_path / "runs", lora_rank=4)) == 2
     assert "cmdp_fast[lora]" in capsys.readouterr().err
