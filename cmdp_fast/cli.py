@@ -1,7 +1,8 @@
-"""The command line: `cmdp-fast train` and `cmdp-fast info`."""
+"""The command line: `cmdp-fast train`, `cmdp-fast bench` and `cmdp-fast info`."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ usage: cmdp-fast COMMAND [options]
 
 commands:
   train   distil a student from a teacher under a KL budget (needs the extra: pip install 'cmdp_fast[train]')
+  bench   speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
   info    versions, CPU features, kernel variant, threads and backends
 
 `cmdp-fast COMMAND --help` lists a command's options.
@@ -29,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command == "train":
         return _train(rest)
+    if command == "bench":
+        return _bench(rest)
     print(
         f"cmdp-fast: error: unknown command {command!r}\n{COMMANDS}" if command else COMMANDS, end="", file=sys.stderr
     )
@@ -64,6 +68,19 @@ def _train(arguments: Sequence[str]) -> int:
         print("cmdp-fast: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    for needed in ("rich", "matplotlib"):
+        if importlib.util.find_spec(needed) is None:
+            print(
+                f"cmdp-fast: error: bench needs {needed}, which comes with the extra: pip install 'cmdp_fast[bench]'",
+                file=sys.stderr,
+            )
+            return 2
+    from .bench.command import entry
+
+    return entry(arguments)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import TrainConfig
 from .errors import InputError
+
+if TYPE_CHECKING:  # it needs tyro, which who only writes files does not
+    from .config import TrainConfig
 
 
 def check_run_folder(config: TrainConfig) -> None:
