@@ -38,7 +38,9 @@ def page(run: Run, plots: Sequence[str] = ()) -> str:
         if notes := show.case_notes(case):
             parts.append("\n".join(f"- {note}" for note in notes))
     for sweep in run.sweeps:
-        parts += [f"## {sweep.label}", show.markdown(show.sweep_table(sweep))]
+        parts += [f"## {sweep.label}", "Milliseconds:", show.markdown(show.sweep_table(sweep))]
+        if sweep.memory:
+            parts += ["Extra MiB:", show.markdown(show.sweep_memory_table(sweep))]
     if run.left_out:
         parts += ["## Left out", "\n".join(f"- {name}: {reason}" for name, reason in run.left_out.items())]
     parts += [f"![{name}]({name})" for name in plots]
@@ -46,14 +48,20 @@ def page(run: Run, plots: Sequence[str] = ()) -> str:
 
 
 def section(run: Run) -> str:
-    """What a README says: a row a case, its first variant of ours beside its floor and the peers."""
-    rows = [["case", "ours", "of the floor", "peers, times as long", "extra MiB, ours", "of the peers"]]
-    rows += [_row(case) for case in run.cases]
+    """What a README says: a row a case at the first shape that the run has of an operation, ours beside all others."""
+    first = {case.op: case.shape for case in reversed(run.cases)}
+    cases = [case for case in run.cases if case.shape == first[case.op]]
+    rows = [["case", "ours", "of the floor", "the others, times as long", "ours, extra MiB", "the others"]]
+    rows += [_row(case) for case in cases]
     parts = ["```\n" + "\n".join(show.header(run)) + "\n```", show.markdown(rows)]
-    lacks = {v.name: v.lacks for case in run.cases for v in case.variants if v.peer and v.lacks}
+    lacks: dict[str, list[str]] = {}
+    for case in cases:
+        for v in case.variants:
+            if v.lacks and v.name not in lacks.setdefault(v.lacks, []):
+                lacks[v.lacks].append(v.name)
     if lacks:
-        parts.append("What they leave out: " + "; ".join(f"{name}: {what}" for name, what in lacks.items()) + ".")
-    absent = {peer: reason for case in run.cases for peer, reason in case.absent.items()}
+        parts.append("\n".join(["What they leave out:\n", *(f"- {', '.join(n)}: {what}" for what, n in lacks.items())]))
+    absent = {peer: reason for case in cases for peer, reason in case.absent.items()}
     if absent:
         parts.append("Absent: " + "; ".join(f"{peer} ({reason})" for peer, reason in absent.items()) + ".")
     parts.append(f"Measured by\n\n    {run.command}")
@@ -61,17 +69,14 @@ def section(run: Run) -> str:
 
 
 def _row(case: CaseResult) -> list[str]:
-    ours, share = case.ours, case.share(case.ours)
-    bound = next(iter(case.bounds), "")
-    peers = [v for v in case.variants if v.peer]
-    weighed = [v for v in peers if v.memory is not None]
+    ours, share, others = case.ours, case.share(case.ours), case.variants[1:]
     return [
         f"`{case.op}` {case.mode}, {case.shape.rows} x {case.shape.vocab} {case.dtype}",
         f"{show.milliseconds(ours.median)} ms",
-        "" if share is None else f"{share:.0%} ({bound})",
-        ", ".join(f"{v.name} {case.ratio(v):.1f}" for v in peers),
-        "" if ours.memory is None else f"{ours.memory.extra / show.MIB:.1f}",
-        ", ".join(f"{v.name} {v.memory.extra / show.MIB:.0f}" for v in weighed if v.memory is not None),
+        "" if share is None else f"{share:.0%} ({next(iter(case.bounds))})",
+        ", ".join(f"{v.name} {case.ratio(v):.2g}" for v in others),
+        "" if ours.memory is None else show.mebibytes(ours.memory.extra),
+        ", ".join(f"{v.name} {show.mebibytes(v.memory.extra)}" for v in others if v.memory is not None),
     ]
 
 

@@ -13,6 +13,9 @@ from cmdp_fast.bench.results import CaseResult, Run, Sweep
 from cmdp_fast.bench.show import MIB
 
 
+NOTHING = 0.01  # MiB
+
+
 def draw(run: Run, folder: Path) -> list[Path]:
     """Every plot that the run has figures for; a file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -23,13 +26,12 @@ def draw(run: Run, folder: Path) -> list[Path]:
     compared = [case for case in run.cases if len(case.variants) > 1]
     if compared:
         drawn.append(_save(folder / "ratios.png", lambda figure: _ratios(figure, compared), len(compared)))
-    weighed = [case for case in run.cases if any(v.memory for v in case.variants)]
-    if weighed:
-        drawn.append(_save(folder / "memory.png", lambda figure: _memory(figure, weighed), 12))
     for sweep in run.sweeps:
+        name = f"{sweep.op}-{sweep.mode}-{sweep.axis}-{sweep.dtype}.png".replace(" ", "-")
         if len(sweep.points) > 1:
-            name = f"sweep-{sweep.op}-{sweep.mode}-{sweep.axis}-{sweep.dtype}.png".replace(" ", "-")
-            drawn.append(_save(folder / name, functools.partial(_sweep, sweep=sweep), 12))
+            drawn.append(_save(folder / f"sweep-{name}", functools.partial(_sweep, sweep=sweep), 12))
+        if sweep.memory:
+            drawn.append(_save(folder / f"memory-{name}", functools.partial(_memory, sweep=sweep), 12))
     return drawn
 
 
@@ -87,22 +89,18 @@ def _ratios(figure: Any, cases: list[CaseResult]) -> None:
     axes.set_yticks(range(len(cases)), [_short(case) for case in cases], fontsize=7)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="time over ours (right of the line: slower)")
+    for axis_of in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis_of(lambda ratio, _: f"{ratio:g}")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _memory(figure: Any, cases: list[CaseResult]) -> None:
-    """Extra memory over the rows of the cases' shapes."""
+def _memory(figure: Any, sweep: Sweep) -> None:
+    """Extra memory over the axis; nothing is drawn as `NOTHING`, since it has no logarithm."""
     axes = figure.subplots()
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for case in cases:
-        for v in case.variants:
-            if v.memory is not None:
-                key = f"{case.op} {case.mode}: {v.name}" if v is case.ours else f"  {v.name} ({case.op} {case.mode})"
-                lines.setdefault(key, []).append((case.shape.rows, max(v.memory.extra / MIB, 0.01)))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", ms=4, lw=1, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="extra MiB beyond the outputs (0.01: none)")
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for name, memory in sweep.memory.items():
+        axes.plot(sweep.points, [max(m.extra / MIB, NOTHING) for m in memory], "o-", ms=4, lw=1, label=name)
+    axes.set(xscale="log", yscale="log", xlabel=sweep.axis, ylabel="MiB beyond the outputs", title=sweep.label)
+    axes.legend(fontsize=7)
 
 
 def _sweep(figure: Any, sweep: Sweep) -> None:

@@ -128,6 +128,7 @@ class Sweep:
     device: str
     points: list[int]
     ms: dict[str, list[list[float]]]
+    memory: dict[str, list[Memory]] = field(default_factory=dict)  # a variant's at every point, along rows
 
     @property
     def label(self) -> str:
@@ -170,7 +171,7 @@ def read(path: Path) -> Run:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise InputError(f"{path}: expected the JSON of cmdp-fast bench, format {FORMAT}")
         found["cases"] = [_case(case) for case in found["cases"]]
-        found["sweeps"] = [Sweep(**(sweep | {"shape": Shape(**sweep["shape"])})) for sweep in found["sweeps"]]
+        found["sweeps"] = [_sweep(sweep) for sweep in found["sweeps"]]
         return Run(**found)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the JSON of cmdp-fast bench: {first_line(error)}") from error
@@ -184,6 +185,11 @@ def _case(found: dict[str, Any]) -> CaseResult:
     return CaseResult(
         **(found | {"shape": Shape(**found["shape"]), "work": Work(**found["work"]), "variants": variants})
     )
+
+
+def _sweep(found: dict[str, Any]) -> Sweep:
+    memory = {name: [Memory(**at) for at in points] for name, points in found["memory"].items()}
+    return Sweep(**(found | {"shape": Shape(**found["shape"]), "memory": memory}))
 
 
 def paired(of: Sequence[float], to: Sequence[float]) -> float:

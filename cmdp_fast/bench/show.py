@@ -20,6 +20,11 @@ def milliseconds(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
+def mebibytes(size: int) -> str:
+    """One digit after the point, and no minus before 0.0."""
+    return f"{round(size / MIB, 1) + 0.0:.1f}"
+
+
 def case_table(case: CaseResult) -> Rows:
     """Header and rows: floors first, then our variants, then the peers."""
     bound = next(iter(case.bounds), None)
@@ -61,6 +66,12 @@ def sweep_table(sweep: Sweep) -> Rows:
     return rows
 
 
+def sweep_memory_table(sweep: Sweep) -> Rows:
+    """Extra MiB at every point."""
+    rows = [["implementation", *(f"{point}" for point in sweep.points)]]
+    return rows + [[name, *(mebibytes(m.extra) for m in memory)] for name, memory in sweep.memory.items()]
+
+
 def header(run: Run) -> list[str]:
     """What a run ran on, and how."""
     lines = machine.text(run.machine)
@@ -82,7 +93,7 @@ def _rate(case: CaseResult, v: Measured) -> str:
 
 
 def _extra(v: Measured) -> str:
-    return "" if v.memory is None else f"{v.memory.extra / MIB:.1f}"
+    return "" if v.memory is None else mebibytes(v.memory.extra)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -173,3 +184,5 @@ class Screen:
     def sweep(self, sweep: Sweep) -> None:
         """A sweep."""
         self.table(f"{sweep.label}, ms", sweep_table(sweep))
+        if sweep.memory:
+            self.table(f"{sweep.label}, extra MiB", sweep_memory_table(sweep))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from cmdp_fast.bench.case import SHAPES, Case
 from cmdp_fast.bench.measure import measure
+from cmdp_fast.bench.memory import measure_memory, unavailable
 from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.results import Sweep
 from cmdp_fast.bench.suite import Plan, Say, checked_variants, variants_of
-from cmdp_fast.bench.variant import Inputs, Variant
+from cmdp_fast.bench.variant import Absent, Inputs, Variant
 
 AXES = ("rows", "vocab", "hidden", "threads")
 FACTORS = (16, 8, 4, 2, 1)  # a sweep goes from a sixteenth of a shape to the shape itself
@@ -59,7 +61,15 @@ def run_sweep(case: Case, axis: str, plan: Plan, say: Say) -> Sweep:
     finally:
         torch.set_num_threads(threads)
     ms = {name: [times[entries[name, point].name] for point in points] for name in names}
-    return Sweep(case.op, case.mode, axis, case.shape, case.dtype, case.device, points, ms)
+    sweep = Sweep(case.op, case.mode, axis, case.shape, case.dtype, case.device, points, ms)
+    entries.clear()
+    if axis == "rows" and plan.memory and unavailable(case.device) is None:
+        for variant in variants_of(case, plan.peers)[1]:
+            if variant.name in names:
+                say(f"{case.label} over {axis}: memory of {variant.name}")
+                with suppress(Absent):  # it then has no line among the others
+                    sweep.memory[variant.name] = [measure_memory(_at(case, axis, n), variant) for n in points]
+    return sweep
 
 
 def _at(case: Case, axis: str, point: int) -> Case:

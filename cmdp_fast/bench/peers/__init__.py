@@ -1,7 +1,8 @@
 """Peers: other implementations of what our operations do, or of a part of it, each behind a small adapter.
 
-A peer's module says in `OPS` which operations it is a peer for, and `variants(case)` gives its variants, or raises
-`Absent` or ImportError where it cannot have any here (none for a mode in which it is no peer). An adapter is held against float64 before it is timed.
+A peer's module says in `OPS` which operations it is a peer for, and `variants(case)` gives its variants: none for a
+mode in which it is no peer, `Absent` or ImportError where it cannot have any here. An adapter is held against float64
+before it is timed.
 """
 
 from __future__ import annotations

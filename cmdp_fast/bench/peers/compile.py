@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import types
+
 import torch
 
 from cmdp_fast.bench.case import Case
 from cmdp_fast.bench.peers import eager
-from cmdp_fast.bench.variant import HIDDEN_AND_HEAD, LOGITS, Inputs, Values, Variant, differentiable
+from cmdp_fast.bench.variant import HIDDEN_AND_HEAD, LOGITS, Function, Variant, differentiable
 
 OPS = eager.OPS
 NAME = "torch.compile"
 
 
-def compiled(function):
-    """A function of tensors by name, compiled for static shapes; every case starts without the graphs of the others."""
-    inner = torch.compile(function, dynamic=False)
+def compiled(function: Function) -> Function:
+    """A function of tensors by name, compiled for static shapes and the present number of threads.
 
-    def call(inputs: Inputs) -> Values:
-        return inner(inputs)
-
-    return call
+    torch.compile keeps its graphs with the function's code: a copy of the code starts without those of other cases,
+    which would be used again for another number of threads, and whose number is limited.
+    """
+    assert isinstance(function, types.FunctionType)
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(copy, dynamic=False)
 
 
 def variants(case: Case) -> list[Variant]:
-    torch.compiler.reset()  # or the number of shapes that a function is compiled for would reach its limit
     if case.op == "budget_trace":
         return [Variant(NAME, compiled(eager.budget_trace), lacks=eager.NO_FIRST, peer="compile")]
     if case.op == "constrained_reward":
