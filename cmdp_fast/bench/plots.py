@@ -12,7 +12,6 @@ from typing import Any
 from cmdp_fast.bench.results import CaseResult, Run, Sweep
 from cmdp_fast.bench.show import MIB
 
-
 NOTHING = 0.01  # MiB
 
 

@@ -142,9 +142,12 @@ class Sweep:
         return statistics.linear_regression(*_logs(self.points, self.medians(variant))).slope
 
     def growth(self, variant: str) -> float:
-        """Time a unit at the last point over that at the first: 1 where time is linear. Paired within rounds."""
+        """Time at the last point over that at the first, paired within rounds; a unit, hence 1 where time is linear.
+
+        Threads are no work: of them it is the time itself.
+        """
         first, last = self.ms[variant][0], self.ms[variant][-1]
-        return paired(last, first) / (self.points[-1] / self.points[0])
+        return paired(last, first) / (1 if self.axis == "threads" else self.points[-1] / self.points[0])
 
 
 @dataclass

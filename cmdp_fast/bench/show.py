@@ -57,8 +57,9 @@ def case_notes(case: CaseResult) -> list[str]:
 
 
 def sweep_table(sweep: Sweep) -> Rows:
-    """Milliseconds at every point, the slope of time over the axis in logarithms, and time a unit, last over first."""
-    rows = [["implementation", *(f"{point}" for point in sweep.points), "slope", "last / first, a unit"]]
+    """Milliseconds at every point, the slope of time over the axis in logarithms, time at the last over the first."""
+    last = "last / first" if sweep.axis == "threads" else "last / first, a unit"
+    rows = [["implementation", *(f"{point}" for point in sweep.points), "slope", last]]
     for name in sweep.ms:
         times = [milliseconds(ms) for ms in sweep.medians(name)]
         several = len(sweep.points) > 1

@@ -17,7 +17,8 @@ from cmdp_fast.bench.suite import Plan, Say, checked_variants, variants_of
 from cmdp_fast.bench.variant import Absent, Inputs, Variant
 
 AXES = ("rows", "vocab", "hidden", "threads")
-FACTORS = (16, 8, 4, 2, 1)  # a sweep goes from a sixteenth of a shape to the shape itself
+# A sweep covers a factor of 16: rows from a quarter of a shape to its fourfold, the others up to the shape itself.
+SIXTEENTHS = {"rows": (4, 8, 16, 32, 64), "vocab": (1, 2, 4, 8, 16), "hidden": (1, 2, 4, 8, 16)}
 
 
 def points_of(case: Case, axis: str) -> list[int]:
@@ -26,7 +27,7 @@ def points_of(case: Case, axis: str) -> list[int]:
         most = torch.get_num_threads()
         return sorted({*(2**i for i in range(most.bit_length())), most})
     size = getattr(case.shape, axis)
-    return [size // factor for factor in FACTORS if size // factor]
+    return sorted({max(1, size * n // 16) for n in SIXTEENTHS[axis]})
 
 
 def sweeps(plan: Plan, axis: str, say: Say) -> Iterator[Sweep]:
