@@ -1,25 +1,31 @@
-"""The command line: `cmdp-fast train`, `cmdp-fast bench` and `cmdp-fast info`."""
+"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `bench` and `info`."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 COMMANDS = """\
 usage: cmdp-fast COMMAND [options]
 
 commands:
-  train   distil a student from a teacher under a KL budget (needs the extra: pip install 'cmdp_fast[train]')
-  bench   speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
-  info    versions, CPU features, kernel variant, threads and backends
+  train     distil a student from a teacher under a KL budget
+  compare   run several methods on one task with several seeds: a table and plots
+  evaluate  measure a student on held-out problems, with or without a teacher
+  bench     speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
+  info      versions, CPU features, kernel variant, threads and backends
 
+All but bench and info need the extra: pip install 'cmdp_fast[train]'.
 `cmdp-fast COMMAND --help` lists a command's options.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for what the user has to change, 130 for an interrupt."""
+    """Runs a command; returns the exit code.
+
+    0, 1 for a comparison of which a run failed, 2 for what the user has to change, 130 for an interrupt.
+    """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     if command in ("-h", "--help"):
         print(COMMANDS, end="")
@@ -29,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(report())
         return 0
-    if command == "train":
-        return _train(rest)
+    if command in ("train", "compare", "evaluate"):
+        return _with_the_extra(command, rest)
     if command == "bench":
         return _bench(rest)
     print(
@@ -39,34 +45,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _train(arguments: Sequence[str]) -> int:
+def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     try:
         import datasets
         import transformers
 
         from .trainer.errors import InputError
-        from .trainer.parse import parse
-        from .trainer.run import train
+
+        run = _runner(command)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cmdp_fast"):
             raise
-        print(
-            f"cmdp-fast: error: train needs {error.name}, which comes with the extra: pip install 'cmdp_fast[train]'",
-            file=sys.stderr,
-        )
+        extra = "which comes with the extra: pip install 'cmdp_fast[train]'"
+        print(f"cmdp-fast: error: {command} needs {error.name}, {extra}", file=sys.stderr)
         return 2
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     try:
-        train(parse(arguments))
+        return run(arguments)
     except InputError as error:
         print(f"cmdp-fast: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cmdp-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def _runner(command: str) -> Callable[[Sequence[str]], int]:
+    """What runs a command with its arguments and returns the exit code."""
+    if command == "compare":
+        from .trainer.compare import compare
+        from .trainer.comparison import parse_compare
+
+        return lambda arguments: 0 if compare(parse_compare(arguments), arguments) else 1
+    if command == "evaluate":
+        from .trainer.evaluate_student import evaluate_student, parse_evaluate
+
+        return lambda arguments: _done(evaluate_student(parse_evaluate(arguments)))
+    from .trainer.parse import parse
+    from .trainer.run import train
+
+    return lambda arguments: _done(train(parse(arguments)))
+
+
+def _done(_: object) -> int:
     return 0
 
 

@@ -20,6 +20,17 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def machine() -> str:
+    """Processor and versions in a line, to be quoted beside measurements."""
+    name = ""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    processor = f"{name or platform.processor() or 'unnamed processor'} ({platform.machine()})"
+    versions = ", ".join(f"{package} {_version(package)}" for package in ("cmdp_fast", "torch", "transformers"))
+    return f"{processor}, {os.cpu_count()} processors, python {platform.python_version()}, {versions}"
+
+
 def report() -> str:
     """Versions, processor features, the kernel variant chosen, threads, and which backends work."""
     lines = [f"python         {platform.python_version()} on {platform.system()} {platform.machine()}"]

@@ -343,6 +343,19 @@ def ppo_loss(
 # Metrics
 
 
+def cvar(values: Tensor, alpha: float = 0.1) -> Tensor:
+    """The mean of the largest ``alpha`` of some values [B], a scalar: their conditional value at risk.
+
+    A fraction of a value counts as that fraction. Raises ValueError for alpha outside (0, 1].
+    """
+    if not 0.0 < alpha <= 1.0:
+        raise ValueError(f"alpha={alpha}, expected a fraction in (0, 1]")
+    size = values.shape[0]
+    share = (alpha * size - torch.arange(size, device=values.device)).clamp(0.0, 1.0)
+    worst = values.sort(descending=True).values
+    return torch.where(share > 0, worst * share, 0.0).sum() / (alpha * size)
+
+
 def constraint_metrics(
     cost: Tensor,
     trace: BudgetTrace,
@@ -356,9 +369,9 @@ def constraint_metrics(
 
     C_T is the account of ``trace`` (which knows its budget d) at the last real token of a sequence:
     ``constraint_satisfaction`` mean 1[C_T <= d]; ``mean_excess`` mean (C_T - d)+; ``mean_cumulative`` mean C_T;
-    ``cvar`` the mean of the worst ``alpha`` of the C_T (the conditional value at risk of the empirical distribution; a
-    fraction of a sequence counts as that fraction); ``mean_token_cost`` and ``max_token_cost`` over real tokens;
-    ``first_violation`` mean of t/T, the share of a sequence's tokens before its first violation, 1 where there is none.
+    ``cvar`` the mean of the worst ``alpha`` of the C_T (see `cvar`); ``mean_token_cost`` and ``max_token_cost`` over
+    real tokens; ``first_violation`` mean of t/T, the share of a sequence's tokens before its first violation, 1 where
+    there is none.
     With ``correct`` [B] (bool or 0/1): ``accuracy`` and ``correct_and_feasible``. With ``mean_budget`` (a number or
     [B]): ``prefix_satisfaction``, mean 1[max_t m_t <= mean_budget] of the prefix means m_t of ``cost``.
 
@@ -369,20 +382,16 @@ def constraint_metrics(
     size = cost.shape[0]
     if cost.numel() == 0:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected at least one token")
-    if not 0.0 < alpha <= 1.0:
-        raise ValueError(f"alpha={alpha}, expected a fraction in (0, 1]")
     cost = torch.where(keep, cost.detach(), 0.0)
     length = keep.sum(1)
     total, remaining = _last(trace.cumulative, keep)[:, 0], _last(trace.remaining, keep)[:, 0]
     feasible = remaining >= 0
 
-    share = (alpha * size - torch.arange(size, device=cost.device)).clamp(0.0, 1.0)
-    worst = total.sort(descending=True).values
     metrics = {
         "constraint_satisfaction": feasible.to(total.dtype).mean(),
         "mean_excess": (-remaining).clamp(min=0.0).mean(),
         "mean_cumulative": total.mean(),
-        "cvar": torch.where(share > 0, worst * share, 0.0).sum() / (alpha * size),
+        "cvar": cvar(total, alpha),
         "mean_token_cost": cost.sum() / length.sum().clamp(min=1),
         "max_token_cost": cost.masked_fill(~keep, -torch.inf).amax(),
         "first_violation": 1.0 - ((trace.violated & keep).sum(1) / length.clamp(min=1)).mean(),

@@ -118,6 +118,8 @@ def run_case(case: Case, plan: Plan, say: Say) -> CaseResult:
     floor_times = {floor.name: times[floor.name] for floor in floors}
     del sets, floors  # before memory is measured in processes beside this one
     gc.collect()
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
     measured = []
     for variant in variants:
         result = Measured(variant.name, variant.peer, variant.lacks, times[variant.name], errors[variant.name])

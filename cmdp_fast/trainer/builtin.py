@@ -1,9 +1,11 @@
-"""The quickstart's own teacher and student: two tiny Llamas that add a few numbers, made on the first run.
+"""The recipes' own teacher and students: tiny Llamas that add a few numbers, made on the first run.
 
 `builtin:arithmetic-teacher` is trained on careful solutions only, "3+4=7;7+2=9;A9.": each step, then the answer.
 `builtin:arithmetic-student` is smaller and is warmed up on few problems and on a mixture of habits, as a pre-trained
 model has: careful, the answer without its steps, and a step that goes wrong. It *can* do the arithmetic, which
 reinforcement learning could not teach it in minutes, but it does not know which habit is wanted.
+`builtin:arithmetic-shortcut-student` knows all training problems and seldom slips: its answers without steps are mostly
+right, so that a reward that likes brevity tempts it to skip them.
 
 Both see training problems only, never held-out ones, and are kept in a cache folder named after a hash of everything
 that went into them.
@@ -13,17 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from .cache import cache_dir, made_once
 from .config import TrainConfig
 from .data import Row
 from .errors import InputError
@@ -50,6 +50,7 @@ class Recipe:
 RECIPES = {
     "builtin:arithmetic-teacher": Recipe(layers=3, steps=500, habits=(1.0, 0.0, 0.0), problems=10_000),
     "builtin:arithmetic-student": Recipe(layers=2, steps=900, habits=(0.4, 0.3, 0.3), problems=500),
+    "builtin:arithmetic-shortcut-student": Recipe(layers=2, steps=1500, habits=(0.5, 0.4, 0.1), problems=10_000),
 }
 
 
@@ -84,24 +85,12 @@ def builtin_folder(name: str, config: TrainConfig, train: Sequence[Row], report:
     settings = json.dumps([FORMAT, asdict(recipe), task], sort_keys=True)
     label = name.removeprefix("builtin:")
     folder = cache_dir() / f"{label}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{label}-", dir=folder.parent))
-        try:
-            _make(recipe, train, scratch, report, f"first run: training the {label}")
-            (scratch / "settings.json").write_text(settings)
-            os.replace(scratch, folder)
-        except OSError:
-            if not folder.is_dir():  # or another process has been faster
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
+    def make(part: Path) -> None:
+        _make(recipe, train, part, report, f"first run: training the {label}")
+        (part / "settings.json").write_text(settings)
 
-def cache_dir() -> Path:
-    """Where built-in models are kept: ``$XDG_CACHE_HOME/cmdp_fast`` or ``~/.cache/cmdp_fast``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmdp_fast"
+    return made_once(folder, make)
 
 
 def _tokenizer(texts: Sequence[str]):

@@ -62,6 +62,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, as_json(value, indent=2) + "\n")
 
 
+def write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    """JSON lines: every sample of each policy, by whom it is."""
+    write_text(path, "".join(as_json({"who": who, **s}) + "\n" for who, some in samples.items() for s in some))
+
+
 def as_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader accepts: a number that is not finite becomes null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)

@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -27,12 +27,15 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("penalty", "discrepancy_weight", "coefficient", "weight_decay", "lr_warmup_steps", "teacher_cache_mb"),
     *("eval_every", "save_every", "prefix_budget", "budget_start", "budget_steps", "top_k", "rollout_batch_size"),
+    *("max_rows", "max_prompt_length"),
 )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of `cmdp-fast train`."""
+
+    REQUIRED_MODELS: ClassVar[tuple[str, ...]] = ("student", "teacher")
 
     # ---------------------------------------------------------------------------------------------- the run
     recipe: str = "quickstart"
@@ -49,9 +52,13 @@ class TrainConfig:
 
     # ---------------------------------------------------------------------------------------------- the models
     student: str = ""
-    """Hub id or folder of the causal language model to train, or `builtin:arithmetic-student`."""
+    """Hub id or folder of the causal language model to train, or `builtin:arithmetic-student`,
+    `builtin:arithmetic-shortcut-student`, `builtin:smollm2-pruned-student`."""
     teacher: str = ""
-    """Hub id or folder of the causal language model to stay close to, or `builtin:arithmetic-teacher`."""
+    """Hub id or folder of the causal language model to stay close to, or `builtin:arithmetic-teacher`,
+    `builtin:smollm2-teacher`."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model. Weights are read from safetensors files only, whatever this says."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: the student runs under autocast and the teacher's weights are held in bfloat16 (for GPUs)."""
 
@@ -68,6 +75,10 @@ class TrainConfig:
     """Configuration of a hub dataset that has several (`main` of `openai/gsm8k`)."""
     dataset_split: str = "train"
     """Split to train on."""
+    streaming: bool = False
+    """Read the dataset from where it is, row by row, instead of downloading all of it; needs `max_rows`."""
+    max_rows: int = 0
+    """Take the first so many rows of each split. 0: all."""
     eval_split: str = ""
     """Split to evaluate on. Empty: a part of the training split is held out, see `holdout_fraction`."""
     prompt_column: str = "prompt"
@@ -76,18 +87,27 @@ class TrainConfig:
     """Column with the reference answer, which the built-in rewards compare with."""
     prompt_template: str = ""
     """A format string over the columns that makes the prompt, such as `{prompt} Think step by step.`"""
+    chat: bool = False
+    """The prompt is what a user says: it goes through the student's chat template."""
+    system_prompt: str = ""
+    """What the system says before it (with `chat`)."""
+    max_prompt_length: int = 0
+    """Problems with a prompt of more tokens are left out, and how many is said. 0: none may be too long."""
     holdout_fraction: float = 0.2
     """Share of the problems that are never trained on; which ones depends on a hash of the prompt alone."""
 
     # ---------------------------------------------------------------------------------------------- the reward
     rewards: tuple[str, ...] = ("exact_answer",)
-    """`exact_answer`, `math_verify`, `reasoning_gym` (the task's own judge), or your function as `module:function` or
-    `path/file.py:function`. Several are added up."""
+    """`exact_answer`, `math_verify`, `reasoning_gym` (the task's own judge), `brevity` (a small bonus for short right
+    answers), or your function as `module:function` or `path/file.py:function`. Several are added up."""
     answer_pattern: str = ""
     """Regular expression whose first group is the final answer; the last match in the completion counts. Empty: the
     whole completion is the answer."""
     correct_at: float = 1.0
     """A completion counts as right in `accuracy` when its reward is at least this."""
+    step_verifier: str = ""
+    """What checks the steps of a solution, for `reasoning_success`: `arithmetic_chain` (the built-in models' sums),
+    `equations` (every equation between numbers in free text), or your function as for `rewards`. Empty: nothing."""
 
     # ---------------------------------------------------------------------------------------------- the budget
     budget: float = 2.0
@@ -191,7 +211,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises InputError on the first value that cannot work; no model or dataset is touched."""
-        for name in ("student", "teacher"):
+        for name in self.REQUIRED_MODELS:
             _check(getattr(self, name), f"--{name} is missing: give a hub id, a folder or a builtin:… model")
         _check(bool(self.task) != bool(self.dataset), "give exactly one of --task and --dataset")
         for name in _POSITIVE:
@@ -204,6 +224,11 @@ class TrainConfig:
         _check(
             0 < self.holdout_fraction < 1, f"--holdout-fraction must be between 0 and 1, not {self.holdout_fraction}"
         )
+        _check(not self.streaming or self.max_rows > 0, "--streaming needs to know how much to read: --max-rows")
+        _check(
+            not self.streaming or self.dataset, "--streaming reads a --dataset, reasoning-gym makes its own problems"
+        )
+        _check(self.chat or not self.system_prompt, "--system-prompt is part of a chat: add --chat")
         _check(0 < self.top_p <= 1, f"--top-p must be in (0, 1], not {self.top_p}")
         _check(0 <= self.jsd_beta <= 1, f"--jsd-beta must be in [0, 1], not {self.jsd_beta}")
         _check(0 <= self.gae_lambda <= 1, f"--gae-lambda must be in [0, 1], not {self.gae_lambda}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,44 +81,52 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Row]:
         raise InputError(f"--dataset {name}: a file must end in {', '.join(_LOADERS)}")
     quiet = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    stream = config.streaming
     try:
         if path.is_file():
-            loaded = datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+            loaded = datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train", streaming=stream)
         elif (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(name)[split]
         elif (path / "state.json").is_file():
             loaded = datasets.load_from_disk(name)
         else:
-            loaded = datasets.load_dataset(name, config.dataset_config or None, split=split)
+            loaded = datasets.load_dataset(name, config.dataset_config or None, split=split, streaming=stream)
+        rows = list(islice(loaded, config.max_rows or None))
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"--dataset {name}: {first_line(error)}") from error
     finally:
         if quiet:
             datasets.enable_progress_bars()
+    columns = list(rows[0]) if rows else []
     wanted = {"prompt": config.prompt_column}
-    if config.answer_column != "answer" or "answer" in loaded.column_names:  # a reward of the user's may need none
+    if config.answer_column != "answer" or "answer" in columns:  # a reward of the user's may need none
         wanted["answer"] = config.answer_column
     for role, column in wanted.items():
-        if column not in loaded.column_names:
-            columns = ", ".join(loaded.column_names)
-            raise InputError(f"--dataset {name}: there is no column {column!r} for the {role}, only {columns}")
-    rows = []
-    for row in loaded:
+        if column not in columns:
+            raise InputError(
+                f"--dataset {name}: there is no column {column!r} for the {role}, only {', '.join(columns)}"
+            )
+    renamed = []
+    for row in rows:
         taken = {role: row.pop(column) for role, column in wanted.items()}
-        rows.append({**row, **taken})
-    return rows
+        renamed.append({**row, **taken})
+    return renamed
 
 
 def _with_prompt(row: Row, config: TrainConfig) -> Row:
-    if not config.prompt_template:
-        return row
-    try:
-        return {**row, "prompt": config.prompt_template.format_map(row)}
-    except (KeyError, IndexError, ValueError) as error:
-        columns = ", ".join(row)
-        raise InputError(
-            f"--prompt-template {config.prompt_template!r} does not fit the columns {columns}: {first_line(error)}"
-        ) from error
+    if config.prompt_template:
+        try:
+            row = {**row, "prompt": config.prompt_template.format_map(row)}
+        except (KeyError, IndexError, ValueError) as error:
+            columns = ", ".join(row)
+            raise InputError(
+                f"--prompt-template {config.prompt_template!r} does not fit the columns {columns}: {first_line(error)}"
+            ) from error
+    if config.chat and isinstance(row["prompt"], str):
+        said = [("system", config.system_prompt)] if config.system_prompt else []
+        messages = [{"role": role, "content": text} for role, text in [*said, ("user", row["prompt"])]]
+        row = {**row, "prompt": messages}
+    return row
 
 
 def _key(prompt: Any) -> str:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from .constraint import evaluation_constraint
 from .data import Row
-from .experience import Collector
+from .experience import Collector, Completions, Experience, joined
 from .report import Clock, Report
 from .rollout import encode_prompts
 
 EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, whatever the run's seed
+
+# The figures of an evaluation, from the metrics of all its completions together; those that do not apply are absent.
+FIGURES = {
+    "accuracy": "cmdp/accuracy",
+    "constraint_satisfaction": "cmdp/constraint_satisfaction",
+    "prefix_satisfaction": "cmdp/prefix_satisfaction",
+    "correct_and_feasible": "cmdp/correct_and_feasible",
+    "reasoning_success": "cmdp/reasoning_success",
+    "reasoning_checked": "cmdp/reasoning_checked",
+    "mean_cumulative_kl": "cmdp/cumulative_kl",
+    "cvar_cumulative_kl": "cmdp/cumulative_kl_cvar",
+    "mean_cumulative": "cmdp/mean_cumulative",
+    "cvar_cumulative": "cmdp/cvar",
+    "mean_excess": "cmdp/mean_excess",
+    "mean_token_cost": "cmdp/mean_token_cost",
+    "max_token_cost": "cmdp/max_token_cost",
+    "first_violation": "cmdp/first_violation",
+    "mean_length": "completions/mean_length",
+    "truncated": "completions/clipped_ratio",
+}
 
 
 def evaluate(
@@ -21,46 +42,54 @@ def evaluate(
     """(figures, samples) of a policy on some problems, `eval_generations` completions each.
 
     ``accuracy`` counts completions whose reward is at least `correct_at`; ``constraint_satisfaction`` those whose
-    cumulative cost is within the budget; ``mean_cumulative_kl`` is the mean over completions of the exact reverse KL
-    summed over the tokens, in nats; ``mean_length`` counts tokens with the end of sequence; ``examples`` is how many
-    completions there were. The teacher's divergence from itself is 0, so it satisfies any budget.
+    cumulative cost is within the budget, ``prefix_satisfaction`` (with a `prefix_budget`) those whose every prefix is
+    likely enough for the teacher, ``reasoning_success`` (with a `step_verifier`) those whose steps are all right among
+    the share ``reasoning_checked`` that has any to check; ``mean_cumulative_kl`` is the mean over completions of the
+    exact reverse KL summed over the tokens, in nats, ``cvar_cumulative_kl`` that of the worst tenth; ``…_cumulative``,
+    ``mean_excess``, ``…_token_cost`` and ``first_violation`` (a share of the length) are those of the cost that the
+    budget is for; ``mean_length`` counts tokens with the end of sequence, ``truncated`` completions without one;
+    ``examples`` is how many completions there were. The teacher's divergence from itself is 0, so it satisfies any
+    budget. For a collector without a teacher all that compares with one is absent.
 
-    The random state of the training is left as it was. With a `report` there is a progress bar.
+    A sample is what one completion contributes to these. The random state of the training is left as it was. With a
+    `report` there is a progress bar.
     """
     config, constraint = collector.config, evaluation_constraint(collector.config)
     rows = [row for row in rows for _ in range(config.eval_generations)]
     prompts = encode_prompts(rows, collector.tokenizer)
     device = collector.accelerator.device
-    parts, samples = [], []
+    parts: list[Completions] = []
+    samples: list[dict[str, Any]] = []
     with clock.phase("evaluation"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(EVALUATION_SEED)
         starts = range(0, len(rows), config.batch_size)
         for start in report.track(starts, f"evaluating {who}") if report else starts:
             some = slice(start, start + config.batch_size)
-            experience = collector.collect(policy, rows[some], prompts[some], constraint, Clock())
-            parts.append((len(experience.texts), collector.measure(experience, constraint)))
-            last = experience.rollout.mask.sum(1, keepdim=True) - 1
-            cumulative = experience.trace.cumulative.gather(1, last)[:, 0].tolist()
-            remaining = experience.trace.remaining.gather(1, last)[:, 0].tolist()
-            for i, row in enumerate(rows[some]):
-                samples.append(
-                    {
-                        "prompt": row["prompt"],
-                        "completion": experience.texts[i],
-                        "correct": bool(experience.task_reward[i] >= config.correct_at),
-                        "cumulative": cumulative[i],
-                        "feasible": remaining[i] >= 0,
-                    }
-                )
-    total = sum(count for count, _ in parts)
-    names = {
-        "accuracy": "cmdp/accuracy",
-        "constraint_satisfaction": "cmdp/constraint_satisfaction",
-        "correct_and_feasible": "cmdp/correct_and_feasible",
-        "mean_cumulative_kl": "cmdp/cumulative_kl",
-        "mean_cumulative": "cmdp/mean_cumulative",
-        "mean_excess": "cmdp/mean_excess",
-        "mean_length": "completions/mean_length",
+            if collector.teacher is None:
+                parts.append(collector.complete(policy, rows[some], prompts[some], Clock()))
+            else:
+                parts.append(collector.collect(policy, rows[some], prompts[some], constraint, Clock()))
+            samples += _samples(parts[-1], rows[some], config.correct_at)
+    metrics = collector.measure(joined(parts), constraint)
+    figures = {ours: metrics[theirs] for ours, theirs in FIGURES.items() if theirs in metrics}
+    return figures | {"examples": len(rows)}, samples
+
+
+def _samples(part: Completions, rows: list[Row], correct_at: float) -> list[dict[str, Any]]:
+    """A dict a completion."""
+    length = part.rollout.mask.sum(1)
+    columns: dict[str, list[Any]] = {
+        "prompt": [row["prompt"] for row in rows],
+        "completion": part.texts,
+        "correct": (part.task_reward >= correct_at).tolist(),
+        "length": length.tolist(),
+        "finished": part.rollout.finished.tolist(),
     }
-    figures = {ours: sum(n * m[theirs] for n, m in parts) / total for ours, theirs in names.items()}
-    return figures | {"examples": total}, samples
+    if part.sound is not None:
+        columns["sound"] = [None if math.isnan(value) else bool(value) for value in part.sound.tolist()]
+    if isinstance(part, Experience):
+        last = length[:, None] - 1
+        columns["cumulative"] = part.trace.cumulative.gather(1, last)[:, 0].tolist()
+        columns["feasible"] = (part.trace.remaining.gather(1, last)[:, 0] >= 0).tolist()
+        columns["cumulative_kl"] = part.stats.reverse_kl.sum(1).tolist()
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -6,7 +6,7 @@ the metrics that are logged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,18 +23,20 @@ from .report import Clock
 from .rewards import RewardFunction, call_rewards
 from .rollout import Rollout, RolloutFunction, Sampling, call_rollout, generate
 from .scoring import make_scoring
+from .steps import StepVerifier, call_step_verifier
 
 Metrics = dict[str, float]
 
 
 @dataclass
 class Completions:
-    """B completions and their task rewards."""
+    """B completions, their task rewards, and what a step verifier says of them."""
 
     rollout: Rollout
     texts: list[str]
     task_reward: Tensor  # [B], all reward functions together
     named_rewards: dict[str, Tensor]  # [B] each, NaN where the function has no opinion
+    sound: Tensor | None  # [B], 1 where all steps are right, 0 where not, NaN where there is nothing to check
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Collector:
         sampling: Sampling,
         vocab_size: int,
         rewards: dict[str, RewardFunction],
+        step_verifier: StepVerifier | None = None,
         rollout: RolloutFunction | None = None,
     ) -> None:
         self.config = config
@@ -87,6 +90,7 @@ class Collector:
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.rewards = rewards
+        self.step_verifier = step_verifier
         self.rollout = rollout
         models = (student,) if teacher is None else (student, teacher)
         self.scoring = make_scoring(config.logits, models, vocab_size, config.temperature)
@@ -114,7 +118,11 @@ class Collector:
         with clock.phase("scoring"):
             values = call_rewards(self.rewards, rows, texts, ids)
             named = {name: torch.tensor(v, device=rollout.tokens.device) for name, v in values.items()}
-            return Completions(rollout, texts, torch.stack(list(named.values())).nansum(0), named)
+            sound = None
+            if self.step_verifier is not None:
+                verdicts = call_step_verifier(self.step_verifier, rows, texts)
+                sound = torch.tensor(verdicts, device=rollout.tokens.device)
+            return Completions(rollout, texts, torch.stack(list(named.values())).nansum(0), named, sound)
 
     def collect(
         self,
@@ -187,47 +195,59 @@ class Collector:
 
     # ------------------------------------------------------------------------------------- measure
 
-    def measure(self, experience: Experience, constraint: Constraint) -> Metrics:
-        """Metrics of the completions of all processes: TRL's names where TRL has one, `cmdp/` before ours. In nats."""
+    def measure(self, experience: Completions, constraint: Constraint) -> Metrics:
+        """Metrics of the completions of all processes: TRL's names where TRL has one, `cmdp/` before ours. In nats.
+
+        What tells of the divergence is there for an `Experience` alone.
+        """
         e = gathered(experience, self.accelerator)
-        mask, finished = e.rollout.mask, e.rollout.finished
-        length = mask.sum(1)
-        tokens = length.sum()
-        log_ratio = torch.where(mask, e.stats.logprob - e.stats.teacher_logprob, 0.0)
+        length = e.rollout.mask.sum(1).float()
+        right = e.task_reward >= self.config.correct_at
         metrics = {
             "reward": e.task_reward.mean(),
             "reward_std": e.task_reward.std(),
-            "kl": e.stats.reverse_kl.sum() / tokens,
-            "entropy": e.stats.entropy.sum() / tokens,
-            "completions/mean_length": length.float().mean(),
+            "completions/mean_length": length.mean(),
             "completions/min_length": length.min(),
             "completions/max_length": length.max(),
-            "completions/clipped_ratio": 1.0 - finished.float().mean(),
+            "completions/clipped_ratio": 1.0 - e.rollout.finished.float().mean(),
+            "cmdp/accuracy": right.float().mean(),
         }
         metrics |= {f"rewards/{name}/mean": value.nanmean() for name, value in e.named_rewards.items()}
+        if e.sound is not None:
+            metrics["cmdp/reasoning_success"] = e.sound.nanmean()
+            metrics["cmdp/reasoning_checked"] = 1.0 - e.sound.isnan().float().mean()
+        if isinstance(e, Experience):
+            metrics |= self._divergence(e, constraint, right)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def _divergence(self, e: Experience, constraint: Constraint, right: Tensor) -> dict[str, Tensor]:
+        """What student and teacher make of the completions, and what the constraint does."""
+        mask = e.rollout.mask
+        tokens = mask.sum()
+        log_ratio = torch.where(mask, e.stats.logprob - e.stats.teacher_logprob, 0.0)
+        metrics = {"kl": e.stats.reverse_kl.sum() / tokens, "entropy": e.stats.entropy.sum() / tokens}
         if e.rollout.sampler_logprob is not None:
             off = torch.where(mask, (e.stats.logprob - e.rollout.sampler_logprob).abs(), 0.0)
             metrics["sampling/sampling_logp_difference/mean"] = off.sum() / tokens
             metrics["sampling/sampling_logp_difference/max"] = off.max()
         ours = objective.constraint_metrics(
-            cf.token_cost(e.stats, constraint.cost) if e.cost is None else e.cost,
-            e.trace,
-            mask=mask,
-            correct=e.task_reward >= self.config.correct_at,
-            mean_budget=constraint.budget if constraint.reduction == "mean" else None,
+            cf.token_cost(e.stats, constraint.cost) if e.cost is None else e.cost, e.trace, mask=mask, correct=right
         )
+        if self.config.prefix_budget:
+            likelihood = cf.token_cost(e.stats, "nll")
+            found = objective.constraint_metrics(likelihood, e.trace, mask=mask, mean_budget=self.config.prefix_budget)
+            ours["prefix_satisfaction"] = found["prefix_satisfaction"]
         ours |= {
             "modified_reward": e.reward.sum(1).mean(),
             "budget": torch.tensor(constraint.budget),
             "cumulative_kl": e.stats.reverse_kl.sum(1).mean(),  # exact; beside it what the samples alone would say
             "cumulative_k1": log_ratio.sum(1).mean(),
             "cumulative_k3": (torch.expm1(-log_ratio) + log_ratio).sum(1).mean(),
+            "cumulative_kl_cvar": objective.cvar(e.stats.reverse_kl.sum(1)),
         }
         if constraint.kind in ("lagrangian", "pid"):
             ours["lambda"] = torch.tensor(constraint.coefficient)
-        return {name: float(value) for name, value in metrics.items()} | {
-            f"cmdp/{name}": float(value) for name, value in ours.items()
-        }
+        return metrics | {f"cmdp/{name}": value for name, value in ours.items()}
 
 
 def at_last_token(value: Tensor, mask: Tensor) -> Tensor:
@@ -236,37 +256,51 @@ def at_last_token(value: Tensor, mask: Tensor) -> Tensor:
     return out.scatter_(1, mask.sum(1, keepdim=True) - 1, value.float()[:, None])
 
 
-def gathered(experience: Experience, accelerator: Any) -> Experience:
+def gathered(experience: Completions, accelerator: Any) -> Completions:
     """The completions of all processes, the same on each; without texts, prompts and the teacher's outputs."""
     if accelerator.num_processes == 1:
         return experience
 
-    def gather(value: Tensor) -> Tensor:
+    def gather(values: Sequence[Tensor]) -> Tensor:
+        [value] = values
         whole = value.to(torch.int64) if value.dtype == torch.bool else value
         if whole.dim() > 1:
             whole = accelerator.pad_across_processes(whole, dim=1)
         return accelerator.gather(whole.contiguous()).to(value.dtype)
 
-    def optional(value: Tensor | None) -> Tensor | None:
-        return None if value is None else gather(value)
+    return _united([experience], gather)
 
-    e, rollout = experience, experience.rollout
-    return Experience(
-        rollout=Rollout(
-            rollout.prompt_ids[:0],
-            rollout.prompt_mask[:0],
-            gather(rollout.tokens),
-            gather(rollout.mask),
-            gather(rollout.finished),
-            optional(rollout.sampler_logprob),
-        ),
-        texts=[],
-        task_reward=gather(e.task_reward),
-        named_rewards={name: gather(value) for name, value in e.named_rewards.items()},
-        stats=cf.TokenStats(*map(gather, e.stats)),
-        trace=cf.BudgetTrace(*map(gather, e.trace)),
-        reward=gather(e.reward),
-        last_reward=gather(e.last_reward),
-        cost=optional(e.cost),
-        value=optional(e.value),
-    )
+
+def joined(parts: Sequence[Completions]) -> Completions:
+    """Several batches as one, padded to the longest completion; without texts, prompts and the teacher's outputs."""
+    width = max(part.rollout.tokens.shape[1] for part in parts)
+
+    def join(values: Sequence[Tensor]) -> Tensor:
+        if values[0].dim() > 1:
+            values = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
+        return torch.cat(list(values))
+
+    return _united(parts, join)
+
+
+def _united(parts: Sequence[Completions], unite: Callable[[Sequence[Tensor]], Tensor]) -> Completions:
+    """One experience from several: ``unite`` is called for each tensor [B] or [B, T] with those of all parts."""
+
+    def united(values: Sequence[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Tensor):
+            return unite(values)
+        if isinstance(first, dict):
+            return {name: unite([value[name] for value in values]) for name in first}
+        if isinstance(first, tuple):
+            return type(first)(*(unite(column) for column in zip(*values, strict=True)))
+        return first  # None
+
+    def fields_of(objects: Sequence[Any], names: Iterable[str]) -> dict[str, Any]:
+        return {name: united([getattr(o, name) for o in objects]) for name in names}
+
+    rollouts = [part.rollout for part in parts]
+    nothing = torch.zeros(0, 0, dtype=torch.long)
+    rollout = Rollout(nothing, nothing.bool(), **fields_of(rollouts, ("tokens", "mask", "finished", "sampler_logprob")))
+    names = {f.name for f in fields(parts[0])} - {"rollout", "texts", "teacher_outputs"}
+    return type(parts[0])(rollout=rollout, texts=[], **fields_of(parts, names))

@@ -13,26 +13,32 @@ from .config import TrainConfig
 from .data import Row
 from .errors import InputError, first_line
 from .report import Report
+from .smollm2 import smollm2_folder
 
 
 def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tuple[Any, Any, Any]:
-    """(student, teacher, tokenizer), on the CPU; the teacher frozen. The student's weights are float32.
+    """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none. The
+    student's weights are float32.
 
     Raises InputError if a model cannot be loaded or the tokenizers differ.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    sources = {"student": config.student, "teacher": config.teacher}
+    sources = {"student": config.student, **({"teacher": config.teacher} if config.teacher else {})}
     folders, tokenizers = {}, {}
+    trusted = config.trust_remote_code
     for role, name in sources.items():  # everything cheap before anything is trained or read
         if not name.startswith("builtin:"):
             folders[role] = name
-            tokenizers[role] = _load(AutoTokenizer, role, name, AutoConfig)
+            _load(AutoConfig, role, name, trusted)
+            tokenizers[role] = _load(AutoTokenizer, role, name, trusted)
     for role, name in sources.items():
         if name.startswith("builtin:"):
-            folders[role] = str(builtin_folder(name, config, train, report))
-            tokenizers[role] = _load(AutoTokenizer, role, folders[role])
-    check_tokenizers(tokenizers["student"], tokenizers["teacher"])
+            made = smollm2_folder(name, report) if "smollm2" in name else builtin_folder(name, config, train, report)
+            folders[role] = str(made)
+            tokenizers[role] = _load(AutoTokenizer, role, folders[role], trusted)
+    if config.teacher:
+        check_tokenizers(tokenizers["student"], tokenizers["teacher"])
 
     tokenizer = tokenizers["student"]
     tokenizer.padding_side = "left"
@@ -40,43 +46,55 @@ def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tupl
         raise InputError(f"--student {config.student}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    student = _load_model("student", folders["student"], torch.float32)
+    student = _load_model("student", folders["student"], torch.float32, trusted)
+    if not config.teacher:
+        return student.eval(), None, tokenizer
     half = config.mixed_precision == "bf16"
-    teacher = _load_model("teacher", folders["teacher"], torch.bfloat16 if half else torch.float32)
+    teacher = _load_model("teacher", folders["teacher"], torch.bfloat16 if half else torch.float32, trusted)
     # Dropout off throughout: PPO's ratio has to be 1 where the policy has not changed.
     return student.eval(), teacher.eval().requires_grad_(False), tokenizer
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
-    """Raises InputError unless a token has the same number in both: the divergence compares column by column."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    differing = next(
-        iter(sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)))
-    )
-    raise InputError(
-        f"student and teacher must share a tokenizer, but {differing!r} is token {ours.get(differing)} of "
-        f"{len(ours)} in one and {theirs.get(differing)} of {len(theirs)} in the other"
-    )
+    """Raises InputError unless a token has the same number in both: the divergence compares column by column.
+
+    One of them may have tokens after the other's last: they lie beyond the columns that both models have.
+    """
+    ours, theirs = ({number: token for token, number in t.get_vocab().items()} for t in (student, teacher))
+    common = min(max(ours, default=-1), max(theirs, default=-1))
+    differing = next((i for i in range(common + 1) if ours.get(i) != theirs.get(i)), None)
+    if differing is not None:
+        raise InputError(
+            f"student and teacher must share a tokenizer, but token {differing} is {ours.get(differing)!r} in one "
+            f"({len(ours)} tokens) and {theirs.get(differing)!r} in the other ({len(theirs)} tokens)"
+        )
 
 
-def common_vocabulary(student: Any, teacher: Any) -> int:
-    """The number of columns that both models' logits have; models of a family may pad their vocabulary differently."""
-    return min(model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
+def common_vocabulary(*models: Any) -> int:
+    """The number of columns that all models' logits have; models of a family may pad their vocabulary differently."""
+    return min(model.get_output_embeddings().weight.shape[0] for model in models)
 
 
-def _load_model(role: str, name: str, dtype: torch.dtype) -> Any:
+def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> Any:
+    """A causal language model from safetensors, which hold numbers and nothing that could run."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, role, name, dtype=dtype)
+    return _load(AutoModelForCausalLM, role, name, trusted, dtype=dtype, use_safetensors=True)
 
 
-def _load(auto: Any, role: str, name: str, *also: Any, **options: Any) -> Any:
+def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
     try:
-        for other in also:
-            other.from_pretrained(name)
-        return auto.from_pretrained(name, **options)
+        return auto.from_pretrained(name, trust_remote_code=trusted, **options)
     except (OSError, ValueError, KeyError) as error:
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
-        raise InputError(f"--{role} {name}: no causal language model in this {kind}: {first_line(error)}") from error
+        what = first_line(error)
+        if "trust_remote_code" in what:
+            raise InputError(
+                f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
+            ) from error
+        if options.get("use_safetensors") and "safetensors" in what:
+            raise InputError(
+                f"--{role} {name}: no safetensors in this {kind}. Other files are pickles, which can run code as they "
+                "are read; convert them with save_pretrained where you trust them"
+            ) from error
+        raise InputError(f"--{role} {name}: no causal language model in this {kind}: {what}") from error

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
@@ -52,22 +52,35 @@ def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--{option} {name}: not valid TOML: {first_line(error)}") from error
+    return typed(values, f"--{option} {name}")
+
+
+def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Settings as the types that TrainConfig has. Raises InputError, which names the source, for those it has not."""
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for key, value in values.items():
         if key not in fields:
-            raise InputError(f"--{option} {name}: there is no setting named {key!r}")
-        default = TrainConfig.__dataclass_fields__[key].default
+            raise InputError(f"{source}: there is no setting named {key!r}")
+        default = fields[key].default
         if isinstance(default, tuple):
             values[key] = value = tuple(value) if isinstance(value, list) else value
         elif isinstance(default, float) and type(value) is int:
             values[key] = value = float(value)
         expected = dict if default is dataclasses.MISSING else type(default)
         if type(value) is not expected:
-            raise InputError(f"--{option} {name}: {key} must be {expected.__name__}, not {value!r}")
+            raise InputError(f"{source}: {key} must be {expected.__name__}, not {value!r}")
     return values
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
+
 def parse(args: Sequence[str], prog: str = "cmdp-fast train") -> TrainConfig:
+    """The configuration of a training that the command line asks for; see `parse_as`."""
+    return parse_as(TrainConfig, args, prog, "Distil a student from a teacher under a budget of divergence, with PPO.")
+
+
+def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: str) -> Config:
     """The configuration that the command line asks for, validated.
 
     Raises InputError for what cannot work; tyro itself exits with code 2 on options that do not exist.
@@ -76,12 +89,7 @@ def parse(args: Sequence[str], prog: str = "cmdp-fast train") -> TrainConfig:
     first.add_argument("--recipe", default="quickstart")
     first.add_argument("--method", default="")
     base, _ = first.parse_known_args(list(args))
-    config = tyro.cli(
-        TrainConfig,
-        prog=prog,
-        description="Distil a student from a teacher under a budget of divergence, with PPO.",
-        default=read_recipe(base.recipe, base.method),
-        args=list(args),
-    )
+    recipe = kind(**vars(read_recipe(base.recipe, base.method)))
+    config = tyro.cli(kind, prog=prog, description=description, default=recipe, args=list(args))
     config.validate()
     return config

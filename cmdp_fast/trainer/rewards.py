@@ -21,6 +21,8 @@ from .imports import import_function
 
 RewardFunction = Callable[..., Sequence["float | None"]]
 
+BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
+
 
 def load_rewards(config: TrainConfig, example: Row) -> dict[str, RewardFunction]:
     """The reward functions of a configuration by the name under which they are logged."""
@@ -32,6 +34,7 @@ def load_rewards(config: TrainConfig, example: Row) -> dict[str, RewardFunction]
         raise InputError(f"--answer-pattern {config.answer_pattern!r} has no group to mark the answer")
     built_in: dict[str, RewardFunction] = {
         "exact_answer": exact_answer(pattern),
+        "brevity": brevity(pattern, config.max_new_tokens),
         "math_verify": math_verify,
         "reasoning_gym": reasoning_gym_judge(pattern),
     }
@@ -56,6 +59,25 @@ def exact_answer(pattern: re.Pattern[str]) -> RewardFunction:
         return [
             float(final_answer(text_of(completion), pattern) == str(expected).strip())
             for completion, expected in zip(completions, answer, strict=True)
+        ]
+
+    return reward
+
+
+def brevity(pattern: re.Pattern[str], max_new_tokens: int) -> RewardFunction:
+    """0.2 (1 - tokens / max_new_tokens) for a completion that `exact_answer` accepts, else 0.
+
+    A bonus to go with `exact_answer`. A wrong answer earns nothing however short, or an empty completion would be the
+    easiest way to it.
+    """
+    right = exact_answer(pattern)
+
+    def reward(
+        completions: Sequence[Any], completion_ids: Sequence[list[int]], answer: Sequence[Any], **_: Any
+    ) -> list[float | None]:
+        return [
+            BREVITY_BONUS * (1 - len(ids) / max_new_tokens) if is_right else 0.0
+            for is_right, ids in zip(right(completions=completions, answer=answer), completion_ids, strict=True)
         ]
 
     return reward
@@ -103,15 +125,17 @@ def text_of(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def as_completion(prompt: Any, text: str) -> Any:
+    """What functions of the user's are given as the completion: a text, or for a chat a list of one message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def call_rewards(
     functions: dict[str, RewardFunction], rows: Sequence[Row], texts: Sequence[str], completion_ids: list[list[int]]
 ) -> dict[str, list[float]]:
     """Calls each function once for all completions. Returns a value a completion by name, NaN for None."""
     prompts = [row["prompt"] for row in rows]
-    completions: list[Any] = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     values = {}
     for name, function in functions.items():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .checkpoint import check_run_folder, make_run_folder, save_student, write_json, write_text
+from .checkpoint import check_run_folder, make_run_folder, save_student, write_json, write_samples, write_text
 from .config import TrainConfig
 from .constraint import evaluation_constraint
 from .data import load_problems
@@ -27,6 +27,7 @@ from .ppo import PPO
 from .report import MetricsLog, Report, plot_curves, samples_text
 from .rewards import load_rewards
 from .rollout import Sampling, encode_prompts, end_tokens
+from .steps import StepVerifier, load_step_verifier
 from .value import ValueHead
 
 SAMPLES = 20
@@ -44,12 +45,14 @@ def train(config: TrainConfig) -> Path:
     check_run_folder(config)
     problems = load_problems(config)
     rewards = load_rewards(config, problems.train[0])
+    verifier = load_step_verifier(config, problems.train[0])
     student, teacher, tokenizer = load_pair(config, problems.train, report)
     train_prompts = encode_prompts(problems.train, tokenizer)
     held_out = problems.held_out[: config.eval_prompts]
-    _check_lengths(config, [student, teacher], train_prompts + encode_prompts(held_out, tokenizer))
+    check_lengths(config, [student, teacher], train_prompts + encode_prompts(held_out, tokenizer))
 
-    ppo = make_ppo(config, Accelerator(mixed_precision=config.mixed_precision), student, teacher, tokenizer, rewards)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    ppo = make_ppo(config, accelerator, student, teacher, tokenizer, rewards, verifier)
     collector = ppo.collector
     order = shuffled(len(problems.train), config.prompts_per_step, config.seed)
 
@@ -93,33 +96,29 @@ def train(config: TrainConfig) -> Path:
     finally:
         save_student(ppo.student, tokenizer, folder)
         log.close()
+        write_samples(folder / "samples.jsonl", samples)
         write_json(folder / "summary.json", summary(config, ppo, results, done, interrupted))
         plot_curves(folder / "curves.png", log, evaluation_constraint(config), results["teacher"]["accuracy"])
         shown = ((who, some[:: config.eval_generations][:SAMPLES]) for who, some in samples.items())
         write_text(folder / "samples.txt", samples_text(shown))
-        report.say(f"{folder}: student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt")
+        report.say(f"{folder}: student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt samples.jsonl")
     return folder
 
 
 def make_ppo(
-    config: TrainConfig, accelerator: Any, student: Any, teacher: Any, tokenizer: Any, rewards: dict[str, Any]
+    config: TrainConfig,
+    accelerator: Any,
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    rewards: dict[str, Any],
+    verifier: StepVerifier | None = None,
 ) -> PPO:
     """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
     from transformers import get_scheduler
 
     set_seed(config.seed, device_specific=accelerator.num_processes > 1)
-    vocab_size = common_vocabulary(student, teacher)
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        eos=end_tokens(student, tokenizer),
-        pad=tokenizer.pad_token_id,
-        suppress=tuple(range(vocab_size, student.get_output_embeddings().weight.shape[0])),
-        top_k=config.top_k,
-        top_p=config.top_p,
-        batch_size=config.rollout_batch_size,
-    )
     groups = [{"params": list(student.parameters()), "lr": config.learning_rate}]
     value_head = None
     if config.algorithm == "ppo" and config.baseline == "gae":
@@ -132,19 +131,45 @@ def make_ppo(
         value_head = value_head and accelerator.prepare(value_head)
     else:  # not `prepare`d: that would copy every output to float32, and the kernels read bfloat16 logits as they are
         student, optimizer = student.to(accelerator.device), accelerator.prepare(optimizer)
-    collector = Collector(
+    collector = make_collector(config, accelerator, student, teacher, tokenizer, rewards, verifier)
+    step = STEPS[config.algorithm]
+    return step(collector, optimizer=optimizer, scheduler=scheduler, value_head=value_head)
+
+
+def make_collector(
+    config: TrainConfig,
+    accelerator: Any,
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    rewards: dict[str, Any],
+    verifier: StepVerifier | None = None,
+) -> Collector:
+    """What samples from the student, which is on its device, and scores against the teacher (None: there is none)."""
+    model = accelerator.unwrap_model(student)
+    vocab_size = common_vocabulary(model) if teacher is None else common_vocabulary(model, teacher)
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        eos=end_tokens(model, tokenizer),
+        pad=tokenizer.pad_token_id,
+        suppress=tuple(range(vocab_size, model.get_output_embeddings().weight.shape[0])),
+        top_k=config.top_k,
+        top_p=config.top_p,
+        batch_size=config.rollout_batch_size,
+    )
+    return Collector(
         config,
         accelerator=accelerator,
         student=student,
-        teacher=teacher.to(accelerator.device),
+        teacher=None if teacher is None else teacher.to(accelerator.device),
         tokenizer=tokenizer,
         sampling=sampling,
         vocab_size=vocab_size,
         rewards=rewards,
+        step_verifier=verifier,
         rollout=import_function("--rollout", config.rollout) if config.rollout else None,
     )
-    step = STEPS[config.algorithm]
-    return step(collector, optimizer=optimizer, scheduler=scheduler, value_head=value_head)
 
 
 def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -182,7 +207,8 @@ def _describe(result: dict[str, float]) -> str:
     )
 
 
-def _check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[int]]) -> None:
+def check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[int]]) -> None:
+    """Raises InputError if a prompt and its completion may not fit into a model's positions."""
     longest = max(len(ids) for ids in prompts)
     for model in models:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

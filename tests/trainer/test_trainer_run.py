@@ -24,11 +24,17 @@ def finished_run(pair, tmp_path_factory, one_thread) -> Path:
 
 def test_run_folder_is_complete(finished_run):
     names = {path.name for path in finished_run.iterdir()}
-    assert names == {"summary.json", "metrics.jsonl", "tensorboard", "curves.png", "samples.txt", "student"}
+    files = {"summary.json", "metrics.jsonl", "curves.png", "samples.txt", "samples.jsonl"}
+    assert names == files | {"tensorboard", "student"}
     assert list((finished_run / "tensorboard").glob("events.out.tfevents.*"))
     assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     text = (finished_run / "samples.txt").read_text()
-    assert all(who in text for who in ("teacher", "student_before", "student_after"))
+    samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
+    for who in ("teacher", "student_before", "student_after"):
+        assert who in text
+        assert sum(sample["who"] == who for sample in samples) == 3 * sum(
+            data.is_held_out(p["prompt"], 0.3) for p in PROBLEMS
+        )
 
 
 def test_summary_is_consistent(finished_run):

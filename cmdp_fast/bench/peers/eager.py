@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -25,7 +27,7 @@ def reverse_kl(inputs: Inputs) -> Values:
 def jsd(inputs: Inputs) -> Values:
     """The Jensen-Shannon divergence with beta 1/2, in float32."""
     p, w = (torch.log_softmax(inputs[name].float(), -1) for name in ("student", "teacher"))
-    m = torch.logaddexp(p, w) - torch.log(torch.tensor(2.0))
+    m = torch.logaddexp(p, w) - math.log(2)
     return {"jsd": ((p.exp() * (p - m)).sum(-1) + (w.exp() * (w - m)).sum(-1)) / 2}
 
 

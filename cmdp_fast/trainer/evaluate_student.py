@@ -1,0 +1,84 @@
+"""`cmdp-fast evaluate`: the figures of a run's evaluations for any student, with or without a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from accelerate import Accelerator
+
+from .checkpoint import write_json
+from .config import TrainConfig
+from .data import load_problems
+from .errors import InputError
+from .evaluate import evaluate
+from .models import load_pair
+from .parse import parse_as
+from .report import Clock, Report
+from .rewards import load_rewards
+from .rollout import encode_prompts
+from .run import check_lengths, make_collector
+from .steps import load_step_verifier
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(TrainConfig):
+    """Settings of `cmdp-fast evaluate`: those of a training, whose recipe gives the task and the budget."""
+
+    REQUIRED_MODELS: ClassVar[tuple[str, ...]] = ("student",)
+
+    json: str = ""
+    """File for the figures, beside the table on the terminal."""
+
+
+def parse_evaluate(args: Sequence[str], prog: str = "cmdp-fast evaluate") -> EvaluateConfig:
+    """The configuration that the command line asks for, validated; see `parse_as`."""
+    description = (
+        "Measure a student on held-out problems. A recipe gives task, teacher and budget; settings of the training "
+        "have no effect. With an empty --teacher= what compares with a teacher is left out."
+    )
+    return parse_as(EvaluateConfig, args, prog, description)
+
+
+def evaluate_student(config: EvaluateConfig) -> dict[str, float]:
+    """Prints the figures that `evaluate` documents and returns them; writes them to the file that was asked for.
+
+    They are those that a run with the same settings reports of the same student. Raises InputError for anything that
+    cannot be used, before anything is sampled.
+    """
+    if config.json and not Path(config.json).parent.is_dir():
+        raise InputError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
+    report = Report()
+    problems = load_problems(config)
+    rewards = load_rewards(config, problems.train[0])
+    verifier = load_step_verifier(config, problems.train[0])
+    student, teacher, tokenizer = load_pair(config, problems.train, report)
+    held_out = problems.held_out[: config.eval_prompts]
+    models = [model for model in (student, teacher) if model is not None]
+    check_lengths(config, models, encode_prompts(held_out, tokenizer))
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    student = student.to(accelerator.device)
+    collector = make_collector(config, accelerator, student, teacher, tokenizer, rewards, verifier)
+    figures, _ = evaluate(collector, student, held_out, Clock(), report)
+    print_figures(config, figures)
+    if config.json:
+        about = {"student": config.student, "teacher": config.teacher or None, "recipe": config.recipe}
+        write_json(Path(config.json), {**about, "budget": config.budget if teacher else None, **figures})
+    return figures
+
+
+def print_figures(config: EvaluateConfig, figures: dict[str, float]) -> None:
+    """A line a figure."""
+    from rich.console import Console
+    from rich.table import Table
+
+    against = f"against {config.teacher}, budget {config.budget:g} nats" if config.teacher else "without a teacher"
+    print(f"{config.student} {against}")
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), f"{value:.4g}")
+    Console().print(table)

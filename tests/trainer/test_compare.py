@@ -1,0 +1,290 @@
+"""`cmdp-fast compare`: real runs of tiny models, killed and taken up again; what is refused before anything runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cmdp_fast.cli import main
+from cmdp_fast.trainer import parse
+from cmdp_fast.trainer.compare import run_all
+from cmdp_fast.trainer.comparison import METHODS as DEFAULT_METHODS
+from cmdp_fast.trainer.comparison import CompareConfig, Run, plan, variant
+from cmdp_fast.trainer.comparison_plots import plot_budgets, sweeps
+from cmdp_fast.trainer.comparison_table import Estimate, Row, cell, columns_of, estimate, markdown
+from cmdp_fast.trainer.report import Report
+
+
+@pytest.fixture(scope="module")
+def recipe(pair, tmp_path_factory) -> Path:
+    """A task of two steps with the tiny pair."""
+    settings = {
+        **pair,
+        "holdout_fraction": 0.3,
+        "steps": 2,
+        "prompts_per_step": 3,
+        "num_generations": 4,
+        "max_new_tokens": 6,
+        "minibatch_size": 6,
+        "learning_rate": 1e-2,
+        "eval_generations": 3,
+        "budget": 2.0,
+        "prefix_budget": 1.5,
+        "step_verifier": "equations",
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+    return path
+
+
+def words(recipe: Path, folder: Path, methods: str, seeds: str = "0 1", **options: str) -> list[str]:
+    command = ["compare", "--recipe", str(recipe), "--methods", *methods.split(), "--seeds", *seeds.split()]
+    command += ["--output-dir", str(folder), "--jobs", "2"]
+    return command + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+METHODS = "cmdp lagrangian:coefficient=0.5"
+
+
+@pytest.fixture(scope="module")
+def comparison(recipe, tmp_path_factory) -> Path:
+    """Two methods, two seeds; killed after the first run, with another one at work, and taken up again."""
+    folder = tmp_path_factory.mktemp("comparison")
+    command = [sys.executable, "-m", "cmdp_fast.cli", *words(recipe, folder, METHODS, judge="programmatic")]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    first = folder / "runs" / "cmdp-seed0" / "summary.json"
+    while not first.exists():
+        assert killed.poll() is None
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (folder / "table.md").exists()
+    (folder / "runs" / "lagrangian-coefficient=0.5-seed1").mkdir(exist_ok=True)  # what a killed run may leave
+    before = first.stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert first.stat().st_mtime_ns == before  # what was finished is not run again
+    assert "4 runs, 0 of them" not in done.stdout
+    return folder
+
+
+def table_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_every_run_is_in_the_results(comparison):
+    results = table_of(comparison / "results.csv")
+    assert len(results) == 4 and not any(r["failure"] for r in results)
+    for r in results:
+        summary = json.loads((comparison / "runs" / r["run"] / "summary.json").read_text())
+        assert float(r["accuracy"]) == summary["student_after"]["accuracy"]
+        assert summary["config"]["seed"] == int(r["seed"])
+        assert summary["config"]["budget"] == float(r["budget"])
+        for key, value in json.loads(r["changes"]).items():
+            assert summary["config"][key] == value
+        assert float(r["win"]) + float(r["tie"]) + float(r["loss"]) == pytest.approx(1)
+
+
+def test_table_is_the_mean_over_seeds(comparison):
+    results, table = table_of(comparison / "results.csv"), table_of(comparison / "table.csv")
+    assert [row["method"] for row in table] == ["teacher", "student before", *METHODS.split()]
+    for row in table[2:]:
+        assert row["runs"] == "2"
+        label = row["method"]
+        changes = dict([label.partition(":")[2].split("=")]) if ":" in label else {}
+        some = [r for r in results if r["method"] == label.partition(":")[0]]
+        some = [r for r in some if {k: str(v) for k, v in json.loads(r["changes"]).items()} == changes]
+        values = [float(r["mean_cumulative_kl"]) for r in some]
+        assert len(values) == 2
+        assert float(row["mean_cumulative_kl"]) == pytest.approx(sum(values) / 2)
+        assert float(row["mean_cumulative_kl_stderr"]) == pytest.approx(abs(values[0] - values[1]) / 2)
+    assert float(table[0]["mean_cumulative_kl"]) == pytest.approx(0, abs=1e-5)
+    assert float(table[0]["prefix_satisfaction"]) <= 1
+
+
+def test_files_for_people(comparison):
+    text = (comparison / "table.md").read_text()
+    assert text.startswith("    cmdp-fast compare --recipe ")
+    assert "python 3" in text and "| teacher | 1 | " in text and "lagrangian:coefficient=0.5" in text
+    for plot in ("comparison.png", "pareto.png"):
+        assert (comparison / plot).read_bytes().startswith(b"\x89PNG")
+    assert not (comparison / "budget.png").exists()
+
+
+def test_finished_comparison_runs_nothing(comparison, recipe, capsys):
+    before = {path: path.stat().st_mtime_ns for path in comparison.glob("runs/*/summary.json")}
+    assert main(words(recipe, comparison, METHODS)) == 0
+    assert "4 runs, 4 of them finished already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in comparison.glob("runs/*/summary.json")}
+
+
+def test_finished_runs_of_other_settings_are_not_touched(comparison, recipe, tmp_path, capsys):
+    other = tmp_path / "tiny.toml"
+    other.write_text(recipe.read_text().replace("penalty", "").replace("steps = 2", "steps = 3"))
+    assert main(words(other, comparison, "cmdp", "0")) == 2
+    error = capsys.readouterr().err
+    assert "was run with other settings" in error and error.count("\n") == 1
+    assert (comparison / "runs" / "cmdp-seed0" / "summary.json").exists()
+
+
+def test_two_comparisons_in_a_folder(comparison, recipe, capsys):
+    import fcntl
+
+    with open(comparison / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(words(recipe, comparison, METHODS)) == 2
+    assert "another comparison" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_costs_itself(recipe, tmp_path, capsys):
+    """The second method's learning rate takes its weights to infinity."""
+    methods = "cmdp cmdp:learning_rate=1e38,max_grad_norm=1e38"
+    assert main(words(recipe, tmp_path, methods, "0", judge="programmatic", judge_against="cmdp")) == 1
+    output = capsys.readouterr().out
+    assert "FAILED cmdp-learning_rate=1e38-max_grad_norm=1e38-seed0: exit code" in output
+    good, bad = table_of(tmp_path / "results.csv")
+    assert good["accuracy"] and not good["failure"] and bad["failure"] and not bad["accuracy"]
+    assert [row["method"] for row in table_of(tmp_path / "table.csv")] == ["teacher", "student before", "cmdp"]
+
+
+REFUSED = {
+    "method": ("cmpd", "--method cmpd: neither"),
+    "setting": ("cmdp:bugdet=1", "no setting named 'bugdet'"),
+    "value": ("cmdp:budget=much", "budget must be float"),
+    "value out of range": ("cmdp:budget=-1", "--methods cmdp:budget=-1: --budget must be a positive number"),
+    "choice": ("cmdp:baseline=mean", "--baseline must be one of"),
+    "no value": ("cmdp:budget", "expected key=value"),
+    "no method": (":budget=1", "expected a method's name"),
+    "the comparison's own": ("cmdp:seed=1", "seed is for the comparison to choose"),
+    "twice": ("cmdp cmdp", "each once"),
+    "same folder": ("cmdp:rollout=a cmdp:rollout=a,", "expected key=value"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_at_once(case, recipe, tmp_path, capsys):
+    methods, expected = REFUSED[case]
+    assert main(words(recipe, tmp_path / "new", methods)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cmdp-fast: error: ") and error.count("\n") == 1 and expected in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(judge="nobody"), "--judge nobody: neither one of programmatic nor module:function"),
+        (dict(judge_against="grpo"), "--judge-against grpo: expected one of teacher, student_before, cmdp"),
+        (dict(jobs="-1"), "--jobs must not be negative"),
+    ],
+)
+def test_refused_options(options, expected, recipe, tmp_path, capsys):
+    assert main(words(recipe, tmp_path / "new", "cmdp", **options)) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_default_comparison_is_whole():
+    """Every method of the package, three multipliers, three seeds; and it could start."""
+    runs = plan(CompareConfig())
+    assert len(runs) == 3 * len(DEFAULT_METHODS) and len({run.folder for run in runs}) == len(runs)
+    methods = {run.variant.method for run in runs}
+    assert methods == {path.stem for path in parse.METHODS.glob("*.toml")}
+    sweep = [run.config.coefficient for run in runs if run.variant.method == "lagrangian" and run.config.seed == 0]
+    assert len(sweep) >= 3
+
+
+def test_overrides_reach_the_run_as_they_were_checked(recipe):
+    found = variant("cmdp:rewards=['exact_answer'],budget_per_token=true,penalty=2,baseline=grpo", str(recipe))
+    assert found.overrides == {
+        "rewards": ("exact_answer",),
+        "budget_per_token": True,
+        "penalty": 2.0,
+        "baseline": "grpo",
+    }
+    [run, *_] = plan(CompareConfig(recipe=str(recipe), methods=("cmdp:budget_per_token=true,penalty=2",)))
+    command = run.command()
+    assert parse.parse(command[command.index("train") + 1 :]) == run.config
+
+
+def test_runs_are_ended_with_the_comparison(recipe, tmp_path, monkeypatch):
+    """Whatever ends it, an interrupt for one, when the first run is over and the second at work."""
+    pids = tmp_path / "pids"
+    code = f"import os, sys, time; print(os.getpid(), file=open({str(pids)!r}, 'a')); time.sleep(float(sys.argv[1]))"
+
+    def command(run):
+        return [sys.executable, "-c", code, "600" if run.variant.overrides else "0"]
+
+    monkeypatch.setattr(Run, "command", command)
+    methods = ("cmdp:steps=5000", "cmdp")
+    runs = plan(CompareConfig(recipe=str(recipe), methods=methods, seeds=(0,), output_dir=str(tmp_path)))
+    with open(tmp_path / ".lock", "w") as lock:
+        going = run_all(runs, 2, tmp_path / "logs", lock.fileno(), Report())
+        ended, failure = next(going)
+        assert ended is runs[1] and failure == "exit code 0: no output"  # it has left no summary
+        while not pids.exists() or len(pids.read_text().split()) < 2:
+            time.sleep(0.01)
+        going.close()
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_one_processor_one_run(recipe, tmp_path, monkeypatch):
+    """No more runs at a time than asked for, and the processors divided between them."""
+    log = tmp_path / "log"
+    code = "import os, sys, time; log = open(sys.argv[1], 'a')"
+    code += "; print('+', os.environ['OMP_NUM_THREADS'], file=log, flush=True); time.sleep(0.1); print('-', file=log)"
+    monkeypatch.setattr(Run, "command", lambda run: [sys.executable, "-c", code, str(log)])
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    runs = plan(CompareConfig(recipe=str(recipe), methods=("cmdp",), seeds=(0, 1, 2, 3), output_dir=str(tmp_path)))
+    with open(tmp_path / ".lock", "w") as lock:
+        assert len(list(run_all(runs, 2, tmp_path / "logs", lock.fileno(), Report()))) == 4
+    lines, at_work = log.read_text().splitlines(), 0
+    assert lines.count("+ 4") == lines.count("-") == 4
+    for line in lines:
+        at_work += 1 if line[0] == "+" else -1
+        assert at_work <= 2
+
+
+def test_estimate():
+    assert estimate([1.0, 2.0, 6.0]) == pytest.approx((3.0, math.sqrt(7 / 3)))
+    assert math.isnan(estimate([1.0]).error)
+
+
+def test_plots_of_budgets(recipe, tmp_path):
+    """Drawn for the methods that were run with several budgets, and for nothing else."""
+    figures = {name: (0.5, 0.1) for name in ("accuracy", "constraint_satisfaction", "mean_cumulative_kl")}
+    rows = [row(label, recipe, **figures) for label in ("pid", "cmdp", "cmdp:budget=0.5")]
+    assert plot_budgets(tmp_path / "b.png", rows) and (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot_budgets(tmp_path / "none.png", rows[:2]) and not (tmp_path / "none.png").exists()
+
+
+def row(label: str, recipe: Path, **figures: tuple[float, float]) -> Row:
+    v = variant(label, str(recipe))
+    return Row(v.label, 2, v.config, {name: Estimate(*value) for name, value in figures.items()}, v)
+
+
+def test_cells_and_columns(recipe):
+    rows = [row("cmdp", recipe, accuracy=(0.9, 0.01), mean_cumulative_kl=(0.5, math.nan)), row("pid", recipe)]
+    columns = columns_of(rows)
+    assert [c.name for c in columns] == ["accuracy", "mean_cumulative_kl"]
+    assert [cell(rows[0], c) for c in columns] == ["90.0 ± 1.0", "0.50"]
+    assert [cell(rows[1], c) for c in columns] == ["", ""]
+    assert "| cmdp | 2 | 90.0 ± 1.0 | 0.50 |" in markdown(rows, "cmdp-fast compare")
+
+
+def test_sweeps_differ_in_one_setting(recipe):
+    labels = [f"lagrangian:coefficient={c}" for c in (0.5, 0.1, 0.2)] + ["lagrangian:coefficient=0.3,penalty=2", "cmdp"]
+    found = sweeps([row(label, recipe) for label in labels], "coefficient", lambda r: r.config.kind == "lagrangian")
+    assert [[r.config.coefficient for r in curve] for curve in found] == [[0.1, 0.2, 0.5]]

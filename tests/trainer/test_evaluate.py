@@ -1,0 +1,126 @@
+"""The figures of an evaluation: against their definitions, in any batching, and by `cmdp-fast evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_pair import arguments, ppo_of, settings
+
+from cmdp_fast.cli import main
+from cmdp_fast.trainer import data
+from cmdp_fast.trainer.evaluate import FIGURES, evaluate
+from cmdp_fast.trainer.report import Clock
+
+
+@pytest.fixture
+def collector(pair):
+    """A collector whose batches are smaller than an evaluation."""
+    config = settings(
+        pair, holdout_fraction=0.9, prefix_budget=4.0, step_verifier="equations", correct_at=0.5, num_generations=3
+    )
+    ppo, _, _ = ppo_of(config, random=lambda completions, **_: [len(c) % 2 for c in completions])
+    ppo.collector.step_verifier = lambda prompt, completion, **_: None if "A" in completion else len(completion) > 4
+    ppo.collector.config = dataclasses.replace(config, num_generations=5)
+    return ppo.collector
+
+
+def test_figures_are_those_of_all_completions_together(collector):
+    """Against each sample's own values; in a batch and a half, so that means of batches would differ."""
+    rows = data.load_problems(collector.config).held_out
+    figures, samples = evaluate(collector, collector.student, rows, Clock())
+    n = len(samples)
+    assert figures["examples"] == n == 3 * len(rows) and n % collector.config.batch_size
+    assert figures.keys() == {*FIGURES, "examples"}
+
+    def mean(name: str) -> float:
+        return sum(sample[name] for sample in samples) / n
+
+    assert figures["accuracy"] == pytest.approx(mean("correct"))
+    assert figures["constraint_satisfaction"] == pytest.approx(mean("feasible"))
+    both = sum(s["correct"] and s["feasible"] for s in samples) / n
+    assert figures["correct_and_feasible"] == pytest.approx(both)
+    assert figures["mean_cumulative_kl"] == pytest.approx(mean("cumulative_kl"), rel=1e-5)
+    assert figures["mean_length"] == pytest.approx(mean("length"))
+    assert figures["truncated"] == pytest.approx(1 - mean("finished"))
+    excess = [max(0.0, s["cumulative"] - collector.config.budget) for s in samples]
+    assert figures["mean_excess"] == pytest.approx(sum(excess) / n, rel=1e-4)
+    worst = sorted((s["cumulative_kl"] for s in samples), reverse=True)
+    whole = int(0.1 * n)
+    tail = (sum(worst[:whole]) + (0.1 * n - whole) * worst[whole]) / (0.1 * n)
+    assert figures["cvar_cumulative_kl"] == pytest.approx(tail, rel=1e-5)
+    checked = [s["sound"] for s in samples if s["sound"] is not None]
+    assert 0 < len(checked) < n
+    assert figures["reasoning_success"] == pytest.approx(sum(checked) / len(checked))
+    assert figures["reasoning_checked"] == pytest.approx(len(checked) / n)
+
+
+def test_prefix_satisfaction_is_of_the_teacher_s_likelihood(collector, monkeypatch):
+    parts = []
+    monkeypatch.setattr(
+        collector, "collect", lambda *a, **k: parts.append(type(collector).collect(collector, *a, **k)) or parts[-1]
+    )
+    figures, samples = evaluate(collector, collector.student, data.load_problems(collector.config).held_out, Clock())
+    good = 0
+    for part in parts:
+        for row, mask in zip(-part.stats.teacher_logprob, part.rollout.mask, strict=True):
+            likelihood = row[mask].double()
+            means = likelihood.cumsum(0) / torch.arange(1, len(likelihood) + 1)
+            good += bool((means <= collector.config.prefix_budget).all())
+    assert 0 < good < len(samples)
+    assert figures["prefix_satisfaction"] == pytest.approx(good / len(samples))
+
+
+def test_without_a_teacher_nothing_is_compared(collector):
+    rows = data.load_problems(collector.config).held_out
+    whole, samples = evaluate(collector, collector.student, rows, Clock())
+    collector.teacher = None
+    alone, same = evaluate(collector, collector.student, rows, Clock())
+    left = {"accuracy", "reasoning_success", "reasoning_checked", "mean_length", "truncated", "examples"}
+    assert alone == {name: whole[name] for name in left}
+    assert [s["completion"] for s in same] == [s["completion"] for s in samples]
+    assert "feasible" not in same[0] and "cumulative_kl" not in same[0]
+
+
+def command(pair, tmp_path, **changes) -> list[str]:
+    _, *words = arguments(pair, tmp_path, **changes)
+    return ["evaluate", *words]
+
+
+def test_the_command_finds_what_the_run_reported(pair, tmp_path, capsys):
+    assert main(arguments(pair, tmp_path, prefix_budget=1.0)) == 0
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    student, file = str(tmp_path / "r" / "student"), tmp_path / "figures.json"
+    assert main(command(pair, tmp_path, student=student, json=file, prefix_budget=1.0)) == 0
+    found = json.loads(file.read_text())
+    assert found == summary["student_after"] | {
+        "student": student,
+        "teacher": pair["teacher"],
+        "recipe": "quickstart",
+        "budget": 2.0,
+    }
+    output = capsys.readouterr().out
+    assert "constraint satisfaction" in output and f"{found['mean_cumulative_kl']:.4g}" in output
+
+    assert main(command(pair, tmp_path, student=student, teacher="", json=file)) == 0
+    alone = json.loads(file.read_text())
+    assert alone["teacher"] is None and alone["accuracy"] == found["accuracy"]
+    assert not any("cumulative" in name or "constraint" in name for name in alone)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (dict(student=""), "--student is missing"),
+        (dict(student="./no/such/model"), "--student ./no/such/model"),
+        (dict(json="no/such/folder/x.json"), "--json no/such/folder/x.json: there is no folder"),
+        (dict(budget=0), "--budget must be a positive number"),
+        (dict(step_verifier="sums"), "--step-verifier sums"),
+    ],
+)
+def test_refused(changes, expected, pair, tmp_path, capsys):
+    assert main(command(pair, tmp_path, **changes)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cmdp-fast: error: ") and error.count("\n") == 1 and expected in error
