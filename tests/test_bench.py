@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from cmdp_fast import cli
-from cmdp_fast.bench import compare, measure, memory, page, plots, results, show, suite
+from cmdp_fast.bench import command, compare, measure, memory, page, plots, results, show, suite, sweep
 from cmdp_fast.bench.case import MEASURED, SHAPES, Case, Work
 from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.peers import PEERS, eager, kl_div
@@ -228,9 +228,9 @@ def test_table_tells_everything():
 
 
 def test_json_round_trip(tmp_path):
-    sweep = Sweep("token_stats", "both", "rows", SHAPES["tiny"], "float32", "cpu", [1, 2], {"ours": [[1.0], [2.0]]})
-    sweep.memory = {"ours": [Memory(1, 2, 3), Memory(4, 5, 6)]}
-    run = run_of(result(), sweeps=[sweep], left_out={"a": "b"})
+    scaling = Sweep("token_stats", "both", "rows", SHAPES["tiny"], "float32", "cpu", [1, 2], {"ours": [[1.0], [2.0]]})
+    scaling.memory = {"ours": [Memory(1, 2, 3), Memory(4, 5, 6)]}
+    run = run_of(result(), sweeps=[scaling], left_out={"a": "b"})
     run.write(tmp_path / "run.json")
     assert results.read(tmp_path / "run.json") == run
 
@@ -245,10 +245,10 @@ def test_what_is_no_run_is_refused(text, tmp_path):
 def test_slope_and_growth():
     points = [2, 4, 8]
     ms = {"square": [[n * n * 1.0] * 2 for n in points], "linear": [[3.0 * n] * 2 for n in points]}
-    sweep = Sweep("op", "mode", "rows", SHAPES["tiny"], "float32", "cpu", points, ms)
-    assert sweep.slope("square") == pytest.approx(2) and sweep.growth("square") == pytest.approx(4)
-    assert sweep.slope("linear") == pytest.approx(1) and sweep.growth("linear") == pytest.approx(1)
-    assert replace(sweep, axis="threads").growth("linear") == pytest.approx(4)
+    scaling = Sweep("op", "mode", "rows", SHAPES["tiny"], "float32", "cpu", points, ms)
+    assert scaling.slope("square") == pytest.approx(2) and scaling.growth("square") == pytest.approx(4)
+    assert scaling.slope("linear") == pytest.approx(1) and scaling.growth("linear") == pytest.approx(1)
+    assert replace(scaling, axis="threads").growth("linear") == pytest.approx(4)
 
 
 def test_compare():
@@ -300,10 +300,10 @@ def test_the_pages_that_are_committed_say_what_their_json_says():
 
 
 def test_plots(tmp_path):
-    sweep = Sweep("token_stats", "both", "rows", SHAPES["tiny"], "float32", "cpu", [1, 2], {"ours": [[1.0], [2.0]]})
-    sweep.memory = {"ours": [Memory(0, 0, 1), Memory(2**22, 0, 1)]}
+    scaling = Sweep("token_stats", "both", "rows", SHAPES["tiny"], "float32", "cpu", [1, 2], {"ours": [[1.0], [2.0]]})
+    scaling.memory = {"ours": [Memory(0, 0, 1), Memory(2**22, 0, 1)]}
     flops = result(work=Work(flops=10**9), dtype="bfloat16")
-    drawn = plots.draw(run_of(result(), flops, result(work=Work(), bounds={}), sweeps=[sweep]), tmp_path / "new")
+    drawn = plots.draw(run_of(result(), flops, result(work=Work(), bounds={}), sweeps=[scaling]), tmp_path / "new")
     names = ["rates.png", "ratios.png", "sweep-token_stats-both-rows-float32.png"]
     assert [path.name for path in drawn] == [*names, "memory-token_stats-both-rows-float32.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
@@ -336,9 +336,9 @@ def test_command_sweeps(tmp_path, capsys):
     arguments = ["bench", "budget_trace", "--shapes", "tiny", "--dtype", "float32", "--repeat", "2", "--no-memory"]
     assert cli.main([*arguments, "--peers", "eager", "--sweep", "rows", "--json", str(path)]) == 0
     assert "slope" in capsys.readouterr().out
-    (sweep,) = results.read(path).sweeps
-    assert sweep.points == [8, 16, 32, 64, 128] and set(sweep.ms) == {"budget_trace", "eager"}
-    assert all(len(rounds) == 2 for rounds in sweep.ms["eager"])
+    (scaling,) = results.read(path).sweeps
+    assert scaling.points == [8, 16, 32, 64, 128] and set(scaling.ms) == {"budget_trace", "eager"}
+    assert all(len(rounds) == 2 for rounds in scaling.ms["eager"])
 
 
 def test_a_sweep_over_threads_leaves_their_number_alone(threads, capsys):
@@ -347,6 +347,34 @@ def test_a_sweep_over_threads_leaves_their_number_alone(threads, capsys):
     assert cli.main([*arguments, "--peers", "none", "--sweep", "threads"]) == 0
     assert torch.get_num_threads() == 2
     assert capsys.readouterr().out.splitlines()[-2].split()[:3] == ["implementation", "1", "2"]
+
+
+def test_an_interrupt_leaves_threads_and_what_there_is(threads, monkeypatch, tmp_path, capsys):
+    threads(2)
+
+    def interrupted(*_):
+        torch.set_num_threads(1)
+        raise KeyboardInterrupt
+
+    arguments = ["bench", "budget_trace", "--shapes", "tiny", "--dtype", "float32", "--no-memory", "--peers", "none"]
+    monkeypatch.setattr(sweep, "measure", interrupted)
+    assert cli.main([*arguments, "--sweep", "threads"]) == 130
+    assert torch.get_num_threads() == 2 and "interrupted" in capsys.readouterr().err
+
+    kept = iter([result()])
+    monkeypatch.setattr(command, "run_case", lambda *_: next(kept, None) or interrupted())
+    path = tmp_path / "run.json"
+    assert cli.main([*arguments[:1], "token_stats", *arguments[2:], "--repeat", "1", "--json", str(path)]) == 130
+    assert results.read(path).cases == [result()]
+
+
+def test_no_variant_changes_its_inputs():
+    for case in cases():
+        inputs = OPS[case.op].make(case, 0)
+        before = {name: t.clone() for name, t in inputs.items()}
+        for variant in suite.variants_of(case, QUICK)[1]:
+            variant.run(variant.state(inputs))
+            assert all(torch.equal(inputs[name], before[name]) for name in inputs), (case.label, variant.name)
 
 
 @pytest.mark.parametrize(
@@ -415,9 +443,9 @@ def test_without_the_trainers_packages():
 def test_pytest_benchmarks(tmp_path):
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--ops", "token_stats"]
-    command += ["--shapes", "tiny", "--dtype", "float32", "--peers", "eager,trl_logprob", "--repeat", "1"]
-    done = subprocess.run([*command, "--benchmark-json", str(out)], capture_output=True, text=True, cwd=ROOT)
+    arguments = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--ops", "token_stats"]
+    arguments += ["--shapes", "tiny", "--dtype", "float32", "--peers", "eager,trl_logprob", "--repeat", "1"]
+    done = subprocess.run([*arguments, "--benchmark-json", str(out)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
     found = json.loads(out.read_text())["benchmarks"]
     assert {b["extra_info"]["variant"] for b in found} == {"token_stats", "eager"}

@@ -30,7 +30,8 @@ class Absent(Exception):
 class Variant:
     """One implementation.
 
-    ``run`` is what is timed, on what ``prepare`` made of the inputs (None: on the inputs themselves) right before it.
+    ``run`` is what is timed, on what ``prepare`` made of the inputs (None: on the inputs themselves) right before it;
+    neither changes the inputs, which all variants share.
     ``values`` of what it returns are checked, and counted as its outputs. ``phases`` are seconds within the last run.
     """
 
