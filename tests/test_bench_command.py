@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 from bench_results import result
 
 from cmdp_fast import cli
-from cmdp_fast.bench import command, results, suite, sweep
+from cmdp_fast.bench import command, results, sweep
 from cmdp_fast.bench.case import SHAPES, Case
 from cmdp_fast.bench.ops import OPS
 
@@ -150,6 +150,4 @@ def test_pytest_benchmarks(tmp_path):
     assert {b["extra_info"]["variant"] for b in found} == {"token_stats", "eager"}
     groups = {Case("token_stats", mode, SHAPES["tiny"], "float32", "cpu").label for mode in OPS["token_stats"].modes}
     assert {b["group"] for b in found} == groups
-        Case("token_stats", mode, SHAPES["tiny"], "float32", "cpu").label for mode in OPS["token_stats"].modes
-    }
     assert "4 skipped" in done.stdout

@@ -111,8 +111,7 @@ def _cases(plan: Plan, run: results.Run, screen: show.Screen) -> Iterator[None]:
         if reason := OPS[case.op].why_not(case):
             run.left_out[case.label] = reason
             continue
-        with screen.working():
-            run.cases.append(run_case(case, plan, screen.say))
+        run.cases.append(run_case(case, plan, screen.say))
         screen.case(run.cases[-1])
         yield
     if run.left_out:
@@ -122,12 +121,7 @@ def _cases(plan: Plan, run: results.Run, screen: show.Screen) -> Iterator[None]:
 
 
 def _sweep(plan: Plan, axis: str, run: results.Run, screen: show.Screen) -> Iterator[None]:
-    found = sweeps(plan, axis, screen.say)
-    while True:
-        with screen.working():
-            sweep = next(found, None)
-        if sweep is None:
-            return
+    for sweep in sweeps(plan, axis, screen.say):
         run.sweeps.append(sweep)
         screen.sweep(sweep)
         yield

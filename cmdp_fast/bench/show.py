@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
 
 from cmdp_fast.bench import machine
 from cmdp_fast.bench.results import CaseResult, Measured, Run, Sweep
@@ -136,22 +134,13 @@ class Screen:
 
         in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
         self.console = None if in_ci or not sys.stdout.isatty() else Console()
-        self._status: Any = None
 
     def say(self, text: str) -> None:
-        """What is being done, in a terminal."""
-        if self._status is not None:
-            self._status.update(text)
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """A line that `say` sets, while something is being measured."""
-        if self.console is None:
-            yield
-            return
-        with self.console.status("") as self._status:
-            yield
-        self._status = None
+        """What is being done, in a terminal: on one line that the next takes. Nothing moves while the clock runs."""
+        if self.console is not None:
+            width = self.console.width - 1
+            line = text[:width].ljust(width)
+            self.console.print(line, end="\r", style="dim", markup=False, highlight=False)
 
     def lines(self, lines: Sequence[str]) -> None:
         """Lines as they are."""
@@ -163,6 +152,7 @@ class Screen:
 
     def table(self, title: str, rows: Rows) -> None:
         """A titled table."""
+        self.say("")
         if self.console is None:
             print(f"\n{title}\n{plain(rows)}", flush=True)
             return
