@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -66,11 +67,16 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     try:
         return run(arguments)
     except InputError as error:
-        print(f"cmdp-fast: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("cmdp-fast: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
+
+
+def _say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # the others of several processes have the same (trainer/distributed.py)
+        print(f"cmdp-fast: {message}", file=sys.stderr)
 
 
 def _runner(command: str) -> Callable[[Sequence[str]], int]:
@@ -84,10 +90,15 @@ def _runner(command: str) -> Callable[[Sequence[str]], int]:
         from .trainer.evaluate_student import evaluate_student, parse_evaluate
 
         return lambda arguments: _done(evaluate_student(parse_evaluate(arguments)))
+    from .trainer.dry_run import dry_run
     from .trainer.parse import parse
     from .trainer.run import train
 
-    return lambda arguments: _done(train(parse(arguments)))
+    def run(arguments: Sequence[str]) -> int:
+        config = parse(arguments)
+        return _done(dry_run(config) if config.dry_run else train(config))
+
+    return run
 
 
 def _done(_: object) -> int:

@@ -6,10 +6,13 @@ import json
 import math
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 if TYPE_CHECKING:  # it needs tyro, which who only writes files does not
     from .config import TrainConfig
@@ -18,7 +21,7 @@ if TYPE_CHECKING:  # it needs tyro, which who only writes files does not
 def check_run_folder(config: TrainConfig) -> None:
     """Raises InputError if the run was given a name that is taken."""
     folder = Path(config.output_dir) / config.run_name
-    if config.name and folder.exists():
+    if config.name and not config.resume and folder.exists():
         raise InputError(f"{folder} exists: choose another --name, or remove it")
 
 
@@ -37,24 +40,83 @@ def make_run_folder(config: TrainConfig) -> Path:
             number += 1
 
 
-def save_student(student: Any, tokenizer: Any, folder: Path) -> None:
-    """Puts the student with its tokenizer into `folder/student`, in place of an earlier one once it is complete."""
+def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Puts the student with its tokenizer into `folder/student`, in place of an earlier one once it is complete.
+
+    `weights` where the model does not hold them all itself. Raises InputError if they cannot be written.
+    """
     target, part, old = (folder / name for name in ("student", ".student.part", ".student.old"))
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    student.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(part, target)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        with writing(target):
+            from .adapter import has_adapter, save_adapted
+
+            if has_adapter(student):
+                save_adapted(student, part)
+            else:
+                student.save_pretrained(part, state_dict=weights)
+            tokenizer.save_pretrained(part)
+            sync_folder(part)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(part, target)
+            sync(folder)
+    finally:
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that replaces an earlier one once it is complete."""
+    """Writes a file that replaces an earlier one once it is complete. Raises InputError if it cannot be written."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name under which the body writes a file; it becomes `path` once it is complete. Raises InputError if it cannot
+    be written."""
     part = path.with_name(f".{path.name}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with writing(path):
+        try:
+            yield part
+            sync(part)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what stops the body from writing a file or a folder into an InputError that names it: a full disk, mostly.
+
+    PyTorch and safetensors have errors of their own for that.
+    """
+    stops: tuple[type[Exception], ...] = (OSError, RuntimeError)
+    if "safetensors" in sys.modules:  # it comes with the trainer, and not everybody who writes files has that
+        stops += (sys.modules["safetensors"].SafetensorError,)
+    try:
+        yield
+    except stops as error:
+        raise InputError(f"{path} could not be written: {first_line(error)}") from error
+
+
+def sync(path: Path) -> None:
+    """Has the disk keep what was written to a file, or the names in a folder, even if the machine stops now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """The same for a folder and everything in it."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -94,7 +94,7 @@ def parse_compare(args: Sequence[str], prog: str = "cmdp-fast compare") -> Compa
 
 def folder_of(config: CompareConfig) -> Path:
     """The folder of the comparison."""
-    return Path(config.output_dir or Path("comparisons") / Path(config.recipe).stem)
+    return Path(config.output_dir or Path("comparisons") / Path(config.recipe).name.removesuffix(".toml"))
 
 
 def plan(config: CompareConfig) -> list[Run]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -21,13 +22,13 @@ Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="
 _POSITIVE = (
     *("budget", "temperature", "steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatch_size"),
     *("micro_batch_size", "learning_rate", "max_grad_norm", "clip_low", "clip_high", "task_size"),
-    *("value_learning_rate",),
+    *("value_learning_rate", "lora_alpha"),
     *("eval_prompts", "eval_generations"),
 )
 _NOT_NEGATIVE = (
     *("penalty", "discrepancy_weight", "coefficient", "weight_decay", "lr_warmup_steps", "teacher_cache_mb"),
-    *("eval_every", "save_every", "prefix_budget", "budget_start", "budget_steps", "top_k", "rollout_batch_size"),
-    *("max_rows", "max_prompt_length"),
+    *("eval_every", "checkpoint_every", "prefix_budget", "budget_start", "budget_steps", "top_k", "rollout_batch_size"),
+    *("max_rows", "max_prompt_length", "lora_rank"),
 )
 
 
@@ -47,8 +48,17 @@ class TrainConfig:
     """Folder of the run inside `output_dir`, which must not exist yet. Empty: the recipe's name, numbered if taken."""
     output_dir: str = "runs"
     """Folder that holds the runs."""
+    resume: str = ""
+    """Folder of a run that stopped, to be finished from its last checkpoint. Its settings are those of its
+    `config.json`; only `steps`, `checkpoint_every`, `eval_every` and `trackers` may be changed."""
+    checkpoint_every: int = 0
+    """Write a checkpoint each so many steps and after the last one; the last two are kept. 0: only when interrupted."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself."""
     seed: int = 0
     """Seed of the prompts' order and of the sampling."""
+    dry_run: bool = False
+    """Load and check models and data, print the settings and an estimate of the memory, and stop there."""
 
     # ---------------------------------------------------------------------------------------------- the models
     student: str = ""
@@ -60,7 +70,18 @@ class TrainConfig:
     trust_remote_code: bool = False
     """Run code that comes with a model. Weights are read from safetensors files only, whatever this says."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: the student runs under autocast and the teacher's weights are held in bfloat16 (for GPUs)."""
+    """bf16: the student runs under autocast and weights that are not trained, the teacher's or those under an adapter,
+    are held in bfloat16 (for GPUs)."""
+    lora_rank: int = 0
+    """Train an adapter of this rank and leave the student's own weights as they are. If the teacher is the same model,
+    its weights are shared. `student/` gets the merged model, `student/adapter` the adapter. 0: train all weights."""
+    lora_alpha: float = 32.0
+    """What the adapter adds is multiplied by this over the rank."""
+    lora_target: tuple[str, ...] = ("all-linear",)
+    """Ends of the names of the modules that get an adapter, such as `q_proj v_proj`. `all-linear`: every linear layer
+    but the head."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more time."""
 
     # ---------------------------------------------------------------------------------------------- the task
     task: str = ""
@@ -85,6 +106,8 @@ class TrainConfig:
     """Column with the prompt: a text, or a list of chat messages to which the chat template is applied."""
     answer_column: str = "answer"
     """Column with the reference answer, which the built-in rewards compare with."""
+    reference_pattern: str = ""
+    """Regular expression whose first group is the answer in that column; the last match counts. Empty: all of it."""
     prompt_template: str = ""
     """A format string over the columns that makes the prompt, such as `{prompt} Think step by step.`"""
     chat: bool = False
@@ -102,7 +125,8 @@ class TrainConfig:
     answers), or your function as `module:function` or `path/file.py:function`. Several are added up."""
     answer_pattern: str = ""
     """Regular expression whose first group is the final answer; the last match in the completion counts. Empty: the
-    whole completion is the answer."""
+    whole completion is the answer, in which `math_verify` looks for one: it takes a sum that is only repeated for its
+    result."""
     correct_at: float = 1.0
     """A completion counts as right in `accuracy` when its reward is at least this."""
     step_verifier: str = ""
@@ -206,8 +230,6 @@ class TrainConfig:
     """Completions a held-out problem, sampled as in training."""
     eval_every: int = 0
     """Evaluate each so many steps for the curves. 0: only before and after."""
-    save_every: int = 0
-    """Save the student each so many steps. 0: only at the end, or when interrupted."""
 
     def validate(self) -> None:
         """Raises InputError on the first value that cannot work; no model or dataset is touched."""
@@ -238,6 +260,9 @@ class TrainConfig:
             f"--num-generations must be at least {2 if self.grouped else 1} to compare, not {self.num_generations}",
         )
         _check(len(self.rewards) > 0, "--rewards names no reward function")
+        for name in ("answer_pattern", "reference_pattern"):
+            _check_pattern(f"--{_flag(name)}", getattr(self, name))
+        _check(len(self.lora_target) > 0, "--lora-target names no module")
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
         check_choices(self)
         if self.kind == "worst_case":
@@ -262,7 +287,7 @@ class TrainConfig:
     @property
     def run_name(self) -> str:
         """The name given, or that of the recipe."""
-        return self.name or Path(self.recipe).stem
+        return self.name or Path(self.recipe).name.removesuffix(".toml")
 
     @property
     def grouped(self) -> bool:
@@ -282,6 +307,14 @@ def _flag(name: str) -> str:
 def _check(condition: object, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _check_pattern(option: str, pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise InputError(f"{option} {pattern!r}: {error}") from error
+    _check(groups or not pattern, f"{option} {pattern!r} has no group to mark the answer")
 
 
 def check_choices(config: TrainConfig) -> None:

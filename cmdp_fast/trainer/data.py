@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import re
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +76,17 @@ def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: in
     return [{"prompt": e["question"], "answer": e["answer"], "metadata": e["metadata"]} for e in source]
 
 
+def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of indices below count without end: one shuffle follows another, and none repeats within a shuffle."""
+    rng = random.Random(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += rng.sample(range(count), count)
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
 def _dataset_rows(config: TrainConfig, split: str) -> list[Row]:
     import datasets
 
@@ -110,7 +124,25 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Row]:
     for row in rows:
         taken = {role: row.pop(column) for role, column in wanted.items()}
         renamed.append({**row, **taken})
-    return renamed
+    return [_with_reference(row, config) for row in renamed] if config.reference_pattern else renamed
+
+
+def _with_reference(row: Row, config: TrainConfig) -> Row:
+    """The row with what the pattern finds in the answer in place of the whole of it."""
+    text = str(row.get("answer", ""))
+    found = last_group(re.compile(config.reference_pattern), text)
+    if found is None:
+        raise InputError(
+            f"--reference-pattern {config.reference_pattern!r} finds nothing in the answer {text[-80:]!r} of "
+            f"--dataset {config.dataset}"
+        )
+    return {**row, "answer": found}
+
+
+def last_group(pattern: re.Pattern[str], text: str) -> str | None:
+    """The first group of the last match, without spaces at its ends; None where the pattern does not match."""
+    found = [match.group(1) for match in pattern.finditer(text)]
+    return found[-1].strip() if found and found[-1] is not None else None
 
 
 def _with_prompt(row: Row, config: TrainConfig) -> Row:

@@ -9,6 +9,7 @@ import torch
 
 from .constraint import evaluation_constraint
 from .data import Row
+from .distributed import share, whole
 from .experience import Collector, Completions, Experience, joined
 from .report import Clock, Report
 from .rollout import encode_prompts
@@ -51,17 +52,18 @@ def evaluate(
     ``examples`` is how many completions there were. The teacher's divergence from itself is 0, so it satisfies any
     budget. For a collector without a teacher all that compares with one is absent.
 
-    A sample is what one completion contributes to these. The random state of the training is left as it was. With a
-    `report` there is a progress bar.
+    A sample is what one completion contributes to these. Several processes evaluate a share each. The random state of
+    the training is left as it was. With a `report` there is a progress bar.
     """
     config, constraint = collector.config, evaluation_constraint(collector.config)
-    rows = [row for row in rows for _ in range(config.eval_generations)]
+    everything = [row for row in rows for _ in range(config.eval_generations)]
+    rows = share(everything, collector.accelerator)
     prompts = encode_prompts(rows, collector.tokenizer)
     device = collector.accelerator.device
     parts: list[Completions] = []
     samples: list[dict[str, Any]] = []
     with clock.phase("evaluation"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(EVALUATION_SEED)
+        torch.manual_seed(EVALUATION_SEED + collector.accelerator.process_index)
         starts = range(0, len(rows), config.batch_size)
         for start in report.track(starts, f"evaluating {who}") if report else starts:
             some = slice(start, start + config.batch_size)
@@ -70,9 +72,9 @@ def evaluate(
             else:
                 parts.append(collector.collect(policy, rows[some], prompts[some], constraint, Clock()))
             samples += _samples(parts[-1], rows[some], config.correct_at)
-    metrics = collector.measure(joined(parts), constraint)
+    metrics = collector.measure(joined(parts), constraint, len(everything))
     figures = {ours: metrics[theirs] for ours, theirs in FIGURES.items() if theirs in metrics}
-    return figures | {"examples": len(rows)}, samples
+    return figures | {"examples": len(everything)}, whole(samples, len(everything), collector.accelerator)
 
 
 def _samples(part: Completions, rows: list[Row], correct_at: float) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from cmdp_fast import objective
 from .config import TrainConfig
 from .constraint import Constraint
 from .data import Row
+from .distributed import together
 from .report import Clock
 from .rewards import RewardFunction, call_rewards
 from .rollout import Rollout, RolloutFunction, Sampling, call_rollout, generate
@@ -109,13 +110,14 @@ class Collector:
         with clock.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
             model = self.accelerator.unwrap_model(policy)
             if self.rollout is not None and policy is self.student and mixed_with is None:
-                rollout = call_rollout(self.rollout, self.config.rollout, prompts, self.sampling, model)
+                with together(self.accelerator):
+                    rollout = call_rollout(self.rollout, self.config.rollout, prompts, self.sampling, model)
             else:
-                synced = self.accelerator.num_processes > 1
+                synced = self.accelerator.distributed_type == "FSDP"
                 rollout = generate(model, prompts, self.sampling, mixed_with=mixed_with, synced_gpus=synced)
             ids = rollout.completion_ids()
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        with clock.phase("scoring"):
+        with clock.phase("scoring"), together(self.accelerator):
             values = call_rewards(self.rewards, rows, texts, ids)
             named = {name: torch.tensor(v, device=rollout.tokens.device) for name, v in values.items()}
             sound = None
@@ -195,12 +197,12 @@ class Collector:
 
     # ------------------------------------------------------------------------------------- measure
 
-    def measure(self, experience: Completions, constraint: Constraint) -> Metrics:
+    def measure(self, experience: Completions, constraint: Constraint, count: int | None = None) -> Metrics:
         """Metrics of the completions of all processes: TRL's names where TRL has one, `cmdp/` before ours. In nats.
 
-        What tells of the divergence is there for an `Experience` alone.
+        What tells of the divergence is there for an `Experience` alone. `count`: only the first so many completions.
         """
-        e = gathered(experience, self.accelerator)
+        e = gathered(experience, self.accelerator, count)
         length = e.rollout.mask.sum(1).float()
         right = e.task_reward >= self.config.correct_at
         metrics = {
@@ -256,19 +258,22 @@ def at_last_token(value: Tensor, mask: Tensor) -> Tensor:
     return out.scatter_(1, mask.sum(1, keepdim=True) - 1, value.float()[:, None])
 
 
-def gathered(experience: Completions, accelerator: Any) -> Completions:
-    """The completions of all processes, the same on each; without texts, prompts and the teacher's outputs."""
+def gathered(experience: Completions, accelerator: Any, count: int | None = None) -> Completions:
+    """The completions of all processes, the same on each; without texts, prompts and the teacher's outputs.
+
+    `count`: only the first so many. Every process must have the same number of completions.
+    """
     if accelerator.num_processes == 1:
         return experience
+    return _united([experience], lambda values: gathered_rows(values[0], accelerator)[:count])
 
-    def gather(values: Sequence[Tensor]) -> Tensor:
-        [value] = values
-        whole = value.to(torch.int64) if value.dtype == torch.bool else value
-        if whole.dim() > 1:
-            whole = accelerator.pad_across_processes(whole, dim=1)
-        return accelerator.gather(whole.contiguous()).to(value.dtype)
 
-    return _united([experience], gather)
+def gathered_rows(value: Tensor, accelerator: Any) -> Tensor:
+    """A tensor [B] or [B, T] of all processes, padded to the longest; the same on each."""
+    whole = value.to(torch.int64) if value.dtype == torch.bool else value
+    if whole.dim() > 1:
+        whole = accelerator.pad_across_processes(whole, dim=1)
+    return accelerator.gather(whole.contiguous()).to(value.dtype)
 
 
 def joined(parts: Sequence[Completions]) -> Completions:
@@ -302,5 +307,6 @@ def _united(parts: Sequence[Completions], unite: Callable[[Sequence[Tensor]], Te
     rollouts = [part.rollout for part in parts]
     nothing = torch.zeros(0, 0, dtype=torch.long)
     rollout = Rollout(nothing, nothing.bool(), **fields_of(rollouts, ("tokens", "mask", "finished", "sampler_logprob")))
-    names = {f.name for f in fields(parts[0])} - {"rollout", "texts", "teacher_outputs"}
+    # In the order of the fields: processes that gather one after the other must agree on it.
+    names = [f.name for f in fields(parts[0]) if f.name not in ("rollout", "texts", "teacher_outputs")]
     return type(parts[0])(rollout=rollout, texts=[], **fields_of(parts, names))

@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 
+from .adapter import FrozenBase, add_adapter
 from .builtin import builtin_folder
 from .config import TrainConfig
 from .data import Row
 from .errors import InputError, first_line
+from .recompute import recompute_layers
 from .report import Report
 from .smollm2 import smollm2_folder
 
 
 def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tuple[Any, Any, Any]:
-    """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none. The
-    student's weights are float32.
+    """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none.
 
-    Raises InputError if a model cannot be loaded or the tokenizers differ.
+    The weights that are trained are float32: all of the student's, or those of its adapter. A teacher that is the
+    student without its adapter is a `FrozenBase`. Raises InputError if a model cannot be loaded or used as the
+    configuration says, or if the tokenizers differ.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -46,13 +49,19 @@ def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tupl
         raise InputError(f"--student {config.student}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    student = _load_model("student", folders["student"], torch.float32, trusted)
+    frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    student = _load_model("student", folders["student"], frozen if config.lora_rank else torch.float32, trusted)
+    if config.gradient_checkpointing:
+        recompute_layers(student)
+    if config.lora_rank:
+        add_adapter(student, config)
+    student.eval()  # dropout off throughout: PPO's ratio has to be 1 where the policy has not changed
     if not config.teacher:
-        return student.eval(), None, tokenizer
-    half = config.mixed_precision == "bf16"
-    teacher = _load_model("teacher", folders["teacher"], torch.bfloat16 if half else torch.float32, trusted)
-    # Dropout off throughout: PPO's ratio has to be 1 where the policy has not changed.
-    return student.eval(), teacher.eval().requires_grad_(False), tokenizer
+        return student, None, tokenizer
+    if config.lora_rank and folders["student"] == folders["teacher"]:
+        return student, FrozenBase(student), tokenizer
+    teacher = _load_model("teacher", folders["teacher"], frozen, trusted)
+    return student, teacher.eval().requires_grad_(False), tokenizer
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
@@ -79,7 +88,13 @@ def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> Any:
     """A causal language model from safetensors, which hold numbers and nothing that could run."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, role, name, trusted, dtype=dtype, use_safetensors=True)
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = _load(AutoModelForCausalLM, role, name, trusted, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise InputError(
+            f"--{role} {name} lacks {len(missing)} of the weights of a {type(model).__name__}: {missing[0]}, …"
+        )
+    return model
 
 
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
@@ -88,7 +103,7 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
     except (OSError, ValueError, KeyError) as error:
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
         what = first_line(error)
-        if "trust_remote_code" in what:
+        if "trust_remote_code" in str(error):
             raise InputError(
                 f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
             ) from error

@@ -1,7 +1,7 @@
 """From a recipe, a method and the command line to a configuration.
 
 Precedence, lowest first: the defaults of `TrainConfig`, the recipe (models, task, budget), the method (what is done
-about the budget), the command line.
+about the budget), the command line. With `--resume` the run's own configuration takes the place of all but the last.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tyro
 
 from .config import TrainConfig, check_choices
 from .errors import InputError, first_line
+from .resume import check_changes, read_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -88,8 +89,14 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="quickstart")
     first.add_argument("--method", default="")
+    first.add_argument("--resume", default="")
     base, _ = first.parse_known_args(list(args))
-    recipe = kind(**vars(read_recipe(base.recipe, base.method)))
-    config = tyro.cli(kind, prog=prog, description=description, default=recipe, args=list(args))
+    if base.resume:
+        default = kind(**vars(read_config(Path(base.resume))))
+    else:
+        default = kind(**vars(read_recipe(base.recipe, base.method)))
+    config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
     config.validate()
+    if config.resume:
+        check_changes(default, config)
     return config

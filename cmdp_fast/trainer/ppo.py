@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import cmdp_fast as cf
 from cmdp_fast import objective
@@ -25,7 +26,7 @@ from cmdp_fast import objective
 from .constraint import Constraint, training_constraint
 from .data import Row
 from .errors import InputError
-from .experience import Collector, Experience, Metrics
+from .experience import Collector, Experience, Metrics, gathered_rows
 from .report import Clock
 from .value import ValueHead, explained_variance
 
@@ -153,8 +154,9 @@ class PPO:
             self.scheduler.step()
         means = {name: sum(m[name] for m in history) / len(history) for name in history[0]}
         if experience.value is not None:
+            tensors = (experience.value, targets["value"], mask)
             means["value/explained_variance"] = float(
-                explained_variance(experience.value, targets["value"], experience.rollout.mask)
+                explained_variance(*(gathered_rows(tensor, self.accelerator) for tensor in tensors))
             )
         return means | {"learning_rate": learning_rate}
 
@@ -208,7 +210,8 @@ class PPO:
 
     def descend(self) -> Metrics:
         """The optimizer's step. Raises InputError, and takes none, if the gradient is not finite."""
-        norm = float(self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm))
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(norm):
             raise InputError(
                 "the gradient is not finite: the learning rate is too high, or the cost is infinite where the teacher "

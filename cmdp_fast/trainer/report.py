@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from .checkpoint import as_json
+from .checkpoint import as_json, replacing, sync, write_text, writing
+from .config import TrainConfig
 from .constraint import Constraint
+from .errors import InputError
 
 T = TypeVar("T")
 
@@ -45,15 +50,20 @@ class Clock:
 
 
 class Report:
-    """The console. Quiet, a line now and then instead of a moving bar, if CI is set or the output is no terminal."""
+    """The console. Quiet, a line now and then instead of a moving bar, if CI is set or the output is no terminal.
 
-    def __init__(self) -> None:
+    Of several processes only the main one has a console; the others are not `shown`.
+    """
+
+    def __init__(self, shown: bool = True) -> None:
+        self.shown = shown
         self.quiet = os.environ.get("CI", "").lower() not in ("", "0", "false") or not sys.stdout.isatty()
         self._status = ""
 
     def say(self, line: str) -> None:
         """Prints a line."""
-        print(line, flush=True)
+        if self.shown:
+            print(line, flush=True)
 
     def status(self, text: str) -> None:
         """Sets what stands beside the bar that is running."""
@@ -62,7 +72,7 @@ class Report:
     def track(self, items: Sequence[T], description: str) -> Iterator[T]:
         """The items, with a bar and the time left."""
         self._status = ""
-        yield from self._lines(items, description) if self.quiet else self._bar(items, description)
+        yield from self._lines(items, description) if self.quiet or not self.shown else self._bar(items, description)
 
     def _lines(self, items: Sequence[T], description: str) -> Iterator[T]:
         every = max(1, len(items) // 10)
@@ -92,36 +102,75 @@ class Report:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, a line a step, and TensorBoard events of the same numbers."""
+    """`metrics.jsonl`, a line a step, and the same numbers for the trackers; the main process writes.
 
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    A run that goes on begins with the `steps` and `evaluations` that its checkpoint knows; what the file has beyond
+    them is cut off.
+    """
 
-        self.steps: list[dict[str, float]] = []
-        self.evaluations: list[dict[str, float]] = []
-        self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._events = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Any,
+        config: TrainConfig,
+        steps: Sequence[dict[str, Any]] = (),
+        evaluations: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        self.steps, self.evaluations = list(steps), list(evaluations)
+        self._path = folder / "metrics.jsonl"
+        self._accelerator = accelerator
+        if accelerator.is_main_process:
+            write_text(self._path, "".join(as_json(step) + "\n" for step in self.steps))
+            with writing(folder):
+                _start_trackers(accelerator, config, folder, len(self.steps))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Records the metrics of a training step."""
+        """Records the metrics of a training step. Raises InputError if they cannot be written."""
         self.steps.append({"step": step, **metrics})
-        self._lines.write(as_json(self.steps[-1]) + "\n")
-        self._lines.flush()
-        self._scalars(step, metrics)
+        if self._accelerator.is_main_process:
+            with writing(self._path), open(self._path, "a", encoding="utf-8") as lines:
+                lines.write(as_json(self.steps[-1]) + "\n")
+            with writing(self._path.parent):
+                self._accelerator.log(metrics, step=step)
 
     def evaluation(self, step: int, result: dict[str, float]) -> None:
         """Records an evaluation of the student after so many steps; it has its place in the curves."""
         self.evaluations.append({"step": step, **result})
-        self._scalars(step, {f"eval/{name}": value for name, value in result.items()})
+        if self._accelerator.is_main_process:
+            with writing(self._path.parent):
+                self._accelerator.log({f"eval/{name}": value for name, value in result.items()}, step=step)
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        self._lines.close()
-        self._events.close()
+        """Has the disk keep what was written, and ends the trackers."""
+        if self._accelerator.is_main_process:
+            with writing(self._path):
+                sync(self._path)
+                for tracker in self._accelerator.trackers:
+                    tracker.finish()
+        self._accelerator.trackers.clear()
 
-    def _scalars(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raises InputError for a tracker whose package is not installed."""
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--trackers {name}: it is not installed (pip install {name})")
+
+
+def _start_trackers(accelerator: Any, config: TrainConfig, folder: Path, step: int) -> None:
+    """The trackers under the run's name; TensorBoard forgets what it has of later steps than this."""
+    from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+
+    makers = {
+        "tensorboard": lambda: TensorBoardTracker("tensorboard", folder, purge_step=step + 1),
+        "wandb": lambda: WandBTracker("cmdp_fast", name=folder.name, dir=str(folder)),
+        "trackio": lambda: TrackioTracker("cmdp_fast", name=folder.name),
+    }
+    accelerator.log_with = [makers[name]() for name in config.trackers]  # the folder did not exist before
+    accelerator.init_trackers("cmdp_fast")
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":  # which would make a run of its own of them
+            tracker.store_init_configuration(json.loads(as_json(asdict(config))))
 
 
 def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_accuracy: float) -> None:
@@ -144,9 +193,8 @@ def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_acc
         axes.set(title=title, xlabel="step")
         axes.set_ylim(bottom=0)
         axes.legend()
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=120)
 
 
 def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .config import TrainConfig
-from .data import Row
+from .data import Row, last_group
 from .errors import InputError
 from .imports import import_function
 
@@ -26,16 +26,11 @@ BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
 
 def load_rewards(config: TrainConfig, example: Row) -> dict[str, RewardFunction]:
     """The reward functions of a configuration by the name under which they are logged."""
-    try:
-        pattern = re.compile(config.answer_pattern)
-    except re.error as error:
-        raise InputError(f"--answer-pattern {config.answer_pattern!r}: {error}") from error
-    if config.answer_pattern and pattern.groups < 1:
-        raise InputError(f"--answer-pattern {config.answer_pattern!r} has no group to mark the answer")
+    pattern = re.compile(config.answer_pattern)
     built_in: dict[str, RewardFunction] = {
         "exact_answer": exact_answer(pattern),
         "brevity": brevity(pattern, config.max_new_tokens),
-        "math_verify": math_verify,
+        "math_verify": math_verify(pattern),
         "reasoning_gym": reasoning_gym_judge(pattern),
     }
     functions = {}
@@ -83,15 +78,20 @@ def brevity(pattern: re.Pattern[str], max_new_tokens: int) -> RewardFunction:
     return reward
 
 
-def math_verify(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
-    """1 if math-verify finds an expression in the completion that equals the answer; None if it cannot read that."""
-    from math_verify import parse, verify
+def math_verify(pattern: re.Pattern[str]) -> RewardFunction:
+    """1 if math-verify finds an expression in the final answer that equals the reference, else 0; None if it cannot
+    read the reference."""
 
-    scores: list[float | None] = []
-    for completion, expected in zip(completions, answer, strict=True):
-        gold = parse(str(expected))
-        scores.append(float(verify(gold, parse(text_of(completion)))) if gold else None)
-    return scores
+    def reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+        from math_verify import parse, verify
+
+        scores: list[float | None] = []
+        for completion, expected in zip(completions, answer, strict=True):
+            gold, given = parse(str(expected)), final_answer(text_of(completion), pattern)
+            scores.append(float(given is not None and verify(gold, parse(given))) if gold else None)
+        return scores
+
+    return reward
 
 
 def reasoning_gym_judge(pattern: re.Pattern[str]) -> RewardFunction:
@@ -116,8 +116,7 @@ def final_answer(text: str, pattern: re.Pattern[str]) -> str | None:
     """The first group of the last match, or the whole text if the pattern is empty; None where it does not match."""
     if not pattern.pattern:
         return text.strip()
-    found = [match.group(1) for match in pattern.finditer(text)]
-    return found[-1].strip() if found and found[-1] is not None else None
+    return last_group(pattern, text)
 
 
 def text_of(completion: Any) -> str:

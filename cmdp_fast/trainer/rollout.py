@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Row
+from .data import Problems, Row
 from .errors import InputError
+from .report import Report
 
 RolloutFunction = Callable[..., dict[str, Any]]
 
@@ -72,7 +73,7 @@ class Sampling:
     temperature: float
     eos: tuple[int, ...]
     pad: int
-    suppress: tuple[int, ...] = ()  # columns of the student's that the teacher does not have
+    suppress: tuple[int, ...] = ()  # columns that one of the models does not have
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int = 0  # prompts at once; 0: all
@@ -100,6 +101,27 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Any) -> list[list[int]]:
         if not ids[-1]:
             raise InputError(f"the prompt {prompt!r} has no tokens")
     return ids
+
+
+def drop_long_prompts(problems: Problems, tokenizer: Any, limit: int, report: Report) -> Problems:
+    """The problems whose prompt has at most `limit` tokens (0: all); says how many were left out.
+
+    Raises InputError if none are left to train or to evaluate on.
+    """
+    if not limit:
+        return problems
+    parts = []
+    for rows in problems:
+        lengths = [len(ids) for ids in encode_prompts(rows, tokenizer)]
+        parts.append([row for row, length in zip(rows, lengths, strict=True) if length <= limit])
+        if not parts[-1]:
+            raise InputError(
+                f"--max-prompt-length {limit}: all prompts are longer, the shortest has {min(lengths)} tokens"
+            )
+    kept = Problems(*parts)
+    if dropped := sum(map(len, problems)) - sum(map(len, kept)):
+        report.say(f"left out {dropped} of {sum(map(len, problems))} problems: prompts of more than {limit} tokens")
+    return kept
 
 
 def generate(

@@ -1,108 +1,89 @@
-"""A run from beginning to end: load, look at the student before, train, look at it after, save."""
+"""A run from beginning to end: load, look at the student before, train, look at it after, save.
+
+The folder of a run can be resumed from the first step on, whatever stops it: Ctrl-C and SIGTERM let the step at hand
+end and write a checkpoint; an error leaves the last one, as does a kill. `distributed.py` says how several processes
+run, `state.py` what a checkpoint is.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from .checkpoint import check_run_folder, make_run_folder, save_student, write_json, write_samples, write_text
+from .checkpoint import check_run_folder
 from .config import TrainConfig
 from .constraint import evaluation_constraint
 from .data import load_problems
+from .distributed import main_first, make_accelerator, on_device, prepare_student, together
 from .errors import InputError
-from .evaluate import evaluate
 from .experience import Collector
 from .gkd import GKD
 from .imports import import_function
+from .interrupts import Interrupts
 from .minillm import MiniLLM
 from .models import common_vocabulary, load_pair
 from .off_policy import OffPolicy
 from .ppo import PPO
-from .report import MetricsLog, Report, plot_curves, samples_text
+from .report import Report, check_trackers
+from .resume import is_finished
 from .rewards import load_rewards
-from .rollout import Sampling, encode_prompts, end_tokens
+from .rollout import Sampling, drop_long_prompts, encode_prompts, end_tokens
 from .steps import StepVerifier, load_step_verifier
+from .training import Material, Run
 from .value import ValueHead
 
-SAMPLES = 20
 STEPS: dict[str, type[PPO]] = {"ppo": PPO, "gkd": GKD, "minillm": MiniLLM, "sft": OffPolicy, "kd": OffPolicy}
 
 
 def train(config: TrainConfig) -> Path:
     """Trains as the configuration says and returns the run's folder.
 
-    Raises InputError for anything that cannot be used, before the folder is made. An interrupt (Ctrl-C) once the
-    training has begun ends it there: the folder gets everything but the last evaluation, and the interrupt is raised
-    again.
+    Raises InputError for anything that cannot be used, before the folder is made, and for what makes it impossible to
+    go on, with everything saved as far as it has come. An interrupt (Ctrl-C, SIGTERM) once the training has begun ends
+    it after the step at hand with a checkpoint, and KeyboardInterrupt is raised.
     """
-    report = Report()
-    check_run_folder(config)
+    check_trackers(config)
+    accelerator = make_accelerator(config)
+    report = Report(accelerator.is_main_process)
+    with Interrupts(patient=accelerator.num_processes > 1) as interrupts:
+        with together(accelerator):
+            if config.resume and is_finished(config):
+                report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
+                return Path(config.resume)
+            check_run_folder(config)
+        material = main_first(lambda: load(config, report), accelerator)
+        ppo = make_ppo(
+            config,
+            accelerator,
+            material.student,
+            material.teacher,
+            material.tokenizer,
+            material.rewards,
+            material.verifier,
+        )
+        report.say(
+            f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
+            f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
+        )
+        run = Run(config, ppo, material, report)
+        run.begin()
+        run.finish(interrupts)
+    return run.folder
+
+
+def load(config: TrainConfig, report: Report) -> Material:
+    """Problems, rewards and models, the models on the CPU. Raises InputError for what cannot be used."""
     problems = load_problems(config)
     rewards = load_rewards(config, problems.train[0])
     verifier = load_step_verifier(config, problems.train[0])
     student, teacher, tokenizer = load_pair(config, problems.train, report)
-    train_prompts = encode_prompts(problems.train, tokenizer)
+    problems = drop_long_prompts(problems, tokenizer, config.max_prompt_length, report)
+    prompts = encode_prompts(problems.train, tokenizer)
     held_out = problems.held_out[: config.eval_prompts]
-    check_lengths(config, [student, teacher], train_prompts + encode_prompts(held_out, tokenizer))
-
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    ppo = make_ppo(config, accelerator, student, teacher, tokenizer, rewards, verifier)
-    collector = ppo.collector
-    order = shuffled(len(problems.train), config.prompts_per_step, config.seed)
-
-    clock = ppo.clock
-    report.say(
-        f"{len(problems.train)} problems to train on, {len(problems.held_out)} held out; "
-        f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
-    )
-    results: dict[str, Any] = {}
-    samples = {}
-    for who, policy in (("teacher", ppo.teacher), ("student_before", ppo.student)):
-        results[who], samples[who] = evaluate(collector, policy, held_out, clock, report, who)
-        report.say(f"{who:<15}{_describe(results[who])}")
-
-    folder = make_run_folder(config)
-    log = MetricsLog(folder)
-    log.evaluation(0, results["student_before"])
-    done, interrupted = 0, False
-    try:
-        for step in report.track(range(1, config.steps + 1), f"training {folder}"):
-            chosen = next(order)
-            metrics = ppo.step([problems.train[i] for i in chosen], [train_prompts[i] for i in chosen])
-            log.step(step, metrics)
-            done = step
-            report.status(
-                f"reward {metrics['reward']:.2f}  KL {metrics['cmdp/cumulative_kl']:.2f}  "
-                f"within budget {metrics['cmdp/constraint_satisfaction']:.0%}"
-            )
-            if step < config.steps and config.eval_every and step % config.eval_every == 0:
-                log.evaluation(step, evaluate(collector, ppo.student, held_out, clock)[0])
-            if config.save_every and step % config.save_every == 0:
-                save_student(ppo.student, tokenizer, folder)
-        who = "student_after"
-        results[who], samples[who] = evaluate(collector, ppo.student, held_out, clock, report, who)
-        log.evaluation(config.steps, results[who])
-        report.say(f"{who:<15}{_describe(results[who])}")
-    except KeyboardInterrupt:
-        interrupted = True
-        report.say(f"interrupted after step {done}: saving the student as it is")
-        raise
-    finally:
-        save_student(ppo.student, tokenizer, folder)
-        log.close()
-        write_samples(folder / "samples.jsonl", samples)
-        write_json(folder / "summary.json", summary(config, ppo, results, done, interrupted))
-        plot_curves(folder / "curves.png", log, evaluation_constraint(config), results["teacher"]["accuracy"])
-        shown = ((who, some[:: config.eval_generations][:SAMPLES]) for who, some in samples.items())
-        write_text(folder / "samples.txt", samples_text(shown))
-        report.say(f"{folder}: student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt samples.jsonl")
-    return folder
+    check_lengths(config, [student, teacher], prompts + encode_prompts(held_out, tokenizer))
+    return Material(problems.train, prompts, held_out, rewards, verifier, student, teacher, tokenizer)
 
 
 def make_ppo(
@@ -119,18 +100,16 @@ def make_ppo(
     from transformers import get_scheduler
 
     set_seed(config.seed, device_specific=accelerator.num_processes > 1)
-    groups = [{"params": list(student.parameters()), "lr": config.learning_rate}]
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "lr": config.learning_rate}]
     value_head = None
     if config.algorithm == "ppo" and config.baseline == "gae":
         value_head = ValueHead(student.config.get_text_config().hidden_size).to(accelerator.device)
         groups.append({"params": list(value_head.parameters()), "lr": config.value_learning_rate})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     scheduler = get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
-    if accelerator.num_processes > 1:
-        student, optimizer = accelerator.prepare(student, optimizer)
-        value_head = value_head and accelerator.prepare(value_head)
-    else:  # not `prepare`d: that would copy every output to float32, and the kernels read bfloat16 logits as they are
-        student, optimizer = student.to(accelerator.device), accelerator.prepare(optimizer)
+    student, optimizer = prepare_student(student, optimizer, accelerator)
+    value_head = value_head and accelerator.prepare(value_head)
     collector = make_collector(config, accelerator, student, teacher, tokenizer, rewards, verifier)
     step = STEPS[config.algorithm]
     return step(collector, optimizer=optimizer, scheduler=scheduler, value_head=value_head)
@@ -147,13 +126,15 @@ def make_collector(
 ) -> Collector:
     """What samples from the student, which is on its device, and scores against the teacher (None: there is none)."""
     model = accelerator.unwrap_model(student)
-    vocab_size = common_vocabulary(model) if teacher is None else common_vocabulary(model, teacher)
+    models = (model,) if teacher is None else (model, teacher)
+    vocab_size = common_vocabulary(*models)
+    width = max(common_vocabulary(each) for each in models)  # the teacher is sampled from as well
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         eos=end_tokens(model, tokenizer),
         pad=tokenizer.pad_token_id,
-        suppress=tuple(range(vocab_size, model.get_output_embeddings().weight.shape[0])),
+        suppress=tuple(range(vocab_size, width)),
         top_k=config.top_k,
         top_p=config.top_p,
         batch_size=config.rollout_batch_size,
@@ -162,48 +143,13 @@ def make_collector(
         config,
         accelerator=accelerator,
         student=student,
-        teacher=None if teacher is None else teacher.to(accelerator.device),
+        teacher=None if teacher is None else on_device(teacher, accelerator),
         tokenizer=tokenizer,
         sampling=sampling,
         vocab_size=vocab_size,
         rewards=rewards,
         step_verifier=verifier,
         rollout=import_function("--rollout", config.rollout) if config.rollout else None,
-    )
-
-
-def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Batches of indices below count without end: one shuffle follows another, and none repeats within a shuffle."""
-    rng = random.Random(seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            waiting += rng.sample(range(count), count)
-        yield waiting[:size]
-        waiting = waiting[size:]
-
-
-def summary(config: TrainConfig, ppo: PPO, results: dict[str, Any], steps: int, interrupted: bool) -> dict[str, Any]:
-    """What `summary.json` holds. `kernels` are the seconds of scoring and update inside the token statistics."""
-    phases = ("rollout", "scoring", "update", "evaluation", "kernels")
-    seconds = {phase: round(ppo.clock.seconds.get(phase, 0.0), 3) for phase in phases}
-    step = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
-    return {
-        "budget": config.budget,
-        **{who: results.get(who) for who in ("teacher", "student_before", "student_after")},
-        "steps": steps,
-        "interrupted": interrupted,
-        "seconds": seconds,
-        "kernel_share_of_step": round(seconds["kernels"] / step, 4) if step else None,
-        "pid": ppo.pid.state_dict() if config.kind == "pid" else None,
-        "config": asdict(config),
-    }
-
-
-def _describe(result: dict[str, float]) -> str:
-    return (
-        f"accuracy {result['accuracy']:.1%}   within budget {result['constraint_satisfaction']:.1%}   "
-        f"cumulative KL {result['mean_cumulative_kl']:.2f}   length {result['mean_length']:.1f}"
     )
 
 

@@ -43,7 +43,7 @@ def arithmetic_chain(prompt: Any, completion: Any, metadata: dict[str, Any], **_
 _NUMBER = r"-?(?:\( ?){0,4}\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?: ?\)){0,4}"
 _EXPRESSION = rf"{_NUMBER}(?: ?[-+*/] ?{_NUMBER})*"
 _EQUATION = re.compile(
-    rf"(?<![\w.^%+*/-])(?<![-+*/^%] ){_EXPRESSION}(?: ?= ?{_EXPRESSION})+(?!\w|\.\d|,\d{3}| ?[%*/^]| ?[-+] ?\w)"
+    rf"(?<![\w.^%+*/-])(?<![-+*/^%] ){_EXPRESSION}(?: ?= ?{_EXPRESSION})+(?!\w|\.\d|,\d{{3}}| ?[%*/^]| ?[-+] ?\w)"
 )
 _MARKUP = re.compile(r"^\s*[-*+•]\s+|(?<!\d)\*\*|\*\*(?!\d)")  # bullets and bold type
 _TIMES, _DIVIDED = re.compile(r"(?<=[\d)]) *[x×] *(?=[-$(\d])"), re.compile(r" *÷ *")

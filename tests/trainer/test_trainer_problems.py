@@ -134,7 +134,11 @@ def test_built_in_rewards():
 def test_math_verify_reward():
     pytest.importorskip("math_verify")
     completions = [r"so it is $\frac{1}{2}$", "it is 0.5", "it is $0.6$"]
-    assert rewards.math_verify(completions=completions, answer=["$1/2$"] * 3) == [1.0, 1.0, 0.0]
+    anywhere = rewards.math_verify(re.compile(""))
+    assert anywhere(completions=completions, answer=["$1/2$"] * 3) == [1.0, 1.0, 0.0]
+    assert anywhere(completions=["you ask for 4 + 7"], answer=["11"]) == [1.0]  # which is why there is a pattern
+    last_number = rewards.math_verify(re.compile(r"(-?\d+)(?!.*\d)"))
+    assert last_number(completions=["you ask for 4 + 7", "4 + 7 = 11", "no"], answer=["11"] * 3) == [0.0, 1.0, 0.0]
 
 
 def random_sum(rng: random.Random) -> str:

@@ -24,7 +24,7 @@ def finished_run(pair, tmp_path_factory, one_thread) -> Path:
 
 def test_run_folder_is_complete(finished_run):
     names = {path.name for path in finished_run.iterdir()}
-    files = {"summary.json", "metrics.jsonl", "curves.png", "samples.txt", "samples.jsonl"}
+    files = {"config.json", "summary.json", "metrics.jsonl", "curves.png", "samples.txt", "samples.jsonl"}
     assert names == files | {"tensorboard", "student"}
     assert list((finished_run / "tensorboard").glob("events.out.tfevents.*"))
     assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -114,12 +114,15 @@ def reward(completions, **columns):
 def test_interrupt_leaves_a_usable_folder(pair, tmp_path, capsys):
     # the reward is called for the two evaluations and then once a step: the fourth call is the second step's
     (tmp_path / "mine.py").write_text(REWARD_THAT_INTERRUPTS.format(at=4))
-    assert main(arguments(pair, tmp_path / "runs", steps=50, rewards=f"{tmp_path / 'mine.py'}:reward")) == 130
+    assert (
+        main(arguments(pair, tmp_path / "runs", steps=50, eval_every=0, rewards=f"{tmp_path / 'mine.py'}:reward"))
+        == 130
+    )
     folder = tmp_path / "runs" / "r"
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["interrupted"] and summary["steps"] == 1
+    assert summary["interrupted"] and summary["steps"] == 2  # the step at hand came to its end
     assert summary["student_before"]["examples"] > 0 and summary["student_after"] is None
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert (folder / "curves.png").stat().st_size > 0 and (folder / "samples.txt").stat().st_size > 0
     AutoModelForCausalLM.from_pretrained(folder / "student")
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cmdp_fast as cf
 from cmdp_fast.trainer.checkpoint import as_json, save_student
+from cmdp_fast.trainer.data import shuffled
+from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.experience import at_last_token
 from cmdp_fast.trainer.report import Clock
 from cmdp_fast.trainer.rollout import completion_mask, generate
-from cmdp_fast.trainer.run import shuffled
 from cmdp_fast.trainer.scoring import completion_hidden, completion_logits
 
 
@@ -149,7 +150,7 @@ def test_failed_save_keeps_the_earlier_student(pair, tmp_path):
         def save_pretrained(self, _):
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="student could not be written: disk full"):
         save_student(ppo.student, Broken(), tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path / "student").eos_token == "."
     save_student(ppo.student, ppo.collector.tokenizer, tmp_path)

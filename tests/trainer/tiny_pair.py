@@ -41,7 +41,7 @@ def tiny_model(
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=8,
+        **({} if family == "falcon" else {"head_dim": 8}),
         max_position_embeddings=positions,
         initializer_range=0.3,  # far enough from uniform for the two to differ
         bos_token_id=None,

@@ -1,0 +1,148 @@
+"""Several processes that run as one: the share of each, what they agree on, and how an error of one ends all.
+
+Under `accelerate launch` (or torchrun) every process runs the same program on its own share of a global batch. A step
+of P processes with `prompts_per_step` prompts each is the step that one process would take with P times as many.
+
+    accelerate launch --config_file ddp.yaml --num_processes 8 -m cmdp_fast.cli train ...
+
+The package brings two files for `--config_file`, in `cmdp_fast/trainer/accelerate`: `ddp.yaml` (each process holds both
+models) and `fsdp2.yaml` (both models are spread over the processes; for GPUs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+from .config import TrainConfig
+from .errors import InputError
+
+T = TypeVar("T")
+
+# Longer than anything that one process does while the others wait for it, so that only a dead one is given up.
+PATIENCE = timedelta(minutes=30)
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """The accelerator of the run; several processes meet here. Raises InputError for what the trainer cannot do."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+    )
+    if accelerator.distributed_type == "FSDP":
+        check_sharding(accelerator, config)
+    return accelerator
+
+
+def check_sharding(accelerator: Any, config: TrainConfig) -> None:
+    """Raises InputError unless the trainer can work with models that are sharded as accelerate was told to."""
+    plugin = accelerator.state.fsdp_plugin
+    if not accelerator.is_fsdp2:
+        raise InputError("of FSDP only version 2 is supported: set fsdp_version: 2 in accelerate's configuration")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):  # what it writes otherwise is read with pickle
+        raise InputError("FSDP checkpoints need fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration")
+    if config.baseline == "gae" and config.algorithm == "ppo":
+        raise InputError("--baseline gae does not work with FSDP, whose optimizer has the student's parameters alone")
+    if config.lora_rank:
+        raise InputError("--lora-rank does not work with FSDP: an adapter is small, DDP serves it")
+    if config.algorithm == "minillm" and config.teacher_mix:
+        raise InputError("minillm with --teacher-mix does not work with FSDP: the teacher would have to keep step")
+
+
+def share(items: Sequence[T], accelerator: Any) -> list[T]:
+    """This process's slice of the items, as long as any other's; if they do not go round, some appear twice."""
+    processes, size = accelerator.num_processes, -(-len(items) // accelerator.num_processes)
+    padded = [items[i % len(items)] for i in range(size * processes)]
+    return padded[accelerator.process_index * size :][:size]
+
+
+def whole(shares: Sequence[T], count: int, accelerator: Any) -> list[T]:
+    """What all processes made of their `share` of `count` items, in order and once each; any Python objects."""
+    from accelerate.utils import gather_object
+
+    return list(shares) if accelerator.num_processes == 1 else gather_object(list(shares))[:count]
+
+
+@contextmanager
+def together(accelerator: Any) -> Iterator[None]:
+    """An InputError of one process in the body becomes an InputError of all of them, with the same message.
+
+    Every process must come here. The body must not wait for other processes where an InputError can keep one away.
+    """
+    error: InputError | None = None
+    try:
+        yield
+    except InputError as raised:
+        error = raised
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        messages = gather_object([None if error is None else str(error)])
+        first = next((message for message in messages if message is not None), None)
+        error = None if first is None else InputError(first)
+    if error is not None:
+        raise error
+
+
+def any_process(flag: bool, accelerator: Any) -> bool:
+    """Whether the flag is set in any process; the same in all."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+def main_first(function: Callable[[], T], accelerator: Any) -> T:
+    """The function's result. The first process of each machine calls it alone, then the others: they find a full cache.
+
+    If it fails in one with an InputError, it fails in all, and is called by no further one.
+    """
+    result: list[T] = []
+    for turn in (True, False) if accelerator.num_processes > 1 else (True,):
+        with together(accelerator):
+            if accelerator.is_local_main_process == turn:
+                result.append(function())
+    return result[0]
+
+
+def whole_student(student: Any, accelerator: Any) -> tuple[Any, dict[str, Any] | None]:
+    """(the model without what accelerate put around it, its weights if it does not hold all of them itself).
+
+    Every process must call this; with FSDP only the main process gets the weights.
+    """
+    model = accelerator.unwrap_model(student)
+    return model, accelerator.get_state_dict(student) if accelerator.distributed_type == "FSDP" else None
+
+
+def reshard(student: Any) -> None:
+    """Has FSDP spread again what a forward pass has left together, the head: weights are loaded into shards."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def prepare_student(student: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
+    """Student and optimizer as accelerate runs and checkpoints them: on their device, replicated or sharded.
+
+    Without the copy of every output to float32 that accelerate adds under mixed precision: the kernels read bfloat16
+    logits as they are, and the trainer has the autocast where it wants it.
+    """
+    student, optimizer = accelerator.prepare(student, optimizer)
+    accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+    return student, optimizer
+
+
+def on_device(model: Any, accelerator: Any) -> Any:
+    """A model that is not trained, on its device; with FSDP sharded like the student."""
+    if accelerator.distributed_type != "FSDP":
+        return model.to(accelerator.device)
+    from accelerate.utils import fsdp2_prepare_model
+
+    return fsdp2_prepare_model(accelerator, model)

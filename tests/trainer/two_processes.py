@@ -1,0 +1,199 @@
+"""Two gloo processes on the CPU, and what each of them does in test_distributed.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from tiny_pair import settings, untimed
+from torch.distributed.tensor import DTensor
+
+from cmdp_fast.cli import main
+from cmdp_fast.trainer import data, state
+from cmdp_fast.trainer.distributed import share, whole_student
+from cmdp_fast.trainer.evaluate import evaluate
+from cmdp_fast.trainer.models import load_pair
+from cmdp_fast.trainer.ppo import PPO
+from cmdp_fast.trainer.report import Clock, Report
+from cmdp_fast.trainer.rollout import encode_prompts
+from cmdp_fast.trainer.run import make_ppo
+
+PROCESSES = 2
+STEPS = 3
+
+
+def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
+    """Forks: the models and libraries are there already. An error in one ends both and is raised."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _process, args=(port, function, arguments), nprocs=PROCESSES, start_method="fork"
+    )
+
+
+def _process(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        function(*arguments)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- steps
+
+
+def completions(prompts: list[list[int]], sampling: Any, policy: Any) -> dict[str, Any]:
+    """A rollout that depends on a prompt and on its place in a group of four, and on nothing else."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    ids = []
+    for prompt in prompts:
+        seen[tuple(prompt)] = seen[tuple(prompt)] % 4 + 1
+        seed = sum((i + 1) * token for i, token in enumerate(prompt)) + 7 * seen[tuple(prompt)]
+        length = 2 + seed % (sampling.max_new_tokens - 1)
+        ids.append([3 + (seed + 5 * i * i) % 10 for i in range(length)])
+    return {"completion_ids": ids}
+
+
+def reward(completions: list[str], **columns: Any) -> list[float]:
+    return [len(set(text)) / 4 for text in completions]
+
+
+def make(pair: dict[str, str], accelerator: Any, changes: dict[str, Any]) -> tuple[PPO, data.Problems]:
+    """A PPO whose minibatch is the whole batch, of eight completions a step in all."""
+    prompts = 4 // accelerator.num_processes
+    config = settings(
+        pair,
+        prompts_per_step=prompts,
+        minibatch_size=4 * prompts,
+        micro_batch_size=3,
+        holdout_fraction=0.4,
+        eval_generations=1,
+        rollout=f"{__file__}:completions",
+        **changes,
+    )
+    problems = data.load_problems(config)
+    student, teacher, tokenizer = load_pair(config, problems.train, Report())
+    return make_ppo(config, accelerator, student, teacher, tokenizer, {"mine": reward}), problems
+
+
+def steps(ppo: PPO, problems: data.Problems, first: int = 0) -> list[dict[str, float]]:
+    """Metrics of the steps, the same problems whatever the number of processes."""
+    prompts = encode_prompts(problems.train, ppo.collector.tokenizer)
+    batches = data.shuffled(len(problems.train), 4, seed=0)
+    found = []
+    for step in range(STEPS):
+        chosen = share(next(batches), ppo.accelerator)
+        if step >= first:
+            found.append(untimed(ppo.step([problems.train[i] for i in chosen], [prompts[i] for i in chosen])))
+    return found
+
+
+def take_steps(pair: dict[str, str], changes: dict[str, Any]) -> tuple[list[dict[str, float]], dict, dict]:
+    """(metrics, figures of an evaluation, weights)."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ppo, problems = make(pair, Accelerator(cpu=True), changes)
+    metrics = steps(ppo, problems)
+    figures, samples = evaluate(ppo.collector, ppo.student, problems.held_out, Clock())
+    assert len(samples) == figures["examples"] == len(problems.held_out)
+    model, _ = whole_student(ppo.student, ppo.accelerator)
+    return metrics, figures, {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def close(ours: Any, expected: Any) -> None:
+    """To float32 tolerance: sums are taken in another order."""
+    if isinstance(expected, dict):
+        assert ours.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                torch.as_tensor(ours[name]),
+                torch.as_tensor(value),
+                rtol=2e-4,
+                atol=2e-5,
+                equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+    else:
+        for a, b in zip(ours, expected, strict=True):
+            close(a, b)
+
+
+def same_steps(cases: list[tuple[dict[str, str], dict[str, Any], Any]]) -> None:
+    for pair, changes, expected in cases:
+        close(take_steps(pair, changes), expected)
+
+
+# ------------------------------------------------------------------------------------- fully sharded
+
+
+def sharding_accelerator() -> Any:
+    """As accelerate would make it on GPUs from fsdp2.yaml; on CPUs it does not offer FSDP by itself."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    return accelerator
+
+
+def same_steps_sharded(cases: list[tuple[dict[str, str], dict[str, Any], Any]], folder: Path) -> None:
+    for number, (pair, changes, (metrics, _, weights)) in enumerate(cases):
+        ppo, problems = make(pair, sharding_accelerator(), changes)
+        for model in (ppo.student, ppo.teacher):  # the head's group stays together after a forward pass
+            assert all(isinstance(parameter, DTensor) for parameter in model.model.layers.parameters())
+        prompts = encode_prompts(problems.train, ppo.collector.tokenizer)
+        batches = data.shuffled(len(problems.train), 4, seed=0)
+        for step in range(STEPS):
+            chosen = share(next(batches), ppo.accelerator)
+            found = ppo.step([problems.train[i] for i in chosen], [prompts[i] for i in chosen])
+            close(untimed(found), metrics[step])
+            if step == 1:
+                evaluate(ppo.collector, ppo.student, problems.held_out, Clock())  # leaves the head together
+                state.save_checkpoint(ppo.accelerator, folder / str(number), 2, {"ppo": ppo.state_dict()})
+        evaluate(ppo.collector, ppo.student, problems.held_out, Clock())
+        _, ours = whole_student(ppo.student, ppo.accelerator)
+        if ppo.accelerator.is_main_process:
+            close(ours, weights)
+
+        again, problems = make(pair, sharding_accelerator(), changes)
+        run = folder / str(number)
+        again.load_state_dict(state.load_checkpoint(again.accelerator, again.student, run, Report())["ppo"])
+        close(steps(again, problems, first=2), metrics[2:])
+        # sampling keeps step although completions end at different times
+        again.collector.rollout = None
+        evaluate(again.collector, again.student, problems.held_out, Clock())
+        evaluate(again.collector, again.teacher, problems.held_out, Clock())
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+def run_command(arguments: list[str], shown: Path, expected: int) -> None:
+    """Runs the command line; what a process prints goes to a file of its own."""
+    with (
+        open(f"{shown}-{os.environ['RANK']}", "w") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        code = main(arguments)
+    assert code == expected, code
