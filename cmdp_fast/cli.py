@@ -1,7 +1,8 @@
-"""The command line: `cmdp-fast train`, `compare`, `evaluate` and `info`."""
+"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `bench` and `info`."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,9 +14,11 @@ commands:
   train     distil a student from a teacher under a KL budget
   compare   run several methods on one task with several seeds: a table and plots
   evaluate  measure a student on held-out problems, with or without a teacher
+  bench     speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
   info      versions, CPU features, kernel variant, threads and backends
 
-All but info need the extra: pip install 'cmdp_fast[train]'. `cmdp-fast COMMAND --help` lists a command's options.
+All but bench and info need the extra: pip install 'cmdp_fast[train]'.
+`cmdp-fast COMMAND --help` lists a command's options.
 """
 
 
@@ -35,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command in ("train", "compare", "evaluate"):
         return _with_the_extra(command, rest)
+    if command == "bench":
+        return _bench(rest)
     print(
         f"cmdp-fast: error: unknown command {command!r}\n{COMMANDS}" if command else COMMANDS, end="", file=sys.stderr
     )
@@ -98,6 +103,19 @@ def _runner(command: str) -> Callable[[Sequence[str]], int]:
 
 def _done(_: object) -> int:
     return 0
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    for needed in ("rich", "matplotlib"):
+        if importlib.util.find_spec(needed) is None:
+            print(
+                f"cmdp-fast: error: bench needs {needed}, which comes with the extra: pip install 'cmdp_fast[bench]'",
+                file=sys.stderr,
+            )
+            return 2
+    from .bench.command import entry
+
+    return entry(arguments)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from .adapter import has_adapter, save_adapted
-from .config import TrainConfig
 from .errors import InputError, first_line
+
+if TYPE_CHECKING:  # it needs tyro, which who only writes files does not
+    from .config import TrainConfig
 
 
 def check_run_folder(config: TrainConfig) -> None:
@@ -50,6 +50,8 @@ def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, 
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with writing(target):
+            from .adapter import has_adapter, save_adapted
+
             if has_adapter(student):
                 save_adapted(student, part)
             else:
@@ -92,9 +94,12 @@ def writing(path: Path) -> Iterator[None]:
 
     PyTorch and safetensors have errors of their own for that.
     """
+    stops: tuple[type[Exception], ...] = (OSError, RuntimeError)
+    if "safetensors" in sys.modules:  # it comes with the trainer, and not everybody who writes files has that
+        stops += (sys.modules["safetensors"].SafetensorError,)
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except stops as error:
         raise InputError(f"{path} could not be written: {first_line(error)}") from error
 
 

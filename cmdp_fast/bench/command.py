@@ -1,0 +1,140 @@
+"""`cmdp-fast bench`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from cmdp_fast.bench import compare, floors, machine, plots, results, show
+from cmdp_fast.bench.case import DTYPES, SHAPES
+from cmdp_fast.bench.ops import OPS
+from cmdp_fast.bench.peers import PEERS
+from cmdp_fast.bench.suite import Plan, run_case
+from cmdp_fast.bench.sweep import AXES, sweeps
+from cmdp_fast.trainer.errors import InputError
+
+DEVICES = ("cpu", "cuda")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="cmdp-fast bench",
+        description="Speed, memory and error of the operations beside other libraries' and the machine's floors.",
+        epilog=f"operations: {', '.join(OPS)}; shapes: {', '.join(SHAPES)}; peers: {', '.join(PEERS)}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help="operations (default: all)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--shapes", help="of these, comma-separated (default: each operation's own)")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, float16, comma-separated")
+    parser.add_argument("--peers", default=",".join(PEERS), help="to measure beside ours (default: all), or none")
+    parser.add_argument("--repeat", type=int, default=9, help="rounds (default: 9)")
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory, which takes a process a variant")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what has changed since that run")
+    parser.add_argument("--sweep", help=f"instead of cases, scaling along one of {', '.join(AXES)}")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files here")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs what the arguments ask for. Raises InputError for what cannot be, before any work."""
+    options = parser().parse_args(arguments)
+    plan = plan_of(options)
+    old = results.read(options.compare) if options.compare else None
+    for path in (options.json, options.plots):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    run = results.Run(
+        command=shlex.join(["cmdp-fast", "bench", *arguments]),
+        machine=machine.describe(plan.device),
+        settings={"repeat": plan.repeat, "threads": torch.get_num_threads()},
+        limits=floors.device_limits(plan.repeat) if plan.device == "cuda" else {},
+    )
+    screen = show.Screen()
+    screen.lines(show.header(run))
+    for _ in _sweep(plan, options.sweep, run, screen) if options.sweep else _cases(plan, run, screen):
+        if options.json:  # after every case: an interrupted run leaves what it has
+            run.write(options.json)
+    if old is not None:
+        screen.table(f"changes since {options.compare}", compare.changes(old, run))
+    if options.plots:
+        screen.lines([f"wrote {path}" for path in plots.draw(run, options.plots)])
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """What is to be measured. Raises InputError for names and numbers that cannot be."""
+    ops = tuple(dict.fromkeys(options.ops)) or tuple(OPS)
+    _among("operation", ops, OPS)
+    shapes = _names("--shapes", options.shapes, SHAPES) if options.shapes is not None else ()
+    dtypes = _names("--dtype", options.dtype, DTYPES)
+    peers = () if options.peers == "none" else _names("--peers", options.peers, PEERS)
+    _among("--device", (options.device,), DEVICES)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU here")
+    for name in ("repeat", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, got {value}")
+    if options.sweep is not None:
+        _among("--sweep", (options.sweep,), AXES)
+        if not any(options.sweep in OPS[op].axes for op in ops):
+            raise InputError(f"--sweep {options.sweep}: none of {', '.join(ops)} is swept along it")
+    return Plan(ops, shapes, dtypes, peers, options.device, options.repeat, memory=not options.no_memory)
+
+
+def _names(option: str, given: str, known: Sequence[str] | dict) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    if not names:
+        raise InputError(f"{option} is empty; expected some of {', '.join(known)}")
+    _among(option, names, known)
+    return names
+
+
+def _among(what: str, names: Sequence[str], known: Sequence[str] | dict) -> None:
+    for name in names:
+        if name not in known:
+            raise InputError(f"{what} {name!r} is unknown; expected {', '.join(known)}")
+
+
+def _cases(plan: Plan, run: results.Run, screen: show.Screen) -> Iterator[None]:
+    for case in plan.cases():
+        if reason := OPS[case.op].why_not(case):
+            run.left_out[case.label] = reason
+            continue
+        run.cases.append(run_case(case, plan, screen.say))
+        screen.case(run.cases[-1])
+        yield
+    if run.left_out:
+        screen.lines(["", *(f"left out: {label}: {reason}" for label, reason in run.left_out.items())])
+    if not run.cases:
+        raise InputError("nothing is left to be measured, see above")
+
+
+def _sweep(plan: Plan, axis: str, run: results.Run, screen: show.Screen) -> Iterator[None]:
+    for sweep in sweeps(plan, axis, screen.say):
+        run.sweeps.append(sweep)
+        screen.sweep(sweep)
+        yield
+
+
+def entry(arguments: Sequence[str]) -> int:
+    """`cmdp-fast bench`; returns the exit code."""
+    try:
+        main(arguments)
+    except InputError as error:
+        print(f"cmdp-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cmdp-fast: interrupted", file=sys.stderr)
+        return 130
+    return 0

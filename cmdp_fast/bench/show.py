@@ -1,0 +1,179 @@
+"""Results as tables: rich ones in a terminal, plain text in a pipe or where CI is set, Markdown in a page."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from cmdp_fast.bench import machine
+from cmdp_fast.bench.results import CaseResult, Measured, Run, Sweep
+
+Rows = list[list[str]]
+MIB = 2**20
+
+
+def milliseconds(ms: float) -> str:
+    """Three digits, in ms."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def mebibytes(size: int) -> str:
+    """One digit after the point, and no minus before 0.0."""
+    return f"{round(size / MIB, 1) + 0.0:.1f}"
+
+
+def case_table(case: CaseResult) -> Rows:
+    """Header and rows: floors first, then our variants, then the peers."""
+    bound = next(iter(case.bounds), None)
+    header = ["implementation", "ms", "spread", "rate", f"% of {bound}" if bound else "", "ratio", "extra MiB"]
+    rows = [[*header, "error", "does not compute"]]
+    for name in case.bounds:
+        rounds = case.bound(name)
+        floor = Measured(name, "", "", rounds)
+        rows.append([name, milliseconds(floor.median), _spread(floor), _rate(case, floor), "", "", "", "", ""])
+    for v in case.variants:
+        share = case.share(v)
+        error = v.largest_error
+        cells = [v.name, milliseconds(v.median), _spread(v), _rate(case, v), "" if share is None else f"{share:.0%}"]
+        cells += [f"{case.ratio(v):.2f} x", _extra(v), "" if error is None else f"{error:.1e}", v.lacks]
+        rows.append(cells)
+    return rows
+
+
+def case_notes(case: CaseResult) -> list[str]:
+    """What stands below a case's table: absent peers, phases, why there is no memory."""
+    lines = [f"absent: {peer} ({reason})" for peer, reason in case.absent.items()]
+    for v in case.variants:
+        if v.phases:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in v.phases.items())
+            lines.append(f"{v.name}: {shares} of the step (kernels are within scoring and update)")
+        if v.memory is not None and not v.memory.trusted:
+            lines.append(f"memory of {v.name}: 64 MiB came to {v.memory.known / MIB:.1f} MiB: do not trust it")
+    notes = {v.memory_note for v in case.variants if v.memory_note}
+    return lines + [f"no memory: {note}" for note in sorted(notes)]
+
+
+def sweep_table(sweep: Sweep) -> Rows:
+    """Milliseconds at every point, the slope of time over the axis in logarithms, time at the last over the first."""
+    last = "last / first" if sweep.axis == "threads" else "last / first, a unit"
+    rows = [["implementation", *(f"{point}" for point in sweep.points), "slope", last]]
+    for name in sweep.ms:
+        times = [milliseconds(ms) for ms in sweep.medians(name)]
+        several = len(sweep.points) > 1
+        rows.append([name, *times, *([f"{sweep.slope(name):.2f}", f"{sweep.growth(name):.2f}"] if several else "--")])
+    return rows
+
+
+def sweep_memory_table(sweep: Sweep) -> Rows:
+    """Extra MiB at every point."""
+    rows = [["implementation", *(f"{point}" for point in sweep.points)]]
+    return rows + [[name, *(mebibytes(m.extra) for m in memory)] for name, memory in sweep.memory.items()]
+
+
+def header(run: Run) -> list[str]:
+    """What a run ran on, and how."""
+    lines = machine.text(run.machine)
+    if run.limits:
+        copy, product = (run.limits[name] for name in ("copy_bytes_per_second", "bfloat16_flops_per_second"))
+        lines.append(f"device copy {copy / 1e9:.0f} GB/s, bfloat16 product {product / 1e12:.0f} TFLOP/s, measured")
+    lines.append(f"medians of {run.settings['repeat']} rounds, all in turn; ratio: time over that of the first of ours")
+    return lines
+
+
+def _spread(v: Measured) -> str:
+    low, high = v.spread
+    return f"{milliseconds(low)} - {milliseconds(high)}"
+
+
+def _rate(case: CaseResult, v: Measured) -> str:
+    rate = case.rate(v.median)
+    return "" if rate is None else f"{rate[0]:.3g} {rate[1]}"
+
+
+def _extra(v: Measured) -> str:
+    return "" if v.memory is None else mebibytes(v.memory.extra)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# How rows become text
+
+
+def plain(rows: Rows) -> str:
+    """Columns side by side; columns without a word are left out."""
+    rows = _used(rows)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i in (0, len(row) - 1) else cell.rjust(w) for i, (cell, w) in _with(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown(rows: Rows) -> str:
+    """The same as a Markdown table."""
+    head, *body = _used(rows)
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _used(rows: Rows) -> Rows:
+    keep = [any(row[i] for row in rows[1:]) for i in range(len(rows[0]))]
+    return [[cell for cell, kept in zip(row, keep, strict=True) if kept] for row in rows]
+
+
+def _with(row: list[str], widths: Sequence[int]) -> Iterator[tuple[int, tuple[str, int]]]:
+    return enumerate(zip(row, widths, strict=True))
+
+
+class Screen:
+    """Where tables go. Quiet unless standard output is a terminal and CI is not set."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+        self.console = None if in_ci or not sys.stdout.isatty() else Console()
+
+    def say(self, text: str) -> None:
+        """What is being done, in a terminal: on one line that the next takes. Nothing moves while the clock runs."""
+        if self.console is not None:
+            width = self.console.width - 1
+            line = text[:width].ljust(width)
+            self.console.print(line, end="\r", style="dim", markup=False, highlight=False)
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """Lines as they are."""
+        for line in lines:
+            if self.console is None:
+                print(line, flush=True)
+            else:
+                self.console.print(line, markup=False, highlight=False)
+
+    def table(self, title: str, rows: Rows) -> None:
+        """A titled table."""
+        self.say("")
+        if self.console is None:
+            print(f"\n{title}\n{plain(rows)}", flush=True)
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        head, *body = _used(rows)
+        table = Table(title=Text(title), title_justify="left")
+        for i, name in enumerate(head):
+            table.add_column(name, justify="left" if i in (0, len(head) - 1) else "right")
+        for row in body:
+            table.add_row(*(Text(cell) for cell in row))
+        self.console.print(table)
+
+    def case(self, case: CaseResult) -> None:
+        """A case with what is to be said about it."""
+        self.table(case.label, case_table(case))
+        self.lines([f"  {line}" for line in case_notes(case)])
+
+    def sweep(self, sweep: Sweep) -> None:
+        """A sweep."""
+        self.table(f"{sweep.label}, ms", sweep_table(sweep))
+        if sweep.memory:
+            self.table(f"{sweep.label}, extra MiB", sweep_memory_table(sweep))

@@ -1,0 +1,162 @@
+"""Runs cases: variants are checked, then timed in turn beside the floors, then their memory is measured."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmdp_fast.bench import memory
+from cmdp_fast.bench.case import SHAPES, Case, Op
+from cmdp_fast.bench.measure import elapsed, make_sets, measure
+from cmdp_fast.bench.ops import OPS
+from cmdp_fast.bench.peers import serves
+from cmdp_fast.bench.peers import variants_of as peer_variants
+from cmdp_fast.bench.results import CaseResult, Measured
+from cmdp_fast.bench.variant import Absent, Inputs, Variant
+from cmdp_fast.trainer.errors import first_line
+
+ALLOWED = 2.0  # times the error that plain PyTorch makes in the same dtype
+ROUNDING = {"float32": 16, "half": 2}  # and so many units of the value's dtype, where that happens to be exact
+
+Say = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    ops: tuple[str, ...]
+    shapes: tuple[str, ...]  # empty: each operation's own
+    dtypes: tuple[str, ...]
+    peers: tuple[str, ...]
+    device: str
+    repeat: int
+    memory: bool = True
+
+    def cases(self) -> Iterator[Case]:
+        for name in self.ops:
+            op = OPS[name]
+            for shape in self.shapes or op.shapes:
+                for dtype in self.dtypes:
+                    for mode in op.modes:
+                        yield Case(name, mode, SHAPES[shape], dtype, self.device)
+
+
+def variants_of(case: Case, peers: Sequence[str]) -> tuple[Op, list[Variant], dict[str, str]]:
+    """(the operation, our variants and the peers', the peers that are absent and why)."""
+    op = OPS[case.op]
+    variants, absent = op.ours(case), {}
+    for peer in peers:
+        if serves(peer, case.op):
+            try:
+                variants += peer_variants(peer, case)
+            except Absent as reason:
+                absent[peer] = str(reason)
+    return op, variants, absent
+
+
+def check(op: Op, case: Case, variant: Variant, inputs: Inputs) -> dict[str, float]:
+    """The error of each value against float64, relative to its largest.
+
+    Raises Absent if it is more than twice what plain PyTorch makes in the same dtype, rounding aside.
+    """
+    found = variant.values(variant.run(variant.state(inputs)))
+    exact = op.expected(case, inputs, list(found), torch.float64)
+    plain = op.expected(case, inputs, list(found), case.torch_dtype)
+    errors = {name: _error(value, exact[name]) for name, value in found.items()}
+    for name, error in errors.items():
+        allowed = ALLOWED * _error(plain[name], exact[name]) + _rounding(found[name].dtype)
+        if not error <= allowed:  # NaN is not
+            raise Absent(f"its {name} is off by {error:.1e} of the largest value, allowed are {allowed:.1e}")
+    return errors
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """A peer that gives its values in half precision is not blamed for what that dtype cannot hold."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return ROUNDING["half"] * torch.finfo(dtype).eps if half else ROUNDING["float32"] * torch.finfo(torch.float32).eps
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    exact = exact.double()
+    largest = float(exact.abs().max())
+    return float((value.double().reshape(exact.shape) - exact).abs().max()) / (largest or 1.0)
+
+
+def checked_variants(case: Case, peers: Sequence[str], say: Say) -> tuple[list[Variant], dict, dict[str, str]]:
+    """(the variants that passed, their errors by name, the absent peers). A failure of our own is raised."""
+    small = case.reduced()
+    op, variants, absent = variants_of(small, peers)
+    inputs = op.make(small, 0)
+    errors: dict[str, dict[str, float]] = {}
+    for variant in variants:
+        say(f"{case.label}: checking {variant.name}")
+        try:
+            errors[variant.name] = check(op, small, variant, inputs)
+        except Exception as error:
+            if not variant.peer:
+                raise
+            absent[variant.peer] = first_line(error) if isinstance(error, Absent) else f"fails: {first_line(error)}"
+    _, variants, _ = variants_of(case, peers)
+    return [variant for variant in variants if variant.name in errors], errors, absent
+
+
+def run_case(case: Case, plan: Plan, say: Say) -> CaseResult:
+    """Checks, times and weighs one case."""
+    op = OPS[case.op]
+    variants, errors, absent = checked_variants(case, plan.peers, say)
+    sets = make_sets(lambda seed: op.make(case, seed), case.device)
+    floors = op.floors(case, sets[0])
+    say(f"{case.label}: timing {len(variants)} variants, {plan.repeat} rounds")
+    times = measure([*floors, *variants], sets, plan.repeat, case.device)
+    phases = {v.name: _phases(v, sets[0], case.device) for v in variants}
+    floor_times = {floor.name: times[floor.name] for floor in floors}
+    del sets, floors  # before memory is measured in processes beside this one
+    gc.collect()
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+    measured = []
+    for variant in variants:
+        result = Measured(variant.name, variant.peer, variant.lacks, times[variant.name], errors[variant.name])
+        result.phases = phases[variant.name]
+        if plan.memory:
+            say(f"{case.label}: memory of {variant.name}")
+            _weigh(case, variant, result)
+        measured.append(result)
+    bounds = {name: list(parts) for name, parts in op.bounds(case).items()}
+    return CaseResult(
+        op=case.op,
+        mode=case.mode,
+        shape=case.shape,
+        dtype=case.dtype,
+        device=case.device,
+        work=op.work(case),
+        bounds=bounds,
+        floors=floor_times,
+        variants=measured,
+        absent=absent,
+    )
+
+
+def _phases(variant: Variant, inputs: Inputs, device: str) -> dict[str, float]:
+    """The shares of the parts in one more run, where a variant tells."""
+    if variant.phases is None:
+        return {}
+    state = variant.state(inputs)
+    whole = elapsed(lambda: variant.run(state), device)
+    return {name: seconds / whole for name, seconds in variant.phases(state).items()}
+
+
+def _weigh(case: Case, variant: Variant, result: Measured) -> None:
+    if reason := memory.unavailable(case.device):
+        result.memory_note = reason
+        return
+    try:
+        result.memory = memory.measure_memory(case, variant)
+    except Absent as reason:
+        result.memory_note = str(reason)

@@ -1,0 +1,104 @@
+"""A variant: one implementation of a case. How functions of tensors become variants that can be timed and checked.
+
+The values that a variant gives are named, so that they can be held against the truth and against one another:
+``reverse_kl`` for a statistic [rows], ``mean reverse_kl`` for its mean, ``gradient of logprob + reverse_kl`` for what a
+backward pass from a sum leaves in the logits (``hidden gradient of``, ``head gradient of`` for other leaves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+Values = dict[str, Tensor]
+Function = Callable[[Inputs], Values]
+
+LOGITS = {"": "student"}  # leaves that get a gradient: a name before "gradient of", and the input's own
+HIDDEN_AND_HEAD = {"hidden ": "student_hidden", "head ": "student_weight"}
+
+
+class Absent(Exception):
+    """A peer has no variant of this case; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One implementation.
+
+    ``run`` is what is timed, on what ``prepare`` made of the inputs (None: on the inputs themselves) right before it;
+    neither changes the inputs, which all variants share.
+    ``values`` of what it returns are checked, and counted as its outputs. ``phases`` are seconds within the last run.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    prepare: Callable[[Inputs], Any] | None = None
+    values: Callable[[Any], Values] = lambda output: output
+    lacks: str = ""  # what it does not compute
+    peer: str = ""  # whose it is; empty: ours
+    phases: Callable[[Any], dict[str, float]] | None = None
+
+    def state(self, inputs: Inputs) -> Any:
+        return inputs if self.prepare is None else self.prepare(inputs)
+
+
+def differentiable(
+    mode: str,
+    name: str,
+    function: Function,
+    terms: Sequence[str],
+    leaves: Mapping[str, str] = LOGITS,
+    *,
+    lacks: str = "",
+    peer: str = "",
+) -> Variant:
+    """A function of the inputs as a variant of a mode; a backward pass starts from the sum of its ``terms``.
+
+    forward: without a gradient. backward: what follows a forward pass that is not timed. both: the two. inplace: as
+    both, on logits made for this run alone, since the gradient may take their memory.
+    """
+
+    def forward(inputs: Inputs) -> tuple[Inputs, Values]:
+        attached = {leaf: inputs[leaf].detach().requires_grad_() for leaf in leaves.values()}
+        return attached, function(inputs | attached)
+
+    def backward(state: tuple[Inputs, Values]) -> Values:
+        attached, values = state
+        total = torch.stack([values[term].sum() for term in terms]).sum()
+        gradients = torch.autograd.grad(total, list(attached.values()))
+        names = (f"{leaf}gradient of {' + '.join(terms)}" for leaf in leaves)
+        return {k: v.detach() for k, v in values.items()} | dict(zip(names, gradients, strict=True))
+
+    def alone(inputs: Inputs) -> Inputs:
+        return inputs | {leaf: inputs[leaf].clone() for leaf in leaves.values()}
+
+    if mode == "forward":
+        return Variant(name, function, lacks=lacks, peer=peer)
+    if mode == "backward":
+        return Variant(name, backward, prepare=forward, lacks=lacks, peer=peer)
+    prepare = alone if mode == "inplace" else None
+    return Variant(name, lambda inputs: backward(forward(inputs)), prepare=prepare, lacks=lacks, peer=peer)
+
+
+def evaluate(names: Sequence[str], function: Function, inputs: Inputs, leaves: Mapping[str, str] = LOGITS) -> Values:
+    """The named values of a differentiable function that returns statistics by their plain names."""
+    inputs = inputs | {leaf: inputs[leaf].detach().requires_grad_() for leaf in leaves.values()}
+    found = function(inputs)
+
+    def plain(name: str) -> Tensor:
+        return found[name.removeprefix("mean ")].mean() if name.startswith("mean ") else found[name]
+
+    values: Values = {}
+    for name in names:
+        before, is_gradient, expression = name.rpartition("gradient of ")
+        if is_gradient:
+            total = torch.stack([plain(term).sum() for term in expression.split(" + ")]).sum()
+            values[name] = torch.autograd.grad(total, inputs[leaves[before]], retain_graph=True)[0]
+        else:
+            values[name] = plain(name).detach()
+    return values

@@ -1,0 +1,125 @@
+"""What the benchmark makes of its times: medians, ratios, tables, files, pages, plots."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from bench_results import result, run_of
+
+from cmdp_fast.bench import compare, page, plots, results, show
+from cmdp_fast.bench.case import SHAPES, Work
+from cmdp_fast.bench.results import Measured, Memory, Sweep
+from cmdp_fast.trainer.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_ratios_and_shares_are_medians_within_rounds():
+    case = result()
+    ours, peer = case.variants
+    assert case.ratio(peer) == 3.0  # of 3, 2 and 10; the ratio of the medians would be 2
+    assert case.share(ours) == pytest.approx(0.375)  # of .5, .375 and .25
+    assert ours.median == 2.0 and ours.spread == (1.0, 4.0)
+    assert case.rate(ours.median) == (1.5, "GB/s")
+    assert result(work=Work(flops=3 * 10**9)).rate(1.0) == (3.0, "TFLOP/s")
+
+
+def test_table_tells_everything():
+    rows = show.case_table(result())
+    text = show.plain(rows)
+    assert [row[0] for row in rows[1:]] == ["both floors", "ours", "peer"]
+    for word in ("38%", "3.00 x", "1.5 GB/s", "1.0e-07", "entropy", "both floors"):
+        assert word in text
+    notes = show.case_notes(result())
+    assert notes == ["absent: compile (no compiler)", "no memory: no such file"]
+    untrusted = result()
+    untrusted.ours.memory.known //= 2
+    assert any("do not trust it" in note for note in show.case_notes(untrusted))
+
+
+def test_json_round_trip(tmp_path):
+    scaling = Sweep("token_stats", "both", "rows", SHAPES["tiny"], "float32", "cpu", [1, 2], {"ours": [[1.0], [2.0]]})
+    scaling.memory = {"ours": [Memory(1, 2, 3), Memory(4, 5, 6)]}
+    run = run_of(result(), sweeps=[scaling], left_out={"a": "b"})
+    run.write(tmp_path / "run.json")
+    assert results.read(tmp_path / "run.json") == run
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 0}', '{"format": 1}', '{"format": 1, "cases": [1]}'])
+def test_what_is_no_run_is_refused(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(InputError, match=r"x\.json: expected the JSON of cmdp-fast bench"):
+        results.read(tmp_path / "x.json")
+
+
+def test_slope_and_growth():
+    points = [2, 4, 8]
+    ms = {"square": [[n * n * 1.0] * 2 for n in points], "linear": [[3.0 * n] * 2 for n in points]}
+    scaling = Sweep("op", "mode", "rows", SHAPES["tiny"], "float32", "cpu", points, ms)
+    assert scaling.slope("square") == pytest.approx(2) and scaling.growth("square") == pytest.approx(4)
+    assert scaling.slope("linear") == pytest.approx(1) and scaling.growth("linear") == pytest.approx(1)
+    assert replace(scaling, axis="threads").growth("linear") == pytest.approx(4)
+
+
+def test_compare():
+    old, new = result(), result()
+    new.ours.ms = [0.5, 1.0, 2.0]
+    new.variants[1:] = [Measured("new peer", "kl_div", "", [1.0, 1.0, 1.0])]
+    rows = {row[1]: row[2:] for row in compare.changes(run_of(old), run_of(new))[1:]}
+    assert rows["ours"] == ["2", "1", "-50%", "38% -> 75%", "1.00 -> 1.00", "1.0 -> 1.0"]
+    assert rows["new peer"][0] == "not before" and rows["peer"][1] == "gone"
+    other = compare.changes(run_of(old), run_of(result(dtype="bfloat16")))
+    assert [row[3] for row in other if "float32" in row[0]] == ["not in this run"] * 2
+
+
+def test_readme_section_is_replaced_whole_and_found_stale():
+    run = run_of(result())
+    text = f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n"
+    fresh = page.replaced(text, run)
+    assert fresh.startswith("before\n") and fresh.endswith("\nafter\n") and "old" not in fresh
+    assert page.stale(text, run) and not page.stale(fresh, run)
+    assert "`token_stats` both, 32 x 1536 float32" in fresh and "peer 3" in fresh and "- peer: entropy" in fresh
+    slower = run_of(result(variants=[Measured("ours", "", "", [9.0, 9.0, 9.0])]))
+    assert page.stale(fresh, slower)
+    for broken in ("nothing", page.BEGIN, f"{page.END} {page.BEGIN}", text + text):
+        with pytest.raises(InputError, match="once each"):
+            page.replaced(broken, run)
+
+
+def test_page_command(tmp_path):
+    run_of(result()).write(tmp_path / "run.json")
+    (tmp_path / "rates.png").write_bytes(b"")
+    (tmp_path / "readme.md").write_text(f"{page.BEGIN}\n{page.END}\n")
+    assert page.main([f"{tmp_path}/run.json", "--page", f"{tmp_path}/p.md", "--readme", f"{tmp_path}/readme.md"]) == 0
+    made = (tmp_path / "p.md").read_text()
+    assert "![rates.png](rates.png)" in made and "absent: compile (no compiler)" in made and "cmdp-fast bench" in made
+    assert not page.stale((tmp_path / "readme.md").read_text(), results.read(tmp_path / "run.json"))
+    assert page.main([f"{tmp_path}/absent.json", "--page", f"{tmp_path}/q.md"]) == 2
+    assert not (tmp_path / "q.md").exists()
+
+
+def test_the_pages_that_are_committed_say_what_their_json_says():
+    """How to make them anew stands in the docstring of cmdp_fast/bench/page.py."""
+    if not (RESULTS / "cpu.json").exists():
+        pytest.skip("no run is committed")
+    others = sorted(path for path in RESULTS.glob("cpu-*.json"))
+    runs = [results.read(path) for path in (RESULTS / "cpu.json", *others)]
+    drawn = sorted(path.name for path in RESULTS.glob("*.png"))
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page.page(runs, drawn)
+    assert not page.stale((ROOT / "README.md").read_text(encoding="utf-8"), runs[0])
+
+
+def test_plots(tmp_path):
+    scaling = Sweep("token_stats", "both", "rows", SHAPES["tiny"], "float32", "cpu", [1, 2], {"ours": [[1.0], [2.0]]})
+    scaling.memory = {"ours": [Memory(0, 0, 1), Memory(2**22, 0, 1)]}
+    flops = result(work=Work(flops=10**9), dtype="bfloat16")
+    drawn = plots.draw(run_of(result(), flops, result(work=Work(), bounds={}), sweeps=[scaling]), tmp_path / "new")
+    names = ["rates.png", "ratios.png", "sweep-token_stats-both-rows-float32.png"]
+    assert [path.name for path in drawn] == [*names, "memory-token_stats-both-rows-float32.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert not [path for path in (tmp_path / "new").iterdir() if path not in drawn]
