@@ -11,7 +11,7 @@ from .config import TrainConfig
 from .errors import InputError, first_line
 from .state import checkpoints
 
-CHANGEABLE = ("resume", "steps", "checkpoint_every", "eval_every", "trackers")
+CHANGEABLE = ("resume", "dry_run", "steps", "checkpoint_every", "eval_every", "trackers")
 
 
 def read_config(run: Path) -> TrainConfig:

@@ -28,6 +28,7 @@ VARIANTS = {
     "cmdp": {"lr_schedule": "constant"},
     "gae": {"baseline": "gae", "lr_schedule": "cosine"},
     "pid": {"kind": "pid", "coefficient": 0.1, "pid_gains": "0.1 0.1 0.1", "budget_start": 5.0, "budget_steps": 4},
+    "lora": {"lora_rank": 2, "lr_schedule": "constant"},
 }
 
 
@@ -122,8 +123,8 @@ def test_killed_at(moment, pair, tmp_path, uninterrupted):
     assert steps_kept(tmp_path / "r") == ["step-000004", "step-000006"]
 
 
-@pytest.mark.parametrize("variant", ["gae", "pid"])
-def test_value_head_schedules_and_lambda_go_on(variant, pair, tmp_path, uninterrupted):
+@pytest.mark.parametrize("variant", ["gae", "pid", "lora"])
+def test_value_head_schedules_lambda_and_adapter_go_on(variant, pair, tmp_path, uninterrupted):
     killed(kill_at(PPO, "descend", 20), command(pair, tmp_path, variant))
     check_goes_on(tmp_path / "r", uninterrupted, variant)
 
