@@ -205,7 +205,8 @@ class PPO:
     def backward(self, loss: Tensor, outputs: Tensor) -> None:
         """The backward pass; its part above the outputs, loss and statistics, is booked as time in the kernels."""
         since = self.clock.now()
-        outputs.register_hook(lambda _: self.clock.add("kernels", since))
+        if outputs.requires_grad:  # not where the head alone is trained
+            outputs.register_hook(lambda _: self.clock.add("kernels", since))
         self.accelerator.backward(loss)
 
     def descend(self) -> Metrics:

@@ -58,7 +58,7 @@ class Rollout:
 
     def completion_ids(self) -> list[list[int]]:
         """The completions without padding."""
-        return [row[keep].tolist() for row, keep in zip(self.tokens, self.mask, strict=True)]
+        return _lists(self.tokens, self.mask)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,13 @@ def _generate(
             synced_gpus=synced_gpus,
         )
     tokens = sequences[:, prompt_ids.shape[1] :]
-    return [row[keep].tolist() for row, keep in zip(tokens, completion_mask(tokens, sampling.eos), strict=True)]
+    return _lists(tokens, completion_mask(tokens, sampling.eos))
+
+
+def _lists(tokens: Tensor, mask: Tensor) -> list[list[int]]:
+    """The masked beginning of each row, with one copy from the device for all."""
+    lengths = mask.sum(1).tolist()
+    return [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
 
 
 def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
