@@ -39,6 +39,7 @@ def pytest_generate_tests(metafunc):
         raise pytest.UsageError(str(error)) from error
     found = []
     for case in plan.cases():
+        # What cannot run here is listed with its reason, as `cmdp-fast bench` lists it, and not left out in silence.
         if reason := OPS[case.op].why_not(case):
             found.append(pytest.param(case, None, id=case.label, marks=pytest.mark.skip(reason=reason)))
             continue
@@ -64,7 +65,7 @@ def test_implementation(benchmark, case, variant, pytestconfig):
     twin = next(v for v in variants if v.name == variant.name)
     try:
         error = suite.check(op, small, twin, op.make(small, 0))
-    except Exception as problem:
+    except Exception as problem:  # a peer is somebody else's code: whatever it raises is why it is absent
         if not variant.peer:
             raise
         pytest.skip(f"absent: {problem}")

@@ -98,7 +98,7 @@ def checked_variants(case: Case, peers: Sequence[str], say: Say) -> tuple[list[V
         say(f"{case.label}: checking {variant.name}")
         try:
             errors[variant.name] = check(op, small, variant, inputs)
-        except Exception as error:
+        except Exception as error:  # a peer is somebody else's code: whatever it raises, it is listed as absent with it
             if not variant.peer:
                 raise
             absent[variant.peer] = first_line(error) if isinstance(error, Absent) else f"fails: {first_line(error)}"

@@ -9,10 +9,10 @@ from typing import Any
 from .checkpoint import check_run_folder
 from .config import TrainConfig
 from .imports import import_function
+from .material import load
 from .memory import Memory, estimate_memory
 from .models import common_vocabulary
 from .report import Report, check_trackers
-from .run import load
 from .scoring import make_scoring
 
 

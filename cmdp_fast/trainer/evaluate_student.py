@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .checkpoint import write_json
 from .config import TrainConfig
-from .data import load_problems
 from .distributed import main_first, make_accelerator, on_device
 from .errors import InputError
 from .evaluate import evaluate
-from .models import load_pair
+from .material import load
 from .parse import parse_as
 from .report import Clock, Report
-from .rewards import load_rewards
-from .rollout import drop_long_prompts, encode_prompts
-from .run import check_lengths, make_collector
-from .steps import load_step_verifier
+from .run import make_collector
 
 
 @dataclass(frozen=True)
@@ -51,28 +47,16 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, float]:
         raise InputError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
     accelerator = make_accelerator(config)
     report = Report(accelerator.is_main_process)
-    problems, rewards, verifier, student, teacher, tokenizer = main_first(lambda: _load(config, report), accelerator)
-    held_out = problems.held_out[: config.eval_prompts]
-    student = on_device(student, accelerator)
-    collector = make_collector(config, accelerator, student, teacher, tokenizer, rewards, verifier)
-    figures, _ = evaluate(collector, student, held_out, Clock(), report)
+    material = main_first(lambda: load(config, report), accelerator)
+    student = on_device(material.student, accelerator)
+    collector = make_collector(config, accelerator, student, material)
+    figures, _ = evaluate(collector, student, material.held_out, Clock(), report)
     if accelerator.is_main_process:
         print_figures(config, figures)
     if config.json and accelerator.is_main_process:
         about = {"student": config.student, "teacher": config.teacher or None, "recipe": config.recipe}
-        write_json(Path(config.json), {**about, "budget": config.budget if teacher else None, **figures})
+        write_json(Path(config.json), {**about, "budget": config.budget if config.teacher else None, **figures})
     return figures
-
-
-def _load(config: EvaluateConfig, report: Report) -> tuple[Any, ...]:
-    problems = load_problems(config)
-    rewards = load_rewards(config, problems.train[0])
-    verifier = load_step_verifier(config, problems.train[0])
-    student, teacher, tokenizer = load_pair(config, problems.train, report)
-    problems = drop_long_prompts(problems, tokenizer, config.max_prompt_length, report)
-    models = [model for model in (student, teacher) if model is not None]
-    check_lengths(config, models, encode_prompts(problems.held_out[: config.eval_prompts], tokenizer))
-    return problems, rewards, verifier, student, teacher, tokenizer
 
 
 def print_figures(config: EvaluateConfig, figures: dict[str, float]) -> None:

@@ -48,7 +48,6 @@ class Experience(Completions):
     trace: cf.BudgetTrace
     reward: Tensor  # modified
     last_reward: Tensor  # the task reward at its token
-    cost: Tensor | None = None  # where it is not one of the statistics (jsd)
     value: Tensor | None = None  # what a value head predicts
     teacher_outputs: Tensor | None = None  # [B, T, ...], if they are kept
 
@@ -159,7 +158,7 @@ class Collector:
         """Statistics, account and modified reward of each token; the teacher's outputs too if they fit in the cache."""
         rollout = completions.rollout
         last_reward = at_last_token(completions.task_reward, rollout.mask)
-        kept, parts, costs, values = None, [], [], []
+        kept, parts, values = None, [], []
         for rows in torch.arange(len(rollout)).split(self.config.micro_batch_size):
             part = rollout.rows(rows)
             models, outputs = (policy, self.teacher), (self.outputs(policy, part), self.outputs(self.teacher, part))
@@ -169,8 +168,6 @@ class Collector:
                         models, outputs, part.tokens, last_reward[rows], mask=part.mask, **constraint.options
                     )
                 )
-                if constraint.cost == "jsd":
-                    costs.append(self.scoring.divergence(models, outputs, part.mask, constraint.beta))
             if value_head is not None:
                 values.append(torch.where(part.mask, value_head(outputs[0]), 0.0))
             teacher = outputs[1]
@@ -185,7 +182,6 @@ class Collector:
             trace=cf.BudgetTrace(*(torch.cat(column) for column in zip(*(p.trace for p in parts), strict=True))),
             reward=torch.cat([p.reward for p in parts]),
             last_reward=last_reward,
-            cost=torch.cat(costs) if costs else None,
             value=torch.cat(values) if values else None,
             teacher_outputs=kept,
         )
@@ -220,7 +216,7 @@ class Collector:
             metrics["cmdp/reasoning_checked"] = 1.0 - e.sound.isnan().float().mean()
         if isinstance(e, Experience):
             metrics |= self._divergence(e, constraint, right)
-        return {name: float(value) for name, value in metrics.items()}
+        return as_numbers(metrics)
 
     def _divergence(self, e: Experience, constraint: Constraint, right: Tensor) -> dict[str, Tensor]:
         """What student and teacher make of the completions, and what the constraint does."""
@@ -232,9 +228,11 @@ class Collector:
             off = torch.where(mask, (e.stats.logprob - e.rollout.sampler_logprob).abs(), 0.0)
             metrics["sampling/sampling_logp_difference/mean"] = off.sum() / tokens
             metrics["sampling/sampling_logp_difference/max"] = off.max()
-        ours = objective.constraint_metrics(
-            cf.token_cost(e.stats, constraint.cost) if e.cost is None else e.cost, e.trace, mask=mask, correct=right
-        )
+        if constraint.cost == "jsd":  # no statistic, and the account has it: not another pass over the logits
+            cost = e.trace.cumulative.diff(dim=1, prepend=torch.zeros_like(e.trace.cumulative[:, :1]))
+        else:
+            cost = cf.token_cost(e.stats, constraint.cost)
+        ours = objective.constraint_metrics(cost, e.trace, mask=mask, correct=right)
         if self.config.prefix_budget:
             likelihood = cf.token_cost(e.stats, "nll")
             found = objective.constraint_metrics(likelihood, e.trace, mask=mask, mean_budget=self.config.prefix_budget)
@@ -250,6 +248,14 @@ class Collector:
         if constraint.kind in ("lagrangian", "pid"):
             ours["lambda"] = torch.tensor(constraint.coefficient)
         return metrics | {f"cmdp/{name}": value for name, value in ours.items()}
+
+
+def as_numbers(values: dict[str, Tensor]) -> Metrics:
+    """Scalars as floats, with one wait for the device that most are on."""
+    device = next(iter(values.values())).device
+    return dict(
+        zip(values, torch.stack([v.detach().float().to(device) for v in values.values()]).tolist(), strict=True)
+    )
 
 
 def at_last_token(value: Tensor, mask: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from cmdp_fast import objective
 from .constraint import Constraint, training_constraint
 from .data import Row
 from .errors import InputError
-from .experience import Collector, Experience, Metrics, gathered_rows
+from .experience import Collector, Experience, Metrics, as_numbers, gathered_rows
 from .report import Clock
 from .value import ValueHead, explained_variance
 
@@ -137,7 +137,7 @@ class PPO:
             for _ in range(c.epochs):
                 for minibatch in torch.randperm(len(mask)).split(c.minibatch_size):
                     tokens = self._mean({"tokens": mask[minibatch].sum()})["tokens"]
-                    metrics: Metrics = {}
+                    metrics: dict[str, Tensor] = {}
                     parts = minibatch.split(c.micro_batch_size)
                     for rows in parts:
                         with self._gradients_stay_here(rows is not parts[-1]):
@@ -145,10 +145,12 @@ class PPO:
                             over = len(minibatch) if self.mean_over == "completions" else tokens
                             loss, found, outputs = self.loss(part, target, over)
                             self.backward(loss, outputs)
-                        for name, value in found.items():  # losses add up, the others are means over tokens
-                            weight = 1.0 if name.startswith("loss") else float(part.rollout.mask.sum()) / tokens
-                            metrics[name] = metrics.get(name, 0.0) + weight * float(value)
-                        metrics["loss"] = metrics.get("loss", 0.0) + float(loss.detach())
+                        share = part.rollout.mask.sum() / tokens
+                        for name, value in {**found, "loss": loss.detach()}.items():
+                            weighted = (
+                                value if name.startswith("loss") else share * value
+                            )  # a sum, or a mean over tokens
+                            metrics[name] = metrics[name] + weighted if name in metrics else weighted
                     history.append(self._mean(metrics) | self.descend())
             learning_rate = self.scheduler.get_last_lr()[0]
             self.scheduler.step()
@@ -226,12 +228,13 @@ class PPO:
         """Gradients of a minibatch are exchanged once, with its last part."""
         return self.accelerator.no_sync(self.student) if wanted and self._processes > 1 else nullcontext()
 
-    def _mean(self, values: dict[str, Any]) -> Metrics:
-        """The mean over processes of each number."""
+    def _mean(self, values: dict[str, Tensor]) -> Metrics:
+        """The mean over processes of each scalar."""
+        here = as_numbers(values)
         if self._processes == 1:
-            return {name: float(value) for name, value in values.items()}
-        together = torch.tensor([float(value) for value in values.values()], device=self.accelerator.device)
-        return dict(zip(values, self.accelerator.reduce(together, "mean").tolist(), strict=True))
+            return here
+        together = torch.tensor(list(here.values()), device=self.accelerator.device)
+        return dict(zip(here, self.accelerator.reduce(together, "mean").tolist(), strict=True))
 
     # ------------------------------------------------------------------------------------- what a checkpoint holds
 

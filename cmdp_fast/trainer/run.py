@@ -15,23 +15,20 @@ import torch
 from .checkpoint import check_run_folder
 from .config import TrainConfig
 from .constraint import evaluation_constraint
-from .data import load_problems
 from .distributed import main_first, make_accelerator, on_device, prepare_student, together
-from .errors import InputError
 from .experience import Collector
 from .gkd import GKD
 from .imports import import_function
 from .interrupts import Interrupts
+from .material import Material, load
 from .minillm import MiniLLM
-from .models import common_vocabulary, load_pair
+from .models import common_vocabulary
 from .off_policy import OffPolicy
 from .ppo import PPO
 from .report import Report, check_trackers
 from .resume import is_finished
-from .rewards import load_rewards
-from .rollout import Sampling, drop_long_prompts, encode_prompts, end_tokens
-from .steps import StepVerifier, load_step_verifier
-from .training import Material, Run
+from .rollout import Sampling, end_tokens
+from .training import Run
 from .value import ValueHead
 
 STEPS: dict[str, type[PPO]] = {"ppo": PPO, "gkd": GKD, "minillm": MiniLLM, "sft": OffPolicy, "kd": OffPolicy}
@@ -54,15 +51,7 @@ def train(config: TrainConfig) -> Path:
                 return Path(config.resume)
             check_run_folder(config)
         material = main_first(lambda: load(config, report), accelerator)
-        ppo = make_ppo(
-            config,
-            accelerator,
-            material.student,
-            material.teacher,
-            material.tokenizer,
-            material.rewards,
-            material.verifier,
-        )
+        ppo = make_ppo(config, accelerator, material)
         report.say(
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
             f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
@@ -73,33 +62,13 @@ def train(config: TrainConfig) -> Path:
     return run.folder
 
 
-def load(config: TrainConfig, report: Report) -> Material:
-    """Problems, rewards and models, the models on the CPU. Raises InputError for what cannot be used."""
-    problems = load_problems(config)
-    rewards = load_rewards(config, problems.train[0])
-    verifier = load_step_verifier(config, problems.train[0])
-    student, teacher, tokenizer = load_pair(config, problems.train, report)
-    problems = drop_long_prompts(problems, tokenizer, config.max_prompt_length, report)
-    prompts = encode_prompts(problems.train, tokenizer)
-    held_out = problems.held_out[: config.eval_prompts]
-    check_lengths(config, [student, teacher], prompts + encode_prompts(held_out, tokenizer))
-    return Material(problems.train, prompts, held_out, rewards, verifier, student, teacher, tokenizer)
-
-
-def make_ppo(
-    config: TrainConfig,
-    accelerator: Any,
-    student: Any,
-    teacher: Any,
-    tokenizer: Any,
-    rewards: dict[str, Any],
-    verifier: StepVerifier | None = None,
-) -> PPO:
+def make_ppo(config: TrainConfig, accelerator: Any, material: Material) -> PPO:
     """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
     from transformers import get_scheduler
 
     set_seed(config.seed, device_specific=accelerator.num_processes > 1)
+    student = material.student
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     groups = [{"params": trained, "lr": config.learning_rate}]
     value_head = None
@@ -110,22 +79,14 @@ def make_ppo(
     scheduler = get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
     student, optimizer = prepare_student(student, optimizer, accelerator)
     value_head = value_head and accelerator.prepare(value_head)
-    collector = make_collector(config, accelerator, student, teacher, tokenizer, rewards, verifier)
+    collector = make_collector(config, accelerator, student, material)
     step = STEPS[config.algorithm]
     return step(collector, optimizer=optimizer, scheduler=scheduler, value_head=value_head)
 
 
-def make_collector(
-    config: TrainConfig,
-    accelerator: Any,
-    student: Any,
-    teacher: Any,
-    tokenizer: Any,
-    rewards: dict[str, Any],
-    verifier: StepVerifier | None = None,
-) -> Collector:
-    """What samples from the student, which is on its device, and scores against the teacher (None: there is none)."""
-    model = accelerator.unwrap_model(student)
+def make_collector(config: TrainConfig, accelerator: Any, student: Any, material: Material) -> Collector:
+    """What samples from the material's student, which accelerate has on its device by now, and scores it."""
+    model, teacher, tokenizer = accelerator.unwrap_model(student), material.teacher, material.tokenizer
     models = (model,) if teacher is None else (model, teacher)
     vocab_size = common_vocabulary(*models)
     width = max(common_vocabulary(each) for each in models)  # the teacher is sampled from as well
@@ -147,19 +108,7 @@ def make_collector(
         tokenizer=tokenizer,
         sampling=sampling,
         vocab_size=vocab_size,
-        rewards=rewards,
-        step_verifier=verifier,
+        rewards=material.rewards,
+        step_verifier=material.verifier,
         rollout=import_function("--rollout", config.rollout) if config.rollout else None,
     )
-
-
-def check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[int]]) -> None:
-    """Raises InputError if a prompt and its completion may not fit into a model's positions."""
-    longest = max(len(ids) for ids in prompts)
-    for model in models:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and longest + config.max_new_tokens > limit:
-            raise InputError(
-                f"a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens} do not fit "
-                f"the {limit} positions of {model.config.name_or_path}"
-            )

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import make_run_folder, save_student, write_json, write_samples, write_text
 from .config import TrainConfig
 from .constraint import Constraint, evaluation_constraint
-from .data import Row, shuffled
+from .data import shuffled
 from .distributed import any_process, share, together, whole_student
 from .errors import InputError, first_line
 from .evaluate import evaluate
 from .interrupts import Interrupts
+from .material import Material
 from .ppo import PPO
 from .report import MetricsLog, Report, plot_curves, samples_text
 from .state import checkpoints, load_checkpoint, save_checkpoint
-from .steps import StepVerifier
 
 SAMPLES = 20
-
-
-@dataclass
-class Material:
-    """What a run is made from."""
-
-    problems: list[Row]
-    prompts: list[list[int]]  # token ids
-    held_out: list[Row]
-    rewards: dict[str, Any]
-    verifier: StepVerifier | None
-    student: Any
-    teacher: Any
-    tokenizer: Any
 
 
 class Run:

@@ -21,6 +21,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, Pre
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cmdp_fast.trainer.config import TrainConfig
+from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.ppo import PPO
 from cmdp_fast.trainer.run import make_ppo
 
@@ -162,14 +163,13 @@ def ppo_of(problem: Problem, config: TrainConfig, start: Tensor | None = None) -
         tokenizer_object=Tokenizer(WordLevel(names, unk_token="<start>")), eos_token="<start>", pad_token="<start>"
     )
     teacher = problem.teacher.log()
-    return make_ppo(
-        dataclasses.replace(config, max_new_tokens=steps),
-        Accelerator(),
-        table(problem, teacher if start is None else start),
-        table(problem, teacher).requires_grad_(False),
-        tokenizer,
-        {"path": path_reward},
+    material = Material(
+        student=table(problem, teacher if start is None else start),
+        teacher=table(problem, teacher).requires_grad_(False),
+        tokenizer=tokenizer,
+        rewards={"path": path_reward},
     )
+    return make_ppo(dataclasses.replace(config, max_new_tokens=steps), Accelerator(), material)
 
 
 def step(ppo: PPO) -> dict[str, float]:

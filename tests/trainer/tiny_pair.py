@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cmdp_fast.trainer import builtin, data, rewards
 from cmdp_fast.trainer.config import TrainConfig
+from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.models import load_pair
 from cmdp_fast.trainer.ppo import PPO
 from cmdp_fast.trainer.report import Report
@@ -102,7 +103,8 @@ def ppo_of(config: TrainConfig, **reward_functions) -> tuple[PPO, list, list]:
     student, teacher, tokenizer = load_pair(config, problems.train, Report())
     functions = reward_functions or rewards.load_rewards(config, problems.train[0])
     AcceleratorState._reset_state(reset_partial_state=True)  # or the first precision of the process would stay
-    ppo = make_ppo(config, Accelerator(mixed_precision=config.mixed_precision), student, teacher, tokenizer, functions)
+    material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards=functions)
+    ppo = make_ppo(config, Accelerator(mixed_precision=config.mixed_precision), material)
     rows = problems.train[: config.prompts_per_step]
     return ppo, rows, encode_prompts(rows, tokenizer)
 

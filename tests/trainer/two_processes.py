@@ -22,6 +22,7 @@ from cmdp_fast.cli import main
 from cmdp_fast.trainer import data, state
 from cmdp_fast.trainer.distributed import share, whole_student
 from cmdp_fast.trainer.evaluate import evaluate
+from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.models import load_pair
 from cmdp_fast.trainer.ppo import PPO
 from cmdp_fast.trainer.report import Clock, Report
@@ -89,7 +90,8 @@ def make(pair: dict[str, str], accelerator: Any, changes: dict[str, Any]) -> tup
     )
     problems = data.load_problems(config)
     student, teacher, tokenizer = load_pair(config, problems.train, Report())
-    return make_ppo(config, accelerator, student, teacher, tokenizer, {"mine": reward}), problems
+    material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards={"mine": reward})
+    return make_ppo(config, accelerator, material), problems
 
 
 def steps(ppo: PPO, problems: data.Problems, first: int = 0) -> list[dict[str, float]]:
