@@ -125,15 +125,17 @@ def test_a_mixture_is_sampled_as_one(pair):
 
 
 def test_mixture_with_a_narrower_teacher_draws_nothing_beyond_it():
+    teacher, student = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[0.0, 1.0, 0.5, 9.0, 9.0]])
+
     class Narrow:
         def __call__(self, **inputs):
-            return type("Output", (), {"logits": torch.zeros(2, 1, 3), "past_key_values": None})()
+            return type("Output", (), {"logits": teacher.expand(2, 1, 3), "past_key_values": None})()
 
-    mixed = TeacherMixture(Narrow(), torch.ones(2, 4, dtype=torch.bool), 0.5, 1.0)(
-        torch.ones(2, 4, dtype=torch.long), torch.tensor([[0.0, 0, 0, 9, 9]]).expand(2, 5)
-    )
+    processor = TeacherMixture(Narrow(), torch.ones(2, 4, dtype=torch.bool), mix=0.3, temperature=0.5)
+    mixed = processor(torch.ones(2, 4, dtype=torch.long), student.expand(2, 5))
     assert torch.isneginf(mixed[:, 3:]).all()
-    torch.testing.assert_close(mixed[:, :3].exp(), torch.full((2, 3), 1 / 3))
+    expected = 0.3 * (teacher / 0.5).softmax(-1) + 0.7 * (student[:, :3] / 0.5).softmax(-1)
+    torch.testing.assert_close(mixed[:, :3].exp(), expected.expand(2, 3))
 
 
 def test_mean_of_later():

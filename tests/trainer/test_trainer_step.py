@@ -197,6 +197,23 @@ def test_memory_settings_change_no_result(change, pair):
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
 
 
+def test_metrics_are_means_over_tokens_however_they_are_split(pair):
+    """With ratios other than 1, and completions of different lengths in the parts."""
+    results = []
+    for size in (12, 1):
+        ppo, rows, prompts = ppo_of(settings(pair, epochs=1, minibatch_size=12, micro_batch_size=size))
+        group = ([item for item in items for _ in range(4)] for items in (rows, prompts))
+        experience = ppo.collect(*group, ppo.constraint())
+        assert len(set(experience.rollout.mask.sum(1).tolist())) > 1
+        noise = 0.4 * torch.randn(experience.stats.logprob.shape, generator=torch.Generator().manual_seed(0))
+        experience.stats = experience.stats._replace(logprob=experience.stats.logprob + noise)
+        results.append(ppo.update(experience, ppo.targets(experience, ppo.constraint())))
+    whole, split = results
+    assert whole["approx_kl"] > 0.01 and whole["clip_ratio/region_mean"] > 0
+    for name in whole:
+        assert split[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+
+
 def test_evaluation_leaves_the_random_state_alone(pair):
     ppo, rows, _ = ppo_of(settings(pair))
     state = torch.get_rng_state()
