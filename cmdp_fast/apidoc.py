@@ -4,17 +4,23 @@
 
 The package's own page has what `import cmdp_fast as cf` offers; the others are those of `MODULES`. A module of
 `cmdp_fast.integrations` whose package is not installed is left out, and a line says so; a warning of pdoc's is an error.
+Formulas are set in the browser, by MathJax, which the pages load from the network.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import pkgutil
 import sys
+import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+if typing.TYPE_CHECKING:
+    import pdoc
 
 MODULES = (
     "cmdp_fast",
@@ -42,10 +48,24 @@ def build(folder: Path) -> dict[str, str]:
         warnings.simplefilter("error")
         modules = {name: pdoc.doc.Module.from_name(name) for name in names}
         for name, module in modules.items():
+            _resolve_constructors(module)
             _write(folder / f"{name.replace('.', '/')}.html", pdoc.render.html_module(module, modules))
         _write(folder / "index.html", pdoc.render.html_index(modules))
         _write(folder / "search.js", pdoc.render.search_index(modules))
     return left_out
+
+
+def _resolve_constructors(module: pdoc.doc.Module) -> None:
+    """Gives constructors that were written by NamedTuple or dataclass their types, which pdoc looks for in one module.
+
+    Annotations are names; an inherited field's belong to the module of the base class.
+    """
+    for found in module.classes:
+        named_tuple = hasattr(found.obj, "_fields")
+        if named_tuple or dataclasses.is_dataclass(found.obj):
+            made = getattr(found.obj, "__new__" if named_tuple else "__init__")
+            hints = typing.get_type_hints(found.obj, include_extras=True)
+            made.__annotations__ = {name: hints.get(name, old) for name, old in made.__annotations__.items()}
 
 
 def _importable(root: str, left_out: dict[str, str]) -> Iterator[str]:

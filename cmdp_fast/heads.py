@@ -66,8 +66,8 @@ def last_hidden_state(
     its hooks run. A compiled model runs eagerly here, since its graph contains the head; compile its layers or its base
     model instead (``model.model.compile()``), which stay compiled. Under FSDP2 call `head_of` after this, in the same
     step: only then is the head's weight gathered. In a group of its own it is a DTensor: pass on
-    ``weight.full_tensor(grad_placements=[Partial("avg")])``, whose gradient is averaged as FSDP averages. The model must
-    not be used from another thread meanwhile: that call would get no logits.
+    ``weight.full_tensor(grad_placements=[Partial("avg")])``, whose gradient is averaged over the ranks as FSDP does.
+    The model must not be used from another thread meanwhile: that call would get no logits.
 
     Raises TypeError for a model without an output embedding and for ``labels`` (a loss needs logits), ValueError if the
     model does not call its head exactly once.

@@ -104,7 +104,7 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError: as `token_stats`; widths that do not fit; ranks that hold different tokens, or columns
-        that overlap or leave a gap.
+            that overlap or leave a gap.
 
     Source: the states merge as in csrc/token_state.h; tiles of a head as in Wijmans et al. 2024, arXiv 2411.09009
     (cut cross-entropy), for one model and one statistic.
