@@ -3,7 +3,7 @@
     python -m cmdp_fast.apidoc build/api
 
 The package's own page has what `import cmdp_fast as cf` offers; the others are those of `MODULES`. A module of
-`cmdp_fast.integrations` whose package is not installed is left out, and a line says so; a warning of pdoc's is an error.
+`cmdp_fast.integrations` whose package is not installed is left out, and a line says so; pdoc's warnings are errors.
 Formulas are set in the browser, by MathJax, which the pages load from the network.
 """
 
