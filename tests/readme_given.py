@@ -1,4 +1,4 @@
-"""What Python blocks of README.md take as given: `given=NAME` after `python` names the function here that returns it."""
+"""What Python blocks of README.md take as given: `given=NAME` after `python` names the function here that has it."""
 
 from __future__ import annotations
 
