@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib.util
 import pkgutil
+import re
 import sys
 import typing
 import warnings
@@ -46,6 +47,8 @@ def build(folder: Path) -> dict[str, str]:
     pdoc.render.configure(docformat="google", math=True, show_source=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        for name in left_out:
+            warnings.filterwarnings("ignore", f"Couldn't import {re.escape(name)}:")
         modules = {name: pdoc.doc.Module.from_name(name) for name in names}
         for name, module in modules.items():
             _resolve_constructors(module)
@@ -72,13 +75,15 @@ def _importable(root: str, left_out: dict[str, str]) -> Iterator[str]:
     """The names of a module and of all below it that no `__all__` hides; all of them are imported."""
     try:
         module = importlib.import_module(root)
+        public = getattr(module, "__all__", None)
+        for name in public or ():
+            getattr(module, name)  # some are imported at their first use
     except ImportError as error:
         if not root.startswith(OPTIONAL):
             raise
         left_out[root] = str(error)
         return
     yield root
-    public = getattr(module, "__all__", None)
     for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
         if info.name != "__main__" and (public is None or info.name in public):
             yield from _importable(f"{root}.{info.name}", left_out)
