@@ -66,7 +66,7 @@ static inline void gradient_block(const float* x, const float* y, float* out, in
   const auto step = [&](const float* xs, const float* ys, float* to) {
     Floats t = multiply_add(load(xs), per_octave, minus_m);
     // An excluded column is clamped to where its weight is exactly zero.
-    t = max(t, splat(-127.0f));
+    t = max(t, splat(kWeightless));
     Floats factor = t * c[1] + c[0], value;
     if constexpr (kTeacher) {
       const Floats s = max(multiply_add(load(ys), per_octave, minus_n), splat(-1e30f));
