@@ -62,6 +62,19 @@ static inline Floats load(const BFloat16* from) {
 
 static inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
+// Round to nearest, ties to even; a NaN stays a NaN.
+static inline void store(BFloat16* to, Floats v) {
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words narrow = v == v ? rounded : Words{} + 0x7fc0;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)narrow));
+#else
+  const Shorts halves = __builtin_convertvector(narrow, Shorts);
+  std::memcpy(to, &halves, sizeof halves);
+#endif
+}
+
 // a > b ? a : b in every lane; b where either is NaN.
 static inline Floats max(Floats a, Floats b) {
 #if defined(__AVX512F__)
