@@ -77,7 +77,8 @@ def _importable(root: str, left_out: dict[str, str]) -> Iterator[str]:
         module = importlib.import_module(root)
         public = getattr(module, "__all__", None)
         for name in public or ():
-            getattr(module, name)  # some are imported at their first use
+            # Some are imported at their first use; pdoc finds those that the module has already.
+            setattr(module, name, getattr(module, name))
     except ImportError as error:
         if not root.startswith(OPTIONAL):
             raise
