@@ -52,7 +52,8 @@ def build(folder: Path) -> dict[str, str]:
         modules = {name: pdoc.doc.Module.from_name(name) for name in names}
         for name, module in modules.items():
             _resolve_constructors(module)
-            _write(folder / f"{name.replace('.', '/')}.html", pdoc.render.html_module(module, modules))
+            text = _without_dead_links(pdoc.render.html_module(module, modules))
+            _write(folder / f"{name.replace('.', '/')}.html", text)
         _write(folder / "index.html", pdoc.render.html_index(modules))
         _write(folder / "search.js", pdoc.render.search_index(modules))
     return left_out
@@ -88,6 +89,12 @@ def _importable(root: str, left_out: dict[str, str]) -> Iterator[str]:
     for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
         if info.name != "__main__" and (public is None or info.name in public):
             yield from _importable(f"{root}.{info.name}", left_out)
+
+
+def _without_dead_links(html: str) -> str:
+    """A page without links to what it lacks: pdoc makes some to inherited members, which it does not show."""
+    ids = set(re.findall(r'id="([^"]+)"', html))
+    return re.sub(r'<a href="#([\w.]+)">(.*?)</a>', lambda link: link[0] if link[1] in ids else link[2], html)
 
 
 def _write(path: Path, text: str) -> None:
