@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cmdp_fast.trainer.errors import InputError, first_line
@@ -84,7 +85,6 @@ def parse(command: str, words: list[str]) -> tuple[Any, ...]:
 
     Raises InputError for a file that is not there or not valid, for settings that do not exist and for wrong values.
     """
-    import yaml
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
     from trl.scripts.grpo import GRPOScriptArguments
 
@@ -97,14 +97,36 @@ def parse(command: str, words: list[str]) -> tuple[Any, ...]:
     config = CMDPGRPOConfig if command == "grpo" else CMDPDistillationConfig
     kinds = (GRPOScriptArguments, config, ModelConfig, DatasetMixtureConfig)
     parser = Parser(kinds, prog=f"python -m cmdp_fast.integrations.trl {command}", allow_abbrev=False)
+    _check_names(parser, words)
     try:
-        if words[-1:] == ["--config"]:
-            raise InputError("--config needs the path of a YAML file")
         return parser.parse_args_and_config(words)
-    except yaml.YAMLError as error:
-        raise InputError(f"--config: not valid YAML: {' '.join(str(error).split())}") from error
     except (ValueError, OSError, TypeError) as error:
         raise InputError(first_line(error)) from error
+
+
+def _check_names(parser: Any, words: list[str]) -> None:
+    """Raises InputError for a settings file that cannot be read, and for settings that do not exist."""
+    import yaml
+
+    options = list(words)
+    settings: Any = {}
+    if "--config" in options:
+        place = options.index("--config")
+        if place + 1 == len(options):
+            raise InputError("--config needs the path of a YAML file")
+        _, path = options.pop(place), options.pop(place)
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"--config {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
+            raise InputError(f"--config {path}: expected names and values, found a {type(settings).__name__}")
+    known, unknown = parser.parse_known_args(options)
+    unknown += [name for name in settings if name not in vars(known) and name != "env"]
+    if unknown:
+        raise InputError(f"there is no setting named {unknown[0]}")
 
 
 def reward_function(name: str) -> Callable[..., Any]:

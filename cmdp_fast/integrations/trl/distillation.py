@@ -65,8 +65,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         self.reward_functions = _named_functions(reward_funcs)
         if self.reward_functions and args.num_generations < 2:
             raise InputError(
-                "rewards need completions to compare: num_generations must be at least 2, got "
-                f"{args.num_generations}"
+                f"rewards need completions to compare: num_generations must be at least 2, got {args.num_generations}"
             )
         teacher = load_teacher(args.teacher_model_name_or_path if teacher_model is None else teacher_model, args)
         super().__init__(model, None, args, *others, **named)  # None: TRL takes no teacher of another width
@@ -99,6 +98,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         """TRL's batch; with rewards or a budget also ``advantages`` ``[B, T]``, with a budget ``direct`` ``[B, T]``,
         the weights of the divergence, ``modified_reward`` ``[B, T]`` and the teacher's hidden states."""
         batch = super()._generate_and_score_completions(inputs)
+        self.scoring.check_tokens(batch)
         args, training = self.args, self.model.training
         if not self.reward_functions and args.budget is None:
             return batch
@@ -163,7 +163,9 @@ class CMDPDistillationTrainer(DistillationTrainer):
             named = {name: function(**given, **columns) for name, function in self.reward_functions.items()}
             for name, values in named.items():
                 if len(values) != len(ids):
-                    raise InputError(f"reward function {name} returned {len(values)} rewards for {len(ids)} completions")
+                    raise InputError(
+                        f"reward function {name} returned {len(values)} rewards for {len(ids)} completions"
+                    )
             numbers = [[math.nan if value is None else float(value) for value in row] for row in named.values()]
             rewards = torch.tensor(numbers, device=self.accelerator.device).T
         rewards = gathered_rows(rewards, self.accelerator)

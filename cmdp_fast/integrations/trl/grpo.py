@@ -82,6 +82,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         """TRL's batch with the modified reward's advantages ``[B, T]``; ``direct`` ``[B, T]``, the direct term's weights
         divided by what the advantages are divided by, and the teacher's hidden states, where they are needed."""
         batch = super()._generate_and_score_completions(inputs)
+        self.scoring.check_tokens(batch)
         training, args, constraint = self.model.training, self.args, self.constraint
         group_size = self.num_generations if training else self.num_generations_eval
         size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
@@ -95,9 +96,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
                 models, outputs, tokens, task_reward[rows], mask=mask[rows], **constraint.options
             )
 
-        account = self.scoring.account(
-            self.model, batch, settle, rows_at_once=size, keep=args.has_direct_term
-        )
+        account = self.scoring.account(self.model, batch, settle, rows_at_once=size, keep=args.has_direct_term)
         returns = torch.where(mask.any(1), account.reward.sum(1), task)
         batch["advantages"], scale = token_advantages(
             account.reward,

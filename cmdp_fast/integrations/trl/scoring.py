@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import cmdp_fast as cf
+from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.scoring import FromHiddenStates, Outputs, Pair
 
 from .divergence import tiled_divergence
@@ -53,6 +54,12 @@ class Scoring(FromHiddenStates):
             return kept
         with torch.no_grad():
             return self.outputs(self.teacher, batch)
+
+    def check_tokens(self, batch: Batch) -> None:
+        """Raises InputError for a token that one of the models has no column for."""
+        highest, width = int(batch["completion_ids"].max()), self.settings["vocab_size"]
+        if highest >= width:
+            raise InputError(f"a completion has token {highest}, but student and teacher share {width} columns alone")
 
     def divergence(self, models: Pair, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
         """Any of the Jensen-Shannon divergences; the logits exist for some rows at a time."""

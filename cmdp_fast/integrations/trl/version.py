@@ -13,8 +13,7 @@ def require_trl() -> None:
         found = version("trl")
     except PackageNotFoundError:
         raise ImportError(
-            f"cmdp_fast.integrations.trl needs TRL, and found none; expected trl{TESTED}: "
-            "pip install 'cmdp_fast[trl]'"
+            f"cmdp_fast.integrations.trl needs TRL, and found none; expected trl{TESTED}: pip install 'cmdp_fast[trl]'"
         ) from None
     from packaging.specifiers import SpecifierSet
 
