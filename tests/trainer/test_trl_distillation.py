@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("trl", reason="needs the extra `trl`")
 
 import torch
+from test_trl_grpo import ROUNDING, dense_logits, one_batch
 from tiny_pair import tiny_model
 from trl_pair import digits, distillation, logged, prompts, student, trained
 
@@ -17,7 +18,6 @@ from cmdp_fast import objective
 from cmdp_fast.integrations.trl import CMDPDistillationConfig, CMDPDistillationTrainer
 from cmdp_fast.integrations.trl import divergence as divergence_module
 from cmdp_fast.trainer.errors import InputError
-from test_trl_grpo import ROUNDING, dense_logits, one_batch
 
 
 def dense_divergence(student_logits, teacher_logits, beta, mask):
@@ -195,7 +195,7 @@ def test_tiles_of_a_divergence_are_the_whole(monkeypatch):
         ({"budget": -2.0, "num_generations": 2}, "budget must be at least 0 nats"),
         ({"kind": "saute"}, "kind must be 'cmdp' or 'hinge', got 'saute'"),
         ({"num_generations": 0}, "num_generations must be at least 1"),
-        ({"num_generations": 3}, "num_generations=3 must divide the completions of an optimizer step, which are 4"),
+        ({"num_generations": 3}, "num_generations=3 must divide the 4 completions of an optimizer step"),
         ({"discrepancy_weight": -1.0}, "discrepancy_weight must be finite and not negative"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",

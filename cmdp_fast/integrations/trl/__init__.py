@@ -1,4 +1,4 @@
-"""TRL's trainers with a teacher and a budget of divergence: the extra ``trl``, tested with one series of TRL's releases.
+"""TRL's trainers with a teacher and a budget of divergence (the extra ``trl``).
 
     from datasets import load_dataset
     from trl.rewards import accuracy_reward

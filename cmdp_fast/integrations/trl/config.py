@@ -6,7 +6,7 @@ Every value is looked at as a configuration is made, before a model is loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trl import DistillationConfig, GRPOConfig
 
@@ -80,7 +80,7 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     Raises InputError, in one line, for values that cannot work; what TRL itself refuses is a ValueError.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model: str | None = field(
         default=None,
@@ -208,7 +208,7 @@ class CMDPDistillationConfig(ConstraintOptions, DistillationConfig):
         size = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
         _require(
             size % self.num_generations == 0,
-            f"num_generations={self.num_generations} must divide the completions of an optimizer step, which are {size}",
+            f"num_generations={self.num_generations} must divide the {size} completions of an optimizer step",
         )
 
 

@@ -31,9 +31,9 @@ from .teacher import check_pair, load_teacher, prepare_teacher, suppress_unshare
 class CMDPDistillationTrainer(DistillationTrainer):
     """`DistillationTrainer` that logs exact divergences and takes rewards and a budget; other arguments are TRL's.
 
-    The loss is a mean over tokens of k c - A log pi. c is the divergence that `args.beta` names, with its gradient. With
-    neither rewards nor a budget, k = `args.discrepancy_weight` = 1 and A = 0: TRL's loss, of vocabularies that may
-    differ in width. With rewards, A is the task reward less the mean of the other completions of its prompt
+    The loss is a mean over tokens of k c - A log pi. c is the divergence that `args.beta` names, with its gradient.
+    With neither rewards nor a budget, k = `args.discrepancy_weight` = 1 and A = 0: TRL's loss, of vocabularies that
+    may differ in width. With rewards, A is the task reward less the mean of the other completions of its prompt
     (`objective.rloo`). With a budget, the account of c decides: completions within it are left to the reward, those
     over it are distilled (k is `objective.direct_coefficient`), and A comes from the modified reward.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import cmdp_fast as cf
@@ -56,8 +57,10 @@ def tiled_divergence(
 
 def _in(head: cf.Head, hidden: Tensor) -> cf.Head:
     """The head, whole, in the dtype of the hidden states, as autocast would have it."""
-    weight, bias = (
-        parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        for parameter in (head.weight, head.bias)
-    )
-    return head._replace(weight=weight.to(hidden.dtype), bias=None if bias is None else bias.to(hidden.dtype))
+    weight, bias = (None if p is None else _whole(p).to(hidden.dtype) for p in (head.weight, head.bias))
+    assert weight is not None
+    return head._replace(weight=weight, bias=bias)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -24,11 +24,11 @@ from .teacher import check_pair, load_teacher, prepare_teacher, suppress_unshare
 class CMDPGRPOTrainer(GRPOTrainer):
     """`GRPOTrainer` with a teacher that the student must stay close to; all its other arguments are TRL's.
 
-    A rollout is scored as TRL does it; then student and teacher read it, and `cf.linear_constrained_reward` gives costs,
-    the budget's account and the modified reward. Advantages ``[B, T]`` are those of `cmdp_fast.objective`. Where the
-    cost has a gradient the loss gets the direct term, each token divided by what TRL divides its own terms by, and the
-    student's log-probabilities, entropies and costs come from one pass of `cf.linear_token_stats` and one backward
-    pass; old log-probabilities are then from the same operation. Without a direct term the loss is TRL's, untouched.
+    A rollout is scored as TRL does it; then student and teacher read it, and `cf.linear_constrained_reward` gives
+    costs, the budget's account and the modified reward. Advantages ``[B, T]`` are those of `cmdp_fast.objective`. Where
+    the cost has a gradient the loss gets the direct term, each token divided by what TRL divides its own terms by, and
+    the student's log-probabilities, entropies and costs come from one forward pass, `cf.linear_token_stats`, and one
+    backward pass. Without a direct term the loss is TRL's, untouched.
 
     With an infinite budget and no direct term it is GRPO. A completion that TRL masks because it was truncated has no
     cost, and keeps its reward in the group's baseline. Text alone: no images.
@@ -79,8 +79,9 @@ class CMDPGRPOTrainer(GRPOTrainer):
         return self._rewards
 
     def _generate_and_score_completions(self, inputs):
-        """TRL's batch with the modified reward's advantages ``[B, T]``; ``direct`` ``[B, T]``, the direct term's weights
-        divided by what the advantages are divided by, and the teacher's hidden states, where they are needed."""
+        """TRL's batch with the advantages ``[B, T]`` of the modified reward. Where there is a direct term also
+        ``direct`` ``[B, T]``, its weights divided by what the advantages are divided by, and the teacher's hidden
+        states if they fit in the cache."""
         batch = super()._generate_and_score_completions(inputs)
         self.scoring.check_tokens(batch)
         training, args, constraint = self.model.training, self.args, self.constraint
