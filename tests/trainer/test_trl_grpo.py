@@ -48,6 +48,7 @@ def dense_logits(model, batch, width=None):
         {"steps_per_generation": 2, "num_iterations": 2, "loss_type": "grpo"},
         {"gradient_checkpointing": True},
         {"mask_truncated_completions": True, "loss_type": "dr_grpo"},
+        {"bf16": True, "cast_lm_head_to_fp32": True},
         {"beta": 0.1, "entropy_coef": 0.01, "temperature": 0.8},
         {"importance_sampling_level": "sequence", "loss_type": "luspo", "num_iterations": 2},
     ],
@@ -347,7 +348,7 @@ def test_a_teacher_by_its_name(pair, tmp_path):
 
 
 def test_under_bfloat16_autocast(pair, tmp_path):
-    """TRL's default. The hidden states are bfloat16, the statistics float32."""
+    """TRL's default. The heads are bfloat16, the statistics float32."""
     changes = {"scale_rewards": "none", "max_steps": 2, "per_device_train_batch_size": 8}
     full, half = (trained(grpo, pair, tmp_path, bf16=bf16, **changes) for bf16 in (False, True))
     assert half.accelerator.mixed_precision == "bf16"

@@ -34,7 +34,7 @@ class Scoring(FromHiddenStates):
         self.accelerator = trainer.accelerator
         self.teacher = teacher
         self.cache_bytes = trainer.args.teacher_cache_mb * 2**20
-        # TRL's option to run the student's head in float32 over whatever the layers below run in
+        # TRL's option to run the student's head in float32 whatever the layers below run in
         self.float_head = bool(getattr(trainer.args, "cast_lm_head_to_fp32", False))
 
     def outputs(self, model: Any, batch: Any) -> Tensor:
@@ -43,9 +43,16 @@ class Scoring(FromHiddenStates):
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         with self.accelerator.autocast():
             hidden = cf.last_hidden_state(model, ids, attention)
+            dtype = self._head_dtype(model, hidden)
         length = batch["completion_ids"].shape[1]
-        hidden = hidden[:, -length - 1 : -1]
-        return hidden.float() if self.float_head and model is not self.teacher else hidden
+        return hidden[:, -length - 1 : -1].to(dtype)
+
+    def _head_dtype(self, model: Any, hidden: Tensor) -> torch.dtype:
+        """What TRL runs a head in. A norm in float32 may end the layers below; autocast would not keep to that."""
+        if self.float_head and model is not self.teacher:
+            return torch.float32
+        device = hidden.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
     def teacher_outputs(self, batch: Batch) -> Tensor:
         """The teacher's, kept or computed."""
