@@ -186,6 +186,8 @@ def test_tiles_of_a_divergence_are_the_whole(monkeypatch):
     for one, whole in zip(run(1), run(2**25), strict=True):
         torch.testing.assert_close(one, whole)
     assert run(20)[0][0, 2] == 0
+    mask[:] = False  # every completion of a micro-batch was truncated
+    assert not any(value.any() for value in run(20))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 
@@ -61,7 +62,9 @@ def test_an_infinite_budget_is_grpo_step_by_step(pair, tmp_path, changes):
     for name in ("loss", "grad_norm", "reward", "entropy", "completions/mean_length"):
         expected = logged(theirs, name)
         assert len(expected) == 20 or name not in ("loss", "grad_norm")
-        assert logged(ours, name) == pytest.approx(expected, **ROUNDING), name
+        # bfloat16 layers round what the head hands back to 8 bits: a difference in the last bit of float32 may flip one
+        allowed = {"rel": 1e-3, "abs": 1e-3} if changes.get("bf16") else ROUNDING
+        assert logged(ours, name) == pytest.approx(expected, **allowed), name
     moved = [a - b for a, b in zip(ours.model.parameters(), student(pair["student"]).parameters(), strict=True)]
     assert max(float(m.abs().max()) for m in moved) > 1e-3
 
@@ -140,9 +143,12 @@ def test_advantages_are_those_of_the_objective_on_the_same_rollout(pair, tmp_pat
         assert batch["direct"].any()
 
 
-@pytest.mark.parametrize("cost", ["reverse_kl", "forward_kl"])
-def test_the_gradient_is_that_of_both_terms_on_full_logits(pair, tmp_path, cost):
-    trainer = grpo(pair, tmp_path, cost=cost, scale_rewards="none", temperature=0.7, per_device_train_batch_size=8)
+@pytest.mark.parametrize(("cost", "recompute"), [("reverse_kl", False), ("forward_kl", True)])
+def test_the_gradient_is_that_of_both_terms_on_full_logits(pair, tmp_path, cost, recompute):
+    changes = {"temperature": 0.7, "per_device_train_batch_size": 8, "gradient_checkpointing": recompute}
+    trainer = grpo(pair, tmp_path, cost=cost, scale_rewards="none", **changes)
+    if recompute:
+        trainer.model.gradient_checkpointing_enable()  # as `train` does
     batch = one_batch(trainer)
     trainer.current_gradient_accumulation_steps = 1
     trainer.compute_loss(trainer.model, batch).backward()
@@ -242,6 +248,24 @@ def test_the_teachers_hidden_states_may_be_computed_again(pair, tmp_path):
         assert all(torch.equal(p, b) for p, b in zip(trainer.teacher_model.parameters(), before, strict=True))
         assert all(p.grad is None for p in trainer.teacher_model.parameters())
     assert losses[0] == losses[1]
+
+
+def test_the_teachers_logits_are_never_made(pair, tmp_path):
+    trainer = grpo(pair, tmp_path, teacher_cache_mb=0)
+    rows = []
+    trainer.teacher_model.lm_head.register_forward_hook(lambda _, inputs, output: rows.append(output.numel()))
+    trainer.train()
+    assert len(rows) == 6 and not any(rows)  # in scoring and in the update of three steps
+
+
+def test_a_divisor_that_may_be_next_to_nothing_is_warned_of(tmp_path):
+    settings = {"use_cpu": True, "bf16": False}
+    with pytest.warns(UserWarning, match="scale_rewards='none' keeps what penalty and discrepancy_weight mean"):
+        CMDPGRPOConfig(str(tmp_path), budget=2.0, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        CMDPGRPOConfig(str(tmp_path), budget=2.0, scale_rewards="none", **settings)
+        CMDPGRPOConfig(str(tmp_path), budget=math.inf, **settings)
 
 
 def test_metrics_beside_trls(pair, tmp_path):

@@ -5,6 +5,8 @@ Every value is looked at as a configuration is made, before a model is loaded.
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -73,8 +75,9 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     ``scale_rewards="group"`` divides advantages by the standard deviation of their group, and the direct term by the
     same number. In a group of equal returns that is 1e-4, so the direct term is multiplied by 10,000, and where
     returns take two values the penalty's size is forgotten. ``"none"`` keeps what `penalty` and `discrepancy_weight`
-    mean. ``loss_type``: the objective is a sum over a completion's tokens, so the losses that divide every token by the
-    same number keep to it: `dapo` (the default) and `dr_grpo`; `grpo` weighs a token by the length of its completion.
+    mean, and a finite budget without it warns. ``loss_type``: the objective is a sum over a completion's tokens, so the
+    losses that divide every token by the same number keep to it: `dapo` (the default) and `dr_grpo`; `grpo` weighs a
+    token by the length of its completion.
     ``beta`` is TRL's penalty towards the student's own beginning, and has nothing to do with the teacher.
 
     Raises InputError, in one line, for values that cannot work; what TRL itself refuses is a ValueError.
@@ -145,6 +148,12 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             f"{self.multi_objective_aggregation!r}",
         )
         super().__post_init__()
+        if self.has_direct_term and self.scale_rewards == "group" and self.budget < math.inf:
+            warnings.warn(
+                "scale_rewards='group' divides the direct term by a group's standard deviation, by 1e-4 where returns "
+                "are equal; scale_rewards='none' keeps what penalty and discrepancy_weight mean",
+                stacklevel=3,
+            )
 
     @property
     def constraint(self) -> Constraint:
