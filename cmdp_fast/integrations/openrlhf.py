@@ -14,9 +14,9 @@ your trainer actor, or name a function with them as Ray's ``worker_process_setup
 
 What runs where: OpenRLHF samples with vLLM, trains with DeepSpeed, and scores with a reference model, which is the
 teacher here. It sends back the teacher's log-probability of each sampled token and nothing else, so the costs are
-``k1``, the log-ratio of the sampled token (its sum over a completion is log pi/q of the completion, and its expectation
-the exact reverse KL), or, with a function for ``cost_of``, whatever your experience carries. These depend on the action:
-there is no direct term and the advantage is the whole method.
+``k1``, the log-ratio of the sampled token (its sum is log pi/q of the completion, its expectation the exact reverse
+KL), or, with a function for ``cost_of``, whatever your experience carries. These depend on the action: there is no
+direct term and the advantage is the whole method.
 
 Mind: release 0.11.2 loads the reference model from ``--actor.model_name_or_path``. For a teacher that is another
 model, change that argument of ``ref_model.async_init_model_from_pretrained`` in your copy of ``cli/train_ppo_ray.py``.
@@ -104,7 +104,9 @@ def constrain(
     experience carries none, so the direct term would be lost.
     """
     if not constraint.action_dependent:
-        raise InputError(f"cost={constraint.cost!r} has a direct term, which OpenRLHF's loss has no place for; use 'k1'")
+        raise InputError(
+            f"cost={constraint.cost!r} has a direct term, which OpenRLHF's loss has no place for; use 'k1'"
+        )
     width = max(experience.action_mask.shape[1] for experience in experiences)
 
     def joined(part: Callable[[Any], Tensor]) -> Tensor:

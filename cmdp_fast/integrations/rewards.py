@@ -2,15 +2,15 @@
 
     TRL       reward(prompts, completions, **columns) -> list[float | None]       also `cmdp-fast train --rewards`
     verl      compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float | {"score": float, ...}
-    OpenRLHF  reward_func(queries, prompts, labels, **kwargs) -> {"rewards": Tensor, "scores": Tensor, "extra_logs": ...}
+    OpenRLHF  reward_func(queries, prompts, labels, **kwargs) -> {"rewards": Tensor, "scores": Tensor, ...}
 
 TRL's is the one in the middle: `from_verl` and `from_openrlhf` make it of the others, `to_verl` and `to_openrlhf` the
 others of it, and `to_openrlhf(from_verl(compute_score))` goes from one to the other. With a file ``gsm8k.py`` of
 
-    from verl.utils.reward_score.gsm8k import compute_score
+    from verl.utils.reward_score import default_compute_score
     from cmdp_fast.integrations.rewards import from_verl
 
-    reward = from_verl(lambda data_source, solution_str, ground_truth, extra_info: compute_score(solution_str, ground_truth))
+    reward = from_verl(default_compute_score, data_source="openai/gsm8k")
 
 ``cmdp-fast train --rewards gsm8k.py:reward`` scores as verl does. The right answer is TRL's column ``answer``, verl's
 ``ground_truth`` and OpenRLHF's label; ``label`` names another column. Nothing here imports any of the three packages.
@@ -132,7 +132,7 @@ def to_openrlhf(
 
 
 def _check_plain(function: Callable[..., Any]) -> None:
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    if inspect.iscoroutinefunction(function):
         raise InputError(f"{getattr(function, '__name__', function)} is a coroutine function, expected a plain one")
 
 

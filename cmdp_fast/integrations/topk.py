@@ -44,7 +44,9 @@ def topk_divergence(student_logprob: Tensor, teacher_logprob: Tensor, kind: str 
     if kind not in ("forward_kl", "reverse_kl"):
         raise ValueError(f"kind={kind!r}, expected 'forward_kl' or 'reverse_kl'")
     if student_logprob.shape != teacher_logprob.shape:
-        raise ValueError(f"shapes {tuple(student_logprob.shape)} and {tuple(teacher_logprob.shape)}, expected equal ones")
+        raise ValueError(
+            f"shapes {tuple(student_logprob.shape)} and {tuple(teacher_logprob.shape)}, expected equal ones"
+        )
     dtype = torch.promote_types(torch.promote_types(student_logprob.dtype, teacher_logprob.dtype), torch.float32)
     first, second = teacher_logprob.detach().to(dtype), student_logprob.to(dtype)
     if kind == "reverse_kl":

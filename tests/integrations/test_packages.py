@@ -14,7 +14,9 @@ def test_a_version_in_the_range_is_returned() -> None:
 
 
 def test_an_absent_package_is_named_with_the_command() -> None:
-    with pytest.raises(PackageError, match=r"no-such-package is not installed, expected no-such-package>=1.2,<2: pip i"):
+    with pytest.raises(
+        PackageError, match=r"no-such-package is not installed, expected no-such-package>=1.2,<2: pip i"
+    ):
         require("no-such-package", at_least="1.2", below="2", install="pip install no-such-package")
 
 

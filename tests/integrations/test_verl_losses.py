@@ -76,9 +76,7 @@ def test_loss_and_gradient_are_those_of_the_formula(kind: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_add_up_to_the_whole(mode: str) -> None:
     batch = Batch(1)
-    config = configured(
-        f"actor_rollout_ref.actor.loss_agg_mode={mode}", "actor_rollout_ref.actor.loss_scale_factor=7"
-    )
+    config = configured(f"actor_rollout_ref.actor.loss_agg_mode={mode}", "actor_rollout_ref.actor.loss_scale_factor=7")
     whole, _ = loss_of(batch, config, batch.student)
     one, two = (loss_of(batch, config, batch.student, rows)[0] for rows in ([0, 3], [1, 2]))
     assert torch.allclose(one + two, whole, atol=1e-5)
@@ -98,7 +96,9 @@ def test_within_budget_there_is_no_direct_term() -> None:
 def test_policy_loss_is_vanilla_without_the_second_clip(mode: str, shared: dict[str, int], weights: bool) -> None:
     torch.manual_seed(0)
     old, new, advantages = (torch.randn(4, 5) for _ in range(3))
-    actor, _ = parts(configured("actor_rollout_ref.actor.clip_ratio_c=1000000000.0", "actor_rollout_ref.actor.clip_ratio_high=0.4"))
+    actor, _ = parts(
+        configured("actor_rollout_ref.actor.clip_ratio_c=1000000000.0", "actor_rollout_ref.actor.clip_ratio_high=0.4")
+    )
     actor.global_batch_info.clear()
     actor.global_batch_info.update(shared)
     values, gradients = [], []
@@ -151,6 +151,18 @@ def test_a_weight_of_zero_takes_no_part_of_an_infinite_cost() -> None:
     with pytest.warns(UserWarning, match="saute"):
         terms, _ = compute_cmdp_direct_term(actor, distillation, outputs, data)
     assert not terms.any()
+
+
+def test_a_mass_without_a_gradient_is_refused() -> None:
+    """As Megatron's: the bucket would be a constant, and the gradient of the head alone points elsewhere."""
+    batch = Batch()
+    actor, distillation = parts(composed())
+    data = batch.data()
+    loss = partial(distillation_ppo_loss, config=actor, distillation_config=distillation)
+    outputs = engine_outputs(batch, data, loss, [x.requires_grad_() for x in batch.student])
+    outputs["student_mass"] = outputs["student_mass"].detach()
+    with pytest.raises(InputError, match="has no gradient, so the bucket's would be lost"):
+        loss(model_output=outputs, data=data)
 
 
 def test_the_weights_are_the_objectives() -> None:

@@ -22,6 +22,7 @@ import transfer_queue as tq
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer import distillation
 from verl.trainer.distillation.losses import compute_topk_loss, distillation_ppo_loss, get_distillation_loss_settings
@@ -33,7 +34,6 @@ from verl.utils.config import validate_config
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 from verl_batch import FOLDER, RESPONSES, Batch, composed, engine_outputs, nested, padded, parts
-from transfer_queue import KVBatchMeta
 
 import cmdp_fast.integrations.verl as integration
 from cmdp_fast import objective, reference
@@ -143,7 +143,7 @@ def test_completions_of_a_prompt_may_lie_anywhere_and_be_of_any_number() -> None
 
 def test_estimator_says_what_it_lacks() -> None:
     rewards, mask, uid = torch.zeros(2, 3), torch.ones(2, 3), np.array(["a", "a"], dtype=object)
-    with pytest.raises(InputError, match="no token costs, expected trainer.v1.trainer_mode=cmdp"):
+    with pytest.raises(InputError, match=r"no token costs, expected trainer\.v1\.trainer_mode=cmdp"):
         integration.compute_cmdp_advantage(rewards, mask, uid, algorithm())
     with pytest.raises(InputError, match="needs the prompts' uid"):
         integration.compute_cmdp_advantage(rewards, mask, None, algorithm(), cost=rewards)
@@ -356,6 +356,8 @@ def test_the_command_in_the_header_reaches_verls_launcher() -> None:
         ("distillation.distillation_loss.distillation_loss_coef=0.5", "distillation_loss_coef=0.5"),
         ("distillation.distillation_loss.loss_max_clamp=10", "loss_max_clamp=10"),
         ("distillation.distillation_loss.log_prob_min_clamp=-10", "log_prob_min_clamp=-10"),
+        ("actor_rollout_ref.actor.strategy=megatron", "strategy=megatron with cost=forward_kl, expected fsdp or fsdp2"),
+        ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels=True"),
         ("~algorithm.cmdp.budget", "algorithm.cmdp has .*expected at least 'budget' and 'cost'"),
     ],
 )

@@ -1,7 +1,7 @@
 """Where the constraint stands in verl's configuration, and what else there has to agree with it.
 
-`algorithm.cmdp` is a new section; workers see the actor's section alone, so `actor_rollout_ref.actor.policy_loss` refers
-to it, in a dataclass of ours that hydra makes because ``_target_`` names it.
+`algorithm.cmdp` is a new section; workers see the actor's section alone, so `actor_rollout_ref.actor.policy_loss`
+refers to it, in a dataclass of ours that hydra makes because ``_target_`` names it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def check_config(config: Any) -> Constraint:
     actor, distillation = config.actor_rollout_ref.actor, config.distillation
     mirrored = constraint_of(actor.policy_loss, "actor_rollout_ref.actor.policy_loss")
     if mirrored != constraint:
-        raise InputError("actor_rollout_ref.actor.policy_loss.cmdp differs from algorithm.cmdp, expected ${algorithm.cmdp}")
+        raise InputError(
+            "actor_rollout_ref.actor.policy_loss.cmdp differs from algorithm.cmdp, expected ${algorithm.cmdp}"
+        )
     loss = distillation.distillation_loss
     expected = {
         "algorithm.adv_estimator": (config.algorithm.adv_estimator, "cmdp"),
@@ -70,9 +72,19 @@ def check_config(config: Any) -> Constraint:
         "distillation.distillation_loss.loss_max_clamp": (loss.loss_max_clamp, None),
         "distillation.distillation_loss.log_prob_min_clamp": (loss.log_prob_min_clamp, None),
     }
+    if not constraint.action_dependent:  # the fused kernel gives no masses
+        expected["actor_rollout_ref.model.use_fused_kernels"] = (
+            config.actor_rollout_ref.model.use_fused_kernels,
+            False,
+        )
     for key, (given, right) in expected.items():
         if given != right:
             raise InputError(f"{key}={given}, the trainer 'cmdp' expects {right}")
+    if not constraint.action_dependent and actor.strategy not in ("fsdp", "fsdp2"):
+        raise InputError(
+            f"actor_rollout_ref.actor.strategy={actor.strategy} with cost=forward_kl, expected fsdp or fsdp2: with "
+            f"others the student's mass on the k tokens has no gradient; the costs {', '.join(SAMPLED_COSTS)} need none"
+        )
     if actor.loss_agg_mode not in CONSTANT_NORMALIZERS:
         raise InputError(
             f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}, expected {', '.join(CONSTANT_NORMALIZERS)}"

@@ -1,4 +1,4 @@
-"""Token costs from what verl's batch carries: log-probabilities of sampled tokens, or masses of the teacher's k tokens."""
+"""Token costs from what verl's batch carries: log-probabilities of sampled tokens, or masses of k tokens."""
 
 from __future__ import annotations
 

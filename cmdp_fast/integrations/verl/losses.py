@@ -90,7 +90,7 @@ def compute_cmdp_direct_term(
     k is `objective.direct_coefficient` of what the completions spend under the policy that is trained, so a whole
     completion has to be in the micro-batch, as it is in verl. Differentiable through c. Metrics are means of the
     micro-batch: ``distillation/cmdp_cost`` a token and ``distillation/cmdp_spent`` a completion, in nats,
-    ``distillation/teacher_mass`` of the k tokens.
+    ``distillation/teacher_mass`` of the k tokens. Raises InputError for a mass without a gradient (Megatron's).
     """
     constraint = constraint_of(config.policy_loss, "actor_rollout_ref.actor.policy_loss")
     mask = _padded(data["response_mask"]).bool()
@@ -98,6 +98,8 @@ def compute_cmdp_direct_term(
         no_padding_2_padding(model_output[name], data).float()
         for name in ("distillation_losses", "student_mass", "teacher_mass")
     )
+    if head.requires_grad and not student_mass.requires_grad:
+        raise InputError("the student's mass on the k tokens has no gradient, so the bucket's would be lost; use FSDP")
     cost = torch.where(mask, with_tail(head, teacher_mass, student_mass), 0.0)
     weight = constraint.direct(constraint.trace(cost, mask), mask)
     real = mask.sum().clamp(min=1)

@@ -28,7 +28,7 @@ class ScoringWorker(TrainingWorker):
     """
 
     def infer_batch(self, data: Any) -> Any:
-        """verl's, with `distillation_losses`, `student_mass`, `teacher_mass` where `distillation_use_topk` asks for them."""
+        """verl's, with `distillation_losses` and both masses where `distillation_use_topk` asks for them."""
         if not tu.get(data, "distillation_use_topk", default=False):
             return super().infer_batch(data)
         training_loss = self.loss_fn
@@ -53,11 +53,13 @@ class ConstrainedWorker(ActorRolloutRefWorker):
 
 @register_trainer("cmdp")
 class ConstrainedTrainer(PPOTrainerSync):
-    """`trainer.v1.trainer_mode=cmdp`. Refuses a configuration that would train something else, before any model loads."""
+    """`trainer.v1.trainer_mode=cmdp`. Refuses a configuration that would train something else before a model loads."""
 
     def __init__(self, config: Any) -> None:
         self.constraint = check_config(config)
-        config.trainer.v1.trainer_mode = "sync"  # the name has chosen this class; verl asks for it again to choose buffers
+        config.trainer.v1.trainer_mode = (
+            "sync"  # the name has chosen this class; verl asks for it again to choose buffers
+        )
         super().__init__(config)
 
     def _init_resource_pool_mgr(self) -> None:
