@@ -12,7 +12,7 @@ import torch
 from cmdp_fast.integrations.rewards import from_openrlhf, from_verl, to_openrlhf, to_verl
 from cmdp_fast.trainer.errors import InputError
 
-# ----------------------------------------------------------------------- three functions, in three documentations' words
+# ------------------------------------------------------------------ three functions, in three documentations' words
 
 
 def boxed(text: str) -> str | None:

@@ -27,6 +27,8 @@ class ScoringWorker(TrainingWorker):
     verl computes those masses in the loss function, which its scoring pass does without.
     """
 
+    loss_fn: Any
+
     def infer_batch(self, data: Any) -> Any:
         """verl's, with `distillation_losses` and both masses where `distillation_use_topk` asks for them."""
         if not tu.get(data, "distillation_use_topk", default=False):
