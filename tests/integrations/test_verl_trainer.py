@@ -126,7 +126,7 @@ def test_worked_example_through_verls_compute_advantage() -> None:
 
 def test_completions_of_a_prompt_may_lie_anywhere_and_be_of_any_number() -> None:
     torch.manual_seed(0)
-    uid = ["a", "b", "a", "c", "b", "a", "filler"]
+    uid = ["a", "b", "a", "c", "b", "a", "a"]  # the last is a row that fills up a batch
     mask = torch.rand(7, 6).argsort(1) < torch.tensor([3, 6, 4, 5, 2, 6, 0])[:, None]
     reward, cost = torch.randn(7, 6), torch.rand(7, 6)
     config = algorithm(kind="hinge", cost="k1")

@@ -59,9 +59,8 @@ class ConstrainedTrainer(PPOTrainerSync):
 
     def __init__(self, config: Any) -> None:
         self.constraint = check_config(config)
-        config.trainer.v1.trainer_mode = (
-            "sync"  # the name has chosen this class; verl asks for it again to choose buffers
-        )
+        # The name has chosen this class and is done; verl asks again for "sync" where it chooses a replay buffer.
+        config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
 
     def _init_resource_pool_mgr(self) -> None:
