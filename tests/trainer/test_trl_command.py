@@ -22,7 +22,7 @@ from tiny_pair import PROBLEMS
 
 import cmdp_fast.integrations.trl as package
 from cmdp_fast.integrations.trl.__main__ import main, parse
-from cmdp_fast.integrations.trl.version import TESTED, require_trl
+from cmdp_fast.integrations.trl.version import AT_LEAST, BELOW, require_trl
 
 EXAMPLE = Path(package.__file__).with_name("example.yaml")
 
@@ -124,21 +124,21 @@ def test_a_missing_or_untested_trl_is_named_with_what_to_install(monkeypatch):
     def missing(_):
         raise importlib.metadata.PackageNotFoundError
 
-    monkeypatch.setattr("cmdp_fast.integrations.trl.version.version", missing)
-    with pytest.raises(ImportError, match=r"found none; expected trl>=1.16,<1.17: pip install 'cmdp_fast\[trl\]'$"):
+    monkeypatch.setattr("cmdp_fast.integrations.packages.version", missing)
+    with pytest.raises(ImportError, match=r"not installed, expected trl>=1.16,<1.17: pip install 'cmdp_fast\[trl\]'$"):
         require_trl()
     for other in ("1.15.0", "1.17.0", "2.0.0"):
-        monkeypatch.setattr("cmdp_fast.integrations.trl.version.version", lambda _, other=other: other)
-        with pytest.raises(ImportError, match=f"found TRL {other}, .*expected trl>=1.16,<1.17: pip install 'trl>="):
+        monkeypatch.setattr("cmdp_fast.integrations.packages.version", lambda _, other=other: other)
+        with pytest.raises(ImportError, match=f"trl {other} is installed, .*expected trl>=1.16,<1.17: pip install "):
             package.CMDPGRPOTrainer  # noqa: B018
         assert main(["--budget", "2"]) == 2
-    monkeypatch.setattr("cmdp_fast.integrations.trl.version.version", lambda _: "1.16.3")
+    monkeypatch.setattr("cmdp_fast.integrations.packages.version", lambda _: "1.16.3")
     require_trl()
 
 
 def test_the_extra_asks_for_the_tested_releases():
     extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert f"trl{TESTED}" in extras["optional-dependencies"]["trl"]
+    assert f"trl>={AT_LEAST},<{BELOW}" in extras["optional-dependencies"]["trl"]
 
 
 def test_nothing_of_trl_is_imported_before_it_is_used():
