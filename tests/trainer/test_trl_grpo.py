@@ -246,7 +246,7 @@ def test_the_teachers_hidden_states_may_be_computed_again(pair, tmp_path):
         trainer.train()
         losses.append(logged(trainer, "loss"))
         assert all(torch.equal(p, b) for p, b in zip(trainer.teacher_model.parameters(), before, strict=True))
-        assert all(p.grad is None for p in trainer.teacher_model.parameters())
+        assert all(p.grad is None and not p.requires_grad for p in trainer.teacher_model.parameters())
     assert losses[0] == losses[1]
 
 
