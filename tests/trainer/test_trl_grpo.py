@@ -63,7 +63,7 @@ def test_an_infinite_budget_is_grpo_step_by_step(pair, tmp_path, changes):
         expected = logged(theirs, name)
         assert len(expected) == 20 or name not in ("loss", "grad_norm")
         # bfloat16 layers round what the head hands back to 8 bits: a difference in the last bit of float32 may flip one
-        allowed = {"rel": 1e-3, "abs": 1e-3} if changes.get("bf16") else ROUNDING
+        allowed = {"rel": 2e-4, "abs": 2e-4} if changes.get("bf16") else ROUNDING
         assert logged(ours, name) == pytest.approx(expected, **allowed), name
     moved = [a - b for a, b in zip(ours.model.parameters(), student(pair["student"]).parameters(), strict=True)]
     assert max(float(m.abs().max()) for m in moved) > 1e-3
@@ -246,7 +246,7 @@ def test_the_teachers_hidden_states_may_be_computed_again(pair, tmp_path):
         trainer.train()
         losses.append(logged(trainer, "loss"))
         assert all(torch.equal(p, b) for p, b in zip(trainer.teacher_model.parameters(), before, strict=True))
-        assert all(p.grad is None for p in trainer.teacher_model.parameters())
+        assert all(p.grad is None and not p.requires_grad for p in trainer.teacher_model.parameters())
     assert losses[0] == losses[1]
 
 

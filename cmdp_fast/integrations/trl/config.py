@@ -148,7 +148,7 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             f"{self.multi_objective_aggregation!r}",
         )
         super().__post_init__()
-        if self.has_direct_term and self.scale_rewards == "group" and self.budget < math.inf:
+        if self.has_direct_term and self.scale_rewards == "group" and self.constraint.budget < math.inf:
             warnings.warn(
                 "scale_rewards='group' divides the direct term by a group's standard deviation, by 1e-4 where returns "
                 "are equal; scale_rewards='none' keeps what penalty and discrepancy_weight mean",
