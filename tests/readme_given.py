@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,4 +28,30 @@ def models() -> dict[str, Any]:
         "attention_mask": attention_mask,
         "completion_mask": completion_mask,
         "task_reward": torch.zeros(4, 8),
+    }
+
+
+def trl_run() -> dict[str, Any]:
+    """A tiny student and teacher, prompts, a reward, and options that make a run one of two steps on the CPU."""
+    from datasets import Dataset
+    from trainer.tiny_pair import PROBLEMS, tiny_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders = {name: tiny_model(Path(name), seed) for seed, name in enumerate(("student", "teacher"))}
+    return {
+        **{name: AutoModelForCausalLM.from_pretrained(folder) for name, folder in folders.items()},
+        "tokenizer": AutoTokenizer.from_pretrained(folders["student"], padding_side="left"),
+        "dataset": Dataset.from_list(PROBLEMS),
+        "reward": lambda completions, **_: [float(len(text)) for text in completions],
+        "options": {
+            "max_steps": 2,
+            "num_generations": 4,
+            "per_device_train_batch_size": 4,
+            "max_completion_length": 6,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+        },
     }

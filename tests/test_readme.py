@@ -76,8 +76,8 @@ def somewhere_else(tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.title)
 def test_block(block, tmp_path):
     needed = block.options.get("requires")
-    if needed is not None and importlib.util.find_spec(needed) is None:
-        pytest.skip(f"needs {needed}, which is not installed")
+    if needed is not None:
+        pytest.importorskip(needed, exc_type=ImportError)
     if "torchrun" not in block.options:
         run(block)
         return
