@@ -13,7 +13,7 @@
 // ranks are all partial states. Everything is relative to the references, so that a shift of a model's logits, however
 // large, costs no precision: KL(p‖w) = a/z - log z + log u.
 //
-// Header-only, free of any framework, double throughout. Define CMDP_HD as `__host__ __device__` for device code.
+// Header-only, free of any framework, double throughout. CMDP_HD makes it host and device code under nvcc.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,11 @@
 #include <limits>
 
 #ifndef CMDP_HD
+#ifdef __CUDACC__
+#define CMDP_HD __host__ __device__
+#else
 #define CMDP_HD
+#endif
 #endif
 // One namespace an instruction set: the linker must never merge an AVX-512 copy of an inline function into code
 // that runs elsewhere.
