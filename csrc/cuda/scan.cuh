@@ -86,16 +86,26 @@ __device__ __forceinline__ int64_t count_kept(const uint8_t* mask, int64_t begin
 template <class CostOf>
 __device__ __forceinline__ void scan_sequence(const ScanArguments& a, const CostOf& cost, const uint8_t* mask,
                                               int64_t sequence, const Span& span, double limit) {
-  __shared__ double costs[kThreads], sums[kThreads], discounts[kThreads];
-  __shared__ int64_t counts[kThreads];
+  // The account as every token finds it, and at the end as the next chunk does.
+  __shared__ double costs[kThreads], sums[kThreads + 1], discounts[kThreads + 1];
+  __shared__ int64_t counts[kThreads + 1];
   __shared__ bool kept[kThreads];
   __shared__ int first, outside;  // of the chunk: the token that crosses the budget, one that leaves the barrier
   const Outcome& to = a.outcome;
   const int i = threadIdx.x;
-  BudgetState account;  // of thread 0
-  account.limit = limit;
+  const auto found_by = [limit](int j) {
+    BudgetState account;
+    account.limit = limit, account.sum = sums[j], account.discount = discounts[j], account.count = counts[j];
+    return account;
+  };
+  const auto note = [](int j, const BudgetState& account) {
+    sums[j] = account.sum, discounts[j] = account.discount, counts[j] = account.count;
+  };
   bool violated = false, inside = true;
-  if (i == 0) to.first_violation[sequence] = span.stop - span.begin;
+  if (i == 0) {
+    to.first_violation[sequence] = span.stop - span.begin;
+    note(kThreads, BudgetState{});
+  }
 #pragma unroll 1
   for (int64_t start = span.begin; start < span.stop; start += blockDim.x) {
     const int count = static_cast<int>(span.stop - start < blockDim.x ? span.stop - start : blockDim.x);
@@ -107,19 +117,20 @@ __device__ __forceinline__ void scan_sequence(const ScanArguments& a, const Cost
     if (i == 0) first = outside = count;
     __syncthreads();
     if (i == 0) {
+      BudgetState account = found_by(kThreads);
 #pragma unroll 4
       for (int j = 0; j < count; ++j) {
-        sums[j] = account.sum, discounts[j] = account.discount, counts[j] = account.count;
+        note(j, account);
         if (kept[j]) account.pay(costs[j], a.budget);
       }
+      note(kThreads, account);
     }
     __syncthreads();
     BudgetStep step{};
     double remaining_before = 0;
     bool started = false;
     if (real) {
-      BudgetState found;
-      found.limit = limit, found.sum = sums[i], found.discount = discounts[i], found.count = counts[i];
+      BudgetState found = found_by(i);
       found.violated = violated;
       started = found.count > 0;
       const BudgetStep before = found.carry(a.budget);
