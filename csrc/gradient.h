@@ -65,9 +65,9 @@ CMDP_HD static inline RowGradient row_gradient(double g_l, double g_h, double g_
 CMDP_HD static inline double column_gradient(const RowGradient& g, const RowNormalizers& norm, double x, double y,
                                              bool own) {
   const double log_p = norm.log_p(scaled(x, g.scale)), log_w = norm.log_w(scaled(y, g.scale));
-  const double p = std::exp(log_p), w = std::exp(log_w);
+  const double p = std::exp(log_p);
   double sum = g.g_l * ((own ? 1.0 : 0.0) - p);
-  if (g.g_f != 0) sum += g.g_f * (p - w);
+  if (g.g_f != 0) sum += g.g_f * (p - std::exp(log_w));
   if (p != 0) {
     if (g.g_h != 0) sum -= g.g_h * p * (log_p + g.h);
     if (g.g_r != 0) sum += g.g_r * p * (log_p - log_w - g.r);
