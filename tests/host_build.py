@@ -55,3 +55,12 @@ def build(*sources: Path, name: str, flags: tuple[str, ...] = ()) -> Path:
                 subprocess.run([*command, "-o", str(fresh)], check=True)
                 fresh.rename(library)
     return library
+
+
+def extension() -> Path:
+    """The Python module cmdp_fast._cuda of kernels compiled for the host."""
+    import pybind11
+
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda" / "bindings.cpp"]
+    include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-fvisibility=hidden")
+    return build(*sources, name="_cuda", flags=include)

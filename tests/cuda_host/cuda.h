@@ -105,6 +105,13 @@ inline unsigned atomicInc(unsigned* address, unsigned last, CUDA_HOST_SITE) {
   return old;
 }
 
+inline int atomicAdd(int* address, int value, CUDA_HOST_SITE) {
+  cuda_host::grid.atomic(address, {file, line});
+  const int old = *address;
+  *address = old + value;
+  return old;
+}
+
 inline int atomicMin(int* address, int value, CUDA_HOST_SITE) {
   cuda_host::grid.atomic(address, {file, line});
   const int old = *address;
@@ -123,3 +130,11 @@ const char* launch(void (*kernel)(P...), int64_t blocks, int threads, void*, std
 }
 
 }  // namespace cmdp::cuda
+
+// --- For the tests
+
+#define CMDP_CUDA_HOST  // the Python module says that it takes CPU tensors
+
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_host_seed(uint64_t seed) {
+  cuda_host::grid.seed(seed);
+}
