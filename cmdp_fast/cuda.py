@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmdp_fast import _cuda
+import cmdp_fast._cuda as _cuda
 from cmdp_fast.layout import addressable, address, empty_statistics, flat, matrix_of
 
 DEVICE: str = _cuda.DEVICE  # "cuda"; "cpu" where tests have compiled the kernels for the host

@@ -22,7 +22,7 @@ FLAGS = (
     "-fPIC",
     "-shared",
     "-Wall",
-    "-Werror=return-type",
+    "-Wno-unknown-pragmas", "-Wno-psabi",
 )
 
 
