@@ -66,24 +66,28 @@ struct TokenState {
       if (y[i] > top_y && y[i] < inf) top_y = y[i];
     }
     raise(top_x, top_y);
-    for (int64_t i = 0; i < count; ++i) {
-      const bool has_x = x[i] != -inf, has_y = y[i] != -inf;
-      const double t = x[i] - m, s = y[i] - n;
-      if (has_x) {
-        const double e = std::exp(t);
-        z += e;
-        h += e * t;
-        if (has_y) a += e * (t - s);
-      }
-      if (has_y) {
-        const double e = std::exp(s);
-        u += e;
-        k += e * s;
-        if (has_x) b += e * (s - t);
-      }
-      if (has_x && !has_y) r_inf = 1;
-      if (has_y && !has_x) f_inf = 1;
+    for (int64_t i = 0; i < count; ++i) add_column(x[i], y[i]);
+  }
+
+  // One column that is not above the references.
+  CMDP_HD void add_column(double x, double y) {
+    const double inf = infinity();
+    const bool has_x = x != -inf, has_y = y != -inf;
+    const double t = x - m, s = y - n;
+    if (has_x) {
+      const double e = std::exp(t);
+      z += e;
+      h += e * t;
+      if (has_y) a += e * (t - s);
     }
+    if (has_y) {
+      const double e = std::exp(s);
+      u += e;
+      k += e * s;
+      if (has_x) b += e * (s - t);
+    }
+    if (has_x && !has_y) r_inf = 1;
+    if (has_y && !has_x) f_inf = 1;
   }
 
   // The token's own column has passed.
@@ -109,6 +113,11 @@ struct TokenState {
     const double top_x = m > other.m ? m : other.m, top_y = n > other.n ? n : other.n;
     raise(top_x, top_y);
     other.raise(top_x, top_y);
+    add(other);
+  }
+
+  // Merges a state of the same references.
+  CMDP_HD void add(const TokenState& other) {
     z += other.z, u += other.u, a += other.a, b += other.b, h += other.h, k += other.k;
     xa = xa > other.xa ? xa : other.xa;
     ya = ya > other.ya ? ya : other.ya;

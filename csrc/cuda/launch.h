@@ -13,14 +13,15 @@
 
 namespace cmdp::cuda {
 
-// Doubles a segment of a row leaves behind: the fields of its TokenState, and whether it was folded carefully.
-constexpr int kPartial = kSegmentState;
+// Doubles a segment of a row leaves behind: the fields of its TokenState but for the token's logits, and whether it was
+// folded carefully.
+constexpr int kPartial = 11;
 
 // Into how many segments a row is cut. Depends on the width alone, so that a row's result does not depend on the batch.
 int64_t segments(int64_t vocab);
 
 // Scratch memory of the forward pass. `partial` [rows, segments(vocab), kPartial] may hold anything. `arrived` [rows, and
-// for constrained_reward a number a sequence more] must hold zeros and holds zeros again when the kernel is done, so that
+// for constrained_reward sequences + 1 more] must hold zeros and holds zeros again when the kernel is done, so that
 // it can serve launch after launch and replay after replay; launches that may overlap must not share it.
 struct Scratch {
   double* partial;
@@ -95,9 +96,9 @@ const char* modified_reward(const Sequences& sequences, const Numbers& cost, con
 // For whoever compiles csrc/cuda/*.cu and *.cuh with a host compiler (tests do): where __CUDACC__ is not defined, the
 // header that stands in for CUDA must come first (-include) and give
 //   __global__ __device__ __host__ __forceinline__ __launch_bounds__(...) __grid_constant__ __shared__ (static arrays only)
-//   threadIdx.x blockIdx.x blockDim.x gridDim.x, uint4 {x, y, z, w}, make_uint4
+//   threadIdx.x blockIdx.x blockDim.x gridDim.x, uint4 {x, y, z, w}, make_uint4, uint2 {x, y}, make_uint2
 //   __syncthreads __syncwarp __shfl_xor_sync (float, double, int) __shfl_sync __any_sync atomicInc(unsigned*, unsigned)
-//   atomicMin(int*, int) on shared memory, __threadfence
+//   atomicMin(int*, int) and atomicAdd(int*, int) on shared memory, __threadfence
 //   fmaf exp log exp2 exp2f log2f fmaxf fminf isfinite of <cmath>, at global scope
 // and  template <class... P> const char* cmdp::cuda::launch(void (*kernel)(P...), int64_t grid, int block, void* stream,
 // std::type_identity_t<P>... arguments), which runs all blocks and returns nullptr. Inline PTX (ex2.approx, max.bf16x2,
