@@ -88,7 +88,9 @@ def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
     if _BACKENDS[backend] is not None:
         raise ValueError(f"backend={backend!r} is not available here: {_BACKENDS[backend]}")
     if backend == "cuda" and operation not in CHOICES:
-        raise ValueError(f"backend='cuda' has no kernel for {operation}, only for {', '.join(CHOICES)}; leave it out")
+        raise ValueError(
+            f"backend='cuda' has no kernel for {operation}, only for {', '.join(CHOICES)}; use backend='triton'"
+        )
     if not _takes(backend, tensor):
         raise ValueError(f"backend={backend!r} takes {_TAKES[backend]}, got one on {tensor.device}")
     return backend
