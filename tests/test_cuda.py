@@ -192,8 +192,9 @@ def test_a_token_outside_the_vocabulary_reads_nothing():
 @pytest.mark.skipif(not hosted.HOSTED, reason="launches are counted on the host")
 def test_every_operation_is_one_launch():
     inputs, layout = completions(40, torch.float32)
-    offsets, trace = torch.tensor([0, 183, 366]), None
+    offsets = torch.tensor([0, 183, 366])
     stats = cf.token_stats(*inputs[:3], mask=layout["mask"], backend="cuda")
+    trace = cf.budget_trace(stats.reverse_kl, 1.0, backend="cuda")
     for call in (
         lambda: cf.token_stats(*inputs[:3], backend="cuda"),
         lambda: cf.constrained_reward(*inputs, 1.0, per_token=True, gamma=0.5, backend="cuda", **layout),
@@ -203,7 +204,6 @@ def test_every_operation_is_one_launch():
         lambda: cf.budget_trace(stats.reverse_kl, 1.0, backend="cuda"),
         lambda: cf.modified_reward(inputs[3], stats.reverse_kl, trace, backend="cuda"),
     ):
-        trace = cf.budget_trace(stats.reverse_kl, 1.0, backend="cuda")
         before = hosted.launches()
         call()
         assert hosted.launches() == before + 1
@@ -242,7 +242,7 @@ def test_budgets_of_every_form_agree_with_the_reference(layout, given):
 def test_float64_is_left_to_pytorch():
     x = make_logits(2, 9, dtype=torch.float64).to(DEVICE)
     for pair in ((x, x), (x, x.float()), (x.float(), x)):
-        with pytest.raises(ValueError, match="backend='cuda' takes .* got float64; use backend='torch'"):
+        with pytest.raises(ValueError, match=r"backend='cuda' takes .* got float64; use backend='torch'"):
             cf.token_stats(*pair, torch.zeros(2, dtype=torch.int64, device=DEVICE), backend="cuda")
 
 
@@ -311,7 +311,7 @@ def test_dispatch_of_tensors_on_a_gpu(built, triton, recent, preferred, monkeypa
     assert backends.choose(None, x, "divergence") == ("triton" if triton else "torch")
     assert backends.choose_for_logits(None, x, torch.float64, "token_stats") == "torch"
     if built and not recent:
-        with pytest.raises(ValueError, match="of compute capability 8.0 or later, got one on cuda"):
+        with pytest.raises(ValueError, match=r"of compute capability 8\.0 or later, got one on cuda"):
             backends.choose("cuda", x, "token_stats")
 
 
