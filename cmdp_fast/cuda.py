@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import cmdp_fast._cuda as _cuda
-from cmdp_fast.layout import addressable, address, empty_statistics, flat, matrix_of
+from cmdp_fast.layout import address, addressable, empty_statistics, flat, matrix_of
 
 DEVICE: str = _cuda.DEVICE  # "cuda"; "cpu" where tests have compiled the kernels for the host
 COSTS = ("reverse_kl", "forward_kl", "k1", "nll")  # those that the one launch scans; each is a difference of statistics
@@ -238,8 +238,8 @@ def _layout(offsets: Tensor | None, sequences: int, tokens: Tensor) -> tuple[int
     return address(offsets), wide, sequences, width, tokens.numel()
 
 
-# Counters by device and stream: zeros, which a kernel leaves as it found them. They outlive a call, so that no launch is
-# spent on clearing them.
+# Counters by device and stream: zeros, which a kernel leaves as it found them. They outlive a call, so that nothing is
+# launched to clear them.
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -249,7 +249,7 @@ def _scratch(saved: Tensor, vocab: int, sequences: int = 0) -> tuple[Tensor, Ten
     partial = saved.new_empty(rows * _cuda.segments(vocab) * _cuda.PARTIAL)
     count = rows + sequences
     if saved.is_cuda and torch.cuda.is_current_stream_capturing():
-        # A graph may be replayed beside other work of this stream's: it has counters of its own, cleared at each replay.
+        # A graph may be replayed beside other work of this stream's: its counters are its own, cleared at each replay.
         return partial, torch.zeros(count, dtype=torch.int32, device=saved.device)
     key = saved.device, _stream(saved)
     if key not in _counters or _counters[key].numel() < count:

@@ -13,18 +13,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HOST = Path(__file__).parent / "cuda_host"
-# No contraction of multiplications and additions: it would differ from one kernel to the next, and from nvcc's. GCC 12's
-# own pairing of scalars (SLP) drops a rounding to float that gradient.h depends on.
+# No contraction of multiplications and additions: it would differ from one kernel to the next, and from nvcc's. No SLP,
+# which in GCC 12 drops a rounding to float that csrc/gradient.h depends on.
 FLAGS = (
     "-std=c++20",
     "-O2",
     "-ffp-contract=off",
-    "-fno-tree-slp-vectorize",
     "-fno-math-errno",
+    "-fno-tree-slp-vectorize",
     "-fPIC",
     "-shared",
     "-Wall",
-    "-Wno-unknown-pragmas", "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
 )
 
 

@@ -24,6 +24,7 @@ if HOSTED:
     _spec.loader.exec_module(sys.modules["cmdp_fast._cuda"])
     _library = ctypes.CDLL(str(_path))
     _library.cuda_host_seed.argtypes = (ctypes.c_uint64,)
+    _library.cuda_host_launches.restype = ctypes.c_uint64
     _library.cuda_host_seed(1)  # from here on every launch draws another order
 
 
@@ -31,3 +32,8 @@ def seed(value: int) -> None:
     """From where orders are drawn; 0: none is, blocks and threads run one after another. Nothing on a GPU."""
     if _library is not None:
         _library.cuda_host_seed(value)
+
+
+def launches() -> int:
+    """How many kernels have been launched, on the host."""
+    return _library.cuda_host_launches()

@@ -80,15 +80,15 @@ def test_compare():
 def test_readme_section_is_replaced_whole_and_found_stale():
     run = run_of(result())
     text = f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n"
-    fresh = page.replaced(text, run)
+    fresh = page.replaced(text, [run])
     assert fresh.startswith("before\n") and fresh.endswith("\nafter\n") and "old" not in fresh
-    assert page.stale(text, run) and not page.stale(fresh, run)
+    assert page.stale(text, [run]) and not page.stale(fresh, [run])
     assert "`token_stats` both, 32 x 1536 float32" in fresh and "peer 3" in fresh and "- peer: entropy" in fresh
     slower = run_of(result(variants=[Measured("ours", "", "", [9.0, 9.0, 9.0])]))
-    assert page.stale(fresh, slower)
+    assert page.stale(fresh, [slower])
     for broken in ("nothing", page.BEGIN, f"{page.END} {page.BEGIN}", text + text):
         with pytest.raises(InputError, match="once each"):
-            page.replaced(broken, run)
+            page.replaced(broken, [run])
 
 
 def test_page_command(tmp_path):
@@ -98,7 +98,7 @@ def test_page_command(tmp_path):
     assert page.main([f"{tmp_path}/run.json", "--page", f"{tmp_path}/p.md", "--readme", f"{tmp_path}/readme.md"]) == 0
     made = (tmp_path / "p.md").read_text()
     assert "![rates.png](rates.png)" in made and "absent: compile (no compiler)" in made and "cmdp-fast bench" in made
-    assert not page.stale((tmp_path / "readme.md").read_text(), results.read(tmp_path / "run.json"))
+    assert not page.stale((tmp_path / "readme.md").read_text(), [results.read(tmp_path / "run.json")])
     assert page.main([f"{tmp_path}/absent.json", "--page", f"{tmp_path}/q.md"]) == 2
     assert not (tmp_path / "q.md").exists()
 
@@ -111,7 +111,7 @@ def test_the_pages_that_are_committed_say_what_their_json_says():
     runs = [results.read(path) for path in (RESULTS / "cpu.json", *others)]
     drawn = sorted(path.name for path in RESULTS.glob("*.png"))
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == page.page(runs, drawn)
-    assert not page.stale((ROOT / "README.md").read_text(encoding="utf-8"), runs[0])
+    assert not page.stale((ROOT / "README.md").read_text(encoding="utf-8"), runs)
 
 
 def test_plots(tmp_path):

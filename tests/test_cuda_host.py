@@ -1,4 +1,4 @@
-"""The host's stand-in for CUDA (tests/cuda_host): what it has to find in kernels, it finds, and nothing in right ones."""
+"""The host's stand-in for CUDA (tests/cuda_host) finds what it has to find in kernels, and nothing in right ones."""
 
 import ctypes
 import re

@@ -2,8 +2,9 @@
 
     python -m cmdp_fast.bench.page RUN.json [SWEEP.json ...] --page benchmarks/results/README.md --readme README.md
 
-The page holds all the runs, and the plots that lie beside it. A README's section is of the first run, stands between
-two comments and is replaced as a whole; `stale` tells whether it still is what its JSON says.
+The page holds all the runs, and the plots that lie beside it. A README's section is of their cases, which must be from
+one machine; it stands between two comments and is replaced as a whole. `stale` tells whether it still is what the JSON
+says.
 """
 
 from __future__ import annotations
@@ -54,13 +55,23 @@ def _run(run: Run) -> list[str]:
     return parts
 
 
-def section(run: Run) -> str:
-    """What a README says: a row a case at the first shape that the run has of an operation, ours beside all others."""
-    first = {case.op: case.shape for case in reversed(run.cases)}
-    cases = [case for case in run.cases if case.shape == first[case.op]]
+def section(runs: Sequence[Run]) -> str:
+    """What a README says: a row a case at the first shape there is of an operation, ours beside all others.
+
+    Raises InputError if there is no case, or if the runs are not from one machine with the same versions and rounds.
+    """
+    runs = [run for run in runs if run.cases]
+    headers = {"\n".join(show.header(run)) for run in runs}
+    if len(headers) != 1:
+        raise InputError(
+            f"expected runs of cases from one machine, with the same versions and rounds; got {len(headers)} kinds"
+        )
+    cases = [case for run in runs for case in run.cases]
+    first = {case.op: case.shape for case in reversed(cases)}
+    cases = [case for case in cases if case.shape == first[case.op]]
     rows = [["case", "ours", "of the floor", "the others, times as long", "ours, extra MiB", "the others"]]
     rows += [_row(case) for case in cases]
-    parts = ["```\n" + "\n".join(show.header(run)) + "\n```", show.markdown(rows)]
+    parts = [f"```\n{headers.pop()}\n```", show.markdown(rows)]
     lacks: dict[str, list[str]] = {}
     for case in cases:
         for v in case.variants:
@@ -71,7 +82,7 @@ def section(run: Run) -> str:
     absent = {peer: reason for case in cases for peer, reason in case.absent.items()}
     if absent:
         parts.append("Absent: " + "; ".join(f"{peer} ({reason})" for peer, reason in absent.items()) + ".")
-    parts.append(f"Measured by\n\n    {run.command}")
+    parts.append("\n".join(["Measured by\n", *(f"    {run.command}" for run in runs)]))
     return "\n\n".join(parts)
 
 
@@ -87,17 +98,17 @@ def _row(case: CaseResult) -> list[str]:
     ]
 
 
-def replaced(text: str, run: Run) -> str:
+def replaced(text: str, runs: Sequence[Run]) -> str:
     """A README's text with its section made anew. Raises InputError if the comments are not there, each once."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise InputError(f"expected the lines {BEGIN!r} and {END!r}, once each and in this order")
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{section(run)}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{section(runs)}\n\n{END}{rest.partition(END)[2]}"
 
 
-def stale(text: str, run: Run) -> bool:
-    """Whether a README's section is not what the run says."""
-    return replaced(text, run) != text
+def stale(text: str, runs: Sequence[Run]) -> bool:
+    """Whether a README's section is not what the runs say."""
+    return replaced(text, runs) != text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = [results.read(path) for path in options.runs]
         if options.readme:
-            text = replaced(options.readme.read_text(encoding="utf-8"), runs[0])
+            text = replaced(options.readme.read_text(encoding="utf-8"), runs)
         if options.page:
             plots = sorted(path.name for path in options.page.parent.glob("*.png"))
             write_text(options.page, page(runs, plots))

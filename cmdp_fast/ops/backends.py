@@ -66,9 +66,9 @@ _BACKENDS: dict[str, str | None] = {
 def available_backends() -> dict[str, str | None]:
     """Every backend by name; the value is None if it works here, else the reason why it does not.
 
-    ``cpu``: the native kernels, for CPU tensors. ``cuda``: CUDA C++ kernels for NVIDIA GPUs of compute capability 8.0 and
-    later, without a compiler at run time; they serve some operations only. ``triton``: GPU kernels, of NVIDIA or AMD.
-    ``torch``: plain PyTorch (`cmdp_fast.reference`), for any device.
+    ``cpu``: the native kernels, for CPU tensors. ``cuda``: CUDA C++ kernels of some operations (`preference.CHOICES`),
+    for NVIDIA GPUs of compute capability 8.0 and later, compiled when the package was. ``triton``: kernels of all
+    operations, for NVIDIA's and AMD's GPUs. ``torch``: plain PyTorch (`cmdp_fast.reference`), for any device.
     """
     return dict(_BACKENDS)
 
@@ -88,7 +88,9 @@ def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
     if _BACKENDS[backend] is not None:
         raise ValueError(f"backend={backend!r} is not available here: {_BACKENDS[backend]}")
     if backend == "cuda" and operation not in CHOICES:
-        raise ValueError(f"backend='cuda' has no kernel for {operation}, only for {', '.join(CHOICES)}; leave it out")
+        raise ValueError(
+            f"backend='cuda' has no kernel for {operation}, only for {', '.join(CHOICES)}; use backend='triton'"
+        )
     if not _takes(backend, tensor):
         raise ValueError(f"backend={backend!r} takes {_TAKES[backend]}, got one on {tensor.device}")
     return backend

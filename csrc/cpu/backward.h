@@ -11,14 +11,14 @@ static inline RowGradient row_gradient(const Logits& in, int64_t row, const Upst
   return row_gradient(g(0), g(1), g(2), g(3), saved, natural_scale(in));
 }
 
-template <bool kTeacher, bool kForwardKl>
-static inline void gradient_block(const float* x, const float* y, float* out, int64_t count, float scale, float m,
-                                  float n, float center, const float (&c)[4]) {
+template <bool kTeacher, bool kForwardKl, class X, class Y>
+static inline void gradient_block(const X* x, const Y* y, X* out, int64_t count, float scale, float m, float n,
+                                  float center, const float (&c)[4]) {
   const Floats per_octave = splat(scale), minus_m = splat(-m), minus_n = splat(-n);
-  const auto step = [&](const float* xs, const float* ys, float* to) {
+  const auto step = [&](const auto* xs, const auto* ys, auto* to) {
     Floats t = multiply_add(load(xs), per_octave, minus_m);
     // An excluded column is clamped to where its weight is exactly zero.
-    t = max(t, splat(-127.0f));
+    t = max(t, splat(kWeightless));
     Floats factor = t * c[1] + c[0], value;
     if constexpr (kTeacher) {
       const Floats s = max(multiply_add(load(ys), per_octave, minus_n), splat(-1e30f));
@@ -34,10 +34,12 @@ static inline void gradient_block(const float* x, const float* y, float* out, in
   for (; i + kLanes <= count; i += kLanes) step(x + i, y + i, out + i);
   if (i < count) {
     float tail_x[kLanes] = {}, tail_y[kLanes] = {}, tail[kLanes];
-    std::copy(x + i, x + count, tail_x);
-    if constexpr (kTeacher) std::copy(y + i, y + count, tail_y);
-    step(tail_x, tail_y, tail);
-    std::copy(tail, tail + (count - i), out + i);
+    for (int64_t j = i; j < count; ++j) {
+      tail_x[j - i] = widen(x[j]);
+      if constexpr (kTeacher) tail_y[j - i] = widen(y[j]);
+    }
+    step(static_cast<const float*>(tail_x), static_cast<const float*>(tail_y), static_cast<float*>(tail));
+    for (int64_t j = i; j < count; ++j) narrow(tail[j - i], out + j);
   }
 }
 
@@ -86,7 +88,7 @@ static void backward(const Logits& in, int64_t row, const Upstream& up, const do
   if (fast) {
     const float scale = scale_of(in.temperature).per_octave;
     const bool forward_kl = k.c[3] != 0, teacher = forward_kl || k.c[2] != 0;
-    map_blocks(in, x, y, teacher, to, [&](const float* bx, const float* by, float* dx, int64_t count) {
+    const auto block = [&](const auto* bx, const auto* by, auto* dx, int64_t count) {
       if (forward_kl) {
         gradient_block<true, true>(bx, by, dx, count, scale, norm.m, norm.n, k.center, k.c);
       } else if (teacher) {
@@ -94,7 +96,12 @@ static void backward(const Logits& in, int64_t row, const Upstream& up, const do
       } else {
         gradient_block<false, false>(bx, by, dx, count, scale, norm.m, norm.n, k.center, k.c);
       }
-    });
+    };
+    if (in.student.dtype == DType::bfloat16 && (!teacher || in.teacher.dtype == DType::bfloat16)) {
+      block(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), static_cast<BFloat16*>(to), in.vocab);
+    } else {
+      map_blocks(in, x, y, teacher, to, block);
+    }
   } else {
     for (int64_t i = 0; i < in.vocab; ++i) set_element(to, in.student.dtype, i, column(i, false));
   }

@@ -39,6 +39,9 @@ static inline uint16_t to_float16(float value) {
   return sign | static_cast<uint16_t>((magnitude + 0xfff + odd - 0x38000000u) >> 13);
 }
 
+static inline void narrow(float value, float* to) { *to = value; }
+static inline void narrow(float value, BFloat16* to) { to->bits = to_bfloat16(value); }
+
 static inline double element(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::float32:
@@ -100,13 +103,8 @@ static inline void from_floats(const float* values, void* data, DType dtype, int
   uint16_t* half = static_cast<uint16_t*>(data) + from;
   int64_t i = 0;
   if (dtype == DType::bfloat16) {
-    for (; i + kLanes <= count; i += kLanes) {
-      const Floats v = load(values + i);
-      const Words bits = (Words)v;
-      const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      const Shorts narrow = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Shorts);
-      std::memcpy(half + i, &narrow, sizeof narrow);
-    }
+    BFloat16* brain = static_cast<BFloat16*>(data) + from;
+    for (; i + kLanes <= count; i += kLanes) store(brain + i, load(values + i));
     for (; i < count; ++i) half[i] = to_bfloat16(values[i]);
   } else {
 #if defined(__F16C__)

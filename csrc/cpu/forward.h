@@ -43,6 +43,7 @@ static inline double natural_scale(const Logits& in) {
   return is_wide(in) ? 1.0 / in.temperature : scale_of(in.temperature).natural;
 }
 
+constexpr float kHeavy = 0x1p36f;          // more than a block of columns 23 octaves above the reference weighs
 constexpr float kLargestReference = 1e7f;  // below 2^24 octaves, where floats are an octave apart
 
 struct BlockSums {
@@ -51,9 +52,10 @@ struct BlockSums {
   float only_x, only_y;  // > 0 if a column is excluded by the teacher alone (by the student alone)
 };
 
-// The six sums of one block, `count` columns. The plain version takes logits within about 72 nats below and 16 nats above
-// the reference, which is all that a language model says, and reports anything else as not usable. With kExcluded,
-// columns of -inf weigh zero instead of 0 * inf = NaN, and so do columns far below the reference.
+// The six sums of one block, `count` columns. The plain version takes logits up to about 16 nats above the reference
+// (further up t has lost digits) and, without AVX-512, 72 nats below it, which is all that a language model says, and
+// reports anything else as not usable. With kExcluded, columns of -inf weigh zero instead of 0 * inf = NaN, and so do
+// columns far below the reference.
 template <bool kExcluded, class X, class Y>
 static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float scale, float m, float n) {
   Floats z{}, u{}, a{}, b{}, h{}, k{};                                     // of the run
@@ -127,8 +129,10 @@ static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float 
   BlockSums sums{sum_of_lanes(run_z), sum_of_lanes(run_u), sum_of_lanes(run_a),
                  sum_of_lanes(run_b), sum_of_lanes(run_h), sum_of_lanes(run_k),
                  false,               sum_of_lanes(only_x), sum_of_lanes(only_y)};
-  sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) && finite(sums.z) &&
-                finite(sums.u) && finite(sums.a) && finite(sums.b) && finite(sums.h) && finite(sums.k);
+  // Not usable if a sum is NaN or infinite, or if some t is so large that it has lost digits.
+  sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) &&
+                (kExcluded || (sums.z < kHeavy && sums.u < kHeavy)) && finite(sums.z) && finite(sums.u) &&
+                finite(sums.a) && finite(sums.b) && finite(sums.h) && finite(sums.k);
   return sums;
 }
 

@@ -51,12 +51,29 @@ static inline float widen(float value) { return value; }
 static inline float widen(BFloat16 value) { return std::bit_cast<float>(uint32_t{value.bits} << 16); }
 
 static inline Floats load(const BFloat16* from) {
+#if defined(__AVX512F__)  // GCC 12 would widen two halves and join them
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#else
   Shorts narrow;
   std::memcpy(&narrow, from, sizeof narrow);
   return (Floats)(__builtin_convertvector(narrow, Ints) << 16);
+#endif
 }
 
 static inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
+// Round to nearest, ties to even; a NaN stays a NaN.
+static inline void store(BFloat16* to, Floats v) {
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words narrow = v == v ? rounded : Words{} + 0x7fc0;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)narrow));
+#else
+  const Shorts halves = __builtin_convertvector(narrow, Shorts);
+  std::memcpy(to, &halves, sizeof halves);
+#endif
+}
 
 // a > b ? a : b in every lane; b where either is NaN.
 static inline Floats max(Floats a, Floats b) {
@@ -111,6 +128,20 @@ static inline Floats exp2_fraction(Floats f) {
   return p * f + unit;
 }
 
+// A finite argument at or below which exp2 is exactly 0.
+constexpr float kWeightless = -200.0f;
+
+#if defined(__AVX512F__)
+// 2^t, a NaN for -inf. AVX-512 rounds in one instruction, and scales by a power of two in another that saturates and
+// underflows as it should; there is nothing to clamp and nothing to be `seen`.
+static inline Floats exp2(Floats t) {
+  const Floats integer = (Floats)_mm512_roundscale_ps((__m512)t, 0x08);  // to nearest
+  return (Floats)_mm512_scalef_ps((__m512)exp2_fraction<0>(t - integer), (__m512)integer);
+}
+
+static inline Floats exp2_in_range(Floats t, Words&) { return exp2(t); }
+static inline bool in_range(Words) { return true; }
+#else
 // 2^t for t <= 127, exactly 0 for t <= -127.
 //
 // t is split into an integer, found by adding and subtracting 1.5 * 2^23, and an exact remainder f in [-1/2, 1/2]; the
@@ -143,6 +174,7 @@ static inline bool in_range(Words seen) {
   for (int i = 0; i < kLanes; ++i) all |= seen[i];
   return all < 128;
 }
+#endif
 
 // log2(g) for normal g > 0: the exponent, and on the mantissa in [1/sqrt 2, sqrt 2) the series of atanh in
 // s = (g-1)/(g+1), |s| <= .1716, whose first dropped term is below 2e-9. Exact at 1, relative error kept around it.

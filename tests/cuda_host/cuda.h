@@ -131,10 +131,11 @@ const char* launch(void (*kernel)(P...), int64_t blocks, int threads, void*, std
 
 }  // namespace cmdp::cuda
 
-// --- For the tests
+// --- For the tests of kernels
 
 #define CMDP_CUDA_HOST  // the Python module says that it takes CPU tensors
 
-extern "C" __attribute__((used, visibility("default"))) inline void cuda_host_seed(uint64_t seed) {
-  cuda_host::grid.seed(seed);
-}
+#define CUDA_HOST_EXPORT extern "C" __attribute__((used, visibility("default"))) inline
+
+CUDA_HOST_EXPORT void cuda_host_seed(uint64_t seed) { cuda_host::grid.seed(seed); }
+CUDA_HOST_EXPORT uint64_t cuda_host_launches() { return cuda_host::grid.launches(); }

@@ -94,9 +94,12 @@ class Grid {
   // What is drawn from now on. 0: nothing.
   void seed(uint64_t value) { random_ = value; }
 
+  uint64_t launches() const { return launches_; }
+
   // Runs `body` as every thread of every block.
   void run(unsigned blocks, unsigned threads, const std::function<void()>& body) {
     const std::lock_guard<std::mutex> alone(mutex_);
+    ++launches_;
     body_ = &body, threads_ = threads, fault_.clear();
     gridDim = {blocks, 1, 1}, blockDim = {threads, 1, 1};
     range_ = shared_range();
@@ -318,7 +321,7 @@ class Grid {
   }
 
   std::mutex mutex_;
-  uint64_t random_ = 0;
+  uint64_t random_ = 0, launches_ = 0;
   const std::function<void()>* body_ = nullptr;
   unsigned threads_ = 0;
   uint64_t turns_ = 0;  // one in so many steps may give way to another block
