@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
             if wish != "auto":
                 raise
             print(f"cmdp_fast: a build with CUDA kernels failed ({error}); building without them", file=sys.stderr)
-            self._run_cmake(ext, "-DCMDP_FAST_CUDA=0", "-DCMDP_FAST_CUDA_NOTE=the CUDA kernels were not built: nvcc failed, see pip's log (-v)")
+            self._run_cmake(ext, "-DCMDP_FAST_CUDA=0", "-DCMDP_FAST_CUDA_NOTE=not built: nvcc failed, see pip's log (-v)")
 
     def _run_cmake(self, ext: Extension, *settings: str) -> None:
         import pybind11
