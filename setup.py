@@ -1,5 +1,5 @@
-"""Builds csrc/ into cmdp_fast._C and, where CMDP_FAST_CUDA says so, cmdp_fast._cuda with CMake and ninja; everything else
-is in pyproject.toml.
+"""Builds csrc/ into cmdp_fast._C and, where CMDP_FAST_CUDA says so, cmdp_fast._cuda with CMake and ninja; everything
+else is in pyproject.toml.
 
 The library works without the native module (the plain PyTorch backend serves), so a missing compiler is reported and
 does not fail the installation. Set CMDP_FAST_REQUIRE_NATIVE=1 to make it fail instead. Likewise the CUDA kernels, which
@@ -39,7 +39,9 @@ class CMakeBuild(build_ext):
             if wish != "auto":
                 raise
             print(f"cmdp_fast: a build with CUDA kernels failed ({error}); building without them", file=sys.stderr)
-            self._run_cmake(ext, "-DCMDP_FAST_CUDA=0", "-DCMDP_FAST_CUDA_NOTE=not built: nvcc failed, see pip's log (-v)")
+            self._run_cmake(
+                ext, "-DCMDP_FAST_CUDA=0", "-DCMDP_FAST_CUDA_NOTE=not built: nvcc failed, see pip's log (-v)"
+            )
 
     def _run_cmake(self, ext: Extension, *settings: str) -> None:
         import pybind11
