@@ -160,7 +160,7 @@ def local_memory(code: list[Instruction], usage: dict[str, int]) -> int:
 
 
 def look_at_loop(report: Report, code: list[Instruction], size: int, traffic: int) -> None:
-    """Fills in what the main loop says. ``size``: bytes of a logit; ``traffic``: how many matrices of logits are moved."""
+    """Fills in what the main loop says. ``size``: bytes of a logit; ``traffic``: matrices of logits that are moved."""
     loop = main_loop(code)
     body = loop or code
     report.loop = loop is not None

@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels, read without a GPU: the part of `static_gpu.py` that looks at csrc/cuda.
 
-The kernels for rows that begin at multiples of 16 bytes, student and teacher of one dtype; their code does not depend on
-the width of the vocabulary.
+The kernels for rows that begin at multiples of 16 bytes, student and teacher of one dtype; their code does not depend
+on the width of the vocabulary.
 """
 
 from __future__ import annotations
