@@ -27,7 +27,8 @@ def _load_cuda():
     try:
         from cmdp_fast import cuda
     except ImportError as error:
-        return None, f"the CUDA kernels were not built ({error})"
+        note = "" if native is None else native.CUDA_NOTE
+        return None, f"the CUDA kernels were {note or f'not built ({error})'}"
     if cuda.DEVICE == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
         return None, "no CUDA device was found"
     return cuda, None
