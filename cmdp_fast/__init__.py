@@ -1,9 +1,24 @@
-"""cmdp_fast: fused operations for distillation as a constrained Markov decision process.
+r"""cmdp_fast: fused operations for distillation as a constrained Markov decision process.
 
     import cmdp_fast as cf
     out = cf.constrained_reward(student_logits, teacher_logits, tokens, task_reward, budget=2.0, mask=mask)
 
-The mathematics stands in `cmdp_fast.reference`, what PPO does with it in `cmdp_fast.objective`.
+A token costs $c_t$, by default the exact reverse KL of student $\pi$ and teacher at that state, in nats. With $C_t$ the
+cumulative cost, $d$ the budget, $v_t = 1$ from the first token with $C_t > d$ on, $e_t = 1$ at that token alone, $n$ a
+penalty and $\beta$ a weight, the default modified reward is
+
+$$ R_t = (1 - v_t) r_t - e_t n - \beta \Phi_t, \qquad \Phi_t = (C_t - d)^+ - (C_{t-1} - d)^+ $$
+
+and the gradient of its expected sum has a score term and a direct term:
+
+$$ \nabla J = \mathbb{E} \Big[ \sum_t \nabla \log \pi(a_t | s_t) A_t - \beta v_T \sum_t \nabla c_t \Big] $$
+
+The operations of this page make statistics, account and reward. `cmdp_fast.objective` makes advantages, both
+coefficients and the loss of them, and `cmdp_fast.reference` has the formulas of the statistics and of their gradients.
+The view is that of arXiv 2509.22921; the excess $\Phi_t$ is this project's own definition.
+
+Shapes are written with ``V`` for the vocabulary, ``H`` for a model's width, ``B`` for sequences of up to ``T`` tokens,
+and ``N`` for packed tokens. The teacher never gets a gradient.
 """
 
 from cmdp_fast.heads import Head, head_of, last_hidden_state

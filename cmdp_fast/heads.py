@@ -65,8 +65,9 @@ def last_hidden_state(
     ``model`` may be wrapped by DDP, FSDP, accelerate, PEFT or `torch.compile`. The wrapper itself is called, so that
     its hooks run. A compiled model runs eagerly here, since its graph contains the head; compile its layers or its base
     model instead (``model.model.compile()``), which stay compiled. Under FSDP2 call `head_of` after this, in the same
-    step: only then is the head's weight gathered, or a DTensor if it has a group of its own. The model must not be
-    used from another thread meanwhile: that call would get no logits.
+    step: only then is the head's weight gathered. In a group of its own it is a DTensor: pass on
+    ``weight.full_tensor(grad_placements=[Partial("avg")])``, whose gradient is averaged over the ranks as FSDP does.
+    The model must not be used from another thread meanwhile: that call would get no logits.
 
     Raises TypeError for a model without an output embedding and for ``labels`` (a loss needs logits), ValueError if the
     model does not call its head exactly once.

@@ -2,7 +2,8 @@
 
 Pure functions of small tensors. B sequences of up to T tokens are padded to [B, T] with a boolean ``mask`` (None: all
 tokens are real); a masked token contributes nothing, its entries are never used (they may be NaN) and come back as 0.
-Costs, rewards and budgets are in nats. Only `ppo_loss` is differentiable; everything else is detached.
+Costs, rewards and budgets are in nats; floating dtypes are kept. Only `ppo_loss` is differentiable; everything else is
+detached. All raise ValueError for shapes and TypeError for masks that do not fit.
 
 The modified reward depends on the policy twice, through the sampled actions and through the costs c_t, so the gradient
 of the objective E[sum_t R_t] is the sum of two terms (v_t, whether the budget has been exceeded, is held fixed):
@@ -221,6 +222,8 @@ def grpo(returns: Tensor, group_size: int, eps: float = 1e-4) -> GroupAdvantage:
     where feasible completions score 1 and the others -n, it is indifferent to n. In a group of equal returns only the
     direct term acts, and with scale = eps it is multiplied by 1/eps (10,000). `rloo` neither forgets n nor rescales.
     Raises ValueError if group_size < 2 or does not divide B.
+
+    Source: GRPO (Shao et al. 2024, arXiv 2402.03300).
     """
     groups = _groups(returns, group_size)
     scale = (groups.std(1, keepdim=True) + eps).expand_as(groups)
@@ -232,6 +235,8 @@ def rloo(returns: Tensor, group_size: int) -> Tensor:
     """S_i less the mean of the group's other returns, [B]; contiguous groups, no normalisation, unbiased.
 
     In a group of equal returns only the direct term acts. Raises ValueError as `grpo` does.
+
+    Source: RLOO (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
     """
     return _leave_one_out(_groups(returns, group_size)).flatten(0, 1)
 
@@ -255,6 +260,9 @@ def gae(
 
     ``value`` is V(s_t), before the action. An action-independent cost at t is part of what V(s_t) predicts, so the
     modified reward serves as it is. Masked tokens are stepped over: the next value is that of the next real token.
+    Raises TypeError, ValueError for a mask or shapes that do not fit.
+
+    Source: Schulman et al. 2016, arXiv 1506.02438, equation 16.
     """
     keep = _kept(reward, mask, value=value)
     value = torch.where(keep, value.detach(), 0.0)
@@ -301,6 +309,9 @@ def ppo_loss(
 
     Raises ValueError for shapes that differ, for ``cost`` without ``direct`` or the reverse, and for a cost that cannot
     pass a gradient although logprob can: the direct term would be lost. Leave both out for action-dependent costs.
+
+    Source: the clipped surrogate of PPO (Schulman et al. 2017, arXiv 1707.06347, equation 7); the direct term as in the
+    head of this module.
     """
     keep = _kept(logprob, mask, old_logprob=old_logprob, advantage=advantage)
     if (cost is None) != (direct is None):
@@ -347,6 +358,8 @@ def cvar(values: Tensor, alpha: float = 0.1) -> Tensor:
     """The mean of the largest ``alpha`` of some values [B], a scalar: their conditional value at risk.
 
     A fraction of a value counts as that fraction. Raises ValueError for alpha outside (0, 1].
+
+    Source: Rockafellar and Uryasev 2000.
     """
     if not 0.0 < alpha <= 1.0:
         raise ValueError(f"alpha={alpha}, expected a fraction in (0, 1]")

@@ -16,7 +16,8 @@ class PIDController:
     The gains multiply nats; the defaults suit costs of tens of nats a sequence. ``coefficient`` holds the current
     lambda, before the first update max(0, initial_integral). Proportional term and derivative act on exponential
     moving averages (``ema_p``, ``ema_d``: the weight of the past) that start at 0; the derivative compares the averaged
-    cost with that of ``d_delay`` updates ago and, as the integral, never goes below 0.
+    cost with that of ``d_delay`` updates ago and, as the integral, never goes below 0. Raises ValueError for a
+    ``d_delay`` below 1.
     """
 
     kp: float = 0.1
@@ -38,7 +39,15 @@ class PIDController:
         self.coefficient = max(0.0, self.initial_integral)
 
     def update(self, mean_cost: float | Tensor, budget: float) -> float:
-        """One step on the mean cumulative cost of a batch; the new lambda. Raises ValueError if not finite."""
+        """One step; the new lambda.
+
+        Args:
+            mean_cost: the mean cumulative cost of a batch, a number or a scalar tensor, in nats.
+            budget: that of a completion, in nats.
+
+        Raises:
+            ValueError: a cost or budget that is not finite.
+        """
         cost = float(mean_cost)
         delta = cost - budget
         if not math.isfinite(delta):

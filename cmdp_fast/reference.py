@@ -53,7 +53,9 @@ class BudgetTrace(NamedTuple):
 
     ``cumulative`` is C_t (or the prefix mean m_t), ``remaining`` d - C_t, ``violated`` whether some C_i with
     i <= t has exceeded d, ``first_violation`` the index of the first such token (the width of the row, or the
-    length of the packed sequence, if there is none) and ``excess`` Phi_t = (C_t - d)+ - (C_{t-1} - d)+.
+    length of the packed sequence, if there is none) and ``excess`` Phi_t = (C_t - d)+ - (C_{t-1} - d)+. In the units
+    of the cost, nats for a KL. ``violated`` is bool, ``first_violation`` int64, the others are float32 (float64 for a
+    float64 cost). Nothing of it is differentiable.
     """
 
     cumulative: Tensor
@@ -64,7 +66,11 @@ class BudgetTrace(NamedTuple):
 
 
 class ConstrainedReward(NamedTuple):
-    """What `constrained_reward` returns: the token statistics, the budget's trace and the modified reward."""
+    """What `cmdp_fast.constrained_reward` returns: the token statistics, the budget's trace and the modified reward.
+
+    Only ``stats`` is differentiable. ``reward`` is shaped like ``tokens``, float32 (float64 for float64 logits), in the
+    units of the task's reward.
+    """
 
     stats: TokenStats
     trace: BudgetTrace

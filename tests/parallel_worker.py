@@ -6,12 +6,13 @@ import torch.distributed as dist
 from helpers import DIFFERENTIABLE, make_logits, weighted_sum
 from linear_inputs import evaluate, make_inputs
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import cmdp_fast as cf
 
 VOCAB, INF = 50, torch.inf
 BOUNDS = {2: (0, 7, 50), 3: (0, 20, 21, 50)}
+ROWS = ("student_hidden", "teacher_hidden", "tokens")
 CLOSE = {"rtol": 1e-5, "atol": 3e-6}
 
 
@@ -28,6 +29,7 @@ def run(rank: int, world: int, store: str) -> None:
                 state(group, first, end, backend)
                 common_prefix(group, first, end, backend)
         sharded_head(world)
+        gathered_head(rank, world)
         refusals(group, rank, first, end)
     finally:
         dist.destroy_process_group()
@@ -137,6 +139,23 @@ def sharded_head(world) -> None:
         cf.linear_token_stats(**shards, process_group=dist.group.WORLD)
     with pytest.raises(ValueError, match=r"sharded over its rows, \[Shard\(0\)\]"):
         cf.linear_token_stats(**{**shards, "student_weight": shards["student_weight"].redistribute(mesh, [Shard(1)])})
+
+
+def gathered_head(rank, world) -> None:
+    """FSDP: each rank has rows of its own and a part of the head, whose gradient is the mean over all rows."""
+    inputs, _ = model()
+    weight = inputs.pop("student_weight")
+    sharded = distribute_tensor(weight, init_device_mesh("cpu", (world,)), [Shard(0)]).requires_grad_()
+    whole = weight.clone().requires_grad_()
+    inputs["teacher_bias"] = inputs["student_bias"] = None
+
+    def loss(head, row):
+        rows = {name: value[row : row + 1] if name in ROWS else value for name, value in inputs.items()}
+        return cf.linear_token_stats(student_weight=head, **rows).reverse_kl.sum()
+
+    loss(sharded.full_tensor(grad_placements=[Partial("avg")]), rank % 2).backward()
+    (sum(loss(whole, r % 2) for r in range(world)) / world).backward()
+    torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad, **CLOSE)
 
 
 def refusals(group, rank, first, end) -> None:

@@ -93,9 +93,9 @@ def test_readme_section_is_replaced_whole_and_found_stale():
 
 def test_page_command(tmp_path):
     run_of(result()).write(tmp_path / "run.json")
-    (tmp_path / "rates.png").write_bytes(b"")
     (tmp_path / "readme.md").write_text(f"{page.BEGIN}\n{page.END}\n")
-    assert page.main([f"{tmp_path}/run.json", "--page", f"{tmp_path}/p.md", "--readme", f"{tmp_path}/readme.md"]) == 0
+    places = ("--page", f"{tmp_path}/p.md", "--readme", f"{tmp_path}/readme.md", "--plots", f"{tmp_path}")
+    assert page.main([f"{tmp_path}/run.json", *places]) == 0
     made = (tmp_path / "p.md").read_text()
     assert "![rates.png](rates.png)" in made and "absent: compile (no compiler)" in made and "cmdp-fast bench" in made
     assert not page.stale((tmp_path / "readme.md").read_text(), [results.read(tmp_path / "run.json")])
@@ -105,11 +105,9 @@ def test_page_command(tmp_path):
 
 def test_the_pages_that_are_committed_say_what_their_json_says():
     """How to make them anew stands in the docstring of cmdp_fast/bench/page.py."""
-    if not (RESULTS / "cpu.json").exists():
-        pytest.skip("no run is committed")
-    others = sorted(path for path in RESULTS.glob("cpu-*.json"))
-    runs = [results.read(path) for path in (RESULTS / "cpu.json", *others)]
-    drawn = sorted(path.name for path in RESULTS.glob("*.png"))
+    runs = [results.read(path) for path in sorted(RESULTS.glob("cpu-*.json"))]
+    assert runs
+    drawn = page.drawn_in(RESULTS)
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == page.page(runs, drawn)
     assert not page.stale((ROOT / "README.md").read_text(encoding="utf-8"), runs)
 
@@ -118,7 +116,8 @@ def test_plots(tmp_path):
     scaling = Sweep("token_stats", "both", "rows", SHAPES["tiny"], "float32", "cpu", [1, 2], {"ours": [[1.0], [2.0]]})
     scaling.memory = {"ours": [Memory(0, 0, 1), Memory(2**22, 0, 1)]}
     flops = result(work=Work(flops=10**9), dtype="bfloat16")
-    drawn = plots.draw(run_of(result(), flops, result(work=Work(), bounds={}), sweeps=[scaling]), tmp_path / "new")
+    others = run_of(flops, result(work=Work(), bounds={}), sweeps=[scaling])
+    drawn = plots.draw([run_of(result()), others], tmp_path / "new")
     names = ["rates.png", "ratios.png", "sweep-token_stats-both-rows-float32.png"]
     assert [path.name for path in drawn] == [*names, "memory-token_stats-both-rows-float32.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

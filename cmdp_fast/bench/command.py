@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     if old is not None:
         screen.table(f"changes since {options.compare}", compare.changes(old, run))
     if options.plots:
-        screen.lines([f"wrote {path}" for path in plots.draw(run, options.plots)])
+        screen.lines([f"wrote {path}" for path in plots.draw([run], options.plots)])
 
 
 def plan_of(options: argparse.Namespace) -> Plan:

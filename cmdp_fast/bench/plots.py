@@ -1,11 +1,11 @@
-"""PNG plots of a run: rates against the roofline, ratios to the peers, memory against rows, scaling."""
+"""PNG plots of runs: rates against the roofline, ratios to the peers, memory against rows, scaling."""
 
 from __future__ import annotations
 
 import functools
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,21 @@ from cmdp_fast.bench.results import CaseResult, Run, Sweep
 from cmdp_fast.bench.show import MIB
 
 NOTHING = 0.01  # MiB
+PREFIXES = ("rates.", "ratios.", "sweep-", "memory-")  # of the files' names
 
 
-def draw(run: Run, folder: Path) -> list[Path]:
-    """Every plot that the run has figures for; a file appears whole or not at all."""
+def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Every plot that the runs have figures for; a file appears whole or not at all."""
+    cases = [case for run in runs for case in run.cases]
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    moved = [case for case in run.cases if case.work.bytes or case.work.flops]
+    moved = [case for case in cases if case.work.bytes or case.work.flops]
     if moved:
         drawn.append(_save(folder / "rates.png", lambda figure: _rates(figure, moved), len(moved)))
-    compared = [case for case in run.cases if len(case.variants) > 1]
+    compared = [case for case in cases if len(case.variants) > 1]
     if compared:
         drawn.append(_save(folder / "ratios.png", lambda figure: _ratios(figure, compared), len(compared)))
-    for sweep in run.sweeps:
+    for sweep in (sweep for run in runs for sweep in run.sweeps):
         name = f"{sweep.op}-{sweep.mode}-{sweep.axis}-{sweep.dtype}.png".replace(" ", "-")
         if len(sweep.points) > 1:
             drawn.append(_save(folder / f"sweep-{name}", functools.partial(_sweep, sweep=sweep), 12))

@@ -56,7 +56,7 @@ def budget_trace(
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices, offsets or settings that do not fit; a negative or NaN budget.
-        The values of tensors (``cu_seqlens``, ``budget``) are checked on the CPU only: looking would stall a GPU.
+            The values of tensors (``cu_seqlens``, ``budget``) are checked on the CPU only: looking would stall a GPU.
 
     Source: Sauté RL (Sootla et al. 2022) without its state; the excess is this project's discrepancy term.
     """
@@ -92,22 +92,24 @@ def modified_reward(
 
     With v_t = ``violated``, e_t = 1 at the crossing token (the first violation), Phi_t = ``excess``, n = ``penalty``:
 
-    ============== ==================================================== ================================================
-    ``cmdp``       (1-v_t) r_t - e_t n - beta Phi_t                     the method; the penalty is paid once
-    ``hinge``      r_t - beta Phi_t                                     exact penalty, reward kept
-    ``saute``      (1-v_t) r_t - v_t n                                  Sauté RL without its state
-    ``lagrangian`` r_t - lambda c_t                                     soft relaxation, lambda fixed
-    ``pid``        r_t - lambda c_t                                     lambda from `objective.PIDController`
-    ``barrier``    r_t + kappa [log(1-C_t/d) - log(1-C_{t-1}/d)]        while C_t < d; from then on -slope c_t
-    ``worst_case`` as ``saute``                                         for cost ``nll`` and the prefix mean
-    ============== ==================================================== ================================================
+    | kind           | modified reward                               | note                                      |
+    | -------------- | --------------------------------------------- | ----------------------------------------- |
+    | ``cmdp``       | (1-v_t) r_t - e_t n - beta Phi_t              | the method; the penalty is paid once      |
+    | ``hinge``      | r_t - beta Phi_t                              | exact penalty, reward kept                |
+    | ``saute``      | (1-v_t) r_t - v_t n                           | Sauté RL without its state                |
+    | ``lagrangian`` | r_t - lambda c_t                              | soft relaxation, lambda fixed             |
+    | ``pid``        | r_t - lambda c_t                              | lambda from `cmdp_fast.pid.PIDController` |
+    | ``barrier``    | r_t + kappa [log(1-C_t/d) - log(1-C_{t-1}/d)] | while C_t < d; from then on -slope c_t    |
+    | ``worst_case`` | as ``saute``                                  | for cost ``nll`` and the prefix mean      |
 
     Args:
         task_reward: r_t, shaped like ``cost``, usually 0 except at the last token.
         cost, trace: as given to and returned by `budget_trace`.
-        penalty: n >= 0. penalty_at: ``crossing`` pays it once, ``every`` at each violating token. Default: crossing
-            for ``cmdp``, every for ``saute`` and ``worst_case``. Paid at every violating token, the penalty makes a
-            student that starts over budget stop early to pay less.
+        kind: one of the names above.
+        penalty: n >= 0.
+        penalty_at: ``crossing`` pays it once, ``every`` at each violating token. Default: crossing for ``cmdp``, every
+            for ``saute`` and ``worst_case``. Paid at every violating token, the penalty makes a student that starts
+            over budget stop early to pay less.
         discrepancy_weight: beta >= 0, for ``cmdp`` and ``hinge``.
         coefficient: lambda (``lagrangian``, ``pid``) or kappa (``barrier``), >= 0; needed there, refused elsewhere.
         barrier_slope: the price of a unit of cost once the barrier is crossed.

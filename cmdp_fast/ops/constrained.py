@@ -47,8 +47,9 @@ def constrained_reward(
     Args:
         student_logits, teacher_logits: ``[B, T, V]``, or ``[N, V]`` packed with ``cu_seqlens``.
         tokens, task_reward, mask: ``[B, T]`` or ``[N]``.
-        budget: d >= 0, a number or ``[B]``. cost: ``reverse_kl`` (default), ``forward_kl``, ``jsd`` (with ``beta``;
-            this one takes further passes over the logits), ``k1``, ``k3``, ``nll``.
+        budget: d >= 0 in the units of the cost, a number or ``[B]``.
+        cost: ``reverse_kl`` (default), ``forward_kl``, ``jsd`` (with ``beta``; this one takes further passes over the
+            logits), ``k1``, ``k3``, ``nll``; in nats.
         kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope: as `modified_reward`. For
             ``worst_case`` the cost is ``nll`` and the reduction ``mean`` unless they are given, and nothing else is
             accepted.

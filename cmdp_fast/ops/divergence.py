@@ -26,16 +26,17 @@ def divergence(
 ) -> Tensor:
     """A divergence between the next-token distributions of student p and teacher w, in nats.
 
-    ==================== ==============================================================================
-    ``reverse_kl``       KL(p‖w)
-    ``forward_kl``       KL(w‖p)
-    ``jsd``              beta KL(w‖M) + (1-beta) KL(p‖M), M = (1-beta) p + beta w; beta = 0 means forward
-                         KL, beta = 1 reverse KL (the convention of GKD and TRL)
-    ``skew_forward_kl``  KL(w ‖ beta w + (1-beta) p), beta is the skew alpha of DistiLLM
-    ``skew_reverse_kl``  KL(p ‖ beta p + (1-beta) w)
-    ==================== ==============================================================================
+    | kind                | value                                                    |
+    | ------------------- | -------------------------------------------------------- |
+    | ``reverse_kl``      | KL(p‖w)                                                  |
+    | ``forward_kl``      | KL(w‖p)                                                  |
+    | ``jsd``             | beta KL(w‖M) + (1-beta) KL(p‖M), M = (1-beta) p + beta w |
+    | ``skew_forward_kl`` | KL(w ‖ beta w + (1-beta) p)                              |
+    | ``skew_reverse_kl`` | KL(p ‖ beta p + (1-beta) w)                              |
 
-    A mixture needs both normalisers before its logarithm, hence two passes over the logits.
+    Of ``jsd`` beta = 0 means the forward KL and beta = 1 the reverse KL, the convention of GKD and TRL; of the skewed
+    ones beta is the alpha of DistiLLM. A mixture needs both normalisers before its logarithm, hence two passes over the
+    logits.
 
     Args:
         student_logits, teacher_logits, mask, temperature, vocab_size, backend: as `token_stats`.

@@ -77,9 +77,11 @@ def linear_token_stats(
         vocab_size: statistics over the common prefix of this width. Rows of the head beyond it get a gradient of 0.
         process_group: ranks that hold columns [first_column, first_column + V) of the vocabulary each, and the same
             hidden states, tokens and mask (tensor parallelism). For a head that is sharded to save memory while each
-            rank has its own rows (FSDP) pass the whole head, ``weight.full_tensor()``. A few numbers are
-            exchanged and looked at first, so that ranks that do not fit raise instead of waiting for each other; then
-            two all-reduces of 13 numbers a row. Every rank gets the statistics. Not under ``torch.compile``.
+            rank has its own rows (FSDP) pass the whole head,
+            ``weight.full_tensor(grad_placements=[Partial("avg")])``: without the placements its gradient would be that
+            of some ranks' rows alone. A few numbers are exchanged and looked at first, so that ranks that do not fit
+            raise instead of waiting for each other; then two all-reduces of 13 numbers a row. Every rank gets the
+            statistics. Not under ``torch.compile``.
         first_column: where this rank's columns begin.
         reduce_hidden_grad: whether ``student_hidden``'s gradient is summed over the ranks. Each rank's columns give a
             part of it, and autograd expects the whole, hence True. False for hidden states that went through an
@@ -103,7 +105,7 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError: as `token_stats`; widths that do not fit; ranks that hold different tokens, or columns
-        that overlap or leave a gap.
+            that overlap or leave a gap.
 
     Source: the states merge as in csrc/token_state.h; tiles of a head as in Wijmans et al. 2024, arXiv 2411.09009
     (cut cross-entropy), for one model and one statistic.

@@ -55,16 +55,24 @@ def linear_constrained_reward(
     Args:
         student_hidden, teacher_hidden: ``[B, T, H]``, or ``[N, H]`` packed with ``cu_seqlens``.
         tokens, task_reward, mask: ``[B, T]`` or ``[N]``.
+        budget: d >= 0 in the units of the cost, a number or ``[B]``.
         cost: as `constrained_reward`, but for ``jsd``, which takes a second pass over the logits.
-        student_weight, ..., student_bias, ..., student_softcap, ..., student_scale, ..., temperature, vocab_size,
-            process_group, first_column, reduce_hidden_grad, saved, backend: as `linear_token_stats`.
+        student_weight, teacher_weight: ``[V, H]``, the heads.
+        student_bias, teacher_bias: ``[V]``.
+        student_softcap, teacher_softcap, student_scale, teacher_scale, temperature, vocab_size: as
+            `linear_token_stats`.
+        process_group, first_column, reduce_hidden_grad, saved, backend: as `linear_token_stats`.
         Everything else: as `constrained_reward`.
 
     Returns:
         `ConstrainedReward(stats, trace, reward)`. ``stats`` is differentiable as in `linear_token_stats`; trace and
         reward are not.
 
-    Raises, warns: as `constrained_reward` and `linear_token_stats`, before any work is done.
+    Warns:
+        UserWarning: as `constrained_reward`.
+
+    Raises:
+        TypeError, ValueError: as `constrained_reward` and `linear_token_stats`, before any work is done.
 
     Source: after arXiv 2509.22921; the discrepancy term Phi is this project's definition (`modified_reward`).
     """

@@ -100,7 +100,8 @@ def _agree(process_group: dist.ProcessGroup, first_column: int, width: int, toke
     if any(fact[:2] != facts[0][:2] for fact in facts):
         raise ValueError(
             "the ranks of process_group hold different tokens or masks; each must hold the same rows and its own "
-            "columns of the vocabulary (for a head sharded by FSDP pass the whole head, weight.full_tensor())"
+            "columns of the vocabulary (for a head sharded by FSDP pass the whole head, "
+            "weight.full_tensor(grad_placements=[Partial('avg')]))"
         )
     end = 0
     for first, size in sorted((int(fact[2]), int(fact[3])) for fact in facts if fact[3] > 0):

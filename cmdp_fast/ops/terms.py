@@ -29,8 +29,17 @@ def token_cost(stats: TokenStats, kind: str = "reverse_kl") -> Tensor:
     + rho with rho = logprob - teacher_logprob, and ``nll`` = -teacher_logprob depend on the action and are
     detached. (As a detached cost k1 is an unbiased estimate of the reverse KL and k3 is a biased one.)
 
-    Args: stats: `TokenStats`. kind: one of the names above (``jsd`` needs the logits: `divergence`).
-    Returns: a tensor like the statistics, in nats. Raises: ValueError for another kind.
+    Args:
+        stats: `TokenStats` of tensors ``[...]``.
+        kind: one of the names above (``jsd`` needs the logits: `divergence`).
+
+    Returns:
+        ``[...]`` in nats, in the dtype of the statistics.
+
+    Raises:
+        ValueError: another kind.
+
+    Source: the estimators k1 and k3 are those of Schulman 2020, "Approximating KL divergence".
     """
     checks.choice("kind", kind, tuple(c for c in COSTS if c != "jsd"))
     return reference.token_cost(stats, kind)

@@ -48,7 +48,16 @@ class TokenState:
 
     @classmethod
     def empty(cls, rows: int, *, temperature: float = 1.0, device: torch.device | str | None = None) -> TokenState:
-        """The state of no columns: the identity of `merge`. Raises ValueError for rows < 0 or a bad temperature."""
+        """The state of no columns: the identity of `merge`.
+
+        Args:
+            rows: how many tokens.
+            temperature: divides both models' logits.
+            device: where ``fields`` is kept, that of the tiles to come.
+
+        Raises:
+            ValueError: rows < 0 or a temperature that is not positive.
+        """
         if rows < 0:
             raise ValueError(f"rows must be at least 0, got {rows}")
         checks.positive("temperature", temperature)
@@ -71,8 +80,11 @@ class TokenState:
         Args:
             student_tile, teacher_tile: ``[rows, C]`` logits, each of its own dtype. No column may be given twice.
             tokens: ``[rows]`` integers, indices into the whole vocabulary.
+            first_column: where the tile begins in the vocabulary.
             backend: as `token_stats`.
-        Raises: TypeError, ValueError for shapes, dtypes or devices that do not fit.
+
+        Raises:
+            TypeError, ValueError: shapes, dtypes or devices that do not fit.
         """
         rows = self.fields.shape[0]
         checks.tensor("student_tile", student_tile)

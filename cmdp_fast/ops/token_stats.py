@@ -72,9 +72,10 @@ def token_stats(
     the gradient of that row NaN, and of no other row.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: shapes, devices, widths or a temperature that do not fit, or
-        a token outside the vocabulary (on the CPU; the first offender is named. On a GPU, where looking would stall
-        the device, its log-probabilities are NaN, and so is a loss of them: mask what does not count).
+        TypeError: a wrong type or dtype.
+        ValueError: shapes, devices, widths or a temperature that do not fit, or a token outside the vocabulary (on the
+            CPU; the first offender is named. On a GPU, where looking would stall the device, its log-probabilities are
+            NaN, and so is a loss of them: mask what does not count).
 
     Source: the token-level KL of arXiv 2509.22921; the streaming state is this project's (csrc/token_state.h).
     """
@@ -117,10 +118,16 @@ def dropped_teacher_mass(
     """The teacher's probability on columns that ``vocab_size`` leaves out.
 
     Args:
-        teacher_logits: ``[..., V]``, any floating dtype. vocab_size: columns kept, 1 to V.
-        temperature: divides the logits. rows_at_once: bounds the temporary memory.
-    Returns: ``[...]`` float32 (float64 for float64 logits) in [0, 1]; not differentiable.
-    Raises: TypeError, ValueError as `token_stats`.
+        teacher_logits: ``[..., V]`` float32, bfloat16, float16 or float64.
+        vocab_size: columns kept, 1 to V.
+        temperature: divides the logits.
+        rows_at_once: bounds the temporary memory.
+
+    Returns:
+        ``[...]`` float32 (float64 for float64 logits) in [0, 1]; not differentiable.
+
+    Raises:
+        TypeError, ValueError: as `token_stats`.
     """
     checks.logits(teacher_logits, teacher_logits, vocab_size)
     checks.positive("temperature", temperature)

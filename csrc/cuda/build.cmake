@@ -19,6 +19,9 @@ endif()
 set(cuda_note "")  # why the kernels are not built; empty if they are
 if(CMDP_FAST_CUDA STREQUAL "0")
   set(cuda_note "not built: CMDP_FAST_CUDA=0")
+  if(CMDP_FAST_CUDA_NOTE)  # whoever chose 0 may know better
+    set(cuda_note "${CMDP_FAST_CUDA_NOTE}")
+  endif()
 endif()
 if(NOT cuda_note)
   include(CheckLanguage)
@@ -63,6 +66,9 @@ endif()
 
 message(STATUS "CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES}")
 find_package(CUDAToolkit REQUIRED)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMakes before 3.26 do not know that nvcc has it
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+endif()
 # Multiplications and additions fuse only where a kernel says so: left to the compiler, the same formula could round
 # differently in two kernels whose results are promised to be the same.
 add_library(cuda_kernels OBJECT cuda/token_stats.cu cuda/backward.cu)

@@ -1,0 +1,120 @@
+"""The API reference: HTML pages made from the docstrings by pdoc (extra `docs`).
+
+    python -m cmdp_fast.apidoc build/api
+
+The package's own page has what `import cmdp_fast as cf` offers; the others are those of `MODULES`. A module of
+`cmdp_fast.integrations` whose package is not installed is left out, and a line says so; pdoc's warnings are errors.
+Formulas are set in the browser, by MathJax, which the pages load from the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import pkgutil
+import re
+import sys
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+if typing.TYPE_CHECKING:
+    import pdoc
+
+MODULES = (
+    "cmdp_fast",
+    "cmdp_fast.heads",
+    "cmdp_fast.objective",
+    "cmdp_fast.pid",
+    "cmdp_fast.reference",
+    "cmdp_fast.integrations",
+    "cmdp_fast.trainer",
+)
+OPTIONAL = "cmdp_fast.integrations."
+
+
+def build(folder: Path) -> dict[str, str]:
+    """Writes the pages into a folder; returns the modules that are left out, and why."""
+    import pdoc
+    import pdoc.render
+
+    left_out: dict[str, str] = {}
+    # Imported before pdoc does it: what other packages warn of as they are imported is not ours.
+    roots = [root for root in MODULES if importlib.util.find_spec(root) is not None]
+    names = [name for root in roots for name in _importable(root, left_out)]
+    pdoc.render.configure(docformat="google", math=True, show_source=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in left_out:
+            warnings.filterwarnings("ignore", f"Couldn't import {re.escape(name)}:")
+        modules = {name: pdoc.doc.Module.from_name(name) for name in names}
+        for name, module in modules.items():
+            _resolve_constructors(module)
+            text = _without_dead_links(pdoc.render.html_module(module, modules))
+            _write(folder / f"{name.replace('.', '/')}.html", text)
+        _write(folder / "index.html", pdoc.render.html_index(modules))
+        _write(folder / "search.js", pdoc.render.search_index(modules))
+    return left_out
+
+
+def _resolve_constructors(module: pdoc.doc.Module) -> None:
+    """Gives constructors that were written by NamedTuple or dataclass their types, which pdoc looks for in one module.
+
+    Annotations are names; an inherited field's belong to the module of the base class.
+    """
+    for found in module.classes:
+        named_tuple = hasattr(found.obj, "_fields")
+        if named_tuple or dataclasses.is_dataclass(found.obj):
+            made = getattr(found.obj, "__new__" if named_tuple else "__init__")
+            hints = typing.get_type_hints(found.obj, include_extras=True)
+            made.__annotations__ = {name: hints.get(name, old) for name, old in made.__annotations__.items()}
+
+
+def _importable(root: str, left_out: dict[str, str]) -> Iterator[str]:
+    """The names of a module and of all below it that no `__all__` hides; all of them are imported."""
+    try:
+        module = importlib.import_module(root)
+        public = getattr(module, "__all__", None)
+        for name in public or ():
+            # Some are imported at their first use; pdoc finds those that the module has already.
+            setattr(module, name, getattr(module, name))
+    except ImportError as error:
+        if not root.startswith(OPTIONAL):
+            raise
+        left_out[root] = str(error)
+        return
+    yield root
+    for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        if info.name != "__main__" and (public is None or info.name in public):
+            yield from _importable(f"{root}.{info.name}", left_out)
+
+
+def _without_dead_links(html: str) -> str:
+    """A page without links to what it lacks: pdoc makes some to inherited members, which it does not show."""
+    ids = set(re.findall(r'id="([^"]+)"', html))
+    return re.sub(r'<a href="#([\w.]+)">(.*?)</a>', lambda link: link[0] if link[1] in ids else link[2], html)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes what is asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m cmdp_fast.apidoc", description="The API reference as HTML.")
+    parser.add_argument("folder", type=Path, help="where to write the pages")
+    folder = parser.parse_args(arguments).folder
+    if importlib.util.find_spec("pdoc") is None:
+        print("cmdp_fast.apidoc: error: needs pdoc: pip install 'cmdp_fast[train,docs]'", file=sys.stderr)
+        return 2
+    for name, reason in build(folder).items():
+        print(f"left out: {name}: {reason}")
+    print(folder / "index.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""What a run is told beside TRL's own settings: the teacher, the budget, and how being over it is paid for.
+
+Every value is looked at as a configuration is made, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from trl import DistillationConfig, GRPOConfig
+
+from cmdp_fast.ops import checks
+from cmdp_fast.ops.linear_constrained import FROM_STATISTICS
+from cmdp_fast.ops.terms import check_terms
+from cmdp_fast.reference import DIFFERENTIABLE_COSTS
+from cmdp_fast.trainer.constraint import Constraint
+from cmdp_fast.trainer.errors import InputError, first_line
+
+
+@dataclass
+class ConstraintOptions:
+    """What both configurations have."""
+
+    budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "What a completion may spend: nats of cumulative cost. `inf` measures the cost and does nothing "
+            "about it."
+        },
+    )
+    budget_per_token: bool = field(
+        default=False,
+        metadata={"help": "The budget is nats a token of the completion, so that a long one may spend more."},
+    )
+    penalty: float = field(
+        default=1.0,
+        metadata={
+            "help": "Paid for crossing the budget: once for `cmdp`, at each token from there on for `saute` and "
+            "`worst_case`."
+        },
+    )
+    discrepancy_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the excess cost, in the reward and in the direct term of the loss (`cmdp`, `hinge`)."
+        },
+    )
+    teacher_cache_mb: int = field(
+        default=512,
+        metadata={
+            "help": "The teacher's hidden states are kept from scoring to update if those of a generation batch fit "
+            "in this, otherwise they are computed again."
+        },
+    )
+
+    def check_amounts(self) -> None:
+        """Raises InputError for numbers that cannot work."""
+        if self.budget is not None:
+            _checked(checks.number, "budget", self.budget)
+            _require(self.budget >= 0, f"budget must be at least 0 nats, got {self.budget}")
+        _checked(checks.number, "teacher_cache_mb", self.teacher_cache_mb)
+        _require(self.teacher_cache_mb >= 0, f"teacher_cache_mb must be at least 0, got {self.teacher_cache_mb}")
+
+
+@dataclass
+class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
+    """TRL's `GRPOConfig` with a teacher, a budget and a modified reward (docs of `cmdp_fast.modified_reward`).
+
+    `budget` and a teacher (here or as the trainer's argument) are required; everything else has a default. The
+    defaults of GRPO are left as they are, of which three matter here:
+
+    ``scale_rewards="group"`` divides advantages by the standard deviation of their group, and the direct term by the
+    same number. In a group of equal returns that is 1e-4, so the direct term is multiplied by 10,000, and where
+    returns take two values the penalty's size is forgotten. ``"none"`` keeps what `penalty` and `discrepancy_weight`
+    mean, and a finite budget without it warns. ``loss_type``: the objective is a sum over a completion's tokens, so the
+    losses that divide every token by the same number keep to it: `dapo` (the default) and `dr_grpo`; `grpo` weighs a
+    token by the length of its completion.
+    ``beta`` is TRL's penalty towards the student's own beginning, and has nothing to do with the teacher.
+
+    Raises InputError, in one line, for values that cannot work; what TRL itself refuses is a ValueError.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    teacher_model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of the teacher. The trainer's argument of that name takes a model, too."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments of `from_pretrained` for a teacher given by its name, such as `dtype`. Without "
+            "one the teacher keeps the dtype in which it is stored."
+        },
+    )
+    cost: Literal["reverse_kl", "forward_kl", "k1", "k3", "nll"] = field(
+        default="reverse_kl",
+        metadata={
+            "help": "Cost of a token. The first two are exact divergences of the whole distribution with a direct "
+            "gradient; the others are estimates from the sampled token."
+        },
+    )
+    kind: Literal["cmdp", "hinge", "saute", "lagrangian", "barrier", "worst_case"] = field(
+        default="cmdp", metadata={"help": "Which modified reward: how being over the budget is paid for."}
+    )
+    coefficient: float | None = field(
+        default=None,
+        metadata={"help": "The multiplier of `lagrangian`, or the weight of `barrier`; no other kind has one."},
+    )
+    baseline: Literal["grpo", "position_rloo"] = field(
+        default="grpo",
+        metadata={
+            "help": "What a token is compared with: `grpo`, its completion's return with the group's mean, one number "
+            "a completion; `position_rloo`, what is still to come with that of the group's other completions at the "
+            "same position, a number a token, unscaled."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.check_amounts()
+        _require(self.budget is not None, "budget is missing: nats that a completion may spend (inf: no limit)")
+        _require(
+            self.kind != "pid",
+            "kind='pid' has a controller, which TRL's checkpoints would not hold; cmdp-fast train has it",
+        )
+        worst_case = self.kind == "worst_case"
+        amounts = (self.penalty, None, self.discrepancy_weight, self.coefficient, 10.0)
+        rule = ("mean" if worst_case else "sum", "strict")
+        _checked(check_terms, self.cost, self.kind, *amounts, 1.0, *rule, costs=FROM_STATISTICS)
+        _require(
+            not (worst_case and self.budget_per_token),
+            "kind='worst_case' bounds a mean over tokens: leave budget_per_token out",
+        )
+        _require(
+            self.baseline in ("grpo", "position_rloo"),
+            f"baseline must be 'grpo' or 'position_rloo', got {self.baseline!r}",
+        )
+        _require(
+            self.baseline == "grpo" or self.scale_rewards in ("none", False),
+            f"baseline='position_rloo' is not scaled: it needs scale_rewards='none', got {self.scale_rewards!r}",
+        )
+        _require(
+            self.multi_objective_aggregation == "sum_then_normalize",
+            "a budget is weighed against one reward: multi_objective_aggregation must be 'sum_then_normalize', got "
+            f"{self.multi_objective_aggregation!r}",
+        )
+        super().__post_init__()
+        if self.has_direct_term and self.scale_rewards == "group" and self.budget < math.inf:
+            warnings.warn(
+                "scale_rewards='group' divides the direct term by a group's standard deviation, by 1e-4 where returns "
+                "are equal; scale_rewards='none' keeps what penalty and discrepancy_weight mean",
+                stacklevel=3,
+            )
+
+    @property
+    def constraint(self) -> Constraint:
+        """The arguments of `cf.linear_constrained_reward`."""
+        assert self.budget is not None
+        return Constraint(
+            cost=self.cost,
+            budget=self.budget,
+            per_token=self.budget_per_token,
+            reduction="mean" if self.kind == "worst_case" else "sum",
+            kind=self.kind,
+            penalty=self.penalty,
+            discrepancy_weight=self.discrepancy_weight,
+            coefficient=self.coefficient,
+            beta=0.5,
+        )
+
+    @property
+    def has_direct_term(self) -> bool:
+        """Whether the gradient flows through the cost, and not through the sampled tokens alone."""
+        weight = self.discrepancy_weight if self.kind in ("cmdp", "hinge") else self.coefficient
+        return self.cost in DIFFERENTIABLE_COSTS and bool(weight)
+
+
+@dataclass
+class CMDPDistillationConfig(ConstraintOptions, DistillationConfig):
+    """TRL's `DistillationConfig` with, if wanted, a budget and rewards.
+
+    With neither, the loss is TRL's. `beta` says which divergence is the loss and, with a budget, the cost: 0 is forward
+    KL, 1 reverse KL, between them a Jensen-Shannon divergence.
+
+    Raises InputError, in one line, for values that cannot work; what TRL itself refuses is a ValueError.
+    """
+
+    kind: Literal["cmdp", "hinge"] = field(
+        default="cmdp",
+        metadata={
+            "help": "How being over the budget is paid for: `cmdp` loses the task's reward from there on and pays the "
+            "penalty, `hinge` keeps the reward. Both pay for the excess."
+        },
+    )
+    num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "Completions a prompt, which are compared with one another: at least 2 with rewards or a budget."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.check_amounts()
+        _require(self.kind in ("cmdp", "hinge"), f"kind must be 'cmdp' or 'hinge', got {self.kind!r}")
+        amounts = (self.penalty, None, self.discrepancy_weight, None, 10.0)
+        _checked(check_terms, "reverse_kl", self.kind, *amounts, 1.0, "sum", "strict")
+        _checked(checks.number, "num_generations", self.num_generations)
+        _require(self.num_generations >= 1, f"num_generations must be at least 1, got {self.num_generations}")
+        _require(
+            self.budget is None or self.num_generations >= 2,
+            f"a budget needs completions to compare: num_generations must be at least 2, got {self.num_generations}",
+        )
+        super().__post_init__()
+        size = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        _require(
+            size % self.num_generations == 0,
+            f"num_generations={self.num_generations} must divide the {size} completions of an optimizer step",
+        )
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _checked(check: Any, *arguments: Any, **options: Any) -> None:
+    """Runs one of the operations' own checks; its complaint is of what the user gave."""
+    try:
+        check(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(first_line(error)) from error

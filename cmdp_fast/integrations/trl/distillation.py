@@ -1,0 +1,244 @@
+"""On-policy distillation with a reward and under a budget: TRL's `DistillationTrainer` on this package's operations."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from trl import DistillationTrainer
+from trl.trainer.utils import RepeatSampler
+
+import cmdp_fast as cf
+from cmdp_fast import objective
+from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.trainer.experience import gathered_rows
+from cmdp_fast.trainer.rewards import as_completion
+from cmdp_fast.trainer.scoring import Outputs, Pair
+
+from .advantage import task_rewards
+from .config import CMDPDistillationConfig
+from .metrics import constraint_metrics
+from .scoring import Batch, Scoring, at_last_token, trained_tokens
+from .teacher import check_pair, load_teacher, prepare_teacher, suppress_unshared_columns
+
+
+class CMDPDistillationTrainer(DistillationTrainer):
+    """`DistillationTrainer` that logs exact divergences and takes rewards and a budget; other arguments are TRL's.
+
+    The loss is a mean over tokens of k c - A log pi. c is the divergence that `args.beta` names, with its gradient.
+    With neither rewards nor a budget, k = `args.discrepancy_weight` = 1 and A = 0: TRL's loss, of vocabularies that
+    may differ in width. With rewards, A is the task reward less the mean of the other completions of its prompt
+    (`objective.rloo`). With a budget, the account of c decides: completions within it are left to the reward, those
+    over it are distilled (k is `objective.direct_coefficient`), and A comes from the modified reward.
+
+    Completions are sampled from the student as it is, so there is no ratio and nothing to clip. Text alone: no images.
+
+    Args:
+        teacher_model: hub id, folder or model; instead of `args.teacher_model_name_or_path`.
+        reward_funcs: functions, one or several, as GRPO's: they are given prompts, completions, completion_ids, the
+            dataset's other columns and trainer_state, and return a number or None a completion. Several are added up.
+
+    Metrics: `metrics.constraint_metrics`, and with rewards ``reward``, ``reward_std`` and ``rewards/NAME/mean``.
+
+    Raises InputError, before any training, for settings and models that do not fit.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "distillation", "cmdp"]
+
+    def __init__(
+        self,
+        model: Any,
+        teacher_model: Any = None,
+        args: CMDPDistillationConfig | None = None,
+        *others: Any,
+        reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+        **named: Any,
+    ) -> None:
+        if not isinstance(args, CMDPDistillationConfig):
+            raise InputError(f"args must be a CMDPDistillationConfig, got {type(args).__name__}")
+        self.reward_functions = _named_functions(reward_funcs)
+        if self.reward_functions and args.num_generations < 2:
+            raise InputError(
+                f"rewards need completions to compare: num_generations must be at least 2, got {args.num_generations}"
+            )
+        teacher = load_teacher(args.teacher_model_name_or_path if teacher_model is None else teacher_model, args)
+        super().__init__(model, None, args, *others, **named)  # None: TRL takes no teacher of another width
+        if self._is_vlm:
+            raise InputError("the processing class is one of images and text; expected a tokenizer, for text alone")
+        if args.num_generations > 1 and not hasattr(self.train_dataset, "__len__"):
+            raise InputError("num_generations > 1 repeats prompts by their number: expected a dataset with a length")
+        width = check_pair(self.model, teacher, self._tokenizer)
+        suppress_unshared_columns(self, width)
+        self.teacher_model = prepare_teacher(teacher, self)
+        self.scoring = Scoring(self, self.teacher_model, width)
+        self._seen: tuple[Any, ...] | None = None
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        """TRL's, with each prompt `num_generations` times in a row."""
+        args = self.args
+        size = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        return RepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=args.num_generations,
+            batch_size=size // args.num_generations,
+            repeat_count=args.gradient_accumulation_steps,
+            shuffle=self.shuffle_dataset,
+            seed=args.seed,
+        )
+
+    # ------------------------------------------------------------------------------------- score
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's batch; with rewards or a budget also ``advantages`` ``[B, T]``, with a budget ``direct`` ``[B, T]``,
+        the weights of the divergence, ``modified_reward`` ``[B, T]`` and the teacher's hidden states."""
+        batch = super()._generate_and_score_completions(inputs)
+        self.scoring.check_tokens(batch)
+        args, training = self.args, self.model.training
+        if not self.reward_functions and args.budget is None:
+            return batch
+        mask = trained_tokens(batch)
+        group_size = args.num_generations if training else 1
+        mine = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
+        task = self._task_rewards(inputs, batch, group_size)[mine]
+        reward = at_last_token(task, mask)
+        if args.budget is not None:
+            account = self.scoring.account(
+                self.model,
+                batch,
+                lambda models, outputs, tokens, rows: self._settle(models, outputs, tokens, mask[rows], reward[rows]),
+                rows_at_once=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+                keep=True,
+            )
+            reward = batch["modified_reward"] = account.reward
+            batch["direct"] = objective.direct_coefficient(
+                account.trace, args.kind, discrepancy_weight=args.discrepancy_weight, mask=mask
+            )
+            if account.teacher_hidden is not None:
+                batch["teacher_hidden"] = account.teacher_hidden
+        returns = gathered_rows(reward.sum(1), self.accelerator)
+        advantage = objective.rloo(returns, group_size) if group_size > 1 else torch.zeros_like(returns)
+        batch["advantages"] = torch.where(mask, advantage[mine, None], 0.0)
+        return batch
+
+    def _settle(
+        self, models: Pair, outputs: Outputs, tokens: Tensor, mask: Tensor, task_reward: Tensor
+    ) -> cf.ConstrainedReward:
+        """What completions cost by the divergence that is the loss, and the modified reward."""
+        stats, cost = self._statistics(models, outputs, tokens, mask)
+        trace = cf.budget_trace(cost, self.args.budget, mask=mask, per_token=self.args.budget_per_token)
+        reward = cf.modified_reward(
+            task_reward.to(cost.dtype),
+            cost,
+            trace,
+            kind=self.args.kind,
+            penalty=self.args.penalty,
+            discrepancy_weight=self.args.discrepancy_weight,
+            mask=mask,
+        )
+        return cf.ConstrainedReward(stats, trace, reward)
+
+    def _task_rewards(self, inputs: Sequence[dict[str, Any]], batch: Batch, group_size: int) -> Tensor:
+        """The task reward [N] of the completions of all processes; 0 without reward functions."""
+        ids = [
+            tokens[kept].tolist()
+            for tokens, kept in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+        ]
+        rewards = torch.zeros(len(ids), 1, device=self.accelerator.device)
+        if self.reward_functions:
+            texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+            prompts = [row["prompt"] for row in inputs]
+            given = {
+                "prompts": prompts,
+                "completions": [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+                "completion_ids": ids,
+                "trainer_state": self.state,
+            }
+            columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", *given)}
+            named = {name: function(**given, **columns) for name, function in self.reward_functions.items()}
+            for name, values in named.items():
+                if len(values) != len(ids):
+                    raise InputError(
+                        f"reward function {name} returned {len(values)} rewards for {len(ids)} completions"
+                    )
+            numbers = [[math.nan if value is None else float(value) for value in row] for row in named.values()]
+            rewards = torch.tensor(numbers, device=self.accelerator.device).T
+        rewards = gathered_rows(rewards, self.accelerator)
+        task = task_rewards(rewards, torch.ones(rewards.shape[1]), group_size)
+        if self.reward_functions:
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name, column in zip(self.reward_functions, rewards.T, strict=True):
+                metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
+            metrics["reward"].append(task.mean().item())
+            metrics["reward_std"].append(task.std().item())
+        return task
+
+    # ------------------------------------------------------------------------------------- update
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's; what the loss has seen is logged once all processes are out of it."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert self._seen is not None
+        stats, cost, mask = self._seen
+        self._seen, budget = None, self.args.budget
+        trace = None
+        if budget is not None:
+            trace = cf.budget_trace(cost, budget, mask=mask, per_token=self.args.budget_per_token)
+        found = constraint_metrics(
+            self.accelerator, stats, cost, mask, trace=trace, budget=budget, reward=inputs.get("modified_reward")
+        )
+        for name, value in found.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        return result
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        """(loss, sum of the entropies, number of tokens) of a micro-batch."""
+        mask, tokens = trained_tokens(inputs), inputs["completion_ids"]
+        models = (unwrapped_student, self.scoring.teacher)
+        outputs = (self.scoring.outputs(unwrapped_student, inputs), self.scoring.teacher_outputs(inputs))
+        stats, cost = self._statistics(models, outputs, tokens, mask, likelihood="advantages" in inputs)
+        count = mask.sum()
+        loss, _ = objective.ppo_loss(
+            stats.logprob,
+            stats.logprob,  # the student has not changed since it sampled: the ratio is 1
+            inputs.get("advantages", torch.zeros_like(stats.logprob)),
+            mask=mask,
+            cost=cost,
+            direct=inputs.get("direct", torch.full_like(cost, self.args.discrepancy_weight)),
+            normalizer=count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch,
+        )
+        self._seen = (cf.TokenStats(*(column.detach() for column in stats)), cost.detach(), mask)
+        return loss, stats.entropy.sum().detach(), count
+
+    def _statistics(
+        self, models: Pair, outputs: Outputs, tokens: Tensor, mask: Tensor, *, likelihood: bool = True
+    ) -> tuple[cf.TokenStats, Tensor]:
+        """The statistics of tokens and the divergence that is the loss; ``likelihood``: whether a gradient is to flow
+        through the statistics where the divergence is none of them."""
+        plain = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(self.beta))
+        with nullcontext() if plain or likelihood else torch.no_grad():
+            stats = self.scoring.token_stats(models, outputs, tokens, mask)
+        if plain:
+            return stats, cf.token_cost(stats, plain)
+        return stats, self.scoring.divergence(models, outputs, mask, self.beta)
+
+
+def _named_functions(given: Any) -> dict[str, Callable[..., Any]]:
+    """Reward functions by name. Raises InputError for what cannot be called for a list of numbers."""
+    functions = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    named: dict[str, Callable[..., Any]] = {}
+    for function in functions:
+        if not callable(function) or isinstance(function, torch.nn.Module) or inspect.iscoroutinefunction(function):
+            raise InputError(
+                f"reward_funcs must be plain functions here, got {function!r}; CMDPGRPOTrainer takes reward models and "
+                "coroutines, too"
+            )
+        named[getattr(function, "__name__", type(function).__name__)] = function
+    if len(named) != len(functions):
+        raise InputError(f"reward_funcs must have different names, got {len(functions)} of {', '.join(named)}")
+    return named

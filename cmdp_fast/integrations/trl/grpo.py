@@ -1,0 +1,204 @@
+"""GRPO under a budget: TRL's `GRPOTrainer` with advantages from the modified reward and the direct term in its loss."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+import cmdp_fast as cf
+from cmdp_fast import objective
+from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.trainer.scoring import Outputs, Pair
+
+from .advantage import task_rewards, token_advantages
+from .config import CMDPGRPOConfig
+from .metrics import constraint_metrics
+from .scoring import Batch, Scoring, at_last_token, trained_tokens
+from .teacher import check_pair, load_teacher, prepare_teacher, suppress_unshared_columns
+
+
+class CMDPGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` with a teacher that the student must stay close to; all its other arguments are TRL's.
+
+    A rollout is scored as TRL does it; then student and teacher read it, and `cf.linear_constrained_reward` gives
+    costs, the budget's account and the modified reward. Advantages ``[B, T]`` are those of `cmdp_fast.objective`. Where
+    the cost has a gradient the loss gets the direct term, each token divided by what TRL divides its own terms by, and
+    the student's log-probabilities, entropies and costs come from one forward pass, `cf.linear_token_stats`, and one
+    backward pass. Without a direct term the loss is TRL's, untouched.
+
+    With an infinite budget and no direct term it is GRPO. A completion that TRL masks because it was truncated has no
+    cost, and keeps its reward in the group's baseline. Text alone: no images.
+
+    Args:
+        teacher_model: hub id, folder or model; instead of `args.teacher_model`. It never gets a gradient.
+
+    Metrics: `metrics.constraint_metrics`, at each generation, and ``loss/direct``, the direct term of the loss.
+
+    Raises InputError, before any training, for settings and models that do not fit.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "cmdp"]
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: CMDPGRPOConfig | None = None,
+        *others: Any,
+        teacher_model: Any = None,
+        **named: Any,
+    ) -> None:
+        if not isinstance(args, CMDPGRPOConfig):
+            raise InputError(f"args must be a CMDPGRPOConfig, got {type(args).__name__}")
+        if teacher_model is not None and args.teacher_model is not None:
+            raise InputError("teacher_model was given twice, as an argument and in args; expected one of them")
+        teacher = load_teacher(args.teacher_model if teacher_model is None else teacher_model, args)
+        super().__init__(model, reward_funcs, args, *others, **named)
+        if self._is_vlm:
+            raise InputError("the processing class is one of images and text; expected a tokenizer, for text alone")
+        if args.has_direct_term and self.aux_loss_enabled:
+            raise InputError(
+                "the direct term is computed from hidden states, without a mixture of experts' auxiliary loss: set "
+                "router_aux_loss_coef=0"
+            )
+        width = check_pair(self.model, teacher, self._tokenizer)
+        suppress_unshared_columns(self, width)
+        self.teacher_model = prepare_teacher(teacher, self)
+        self.constraint = args.constraint
+        self.scoring = Scoring(self, self.teacher_model, width)
+
+    # ------------------------------------------------------------------------------------- score
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """TRL's; the rewards of all processes by function are needed again in a moment."""
+        self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's batch with the advantages ``[B, T]`` of the modified reward. Where there is a direct term also
+        ``direct`` ``[B, T]``, its weights divided by what the advantages are divided by, and the teacher's hidden
+        states if they fit in the cache."""
+        batch = super()._generate_and_score_completions(inputs)
+        self.scoring.check_tokens(batch)
+        training, args, constraint = self.model.training, self.args, self.constraint
+        group_size = self.num_generations if training else self.num_generations_eval
+        size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        mask = trained_tokens(batch)
+        mine = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
+        task = task_rewards(self._rewards, self.reward_weights, group_size)[mine]
+        task_reward = at_last_token(task, mask)
+
+        def settle(models: Pair, outputs: Outputs, tokens: Tensor, rows: slice) -> cf.ConstrainedReward:
+            return self.scoring.constrained_reward(
+                models, outputs, tokens, task_reward[rows], mask=mask[rows], **constraint.options
+            )
+
+        account = self.scoring.account(self.model, batch, settle, rows_at_once=size, keep=args.has_direct_term)
+        returns = torch.where(mask.any(1), account.reward.sum(1), task)
+        batch["advantages"], scale = token_advantages(
+            account.reward,
+            task_reward,
+            returns,
+            account.trace,
+            mask,
+            constraint,
+            baseline=args.baseline,
+            scale_rewards=args.scale_rewards,
+            group_size=group_size,
+            accelerator=self.accelerator,
+        )
+        if args.has_direct_term:
+            batch["direct"] = self._direct_weights(account.trace, mask) / scale
+            if account.teacher_hidden is not None:
+                batch["teacher_hidden"] = account.teacher_hidden
+            if "old_per_token_logps" in batch:  # of the same columns and from the same operation as in the update
+                batch["old_per_token_logps"] = account.stats.logprob
+        found = constraint_metrics(
+            self.accelerator,
+            account.stats,
+            cf.token_cost(account.stats, constraint.cost),
+            mask,
+            trace=account.trace,
+            budget=constraint.budget,
+            reward=account.reward,
+        )
+        for name, value in found.items():
+            self._metrics["train" if training else "eval"][name].append(value)
+        self._show_advantages(batch["advantages"], mask)
+        return batch
+
+    def _direct_weights(self, trace: cf.BudgetTrace, mask: Tensor) -> Tensor:
+        return objective.direct_coefficient(
+            trace,
+            self.constraint.kind,
+            discrepancy_weight=self.constraint.discrepancy_weight,
+            coefficient=self.constraint.coefficient,
+            reduction=self.constraint.reduction,
+            mask=mask,
+        )
+
+    def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """Puts the means over tokens where TRL keeps a completion's advantage for its table of completions."""
+        means = self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist()
+        shown = self._logs["advantages"]
+        for _ in range(min(len(means), len(shown))):
+            shown.pop()
+        shown.extend(means)
+
+    # ------------------------------------------------------------------------------------- update
+
+    def _compute_loss(self, model, inputs):
+        """TRL's loss and the direct term, sum k c, each token of both divided by the same."""
+        if "direct" not in inputs:
+            return super()._compute_loss(model, inputs)
+        policy = _Policy(self.scoring, model, inputs)
+        loss = super()._compute_loss(policy, inputs)
+        assert policy.stats is not None
+        cost = cf.token_cost(policy.stats, self.constraint.cost)
+        weight = inputs["direct"] * self._token_weights(inputs)
+        direct = torch.where(weight != 0, weight * cost, 0.0).sum()  # 0 * inf: no part of the objective
+        accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
+        shown = self.accelerator.gather(direct.detach() * accumulated).mean().item()
+        self._metrics["train" if self.model.training else "eval"]["loss/direct"].append(shown)
+        return loss + direct
+
+    def _token_weights(self, inputs: Batch) -> Tensor:
+        """What TRL's loss multiplies a token's term with, [B, 1] or a scalar, before it sums the tokens."""
+        mask = trained_tokens(inputs)
+        accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
+        if self.loss_type in ("grpo", "sapo"):
+            divisor = mask.sum(1, keepdim=True).clamp(min=1) * len(mask)
+        elif self.loss_type == "bnpo":
+            divisor = mask.sum().clamp(min=1)
+        elif self.loss_type == "dr_grpo":
+            divisor = torch.tensor(len(mask) * self.max_completion_length, device=mask.device)
+        elif self.loss_type == "luspo":
+            divisor = torch.tensor(len(mask), device=mask.device)
+        elif self.loss_type in ("cispo", "dapo", "vespo"):
+            divisor = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            if self.model.training:
+                divisor = divisor / self.args.steps_per_generation
+        else:
+            raise InputError(f"loss_type={self.loss_type!r} is not known here, so the direct term has no divisor")
+        return 1.0 / (divisor * accumulated)
+
+
+class _Policy:
+    """The student as TRL's `_get_per_token_logps_and_entropies` calls it, answered from `cf.linear_token_stats`.
+
+    So TRL's loss is computed from the statistics that the direct term is made of: one forward and one backward pass.
+    """
+
+    def __init__(self, scoring: Scoring, model: Any, batch: Batch) -> None:
+        self.scoring, self.model, self.batch = scoring, model, batch
+        self.stats: cf.TokenStats | None = None
+
+    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, fused_lm_head: bool) -> Any:
+        tokens, mask = self.batch["completion_ids"], self.batch["completion_mask"].bool()
+        outputs = (self.scoring.outputs(self.model, self.batch), self.scoring.teacher_outputs(self.batch))
+        self.stats = self.scoring.token_stats((self.model, self.scoring.teacher), outputs, tokens, mask)
+        return SimpleNamespace(log_probs=self.stats.logprob, entropy=self.stats.entropy)

@@ -1,0 +1,72 @@
+"""Distillation under a KL budget in verl 0.9, for models that take more than one machine.
+
+Importing this module registers ``cmdp`` with verl: a trainer, an advantage estimator, a policy loss and a distillation
+loss. verl imports it in every process it starts if `VERL_USE_EXTERNAL_MODULES=cmdp_fast.integrations.verl`. The file
+`cmdp.yaml` beside this one is a configuration for verl's launcher, with the command in its header.
+
+**What runs where.** The student is trained by verl's actor workers: FSDP, or Megatron with costs of the sampled token
+(verl gives the student's mass on the k tokens no gradient there). Completions come from vLLM or SGLang on the same
+GPUs. The teacher is a vLLM or SGLang server in a resource pool of its own (`distillation.n_gpus_per_node`); it scores
+each completion as a prompt, while others are still being sampled. The controller makes the advantages. Nothing of the
+teacher is ever on a student's GPU.
+
+| step | where | what |
+| --- | --- | --- |
+| completions, task rewards | rollout and reward workers | verl's own |
+| teacher scores | teacher pool | a log-probability of each sampled token, or of the teacher's k most likely tokens |
+| token costs | actor workers, scoring pass | `ScoringWorker`: the student's masses on those k tokens |
+| budget, modified reward, advantages | controller | estimator `cmdp`: `objective.score_coefficient`, `position_rloo` |
+| score term | actor workers | policy loss `cmdp`: `objective.ppo_loss` |
+| direct term | actor workers | distillation loss `cmdp`: `objective.direct_coefficient` times a differentiable cost |
+
+**What is sent between them.** Exact divergences need the teacher's whole distribution at every token. Two ways to move
+it are bearable: its hidden states, with the head once (Qwen2.5-Math-7B: 3,584 numbers a token, where the logits are
+152,064), which `cf.linear_token_stats` turns into exact statistics on the student's GPU; or its k most likely tokens
+and one bucket for all others. verl's servers send the second, k numbers and k ids a token, or the log-probability of
+the sampled token alone. So here the costs are
+
+- ``forward_kl``, KL(teacher‖student) of the k tokens and the bucket. It is a *lower bound* of the forward KL: a bucket
+  hides whatever differs inside it (log-sum inequality), so a student that meets the budget may exceed it in truth, by
+  no more than W min(R, R²/8) a token, W the teacher's mass outside its k tokens and R the spread of
+  log(teacher/student) there. `cmdp_fast.integrations.topk` derives both; `distillation/teacher_mass` logs 1 - W. verl's
+  own `forward_kl_topk` leaves the bucket out, which is no divergence and bounds nothing.
+- ``k1`` (its sum is log student/teacher of the completion, its expectation the exact reverse KL), ``k3`` and ``nll``,
+  from the sampled token. They depend on the action, so there is no direct term; set `loss_mode: cmdp_sampled`.
+
+``reverse_kl`` and ``jsd`` are refused: over the *teacher's* k tokens they would say nothing of where the student went.
+The ``pid`` multiplier is refused too, since verl would not checkpoint its state.
+
+**Whose costs.** The advantages charge the policy before the update, as PPO's rewards do. The direct term charges the
+policy that is being updated, at the states that were sampled, including which completions are over budget.
+
+**Tested**, on a CPU with verl's own data structures and configuration classes (0.9.1) and without starting Ray: the
+four registrations, the estimator through verl's `compute_advantage`, the losses through verl's `distillation_ppo_loss`
+on the outputs of its FSDP engine's `prepare_model_outputs`, their values and gradients against `cmdp_fast.reference`,
+micro-batches against the whole, the trainer's own steps with a dict in TransferQueue's place, and that each key of
+`cmdp.yaml` is one of verl's. **Not tested**: a training run; Megatron; multi-turn agents; the asynchronous trainers,
+which have no ``cmdp``.
+
+verl 0.9 wants transformers < 5.11; this package's other parts are tested with a newer one and accept both. So install
+it into an environment of its own: ``pip install 'cmdp_fast[verl]'``.
+"""
+
+from cmdp_fast.integrations.packages import require
+
+require("verl", at_least="0.9.1", below="0.10", install="pip install 'cmdp_fast[verl]'")
+
+from .advantage import compute_cmdp_advantage  # noqa: E402
+from .config import PolicyLoss, check_config  # noqa: E402
+from .losses import compute_cmdp_direct_term, compute_cmdp_sampled, compute_policy_loss_cmdp  # noqa: E402
+from .trainer import ConstrainedTrainer, ConstrainedWorker, ScoringWorker  # noqa: E402
+
+__all__ = [
+    "ConstrainedTrainer",
+    "ConstrainedWorker",
+    "PolicyLoss",
+    "ScoringWorker",
+    "check_config",
+    "compute_cmdp_advantage",
+    "compute_cmdp_direct_term",
+    "compute_cmdp_sampled",
+    "compute_policy_loss_cmdp",
+]

@@ -1,0 +1,92 @@
+"""Where the constraint stands in verl's configuration, and what else there has to agree with it.
+
+`algorithm.cmdp` is a new section; workers see the actor's section alone, so `actor_rollout_ref.actor.policy_loss`
+refers to it, in a dataclass of ours that hydra makes because ``_target_`` names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.workers.config import PolicyLossConfig
+
+from cmdp_fast.integrations.constraint import SAMPLED_COSTS, Constraint
+from cmdp_fast.trainer.errors import InputError
+
+TOPK_LOSS, SAMPLED_LOSS = "cmdp", "cmdp_sampled"
+CONSTANT_NORMALIZERS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+@dataclass
+class PolicyLoss(PolicyLossConfig):
+    """verl's section `policy_loss` with the constraint's settings beside its own."""
+
+    cmdp: dict[str, Any] = field(default_factory=dict)
+
+
+def constraint_of(section: Mapping[str, Any] | None, where: str) -> Constraint:
+    """The constraint that the entry ``cmdp`` of a section states; costs are those that verl can carry.
+
+    Raises InputError for ``reverse_kl`` (verl's teacher sends its own k tokens, whose masses give forward KL) too.
+    """
+    constraint = Constraint.from_settings(None if section is None else section.get("cmdp"), f"{where}.cmdp")
+    if constraint.cost == "reverse_kl":
+        raise InputError(f"{where}.cmdp.cost=reverse_kl, expected forward_kl, {', '.join(SAMPLED_COSTS)}")
+    return constraint
+
+
+def check_config(config: Any) -> Constraint:
+    """The constraint of a whole configuration, once all that it depends on is as it has to be.
+
+    Raises InputError, which names the key, what it is and what is expected.
+    """
+    constraint = constraint_of(config.algorithm, "algorithm")
+    actor, distillation = config.actor_rollout_ref.actor, config.distillation
+    mirrored = constraint_of(actor.policy_loss, "actor_rollout_ref.actor.policy_loss")
+    if mirrored != constraint:
+        raise InputError(
+            "actor_rollout_ref.actor.policy_loss.cmdp differs from algorithm.cmdp, expected ${algorithm.cmdp}"
+        )
+    loss = distillation.distillation_loss
+    expected = {
+        "algorithm.adv_estimator": (config.algorithm.adv_estimator, "cmdp"),
+        # both would charge for the divergence a second time
+        "algorithm.use_kl_in_reward": (config.algorithm.use_kl_in_reward, False),
+        "actor_rollout_ref.actor.use_kl_loss": (actor.use_kl_loss, False),
+        "actor_rollout_ref.actor.policy_loss.loss_mode": (actor.policy_loss.loss_mode, "cmdp"),
+        # the teacher's log-probabilities are those of temperature 1
+        "actor_rollout_ref.rollout.temperature": (config.actor_rollout_ref.rollout.temperature, 1.0),
+        # costs are those of the policy that is trained, not of the rollout engine
+        "algorithm.rollout_correction.bypass_mode": (config.algorithm.rollout_correction.bypass_mode, False),
+        "distillation.enabled": (distillation.enabled, True),
+        "distillation.distillation_loss.loss_mode": (
+            loss.loss_mode,
+            SAMPLED_LOSS if constraint.action_dependent else TOPK_LOSS,
+        ),
+        # so that verl adds the direct term to the policy loss, as it stands and for its gradient
+        "distillation.distillation_loss.use_task_rewards": (loss.use_task_rewards, True),
+        "distillation.distillation_loss.use_policy_gradient": (loss.use_policy_gradient, False),
+        "distillation.distillation_loss.distillation_loss_coef": (loss.distillation_loss_coef, 1.0),
+        "distillation.distillation_loss.loss_max_clamp": (loss.loss_max_clamp, None),
+        "distillation.distillation_loss.log_prob_min_clamp": (loss.log_prob_min_clamp, None),
+    }
+    if not constraint.action_dependent:  # the fused kernel gives no masses
+        expected["actor_rollout_ref.model.use_fused_kernels"] = (
+            config.actor_rollout_ref.model.use_fused_kernels,
+            False,
+        )
+    for key, (given, right) in expected.items():
+        if given != right:
+            raise InputError(f"{key}={given}, the trainer 'cmdp' expects {right}")
+    if not constraint.action_dependent and actor.strategy not in ("fsdp", "fsdp2"):
+        raise InputError(
+            f"actor_rollout_ref.actor.strategy={actor.strategy} with cost=forward_kl, expected fsdp or fsdp2: with "
+            f"others the student's mass on the k tokens has no gradient; the costs {', '.join(SAMPLED_COSTS)} need none"
+        )
+    if actor.loss_agg_mode not in CONSTANT_NORMALIZERS:
+        raise InputError(
+            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}, expected {', '.join(CONSTANT_NORMALIZERS)}"
+        )
+    return constraint

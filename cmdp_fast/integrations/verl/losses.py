@@ -1,0 +1,129 @@
+"""The score term as verl's policy loss `cmdp`, the direct term as its distillation losses `cmdp` and `cmdp_sampled`.
+
+verl hands a policy loss log-probabilities and advantages, and a distillation loss the whole batch; it adds the two. So
+the direct term, which needs a differentiable cost, is a distillation loss with the weight of each token in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.trainer.distillation.losses import DistillationLossSettings, register_distillation_loss
+from verl.trainer.ppo.core_algos import register_policy_loss
+from verl.workers.utils.padding import no_padding_2_padding
+
+from cmdp_fast import objective
+from cmdp_fast.integrations.topk import with_tail
+from cmdp_fast.trainer.errors import InputError
+
+from .config import CONSTANT_NORMALIZERS, SAMPLED_LOSS, TOPK_LOSS, constraint_of
+from .costs import sampled_cost
+
+LOG_RATIO_LIMIT = 20.0  # as verl's own losses: a policy that has run away gives no infinite ratio
+
+
+@register_policy_loss("cmdp")
+def compute_policy_loss_cmdp(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """PPO's clipped surrogate over tokens [B, T], `objective.ppo_loss` without its direct term, and metrics.
+
+    Unlike verl's `vanilla` it has no second clip for negative advantages (``clip_ratio_c``). ``loss_agg_mode`` is any
+    that divides all tokens by one number. Raises InputError for another: weighing the tokens of a completion by its
+    length would make the sum over the trajectory, which is what the budget is for, a mean.
+    """
+    mask = response_mask.bool()
+    ratio_bound = (log_prob - old_log_prob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    loss, metrics = objective.ppo_loss(
+        old_log_prob.detach() + ratio_bound,
+        old_log_prob,
+        # min(w rho A, w clip(rho) A) = w min(rho A, clip(rho) A) for weights that are not negative
+        advantages if rollout_is_weights is None else advantages * rollout_is_weights,
+        mask=mask,
+        clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
+        clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
+        normalizer=_normalizer(loss_agg_mode, mask, **config.global_batch_info),
+    )
+    return loss, {
+        "actor/pg_clipfrac": metrics["clip_ratio/region_mean"].item(),
+        "actor/approx_kl": metrics["approx_kl"].item(),
+    }
+
+
+def _normalizer(
+    mode: str,
+    mask: Tensor,
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> float | Tensor:
+    """What verl's `agg_loss` divides a sum over tokens by."""
+    if mode not in CONSTANT_NORMALIZERS:
+        raise InputError(f"loss_agg_mode={mode}, the loss 'cmdp' expects one of {', '.join(CONSTANT_NORMALIZERS)}")
+    if mode == "token-sum":
+        return 1.0 / dp_size
+    if mode == "token-mean":
+        return (mask.sum().clamp(min=1) if batch_num_tokens is None else batch_num_tokens) / dp_size
+    sequences = mask.any(1).sum().clamp(min=1) if global_batch_size is None else global_batch_size
+    horizon = 1
+    if mode == "seq-mean-token-sum-norm":
+        horizon = mask.shape[-1] if loss_scale_factor is None else loss_scale_factor
+    return sequences * horizon / dp_size
+
+
+@register_distillation_loss(DistillationLossSettings(names=[TOPK_LOSS], use_topk=True))
+def compute_cmdp_direct_term(
+    config: Any, distillation_config: Any, model_output: dict[str, Tensor], data: TensorDict
+) -> tuple[Tensor, dict[str, float]]:
+    """k_t c_t for each token [B, T], c the forward KL to the teacher's k tokens with a bucket for the rest.
+
+    k is `objective.direct_coefficient` of what the completions spend under the policy that is trained, so a whole
+    completion has to be in the micro-batch, as it is in verl. Differentiable through c. Metrics are means of the
+    micro-batch: ``distillation/cmdp_cost`` a token and ``distillation/cmdp_spent`` a completion, in nats,
+    ``distillation/teacher_mass`` of the k tokens. Raises InputError for a mass without a gradient (Megatron's).
+    """
+    constraint = constraint_of(config.policy_loss, "actor_rollout_ref.actor.policy_loss")
+    mask = _padded(data["response_mask"]).bool()
+    head, student_mass, teacher_mass = (
+        no_padding_2_padding(model_output[name], data).float()
+        for name in ("distillation_losses", "student_mass", "teacher_mass")
+    )
+    if head.requires_grad and not student_mass.requires_grad:
+        raise InputError("the student's mass on the k tokens has no gradient, so the bucket's would be lost; use FSDP")
+    cost = torch.where(mask, with_tail(head, teacher_mass, student_mass), 0.0)
+    weight = constraint.direct(constraint.trace(cost, mask), mask)
+    real = mask.sum().clamp(min=1)
+    metrics = {
+        "distillation/cmdp_cost": (cost.detach().sum() / real).item(),
+        "distillation/cmdp_spent": (cost.detach().sum() / mask.any(1).sum().clamp(min=1)).item(),
+        "distillation/teacher_mass": (torch.where(mask, teacher_mass, 0.0).sum() / real).item(),
+    }
+    # 0 * inf: a cost that is infinite where its weight is 0 is not part of the objective
+    return torch.where(weight != 0, weight * cost, 0.0), metrics
+
+
+@register_distillation_loss(DistillationLossSettings(names=[SAMPLED_LOSS], use_estimator=True))
+def compute_cmdp_sampled(
+    config: Any, distillation_config: Any, model_output: dict[str, Tensor], data: TensorDict
+) -> tuple[Tensor, dict[str, float]]:
+    """Zeros [B, T]: a cost of the sampled token has no direct term. Metric: its mean, ``distillation/cmdp_cost``."""
+    constraint = constraint_of(config.policy_loss, "actor_rollout_ref.actor.policy_loss")
+    mask = _padded(data["response_mask"]).bool()
+    logprob = no_padding_2_padding(model_output["log_probs"], data).detach().float()
+    teacher_logprob = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1).float()
+    cost = torch.where(mask, sampled_cost(logprob, teacher_logprob, constraint.cost), 0.0)
+    return torch.zeros_like(cost), {"distillation/cmdp_cost": (cost.sum() / mask.sum().clamp(min=1)).item()}
+
+
+def _padded(mask: Tensor) -> Tensor:
+    return mask.to_padded_tensor(0) if mask.is_nested else mask

@@ -1,0 +1,87 @@
+"""The trainer `cmdp`: verl's synchronous PPO trainer, with token costs for the estimator of the same name."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+import transfer_queue as tq
+from torch import Tensor
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+from cmdp_fast import objective
+
+from .advantage import cost_of_batch
+from .config import check_config
+from .costs import SAMPLED_FIELDS, TOPK_FIELDS, cost_of_rollouts
+
+
+class ScoringWorker(TrainingWorker):
+    """An actor that compares its logits with the teacher's k tokens also where it only scores.
+
+    verl computes those masses in the loss function, which its scoring pass does without.
+    """
+
+    loss_fn: Any
+
+    def infer_batch(self, data: Any) -> Any:
+        """verl's, with `distillation_losses` and both masses where `distillation_use_topk` asks for them."""
+        if not tu.get(data, "distillation_use_topk", default=False):
+            return super().infer_batch(data)
+        training_loss = self.loss_fn
+        self.loss_fn = partial(_logits_alone, training_loss)
+        tu.assign_non_tensor(data, compute_loss=True)
+        try:
+            return super().infer_batch(data)
+        finally:
+            self.loss_fn = training_loss
+
+
+def _logits_alone(training_loss: Any, student_logits: Tensor | None = None, **arguments: Any) -> Any:
+    """What the training loss makes of logits, and a loss of 0."""
+    if student_logits is not None:
+        return training_loss(student_logits=student_logits, **arguments)
+    return torch.zeros(()), {}
+
+
+class ConstrainedWorker(ActorRolloutRefWorker):
+    actor_worker_cls = ScoringWorker
+
+
+@register_trainer("cmdp")
+class ConstrainedTrainer(PPOTrainerSync):
+    """`trainer.v1.trainer_mode=cmdp`. Refuses a configuration that would train something else before a model loads."""
+
+    def __init__(self, config: Any) -> None:
+        self.constraint = check_config(config)
+        # The name has chosen this class and is done; verl asks again for "sync" where it chooses a replay buffer.
+        config.trainer.v1.trainer_mode = "sync"
+        super().__init__(config)
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(ConstrainedWorker)
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        batch.extra_info["distillation_use_topk"] = not self.constraint.action_dependent
+        return super()._compute_old_log_prob(batch, metrics)
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        fields = SAMPLED_FIELDS if self.constraint.action_dependent else TOPK_FIELDS
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=[*fields, "response_mask"]
+        )
+        cost, mask = cost_of_rollouts(data, self.constraint), data["response_mask"].to_padded_tensor(0).bool()
+        real = mask.any(1)  # verl fills a batch up with rows that have no token to train on
+        trace = self.constraint.trace(cost[real], mask[real])
+        for name, value in objective.constraint_metrics(cost[real], trace, mask=mask[real]).items():
+            metrics[f"cmdp/{name}"] = value.item()
+        with cost_of_batch(cost):
+            return super()._compute_advantage(batch, metrics)

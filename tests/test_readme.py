@@ -1,0 +1,127 @@
+"""Every Python block of README.md runs, and every link to a file of the repository leads somewhere.
+
+How a block is run stands after `python` in its fence. Nothing: by itself. `given=NAME`: with what `readme_given.NAME()`
+returns. `torchrun=2`: by torchrun with that many processes. `requires=NAME`: only where that package is installed.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import readme_given
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "cmdp_fast" / "trainer" / "README.md", *(ROOT / "benchmarks" / "results").rglob("*.md")]
+OPTIONS = {"given", "torchrun", "requires"}
+
+
+class Block(NamedTuple):
+    title: str
+    options: dict[str, str]
+    code: str  # with as many empty lines before it as there are lines in the page: errors name the page's line
+
+
+def blocks(page: Path) -> list[Block]:
+    found, title, fence, start = [], "", None, 0
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        if fence is None and line.startswith("```"):
+            fence, start = line[3:].split(), i + 1
+        elif fence is not None and line == "```":
+            if fence[:1] == ["python"]:
+                options = dict(word.partition("=")[::2] for word in fence[1:])
+                assert options.keys() <= OPTIONS, f"{page.name}:{start}: {line}"
+                found.append(Block(title, options, "\n" * start + "\n".join(lines[start:i]) + "\n"))
+            fence = None
+        elif fence is None and line.startswith("#"):
+            title = line.lstrip("# ")
+    assert fence is None, f"{page.name}:{start}: a block without an end"
+    return found
+
+
+BLOCKS = blocks(README)
+
+
+def named(title: str) -> Block:
+    (block,) = [block for block in BLOCKS if block.title == title]
+    return block
+
+
+def run(block: Block) -> dict:
+    """Runs a block in this process; what it has defined."""
+    namespace = {"__name__": "readme"}
+    if given := block.options.get("given"):
+        namespace |= getattr(readme_given, given)()
+    exec(compile(block.code, str(README), "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch):
+    """An example may write files, use random numbers and compile; none of it reaches another test."""
+    monkeypatch.chdir(tmp_path)
+    state = torch.random.get_rng_state()
+    yield
+    torch.random.set_rng_state(state)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.title)
+def test_block(block, tmp_path):
+    needed = block.options.get("requires")
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"needs {needed}, which is not installed")
+    if "torchrun" not in block.options:
+        run(block)
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("PyTorch was built without gloo")
+    (tmp_path / "block.py").write_text(block.code, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*launch, f"--nproc_per_node={block.options['torchrun']}", "block.py"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_loop_learns_and_keeps_the_budget():
+    got = run(named("Plain PyTorch"))
+    assert got["out"].trace.violated[:, -1].float().mean() < 0.25
+    rewarded = got["task_reward"][:, -1].mean()
+    assert rewarded > 0.3, "a random student has 0.25"
+
+
+def test_the_halves_of_a_model_give_its_statistics():
+    got = run(named("A causal language model, without its logits"))
+    cf, ids, mask = got["cf"], got["ids"], got["attention_mask"]
+    logits, teacher = (got[name](ids, mask).logits[:, :-1] for name in ("student", "teacher"))
+    expected = cf.constrained_reward(
+        logits, teacher, ids[:, 1:], got["task_reward"], budget=2.0, mask=got["completion_mask"]
+    )
+    torch.testing.assert_close(got["out"], expected)
+    assert expected.stats.reverse_kl.any()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], target

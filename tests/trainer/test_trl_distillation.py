@@ -1,0 +1,233 @@
+"""TRL's on-policy distillation on our operations: where it is TRL's, and what a reward and a budget change."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the extra `trl`")
+
+import torch
+from test_trl_grpo import ROUNDING, dense_logits, one_batch
+from tiny_pair import tiny_model
+from trl_pair import digits, distillation, logged, prompts, student, trained
+
+import cmdp_fast as cf
+from cmdp_fast import objective
+from cmdp_fast.integrations.trl import CMDPDistillationConfig, CMDPDistillationTrainer
+from cmdp_fast.integrations.trl import divergence as divergence_module
+from cmdp_fast.trainer.errors import InputError
+
+
+def dense_divergence(student_logits, teacher_logits, beta, mask):
+    kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
+    return cf.reference.divergence(student_logits, teacher_logits, kind, beta=beta, mask=mask)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta": 0.0},
+        {"beta": 1.0},
+        {"beta": 0.5},
+        {"beta": 0.2, "temperature": 0.7},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"beta": 0.5, "gradient_checkpointing": True},
+        {"trainer": "adapter", "gradient_checkpointing": True},
+    ],
+    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_with_trls_settings_it_is_trls_step_by_step(pair, tmp_path, changes):
+    changes = {"learning_rate": 1e-3, "max_steps": 20, **changes}
+    if "trainer" in changes:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"])
+        changes |= {"trainer": {"peft_config": adapter}, "learning_rate": 1e-2}
+    theirs = trained(distillation, pair, tmp_path, plain=True, **changes)
+    ours = trained(distillation, pair, tmp_path, **changes)
+    for name in ("loss", "grad_norm", "entropy", "completions/mean_length"):
+        expected = logged(theirs, name)
+        assert len(expected) == 20
+        assert logged(ours, name) == pytest.approx(expected, **ROUNDING), name
+    kl = logged(ours, "cmdp/cumulative_kl")
+    assert len(kl) == 20
+    if ours.beta == 1.0:
+        loss = [total / length for total, length in zip(kl, logged(ours, "completions/mean_length"), strict=True)]
+        assert loss == pytest.approx(logged(ours, "loss"), rel=1e-4)
+    assert "cmdp/constraint_satisfaction" not in ours.state.log_history[0]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(3, 0), (0, 5)], ids=["wider student", "wider teacher"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_vocabularies_of_different_width(tmp_path, ours, theirs, beta):
+    pair = {
+        "student": tiny_model(tmp_path / "s", seed=1, spare=ours),
+        "teacher": tiny_model(tmp_path / "t", seed=2, spare=theirs),
+    }
+    with pytest.raises(ValueError, match="requires a shared vocabulary"):
+        distillation(pair, tmp_path, plain=True)
+    trainer = distillation(pair, tmp_path, beta=beta, per_device_train_batch_size=8)
+    width = len(trainer.processing_class)
+    batch = one_batch(trainer)
+    assert int(batch["completion_ids"].max()) < width
+    mask, copy = batch["completion_mask"].bool(), student(pair["student"])
+    x, y = (dense_logits(model, batch, width) for model in (copy, trainer.teacher_model))
+    expected = dense_divergence(x, y.detach(), beta, mask).sum() / mask.sum()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for value in (loss, expected):
+        value.backward()
+    for (name, parameter), other in zip(trainer.model.named_parameters(), copy.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, atol=2e-6, rtol=2e-4, msg=name)
+    trainer.train()
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("budget", [2.0, 0.3, None])
+def test_rewards_and_a_budget_are_those_of_the_objective(pair, tmp_path, beta, budget):
+    trainer = distillation(
+        pair,
+        tmp_path,
+        beta=beta,
+        budget=budget,
+        penalty=0.5,
+        discrepancy_weight=2.0,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        trainer={"reward_funcs": digits},
+    )
+    batch = one_batch(trainer)
+    mask = batch["completion_mask"].bool()
+    copy = student(pair["student"])
+    x, y = (dense_logits(model, batch) for model in (copy, trainer.teacher_model))
+    cost = dense_divergence(x, y.detach(), beta, mask)
+    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    task = torch.zeros(mask.shape)
+    task[torch.arange(8), mask.sum(1) - 1] = torch.tensor(digits(texts))
+    reward, direct = task, torch.full(mask.shape, 2.0)
+    if budget is not None:
+        trace = cf.budget_trace(cost, budget, mask=mask)
+        reward = cf.modified_reward(
+            task, cost.detach(), trace, kind="cmdp", penalty=0.5, discrepancy_weight=2.0, mask=mask
+        )
+        direct = objective.direct_coefficient(trace, "cmdp", discrepancy_weight=2.0, mask=mask)
+        torch.testing.assert_close(batch["direct"], direct)
+        torch.testing.assert_close(batch["modified_reward"], reward, atol=1e-5, rtol=1e-5)
+    advantage = torch.where(mask, objective.rloo(reward.sum(1), 4)[:, None], 0.0)
+    torch.testing.assert_close(batch["advantages"], advantage, atol=1e-5, rtol=1e-5)
+    assert advantage.any()
+
+    logprob = x.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+    (torch.where(mask, direct * cost - advantage * logprob, 0.0).sum() / mask.sum()).backward()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, batch).backward()
+    for (name, parameter), other in zip(trainer.model.named_parameters(), copy.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_a_budget_leaves_room_for_the_reward_that_distillation_does_not(pair, tmp_path):
+    """The same run from the same seed without a budget and with one of 4 nats: the last ten of forty steps."""
+    changes = {"num_generations": 4, "per_device_train_batch_size": 16, "max_steps": 40, "kind": "hinge"}
+    runs = [
+        trained(distillation, pair, tmp_path, budget=budget, trainer={"reward_funcs": digits}, **changes)
+        for budget in (None, 4.0)
+    ]
+    (free_kl, free), (kl, reward) = (
+        [sum(logged(run, name)[-10:]) / 10 for name in ("cmdp/cumulative_kl", "reward")] for run in runs
+    )
+    assert free_kl < 2.5 < kl < 4.0
+    assert reward > free + 0.1
+    within = logged(runs[1], "cmdp/constraint_satisfaction")
+    assert sum(within[-10:]) / 10 > 0.75 > 0.3 > sum(within[:3]) / 3
+    entry = runs[1].state.log_history[0]
+    assert {"cmdp/modified_reward", "cmdp/budget", "cmdp/mean_excess", "rewards/digits/mean", "reward_std"} <= set(
+        entry
+    )
+
+
+def test_prompts_are_repeated_for_their_group(pair, tmp_path):
+    seen = []
+
+    def note(prompts, completions, completion_ids, trainer_state, answer, note, **_):
+        seen.append((prompts, note))
+        assert trainer_state.global_step >= 0 and set(answer) == {"9"}
+        assert all(ids for ids in completion_ids)
+        return [None] * len(completions)
+
+    changes = {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
+    trainer = trained(
+        distillation, pair, tmp_path, trainer={"reward_funcs": [note], "eval_dataset": prompts()}, **changes
+    )
+    assert len(seen) == 2
+    for given, notes in seen:
+        assert given[0] == given[1] != given[2] == given[3] and notes[0] == notes[1]
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_tiles_of_a_divergence_are_the_whole(monkeypatch):
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+
+    def run(numbers):
+        monkeypatch.setattr(divergence_module, "NUMBERS", numbers)
+        torch.manual_seed(1)
+        hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
+        bias, teacher = torch.randn(10, requires_grad=True), cf.Head(torch.randn(8, 5), softcap=3.0)
+        head = cf.Head(weight, bias, scale=0.5)
+        value = divergence_module.tiled_divergence(
+            head, hidden, teacher, torch.randn(2, 3, 5), mask, beta=0.3, temperature=0.9, vocab_size=8
+        )
+        value.square().sum().backward()
+        return value.detach(), hidden.grad, weight.grad, bias.grad
+
+    for one, whole in zip(run(1), run(2**25), strict=True):
+        torch.testing.assert_close(one, whole)
+    assert run(20)[0][0, 2] == 0
+    mask[:] = False  # every completion of a micro-batch was truncated
+    assert not any(value.any() for value in run(20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 2.0}, "a budget needs completions to compare: num_generations must be at least 2, got 1"),
+        ({"budget": -2.0, "num_generations": 2}, "budget must be at least 0 nats"),
+        ({"kind": "saute"}, "kind must be 'cmdp' or 'hinge', got 'saute'"),
+        ({"num_generations": 0}, "num_generations must be at least 1"),
+        ({"num_generations": 3}, "num_generations=3 must divide the 4 completions of an optimizer step"),
+        ({"discrepancy_weight": -1.0}, "discrepancy_weight must be finite and not negative"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path, changes, message):
+    with pytest.raises(InputError, match=r"^[^\n]+$") as caught:
+        CMDPDistillationConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4, **changes)
+    assert message in str(caught.value)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_trained(pair, tmp_path):
+    async def later(completions, **_):
+        return [0.0] * len(completions)
+
+    def refused(message, changes, **settings):
+        with pytest.raises(InputError, match=message):
+            distillation(pair, tmp_path, trainer=changes, **settings)
+
+    refused("rewards need completions to compare", {"reward_funcs": digits})
+    refused("plain functions here", {"reward_funcs": later}, num_generations=2)
+    refused("plain functions here", {"reward_funcs": "a/reward-model"}, num_generations=2)
+    refused("different names", {"reward_funcs": [digits, digits]}, num_generations=2)
+    refused("teacher_model is missing", {"teacher_model": None})
+    refused("no causal language model there", {"teacher_model": str(tmp_path / "nothing")})
+    with pytest.raises(InputError, match="args must be a CMDPDistillationConfig"):
+        CMDPDistillationTrainer(pair["student"], pair["teacher"], train_dataset=prompts())
+
+    def short(completions, **_):
+        return [0.0]
+
+    trainer = distillation(pair, tmp_path, num_generations=2, trainer={"reward_funcs": short})
+    with pytest.raises(InputError, match="reward function short returned 1 rewards for 4 completions"):
+        trainer.train()
