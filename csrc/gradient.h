@@ -19,8 +19,8 @@
 namespace cmdp {
 inline namespace CMDP_ISA {
 
-// Of a row: m, n, log z, log u (the log-normalisers are m + log z and n + log u; the parts are kept apart because m may be
-// too large for the sum), H, R, and whether the row needs the exact way.
+// Of a row: m, n, log z, log u (the log-normalisers are m + log z and n + log u; the parts are kept apart because m may
+// be too large for the sum), H, R, and whether the row needs the exact way.
 CMDP_HD static inline void save_row(const TokenState& state, const TokenStats& stats, bool exact, double* saved) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const bool valid = state.valid();

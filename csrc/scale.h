@@ -24,8 +24,8 @@ static inline Scale scale_of(double temperature) {
   return {per_octave, static_cast<double>(per_octave) * kLn2};
 }
 
-// A logit times the scale, rounded: the same number wherever it is computed, so that two of them cancel exactly. Without
-// the barrier the product might be fused with a subtraction that follows.
+// A logit times the scale, rounded: the same number wherever it is computed, so that two of them cancel exactly.
+// Without the barrier the product might be fused with a subtraction that follows.
 CMDP_HD static inline double scaled(double logit, double scale) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(logit, scale);

@@ -23,7 +23,8 @@ const char* token_stats_backward(const Logits& in, const Upstream& upstream, con
   const bool teacher = upstream.g[2] != nullptr || upstream.g[3] != nullptr;
   const auto run = [&]<class X, class Y, bool kTeacher>(X, Y, std::bool_constant<kTeacher>) {
     constexpr int kVector = Shape<X, Y>::kVector;
-    const bool aligned = lies_at<X, kVector>(a.x) && lies_at<X, kVector>(a.out) && (!kTeacher || lies_at<Y, kVector>(a.y));
+    const bool aligned =
+        lies_at<X, kVector>(a.x) && lies_at<X, kVector>(a.out) && (!kTeacher || lies_at<Y, kVector>(a.y));
     const auto kernel = aligned ? backward_kernel<X, Y, kTeacher, true> : backward_kernel<X, Y, kTeacher, false>;
     return launch(kernel, out.rows * a.spans, threads, stream, a);
   };

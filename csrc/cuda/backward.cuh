@@ -1,9 +1,9 @@
 // Gradient of the student's logits: one expression a column (gradient.h), one pass.
 //
-// One block does kSpan columns of a row. Its first thread computes the row's coefficients and the gradient of the token's
-// own column, in double, before anything is written: the output may be the logits themselves. Each thread then reads
-// columns of its own and writes them, by 128 bits where rows are aligned. A row with special values, or with coefficients
-// so large that float32 may overflow on the way, is done in double.
+// One block does kSpan columns of a row. Its first thread computes the row's coefficients and the gradient of the
+// token's own column, in double, before anything is written: the output may be the logits themselves. Each thread then
+// reads columns of its own and writes them, by 128 bits where rows are aligned. A row with special values, or with
+// coefficients so large that float32 may overflow on the way, is done in double.
 #pragma once
 
 #include "../gradient.h"
@@ -39,7 +39,8 @@ struct RowTask {
 template <bool kTeacher>
 __device__ __forceinline__ RowGradient upstream_of(const BackwardArguments& a, uint32_t row) {
   const auto g = [&](int i) { return a.upstream[i] != nullptr ? static_cast<double>(a.upstream[i][row]) : 0.0; };
-  return row_gradient(g(0), g(1), kTeacher ? g(2) : 0.0, kTeacher ? g(3) : 0.0, a.saved + int64_t{row} * kSaved, a.natural);
+  const double* saved = a.saved + int64_t{row} * kSaved;
+  return row_gradient(g(0), g(1), kTeacher ? g(2) : 0.0, kTeacher ? g(3) : 0.0, saved, a.natural);
 }
 
 template <bool kTeacher>
@@ -99,10 +100,12 @@ __device__ __forceinline__ void gradient_piece(const uint32_t* xs, const uint32_
 }
 
 template <class X, class Y, bool kTeacher, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const __grid_constant__ BackwardArguments a) {
+__global__ void __launch_bounds__(kThreads, blocks<kAligned>())
+    backward_kernel(const __grid_constant__ BackwardArguments a) {
   using S = Shape<X, Y>;
   constexpr int kWordsX = S::kVector / X::kColumns, kWordsY = S::kVector / Y::kColumns;
   __shared__ RowTask shared;
+  __shared__ typename X::Element own;
   const uint32_t row = blockIdx.x / a.spans;
   const int64_t start = (blockIdx.x - row * a.spans) * kSpan;
   const int64_t stop = start + kSpan < a.width ? start + kSpan : a.width;
@@ -117,14 +120,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const __gri
   const double* saved = a.saved + int64_t{row} * kSaved;
   const int64_t token = a.upstream[0] != nullptr ? a.tokens[row] - a.first_column : -1;
   const bool own_here = start <= token && token < end;
-  double own = 0;
   if (threadIdx.x == 0) {
     const RowGradient g = upstream_of<kTeacher>(a, row);
     const RowNormalizers norm(saved);
     shared.k = coefficients_of(g, norm);
     shared.m = norm.m, shared.n = norm.n;
     shared.careful = saved[6] != 0 || !shared.k.modest;
-    if (own_here) own = gradient_in_double<X, Y, kTeacher>(x, y, token, g, norm, true);
+    if (own_here) {
+      own = narrow<X>(static_cast<float>(gradient_in_double<X, Y, kTeacher>(x, y, token, g, norm, true)));
+    }
   }
   __syncthreads();
   const RowTask task = shared;
@@ -158,17 +162,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const __gri
       }
     }
   } else {
-    const int64_t tile = static_cast<int64_t>(blockDim.x) * S::kStep;
+    constexpr int kBatch = 4;  // columns in flight
+    const int64_t tile = static_cast<int64_t>(blockDim.x) * kBatch;
 #pragma unroll 1
     for (int64_t base = start + threadIdx.x; base < end; base += tile) {
-      float values[S::kStep];
+      float values[kBatch];
 #pragma unroll
-      for (int i = 0; i < S::kStep; ++i) {
+      for (int i = 0; i < kBatch; ++i) {
         const int64_t at = base + i * blockDim.x < end ? base + i * blockDim.x : base;
         values[i] = gradient<kTeacher>(task, column<X>(x, at), kTeacher ? column<Y>(y, at) : 0.0f, a.per_octave);
       }
 #pragma unroll
-      for (int i = 0; i < S::kStep; ++i) {
+      for (int i = 0; i < kBatch; ++i) {
         if (base + i * blockDim.x < end) to[base + i * blockDim.x] = narrow<X>(values[i]);
       }
     }
@@ -176,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const __gri
   zero<X, S, kAligned>(to, end > start ? end : start, stop);
   if (own_here) {
     __syncthreads();
-    if (threadIdx.x == 0) to[token] = narrow<X>(static_cast<float>(own));
+    if (threadIdx.x == 0) to[token] = own;
   }
 }
 

@@ -1,7 +1,7 @@
 # Whether the CUDA kernels are built, for which GPUs, and why not. Gives `cuda_note`, a line for `cmdp-fast info`.
 #
 # CMDP_FAST_CUDA (CMake variable, or else environment variable):
-#   1     build them for every architecture below and fail if that is not possible: for wheels, and where there is no GPU
+#   1     build them for every architecture below, or fail: for wheels, and where there is no GPU
 #   auto  (default) build them if there are both an nvcc and an NVIDIA GPU, and for the GPUs found only. What cannot run
 #         here costs an installation nothing.
 #   0     do not.
@@ -12,6 +12,7 @@ endif()
 if(CMDP_FAST_CUDA STREQUAL "")
   set(CMDP_FAST_CUDA auto)
 endif()
+set(CMDP_FAST_CUDA "${CMDP_FAST_CUDA}" CACHE STRING "build the CUDA kernels: 0, 1 or auto")
 if(NOT CMDP_FAST_CUDA MATCHES "^(0|1|auto)$")
   message(FATAL_ERROR "CMDP_FAST_CUDA must be 0, 1 or auto, got '${CMDP_FAST_CUDA}'")
 endif()
@@ -34,7 +35,8 @@ if(NOT cuda_note AND CMDP_FAST_CUDA STREQUAL "auto" AND NOT DEFINED CMAKE_CUDA_A
   set(found "")
   find_program(nvidia_smi nvidia-smi)
   if(nvidia_smi)
-    execute_process(COMMAND ${nvidia_smi} --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE found ERROR_QUIET)
+    execute_process(COMMAND ${nvidia_smi} --query-gpu=compute_cap --format=csv,noheader
+                    OUTPUT_VARIABLE found ERROR_QUIET)
   endif()
   string(REGEX MATCHALL "[0-9]+\\.[0-9]" found "${found}")
   string(REPLACE "." "" found "${found}")

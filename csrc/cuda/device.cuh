@@ -1,6 +1,6 @@
-// What the kernels need of the machine, in functions with one-word jobs. Each has a host alternative of the same meaning,
-// so that the kernels' own source can be compiled and run on a processor (what has to stand in for CUDA there is said in
-// launch.h).
+// What the kernels need of the machine, in functions with one-word jobs. Each has a host alternative of the same
+// meaning, so that the kernels' own source can be compiled and run on a processor (what has to stand in for CUDA there
+// is said in launch.h).
 #pragma once
 
 #include <bit>
@@ -18,14 +18,19 @@
 
 namespace cmdp::cuda {
 
-// The most threads of a block. Registers are limited so that as many such blocks fit a multiprocessor as make half of the
-// warps it can hold: 64, or 48 on consumer GPUs.
+// The most threads of a block. Registers are limited so that as many such blocks fit a multiprocessor as make half of
+// the warps it can hold: 64, or 48 on consumer GPUs.
 constexpr int kThreads = 256;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 constexpr int kBlocks = 3;
 #else
 constexpr int kBlocks = 4;
 #endif
+// Where rows are not aligned a thread holds many narrow loads, and needs registers more than the memory needs warps.
+template <bool kAligned>
+constexpr int blocks() {
+  return kAligned ? kBlocks : kBlocks - 1;
+}
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -156,9 +161,9 @@ __device__ __forceinline__ float highest(const uint32_t (&words)[kWords]) {
 }
 
 // --------------------------------------------------------------------------------------------------------------
-// Memory. A step gives a thread kStep columns of both models, in pieces of kVector neighbouring ones; the 32 threads of a
-// warp share 32 kStep neighbouring columns, piece by piece. Which thread gets which columns, and in what order, depends
-// on nothing but the dtypes: where a row happens to lie must not change its result.
+// Memory. A step gives a thread kStep columns of both models, in pieces of kVector neighbouring ones; the 32 threads of
+// a warp share 32 kStep neighbouring columns, piece by piece. Which thread gets which columns, and in what order,
+// depends on nothing but the dtypes: where a row happens to lie must not change its result.
 
 // Columns of one 128-bit load of the wider dtype, and of a step.
 template <class X, class Y>
@@ -216,7 +221,8 @@ __device__ __forceinline__ void read(const typename T::Element* at, uint32_t (&w
   }
 }
 
-// One piece of which only `count` columns may exist, a column a load. The last one stands in for what is beyond the end.
+// One piece of which only `count` columns may exist, a column a load. The last one stands in for what is beyond the
+// end.
 template <class T, int kWords>
 __device__ __forceinline__ void read_some(const typename T::Element* at, int count, uint32_t (&words)[kWords]) {
   const auto before = [count](int i) { return i < count ? i : count - 1; };

@@ -1,12 +1,12 @@
 // The columns of a segment of a row, folded into one TokenState by the threads of a block.
 //
-// Memory is read once and every thread keeps a state of its own: the loop has neither a barrier nor a shuffle. Within it
-// everything is float32 and in octaves: with L = log2(e)/temperature a column has t = L x - m and s = L y - n, one fused
-// multiply-add each, and adds to z, u, a, b, h, k as in token_state.h. Any references m, n are exact; they follow the
-// maximum at a distance, being raised only where it has passed them by more than kSlack octaves, which keeps powers in
-// range, t and s small and the loop short: a step of 16 columns looks for its maximum two columns at a time before they
-// are widened, and seldom raises anything. Differences t - s are taken relative to the references, so that a common shift
-// of one model's logits costs no precision.
+// Memory is read once and every thread keeps a state of its own: the loop has neither a barrier nor a shuffle. Within
+// it everything is float32 and in octaves: with L = log2(e)/temperature a column has t = L x - m and s = L y - n, one
+// fused multiply-add each, and adds to z, u, a, b, h, k as in token_state.h. Any references m, n are exact; they follow
+// the maximum at a distance, being raised only where it has passed them by more than kSlack octaves, which keeps powers
+// in range, t and s small and the loop short: a step of 16 columns looks for its maximum two columns at a time before
+// they are widened, and seldom raises anything. Differences t - s are taken relative to the references, so that a
+// common shift of one model's logits costs no precision.
 //
 // The loop takes logits as a language model says them. -inf, NaN, infinities or an abyss such as finfo.min show up as a
 // sum that is not finite (0 * inf); the block then folds its segment again, in double and with every special value.
@@ -89,8 +89,8 @@ struct Sums {
   }
 };
 
-// Merges the states of the first `count` lanes of a warp, none of which has seen its label; those of the others up to the
-// next power of two are empty. All are raised to the highest references at once, and then only have to be added.
+// Merges the states of the first `count` lanes of a warp, none of which has seen its label; those of the others up to
+// the next power of two are empty. All are raised to the highest references at once, and then only have to be added.
 __device__ __forceinline__ void merge_lanes(TokenState& s, int count) {
   const bool only_student = __any_sync(kAll, s.r_inf != 0), only_teacher = __any_sync(kAll, s.f_inf != 0);
   double top = s.m, teacher_top = s.n;

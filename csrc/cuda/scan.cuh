@@ -1,9 +1,9 @@
 // The budget's account of a sequence and the reward it modifies, by the threads of one block.
 //
-// Only the sum of the costs has to be made token after token, if it is to be the same as on the CPU: one thread makes it,
-// from shared memory, and notes the account as every token finds it. From there each thread pushes a token of its own
-// through budget.h. A violation is absorbing, so that `violated` needs no scan: it holds from the first token on that is
-// over budget. A sequence is read in chunks of the block's size, which changes nothing about the order.
+// Only the sum of the costs has to be made token after token, if it is to be the same as on the CPU: one thread makes
+// it, from shared memory, and notes the account as every token finds it. From there each thread pushes a token of its
+// own through budget.h. A violation is absorbing, so that `violated` needs no scan: it holds from the first token on
+// that is over budget. A sequence is read in chunks of the block's size, which changes nothing about the order.
 #pragma once
 
 #include "../budget.h"
@@ -81,8 +81,8 @@ __device__ __forceinline__ int64_t count_kept(const uint8_t* mask, int64_t begin
   return kept;
 }
 
-// The trace of a sequence, and the reward if it is wanted, computed from the trace as it was rounded. All threads of the
-// block.
+// The trace of a sequence, and the reward if it is wanted, computed from the trace as it was rounded. All threads of
+// the block.
 template <class CostOf>
 __device__ __forceinline__ void scan_sequence(const ScanArguments& a, const CostOf& cost, const uint8_t* mask,
                                               int64_t sequence, const Span& span, double limit) {

@@ -11,9 +11,10 @@ struct Settings {
   int64_t segment;
 };
 
-// 32768 columns of a language model's vocabulary are 8 steps of 16 columns a thread: long enough that merging the threads
-// at the end costs a few per cent of them, short enough that a few rows of 151936 columns occupy many multiprocessors. In
-// narrow rows threads without columns must not outnumber the others; of very wide ones a warp has to hold all segments.
+// 32768 columns of a language model's vocabulary are 8 steps of 16 columns a thread: long enough that merging the
+// threads at the end costs a few per cent of them, short enough that a few rows of 151936 columns occupy many
+// multiprocessors. In narrow rows threads without columns must not outnumber the others; of very wide ones a warp has
+// to hold all segments.
 Settings settings_of(int64_t vocab) {
   if (vocab < 1024) return {kWarp, 1024};
   if (vocab < 16384) return {kThreads / 2, 16384};

@@ -1,13 +1,13 @@
 // Statistics, and with a budget the whole method, in one launch.
 //
-// One block folds one segment of a row; into how many segments a row is cut depends on its width alone. The last block of
-// a row to arrive merges the states of its segments, in a fixed order, and finishes the row; the last row of a sequence to
-// arrive lets its block scan the sequence. Who is last differs from run to run, what it computes does not: the same row
-// gives bitwise the same result in every run and every batch.
+// One block folds one segment of a row; into how many segments a row is cut depends on its width alone. The last block
+// of a row to arrive merges the states of its segments, in a fixed order, and finishes the row; the last row of a
+// sequence to arrive lets its block scan the sequence. Who is last differs from run to run, what it computes does not:
+// the same row gives bitwise the same result in every run and every batch.
 //
-// Arrivals: a block writes what others will read, makes it visible (__threadfence) and counts itself with atomicInc, which
-// wraps to zero at the last arrival, so that the counters are as they were when the kernel ends. Whoever was last issues a
-// fence of its own before it reads; a barrier hands both on to the other threads of the block.
+// Arrivals: a block writes what others will read, makes it visible (__threadfence) and counts itself with atomicInc,
+// which wraps to zero at the last arrival, so that the counters are as they were when the kernel ends. Whoever was last
+// issues a fence of its own before it reads; a barrier hands both on to the other threads of the block.
 #pragma once
 
 #include "../gradient.h"
@@ -82,8 +82,8 @@ __device__ __forceinline__ TokenState merge_segments(const double* partial, int 
   return state;
 }
 
-// Folds this block's segment, and finishes the row if it was the last. True, for threads of the first warp, once the row
-// is finished.
+// Folds this block's segment, and finishes the row if it was the last. True, for threads of the first warp, once the
+// row is finished.
 template <class X, class Y, bool kAligned>
 __device__ __forceinline__ bool fold_segment(const FoldArguments& a, uint32_t row, int segment) {
   if (a.mask != nullptr && a.mask[row] == 0) {
@@ -118,7 +118,8 @@ __device__ __forceinline__ bool fold_segment(const FoldArguments& a, uint32_t ro
 }
 
 template <class X, class Y, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocks) token_stats_kernel(const __grid_constant__ FoldArguments a) {
+__global__ void __launch_bounds__(kThreads, blocks<kAligned>())
+    token_stats_kernel(const __grid_constant__ FoldArguments a) {
   const uint32_t row = blockIdx.x / a.segments;
   fold_segment<X, Y, kAligned>(a, row, blockIdx.x - row * a.segments);
 }
@@ -176,7 +177,7 @@ __device__ __forceinline__ void settle_empty(const Sequences& sequences, int64_t
 
 // One block a segment of a row, and one more for sequences without tokens.
 template <class X, class Y, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, blocks<kAligned>())
     constrained_kernel(const __grid_constant__ ConstrainedArguments a) {
   const uint32_t row = blockIdx.x / a.fold.segments;
   if (row >= a.fold.rows) {
