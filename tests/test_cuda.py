@@ -317,6 +317,7 @@ def test_the_choice_is_no_break_in_a_compiled_graph(monkeypatch):
     monkeypatch.setattr(backends, "cuda", SimpleNamespace(DEVICE="cuda", COSTS=("reverse_kl",)))
     monkeypatch.setitem(backends.GPU, "cuda", backends.cuda)
     monkeypatch.setitem(backends._BACKENDS, "cuda", None)
+    monkeypatch.setitem(preference.CHOICES, "constrained_reward", preference.Choice("cuda", "predicted", ""))
     chosen = []
 
     def record(graph, inputs):
@@ -331,7 +332,7 @@ def test_the_choice_is_no_break_in_a_compiled_graph(monkeypatch):
         x, y = (torch.empty(2, 3, 37, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         tokens, reward = torch.zeros(2, 3, dtype=torch.int64, device="cuda"), torch.zeros(2, 3, device="cuda")
         assert step(x, y, tokens, reward).shape == (2, 3)
-    assert chosen == [preference.CHOICES["constrained_reward"].backend]
+    assert chosen == ["cuda"]
 
 
 def test_the_table_of_preferences_is_of_one_mind():
