@@ -1,7 +1,9 @@
-"""Builds csrc/ into cmdp_fast._C with CMake and ninja; everything else is in pyproject.toml.
+"""Builds csrc/ into cmdp_fast._C and, where CMDP_FAST_CUDA says so, cmdp_fast._cuda with CMake and ninja; everything
+else is in pyproject.toml.
 
 The library works without the native module (the plain PyTorch backend serves), so a missing compiler is reported and
-does not fail the installation. Set CMDP_FAST_REQUIRE_NATIVE=1 to make it fail instead.
+does not fail the installation. Set CMDP_FAST_REQUIRE_NATIVE=1 to make it fail instead. Likewise the CUDA kernels, which
+are built where there are an nvcc and an NVIDIA GPU; CMDP_FAST_CUDA=1 builds them anywhere or fails, 0 leaves them out.
 """
 
 import os
@@ -30,11 +32,24 @@ class CMakeBuild(build_ext):
             self.extensions = []
 
     def _build(self, ext: Extension) -> None:
+        wish = os.environ.get("CMDP_FAST_CUDA") or "auto"
+        try:
+            self._run_cmake(ext, f"-DCMDP_FAST_CUDA={wish}")
+        except subprocess.CalledProcessError as error:
+            if wish != "auto":
+                raise
+            print(f"cmdp_fast: a build with CUDA kernels failed ({error}); building without them", file=sys.stderr)
+            self._run_cmake(
+                ext, "-DCMDP_FAST_CUDA=0", "-DCMDP_FAST_CUDA_NOTE=not built: nvcc failed, see pip's log (-v)"
+            )
+
+    def _run_cmake(self, ext: Extension, *settings: str) -> None:
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # settings of an earlier build
         configure = [
             "cmake",
             "-S",
@@ -47,6 +62,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *settings,
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

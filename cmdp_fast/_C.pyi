@@ -5,6 +5,7 @@ from collections.abc import Sequence
 SAVED: int
 STATE: int
 OPENMP: bool
+CUDA_NOTE: str  # why cmdp_fast._cuda was not built with this module; empty if it was
 
 class Matrix:
     def __init__(self, address: int, dtype: str, sizes: Sequence[int], strides: Sequence[int], width: int) -> None: ...

@@ -1,6 +1,4 @@
 // The Python module cmdp_fast._C. Pointers, shapes and strides come in; nothing here knows about torch.
-//
-// Every argument is checked before it is used: a wrong call raises, it does not read a stray address.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,6 +15,7 @@
 #include <unistd.h>
 #endif
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/scan.h"
@@ -35,68 +34,7 @@ const KernelTable& kernels() {
   return *active;
 }
 
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
-
-template <class T>
-T* pointer(uintptr_t address, const char* name, bool needed) {
-  if (address == 0 && needed) fail(std::string(name) + " is a null pointer");
-  if (address % alignof(T) != 0) fail(std::string(name) + " is not aligned to its element size");
-  return reinterpret_cast<T*>(address);
-}
-
 static_assert(kSegmentState == TokenState::kFields + 1);
-
-DType dtype_named(const std::string& name, int& size) {
-  size = name == "float64" ? 8 : name == "float32" ? 4 : 2;
-  if (name == "float32") return DType::float32;
-  if (name == "bfloat16") return DType::bfloat16;
-  if (name == "float16") return DType::float16;
-  if (name == "float64") return DType::float64;
-  fail("dtype '" + name + "' is not one of float32, bfloat16, float16, float64");
-}
-
-Matrix make_matrix(uintptr_t address, const std::string& dtype, const std::vector<int64_t>& sizes,
-                   const std::vector<int64_t>& strides, int64_t width) {
-  Matrix matrix{};
-  matrix.dtype = dtype_named(dtype, matrix.element_size);
-  if (sizes.size() != strides.size()) fail("a matrix needs as many strides as leading sizes");
-  if (sizes.size() > Matrix::kMaxDims) fail("a matrix may have at most 8 leading dimensions");
-  if (width < 0) fail("a matrix has a negative width");
-  matrix.dims = static_cast<int>(sizes.size());
-  matrix.width = width;
-  matrix.rows = 1;
-  int64_t reach = width;
-  for (int d = 0; d < matrix.dims; ++d) {
-    if (sizes[d] < 0 || strides[d] < 0) fail("a matrix has a negative size or stride");
-    matrix.sizes[d] = sizes[d];
-    matrix.strides[d] = strides[d];
-    int64_t extent = 0;
-    if (__builtin_mul_overflow(matrix.rows, sizes[d], &matrix.rows) ||
-        __builtin_mul_overflow(sizes[d] > 0 ? sizes[d] - 1 : 0, strides[d], &extent) ||
-        __builtin_add_overflow(reach, extent, &reach)) {
-      fail("the size of a matrix overflows 64 bits");
-    }
-  }
-  int64_t bytes = 0;
-  if (__builtin_mul_overflow(reach, int64_t{matrix.element_size}, &bytes)) {
-    fail("the size of a matrix overflows 64 bits");
-  }
-  if (address == 0 && matrix.rows > 0 && width > 0) fail("a matrix has a null pointer");
-  if (address % matrix.element_size != 0) fail("a matrix is not aligned to its element size");
-  matrix.data = reinterpret_cast<char*>(address);
-  return matrix;
-}
-
-Logits make_logits(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
-                   double temperature, bool needs_tokens, int64_t first_column = 0) {
-  if (student.rows != teacher.rows) fail("student and teacher have different numbers of rows");
-  if (vocab < 1 || vocab > student.width || vocab > teacher.width) fail("vocab is outside the width of the logits");
-  if (!(temperature > 0)) fail("the temperature must be positive");
-  if (first_column < 0) fail("first_column is negative");
-  const bool needed = needs_tokens && student.rows > 0;
-  return {student, teacher, pointer<const int64_t>(tokens, "tokens", needed),
-          pointer<const uint8_t>(mask, "mask", false), vocab, temperature, first_column};
-}
 
 // For whole rows. A tile may well not hold the token's column.
 void check_tokens(const Logits& in) {
@@ -124,12 +62,6 @@ int64_t grain_for(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<
 template <class Body>
 void for_rows(const Matrix& logits, int threads, const Body& body) {
   parallel_for(logits.rows, useful_threads(threads, logits.rows, logits.width), grain_for(logits.width), body);
-}
-
-void check_output(const Matrix& out, const Matrix& student) {
-  if (out.rows != student.rows || out.width != student.width || out.dtype != student.dtype) {
-    fail("the gradient must have the rows, width and dtype of the student's logits");
-  }
 }
 
 // Statistics of all rows. When there are fewer rows than threads a row is split: its segments are folded by different
@@ -248,15 +180,6 @@ void update_states(const Matrix& student, const Matrix& teacher, uintptr_t token
   });
 }
 
-RewardKind reward_kind(const std::string& kind) {
-  if (kind == "cmdp") return RewardKind::cmdp;
-  if (kind == "hinge") return RewardKind::hinge;
-  if (kind == "saute" || kind == "worst_case") return RewardKind::saute;
-  if (kind == "lagrangian" || kind == "pid") return RewardKind::lagrangian;
-  if (kind == "barrier") return RewardKind::barrier;
-  fail("reward kind '" + kind + "' is unknown");
-}
-
 Values make_values(uintptr_t address, bool wide, const char* name, bool needed) {
   if (wide) return {pointer<double>(address, name, needed), true};
   return {pointer<float>(address, name, needed), false};
@@ -281,14 +204,6 @@ TraceArrays make_trace(const std::array<uintptr_t, 5>& trace, bool wide, int64_t
           pointer<int64_t>(trace[3], "first_violation", sequences > 0)};
 }
 
-using BudgetArgs = std::tuple<double, bool, bool>;                                  // gamma, mean, inclusive
-using RewardArgs = std::tuple<std::string, bool, double, double, double, double>;  // as in RewardRule
-
-RewardRule make_rule(const RewardArgs& args) {
-  const auto& [kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope] = args;
-  return {reward_kind(kind), at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope};
-}
-
 void budget_trace(uintptr_t cost, bool wide, uintptr_t mask, uintptr_t offsets, int64_t count, int64_t total,
                   uintptr_t limits, const BudgetArgs& budget, const std::array<uintptr_t, 5>& trace,
                   const std::optional<RewardArgs>& reward, uintptr_t task_reward, uintptr_t result) {
@@ -300,9 +215,9 @@ void budget_trace(uintptr_t cost, bool wide, uintptr_t mask, uintptr_t offsets, 
   const Values rewards = make_values(task_reward, wide, "task_reward", rewarded);
   const Values results = make_values(result, wide, "reward", rewarded);
   const std::optional<RewardRule> rule = reward ? std::optional(make_rule(*reward)) : std::nullopt;
-  const auto [gamma, mean, inclusive] = budget;
+  const BudgetRule account = make_rule(budget);
   py::gil_scoped_release release;
-  trace_budgets(sequences, costs, limit, {gamma, mean, inclusive}, out, rule ? &*rule : nullptr, rewards, results);
+  trace_budgets(sequences, costs, limit, account, out, rule ? &*rule : nullptr, rewards, results);
 }
 
 void modified_reward(uintptr_t task_reward, uintptr_t cost, bool wide, uintptr_t mask, uintptr_t offsets, int64_t count,
@@ -409,6 +324,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("variant", [] { return std::string(kernels().name); });
   module.def("set_variant", [](const std::string& name) { active = variant_named(name); });
   module.def("cpu_features", &cpu_features);
+  module.attr("CUDA_NOTE") = CMDP_CUDA_NOTE;  // why cmdp_fast._cuda was not built with it; empty if it was
 #ifdef _OPENMP
   module.attr("OPENMP") = true;
 #else

@@ -23,25 +23,30 @@ struct BudgetStep {
 
 // Absorbing: once a token has violated, every later one does. A masked token is simply not pushed.
 struct BudgetState {
-  double limit = 0, sum = 0, discount = 1, overrun = 0;
+  double limit = 0, sum = 0, discount = 1;
   int64_t count = 0;
   bool violated = false;
 
   CMDP_HD double cumulative(const BudgetRule& rule) const { return rule.mean && count > 0 ? sum / count : sum; }
+  CMDP_HD double overrun(double total) const { return total > limit || total != total ? total - limit : 0; }
 
-  CMDP_HD BudgetStep push(double cost, const BudgetRule& rule) {
+  // The account and nothing else: the one thing that has to be done token after token.
+  CMDP_HD void pay(double cost, const BudgetRule& rule) {
     sum += discount * cost;
     discount *= rule.gamma;
     ++count;
+  }
+
+  CMDP_HD BudgetStep push(double cost, const BudgetRule& rule) {
+    const double overrun_before = overrun(cumulative(rule));
+    pay(cost, rule);
     const double total = cumulative(rule);
-    const double overrun_before = overrun;
-    overrun = total > limit || total != total ? total - limit : 0;
     // Written so that NaN, an account nobody checked, counts as a violation.
     const bool over = rule.inclusive ? !(total < limit) : !(total <= limit);
     const bool crossing = over && !violated;
     violated = violated || over;
     // Once the overrun is infinite nothing adds to it; the difference of two infinities would be NaN.
-    const double excess = std::isinf(overrun_before) ? 0 : overrun - overrun_before;
+    const double excess = std::isinf(overrun_before) ? 0 : overrun(total) - overrun_before;
     return {total, limit - total, excess, violated, crossing};
   }
 

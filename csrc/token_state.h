@@ -13,7 +13,7 @@
 // ranks are all partial states. Everything is relative to the references, so that a shift of a model's logits, however
 // large, costs no precision: KL(p‖w) = a/z - log z + log u.
 //
-// Header-only, free of any framework, double throughout. Define CMDP_HD as `__host__ __device__` for device code.
+// Header-only, free of any framework, double throughout. CMDP_HD makes it host and device code under nvcc.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,11 @@
 #include <limits>
 
 #ifndef CMDP_HD
+#ifdef __CUDACC__
+#define CMDP_HD __host__ __device__
+#else
 #define CMDP_HD
+#endif
 #endif
 // One namespace an instruction set: the linker must never merge an AVX-512 copy of an inline function into code
 // that runs elsewhere.
@@ -62,24 +66,28 @@ struct TokenState {
       if (y[i] > top_y && y[i] < inf) top_y = y[i];
     }
     raise(top_x, top_y);
-    for (int64_t i = 0; i < count; ++i) {
-      const bool has_x = x[i] != -inf, has_y = y[i] != -inf;
-      const double t = x[i] - m, s = y[i] - n;
-      if (has_x) {
-        const double e = std::exp(t);
-        z += e;
-        h += e * t;
-        if (has_y) a += e * (t - s);
-      }
-      if (has_y) {
-        const double e = std::exp(s);
-        u += e;
-        k += e * s;
-        if (has_x) b += e * (s - t);
-      }
-      if (has_x && !has_y) r_inf = 1;
-      if (has_y && !has_x) f_inf = 1;
+    for (int64_t i = 0; i < count; ++i) add_column(x[i], y[i]);
+  }
+
+  // One column that is not above the references.
+  CMDP_HD void add_column(double x, double y) {
+    const double inf = infinity();
+    const bool has_x = x != -inf, has_y = y != -inf;
+    const double t = x - m, s = y - n;
+    if (has_x) {
+      const double e = std::exp(t);
+      z += e;
+      h += e * t;
+      if (has_y) a += e * (t - s);
     }
+    if (has_y) {
+      const double e = std::exp(s);
+      u += e;
+      k += e * s;
+      if (has_x) b += e * (s - t);
+    }
+    if (has_x && !has_y) r_inf = 1;
+    if (has_y && !has_x) f_inf = 1;
   }
 
   // The token's own column has passed.
@@ -105,6 +113,11 @@ struct TokenState {
     const double top_x = m > other.m ? m : other.m, top_y = n > other.n ? n : other.n;
     raise(top_x, top_y);
     other.raise(top_x, top_y);
+    add(other);
+  }
+
+  // Merges a state of the same references.
+  CMDP_HD void add(const TokenState& other) {
     z += other.z, u += other.u, a += other.a, b += other.b, h += other.h, k += other.k;
     xa = xa > other.xa ? xa : other.xa;
     ya = ya > other.ya ? ya : other.ya;

@@ -1,16 +1,17 @@
 import json
 from pathlib import Path
 
+import hosted  # first: it may bring the CUDA kernels
 import pytest
 import torch
 
 import cmdp_fast as cf
 from cmdp_fast.ops.backends import INTERPRETED
 
-MARKS = {"triton": [pytest.mark.triton]}
+MARKS = {"triton": [pytest.mark.triton], "cuda": [pytest.mark.cuda]}
 BACKENDS = [
     pytest.param(name, marks=MARKS.get(name, []))
-    for name in ("torch", "cpu", "triton")
+    for name in ("torch", "cpu", "triton", "cuda")
     if cf.available_backends()[name] is None
 ]
 if INTERPRETED:
@@ -24,14 +25,18 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    # On the GPU backend float64 logits are an error that names the torch backend (test_float64_is_left_to_pytorch), so
-    # the float64 cases of the shared suite have nothing to run there. Skipped rather than left out: the count shows.
+    # On the GPU backends float64 logits are an error that names the torch backend (test_float64_is_left_to_pytorch), so
+    # the float64 cases of the shared suite have nothing to run there. Likewise operations that have no CUDA kernel
+    # (test_only_some_operations_have_a_cuda_kernel). Skipped rather than left out: the count shows.
     for item in items:
         wide = "float64" in item.keywords or (
             hasattr(item, "callspec") and torch.float64 in item.callspec.params.values()
         )
-        if "triton" in item.keywords and wide and item.path.name != "test_budget.py":  # a scan takes float64
+        on_gpu = "triton" in item.keywords or "cuda" in item.keywords
+        if on_gpu and wide and item.path.name != "test_budget.py":  # a scan takes float64
             item.add_marker(pytest.mark.skip(reason="the GPU kernels take no float64 logits"))
+        if "cuda" in item.keywords and needs_another_kernel(item):
+            item.add_marker(pytest.mark.skip(reason="the cuda backend leaves this operation to triton"))
     if config.getoption("--slow"):
         return
     for item in items:  # minutes each; the command says how to run them
@@ -39,10 +44,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
+def needs_another_kernel(item):
+    """Whether a test of the shared suite calls an operation that the CUDA kernels leave to Triton's."""
+    files = ("test_divergence.py", "test_linear.py", "test_linear_constrained.py", "test_token_state.py")
+    mixture = hasattr(item, "callspec") and "jsd" in item.callspec.params.values()
+    return item.path.name in files or mixture or item.get_closest_marker("mixture") is not None
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """A backend by name. Where it needs a GPU, the test makes its tensors there."""
-    on_gpu = request.param == "triton" and not INTERPRETED
+    on_gpu = (request.param == "triton" and not INTERPRETED) or (request.param == "cuda" and not hosted.HOSTED)
     torch.set_default_device("cuda" if on_gpu else None)
     yield request.param
     torch.set_default_device(None)

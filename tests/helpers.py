@@ -34,7 +34,7 @@ def weighted_sum(stats, weights):
 
 def finest(backend):
     """The widest dtype of logits that a backend takes, what it is exact to, and what ten given digits are worth."""
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         return torch.float32, 4e-7, 4e-7  # a few units in the last place of 1
     return torch.float64, 1e-15, 5e-9
 

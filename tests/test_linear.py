@@ -479,7 +479,7 @@ GOOD = make_inputs(rows=(2, 3), vocab=9, biased=True)
         ({"teacher_softcap": "high"}, TypeError, "teacher_softcap must be a number"),
         ({"student_scale": 0.0}, ValueError, "student_scale must be finite and not 0"),
         ({"first_column": 3}, ValueError, "first_column=3 has a meaning only with process_group="),
-        ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
+        ({"backend": "opencl"}, ValueError, "backend='opencl' is unknown"),
     ],
 )
 def test_errors(change, error, message):

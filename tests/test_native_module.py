@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers import make_logits
 
+from cmdp_fast.layout import SAVED
 from cmdp_fast.ops.backends import native
-from cmdp_fast.ops.native import SAVED, STATE, matrix
+from cmdp_fast.ops.native import STATE, matrix
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 

@@ -71,6 +71,20 @@ def test_a_missing_triton_is_reported(interpreted, reason):
     assert done.stdout.startswith(reason)
 
 
+WITHOUT_CUDA = """
+import sys
+sys.modules["cmdp_fast._cuda"] = None
+import cmdp_fast as cf
+print(cf.available_backends()["cuda"])
+"""
+
+
+def test_cuda_kernels_that_were_not_built_are_reported():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_CUDA], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the CUDA kernels were not built")
+
+
 @pytest.mark.parametrize("required", [False, True])
 def test_installation_without_a_compiler(required, tmp_path):
     """It succeeds and says what is missing, unless the native module is asked for."""

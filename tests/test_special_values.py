@@ -251,6 +251,7 @@ def test_rows_that_are_finfo_min_throughout(dtype, which, backend):
         assert torch.allclose(gradient, expected_gradients[name], rtol=1e-2, atol=1e-6), name
 
 
+@pytest.mark.mixture
 def test_divergences_with_excluded_columns(place, backend):
     width, column = place
     x, y, _ = pair(width)
@@ -266,12 +267,14 @@ def test_divergences_with_excluded_columns(place, backend):
         assert torch.allclose(gradient.double(), exact_gradient, atol=2e-6), kind
 
 
+@pytest.mark.mixture
 def test_divergence_of_disjoint_models_is_log_two(backend):
     x, y = torch.full((1, 40), -INF), torch.full((1, 40), -INF)
     x[0, :20], y[0, 20:] = 0.0, 0.0
     assert cf.divergence(x, y, "jsd", backend=backend).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.mixture
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_divergence_of_a_bad_row_is_nan(value, backend):
     x, y, _ = pair(130)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "static_gpu.py"
+sys.path.append(str(SCRIPT.parent))
 FOLD, BACKWARD = "token_stats.fold_kernel", "token_stats_backward.backward_kernel"
 MIXTURE, SEQUENCE = "mixture.mixture_kernel", "constrained.sequence_kernel"
 FINISH, TRACE = "token_stats.finish_kernel", "scan.trace_kernel"
@@ -41,10 +43,12 @@ SASS = """
 
 @pytest.fixture(scope="module")
 def static_gpu():
-    spec = importlib.util.spec_from_file_location("static_gpu", SCRIPT)
-    module = sys.modules["static_gpu"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("static_gpu")
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    return importlib.import_module("machine_code")
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +70,19 @@ def reports(survey):
     return {report["kernel"]: report for report in survey[0] if report["vocab"] == 151936}
 
 
-def test_statistics_kernel_reaches_its_bars(static_gpu, reports):
-    report = static_gpu.Report(**reports[FOLD])
+def test_statistics_kernel_reaches_its_bars(machine_code, reports):
+    report = machine_code.Report(**reports[FOLD])
     report.loads = {int(bits): times for bits, times in report.loads.items()}
-    assert static_gpu.missed_bars(report) == []
+    assert machine_code.missed_bars(report) == []
     assert report.columns == 16 and report.bytes_a_column == 4
 
 
-def test_bars_can_be_missed(static_gpu, reports):
-    report = static_gpu.Report(**reports[FOLD])
+def test_bars_can_be_missed(machine_code, reports):
+    report = machine_code.Report(**reports[FOLD])
     report.loads, report.barriers, report.local, report.registers = {128: 3, 16: 2}, 1, 8, 255
     report.exponentials_a_column, report.instructions_a_column, report.occupancy = 2.6, 23.1, 0.4
     report.shuffles, report.loop = 5, False
-    assert len(static_gpu.missed_bars(report)) == 8
+    assert len(machine_code.missed_bars(report)) == 8
 
 
 def test_no_kernel_spills(reports):
@@ -119,6 +123,42 @@ def test_assembly_is_written_only_for_gpus_that_take_it(arch, speaks, static_gpu
     assert launch.speaks_ptx() == speaks
 
 
+CUDA = ("cuda.token_stats_kernel", "cuda.constrained_kernel", "cuda.backward_kernel")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+
+
+@needs_nvcc
+def test_cuda_kernels_reach_the_bars(machine_code, reports):
+    assert set(CUDA) <= reports.keys()
+    for name in CUDA:
+        report = machine_code.Report(**reports[name])
+        report.loads = {int(bits): times for bits, times in report.loads.items()}
+        assert machine_code.missed_bars(report) == [], name
+        assert report.columns == 16 and report.loads == {128: 4} and report.shared <= 12 * 1024, name
+    statistics, _, backward = (reports[name] for name in CUDA)
+    assert statistics["instructions_a_column"] - statistics["branched_a_column"] <= 15.5
+    assert statistics["exponentials_a_column"] <= 2.125 and backward["exponentials_a_column"] == 2
+    assert statistics["bytes_a_column"] == 4 and backward["bytes_a_column"] == 6
+    assert backward["instructions_a_column"] <= 16.5
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "100"])
+def test_cuda_kernels_reach_the_bars_on_other_gpus(arch, machine_code):
+    reports = importlib.import_module("static_cuda").survey([arch], ["bfloat16"], 151936)
+    assert len(reports) == len(CUDA)
+    for report in reports:
+        assert machine_code.missed_bars(report) == [], report.kernel
+
+
+def test_instructions_that_a_branch_skips(machine_code):
+    code = [
+        machine_code.Instruction(name, to)
+        for name, to in [("A", None), ("BRA", 4), ("B", None), ("C", None), ("BRA", 1)]
+    ]
+    assert machine_code.count_branched(code[1:], 1) == 2
+
+
 def test_bounds_are_labelled(survey):
     _, printed = survey
     bounds = printed[printed.index("PREDICTED, NOT MEASURED") :]
@@ -126,37 +166,37 @@ def test_bounds_are_labelled(survey):
     assert all("predicted" in line for line in bounds.splitlines()[1:])
 
 
-def test_the_innermost_loop_that_loads_most(static_gpu):
-    code = static_gpu.parse_sass(SASS)
+def test_the_innermost_loop_that_loads_most(machine_code):
+    code = machine_code.parse_sass(SASS)
     assert len(code) == 12
-    names = [i.name for i in static_gpu.main_loop(code)]
+    names = [i.name for i in machine_code.main_loop(code)]
     assert names == ["LDG.E.128", "LDG.E.64.CONSTANT", "MUFU.EX2", "BRA"]
-    assert static_gpu.main_loop(code[-2:]) is None
+    assert machine_code.main_loop(code[-2:]) is None
 
 
-def test_widths_of_loads(static_gpu):
+def test_widths_of_loads(machine_code):
     bits = {"LDG.E.128": 128, "LDG.E.64.CONSTANT": 64, "LDG.E": 32, "LDG.E.U16": 16, "LDS.128": 0, "STG.E.128": 0}
     bits |= {"global_load_dwordx4": 128, "global_load_dword": 32, "buffer_load_ushort": 16, "ds_read_b32": 0}
     for name, want in bits.items():
-        assert static_gpu.load_bits(name) == want, name
+        assert machine_code.load_bits(name) == want, name
 
 
-def test_occupancy(static_gpu):
+def test_occupancy(machine_code):
     """By hand: 65536 registers, given out by 256 a warp, and 64 warps; 228 KiB of memory, of which 1 KiB a block."""
-    assert static_gpu.occupancy(registers=63, shared=0, threads=256, arch="90") == 0.5
-    assert static_gpu.occupancy(registers=65, shared=0, threads=256, arch="90") == 0.375
-    assert static_gpu.occupancy(registers=32, shared=0, threads=256, arch="90") == 1
-    assert static_gpu.occupancy(registers=32, shared=100 * 1024, threads=256, arch="90") == 0.25
-    assert static_gpu.occupancy(registers=16, shared=0, threads=32, arch="90") == 0.5
+    assert machine_code.occupancy(registers=63, shared=0, threads=256, arch="90") == 0.5
+    assert machine_code.occupancy(registers=65, shared=0, threads=256, arch="90") == 0.375
+    assert machine_code.occupancy(registers=32, shared=0, threads=256, arch="90") == 1
+    assert machine_code.occupancy(registers=32, shared=100 * 1024, threads=256, arch="90") == 0.25
+    assert machine_code.occupancy(registers=16, shared=0, threads=32, arch="90") == 0.5
 
 
-def test_prediction(static_gpu):
+def test_prediction(machine_code):
     """One multiprocessor of 1 GHz: 128 instructions, 16 exponentials a nanosecond and 100 bytes of memory."""
-    device = static_gpu.Device("small", "90", multiprocessors=1, gigahertz=1.0, terabytes=0.1)
+    device = machine_code.Device("small", "90", multiprocessors=1, gigahertz=1.0, terabytes=0.1)
     empty = {"kernel": "k", "arch": "90", "dtype": "bfloat16", "vocab": 1, "threads": 32, "registers": 1, "shared": 0}
-    report = static_gpu.Report(**empty, local=0, occupancy=1.0, instructions=1, loop=True)
+    report = machine_code.Report(**empty, local=0, occupancy=1.0, instructions=1, loop=True)
     report.bytes_a_column, report.instructions_a_column, report.exponentials_a_column = 4, 16.0, 2.0
-    limits = static_gpu.predict(report, device)
+    limits = machine_code.predict(report, device)
     assert limits == {"memory": 0.025, "issue": 0.008, "exponentials": 0.008, "bound": "issue"}
     report.instructions_a_column = 4.0
-    assert static_gpu.predict(report, device)["bound"] == "exponentials"
+    assert machine_code.predict(report, device)["bound"] == "exponentials"

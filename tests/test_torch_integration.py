@@ -106,6 +106,7 @@ def test_opcheck(name, arguments):
     torch.library.opcheck(getattr(OPS, name).default, copy.deepcopy(arguments))
 
 
+@pytest.mark.mixture
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_downcast_the_statistics(dtype, backend):
     x, y, tokens, mask, _ = inputs()
@@ -151,6 +152,7 @@ def test_there_is_no_second_derivative():
         gradient.sum().backward()
 
 
+@pytest.mark.mixture
 def test_the_teacher_never_gets_a_gradient(backend):
     x, y, tokens, _, _ = inputs()
     y.requires_grad_()
@@ -183,7 +185,7 @@ LOGITS, TOKENS = make_logits(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64)
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
         ({"temperature": torch.inf}, ValueError, "temperature must be positive and finite"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number"),
-        ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown; expected None or one of cpu, triton, torch"),
+        ({"backend": "gpu"}, ValueError, "backend='gpu' is unknown; expected None or one of cpu, cuda, triton, torch"),
     ],
 )
 def test_errors(change, error, message, backend):

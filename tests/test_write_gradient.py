@@ -14,7 +14,7 @@ def test_columns_beyond_those_that_count_get_zero(first, last, backend):
     """A tile [first, last) of 37 columns, in rows 5 columns wider, of which the gradient alone is NaN before."""
     x, y, tokens = make_logits(3, 37), make_logits(3, 37, seed=1), make_tokens(3, vocab=37)
     upstream = [make_logits(3, scale=1.0, seed=i) for i in range(4)]
-    fields = TokenState.empty(3).update(x, y, tokens, backend=backend).fields
+    fields = TokenState.empty(3).update(x, y, tokens).fields
     saved = saved_scalars(fields, statistics(fields))
     tile = slice(first, last)
     wide = torch.nn.functional.pad(x[:, tile], (0, 5)), torch.nn.functional.pad(y[:, tile], (0, 5))

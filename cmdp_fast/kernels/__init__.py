@@ -23,7 +23,6 @@ algebra of partial states.
 """
 
 from cmdp_fast.kernels.constrained import COSTS, constrained_pass
-from cmdp_fast.kernels.launch import addressable
 from cmdp_fast.kernels.mixture import mixture, mixture_backward
 from cmdp_fast.kernels.scan import modify_rewards, trace_budgets
 from cmdp_fast.kernels.token_state import update_states
@@ -32,7 +31,6 @@ from cmdp_fast.kernels.token_stats_backward import token_stats_backward
 
 __all__ = [
     "COSTS",
-    "addressable",
     "constrained_pass",
     "mixture",
     "mixture_backward",

@@ -10,7 +10,8 @@ from torch import Tensor
 from cmdp_fast.kernels import finish, launch, scan
 from cmdp_fast.kernels.finish import finish_rows
 from cmdp_fast.kernels.scan import bounds, scan_sequence
-from cmdp_fast.kernels.token_stats import empty_statistics, fold_rows
+from cmdp_fast.kernels.token_stats import fold_rows
+from cmdp_fast.layout import empty_statistics
 
 # A cost as a difference of statistics (plus, minus), which is how `reference.token_cost` rounds it too.
 COSTS: dict[str, tuple[str | None, str | None]] = {

@@ -17,6 +17,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from cmdp_fast.layout import addressable, row_axes
+
 # Asked for by hand only: a choice at run time may change the order of additions from one run to the next.
 AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
 
@@ -138,24 +140,6 @@ def speaks_ptx() -> bool:
 def warp_size() -> int:
     """Threads of a warp: 64 on AMD's data centre GPUs."""
     return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
-
-
-def row_axes(t: Tensor) -> list[tuple[int, int]]:
-    """Size and stride of the leading axes of ``[..., V]``, neighbouring axes merged where memory allows."""
-    axes: list[tuple[int, int]] = []
-    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if axes and axes[-1][1] == size * stride:
-            axes[-1] = (axes[-1][0] * size, stride)
-        else:
-            axes.append((size, stride))
-    return axes
-
-
-def addressable(t: Tensor) -> bool:
-    """Whether the kernels can address a tensor's rows where they lie, and so write to them."""
-    return len(row_axes(t)) <= 2
 
 
 def rows_of(t: Tensor) -> Rows:

@@ -27,7 +27,6 @@ from cmdp_fast.kernels.fold import fold
 from cmdp_fast.kernels.shared import (
     LN2,
     PER_NAT,
-    SAVED,
     STATE_FIELDS,
     excluded,
     finite,
@@ -35,6 +34,7 @@ from cmdp_fast.kernels.shared import (
     merged,
     natural,
 )
+from cmdp_fast.layout import empty_statistics
 
 
 @triton.jit
@@ -237,13 +237,6 @@ def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
     if rows > 0:
         run(launch.tuned(settings, (vocab, student.dtype, teacher.dtype, wide_loads, student.device), run))
     return Folded(partial, x, y, vocab, segments, scale)
-
-
-def empty_statistics(student: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Room for the six statistics and the saved scalars."""
-    shape = student.shape[:-1]
-    statistics = [student.new_empty(shape, dtype=torch.float32) for _ in range(6)]
-    return statistics, student.new_empty((*shape, SAVED.value), dtype=torch.float64)
 
 
 def token_stats(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from cmdp_fast.ops.preference import CHOICES, gpu_backends
 
 
 def _load_native():
@@ -17,6 +20,18 @@ def _load_native():
     except (ImportError, RuntimeError) as error:
         return None, f"the native module was not built, or does not run here ({error})"
     return _C, None
+
+
+def _load_cuda():
+    """The CUDA kernels and None, or None and the reason why they cannot be used."""
+    try:
+        from cmdp_fast import cuda
+    except ImportError as error:
+        note = "" if native is None else native.CUDA_NOTE
+        return None, f"the CUDA kernels were {note or f'not built ({error})'}"
+    if cuda.DEVICE == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
+        return None, "no CUDA device was found"
+    return cuda, None
 
 
 def _load_kernels():
@@ -34,11 +49,16 @@ def _load_kernels():
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 native, _native_problem = _load_native()
+cuda, _cuda_problem = _load_cuda()
 kernels, _kernels_problem = _load_kernels()
+
+# The GPU backends: modules of the same functions.
+GPU: dict[str, Any] = {"cuda": cuda, "triton": kernels}
 
 # Every backend, and None if it works here, else why it does not.
 _BACKENDS: dict[str, str | None] = {
     "cpu": _native_problem,
+    "cuda": _cuda_problem,
     "triton": _kernels_problem,
     "torch": None,
 }
@@ -47,39 +67,66 @@ _BACKENDS: dict[str, str | None] = {
 def available_backends() -> dict[str, str | None]:
     """Every backend by name; the value is None if it works here, else the reason why it does not.
 
-    ``cpu``: the native kernels, for CPU tensors. ``triton``: GPU kernels. ``torch``: plain PyTorch
-    (`cmdp_fast.reference`), for any device.
+    ``cpu``: the native kernels, for CPU tensors. ``cuda``: CUDA C++ kernels of some operations (`preference.CHOICES`),
+    for NVIDIA GPUs of compute capability 8.0 and later, compiled when the package was. ``triton``: kernels of all
+    operations, for NVIDIA's and AMD's GPUs. ``torch``: plain PyTorch (`cmdp_fast.reference`), for any device.
     """
     return dict(_BACKENDS)
 
 
-def choose(backend: str | None, tensor: Tensor) -> str:
-    """The backend that serves a tensor's device: the one named, or the best that works here.
+def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
+    """The backend that serves an operation on a tensor's device: the one named, or the best that works here.
 
-    Raises ValueError for an unknown name, a backend that does not work here, or a tensor it cannot take.
+    Raises ValueError for an unknown name, a backend that does not work here or has no kernel for the operation, or a
+    tensor it cannot take.
     """
     device = tensor.device.type
     if backend is None:
-        best = {"cpu": "cpu", "cuda": "triton"}.get(device, "torch")
-        return best if _BACKENDS[best] is None else "torch"
+        candidates = {"cpu": ("cpu",), "cuda": gpu_backends(operation)}.get(device, ())
+        return next((name for name in candidates if _BACKENDS[name] is None and _takes(name, tensor)), "torch")
     if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; expected None or one of {', '.join(_BACKENDS)}")
     if _BACKENDS[backend] is not None:
         raise ValueError(f"backend={backend!r} is not available here: {_BACKENDS[backend]}")
-    if backend == "cpu" and device != "cpu":
-        raise ValueError(f"backend='cpu' takes CPU tensors, got one on {tensor.device}")
-    if backend == "triton" and device != "cuda" and not (INTERPRETED and device == "cpu"):
-        raise ValueError(f"backend='triton' takes tensors on a GPU, got one on {tensor.device}")
+    if backend == "cuda" and operation not in CHOICES:
+        raise ValueError(
+            f"backend='cuda' has no kernel for {operation}, only for {', '.join(CHOICES)}; use backend='triton'"
+        )
+    if not _takes(backend, tensor):
+        raise ValueError(f"backend={backend!r} takes {_TAKES[backend]}, got one on {tensor.device}")
     return backend
 
 
-def choose_for_logits(backend: str | None, tensor: Tensor, computed: torch.dtype) -> str:
+_TAKES = {
+    "cpu": "CPU tensors",
+    "cuda": "tensors on an NVIDIA GPU of compute capability 8.0 or later",
+    "triton": "tensors on a GPU",
+}
+
+
+def _takes(backend: str, tensor: Tensor) -> bool:
+    """Whether a backend that works here takes tensors on this one's device."""
+    device = tensor.device.type
+    if backend == "cuda":
+        return device == cuda.DEVICE and (device == "cpu" or _recent(tensor.device.index))
+    if backend == "triton":
+        return device == "cuda" or (INTERPRETED and device == "cpu")
+    return backend == "torch" or device == "cpu"
+
+
+@torch.compiler.assume_constant_result
+def _recent(index: int | None) -> bool:
+    """Whether a device has what the CUDA kernels were compiled for."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def choose_for_logits(backend: str | None, tensor: Tensor, computed: torch.dtype, operation: str) -> str:
     """As `choose`, for statistics in the dtype ``computed``: the GPU kernels leave float64 to PyTorch."""
-    chosen = choose(backend, tensor)
-    if chosen == "triton" and computed == torch.float64:
+    chosen = choose(backend, tensor, operation)
+    if chosen in GPU and computed == torch.float64:
         if backend is not None:
             raise ValueError(
-                "backend='triton' takes float32, bfloat16 and float16 logits, got float64; use backend='torch'"
+                f"backend={backend!r} takes float32, bfloat16 and float16 logits, got float64; use backend='torch'"
             )
         return "torch"
     return chosen

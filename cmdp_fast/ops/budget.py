@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from cmdp_fast import reference
+from cmdp_fast.layout import address, flat
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import address, flat
 from cmdp_fast.reference import REWARDS, BudgetTrace, compute_dtype
 
 PENALIZED = ("cmdp", "saute", "worst_case")  # the kinds that a penalty_at concerns
@@ -46,7 +46,8 @@ def budget_trace(
         reduction: ``sum``, or ``mean``: the prefix mean m_t = (1/t) sum_{i<=t} c_i takes the place of C_t.
         edge: ``strict``: C_t = d is feasible; ``saute``: a spent budget (C_t >= d) is a violation, as in Sauté RL.
         per_token: the budget of a sequence is d times its number of unmasked tokens.
-        backend: None chooses (``cpu`` for CPU tensors, ``triton`` on a GPU, else ``torch``); a name forces it.
+        backend: None chooses (``cpu`` for CPU tensors, ``triton`` or ``cuda`` on a GPU, else ``torch``); a name forces
+            it.
 
     Returns:
         `BudgetTrace`: ``cumulative, remaining, excess`` float32 (float64 for float64 cost) and ``violated`` bool,
@@ -62,7 +63,7 @@ def budget_trace(
     offsets = check_cost(cost, mask, cu_seqlens)
     rule = check_budget_rule(gamma, reduction, edge)
     limits = sequence_limits(budget, cost, mask, offsets, per_token, compute_dtype(cost))
-    chosen = backends.choose(backend, cost)
+    chosen = backends.choose(backend, cost, "budget_trace")
     if chosen == "torch":
         check_values(offsets, limits, cost)
         return reference.budget_trace(
@@ -133,7 +134,7 @@ def modified_reward(
         if name != "first_violation":
             check_like(f"trace.{name}", field, "cost", cost)
     rule = check_reward_rule(kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope)
-    chosen = backends.choose(backend, cost)
+    chosen = backends.choose(backend, cost, "modified_reward")
     if chosen == "torch":
         return reference.modified_reward(
             task_reward,
@@ -315,9 +316,9 @@ def empty_trace(cost: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor, T
 def _scan(cost, mask, offsets, limits, budget_rule, backend, reward_rule=None, task_reward=None, reward=None):
     check_values(offsets, limits, cost)
     trace = empty_trace(cost, offsets.shape[0] - 1)
-    if backend == "triton":
+    if backend in backends.GPU:
         rewarded = () if reward_rule is None else (reward_rule, task_reward, reward)
-        backends.kernels.trace_budgets(cost, mask, offsets, limits, budget_rule, trace, *rewarded)
+        backends.GPU[backend].trace_budgets(cost, mask, offsets, limits, budget_rule, trace, *rewarded)
         return trace
     backends.native.budget_trace(
         address(cost),
@@ -405,9 +406,9 @@ def _modified_reward(
 ) -> Tensor:
     reward = torch.empty_like(cost)
     rule = (kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope)
-    if backend == "triton":
+    if backend in backends.GPU:
         trace = (cumulative, remaining, violated, excess)
-        backends.kernels.modify_rewards(task_reward, cost, trace, mask, offsets, rule, reward)
+        backends.GPU[backend].modify_rewards(task_reward, cost, trace, mask, offsets, rule, reward)
         return reward
     backends.native.modified_reward(
         address(task_reward),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmdp_fast.layout import SAVED
 from cmdp_fast.ops import backends, checks
 from cmdp_fast.ops.budget import check_values, empty_trace, sequence_limits, sequence_offsets
 from cmdp_fast.ops.divergence import check_kind, divergence
-from cmdp_fast.ops.native import SAVED
 from cmdp_fast.ops.terms import check_completions, check_terms, token_cost
 from cmdp_fast.ops.token_stats import kernel_memory, save_for_gradient, statistics_gradient, token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats, compute_dtype
@@ -77,9 +77,11 @@ def constrained_reward(
     check_completions(tokens, task_reward, budget, mask, cu_seqlens)
     checks.tokens(tokens, student_logits)
     checks.positive("temperature", temperature)
-    chosen = backends.choose_for_logits(backend, student_logits, compute_dtype(student_logits, teacher_logits))
+    operation = "divergence" if terms.cost == "jsd" else "constrained_reward"
+    computed = compute_dtype(student_logits, teacher_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, computed, operation)
 
-    if chosen == "triton" and terms.cost in backends.kernels.COSTS:
+    if chosen in backends.GPU and terms.cost in backends.GPU[chosen].COSTS:
         student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)
         outputs = _constrained_pass(
             student,
@@ -97,11 +99,12 @@ def constrained_reward(
             per_token,
             *terms.budget_rule,
             *terms.reward_rule,
+            chosen,
         )
         return ConstrainedReward(TokenStats(*outputs[:6]), BudgetTrace(*outputs[7:12]), outputs[12])
 
     offsets = sequence_offsets(tokens, cu_seqlens)
-    limits = sequence_limits(budget, tokens, mask, offsets, per_token, compute_dtype(student_logits, teacher_logits))
+    limits = sequence_limits(budget, tokens, mask, offsets, per_token, computed)
     check_values(offsets, limits, tokens)
     stats = token_stats(
         student_logits,
@@ -130,7 +133,7 @@ def constrained_reward(
 
 
 # --------------------------------------------------------------------------------------------------------------
-# The operator behind the GPU kernels: everything in two launches
+# The operator behind the GPU kernels: everything in two launches (triton) or one (cuda)
 
 
 @torch.library.custom_op("cmdp_fast::constrained_pass", mutates_args=())
@@ -157,6 +160,7 @@ def _constrained_pass(
     discrepancy_weight: float,
     coefficient: float,
     barrier_slope: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = budget if budgets is None else budgets
     if tokens.device.type == "cpu":
@@ -164,7 +168,7 @@ def _constrained_pass(
         offsets = sequence_offsets(tokens, cu_seqlens)
         check_values(offsets, sequence_limits(given, tokens, mask, offsets, per_token, torch.float32), tokens)
     *trace, reward = _empty_outcome(student, tokens, cu_seqlens)
-    statistics, saved = backends.kernels.constrained_pass(
+    statistics, saved = backends.GPU[backend].constrained_pass(
         student,
         teacher,
         tokens,
@@ -198,14 +202,14 @@ def _(student, teacher, tokens, mask, task_reward, cu_seqlens, *args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, tokens, mask, _, _, _, _, temperature, vocab_size, inplace, *_ = inputs
+    student, teacher, tokens, mask, _, _, _, _, temperature, vocab_size, inplace, *_, backend = inputs
     _, teacher_logprob, _, teacher_entropy, _, _, saved, *rest = output
     ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, saved, *rest)
-    save_for_gradient(ctx, student, teacher, tokens, mask, saved, inplace, temperature, vocab_size, "triton")
+    save_for_gradient(ctx, student, teacher, tokens, mask, saved, inplace, temperature, vocab_size, backend)
 
 
 def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, *_):
-    return (statistics_gradient(ctx, grad_logprob, grad_entropy, grad_reverse, grad_forward), *(None,) * 21)
+    return (statistics_gradient(ctx, grad_logprob, grad_entropy, grad_reverse, grad_forward), *(None,) * 22)
 
 
 _constrained_pass.register_autograd(_backward, setup_context=_setup_context)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import reference
+from cmdp_fast.layout import SAVED, address, flat
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import SAVED, address, flat, in_huge_pages, matrix, threads, unit_stride
+from cmdp_fast.ops.native import in_huge_pages, matrix, threads, unit_stride
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import DIVERGENCES, compute_dtype, divergence_weights
 
@@ -56,8 +57,10 @@ def divergence(
     checks.mask(mask, student_logits, shape, "student_logits without its last axis")
     checks.positive("temperature", temperature)
     check_kind(kind, beta)
-    chosen = backends.choose_for_logits(backend, student_logits, compute_dtype(student_logits, teacher_logits))
     plain = _plain_kl(kind, beta)
+    operation = "divergence" if plain is None else "token_stats"
+    computed = compute_dtype(student_logits, teacher_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, computed, operation)
     if plain is not None:
         tokens = torch.zeros(shape, dtype=torch.int64, device=student_logits.device)
         stats = token_stats(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cmdp_fast.layout import address, flat
 from cmdp_fast.ops import backends
-from cmdp_fast.ops.native import address, flat, matrix, threads
+from cmdp_fast.ops.native import matrix, threads
 
 Upstream = Sequence[Tensor | None]  # of logprob, entropy, reverse_kl, forward_kl
 
@@ -27,8 +28,8 @@ def write_gradient(
     first_column: int = 0,
 ) -> None:
     """Writes d/d(student) of sum of upstream times statistics; the table of gradients is in cmdp_fast/reference.py."""
-    if backend == "triton":
-        backends.kernels.token_stats_backward(
+    if backend in backends.GPU:
+        backends.GPU[backend].token_stats_backward(
             student, teacher, tokens, mask, saved, upstream, temperature, width, out, first_column
         )
         return

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cmdp_fast.layout import SAVED
 from cmdp_fast.ops import backends, checks, parallel, projection
 from cmdp_fast.ops.gradient import write_gradient
 from cmdp_fast.ops.head_gradient import HeadGradient
-from cmdp_fast.ops.native import SAVED, in_huge_pages
+from cmdp_fast.ops.native import in_huge_pages
 from cmdp_fast.ops.projection import Model, Projection
 from cmdp_fast.ops.tile_size import tile_shape
 from cmdp_fast.ops.token_state import TokenState, all_reduced, fold_tile, saved_scalars, statistics
@@ -128,7 +129,7 @@ def linear_token_stats(
     checks.positive("temperature", temperature)
     checks.choice("saved", saved, ("recompute", "tiles"))
     computed = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    chosen = backends.choose_for_logits(backend, student_hidden, computed)
+    chosen = backends.choose_for_logits(backend, student_hidden, computed, "linear_token_stats")
     width, vocab = parallel.columns(
         student_weight.shape[0], teacher_weight.shape[0], vocab_size, process_group, first_column, tokens, mask
     )

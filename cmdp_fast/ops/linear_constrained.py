@@ -106,5 +106,6 @@ def linear_constrained_reward(
         backend=backend,
     )
     paid = token_cost(stats, terms.cost).detach()
-    trace, reward = terms.settle(paid, task_reward, limits, offsets, mask, cu_seqlens, backends.choose(backend, tokens))
+    chosen = backends.choose(backend, tokens, "budget_trace")
+    trace, reward = terms.settle(paid, task_reward, limits, offsets, mask, cu_seqlens, chosen)
     return ConstrainedReward(stats, trace, reward)

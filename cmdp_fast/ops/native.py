@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmdp_fast.layout import matrix_of
 from cmdp_fast.ops.backends import native
 
 HUGE = 8 * 2**20  # bytes from which on fresh memory asks for huge pages, of 2 MiB where there are any
-SAVED = 7  # numbers a row that the backward pass needs: kSaved in csrc/cpu/kernels.h
-STATE = 13  # numbers a row of a token state: kSegmentState there
-
-
-def address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+STATE = 13  # numbers a row of a token state: kSegmentState in csrc/cpu/kernels.h
 
 
 def threads() -> int:
@@ -53,22 +49,5 @@ def can_overwrite(t: Tensor, other: Tensor) -> bool:
 
 
 def matrix(t: Tensor):
-    """The rows ``[..., V]`` of a tensor as the kernels see them, neighbouring axes merged where memory allows."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if sizes and strides[-1] == size * stride:
-            sizes[-1] *= size
-            strides[-1] = stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    dtype = str(t.dtype).removeprefix("torch.")
-    return native.Matrix(t.data_ptr(), dtype, sizes, strides, t.shape[-1])
-
-
-def flat(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A small per-token tensor as a contiguous array; keep a reference to it while the kernel runs."""
-    return None if t is None else t.to(dtype).contiguous()
+    """The rows ``[..., V]`` of a tensor as the kernels see them."""
+    return native.Matrix(*matrix_of(t))

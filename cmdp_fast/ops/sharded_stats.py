@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cmdp_fast.layout import SAVED
 from cmdp_fast.ops import backends, checks, parallel
 from cmdp_fast.ops.gradient import write_gradient
-from cmdp_fast.ops.native import SAVED, in_huge_pages, unit_stride
+from cmdp_fast.ops.native import in_huge_pages, unit_stride
 from cmdp_fast.ops.token_state import TokenState, all_reduced, fold_tile, saved_scalars, statistics
 from cmdp_fast.reference import TokenStats, compute_dtype
 
@@ -32,7 +33,8 @@ def sharded_token_stats(
     checks.tokens(tokens, student_logits)
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    chosen = backends.choose_for_logits(backend, student_logits, compute_dtype(student_logits, teacher_logits))
+    computed = compute_dtype(student_logits, teacher_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, computed, "token_stats(process_group=...)")
     width, vocab = parallel.columns(student, teacher, vocab_size, process_group, first_column, tokens, mask)
     outputs = _sharded_token_stats(
         unit_stride(student_logits),

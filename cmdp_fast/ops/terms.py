@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import reference
+from cmdp_fast.layout import flat
 from cmdp_fast.ops import checks
 from cmdp_fast.ops.budget import (
     check_budget,
@@ -18,7 +19,6 @@ from cmdp_fast.ops.budget import (
     check_reward_rule,
     constrained_scan,
 )
-from cmdp_fast.ops.native import flat
 from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS, BudgetTrace, TokenStats
 
 

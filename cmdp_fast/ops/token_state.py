@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cmdp_fast.layout import address
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.native import address, matrix, threads, unit_stride
+from cmdp_fast.ops.native import matrix, threads, unit_stride
 from cmdp_fast.reference import TokenStats, compute_dtype
 
 FIELDS = ("m", "n", "z", "u", "a", "b", "h", "k", "xa", "ya", "r_inf", "f_inf", "exact")
@@ -99,7 +100,7 @@ class TokenState:
         wide = compute_dtype(student_tile, teacher_tile)
         self.dtype = torch.float64 if wide == torch.float64 else self.dtype
         student, teacher = unit_stride(student_tile.detach()), unit_stride(teacher_tile.detach())
-        chosen = backends.choose_for_logits(backend, student, wide)
+        chosen = backends.choose_for_logits(backend, student, wide, "token_state")
         if chosen == "torch":
             tile = _fold(student, teacher, tokens.long() - first_column, width, self.temperature)
             self.fields = _merged(self.fields, tile)

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast import reference
+from cmdp_fast.layout import SAVED, address, addressable, flat
 from cmdp_fast.ops import backends, checks
 from cmdp_fast.ops.gradient import write_gradient
-from cmdp_fast.ops.native import SAVED, address, can_overwrite, flat, in_huge_pages, matrix, threads, unit_stride
+from cmdp_fast.ops.native import can_overwrite, in_huge_pages, matrix, threads, unit_stride
 from cmdp_fast.ops.sharded_stats import sharded_token_stats
 from cmdp_fast.reference import TokenStats, compute_dtype
 
@@ -59,8 +60,8 @@ def token_stats(
             parallelism), with the same tokens and mask. Every rank gets the statistics of whole rows, and the gradient
             of its own columns. ``vocab_size`` counts the columns of all ranks. Not under ``torch.compile``.
         first_column: where this rank's columns begin.
-        backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` for tensors on a GPU (not float64), else
-            ``torch``; a name forces it.
+        backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` or ``cuda`` (`cmdp_fast.ops.preference`) for
+            tensors on a GPU (not float64), else ``torch``; a name forces it.
 
     Returns:
         `TokenStats` of tensors ``[...]``: float32, or float64 if either model's logits are float64.
@@ -85,7 +86,8 @@ def token_stats(
     checks.tokens(tokens, student_logits)
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    chosen = backends.choose_for_logits(backend, student_logits, compute_dtype(student_logits, teacher_logits))
+    computed = compute_dtype(student_logits, teacher_logits)
+    chosen = backends.choose_for_logits(backend, student_logits, computed, "token_stats")
     if chosen == "torch":
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.token_range(tokens, mask, vocab)
@@ -104,7 +106,7 @@ def kernel_memory(
     inplace = inplace_backward and not torch.compiler.is_compiling()
     student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
     if inplace:
-        reachable = backend != "triton" or backends.kernels.addressable(student)
+        reachable = backend not in backends.GPU or addressable(student)
         if not (reachable and can_overwrite(student, teacher)):
             student = student.clone(memory_format=torch.contiguous_format)
     return student, teacher, inplace
@@ -155,8 +157,9 @@ def _token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if tokens.device.type == "cpu":
         checks.token_range(tokens, mask, vocab_size)
-    if backend == "triton":
-        statistics, saved = backends.kernels.token_stats(student, teacher, tokens, mask, temperature, vocab_size)
+    if backend in backends.GPU:
+        kernels = backends.GPU[backend]
+        statistics, saved = kernels.token_stats(student, teacher, tokens, mask, temperature, vocab_size)
         return (*statistics, saved)
     dtype = compute_dtype(student, teacher)
     statistics = [torch.empty(tokens.shape, dtype=dtype) for _ in range(6)]

@@ -1,16 +1,4 @@
-// Backward pass: one expression a column for the four upstream gradients g_l, g_H, g_R, g_F (method: the table of
-// gradients in cmdp_fast/reference.py):
-//
-//   dx = [ g_l (1[v=a] - p) - g_H p (log p + H) + g_R p (log p - log w - R) + g_F (p - w) ] / temperature.
-//
-// In powers of two, with t = L x - M and s = L y - N where M, N are the normalisers rounded to float and r, q what the
-// rounding left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of the row fold into a few coefficients:
-//
-//   dx = 2^t (c0 + c1 t + c2 ((t - s) - center)) - c3 2^s,      center = R in octaves.
-//
-// Splitting the normalisers keeps p to a rounding error although L x may be large. t - s is taken as a difference, so
-// that nearly equal models do not cancel, and R comes off it at once, so that models far apart do not either. The
-// token's own column is done apart, in double.
+// Backward pass: the gradient of a row (gradient.h), vector by vector.
 #pragma once
 
 #include "forward.h"
@@ -18,45 +6,9 @@
 namespace cmdp {
 inline namespace CMDP_ISA {
 
-// The normalisers of a row as the forward pass saved them, and in octaves as a float and what its rounding left.
-struct RowNormalizers {
-  double m_exact, n_exact, log_z, log_u;
-  float m, n;
-  double r, q;
-
-  RowNormalizers(const double* saved)
-      : m_exact(saved[0]), n_exact(saved[1]), log_z(saved[2]), log_u(saved[3]) {
-    const double lx = (m_exact + log_z) * kLog2e, ly = (n_exact + log_u) * kLog2e;
-    m = static_cast<float>(lx), n = static_cast<float>(ly);
-    r = lx - m, q = ly - n;
-  }
-  double log_p(double x) const { return (x - m_exact) - log_z; }  // x scaled by 1/temperature
-  double log_w(double y) const { return (y - n_exact) - log_u; }
-};
-
-struct RowGradient {
-  double g_l, g_h, g_r, g_f;  // upstream; g_r is 0 where R is infinite: its true gradient is, and would poison the step
-  double h, r;                // H and R
-  double scale;
-};
-
 static inline RowGradient row_gradient(const Logits& in, int64_t row, const Upstream& up, const double* saved) {
   const auto g = [&](int i) { return up.g[i] != nullptr ? up.g[i][row] : 0.0; };
-  const bool unbounded = saved[5] == TokenState::infinity();
-  return {g(0), g(1), unbounded ? 0.0 : g(2), g(3), saved[4], unbounded ? 0.0 : saved[5], natural_scale(in)};
-}
-
-// One column in double, x and y raw. Excluded columns have probability 0, and 0 * anything = 0.
-static inline double column_gradient(const RowGradient& g, const RowNormalizers& norm, double x, double y, bool own) {
-  const double log_p = norm.log_p(scaled(x, g.scale)), log_w = norm.log_w(scaled(y, g.scale));
-  const double p = std::exp(log_p), w = std::exp(log_w);
-  double sum = g.g_l * ((own ? 1.0 : 0.0) - p);
-  if (g.g_f != 0) sum += g.g_f * (p - w);
-  if (p != 0) {
-    if (g.g_h != 0) sum -= g.g_h * p * (log_p + g.h);
-    if (g.g_r != 0) sum += g.g_r * p * (log_p - log_w - g.r);
-  }
-  return sum * g.scale;
+  return row_gradient(g(0), g(1), g(2), g(3), saved, natural_scale(in));
 }
 
 template <bool kTeacher, bool kForwardKl, class X, class Y>
@@ -131,29 +83,18 @@ static void backward(const Logits& in, int64_t row, const Upstream& up, const do
   // Before anything is written: the output may be the logits themselves.
   const double own = token >= 0 ? column(token, true) : 0;
 
-  const double weight = g.scale * std::exp2(-norm.r);
-  const double along_t = -g.g_h * kLn2, along_difference = g.g_r * kLn2;
-  const float center = static_cast<float>(g.r * kLog2e);
-  // What the float center and the float normalisers left of t - s - R.
-  const double off_center = center - g.r * kLog2e + norm.q - norm.r;
-  const double constant = -g.g_l - g.g_h * g.h + g.g_f - along_t * norm.r + along_difference * off_center;
-  const float c[4] = {static_cast<float>(weight * constant), static_cast<float>(weight * along_t),
-                      static_cast<float>(weight * along_difference),
-                      static_cast<float>(g.scale * std::exp2(-norm.q) * g.g_f)};
-  const auto modest = [](double value) { return finite(value) && std::fabs(value) < 1e7; };
-  const bool exact = saved[6] != 0;
-  const bool fast = !exact && modest(c[0]) && modest(c[1]) && modest(c[2]) && modest(c[3]) && finite(norm.m) &&
-                    finite(norm.n);
+  const Coefficients k = coefficients_of(g, norm);
+  const bool fast = saved[6] == 0 && k.modest;
   if (fast) {
     const float scale = scale_of(in.temperature).per_octave;
-    const bool forward_kl = c[3] != 0, teacher = forward_kl || c[2] != 0;
+    const bool forward_kl = k.c[3] != 0, teacher = forward_kl || k.c[2] != 0;
     const auto block = [&](const auto* bx, const auto* by, auto* dx, int64_t count) {
       if (forward_kl) {
-        gradient_block<true, true>(bx, by, dx, count, scale, norm.m, norm.n, center, c);
+        gradient_block<true, true>(bx, by, dx, count, scale, norm.m, norm.n, k.center, k.c);
       } else if (teacher) {
-        gradient_block<true, false>(bx, by, dx, count, scale, norm.m, norm.n, center, c);
+        gradient_block<true, false>(bx, by, dx, count, scale, norm.m, norm.n, k.center, k.c);
       } else {
-        gradient_block<false, false>(bx, by, dx, count, scale, norm.m, norm.n, center, c);
+        gradient_block<false, false>(bx, by, dx, count, scale, norm.m, norm.n, k.center, k.c);
       }
     };
     if (in.student.dtype == DType::bfloat16 && (!teacher || in.teacher.dtype == DType::bfloat16)) {

@@ -17,6 +17,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../gradient.h"
+#include "../scale.h"
 #include "../token_state.h"
 #include "dtype.h"
 
@@ -32,19 +34,6 @@ constexpr int64_t kBlock = 8 * kRun;
 // Columns that one thread folds. It depends on nothing else, so that the result of a row does not either.
 constexpr int64_t kSegment = 8 * kBlock;
 constexpr int64_t kAhead = 2048;  // columns between reading and prefetching
-constexpr double kLn2 = 0.693147180559945309417232121458;
-constexpr double kLog2e = 1.44269504088896340735992468100;
-
-// log2(e)/temperature as the kernels multiply by it, and what that factor is in natural units.
-struct Scale {
-  float per_octave;
-  double natural;
-};
-
-static inline Scale scale_of(double temperature) {
-  const float per_octave = static_cast<float>(kLog2e / temperature);
-  return {per_octave, static_cast<double>(per_octave) * kLn2};
-}
 
 // The factor by which raw logits are multiplied: 1/temperature for float64, Scale::natural otherwise.
 static inline bool is_wide(const Logits& in) {
@@ -52,19 +41,6 @@ static inline bool is_wide(const Logits& in) {
 }
 static inline double natural_scale(const Logits& in) {
   return is_wide(in) ? 1.0 / in.temperature : scale_of(in.temperature).natural;
-}
-
-// A logit times the scale, rounded: the same number wherever it is computed, so that two of them cancel exactly. Without
-// the barrier the product might be fused with a subtraction that follows.
-static inline double scaled(double logit, double scale) {
-  double product = logit * scale;
-  asm volatile("" : "+m"(product));
-  return product;
-}
-
-// isfinite that no compiler flag can fold away.
-static inline bool finite(double value) {
-  return (std::bit_cast<uint64_t>(value) & 0x7ff0000000000000u) != 0x7ff0000000000000u;
 }
 
 constexpr float kHeavy = 0x1p36f;          // more than a block of columns 23 octaves above the reference weighs
@@ -335,13 +311,7 @@ static void finish(const Logits& in, int64_t row, const double* states, int64_t 
   if (in.tokens != nullptr) label(state, in, row, in.tokens[row]);
   const TokenStats stats = state.finish();
   write_statistics(stats, out, row);
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  const bool valid = state.valid();
-  const double values[kSaved] = {valid ? state.m : nan,           valid ? state.n : nan,
-                                 valid ? std::log(state.z) : nan, valid ? std::log(state.u) : nan,
-                                 stats.entropy,                   stats.reverse_kl,
-                                 exact ? 1.0 : 0.0};
-  std::copy(values, values + kSaved, saved);
+  save_row(state, stats, exact, saved);
 }
 
 }  // namespace CMDP_ISA

@@ -1,0 +1,105 @@
+// What both Python modules make of the numbers that Python hands them: pointers, matrices, rules. Every argument is checked
+// before it is used: a wrong call raises, it does not read a stray address.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "budget.h"
+#include "cpu/kernels.h"
+
+namespace cmdp {
+
+[[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+template <class T>
+T* pointer(uintptr_t address, const char* name, bool needed) {
+  if (address == 0 && needed) fail(std::string(name) + " is a null pointer");
+  if (address % alignof(T) != 0) fail(std::string(name) + " is not aligned to its element size");
+  return reinterpret_cast<T*>(address);
+}
+
+inline DType dtype_named(const std::string& name, int& size) {
+  size = name == "float64" ? 8 : name == "float32" ? 4 : 2;
+  if (name == "float32") return DType::float32;
+  if (name == "bfloat16") return DType::bfloat16;
+  if (name == "float16") return DType::float16;
+  if (name == "float64") return DType::float64;
+  fail("dtype '" + name + "' is not one of float32, bfloat16, float16, float64");
+}
+
+inline Matrix make_matrix(uintptr_t address, const std::string& dtype, const std::vector<int64_t>& sizes,
+                          const std::vector<int64_t>& strides, int64_t width) {
+  Matrix matrix{};
+  matrix.dtype = dtype_named(dtype, matrix.element_size);
+  if (sizes.size() != strides.size()) fail("a matrix needs as many strides as leading sizes");
+  if (sizes.size() > Matrix::kMaxDims) fail("a matrix may have at most 8 leading dimensions");
+  if (width < 0) fail("a matrix has a negative width");
+  matrix.dims = static_cast<int>(sizes.size());
+  matrix.width = width;
+  matrix.rows = 1;
+  int64_t reach = width;
+  for (int d = 0; d < matrix.dims; ++d) {
+    if (sizes[d] < 0 || strides[d] < 0) fail("a matrix has a negative size or stride");
+    matrix.sizes[d] = sizes[d];
+    matrix.strides[d] = strides[d];
+    int64_t extent = 0;
+    if (__builtin_mul_overflow(matrix.rows, sizes[d], &matrix.rows) ||
+        __builtin_mul_overflow(sizes[d] > 0 ? sizes[d] - 1 : 0, strides[d], &extent) ||
+        __builtin_add_overflow(reach, extent, &reach)) {
+      fail("the size of a matrix overflows 64 bits");
+    }
+  }
+  int64_t bytes = 0;
+  if (__builtin_mul_overflow(reach, int64_t{matrix.element_size}, &bytes)) {
+    fail("the size of a matrix overflows 64 bits");
+  }
+  if (address == 0 && matrix.rows > 0 && width > 0) fail("a matrix has a null pointer");
+  if (address % matrix.element_size != 0) fail("a matrix is not aligned to its element size");
+  matrix.data = reinterpret_cast<char*>(address);
+  return matrix;
+}
+
+inline Logits make_logits(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
+                          double temperature, bool needs_tokens, int64_t first_column = 0) {
+  if (student.rows != teacher.rows) fail("student and teacher have different numbers of rows");
+  if (vocab < 1 || vocab > student.width || vocab > teacher.width) fail("vocab is outside the width of the logits");
+  if (!(temperature > 0)) fail("the temperature must be positive");
+  if (first_column < 0) fail("first_column is negative");
+  const bool needed = needs_tokens && student.rows > 0;
+  return {student, teacher, pointer<const int64_t>(tokens, "tokens", needed),
+          pointer<const uint8_t>(mask, "mask", false), vocab, temperature, first_column};
+}
+
+inline void check_output(const Matrix& out, const Matrix& student) {
+  if (out.rows != student.rows || out.width != student.width || out.dtype != student.dtype) {
+    fail("the gradient must have the rows, width and dtype of the student's logits");
+  }
+}
+
+inline RewardKind reward_kind(const std::string& kind) {
+  if (kind == "cmdp") return RewardKind::cmdp;
+  if (kind == "hinge") return RewardKind::hinge;
+  if (kind == "saute" || kind == "worst_case") return RewardKind::saute;
+  if (kind == "lagrangian" || kind == "pid") return RewardKind::lagrangian;
+  if (kind == "barrier") return RewardKind::barrier;
+  fail("reward kind '" + kind + "' is unknown");
+}
+
+using BudgetArgs = std::tuple<double, bool, bool>;                                  // gamma, mean, inclusive
+using RewardArgs = std::tuple<std::string, bool, double, double, double, double>;  // as in RewardRule
+
+inline BudgetRule make_rule(const BudgetArgs& args) {
+  const auto& [gamma, mean, inclusive] = args;
+  return {gamma, mean, inclusive};
+}
+
+inline RewardRule make_rule(const RewardArgs& args) {
+  const auto& [kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope] = args;
+  return {reward_kind(kind), at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope};
+}
+
+}  // namespace cmdp

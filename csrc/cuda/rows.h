@@ -1,0 +1,58 @@
+// What launchers share: matrices as the kernels address them, and the choice of a kernel by dtype and alignment.
+#pragma once
+
+#include "device.cuh"
+#include "launch.h"
+
+namespace cmdp::cuda {
+
+constexpr int64_t kMaxGrid = 2147483647;
+
+// Rows over at most two axes, and why a matrix has no such rows.
+inline const char* rows_of(const Matrix& matrix, Rows& rows) {
+  if (matrix.rows > kMaxGrid) return "there are more rows than a grid has blocks";
+  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};  // inner, outer
+  int axes = 0;
+  for (int d = matrix.dims - 1; d >= 0; --d) {
+    if (matrix.sizes[d] == 1) continue;
+    if (axes > 0 && matrix.strides[d] == sizes[axes - 1] * strides[axes - 1]) {
+      sizes[axes - 1] *= matrix.sizes[d];
+    } else if (axes == 2) {
+      return "a matrix has rows of more than two strides; copy it first";
+    } else {
+      sizes[axes] = matrix.sizes[d], strides[axes] = matrix.strides[d];
+      ++axes;
+    }
+  }
+  rows = {matrix.data, static_cast<uint32_t>(sizes[0] > 0 ? sizes[0] : 1), strides[0], strides[1]};
+  return nullptr;
+}
+
+// Whether every row begins at a multiple of the size of kVector columns.
+template <class T, int kVector>
+bool lies_at(const Rows& rows) {
+  constexpr int64_t size = sizeof(typename T::Element), at_once = kVector * size;
+  return reinterpret_cast<uintptr_t>(rows.data) % at_once == 0 && rows.stride * size % at_once == 0 &&
+         rows.outer_stride * size % at_once == 0;
+}
+
+template <class Body>
+const char* with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::float32:
+      return body(Float32{});
+    case DType::bfloat16:
+      return body(BFloat16{});
+    case DType::float16:
+      return body(Float16{});
+    default:
+      return "the CUDA kernels take float32, bfloat16 and float16 logits";
+  }
+}
+
+template <class Body>
+const char* with_types(DType x, DType y, const Body& body) {
+  return with_type(x, [&]<class X>(X) { return with_type(y, [&]<class Y>(Y) { return body(X{}, Y{}); }); });
+}
+
+}  // namespace cmdp::cuda

@@ -1,0 +1,95 @@
+// Launchers of the forward pass, of everything that begins with it, and of the scans.
+#include "token_stats.cuh"
+
+#include "rows.h"
+
+namespace cmdp::cuda {
+namespace {
+
+struct Settings {
+  int threads;
+  int64_t segment;
+};
+
+// 32768 columns of a language model's vocabulary are 8 steps of 16 columns a thread: long enough that merging the
+// threads at the end costs a few per cent of them, short enough that a few rows of 151936 columns occupy many
+// multiprocessors. In narrow rows threads without columns must not outnumber the others; of very wide ones a warp has
+// to hold all segments.
+Settings settings_of(int64_t vocab) {
+  if (vocab < 1024) return {kWarp, 1024};
+  if (vocab < 16384) return {kThreads / 2, 16384};
+  return {kThreads, 32768 * ((vocab + 32768 * kWarp - 1) / (32768 * kWarp))};
+}
+
+template <class X, class Y>
+bool aligned(const FoldArguments& a) {
+  return lies_at<X, Shape<X, Y>::kVector>(a.x) && lies_at<Y, Shape<X, Y>::kVector>(a.y);
+}
+
+// The arguments, and why they cannot be served.
+const char* prepare(const Logits& in, const StatsOut& out, const Scratch& scratch, FoldArguments& a) {
+  if (out.wide) return "the CUDA kernels write float32 statistics";
+  if (const char* problem = rows_of(in.student, a.x)) return problem;
+  if (const char* problem = rows_of(in.teacher, a.y)) return problem;
+  a.tokens = out.statistics[0] == nullptr ? nullptr : in.tokens;
+  a.mask = in.mask;
+  a.vocab = in.vocab;
+  a.segment = settings_of(in.vocab).segment;
+  a.segments = static_cast<int>(segments(in.vocab));
+  const Scale scale = scale_of(in.temperature);
+  a.per_octave = scale.per_octave, a.natural = scale.natural;
+  for (int i = 0; i < 6; ++i) a.statistics[i] = static_cast<float*>(out.statistics[i]);
+  a.saved = out.saved;
+  a.scratch = scratch;
+  a.rows = in.student.rows;
+  if (a.rows * a.segments >= kMaxGrid) return "there are more rows than a grid has blocks";
+  return nullptr;
+}
+
+}  // namespace
+
+int64_t segments(int64_t vocab) {
+  const int64_t segment = settings_of(vocab).segment;
+  return (vocab + segment - 1) / segment;
+}
+
+const char* token_stats(const Logits& in, const StatsOut& out, const Scratch& scratch, void* stream) {
+  FoldArguments a;
+  if (const char* problem = prepare(in, out, scratch, a)) return problem;
+  if (a.rows == 0) return nullptr;
+  return with_types(in.student.dtype, in.teacher.dtype, [&]<class X, class Y>(X, Y) {
+    const auto kernel = aligned<X, Y>(a) ? token_stats_kernel<X, Y, true> : token_stats_kernel<X, Y, false>;
+    return launch(kernel, a.rows * a.segments, settings_of(a.vocab).threads, stream, a);
+  });
+}
+
+const char* constrained_reward(const Logits& in, const StatsOut& out, Cost cost, const Sequences& sequences,
+                               const Budget& budget, const BudgetRule& budget_rule, const RewardRule& reward_rule,
+                               const Outcome& outcome, const Scratch& scratch, void* stream) {
+  ConstrainedArguments a{{}, sequences, budget, cost, {budget_rule, reward_rule, outcome}};
+  if (const char* problem = prepare(in, out, scratch, a.fold)) return problem;
+  if (sequences.count == 0) return nullptr;
+  return with_types(in.student.dtype, in.teacher.dtype, [&]<class X, class Y>(X, Y) {
+    const auto kernel = aligned<X, Y>(a.fold) ? constrained_kernel<X, Y, true> : constrained_kernel<X, Y, false>;
+    return launch(kernel, a.fold.rows * a.fold.segments + 1, settings_of(a.fold.vocab).threads, stream, a);
+  });
+}
+
+const char* budget_trace(const Sequences& sequences, const Numbers& cost, const double* limits,
+                         const BudgetRule& budget_rule, const RewardRule& reward_rule, const Outcome& outcome,
+                         void* stream) {
+  if (sequences.count == 0) return nullptr;
+  if (sequences.count > kMaxGrid) return "there are more sequences than a grid has blocks";
+  return launch(trace_kernel, sequences.count, kThreads, stream, sequences, NumberCost{cost}, limits,
+                ScanArguments{budget_rule, reward_rule, outcome});
+}
+
+const char* modified_reward(const Sequences& sequences, const Numbers& cost, const RewardRule& reward_rule,
+                            const Outcome& outcome, void* stream) {
+  if (sequences.count == 0) return nullptr;
+  if (sequences.count > kMaxGrid) return "there are more sequences than a grid has blocks";
+  return launch(reward_kernel, sequences.count, kThreads, stream, sequences, NumberCost{cost},
+                ScanArguments{{}, reward_rule, outcome});
+}
+
+}  // namespace cmdp::cuda
