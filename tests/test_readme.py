@@ -4,7 +4,6 @@ How a block is run stands after `python` in its fence. Nothing: by itself. `give
 returns. `torchrun=2`: by torchrun with that many processes. `requires=NAME`: only where that package is installed.
 """
 
-import importlib.util
 import os
 import re
 import subprocess

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmdp_fast.bench import plots, results, show
+from cmdp_fast.bench import machine, plots, results, show
 from cmdp_fast.bench.case import CHECKED_ROWS
 from cmdp_fast.bench.results import CaseResult, Run
 from cmdp_fast.trainer.checkpoint import write_text
@@ -64,20 +64,20 @@ def drawn_in(folder: Path) -> list[str]:
 def section(runs: Sequence[Run]) -> str:
     """What a README says: a row a case at the first shape there is of an operation, ours beside all others.
 
-    Raises InputError if there is no case, or if the runs are not from one machine with the same versions and rounds.
+    Raises InputError if there is no case, or if the runs are not from one machine with the same versions.
     """
     runs = [run for run in runs if run.cases]
-    headers = {"\n".join(show.header(run)) for run in runs}
-    if len(headers) != 1:
-        raise InputError(
-            f"expected runs of cases from one machine, with the same versions and rounds; got {len(headers)} kinds"
-        )
+    machines = {"\n".join(machine.text(run.machine)) for run in runs}
+    if len(machines) != 1:
+        raise InputError(f"expected cases from one machine with the same versions, got {len(machines)} kinds")
+    rounds = sorted({run.settings["repeat"] for run in runs})
+    header = f"{machines.pop()}\nmedians of {' or '.join(map(str, rounds))} rounds, all in turn"
     cases = [case for run in runs for case in run.cases]
     first = {case.op: case.shape for case in reversed(cases)}
     cases = [case for case in cases if case.shape == first[case.op]]
     rows = [["case", "ours", "of the floor", "the others, times as long", "ours, extra MiB", "the others"]]
     rows += [_row(case) for case in cases]
-    parts = [f"```\n{headers.pop()}\n```", show.markdown(rows)]
+    parts = [f"```\n{header}\n```", show.markdown(rows)]
     lacks: dict[str, list[str]] = {}
     for case in cases:
         for v in case.variants:
