@@ -42,8 +42,7 @@ def build(folder: Path) -> dict[str, str]:
 
     left_out: dict[str, str] = {}
     # Imported before pdoc does it: what other packages warn of as they are imported is not ours.
-    roots = [root for root in MODULES if importlib.util.find_spec(root) is not None]
-    names = [name for root in roots for name in _importable(root, left_out)]
+    names = [name for root in MODULES for name in _importable(root, left_out)]
     pdoc.render.configure(docformat="google", math=True, show_source=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

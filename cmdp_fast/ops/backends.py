@@ -67,7 +67,7 @@ _BACKENDS: dict[str, str | None] = {
 def available_backends() -> dict[str, str | None]:
     """Every backend by name; the value is None if it works here, else the reason why it does not.
 
-    ``cpu``: the native kernels, for CPU tensors. ``cuda``: CUDA C++ kernels of some operations (`preference.CHOICES`),
+    ``cpu``: the native kernels, for CPU tensors. ``cuda``: CUDA C++ kernels of some operations (``ops/preference.py``),
     for NVIDIA GPUs of compute capability 8.0 and later, compiled when the package was. ``triton``: kernels of all
     operations, for NVIDIA's and AMD's GPUs. ``torch``: plain PyTorch (`cmdp_fast.reference`), for any device.
     """
