@@ -130,7 +130,7 @@ def test_a_missing_or_untested_trl_is_named_with_what_to_install(monkeypatch):
     for other in ("1.15.0", "1.17.0", "2.0.0"):
         monkeypatch.setattr("cmdp_fast.integrations.packages.version", lambda _, other=other: other)
         with pytest.raises(ImportError, match=f"trl {other} is installed, .*expected trl>=1.16,<1.17: pip install "):
-            package.CMDPGRPOTrainer  # noqa: B018
+            package.__getattr__("CMDPGRPOTrainer")  # the attribute may be there already, if the reference was built
         assert main(["--budget", "2"]) == 2
     monkeypatch.setattr("cmdp_fast.integrations.packages.version", lambda _: "1.16.3")
     require_trl()
