@@ -149,3 +149,31 @@ def test_errors(change, error, message):
     arguments = {"student_logits": x, "teacher_logits": y, "tokens": tokens, "task_reward": reward, "budget": 1.0}
     with pytest.raises(error, match=message):
         cf.constrained_reward(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("layout", ["mask", "packed"])
+@pytest.mark.parametrize("given", ["number", "float32", "double", "bfloat16", "strided", "scalar"])
+def test_budgets_of_every_form_agree_with_the_reference(layout, given, backend):
+    x, tokens = make_logits(6, 50), make_tokens(6, vocab=50)
+    y = x + make_logits(6, 50, scale=1.0, seed=1)
+    reward = make_logits(6, scale=1.0, seed=5)
+    budget = {
+        "number": 0.4,
+        "strided": torch.tensor([0.4, 9.0, 0.3, 9.0])[::2],
+        "scalar": torch.tensor(0.4),
+        **{name: torch.tensor([0.4, 0.3], dtype=getattr(torch, name)) for name in ("float32", "double", "bfloat16")},
+    }[given]
+    settings = {"mask": torch.tensor([True, True, False, True, True, True]), "per_token": True}
+    if layout == "packed":
+        settings["cu_seqlens"] = torch.tensor([0, 2, 6], dtype=torch.int32)
+    else:
+        x, y, tokens, reward = x.view(2, 3, 50), y.view(2, 3, 50), tokens.view(2, 3), reward.view(2, 3)
+        settings["mask"] = settings["mask"].view(2, 3)
+    got, want = (
+        cf.constrained_reward(x, y, tokens, reward, budget, backend=name, **settings) for name in (backend, "torch")
+    )
+    assert want.trace.violated.any() and not want.trace.violated.all()
+    assert torch.equal(got.trace.violated, want.trace.violated)
+    assert torch.equal(got.trace.first_violation, want.trace.first_violation)
+    assert torch.allclose(got.reward, want.reward, atol=1e-5)
+    assert torch.allclose(got.trace.remaining, want.trace.remaining, atol=1e-5)

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 import cmdp_fast as cf
-from cmdp_fast import objective
 from cmdp_fast.ops.terms import check_terms
-from cmdp_fast.reference import DIFFERENTIABLE_COSTS
+from cmdp_fast.trainer import constraint
 from cmdp_fast.trainer.errors import InputError
 
 SAMPLED_COSTS = ("k1", "k3", "nll")
 """Costs that the log-probabilities of the sampled token give, the student's and the teacher's."""
 
+SETTINGS = ("budget", "cost", "kind", "penalty", "discrepancy_weight", "coefficient")
 
-@dataclass(frozen=True)
-class Constraint:
-    """A cost, its budget in nats a completion, and a modified reward; see `cf.modified_reward` for each field.
 
-    ``kind`` is any but ``pid``, whose multiplier has a state that these trainers would not checkpoint. ``worst_case``
-    accounts the prefix mean of ``nll``, every other kind the sum. Raises InputError for a value that is not allowed.
+@dataclass(frozen=True, kw_only=True)
+class Constraint(constraint.Constraint):
+    """A cost, its budget in nats a completion, and a modified reward, of a user: checked, and with defaults.
+
+    The `SETTINGS` are his; see `cf.modified_reward` for each. ``kind`` is any but ``pid``, whose multiplier has a state
+    that these trainers would not checkpoint. ``worst_case`` accounts the prefix mean of ``nll``, every other kind the
+    sum. Raises InputError for a value that is not allowed.
     """
 
-    budget: float
-    cost: str
+    per_token: bool = field(default=False, init=False)
+    reduction: str = field(default="", init=False)  # told by the kind
+    beta: float = field(default=0.5, init=False)  # of JSD, which is no cost here
     kind: str = "cmdp"
     penalty: float = 1.0
     discrepancy_weight: float = 1.0
@@ -49,27 +52,17 @@ class Constraint:
             )
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
+        object.__setattr__(self, "reduction", "mean" if self.kind == "worst_case" else "sum")
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any] | None, where: str) -> Constraint:
         """The constraint that a section ``where`` of a configuration states. Raises InputError for a key that is
         unknown or missing."""
-        known = [f.name for f in fields(cls)]
         if not settings or not {"budget", "cost"} <= set(settings):
             raise InputError(f"{where} has {sorted(settings or {})}, expected at least 'budget' and 'cost'")
-        if unknown := set(settings) - set(known):
-            raise InputError(f"{where} has {sorted(unknown)}, expected some of {', '.join(known)}")
+        if unknown := set(settings) - set(SETTINGS):
+            raise InputError(f"{where} has {sorted(unknown)}, expected some of {', '.join(SETTINGS)}")
         return cls(**{str(name): value for name, value in settings.items()})
-
-    @property
-    def reduction(self) -> str:
-        """How token costs make an account: "sum", or "mean" over the prefix."""
-        return "mean" if self.kind == "worst_case" else "sum"
-
-    @property
-    def action_dependent(self) -> bool:
-        """Whether the cost of a token depends on the token sampled, so that it has no direct gradient."""
-        return self.cost not in DIFFERENTIABLE_COSTS
 
     def trace(self, cost: Tensor, mask: Tensor) -> cf.BudgetTrace:
         """What was spent: `cf.budget_trace` of costs [B, T]."""
@@ -92,11 +85,4 @@ class Constraint:
         """The weights [B, T] of the direct term; zeros for a cost without a gradient."""
         if self.action_dependent:
             return trace.remaining.new_zeros(trace.remaining.shape)
-        return objective.direct_coefficient(
-            trace,
-            self.kind,
-            discrepancy_weight=self.discrepancy_weight,
-            coefficient=self.coefficient,
-            reduction=self.reduction,
-            mask=mask,
-        )
+        return super().direct(trace, mask)

@@ -288,14 +288,16 @@ def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
     """What only the values tell; looked at on the CPU only, where it does not stall a device."""
     if like.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(like, FakeTensor):
         return
-    if int(offsets[0]) != 0 or int(offsets[-1]) != like.numel() or bool((offsets[1:] < offsets[:-1]).any()):
+    # Lists: a tensor operation a comparison costs more than all the sequences of a batch.
+    starts, amounts = offsets.tolist(), limits.tolist()
+    if starts[0] != 0 or starts[-1] != like.numel() or starts != sorted(starts):
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {like.numel()}, got {offsets.tolist()[:8]}"
-            + ("..." if offsets.numel() > 8 else "")
+            f"cu_seqlens must rise from 0 to the number of tokens, {like.numel()}, got {starts[:8]}"
+            + ("..." if len(starts) > 8 else "")
         )
-    if not bool((limits >= 0).all()):
-        bad = int((~(limits >= 0)).nonzero()[0])
-        raise ValueError(f"budget[{bad}] = {float(limits[bad])}; every budget must be at least 0")
+    for i, amount in enumerate(amounts):
+        if not amount >= 0:  # NaN is not
+            raise ValueError(f"budget[{i}] = {amount}; every budget must be at least 0")
 
 
 # --------------------------------------------------------------------------------------------------------------

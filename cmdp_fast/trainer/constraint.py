@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
+from .. import objective
+from ..ops.budget import BudgetTrace
 from ..reference import DIFFERENTIABLE_COSTS
 from .config import TrainConfig
 
@@ -32,6 +36,17 @@ class Constraint:
     def action_dependent(self) -> bool:
         """Whether the cost of a token depends on the token sampled, so that there is no direct gradient."""
         return self.cost not in DIFFERENTIABLE_COSTS
+
+    def direct(self, trace: BudgetTrace, mask: Tensor) -> Tensor:
+        """The weights [B, T] of the direct term, `objective.direct_coefficient`."""
+        return objective.direct_coefficient(
+            trace,
+            self.kind,
+            discrepancy_weight=self.discrepancy_weight,
+            coefficient=self.coefficient,
+            reduction=self.reduction,
+            mask=mask,
+        )
 
 
 def training_constraint(config: TrainConfig, step: int, coefficient: float | None) -> Constraint:

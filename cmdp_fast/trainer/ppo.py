@@ -100,14 +100,7 @@ class PPO:
         """``advantage``, what the score term weighs a token with; ``direct``, what the direct term weighs its cost
         with, divided by what the advantages were divided by; with a value head, the ``value`` it should have given."""
         c, mask = self.config, experience.rollout.mask
-        direct = objective.direct_coefficient(
-            experience.trace,
-            constraint.kind,
-            discrepancy_weight=constraint.discrepancy_weight,
-            coefficient=constraint.coefficient,
-            reduction=constraint.reduction,
-            mask=mask,
-        )
+        direct = constraint.direct(experience.trace, mask)
         if c.baseline == "gae":
             assert experience.value is not None
             advantage, value = objective.gae(

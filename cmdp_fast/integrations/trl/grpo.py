@@ -10,7 +10,6 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 import cmdp_fast as cf
-from cmdp_fast import objective
 from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.scoring import Outputs, Pair
 
@@ -112,7 +111,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
             accelerator=self.accelerator,
         )
         if args.has_direct_term:
-            batch["direct"] = self._direct_weights(account.trace, mask) / scale
+            batch["direct"] = constraint.direct(account.trace, mask) / scale
             if account.teacher_hidden is not None:
                 batch["teacher_hidden"] = account.teacher_hidden
             if "old_per_token_logps" in batch:  # of the same columns and from the same operation as in the update
@@ -130,16 +129,6 @@ class CMDPGRPOTrainer(GRPOTrainer):
             self._metrics["train" if training else "eval"][name].append(value)
         self._show_advantages(batch["advantages"], mask)
         return batch
-
-    def _direct_weights(self, trace: cf.BudgetTrace, mask: Tensor) -> Tensor:
-        return objective.direct_coefficient(
-            trace,
-            self.constraint.kind,
-            discrepancy_weight=self.constraint.discrepancy_weight,
-            coefficient=self.constraint.coefficient,
-            reduction=self.constraint.reduction,
-            mask=mask,
-        )
 
     def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:
         """Puts the means over tokens where TRL keeps a completion's advantage for its table of completions."""
