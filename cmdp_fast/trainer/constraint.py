@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .. import objective
 from ..ops.budget import BudgetTrace
 from ..reference import DIFFERENTIABLE_COSTS
-from .config import TrainConfig
+
+if TYPE_CHECKING:  # the integrations use a constraint where the command line's packages may be missing
+    from .config import TrainConfig
 
 
 @dataclass(frozen=True)
