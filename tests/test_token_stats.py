@@ -137,6 +137,24 @@ def variant(request):
 
 
 @needs_native
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_gradient_in_bfloat16_is_the_float32_gradient_rounded(variant, inplace):
+    """To nearest, ties to even: of so many values some lie halfway between two."""
+    x, y = (make_logits(8, 60_007, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    tokens = make_tokens(8, vocab=60_007)
+
+    def gradient(x, y, inplace):
+        leaf = x.clone().requires_grad_()
+        stats = cf.token_stats(leaf, y, tokens, inplace_backward=inplace, backend="cpu")
+        (stats.logprob + stats.entropy + stats.reverse_kl - stats.forward_kl).sum().backward()
+        return leaf.grad
+
+    exact = gradient(x.float(), y.float(), False)
+    assert ((exact.view(torch.int32) & 0xFFFF) == 0x8000).any()
+    assert torch.equal(gradient(x, y, inplace), exact.bfloat16())
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 13, 2112, 4133, 17000])
 @pytest.mark.parametrize("offsets", [(0, 0), (1e3, -1e3), (1e4, 30)])
