@@ -16,6 +16,9 @@ others of it, and `to_openrlhf(from_verl(compute_score))` goes from one to the o
 ``ground_truth`` and OpenRLHF's label; ``label`` names another column. Nothing here imports any of the three packages.
 
 An opinion that is None (TRL) becomes 0 where a number is needed, which is what such a completion earns in TRL too.
+
+A completion is hostile input. A function of yours runs where it is called; verl's own, some of which evaluate or run
+what a completion says (``prime_math``, ``prime_code``), are asked in isolated processes, see `from_verl`.
 """
 
 from __future__ import annotations
@@ -28,32 +31,62 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.trainer.judging.reward import JudgedReward
 
 TRLReward = Callable[..., "Sequence[float | None]"]
 VerlScore = Callable[..., "float | Mapping[str, Any]"]
 OpenRLHFReward = Callable[..., "Mapping[str, Any] | Tensor"]
 
 
-def from_verl(compute_score: VerlScore, *, label: str = "answer", data_source: str = "") -> TRLReward:
+def from_verl(
+    compute_score: VerlScore,
+    *,
+    label: str = "answer",
+    data_source: str = "",
+    timeout: float = 10.0,
+    unisolated: bool = False,
+) -> TRLReward:
     """A reward with TRL's signature that asks verl's ``compute_score`` for each completion.
 
     ``ground_truth`` is the column ``label``, ``data_source`` the column of that name or the argument, ``extra_info`` a
-    dict of the row's other columns and its ``prompt``. Of a dict result the ``score`` counts. Raises InputError if the
-    function is a coroutine or there is no such column.
+    dict of the row's other columns and its ``prompt``. Of a dict result the ``score`` counts.
+
+    A function of the package verl itself is asked in a process of its own for each completion, isolated as
+    `cmdp_fast.trainer.judging` says and ended after ``timeout`` seconds; the opinion is None where it raises or does
+    not answer. Those that start processes or need a network (``prime_code``, ``sandbox_fusion``, verl's
+    ``math_verify``) do not work there. ``unisolated=True`` asks them in this process; any other function always is.
+
+    Raises InputError if the function is a coroutine, there is no such column, or the function cannot be isolated here.
     """
     _check_plain(compute_score)
+    module = getattr(compute_score, "__module__", None) or ""
+
+    def requests(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "data_source": row.pop("data_source", data_source),
+                "solution_str": _text(completion),
+                "ground_truth": _pop(row, label),
+                "extra_info": {"prompt": prompt, **row},
+            }
+            for prompt, completion, row in zip(prompts, completions, _rows(columns, len(completions)), strict=True)
+        ]
+
+    if module.partition(".")[0] == "verl" and not unisolated:
+        name = compute_score.__name__
+        return JudgedReward(
+            "verl",
+            f"{module}.{name}",
+            requests,
+            seconds=timeout,
+            isolated=True,
+            arguments={"module": module, "function": name},
+            insist="unisolated=True",
+        )
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        values: list[float | None] = []
-        for prompt, completion, row in zip(prompts, completions, _rows(columns, len(completions)), strict=True):
-            result = compute_score(
-                data_source=row.pop("data_source", data_source),
-                solution_str=_text(completion),
-                ground_truth=_pop(row, label),
-                extra_info={"prompt": prompt, **row},
-            )
-            values.append(float(result["score"] if isinstance(result, Mapping) else result))
-        return values
+        results = [compute_score(**request) for request in requests(prompts, completions, **columns)]
+        return [float(result["score"] if isinstance(result, Mapping) else result) for result in results]
 
     return reward
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import regex
 import tyro
 
 from .errors import InputError
@@ -22,7 +23,7 @@ Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="
 _POSITIVE = (
     *("budget", "temperature", "steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatch_size"),
     *("micro_batch_size", "learning_rate", "max_grad_norm", "clip_low", "clip_high", "task_size"),
-    *("value_learning_rate", "lora_alpha"),
+    *("value_learning_rate", "lora_alpha", "judge_timeout"),
     *("eval_prompts", "eval_generations"),
 )
 _NOT_NEGATIVE = (
@@ -127,6 +128,12 @@ class TrainConfig:
     """Regular expression whose first group is the final answer; the last match in the completion counts. Empty: the
     whole completion is the answer, in which `math_verify` looks for one: it takes a sum that is only repeated for its
     result."""
+    judge_timeout: float = 3.0
+    """Seconds that `math_verify` or `reasoning_gym` may take for a completion. One that takes longer has no reward from
+    it, as where the judge raises or dies: counted as `rewards/…/failed`."""
+    unisolated_judges: bool = False
+    """Run the judges of `reasoning_gym` where they cannot be isolated (they are on Linux, with Landlock and
+    libseccomp). Many of them evaluate an answer as Python, so a completion can then do whatever you can."""
     correct_at: float = 1.0
     """A completion counts as right in `accuracy` when its reward is at least this."""
     step_verifier: str = ""
@@ -312,7 +319,8 @@ def _check(condition: object, message: str) -> None:
 def _check_pattern(option: str, pattern: str) -> None:
     try:
         groups = re.compile(pattern).groups
-    except re.error as error:
+        regex.compile(pattern)  # which searches, see data.last_group
+    except (re.error, regex.error) as error:
         raise InputError(f"{option} {pattern!r}: {error}") from error
     _check(groups or not pattern, f"{option} {pattern!r} has no group to mark the answer")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import re
 from collections.abc import Iterator
@@ -18,10 +19,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import regex
+
 from .config import TrainConfig
 from .errors import InputError, first_line
 
 Row = dict[str, Any]
+
+SEARCH = 1.0  # seconds for an answer in one text; an honest search takes a millionth
+
+_log = logging.getLogger(__name__)
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -140,8 +147,13 @@ def _with_reference(row: Row, config: TrainConfig) -> Row:
 
 
 def last_group(pattern: re.Pattern[str], text: str) -> str | None:
-    """The first group of the last match, without spaces at its ends; None where the pattern does not match."""
-    found = [match.group(1) for match in pattern.finditer(text)]
+    """The first group of the last match, without spaces at its ends; None where the pattern does not match, or the
+    search has not ended after `SEARCH` seconds: with many a pattern a text can be made to take forever."""
+    try:
+        found = [match.group(1) for match in regex.finditer(pattern.pattern, text, timeout=SEARCH)]
+    except TimeoutError:
+        _log.warning("the pattern %r takes more than %g s on a text: no answer is found in it", pattern.pattern, SEARCH)
+        return None
     return found[-1].strip() if found and found[-1] is not None else None
 
 

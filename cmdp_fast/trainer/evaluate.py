@@ -24,6 +24,7 @@ FIGURES = {
     "correct_and_feasible": "cmdp/correct_and_feasible",
     "reasoning_success": "cmdp/reasoning_success",
     "reasoning_checked": "cmdp/reasoning_checked",
+    "unjudged": "cmdp/unjudged",
     "mean_cumulative_kl": "cmdp/cumulative_kl",
     "cvar_cumulative_kl": "cmdp/cumulative_kl_cvar",
     "mean_cumulative": "cmdp/mean_cumulative",
@@ -45,7 +46,8 @@ def evaluate(
     ``accuracy`` counts completions whose reward is at least `correct_at`; ``constraint_satisfaction`` those whose
     cumulative cost is within the budget, ``prefix_satisfaction`` (with a `prefix_budget`) those whose every prefix is
     likely enough for the teacher, ``reasoning_success`` (with a `step_verifier`) those whose steps are all right among
-    the share ``reasoning_checked`` that has any to check; ``mean_cumulative_kl`` is the mean over completions of the
+    the share ``reasoning_checked`` that has any to check; ``unjudged`` those on which a judge in a process of its own
+    gave no verdict (it raised, hung or died); ``mean_cumulative_kl`` is the mean over completions of the
     exact reverse KL summed over the tokens, in nats, ``cvar_cumulative_kl`` that of the worst tenth; ``…_cumulative``,
     ``mean_excess``, ``…_token_cost`` and ``first_violation`` (a share of the length) are those of the cost that the
     budget is for; ``mean_length`` counts tokens with the end of sequence, ``truncated`` completions without one;

@@ -37,6 +37,7 @@ class Completions:
     texts: list[str]
     task_reward: Tensor  # [B], all reward functions together
     named_rewards: dict[str, Tensor]  # [B] each, NaN where the function has no opinion
+    failed: dict[str, Tensor]  # [B] each, 1 where a judge that is asked elsewhere said nothing: it raised, hung or died
     sound: Tensor | None  # [B], 1 where all steps are right, 0 where not, NaN where there is nothing to check
 
 
@@ -61,6 +62,7 @@ class Experience(Completions):
             rollout=self.rollout.rows(index),
             texts=[],
             named_rewards={},
+            failed={},
             stats=cf.TokenStats(*(column[index] for column in self.stats)),
             trace=cf.BudgetTrace(*(column[index] for column in self.trace)),
         )
@@ -117,13 +119,15 @@ class Collector:
             ids = rollout.completion_ids()
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         with clock.phase("scoring"), together(self.accelerator):
-            values = call_rewards(self.rewards, rows, texts, ids)
-            named = {name: torch.tensor(v, device=rollout.tokens.device) for name, v in values.items()}
+            named, failed = (
+                {name: torch.tensor(v, device=rollout.tokens.device) for name, v in values.items()}
+                for values in call_rewards(self.rewards, rows, texts, ids)
+            )
             sound = None
             if self.step_verifier is not None:
                 verdicts = call_step_verifier(self.step_verifier, rows, texts)
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
-            return Completions(rollout, texts, torch.stack(list(named.values())).nansum(0), named, sound)
+            return Completions(rollout, texts, torch.stack(list(named.values())).nansum(0), named, failed, sound)
 
     def collect(
         self,
@@ -211,6 +215,9 @@ class Collector:
             "cmdp/accuracy": right.float().mean(),
         }
         metrics |= {f"rewards/{name}/mean": value.nanmean() for name, value in e.named_rewards.items()}
+        if e.failed:
+            metrics |= {f"rewards/{name}/failed": value.mean() for name, value in e.failed.items()}
+            metrics["cmdp/unjudged"] = torch.stack(list(e.failed.values())).amax(0).mean()
         if e.sound is not None:
             metrics["cmdp/reasoning_success"] = e.sound.nanmean()
             metrics["cmdp/reasoning_checked"] = 1.0 - e.sound.isnan().float().mean()

@@ -53,7 +53,7 @@ def programmatic(config: TrainConfig, example: Row) -> Judge:
 
     def rank(row: Row, completion: Any) -> tuple[bool, bool, int]:
         text = text_of(completion)
-        values = call_rewards(rewards, [row], [text], [[]])
+        values, _ = call_rewards(rewards, [row], [text], [[]])
         right = sum(v for [v] in values.values() if not math.isnan(v)) >= config.correct_at
         sound = verifier is not None and call_step_verifier(verifier, [row], [text]) == [1.0]
         return right, sound, -len(text)

@@ -5,6 +5,9 @@
 `prompts` and `completions` are texts, or lists of chat messages where the dataset's prompts are; `completion_ids`
 lists of token ids without padding; `columns` the other columns of the dataset, a value a completion. None means that
 the function has no opinion: such a completion earns nothing from it.
+
+A completion is hostile input. What is not ours and parses it, math-verify and the judges of reasoning-gym, is asked in
+processes of their own (judging/). A function of the user's runs here, as the user's code.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from .config import TrainConfig
 from .data import Row, last_group
 from .errors import InputError
 from .imports import import_function
+from .judging.reward import JudgedReward
 
 RewardFunction = Callable[..., Sequence["float | None"]]
 
@@ -26,12 +30,12 @@ BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
 
 def load_rewards(config: TrainConfig, example: Row) -> dict[str, RewardFunction]:
     """The reward functions of a configuration by the name under which they are logged."""
-    pattern = re.compile(config.answer_pattern)
-    built_in: dict[str, RewardFunction] = {
-        "exact_answer": exact_answer(pattern),
-        "brevity": brevity(pattern, config.max_new_tokens),
-        "math_verify": math_verify(pattern),
-        "reasoning_gym": reasoning_gym_judge(pattern),
+    pattern, seconds = re.compile(config.answer_pattern), config.judge_timeout
+    built_in: dict[str, Callable[[], RewardFunction]] = {
+        "exact_answer": lambda: exact_answer(pattern),
+        "brevity": lambda: brevity(pattern, config.max_new_tokens),
+        "math_verify": lambda: math_verify(pattern, seconds),
+        "reasoning_gym": lambda: reasoning_gym_judge(pattern, seconds, isolated=not config.unisolated_judges),
     }
     functions = {}
     for spec in config.rewards:
@@ -41,7 +45,7 @@ def load_rewards(config: TrainConfig, example: Row) -> dict[str, RewardFunction]
                 raise InputError(
                     f"--rewards {spec} needs the column {missing[0]!r}, there are only {', '.join(example)}"
                 )
-            functions[spec] = built_in[spec]
+            functions[spec] = built_in[spec]()
         else:
             functions[spec.rpartition(":")[2]] = import_function("--rewards", spec, sorted(built_in))
     return functions
@@ -78,38 +82,42 @@ def brevity(pattern: re.Pattern[str], max_new_tokens: int) -> RewardFunction:
     return reward
 
 
-def math_verify(pattern: re.Pattern[str]) -> RewardFunction:
+def math_verify(pattern: re.Pattern[str], seconds: float) -> RewardFunction:
     """1 if math-verify finds an expression in the final answer that equals the reference, else 0; None if it cannot
-    read the reference."""
+    read the reference, or does not say within `seconds`.
 
-    def reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
-        from math_verify import parse, verify
+    No completion is known to run as code in it, so where it cannot be isolated it is asked with limits alone.
+    """
 
-        scores: list[float | None] = []
-        for completion, expected in zip(completions, answer, strict=True):
-            gold, given = parse(str(expected)), final_answer(text_of(completion), pattern)
-            scores.append(float(given is not None and verify(gold, parse(given))) if gold else None)
-        return scores
+    def requests(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[dict[str, Any]]:
+        return [
+            {"answer": str(expected), "given": final_answer(text_of(completion), pattern)}
+            for completion, expected in zip(completions, answer, strict=True)
+        ]
 
-    return reward
+    return JudgedReward("math_verify", "--rewards math_verify", requests, seconds=seconds, isolated=None)
 
 
-def reasoning_gym_judge(pattern: re.Pattern[str]) -> RewardFunction:
-    """What the reasoning-gym task itself says of the final answer, between 0 and 1."""
+def reasoning_gym_judge(pattern: re.Pattern[str], seconds: float, isolated: bool = True) -> RewardFunction:
+    """What the reasoning-gym task itself says of the final answer, between 0 and 1; None if its judge raises or does
+    not say within `seconds`.
 
-    def reward(
+    Many of them evaluate the answer as Python. Which one is asked stands in the row's metadata, which may come from
+    somebody else's file, so all of them are isolated. Raises InputError where that cannot be, unless told not to.
+    """
+
+    def requests(
         completions: Sequence[Any], answer: Sequence[Any], metadata: Sequence[dict[str, Any]], **_: Any
-    ) -> list[float | None]:
-        from reasoning_gym import get_score_answer_fn
+    ) -> list[dict[str, Any]]:
+        return [
+            {"answer": expected, "given": final_answer(text_of(completion), pattern), "metadata": about}
+            for completion, expected, about in zip(completions, answer, metadata, strict=True)
+        ]
 
-        scores: list[float | None] = []
-        for completion, expected, about in zip(completions, answer, metadata, strict=True):
-            judge = get_score_answer_fn(about["source_dataset"])
-            entry = {"answer": expected, "metadata": about}
-            scores.append(float(judge(final_answer(text_of(completion), pattern), entry)))
-        return scores
-
-    return reward
+    option = "--rewards reasoning_gym"
+    return JudgedReward(
+        "reasoning_gym", option, requests, seconds=seconds, isolated=isolated, insist="--unisolated-judges"
+    )
 
 
 def final_answer(text: str, pattern: re.Pattern[str]) -> str | None:
@@ -131,15 +139,18 @@ def as_completion(prompt: Any, text: str) -> Any:
 
 def call_rewards(
     functions: dict[str, RewardFunction], rows: Sequence[Row], texts: Sequence[str], completion_ids: list[list[int]]
-) -> dict[str, list[float]]:
-    """Calls each function once for all completions. Returns a value a completion by name, NaN for None."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Calls each function once for all completions. Returns two values a completion by name: the reward, NaN for None,
+    and, of functions that ask a judge elsewhere, 1 where it failed to say anything."""
     prompts = [row["prompt"] for row in rows]
     completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    values = {}
+    values, failed = {}, {}
     for name, function in functions.items():
         result = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         if len(result) != len(rows):
             raise InputError(f"--rewards {name} returned {len(result)} rewards for {len(rows)} completions")
         values[name] = [math.nan if value is None else float(value) for value in result]
-    return values
+        if isinstance(function, JudgedReward):
+            failed[name] = [float(bool(failure)) for failure in function.failures]
+    return values, failed

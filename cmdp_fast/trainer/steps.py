@@ -76,8 +76,8 @@ def _holds(equation: str) -> bool | None:
         return None
     try:
         values = [_value(ast.parse(side, mode="eval").body) for side in sides]
-    except (SyntaxError, RecursionError, MemoryError):  # brackets that do not fit, or thousands of terms
-        return None
+    except (SyntaxError, RecursionError, MemoryError, ValueError):
+        return None  # brackets that do not fit, thousands of terms, or a number that no float can hold
     except ZeroDivisionError:
         return False
     decimals = [re.fullmatch(r"-?\d+(?:\.(\d+))?", side) for side in sides]

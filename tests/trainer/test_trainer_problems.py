@@ -123,7 +123,7 @@ def test_built_in_rewards():
     assert rewards.exact_answer(re.compile(""))(completions=[" 9 ", "9."], answer=[9, 9]) == [1.0, 0.0]
     chat = [[{"role": "assistant", "content": "A7"}]]
     assert exact(completions=chat, answer=["7"]) == [1.0]
-    judge = rewards.reasoning_gym_judge(re.compile(r"A(-?\d+)$"))
+    judge = rewards.reasoning_gym_judge(re.compile(r"A(-?\d+)$"), 10.0)
     row = data.reasoning_gym_rows("chain_sum", {}, 1)[0]
     wrong, right = judge(
         completions=["A99999", f"A{row['answer']}"], answer=[row["answer"]] * 2, metadata=[row["metadata"]] * 2
@@ -134,10 +134,10 @@ def test_built_in_rewards():
 def test_math_verify_reward():
     pytest.importorskip("math_verify")
     completions = [r"so it is $\frac{1}{2}$", "it is 0.5", "it is $0.6$"]
-    anywhere = rewards.math_verify(re.compile(""))
+    anywhere = rewards.math_verify(re.compile(""), 10.0)
     assert anywhere(completions=completions, answer=["$1/2$"] * 3) == [1.0, 1.0, 0.0]
     assert anywhere(completions=["you ask for 4 + 7"], answer=["11"]) == [1.0]  # which is why there is a pattern
-    last_number = rewards.math_verify(re.compile(r"(-?\d+)(?!.*\d)"))
+    last_number = rewards.math_verify(re.compile(r"(-?\d+)"), 10.0)
     assert last_number(completions=["you ask for 4 + 7", "4 + 7 = 11", "no"], answer=["11"] * 3) == [0.0, 1.0, 0.0]
 
 

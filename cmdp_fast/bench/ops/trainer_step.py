@@ -159,7 +159,7 @@ def score_and_update(ppo: Any, inputs: Inputs) -> Values:
     rollout = Rollout(prompts, torch.ones_like(prompts) > 0, tokens, torch.ones_like(tokens) > 0, whole)
     reward = torch.tensor(_parity(tokens.tolist()), device=tokens.device)
     constraint = ppo.constraint()
-    completions = Completions(rollout, [], reward, {}, sound=None)
+    completions = Completions(rollout, [], reward, named_rewards={}, failed={}, sound=None)
     experience = ppo.collector.score(completions, ppo.student, constraint, ppo.clock, keep_outputs=True)
     metrics = ppo.update(experience, ppo.targets(experience, constraint))
     return {"reverse_kl": experience.stats.reverse_kl, "gradient norm": torch.tensor(metrics["grad_norm"])}

@@ -1,0 +1,130 @@
+"""What a process gives up before it judges: Landlock for files, seccomp for all other calls, limits for the rest.
+
+The process has no way back. Everything here is the standard library, `landlock` and `pyseccomp` (Linux only), so that
+the process which judges need not import more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import signal
+import socket
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+# What a computation in Python needs: memory, time, its open files, and to read the modules that it imports late.
+CALLS = (
+    *("read", "readv", "pread64", "write", "writev", "lseek", "close", "fcntl", "poll", "ppoll"),
+    *("open", "openat", "stat", "fstat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2"),
+    *("readlink", "readlinkat", "getcwd", "getdents64"),
+    *("brk", "mmap", "munmap", "mremap", "mprotect", "madvise"),
+    *("futex", "futex_time64", "sched_yield", "sched_getaffinity", "rseq", "set_robust_list", "membarrier"),
+    *("clock_gettime", "clock_getres", "gettimeofday", "time", "times", "getrusage", "sysinfo", "uname"),
+    *("nanosleep", "clock_nanosleep", "restart_syscall", "setitimer", "getitimer", "alarm", "pause"),
+    *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "sigreturn"),
+    *("getpid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getrandom", "exit", "exit_group"),
+)
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/usr/share/zoneinfo")
+SINGLE = ("/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo")
+
+
+def close_files(packages: Iterable[str]) -> None:
+    """From now on this process and its children read the Python installation, `packages` and system libraries alone,
+    and write nothing that they have not open already. Raises OSError or ImportError where it cannot be done."""
+    from landlock import FSAccess, Ruleset
+
+    ctypes.set_errno(0)  # landlock takes what an earlier call left behind for an error of its own
+    rules = Ruleset()
+    installed = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed += [os.path.join(prefix, "lib") for prefix in (sys.prefix, sys.base_prefix)]  # conda's shared libraries
+    for path in {*installed, *packages, *LIBRARIES}:
+        if os.path.isdir(path):
+            rules.allow(path, rules=FSAccess.READ_FILE | FSAccess.READ_DIR)
+        elif os.path.isfile(path):
+            rules.allow(path, rules=FSAccess.READ_FILE)
+    for path in SINGLE:
+        if os.path.exists(path):
+            rules.allow(path, rules=FSAccess.READ_FILE)
+    rules.apply()
+
+
+def call_filter() -> Any:
+    """A filter whose ``load()`` makes every system call but `CALLS` fail with EPERM from then on. Made before
+    `close_files`, as libseccomp is looked for with the help of other programs. Raises ImportError or RuntimeError
+    where there is no libseccomp."""
+    import pyseccomp
+
+    calls = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
+    for name in CALLS:
+        if pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) >= 0:  # not every machine has all of them
+            calls.add_rule(pyseccomp.ALLOW, name)
+    return calls
+
+
+def limit(seconds: float, space: int | None) -> None:
+    """Limits of processor time and, where `space` says so, of the address space in bytes. No core files, and no file
+    grows."""
+    cpu = int(seconds) + 2  # the wall clock, which who forked this process looks at, comes first
+    limits = {resource.RLIMIT_CPU: cpu, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    if space is not None:
+        limits[resource.RLIMIT_AS] = space
+    for kind, value in limits.items():
+        most = resource.getrlimit(kind)[1]
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(kind, (value, value))
+
+
+def address_space() -> int | None:
+    """Bytes of address space in use, None where the system does not tell (macOS, which has no limit of it either)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return None
+
+
+def die_with(parent: int) -> None:
+    """Linux kills this process when `parent`, which has forked it, ends; elsewhere its time does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def breaches() -> list[str]:
+    """What this process can still do and should not, by trying it: [] where the isolation holds."""
+    found = []
+    for name, attempt in _ATTEMPTS.items():
+        try:
+            attempt()
+        except OSError:
+            continue
+        found.append(name)
+    return found
+
+
+def _child() -> None:
+    if os.fork() == 0:
+        os._exit(0)
+
+
+def _run() -> None:
+    os.execv("/bin/true", ["true"])
+
+
+_ATTEMPTS = {
+    "read a file": lambda: open("/etc/passwd", "rb").close(),
+    "list a folder": lambda: os.listdir("/"),
+    "look into a process": lambda: open(f"/proc/{os.getppid()}/environ", "rb").close(),
+    "write a file": lambda: tempfile.TemporaryFile().close(),
+    "open a socket": lambda: socket.socket().close(),
+    "start a process": _child,
+    "send a signal": lambda: os.kill(os.getppid(), 0),
+    "run a program": _run,
+}
