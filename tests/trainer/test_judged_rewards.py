@@ -48,18 +48,19 @@ def test_every_task_is_judged_as_it_judges_itself(gym):
     reward, reasoning_gym = gym
     entries, answers, expected = [], [], []
     for name in sorted(set(reasoning_gym.factory.DATASETS) - {"composite"}):
-        task = reasoning_gym.create_dataset(name, size=1, seed=3)
-        for answer in (task[0]["answer"], "wrong 17", ""):
+        task = reasoning_gym.create_dataset(name, size=1, seed=1)
+        entry = task[0]
+        for answer in (entry["answer"] or "", "wrong 17", ""):  # a task may have no answer of its own
             try:
-                score = float(task.score_answer(answer, task[0]))
+                score = float(task.score_answer(answer, entry))
             except Exception:
                 score = None
-            entries.append(task[0])
+            entries.append(entry)
             answers.append(answer)
             expected.append(score)
     found = judged(reward, answers, entries)
     assert found == expected
-    assert found[::3] == [1.0] * (len(found) // 3)  # the right answers
+    assert all(score == 1.0 for score, answer in zip(found, answers, strict=True) if answer not in ("", "wrong 17"))
 
 
 @pytest.mark.parametrize("name", EVALUATING)
@@ -78,7 +79,7 @@ def test_a_completion_does_not_run_as_code(name, gym, tmp_path):
     ]
     scores = judged(reward, [*hostile, entry["answer"]], [entry] * (len(hostile) + 1))
     assert not made.exists()
-    assert scores[-1] == 1.0 and not any(scores[:-1])
+    assert scores[-1] == 1.0 and all(score is None or score < 0.1 for score in scores[:-1])
     assert [bool(failure) for failure in reward.failures] == [score is None for score in scores]
     assert reward.failures[5] == "ended with exit code 0"  # it did run, where it can do nothing
 
@@ -87,15 +88,16 @@ def test_metadata_of_somebody_else_chooses_no_judge_that_runs_code(gym, tmp_path
     """A dataset's file names the task, and judges evaluate the file's own answer too."""
     reward, _ = gym
     made = tmp_path / "made"
+    code = f"open({str(made)!r}, 'w')"
     entries = [
         {
-            "answer": f"open({str(made)!r}, 'w')",
-            "metadata": {"source_dataset": "number_sorting", "direction": "ascending"},
+            "answer": code,
+            "metadata": {"source_dataset": "polynomial_multiplication", "result": "x", "variables": ["x"]},
         },
         {"answer": "1", "metadata": {"source_dataset": "no such task"}},
         {"answer": "1", "metadata": {}},
     ]
-    assert judged(reward, ["['1']", "1", "1"], entries) == [None, None, None]
+    assert judged(reward, ["x", "1", "1"], entries)[1:] == [None, None]
     assert not made.exists()
 
 
@@ -105,15 +107,20 @@ def test_training_goes_on(pair, tmp_path, monkeypatch):
     made = tmp_path / "made"
     alphabet = "".join(map(chr, range(33, 127)))
     student, teacher = (
-        tiny_model(tmp_path / name, seed, alphabet=alphabet, positions=512) for seed, name in ((1, "s"), (2, "t"))
+        tiny_model(tmp_path / name, seed, alphabet=alphabet, positions=4096) for seed, name in ((1, "s"), (2, "t"))
     )
+    texts = [
+        f"[open({str(made)!r},'w')]",
+        "getattr(__import__('os'),'_exit')(0)",
+    ]  # without a full stop, the tokenizer's end
     (tmp_path / "hostile.py").write_text(
         "from transformers import AutoTokenizer\n"
         f"tokenizer = AutoTokenizer.from_pretrained({student!r})\n"
-        f"TEXTS = ['[open({str(made)!r},\"w\")]', '__import__(\"os\")._exit(0)']\n"
+        f"TEXTS = {texts}\n"
         "def rollout(prompts, sampling, policy):\n"
         "    texts = [TEXTS[i % 2] for i in range(len(prompts))]\n"
-        "    return {'completion_ids': [tokenizer.encode(t) + [tokenizer.eos_token_id] for t in texts], 'logprobs': None}\n"
+        "    ids = [tokenizer.encode(text) + [tokenizer.eos_token_id] for text in texts]\n"
+        "    return {'completion_ids': ids, 'logprobs': None}\n"
     )
     command = (
         f"train --recipe=pair --student={student} --teacher={teacher} --task=n_queens --task-size=20 --steps=2 "
@@ -168,7 +175,7 @@ def test_math_verify_is_given_up_in_time():
 
 
 def test_a_pattern_that_takes_forever_finds_nothing(caplog):
-    assert last_group(re.compile(r"((?:a+)+)$"), "a" * 60 + "!") is None
+    assert last_group(re.compile(r"(-?\d+)(?!.*\d)"), "1" * 10_000 + " 1") is None  # with the cube of the length
     assert "takes more than" in caplog.text
     assert last_group(re.compile(r"(-?\d+)"), "1, then -2") == "-2"
 

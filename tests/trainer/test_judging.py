@@ -5,10 +5,8 @@ The judge here that scores what it evaluates is as good to a completion as a she
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -18,10 +16,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny_pair import tiny_model
 
-from cmdp_fast.cli import main
-from cmdp_fast.trainer import data, rewards
 from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.judging import pool
 from cmdp_fast.trainer.judging.pool import IsolationError, Judges
@@ -102,7 +97,7 @@ def test_code_cannot_reach_files_network_processes_or_the_environment(evaluating
         }
         verdicts = dict(zip(denied, ask(evaluating, *denied.values()), strict=True))
     allowed = {name: verdict.score for name, verdict in verdicts.items() if not verdict.failure}
-    assert allowed in ({}, {"shell": 0.0})  # os.system tells of its failure: 1 + -1
+    assert allowed in ({}, {"shell": 0.0}, {"shell": 1.0 + (127 << 8)})  # os.system tells of it: -1, or exit code 127
     assert secret.read_text() == "a token" and not made.exists()
     assert ask(evaluating, "len(os.environ)", "1 + 1") == [pool.Verdict(0.0), pool.Verdict(2.0)]
 
@@ -116,7 +111,7 @@ def test_nothing_outlives_a_completion(evaluating):
 def test_every_way_to_give_no_answer(evaluating, caplog):
     """Of the ways to end none ends anything but itself, and the verdicts stay with their completions."""
     hostile = {
-        "exit()": "NameError",  # there is no such name without `site`
+        "exit()": "SystemExit",
         "(_ for _ in ()).throw(SystemExit(0))": "SystemExit",
         "(_ for _ in ()).throw(KeyboardInterrupt)": "KeyboardInterrupt",
         "os._exit(0)": "ended with exit code 0",
@@ -251,5 +246,5 @@ def test_a_judge_that_cannot_be_loaded(here, tmp_path, monkeypatch):
     shutil.copytree(here, tmp_path / "judging")
     (tmp_path / "judging" / "judges.py").write_text("def evaluate():\n    import no_such_package\n")
     monkeypatch.setattr(pool, "HERE", tmp_path / "judging")
-    with pytest.raises(InputError, match="--rewards evil: the judge cannot be loaded: .*no_such_package"):
+    with pytest.raises(InputError, match=r"--rewards evil: the judge cannot be loaded: .*no_such_package"):
         Judges("--rewards evil", "evaluate", seconds=2.0)
