@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,7 +167,7 @@ def test_the_command_line_takes_an_adapted_function(tmp_path) -> None:
     config = replace(TrainConfig(), rewards=(f"{path}:reward",))
     rows = [{"prompt": PROMPTS[i], "answer": ANSWERS[i], "note": i} for i in range(3)]
     functions = load_rewards(config, rows[0])
-    assert call_rewards(functions, rows, ["4!", "8", "2"], [[1], [2], [3]]) == {"reward": [1.0, 0.0, 0.0]}
+    assert call_rewards(functions, rows, ["4!", "8", "2"], [[1], [2], [3]]) == ({"reward": [1.0, 0.0, 0.0]}, {})
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -234,3 +235,24 @@ def test_verls_own_score_in_trls_hands() -> None:
     reward = from_verl(default_compute_score, data_source="openai/gsm8k")
     assert reward(prompts=["p"] * 2, completions=["#### 4", "#### 5"], answer=["4", "4"]) == [1.0, 0.0]
     assert json.dumps(reward(prompts=["p"], completions=["#### 4"], answer=["4"])) == "[1.0]"  # plain floats
+
+
+def test_verls_judges_run_no_completion(tmp_path, monkeypatch) -> None:
+    """One of them evaluates what a completion says: not here, and what gives no answer costs nobody else his."""
+    pytest.importorskip("verl", reason="see test_verl_trainer.py")
+    from verl.utils.reward_score import default_compute_score
+
+    monkeypatch.chdir(tmp_path)
+    hostile = ["[open('made','w')]", "\\boxed{open('made','w')}", "\\boxed{9**9**9**9}"]
+    completions = [*hostile, "\\boxed{4} #### 4"]
+    answers = [*["\\begin{pmatrix}1\\end{pmatrix}"] * 3, "4"]
+    right = {"numina_olympiads": 1.0, "openai/gsm8k": 1.0, "codecontests": 0.0, "no such source": None}
+    for source, expected in right.items():
+        reward = from_verl(default_compute_score, data_source=source, timeout=3.0)
+        scores = reward(prompts=["p"] * 4, completions=completions, answer=answers)
+        assert not any(scores[:3]) and scores[3] == expected
+        assert [score is None for score in scores] == [bool(failure) for failure in reward.failures]
+    assert not Path("made").exists()
+    at_home = from_verl(default_compute_score, data_source="numina_olympiads", unisolated=True)
+    at_home(prompts=["p"], completions=hostile[:1], answer=answers[:1])
+    assert Path("made").exists()  # which is what the others could not do

@@ -86,6 +86,7 @@ def test_code_cannot_reach_files_network_processes_or_the_environment(evaluating
             "datagram": f"{imported('socket')}.socket({imported('socket')}.AF_INET, 2).fileno()",
             "local socket": f"{imported('socket')}.socketpair()[0].fileno()",
             "signal": f"os.kill({os.getpid()}, 15) or 1",
+            "signal by the kernel": f"{imported('fcntl')}.fcntl(3, 8, {os.getpid()}) or 1",  # F_SETOWN
             "fork": "os.fork()",
             "run": f"{imported('subprocess')}.call(['touch', {str(made)!r}])",
             "shell": f"1 + os.system('touch {made}')",

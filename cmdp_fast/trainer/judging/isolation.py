@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 
 # What a computation in Python needs: memory, time, its open files, and to read the modules that it imports late.
 CALLS = (
-    *("read", "readv", "pread64", "write", "writev", "lseek", "close", "fcntl", "poll", "ppoll"),
+    *("read", "readv", "pread64", "write", "writev", "lseek", "close", "poll", "ppoll"),
     *("open", "openat", "stat", "fstat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2"),
     *("readlink", "readlinkat", "getcwd", "getdents64"),
     *("brk", "mmap", "munmap", "mremap", "mprotect", "madvise"),
@@ -30,6 +31,8 @@ CALLS = (
     *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "sigreturn"),
     *("getpid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getrandom", "exit", "exit_group"),
 )
+# Of what `fcntl` can do: F_SETOWN would have the kernel send signals to any process of the user's.
+CONTROLS = (fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC)
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 SINGLE = ("/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo")
 
@@ -64,6 +67,8 @@ def call_filter() -> Any:
     for name in CALLS:
         if pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) >= 0:  # not every machine has all of them
             calls.add_rule(pyseccomp.ALLOW, name)
+    for control in CONTROLS:
+        calls.add_rule(pyseccomp.ALLOW, "fcntl", pyseccomp.Arg(1, pyseccomp.EQ, control))
     return calls
 
 
