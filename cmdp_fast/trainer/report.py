@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -197,14 +198,18 @@ def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_acc
         figure.savefig(part, format="png", dpi=120)
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: a terminal obeys them
+
+
 def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
-    """Completions as text: a heading for each policy, then its samples."""
+    """Completions as text for a terminal: a heading for each policy, then its samples, without control codes."""
     lines = []
     for heading, samples in parts:
         lines += [heading, "=" * len(heading)]
         for s in samples:
             verdict = "right" if s["correct"] else "wrong"
             budget = "within budget" if s["feasible"] else "OVER BUDGET"
-            lines.append(f"{s['prompt']}  ->  {s['completion']}   [{verdict}, {s['cumulative']:.2f}, {budget}]")
+            text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}, {s['cumulative']:.2f}, {budget}]"
+            lines.append(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
         lines.append("")
     return "\n".join(lines)

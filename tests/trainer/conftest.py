@@ -28,3 +28,14 @@ def pair(tmp_path_factory) -> dict[str, str]:
         "teacher": tiny_model(root / "teacher", seed=2, layers=2),
         "dataset": str(problems),
     }
+
+
+@pytest.fixture(scope="session")
+def isolation() -> None:
+    """Judges can be isolated on this machine; a test that needs it is skipped elsewhere, with the reason."""
+    from cmdp_fast.trainer.judging.pool import IsolationError, Judges
+
+    try:
+        Judges("--rewards math_verify", "math_verify", seconds=1.0)
+    except IsolationError as error:
+        pytest.skip(str(error))

@@ -13,6 +13,7 @@ from cmdp_fast.trainer import rewards
 from cmdp_fast.trainer.data import last_group
 from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.judging import pool
+from cmdp_fast.trainer.report import samples_text
 from cmdp_fast.trainer.steps import equations
 
 EVERYTHING = re.compile("")
@@ -24,14 +25,10 @@ EVALUATING = (
 
 
 @pytest.fixture(scope="module")
-def gym():
+def gym(isolation):
     """The reward `reasoning_gym` and problems of all its tasks."""
     reasoning_gym = pytest.importorskip("reasoning_gym")
-    try:
-        reward = rewards.reasoning_gym_judge(EVERYTHING, 10.0)
-    except pool.IsolationError as error:
-        pytest.skip(str(error))
-    return reward, reasoning_gym
+    return rewards.reasoning_gym_judge(EVERYTHING, 10.0), reasoning_gym
 
 
 def judged(reward, completions, entries):
@@ -101,7 +98,7 @@ def test_metadata_of_somebody_else_chooses_no_judge_that_runs_code(gym, tmp_path
     assert not made.exists()
 
 
-def test_training_goes_on(pair, tmp_path, monkeypatch):
+def test_training_goes_on(isolation, pair, tmp_path):
     """A whole run on completions that make a file and end the process: the file is not there, the run is whole."""
     pytest.importorskip("reasoning_gym")
     made = tmp_path / "made"
@@ -183,3 +180,9 @@ def test_a_pattern_that_takes_forever_finds_nothing(caplog):
 @pytest.mark.parametrize("number", ["9" * 400 + ".5", "9" * 5000, "1" + "," + "999," * 2000 + "999"])
 def test_equations_between_numbers_that_nothing_holds(number):
     assert equations("", f"{number} + 1 = 3") in (None, False)
+
+
+def test_samples_hold_no_control_codes():
+    sample = {"prompt": "p\n", "completion": "\x1b[2J\x9b0m\tok", "correct": True, "feasible": True, "cumulative": 1.0}
+    text = samples_text([("student", [sample])])
+    assert "p\n  ->  \ufffd[2J\ufffd0m\tok" in text

@@ -46,11 +46,8 @@ def here(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def evaluating(here):
-    try:
-        return Judges("--rewards evil", "evaluate", seconds=2.0)
-    except IsolationError as error:
-        pytest.skip(str(error))
+def evaluating(isolation, here):
+    return Judges("--rewards evil", "evaluate", seconds=2.0)
 
 
 def ask(judges: Judges, *texts: str) -> list[pool.Verdict]:
@@ -226,7 +223,7 @@ def running(pid: int) -> bool:
         ("    return calls", "    return type('', (), {'load': lambda _: None})()", "open a socket, start a process"),
     ],
 )
-def test_without_isolation_nothing_is_judged(here, tmp_path, monkeypatch, old, new, why):
+def test_without_isolation_nothing_is_judged(isolation, here, tmp_path, monkeypatch, old, new, why):
     """Where a part of it is missing, and where the kernel says that it is there and it is not."""
     shutil.copytree(here, tmp_path / "judging")
     file = tmp_path / "judging" / "isolation.py"

@@ -123,7 +123,7 @@ def test_methods_of_the_package(method, pair, tmp_path):
     assert main(arguments(pair, tmp_path, **changes)) == 0
 
 
-def test_other_task_of_reasoning_gym(pair, tmp_path):
+def test_other_task_of_reasoning_gym(pair, tmp_path, isolation):
     """A task of words, judged by itself, with the pair's recipe."""
     student = tiny_model(tmp_path / "s", seed=1, alphabet="".join(map(chr, range(33, 127))), positions=512)
     teacher = tiny_model(tmp_path / "t", seed=2, alphabet="".join(map(chr, range(33, 127))), positions=512)

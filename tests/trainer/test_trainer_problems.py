@@ -123,6 +123,9 @@ def test_built_in_rewards():
     assert rewards.exact_answer(re.compile(""))(completions=[" 9 ", "9."], answer=[9, 9]) == [1.0, 0.0]
     chat = [[{"role": "assistant", "content": "A7"}]]
     assert exact(completions=chat, answer=["7"]) == [1.0]
+
+
+def test_the_judge_of_the_task(isolation):
     judge = rewards.reasoning_gym_judge(re.compile(r"A(-?\d+)$"), 10.0)
     row = data.reasoning_gym_rows("chain_sum", {}, 1)[0]
     wrong, right = judge(
