@@ -51,8 +51,23 @@ def needs_another_kernel(item):
     return item.path.name in files or mixture or item.get_closest_marker("mixture") is not None
 
 
+@pytest.fixture
+def poison():
+    """Memory that is allocated and not written holds NaN, or the largest integer, instead of what happens to be right.
+
+    Of PyTorch's allocations that is all there are: the native modules allocate nothing that a tensor shows.
+    """
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills in this mode only
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan() and torch.empty(1, dtype=torch.int64) == torch.iinfo(torch.int64).max
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=BACKENDS)
-def backend(request):
+def backend(request, poison):
     """A backend by name. Where it needs a GPU, the test makes its tensors there."""
     on_gpu = (request.param == "triton" and not INTERPRETED) or (request.param == "cuda" and not hosted.HOSTED)
     torch.set_default_device("cuda" if on_gpu else None)

@@ -46,8 +46,8 @@ class HeadGradient:
             self.bias[columns] += gradient.sum(0, dtype=self.dtype)
 
     def leave(self, columns: slice) -> None:
-        """All rows of these columns have been added."""
-        if self.needs_weight and self.weight.dtype != self.dtype:
+        """All rows of these columns have been added. Where there are none, nothing has been: the zeros stay."""
+        if self.needs_weight and self.weight.dtype != self.dtype and len(self.head.hidden):
             self.weight[columns] = self._piece(columns)
 
     def _piece(self, columns: slice) -> Tensor:
