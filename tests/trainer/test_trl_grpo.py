@@ -11,7 +11,8 @@ pytest.importorskip("trl", reason="needs the extra `trl`")
 
 import torch
 from tiny_pair import tiny_model
-from trl_pair import digits, grpo, logged, prompts, student, trained
+from transformers import AutoTokenizer
+from trl_pair import COMMON, digits, grpo, logged, prompts, student, trained
 
 import cmdp_fast as cf
 from cmdp_fast import objective
@@ -393,3 +394,25 @@ def test_a_token_that_the_teacher_has_no_column_for_is_refused(tmp_path):
     trainer = grpo(pair, tmp_path, trainer={"rollout_func": rollout})
     with pytest.raises(InputError, match="a completion has token 18, but student and teacher share 17 columns alone"):
         trainer.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_batch_without_a_token_that_counts_changes_nothing(pair, tmp_path, poison, dtype):
+    """Every completion is truncated and masked: no gradient, whatever stood in memory before."""
+    tokenizer = AutoTokenizer.from_pretrained(pair["student"], padding_side="left")
+    settings = {**COMMON, "max_steps": 1, "num_generations": 4, "mask_truncated_completions": True, "temperature": 1.0}
+    trainer = CMDPGRPOTrainer(
+        student(pair["student"]).to(dtype),
+        teacher_model=student(pair["teacher"]).to(dtype),
+        reward_funcs=digits,
+        processing_class=tokenizer,
+        train_dataset=prompts(),
+        args=CMDPGRPOConfig(
+            str(tmp_path), budget=0.01, generation_kwargs={"suppress_tokens": [tokenizer.eos_token_id]}, **settings
+        ),
+    )
+    trainer.train()
+    assert logged(trainer, "completions/clipped_ratio") == [1.0]
+    assert logged(trainer, "grad_norm") == [0.0] and logged(trainer, "loss") == [0.0]
+    for ours, before in zip(trainer.model.parameters(), student(pair["student"]).to(dtype).parameters(), strict=True):
+        assert torch.equal(ours, before)
