@@ -1,35 +1,108 @@
 """Builds csrc/ into cmdp_fast._C and, where CMDP_FAST_CUDA says so, cmdp_fast._cuda with CMake and ninja; everything
 else is in pyproject.toml.
 
-The library works without the native module (the plain PyTorch backend serves), so a missing compiler is reported and
-does not fail the installation. Set CMDP_FAST_REQUIRE_NATIVE=1 to make it fail instead. Likewise the CUDA kernels, which
-are built where there are an nvcc and an NVIDIA GPU; CMDP_FAST_CUDA=1 builds them anywhere or fails, 0 leaves them out.
+The library works without the native module (the plain PyTorch backend serves), so a missing compiler does not fail the
+installation. The reason is written beside the place of the module, since pip shows nothing of what is printed here, and
+`cmdp-fast info` and a warning tell it. Set CMDP_FAST_REQUIRE_NATIVE=1 to make it fail instead. Likewise the CUDA
+kernels, which are built where there are an nvcc and an NVIDIA GPU; CMDP_FAST_CUDA=1 builds them anywhere or fails, 0
+leaves them out.
 """
 
 import os
+import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+
+here = Path(__file__).resolve().parent
+native_module = runpy.run_path(str(here / "cmdp_fast" / "ops" / "native_module.py"))
+
+
+def run(command: list[str]) -> None:
+    """Runs a command whose output is shown as it comes, and raises CalledProcessError with it where it fails."""
+    environment = {**os.environ, "LC_ALL": "C"}  # `reason` reads English
+    output = []
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            output.append(line)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, "".join(output))
+
+
+def reason(error: Exception) -> str:
+    """Why a build failed, in one line: what a compiler or CMake said from its first error on."""
+    output = getattr(error, "output", None) or str(error)
+    if "No CMAKE_CXX_COMPILER could be found" in output:
+        return "no C++ compiler was found"
+    first = re.search(r"^.*\berror\b", output, re.IGNORECASE | re.MULTILINE)
+    words = " ".join(output[first.start() if first else 0 :].split())
+    words = re.sub(r"^CMake Error at \S+ \(\w+\): ", "CMake: ", words).partition(" It fails with the following")[0]
+    return words if len(words) <= 300 else f"{words[:300]} ..."
+
+
+class CleanBuild(build):
+    """A build from nothing: what an earlier one left, modules since deleted for instance, would be packed again."""
+
+    def run(self) -> None:
+        earlier = Path(self.build_lib) / "cmdp_fast"
+        if earlier.exists():
+            shutil.rmtree(earlier)
+        super().run()
 
 
 class CMakeBuild(build_ext):
     """One extension, built by CMake from csrc/."""
 
     def build_extension(self, ext: Extension) -> None:
+        self._remove(self._built())
         try:
             self._build(ext)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             if os.environ.get("CMDP_FAST_REQUIRE_NATIVE") == "1":
                 raise
             print(
-                f"cmdp_fast: the native kernels were not built ({error}). A C++20 compiler is needed. "
+                f"cmdp_fast: the native kernels were not built ({reason(error)}). A C++20 compiler is needed. "
                 "Installing without them: the PyTorch backend will be used, and it is slower.",
                 file=sys.stderr,
             )
+            self._remove(self._built())
+            failure = self._built()[-1]
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            failure.write_text(reason(error) + "\n", encoding="utf-8")
             self.extensions = []
+
+    def copy_extensions_to_source(self) -> None:
+        """What this build made, and nothing of an earlier one: an editable installation imports it there."""
+        source = Path(self.get_finalized_command("build_py").get_package_dir("cmdp_fast"))
+        for built in self._built():
+            target = source / built.name
+            if built.exists():
+                partial = target.with_name(f"{target.name}.partial")
+                shutil.copy2(built, partial)
+                partial.replace(target)  # a process that has the old one loaded keeps it
+            else:
+                self._remove([target])
+
+    def _built(self) -> list[Path]:
+        """The files that a build can make: both modules, and the word of its failure."""
+        modules = (self.get_ext_filename(f"cmdp_fast.{name}") for name in ("_C", "_cuda"))
+        folder = Path(self.build_lib).resolve()
+        return [folder / module for module in modules] + [folder / "cmdp_fast" / native_module["FAILURE"]]
+
+    def _remove(self, paths: list[Path]) -> None:
+        for path in paths:
+            if path.exists():
+                path.unlink()
+                print(f"cmdp_fast: removed {path}, of an earlier build", file=sys.stderr)
 
     def _build(self, ext: Extension) -> None:
         wish = os.environ.get("CMDP_FAST_CUDA") or "auto"
@@ -38,7 +111,7 @@ class CMakeBuild(build_ext):
         except subprocess.CalledProcessError as error:
             if wish != "auto":
                 raise
-            print(f"cmdp_fast: a build with CUDA kernels failed ({error}); building without them", file=sys.stderr)
+            print(f"cmdp_fast: a build with CUDA kernels failed ({reason(error)}); trying without", file=sys.stderr)
             self._run_cmake(
                 ext, "-DCMDP_FAST_CUDA=0", "-DCMDP_FAST_CUDA_NOTE=not built: nvcc failed, see pip's log (-v)"
             )
@@ -47,28 +120,29 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
-        (build / "CMakeCache.txt").unlink(missing_ok=True)  # settings of an earlier build
+        folder = Path(self.build_temp).resolve() / "cmake"
+        if folder.exists():
+            shutil.rmtree(folder)  # an earlier build's settings and compiler
+        folder.mkdir(parents=True)
         configure = [
             "cmake",
             "-S",
-            str(Path(__file__).resolve().parent / "csrc"),
+            str(here / "csrc"),
             "-B",
-            str(build),
+            str(folder),
             "-G",
             "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMDP_FAST_SOURCES={native_module['fingerprint'](here / 'csrc')}",
             *settings,
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        run(configure)
+        run(["cmake", "--build", str(folder)])
 
 
-here = Path(__file__).parent
 # As `depends` these travel in the sdist; how to compile the sources, CMake alone knows.
 travels = ("csrc", "tests", "benchmarks")
 files = [path for folder in travels for path in (here / folder).rglob("*") if path.is_file()] + [
@@ -77,5 +151,5 @@ files = [path for folder in travels for path in (here / folder).rglob("*") if pa
 depends = sorted(str(path.relative_to(here)) for path in files if "__pycache__" not in path.parts)
 setup(
     ext_modules=[Extension("cmdp_fast._C", sources=[], depends=depends)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

@@ -324,6 +324,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("variant", [] { return std::string(kernels().name); });
   module.def("set_variant", [](const std::string& name) { active = variant_named(name); });
   module.def("cpu_features", &cpu_features);
+  module.attr("SOURCES") = CMDP_SOURCES;       // a hash of the files that it was built from
   module.attr("CUDA_NOTE") = CMDP_CUDA_NOTE;  // why cmdp_fast._cuda was not built with it; empty if it was
 #ifdef _OPENMP
   module.attr("OPENMP") = true;

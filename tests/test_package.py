@@ -38,6 +38,7 @@ try:
     cf.token_stats(x, y, torch.zeros(2, 3, dtype=torch.int64), backend="cpu")
 except ValueError as error:
     print(error)
+torch.compile(lambda x: cf.divergence(x, y), fullgraph=True, backend="eager")(x)
 print(cmdp_fast.info.report())
 """
 
@@ -47,6 +48,30 @@ def test_the_torch_backend_serves_without_the_native_module():
     assert done.returncode == 0, done.stderr
     assert "backend='cpu' is not available here: the native module was not built" in done.stdout
     assert "native module  absent" in done.stdout and "backend torch  available" in done.stdout
+    # One warning for all of these calls.
+    assert done.stderr.count("without its native kernels: the native module was not built for Python") == 1
+    assert "circular" not in done.stdout + done.stderr
+
+
+NO_CALL = """
+import sys
+sys.modules["cmdp_fast._C"] = None
+import cmdp_fast as cf
+cf.available_backends()
+"""
+
+
+def test_an_import_does_not_warn():
+    command = [sys.executable, "-W", "error", "-c", NO_CALL]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_warning_of_a_fallback_in_a_graph_is_no_break():
+    program = WITHOUT_NATIVE.partition("out = ")[0] + WITHOUT_NATIVE[WITHOUT_NATIVE.index("torch.compile") :]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("without its native kernels") == 1
 
 
 WITHOUT_TRITON = """
@@ -71,6 +96,25 @@ def test_a_missing_triton_is_reported(interpreted, reason):
     assert done.stdout.startswith(reason)
 
 
+OLD_TRITON = """
+import sys
+import torch
+import triton
+triton.__version__ = "3.3.1"
+import cmdp_fast as cf
+print(cf.available_backends()["triton"])
+"""
+
+
+def test_a_triton_that_is_too_old_is_reported():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", OLD_TRITON]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Triton 3.3.1 is too old: the kernels need 3.4 or later\n"
+
+
 WITHOUT_CUDA = """
 import sys
 sys.modules["cmdp_fast._cuda"] = None
@@ -83,18 +127,3 @@ def test_cuda_kernels_that_were_not_built_are_reported():
     done = subprocess.run([sys.executable, "-c", WITHOUT_CUDA], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the CUDA kernels were not built")
-
-
-@pytest.mark.parametrize("required", [False, True])
-def test_installation_without_a_compiler(required, tmp_path):
-    """It succeeds and says what is missing, unless the native module is asked for."""
-    pytest.importorskip("setuptools")
-    environment = {**os.environ, "CXX": "/bin/false", "CMDP_FAST_REQUIRE_NATIVE": "1" if required else "0"}
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert not list(tmp_path.rglob("*.so"))
-    if required:
-        assert done.returncode != 0
-    else:
-        assert done.returncode == 0, done.stderr
-        assert "cmdp_fast: the native kernels were not built" in done.stderr

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cmdp_fast.ops import native_module
 from cmdp_fast.ops.preference import CHOICES, gpu_backends
 
-
-def _load_native():
-    """The native module and None, or None and the reason why it cannot be used."""
-    try:
-        from cmdp_fast import _C
-
-        _C.variant()  # raises if the processor is older than every compiled variant
-    except (ImportError, RuntimeError) as error:
-        return None, f"the native module was not built, or does not run here ({error})"
-    return _C, None
+OLDEST_TRITON = (3, 4)  # whose `triton.knobs` and language the kernels use
 
 
 def _load_cuda():
@@ -29,6 +22,8 @@ def _load_cuda():
     except ImportError as error:
         note = "" if native is None else native.CUDA_NOTE
         return None, f"the CUDA kernels were {note or f'not built ({error})'}"
+    if _native_problem == native_module.OTHER_SOURCES:  # built with it
+        return None, _native_problem
     if cuda.DEVICE == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
         return None, "no CUDA device was found"
     return cuda, None
@@ -39,6 +34,11 @@ def _load_kernels():
     if not (INTERPRETED or torch.cuda.is_available()):
         return None, "no CUDA or ROCm device was found (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
     try:
+        import triton
+
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            return None, f"Triton {triton.__version__} is too old: the kernels need {oldest} or later"
         from cmdp_fast import kernels
     except ImportError as error:
         return None, f"triton cannot be imported ({error})"
@@ -48,7 +48,7 @@ def _load_kernels():
 # Triton's own switch: its kernels run on CPU tensors, one numpy operation at a time.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-native, _native_problem = _load_native()
+native, _native_problem, native_cure = native_module.load()
 cuda, _cuda_problem = _load_cuda()
 kernels, _kernels_problem = _load_kernels()
 
@@ -82,6 +82,8 @@ def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
     """
     device = tensor.device.type
     if backend is None:
+        if device == "cpu" and native is None:
+            _warn_of_fallback()
         candidates = {"cpu": ("cpu",), "cuda": gpu_backends(operation)}.get(device, ())
         return next((name for name in candidates if _BACKENDS[name] is None and _takes(name, tensor)), "torch")
     if backend not in _BACKENDS:
@@ -95,6 +97,23 @@ def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
     if not _takes(backend, tensor):
         raise ValueError(f"backend={backend!r} takes {_TAKES[backend]}, got one on {tensor.device}")
     return backend
+
+
+_warned = False
+
+
+@torch.compiler.assume_constant_result  # no part of a graph
+def _warn_of_fallback() -> None:
+    """Says once a process that, why, and until when CPU tensors are served by PyTorch."""
+    global _warned
+    if not _warned:
+        _warned = True
+        cure = f". To have them: {native_cure}" if native_cure else ""
+        warnings.warn(
+            f"cmdp_fast serves CPU tensors with plain PyTorch, without its native kernels: {_native_problem}{cure}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 _TAKES = {

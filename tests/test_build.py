@@ -1,0 +1,195 @@
+"""What setup.py leaves behind, whether or not there is a compiler, and what the package makes of it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmdp_fast.ops import native_module
+from cmdp_fast.ops.backends import native
+
+pytest.importorskip("setuptools")
+ROOT = Path(__file__).parent.parent
+FAILURE = native_module.FAILURE
+MODULE = FAILURE.removesuffix(".missing")
+SILENT = {"CXX": "/bin/false", "CMDP_FAST_REQUIRE_NATIVE": "0"}  # the quickest of all failures
+
+# In place of csrc/: a module that compiles in seconds, through the same CMake and pybind11.
+TINY_CMAKE = """
+cmake_minimum_required(VERSION 3.20)
+project(cmdp_fast LANGUAGES CXX)
+set(PYBIND11_FINDPYTHON ON)
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(pybind11 CONFIG REQUIRED)
+pybind11_add_module(_C MODULE bindings.cpp)
+target_compile_definitions(_C PRIVATE CMDP_SOURCES="${CMDP_FAST_SOURCES}")
+"""
+TINY_MODULE = """
+#include <pybind11/pybind11.h>
+PYBIND11_MODULE(_C, module) {
+  module.attr("SOURCES") = CMDP_SOURCES;
+  module.attr("CUDA_NOTE") = "";
+  module.def("variant", [] { return "tiny"; });
+}
+"""
+SHOW = "import cmdp_fast as cf; print(cf.available_backends()['cpu'])"
+USE = "import torch, cmdp_fast as cf; x = torch.randn(2, 3); cf.divergence(x, x); cf.divergence(x, x)"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A checkout of its own, without the native module."""
+    root = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so*")
+    for folder in ("cmdp_fast", "csrc"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+def setup(tree, *words, **environment):
+    command = [sys.executable, "setup.py", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=tree, env={**os.environ, **SILENT, **environment}
+    )
+
+
+# The editable installation that the tests run from would lend its native module to every other folder's package.
+ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+
+
+def python(folder, program, **environment):
+    """A program run in a folder, which is then the first of the search path."""
+    environment = {**os.environ, "PYTHONSAFEPATH": "", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE + program], capture_output=True, text=True, cwd=folder, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_without_a_compiler_the_reason_is_packed_in_place_of_an_earlier_module(tree, tmp_path):
+    built = tmp_path / "lib" / "cmdp_fast"
+    for earlier in (MODULE, MODULE.replace("_C", "_cuda"), "deleted.py"):
+        built.mkdir(parents=True, exist_ok=True)
+        (built / earlier).touch()
+    done = setup(tree, "build", "--build-base", tmp_path / "base", "--build-lib", tmp_path / "lib")
+    assert done.returncode == 0, done.stderr
+    assert "cmdp_fast: the native kernels were not built" in done.stderr
+    assert not list(tmp_path.rglob("*.so")) and not (built / "deleted.py").exists()
+    assert (built / "info.py").exists()
+    reason = (built / FAILURE).read_text()
+    assert reason.startswith('CMake: The C++ compiler "/bin/false" is not able to compile') and reason.count("\n") == 1
+
+
+def test_a_build_that_must_have_the_module_fails_without_a_compiler(tree, tmp_path):
+    built = tmp_path / "lib" / "cmdp_fast"
+    built.mkdir(parents=True)
+    (built / MODULE).touch()
+    done = setup(tree, "build_ext", "--build-temp", tmp_path, "--build-lib", built.parent, CMDP_FAST_REQUIRE_NATIVE="1")
+    assert done.returncode != 0
+    assert not list(built.iterdir())
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
+def test_failures_and_successes_in_place(tree):
+    """As an editable installation builds: what lies in the source tree is of the last build alone."""
+    pytest.importorskip("pybind11")
+    (tree / "csrc" / "CMakeLists.txt").write_text(TINY_CMAKE)
+    (tree / "csrc" / "bindings.cpp").write_text(TINY_MODULE)
+    package = tree / "cmdp_fast"
+    compiler = os.environ.get("CXX") or "c++"
+
+    assert setup(tree, "build_ext", "--inplace").returncode == 0
+    assert (package / FAILURE).exists() and not (package / MODULE).exists()
+    assert ': CMake: The C++ compiler "/bin/false" is not able to compile' in python(tree, SHOW).stdout
+
+    done = setup(tree, "build_ext", "--inplace", CXX=compiler)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (package / MODULE).exists() and not (package / FAILURE).exists(), done.stdout
+    assert python(tree, SHOW).stdout == "None\n"
+
+    (tree / "csrc" / "bindings.cpp").write_text(TINY_MODULE + "// changed\n")
+    assert python(tree, SHOW).stdout == f"{native_module.OTHER_SOURCES}\n"
+
+    (tree / "csrc" / "bindings.cpp").write_text("#error no such machine\n")
+    (package / MODULE.replace("_C", "_cuda")).touch()
+    done = setup(tree, "build_ext", "--inplace", CXX=compiler)
+    assert done.returncode == 0, done.stderr
+    assert f"removed cmdp_fast/{MODULE}, of an earlier build" in done.stderr
+    assert not list(package.glob("*.so")) and "error: #error no such machine" in (package / FAILURE).read_text()
+
+
+def test_no_compiler_at_all_is_said_plainly(tree, tmp_path):
+    """CMake looks for compilers on PATH, where there is nothing but CMake and ninja."""
+    for tool in ("cmake", "ninja"):
+        path = shutil.which(tool)
+        if path is None:
+            pytest.skip(f"needs {tool}")
+        script = tmp_path / "bin" / tool
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f'#!/bin/sh\nexec "{path}" "$@"\n')
+        script.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CMDP_FAST_REQUIRE_NATIVE")}
+    environment["PATH"] = str(tmp_path / "bin")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tree, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tree / "cmdp_fast" / FAILURE).read_text() == "no C++ compiler was found\n", done.stdout
+
+
+def installed(tree, folder, origin):
+    """A copy of the package as pip lays it, with what pip notes of its origin."""
+    shutil.copytree(tree / "cmdp_fast", folder / "cmdp_fast")
+    noted = folder / "cmdp_fast-0.1.0.dist-info"
+    noted.mkdir()
+    (noted / "METADATA").write_text("Metadata-Version: 2.1\nName: cmdp_fast\nVersion: 0.1.0\n")
+    (noted / "direct_url.json").write_text(json.dumps(origin))
+
+
+@pytest.mark.parametrize(
+    "origin, cure",
+    [
+        ({"url": "file:///checkout", "dir_info": {}}, "/checkout"),
+        ({"url": "file:///with%20space/a.tar.gz", "archive_info": {}}, "'/with space/a.tar.gz'"),
+        ({"url": "https://x.test/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}}, "git+https://x.test/a@c0"),
+        ({}, "cmdp_fast"),
+        ({"url": "file:///a.whl", "archive_info": {}}, None),
+    ],
+)
+def test_the_first_call_on_a_cpu_warns_with_reason_and_cure(tree, tmp_path, origin, cure):
+    (tree / "cmdp_fast" / FAILURE).write_text("no C++ compiler was found\n")
+    installed(tree, tmp_path / "site", origin)
+    done = python(tmp_path, USE, PYTHONPATH=str(tmp_path / "site"))
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "without its native kernels: the native module was not built: no C++ compiler was found" in done.stderr
+    command = f"pip install --no-cache-dir --force-reinstall --no-deps {cure}"
+    assert f"then {command if cure else 'build and install the wheel again'}\n" in done.stderr
+
+
+def test_a_source_tree_that_hides_an_installation_is_named(tree, tmp_path):
+    installed(tree, tmp_path / "site", {})
+    (tmp_path / "site" / "cmdp_fast" / MODULE).touch()
+    done = python(tree, USE, PYTHONPATH=str(tmp_path / "site"))
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert f"source tree {tree}, which hides the installation in {tmp_path / 'site'}" in done.stderr
+    assert "PYTHONSAFEPATH=1" in done.stderr and f"pip install --no-deps -e {tree}" in done.stderr
+
+
+def test_a_module_that_cannot_be_loaded_is_not_said_to_be_missing(tree):
+    (tree / "cmdp_fast" / MODULE).write_bytes(b"no module")
+    assert python(tree, SHOW).stdout.startswith("the native module cannot be loaded (")
+
+
+def test_the_module_knows_its_sources():
+    """CMake hands the hash of setup.py on; what it covers, the loader covers too."""
+    if native is None or native_module._source_tree() is None:
+        pytest.skip("needs the native module, in a checkout")
+    assert re.fullmatch("[0-9a-f]{64}", native.SOURCES)
+    assert native_module.fingerprint(ROOT / "csrc") == native.SOURCES
