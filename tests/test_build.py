@@ -167,7 +167,7 @@ def test_the_first_call_on_a_cpu_warns_with_reason_and_cure(tree, tmp_path, orig
     (tree / "cmdp_fast" / FAILURE).write_text("no C++ compiler was found\n")
     installed(tree, tmp_path / "site", origin)
     done = python(tmp_path, USE, PYTHONPATH=str(tmp_path / "site"))
-    assert done.stderr.count("RuntimeWarning") == 1
+    assert done.stderr.count("<string>:2: RuntimeWarning") == 1  # the line of the call
     assert "without its native kernels: the native module was not built: no C++ compiler was found" in done.stderr
     command = f"pip install --no-cache-dir --force-reinstall --no-deps {cure}"
     assert f"then {command if cure else 'build and install the wheel again'}\n" in done.stderr
@@ -180,6 +180,15 @@ def test_a_source_tree_that_hides_an_installation_is_named(tree, tmp_path):
     assert done.stderr.count("RuntimeWarning") == 1
     assert f"source tree {tree}, which hides the installation in {tmp_path / 'site'}" in done.stderr
     assert "PYTHONSAFEPATH=1" in done.stderr and f"pip install --no-deps -e {tree}" in done.stderr
+
+
+def test_the_module_of_another_folder_is_not_borrowed(tree, tmp_path):
+    """An editable installation of a checkout would lend it to a copy of the package that lies elsewhere."""
+    installed(tree, tmp_path / "site", {})
+    lent = "import types; lent = types.ModuleType('cmdp_fast._C'); lent.__file__ = '/elsewhere/_C.so'\n"
+    lent += "lent.variant = lambda: 'lent'; lent.CUDA_NOTE = ''; sys.modules['cmdp_fast._C'] = lent\n"
+    done = python(tmp_path, lent + SHOW, PYTHONPATH=str(tmp_path / "site"))
+    assert done.stdout.startswith("the native module was not built for Python")
 
 
 def test_a_module_that_cannot_be_loaded_is_not_said_to_be_missing(tree):

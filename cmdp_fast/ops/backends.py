@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -108,11 +109,14 @@ def _warn_of_fallback() -> None:
     global _warned
     if not _warned:
         _warned = True
+        frame, level = sys._getframe(), 1
+        while frame.f_back and frame.f_code.co_filename.startswith(str(native_module.PACKAGE)):
+            frame, level = frame.f_back, level + 1  # to whoever called an operation
         cure = f". To have them: {native_cure}" if native_cure else ""
         warnings.warn(
             f"cmdp_fast serves CPU tensors with plain PyTorch, without its native kernels: {_native_problem}{cure}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=level,
         )
 
 
