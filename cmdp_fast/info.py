@@ -14,6 +14,8 @@ _PACKAGES = ("cmdp_fast", "torch", "triton", "transformers", "datasets", "accele
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # names the build, +cu130 for instance, which metadata may leave out
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
