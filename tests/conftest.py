@@ -18,6 +18,7 @@ if INTERPRETED:
     import interpreter
 
     interpreter.look_once_a_launch()
+    interpreter.round_once()
 
 
 def pytest_addoption(parser):
