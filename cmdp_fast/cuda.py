@@ -120,7 +120,7 @@ def constrained_pass(
 
     Tokens are ``[B, T]``, or ``[N]`` with ``cu_seqlens [B+1]``; ``cost`` is one of `COSTS`. One launch.
     """
-    statistics, saved = empty_statistics(student)
+    statistics, saved = empty_statistics(student, packed=cu_seqlens is not None)
     index, keep, task_reward = flat(tokens, torch.int64), flat(mask, torch.bool), _numbers(task_reward)
     student, teacher = _in_reach(student), _in_reach(teacher)
     sequences = trace[3].shape[0]

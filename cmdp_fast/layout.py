@@ -43,8 +43,11 @@ def matrix_of(t: Tensor) -> tuple[int, str, list[int], list[int], int]:
     return t.data_ptr(), dtype, [size for size, _ in axes], [stride for _, stride in axes], t.shape[-1]
 
 
-def empty_statistics(student: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Room for what the GPU kernels make of ``student [..., V]``: the six statistics and the saved scalars."""
-    shape = student.shape[:-1]
-    statistics = [student.new_empty(shape, dtype=torch.float32) for _ in range(6)]
-    return statistics, student.new_empty((*shape, SAVED), dtype=torch.float64)
+def empty_statistics(student: Tensor, packed: bool = False) -> tuple[list[Tensor], Tensor]:
+    """Room for what the GPU kernels make of ``student [..., V]``: the six statistics and the saved scalars.
+
+    ``packed``: they are made sequence by sequence. On a GPU nobody has checked where those lie: a row of none is 0.
+    """
+    shape, room = student.shape[:-1], student.new_zeros if packed else student.new_empty
+    statistics = [room(shape, dtype=torch.float32) for _ in range(6)]
+    return statistics, room((*shape, SAVED), dtype=torch.float64)

@@ -4,6 +4,7 @@ from pathlib import Path
 import hosted  # first: it may bring the CUDA kernels
 import pytest
 import torch
+from helpers import poisoned_memory
 
 import cmdp_fast as cf
 from cmdp_fast.ops.backends import INTERPRETED
@@ -18,6 +19,7 @@ if INTERPRETED:
     import interpreter
 
     interpreter.look_once_a_launch()
+    interpreter.round_once()
 
 
 def pytest_addoption(parser):
@@ -53,17 +55,8 @@ def needs_another_kernel(item):
 
 @pytest.fixture
 def poison():
-    """Memory that is allocated and not written holds NaN, or the largest integer, instead of what happens to be right.
-
-    Of PyTorch's allocations that is all there are: the native modules allocate nothing that a tensor shows.
-    """
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills in this mode only
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(1).isnan() and torch.empty(1, dtype=torch.int64) == torch.iinfo(torch.int64).max
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(params=BACKENDS)

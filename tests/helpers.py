@@ -1,6 +1,7 @@
 """Inputs and the error criterion that the operation tests share."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,6 +10,23 @@ from cmdp_fast import reference
 
 DIFFERENTIABLE = ("logprob", "entropy", "reverse_kl", "forward_kl")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@contextmanager
+def poisoned_memory():
+    """Memory that is allocated and not written holds NaN, or the largest integer, instead of what happens to be right.
+
+    Of PyTorch's allocations that is all there are: the native modules allocate nothing that a tensor shows.
+    """
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills in this mode only
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan() and torch.empty(1, dtype=torch.int64) == torch.iinfo(torch.int64).max
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(False)
 
 
 def here(value):

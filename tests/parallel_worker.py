@@ -1,9 +1,11 @@
 """What every rank of test_parallel.py does: its own columns against the whole vocabulary, which it computes as well."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import DIFFERENTIABLE, make_logits, weighted_sum
+from helpers import DIFFERENTIABLE, make_logits, poisoned_memory, weighted_sum
 from linear_inputs import evaluate, make_inputs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -20,19 +22,24 @@ def run(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
-        group = dist.group.WORLD
-        first, end = BOUNDS[world][rank : rank + 2]
-        for backend in ("torch", "cpu"):
-            if cf.available_backends()[backend] is None:
-                linear(group, first, end, backend)
-                logits(group, first, end, backend)
-                state(group, first, end, backend)
-                common_prefix(group, first, end, backend)
-        sharded_head(world)
-        gathered_head(rank, world)
-        refusals(group, rank, first, end)
+        with poisoned_memory():
+            check(dist.group.WORLD, rank, world)
     finally:
         dist.destroy_process_group()
+
+
+def check(group, rank: int, world: int) -> None:
+    first, end = BOUNDS[world][rank : rank + 2]
+    for backend in ("torch", "cpu"):
+        if cf.available_backends()[backend] is None:
+            linear(group, first, end, backend)
+            logits(group, first, end, backend)
+            state(group, first, end, backend)
+            common_prefix(group, first, end, backend)
+            no_rows(group, first, end, backend)
+    sharded_head(world)
+    gathered_head(rank, world)
+    refusals(group, rank, first, end)
 
 
 def model(dtype=torch.float32):
@@ -117,6 +124,22 @@ def common_prefix(group, first, end, backend) -> None:
         same(stats, whole)
         torch.testing.assert_close(gradients["student_weight"], expected["student_weight"][first:end], **CLOSE)
         torch.testing.assert_close(gradients["student_hidden"], expected["student_hidden"], **CLOSE)
+
+
+def no_rows(group, first, end, backend) -> None:
+    """No row counts: all is exactly 0. On ranks beyond the common prefix nothing else could be."""
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, mask = model(dtype)
+        options = {"mask": torch.zeros_like(mask), "process_group": group, "first_column": first, "backend": backend}
+        for vocab_size, saved in itertools.product((VOCAB, 7), ("recompute", "tiles")):
+            stats, gradients = evaluate(
+                cf.linear_token_stats, shard(inputs, first, end), vocab_size=vocab_size, saved=saved, **options
+            )
+            assert not any(t.any() for t in (*stats, *gradients.values()))  # NaN is not 0
+        leaf = make_logits(2, 4, VOCAB, dtype=dtype)[..., first:end].requires_grad_()
+        stats = cf.token_stats(leaf, leaf.detach(), inputs["tokens"], **options)
+        weighted_sum(stats, dict.fromkeys(DIFFERENTIABLE, 1.0)).backward()
+        assert not any(t.any() for t in (*stats, leaf.grad))
 
 
 def sharded_head(world) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import cmdp_fast as cf
+from cmdp_fast.ops import budget, constrained
+from cmdp_fast.reference import DIVERGENCES
 
 SAVED = ("recompute", "tiles")
 # Head and hidden states: those whose gradient is summed in a wider type than the head's, and the one that is not.
@@ -124,3 +126,40 @@ def test_gradient_of_logits(inplace, shape, backend):
     assert_zero(*stats)
     sum(s.sum() for s in (stats.logprob, stats.entropy, stats.reverse_kl, stats.forward_kl)).backward()
     assert_zero(x.grad)
+
+
+@pytest.mark.mixture
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_gradient_of_a_divergence(kind, shape, backend):
+    torch.manual_seed(0)
+    x, y = torch.randn(*shape, 5, requires_grad=True), torch.randn(*shape, 5)
+    value = cf.divergence(
+        x, y, kind, beta=0.3, mask=torch.zeros(shape, dtype=torch.bool), vocab_size=4, backend=backend
+    )
+    assert_zero(value)
+    value.sum().backward()
+    assert_zero(x.grad)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offsets", [[0], [1, 3], [0, 2, 2], [0, 0]], ids=str)
+def test_tokens_of_no_sequence(offsets, masked, backend, monkeypatch):
+    """On the CPU such offsets are an error; on a GPU nobody looks, and what no sequence holds is 0."""
+    if backend not in ("triton", "cuda"):
+        pytest.skip("offsets are checked")
+    for module in (budget, constrained):
+        monkeypatch.setattr(module, "check_values", lambda *_: None)
+    torch.manual_seed(0)
+    x, y, cost, tokens = torch.randn(6, 9), torch.randn(6, 9), torch.ones(6), torch.zeros(6, dtype=torch.long)
+    layout = {"cu_seqlens": torch.tensor(offsets), "mask": torch.arange(6) < 3 if masked else None}
+    outside = torch.tensor([not offsets[0] <= i < offsets[-1] for i in range(6)])
+    trace = cf.budget_trace(cost, 0.5, backend=backend, **layout)
+    reward = cf.modified_reward(cost, cost, trace, backend=backend, **layout)
+    whole = cf.constrained_reward(x, y, tokens, cost, 0.5, backend=backend, **layout)
+    for lines in (trace, whole.trace):
+        assert_zero(*(t[outside] for t in (lines.cumulative, lines.remaining, lines.violated, lines.excess)))
+    assert_zero(reward[outside], whole.reward[outside])
+    assert all(t.isfinite().all() for t in (*whole.stats, reward, whole.reward))
+    if backend == "triton":  # it finishes the rows of sequences alone
+        assert_zero(*(t[outside] for t in whole.stats))

@@ -147,7 +147,7 @@ def constrained_pass(
 
     Tokens are ``[B, T]``, or ``[N]`` with ``cu_seqlens [B+1]``; ``cost`` is one of `COSTS`.
     """
-    statistics, saved = empty_statistics(student)
+    statistics, saved = empty_statistics(student, packed=cu_seqlens is not None)
     sequences = trace[3].shape[0]
     if sequences == 0:
         return statistics, saved

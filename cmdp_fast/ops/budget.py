@@ -57,6 +57,7 @@ def budget_trace(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices, offsets or settings that do not fit; a negative or NaN budget.
             The values of tensors (``cu_seqlens``, ``budget``) are checked on the CPU only: looking would stall a GPU.
+            There a token that no packed sequence holds gets 0 throughout.
 
     Source: Sauté RL (Sootla et al. 2022) without its state; the excess is this project's discrepancy term.
     """
@@ -304,15 +305,19 @@ def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
 # The operators that torch sees
 
 
+def room(like: Tensor, dtype: torch.dtype, count: int | None = None) -> Tensor:
+    """Room for a number a token of ``like [B, T]`` or packed ``[N]``, or for ``count`` numbers, that a scan writes.
+
+    On a GPU nobody has checked where packed sequences lie: a token of none is 0, and not what stood in memory.
+    """
+    make = like.new_empty if like.dim() == 2 else like.new_zeros
+    return make(like.shape if count is None else count, dtype=dtype)
+
+
 def empty_trace(cost: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Room for the five fields of a `BudgetTrace`."""
-    return (
-        torch.empty_like(cost),
-        torch.empty_like(cost),
-        torch.empty_like(cost, dtype=torch.bool),
-        cost.new_empty(sequences, dtype=torch.int64),
-        torch.empty_like(cost),
-    )
+    cumulative, remaining, excess = (room(cost, cost.dtype) for _ in range(3))
+    return cumulative, remaining, room(cost, torch.bool), room(cost, torch.int64, sequences), excess
 
 
 def _scan(cost, mask, offsets, limits, budget_rule, backend, reward_rule=None, task_reward=None, reward=None):
@@ -377,7 +382,7 @@ def constrained_scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The trace and the modified reward in one scan; bitwise what the two operations give in turn."""
-    reward = torch.empty_like(cost)
+    reward = room(cost, cost.dtype)
     rule = (kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope)
     trace = _scan(cost, mask, offsets, limits, (gamma, mean, inclusive), backend, rule, task_reward, reward)
     return (*trace, reward)
@@ -385,7 +390,7 @@ def constrained_scan(
 
 @constrained_scan.register_fake
 def _(task_reward, cost, mask, offsets, *args):
-    return (*empty_trace(cost, offsets.shape[0] - 1), torch.empty_like(cost))
+    return (*empty_trace(cost, offsets.shape[0] - 1), room(cost, cost.dtype))
 
 
 @torch.library.custom_op("cmdp_fast::modified_reward", mutates_args=())
@@ -406,7 +411,7 @@ def _modified_reward(
     barrier_slope: float,
     backend: str,
 ) -> Tensor:
-    reward = torch.empty_like(cost)
+    reward = room(cost, cost.dtype)
     rule = (kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope)
     if backend in backends.GPU:
         trace = (cumulative, remaining, violated, excess)
@@ -429,4 +434,4 @@ def _modified_reward(
 
 @_modified_reward.register_fake
 def _(task_reward, cost, *args):
-    return torch.empty_like(cost)
+    return room(cost, cost.dtype)

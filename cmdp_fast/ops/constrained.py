@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmdp_fast.layout import SAVED
 from cmdp_fast.ops import backends, checks
-from cmdp_fast.ops.budget import check_values, empty_trace, sequence_limits, sequence_offsets
+from cmdp_fast.ops.budget import check_values, empty_trace, room, sequence_limits, sequence_offsets
 from cmdp_fast.ops.divergence import check_kind, divergence
 from cmdp_fast.ops.terms import check_completions, check_terms, token_cost
 from cmdp_fast.ops.token_stats import kernel_memory, save_for_gradient, statistics_gradient, token_stats
@@ -189,7 +189,7 @@ def _constrained_pass(
 
 
 def _empty_outcome(student: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-    reward = student.new_empty(tokens.shape, dtype=torch.float32)
+    reward = room(tokens, torch.float32)
     sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (*empty_trace(reward, sequences), reward)
 
