@@ -22,12 +22,12 @@ def cache_dir() -> Path:
 def made_once(folder: Path, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
     """The folder, filled by `make` now if it is not there or no longer as it was made, which is said.
 
-    A process that is killed leaves nothing half made; another one that needs the same folder waits for the first.
+    A process that is killed leaves nothing half made. One process makes at a time; others wait, and find what it made.
     """
     if damage(folder) is None:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder.parent, say, wait=True, name=f".{folder.name}.lock"):
+    with alone_in(folder.parent, say, wait=True):
         what = damage(folder)  # another process may have made it meanwhile
         if what is None:
             return folder

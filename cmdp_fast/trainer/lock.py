@@ -32,13 +32,13 @@ os.register_at_fork(after_in_child=_forget)
 
 
 @contextmanager
-def alone_in(folder: Path, say: Callable[[str], None], wait: bool = False, name: str = ".lock") -> Iterator[int]:
+def alone_in(folder: Path, say: Callable[[str], None], wait: bool = False) -> Iterator[int]:
     """Holds the lock of a folder that is there; yields its descriptor, which a program that is started may hold too.
 
     Raises InputError, which names the holder, if another process has it (with `wait` waits for that one), and if the
     folder cannot be written to.
     """
-    path = folder / name
+    path = folder / ".lock"
     with _opened(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

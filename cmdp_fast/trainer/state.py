@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint, whose name goes first: what is half removed must not pass for one."""
+    """Removes a checkpoint, and with the last one their folder. Its name goes first: half of one must not pass for it."""
     part = folder.with_name(f".{folder.name}.part")
     os.rename(folder, part)
     shutil.rmtree(part, ignore_errors=True)  # the next checkpoint's turn otherwise
+    with suppress(OSError):
+        folder.parent.rmdir()
 
 
 def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any]) -> Path:

@@ -143,7 +143,7 @@ def test_two_comparisons_in_a_folder(comparison, recipe, capsys):
     with open(comparison / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(words(recipe, comparison, METHODS)) == 2
-    assert "another comparison" in capsys.readouterr().err
+    assert "is at work here" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_costs_itself(recipe, tmp_path, capsys):
