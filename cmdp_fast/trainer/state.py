@@ -34,10 +34,15 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint, and with the last one their folder. Its name goes first: half of one must not pass for it."""
+    """Removes a checkpoint, and with the last one their folder. The name goes first: half of one must not have it.
+
+    Raises InputError if it cannot.
+    """
     part = folder.with_name(f".{folder.name}.part")
-    os.rename(folder, part)
-    shutil.rmtree(part, ignore_errors=True)  # the next checkpoint's turn otherwise
+    with writing(folder):
+        shutil.rmtree(part, ignore_errors=True)
+        os.rename(folder, part)
+    shutil.rmtree(part, ignore_errors=True)  # what stays is removed with the next checkpoint
     with suppress(OSError):
         folder.parent.rmdir()
 

@@ -107,7 +107,7 @@ class Run:
         try:
             interrupts.deferred = True
             self._train(interrupts)
-            self._checkpoint()  # also where none is asked for: whatever stops the end, it is made again from here
+            self._checkpoint_of_the_end()
             if any_process(interrupts.received, self.accelerator):
                 raise KeyboardInterrupt
             interrupts.deferred = self.accelerator.num_processes > 1  # they cannot leave each at its own time
@@ -121,6 +121,15 @@ class Run:
             self._write(error)
         if self.accelerator.is_main_process and not self.config.checkpoint_every:
             remove_checkpoint(checkpoints(self.folder)[-1])
+
+    def _checkpoint_of_the_end(self) -> None:
+        """Also where none is asked for: whatever stops what follows, it is made again from here."""
+        try:
+            self._checkpoint()
+        except KeyboardInterrupt:
+            if not checkpoints(self.folder):
+                self._checkpoint()
+            raise
 
     def _train(self, interrupts: Interrupts) -> None:
         c, material = self.config, self.material
