@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import TrainConfig, check_choices
+from .config import TrainConfig
 from .digest import Damaged, read_sealed
 from .ending import SUMMARY, finished_summary
 from .errors import InputError
@@ -30,8 +30,12 @@ def read_config(run: Path) -> tuple[TrainConfig, dict[str, str]]:
     code = values.pop("code", None)
     if not isinstance(code, dict):
         raise InputError(f"--resume {run}: no run that can be resumed: config.json lacks the sha256 of its code")
-    config = TrainConfig(**typed(values, str(run / "config.json")))
-    check_choices(config)
+    source = str(run / "config.json")
+    config = TrainConfig(**typed(values, source))
+    try:
+        config.validate()
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     return config, code
 
 
