@@ -32,7 +32,8 @@ def finished_summary(folder: Path) -> dict[str, Any] | None:
     try:
         if summary["interrupted"] or summary["error"] is not None or summary["student_after"] is None:
             return None
-        files, fits = summary["files"], isinstance(summary["steps"], int) and isinstance(summary["config"], dict)
+        kinds = {"steps": int, "config": dict, "student_after": dict, "files": dict}
+        fits, files = all(isinstance(summary[name], kind) for name, kind in kinds.items()), summary["files"]
     except KeyError as error:
         raise Damaged(f"{SUMMARY} lacks {error}") from error
     check_digests(folder, files)
