@@ -75,7 +75,7 @@ def worked_solution(expression: str, habit: str = "careful", rng: random.Random 
 
 
 def builtin_folder(name: str, config: TrainConfig, train: Sequence[Row], report: Report) -> Path:
-    """The folder with a built-in model for this task, made now if it is not in the cache."""
+    """The folder with a built-in model for this task, made now if it is not in the cache, or not as it was made."""
     if name not in RECIPES:
         raise InputError(f"there is no model {name}, only {' and '.join(RECIPES)}")
     if not all("expression" in row.get("metadata", {}) and isinstance(row["prompt"], str) for row in train):
@@ -90,7 +90,7 @@ def builtin_folder(name: str, config: TrainConfig, train: Sequence[Row], report:
         _make(recipe, train, part, report, f"first run: training the {label}")
         (part / "settings.json").write_text(settings)
 
-    return made_once(folder, make)
+    return made_once(folder, make, report.say)
 
 
 def _tokenizer(texts: Sequence[str]):

@@ -1,4 +1,4 @@
-"""The files of a run: a folder that nobody else has, and contents that appear whole or not at all."""
+"""The files of a run: contents that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,34 +10,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import InputError, first_line
-
-if TYPE_CHECKING:  # it needs tyro, which who only writes files does not
-    from .config import TrainConfig
-
-
-def check_run_folder(config: TrainConfig) -> None:
-    """Raises InputError if the run was given a name that is taken."""
-    folder = Path(config.output_dir) / config.run_name
-    if config.name and not config.resume and folder.exists():
-        raise InputError(f"{folder} exists: choose another --name, or remove it")
-
-
-def make_run_folder(config: TrainConfig) -> Path:
-    """A new folder for the run. Without --name it is the recipe's name, followed by the first number that is free."""
-    parent = Path(config.output_dir)
-    parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        folder = parent / (config.run_name if number == 1 else f"{config.run_name}-{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            check_run_folder(config)
-            number += 1
 
 
 def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
@@ -46,8 +21,7 @@ def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, 
     `weights` where the model does not hold them all itself. Raises InputError if they cannot be written.
     """
     target, part, old = (folder / name for name in ("student", ".student.part", ".student.old"))
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _clear(target, part, old)
     try:
         with writing(target):
             from .adapter import has_adapter, save_adapted
@@ -63,8 +37,15 @@ def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, 
             os.rename(part, target)
             sync(folder)
     finally:
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _clear(target, part, old)
+
+
+def _clear(target: Path, part: Path, old: Path) -> None:
+    """Removes what an exchange of folders leaves, after having put the old one back if it was stopped in between."""
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,6 @@ killed goes on where it was; the folder of a run that is not finished is made an
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -14,19 +13,19 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from .checkpoint import write_text
-from .comparison import REFERENCES, CompareConfig, Result, Run, finished_summary, folder_of, plan
+from .checkpoint import write_text, writing
+from .comparison import REFERENCES, CompareConfig, Result, Run, folder_of, plan, summary_of
 from .comparison_plots import plot_bars, plot_budgets, plot_pareto
 from .comparison_table import csv_of_results, csv_of_rows, markdown, print_rows, summarise
 from .data import load_problems
 from .errors import InputError
 from .judge import Judge, compare_pairs, load_judge
+from .lock import alone_in
 from .report import Report
 
 
@@ -43,13 +42,17 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
         raise InputError(f"--judge-against {config.judge_against}: expected one of {', '.join((*REFERENCES, *labels))}")
     judge = load_judge(config.judge, runs[0].config, load_problems(runs[0].config).train[0]) if config.judge else None
     folder = folder_of(config)
-    with _alone_in(folder) as lock:
-        finished = {run.folder: summary for run in runs if (summary := finished_summary(run)) is not None}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, report.say) as lock:
+        finished = {run.folder: summary for run in runs if (summary := summary_of(run)) is not None}
         todo = [run for run in runs if run.folder not in finished]
+        for run in todo:
+            _remove(run.folder, report)
         jobs = config.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
         report.say(f"{folder}: {len(runs)} runs, {len(finished)} of them finished already, {jobs} at a time")
         failures = {run.folder: why for run, why in run_all(todo, jobs, folder / "logs", lock, report) if why}
-        results = [Result(run, finished_summary(run), failures.get(run.folder, "")) for run in runs]
+        results = [Result(run, summary_of(run), failures.get(run.folder, "")) for run in runs]
         if judge is not None:
             results = judged(results, judge, config.judge_against, report)
         write(folder, results, ["cmdp-fast", "compare", *arguments], report)
@@ -72,7 +75,6 @@ def run_all(todo: list[Run], jobs: int, logs: Path, lock: int, report: Report) -
         for _ in report.track(range(len(todo)), f"running {len(todo)}") if todo else ():
             while waiting and len(running) < jobs:
                 run = waiting.pop()
-                shutil.rmtree(run.folder, ignore_errors=True)  # of a run that was killed
                 with open(logs / f"{run.config.name}.log", "wb") as log:
                     # A child holds the lock too: as long as one of a killed comparison runs, no other begins.
                     process = subprocess.Popen(
@@ -87,7 +89,7 @@ def run_all(todo: list[Run], jobs: int, logs: Path, lock: int, report: Report) -
             while (ended := next((p for p in running if p.poll() is not None), None)) is None:
                 time.sleep(0.05)
             run, failure = running.pop(ended), ""
-            if ended.returncode or finished_summary(run) is None:
+            if ended.returncode or summary_of(run) is None:
                 lines = (logs / f"{run.config.name}.log").read_text(errors="replace").split("\n")
                 last = next((line for line in reversed(lines) if line.strip()), "no output")
                 failure = f"exit code {ended.returncode}: {last.strip()}"
@@ -100,18 +102,11 @@ def run_all(todo: list[Run], jobs: int, logs: Path, lock: int, report: Report) -
             process.wait()
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[int]:
-    """Holds the folder's lock, a file descriptor. Raises InputError if another comparison does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: another comparison, or a run of one that was killed, is at work here"
-            ) from error
-        yield lock.fileno()
+def _remove(folder: Path, report: Report) -> None:
+    """Removes what a run left that was killed. Raises InputError if somebody is going on with it just now."""
+    if folder.is_dir():
+        with alone_in(folder, report.say), writing(folder):
+            shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- what came of it

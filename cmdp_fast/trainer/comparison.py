@@ -13,8 +13,11 @@ import tyro
 
 from .checkpoint import as_json
 from .config import TrainConfig
+from .digest import Damaged
+from .ending import finished_summary
 from .errors import InputError
-from .parse import read_recipe, tomllib, typed
+from .parse import read_recipe, tomllib
+from .settings import typed, words
 
 METHODS = (
     *("cmdp", "hinge", "saute", "worst_case", "pid", "barrier"),
@@ -69,11 +72,11 @@ class Run:
 
     def command(self) -> list[str]:
         c = self.config
-        words = ["--recipe", c.recipe, "--method", c.method, "--seed", c.seed, "--output-dir", c.output_dir]
-        words += ["--name", c.name]
+        said = ["--recipe", c.recipe, "--method", c.method, "--seed", c.seed, "--output-dir", c.output_dir]
+        said += ["--name", c.name]
         for key, value in self.variant.overrides.items():
-            words += _flag(key, value)
-        return [sys.executable, "-m", "cmdp_fast.cli", "train", *map(str, words)]
+            said += words(key, value)
+        return [sys.executable, "-m", "cmdp_fast.cli", "train", *map(str, said)]
 
 
 @dataclass(frozen=True)
@@ -148,34 +151,25 @@ def _value(key: str, text: str) -> Any:
         return text
 
 
-def _flag(key: str, value: Any) -> list[str]:
-    option = key.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{option}" if value else f"--no-{option}"]
-    if isinstance(value, tuple):
-        return [f"--{option}", *map(str, value)]
-    return [f"--{option}={json.dumps(value) if isinstance(value, dict) else value}"]
-
-
 def _file_name(label: str) -> str:
     return "".join(c if c.isalnum() or c in "._=-" else "-" for c in label)
 
 
-def finished_summary(run: Run) -> dict[str, Any] | None:
-    """The summary of a finished run, None if it is not. Raises InputError if it was run with other settings."""
+def summary_of(run: Run) -> dict[str, Any] | None:
+    """The summary of a finished run, None if it is not. Raises InputError if it was run with other settings, or if a
+    file that it left is not as it was written."""
+    remove = f"remove {run.folder}, or choose another --output-dir"
     try:
-        summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
-        whole = not summary["interrupted"] and summary["student_after"] is not None
-        found = summary["config"]
-    except (OSError, ValueError, KeyError):
+        summary = finished_summary(run.folder)
+    except Damaged as error:
+        raise InputError(f"{run.folder}: {error}: {remove}") from error
+    if summary is None:
         return None
-    if not whole or not (run.folder / "samples.jsonl").is_file():
-        return None
-    wanted = json.loads(as_json(asdict(run.config)))
+    found, wanted = summary["config"], json.loads(as_json(asdict(run.config)))
     if different := [key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)]:
         key = sorted(different)[0]
         raise InputError(
             f"{run.folder} was run with other settings ({key} was {found.get(key)!r} and is {wanted.get(key)!r}): "
-            "remove it, or choose another --output-dir"
+            f"{remove}"
         )
     return summary

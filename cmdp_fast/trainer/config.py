@@ -51,9 +51,11 @@ class TrainConfig:
     """Folder that holds the runs."""
     resume: str = ""
     """Folder of a run that stopped, to be finished from its last checkpoint. Its settings are those of its
-    `config.json`; only `steps`, `checkpoint_every`, `eval_every` and `trackers` may be changed."""
+    `config.json`; only `steps`, `checkpoint_every`, `eval_every` and `trackers` may be changed. Code that it names
+    runs only if you name it again, in the same words."""
     checkpoint_every: int = 0
-    """Write a checkpoint each so many steps and after the last one; the last two are kept. 0: only when interrupted."""
+    """Write a checkpoint each so many steps and after the last one; the last two are kept. 0: only when interrupted,
+    and one for the time that the end of the run takes."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself."""
     seed: int = 0
@@ -331,3 +333,7 @@ def check_choices(config: TrainConfig) -> None:
         choices, value = get_args(kind), getattr(config, name)
         if get_origin(kind) is Literal:
             _check(value in choices, f"--{_flag(name)} must be one of {', '.join(choices)}, not {value}")
+        elif choices and get_origin(choices[0]) is Literal:
+            for item in value:
+                allowed = get_args(choices[0])
+                _check(item in allowed, f"--{_flag(name)} must be some of {', '.join(allowed)}, not {item}")

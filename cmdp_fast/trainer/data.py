@@ -113,7 +113,7 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Row]:
         else:
             loaded = datasets.load_dataset(name, config.dataset_config or None, split=split, streaming=stream)
         rows = list(islice(loaded, config.max_rows or None))
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"--dataset {name}: {first_line(error)}") from error
     finally:
         if quiet:

@@ -6,13 +6,13 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from .checkpoint import check_run_folder
 from .config import TrainConfig
 from .imports import import_function
 from .material import load
 from .memory import Memory, estimate_memory
 from .models import common_vocabulary
 from .report import Report, check_trackers
+from .run_folder import check_run_folder
 from .scoring import make_scoring
 
 

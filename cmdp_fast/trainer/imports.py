@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Cal
         raise InputError(f"{option} {spec}: {neither} module:function")
     try:
         if module_name.endswith(".py"):
-            source = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-            assert source is not None and source.loader is not None  # a .py path always has a loader
+            loader = _FromSource(Path(module_name).stem, module_name)
+            source = importlib.util.spec_from_file_location(loader.name, module_name, loader=loader)
+            assert source is not None  # it has a loader
             module = importlib.util.module_from_spec(source)
-            source.loader.exec_module(module)
+            loader.exec_module(module)
         else:
-            if os.getcwd() not in sys.path:  # a console script does not look there
-                sys.path.append(os.getcwd())
+            _look_here()
             module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
         raise InputError(f"{option} {spec}: {first_line(error)}") from error
@@ -38,3 +39,34 @@ def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Cal
     if not callable(function):
         raise InputError(f"{option} {spec}: {module_name} has no function {function_name!r}")
     return function
+
+
+def source_file(spec: str) -> Path | None:
+    """The file of the module in ``module:function`` or ``path/file.py:function``, None if Python itself brings it.
+
+    Nothing is run, no package above the module either. Raises ImportError or ValueError if there is no such module.
+    """
+    module_name = spec.rpartition(":")[0]
+    if module_name.endswith(".py"):
+        return Path(module_name)
+    _look_here()
+    first, *rest = module_name.split(".")
+    found = importlib.util.find_spec(first)  # which imports what is above a module: here there is nothing
+    for depth, _ in enumerate(rest):
+        places = found.submodule_search_locations if found else None
+        found = PathFinder.find_spec(".".join([first, *rest[: depth + 1]]), places) if places else None
+    if found is None:
+        raise ImportError(f"No module named {module_name!r}")
+    return Path(found.origin) if found.has_location and found.origin else None
+
+
+class _FromSource(SourceFileLoader):
+    """Runs the file itself, never what a `__pycache__` beside it says that it was."""
+
+    def get_code(self, fullname: str) -> Any:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def _look_here() -> None:
+    if os.getcwd() not in sys.path:  # a console script does not look there
+        sys.path.append(os.getcwd())

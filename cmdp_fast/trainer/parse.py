@@ -1,13 +1,13 @@
 """From a recipe, a method and the command line to a configuration.
 
 Precedence, lowest first: the defaults of `TrainConfig`, the recipe (models, task, budget), the method (what is done
-about the budget), the command line. With `--resume` the run's own configuration takes the place of all but the last.
+about the budget), the command line. With `--resume` the run's own configuration takes the place of all but the last,
+where code that it names has to be named again (`trust.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,8 @@ import tyro
 from .config import TrainConfig, check_choices
 from .errors import InputError, first_line
 from .resume import check_changes, read_config
+from .settings import typed
+from .trust import check_named_again, check_unchanged, without_code
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,23 +58,6 @@ def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
     return typed(values, f"--{option} {name}")
 
 
-def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Settings as the types that TrainConfig has. Raises InputError, which names the source, for those it has not."""
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    for key, value in values.items():
-        if key not in fields:
-            raise InputError(f"{source}: there is no setting named {key!r}")
-        default = fields[key].default
-        if isinstance(default, tuple):
-            values[key] = value = tuple(value) if isinstance(value, list) else value
-        elif isinstance(default, float) and type(value) is int:
-            values[key] = value = float(value)
-        expected = dict if default is dataclasses.MISSING else type(default)
-        if type(value) is not expected:
-            raise InputError(f"{source}: {key} must be {expected.__name__}, not {value!r}")
-    return values
-
-
 Config = TypeVar("Config", bound=TrainConfig)
 
 
@@ -91,12 +76,16 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
     first.add_argument("--method", default="")
     first.add_argument("--resume", default="")
     base, _ = first.parse_known_args(list(args))
-    if base.resume:
-        default = kind(**vars(read_config(Path(base.resume))))
-    else:
+    if not base.resume:
         default = kind(**vars(read_recipe(base.recipe, base.method)))
+        config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
+        config.validate()
+        return config
+    began, code = read_config(Path(base.resume))
+    default = kind(**vars(without_code(began)))
     config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
+    check_named_again(began, config, [*prog.split(), *args])
     config.validate()
-    if config.resume:
-        check_changes(default, config)
+    check_changes(began, config)
+    check_unchanged(config, code)
     return config

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from .config import TrainConfig
-from .errors import InputError, first_line
+from .digest import Damaged, read_sealed
+from .ending import SUMMARY, finished_summary
+from .errors import InputError
+from .settings import typed
 from .state import checkpoints
 
 CHANGEABLE = ("resume", "dry_run", "steps", "checkpoint_every", "eval_every", "trackers")
 
 
-def read_config(run: Path) -> TrainConfig:
-    """The configuration that a run began with. Raises InputError if the folder holds none."""
-    values = _read(run / "config.json")
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    unknown = values.keys() - fields.keys()
-    if unknown:
-        raise InputError(f"{run / 'config.json'}: there is no setting named {sorted(unknown)[0]!r} in this version")
-    for name, value in values.items():
-        if isinstance(value, list) and isinstance(fields[name].default, tuple):
-            values[name] = tuple(value)
-    return TrainConfig(**values)
+def read_config(run: Path) -> tuple[TrainConfig, dict[str, str]]:
+    """The configuration that a run began with, and the sha256 of the code that it names.
+
+    Nothing is run, whatever stands there. Raises InputError if the folder holds none, or one that cannot be used.
+    """
+    _check_links(run)
+    try:
+        values = read_sealed(run / "config.json")
+    except Damaged as error:
+        raise InputError(f"--resume {run}: no run that can be resumed: {error}") from error
+    code = values.pop("code", None)
+    if not isinstance(code, dict):
+        raise InputError(f"--resume {run}: no run that can be resumed: config.json lacks the sha256 of its code")
+    source = str(run / "config.json")
+    config = TrainConfig(**typed(values, source))
+    try:
+        config.validate()
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return config, code
 
 
 def check_changes(before: TrainConfig, now: TrainConfig) -> None:
@@ -41,25 +53,33 @@ def check_changes(before: TrainConfig, now: TrainConfig) -> None:
         )
 
 
-def is_finished(config: TrainConfig) -> bool:
-    """Whether the run to be resumed has nothing left to do. Raises InputError if it has done more than it should, or
-    has come to an end of some kind without leaving a checkpoint."""
-    run = Path(config.resume)
-    path = run / "summary.json"
-    if not path.is_file():
-        return False
-    summary = _read(path)
-    if summary["steps"] > config.steps:
+def is_finished(config: TrainConfig, say: Callable[[str], None]) -> bool:
+    """Whether the run to be resumed has nothing left to do; says so if a file of its end has been damaged.
+
+    Raises InputError if it has done more than it should, or has come to an end of some kind without a checkpoint.
+    """
+    run, damaged = Path(config.resume), ""
+    try:
+        summary = finished_summary(run)
+    except Damaged as error:
+        summary, damaged = None, str(error)
+    if summary is not None and summary["steps"] > config.steps:
         raise InputError(f"--steps {config.steps}: {config.resume} has {summary['steps']} behind it")
-    if summary["steps"] == config.steps and summary["student_after"] is not None:
+    if summary is not None and summary["steps"] == config.steps:
         return True
-    if not checkpoints(run):
-        raise InputError(f"--resume {run}: it left no checkpoint to go on from")
+    if (run / SUMMARY).exists() and not checkpoints(run):
+        raise InputError(f"--resume {run}: {damaged and f'{damaged}, and '}it left no checkpoint to go on from")
+    if damaged:
+        say(f"{run}: {damaged}; the end of the run is made again")
     return False
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--resume {path.parent}: no run that can be resumed: {first_line(error)}") from error
+def _check_links(run: Path) -> None:
+    """Raises InputError if something in the run's folder is a link: what a run writes must stay inside. Those that
+    wandb makes lie in its own folder."""
+    for parent, folders, files in os.walk(run):
+        for name in folders + files:
+            if (Path(parent) / name).is_symlink():
+                raise InputError(f"--resume {run}: {Path(parent) / name} is a link, and a run's folder has none")
+        if Path(parent) == run and "wandb" in folders:
+            folders.remove("wandb")

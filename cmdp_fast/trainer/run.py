@@ -7,19 +7,20 @@ run, `state.py` what a checkpoint is.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import check_run_folder
 from .config import TrainConfig
 from .constraint import evaluation_constraint
-from .distributed import main_first, make_accelerator, on_device, prepare_student, together
+from .distributed import any_process, main_first, make_accelerator, on_device, prepare_student, together
 from .experience import Collector
 from .gkd import GKD
 from .imports import import_function
 from .interrupts import Interrupts
+from .lock import alone_in
 from .material import Material, load
 from .minillm import MiniLLM
 from .models import common_vocabulary
@@ -28,7 +29,9 @@ from .ppo import PPO
 from .report import Report, check_trackers
 from .resume import is_finished
 from .rollout import Sampling, end_tokens
+from .run_folder import check_run_folder
 from .training import Run
+from .trust import code_of
 from .value import ValueHead
 
 STEPS: dict[str, type[PPO]] = {"ppo": PPO, "gkd": GKD, "minillm": MiniLLM, "sft": OffPolicy, "kd": OffPolicy}
@@ -37,27 +40,33 @@ STEPS: dict[str, type[PPO]] = {"ppo": PPO, "gkd": GKD, "minillm": MiniLLM, "sft"
 def train(config: TrainConfig) -> Path:
     """Trains as the configuration says and returns the run's folder.
 
-    Raises InputError for anything that cannot be used, before the folder is made, and for what makes it impossible to
-    go on, with everything saved as far as it has come. An interrupt (Ctrl-C, SIGTERM) once the training has begun ends
-    it after the step at hand with a checkpoint, and KeyboardInterrupt is raised.
+    Raises InputError for anything that cannot be used, before the folder is made, if another process is at work in the
+    folder of a run to be resumed, and for what makes it impossible to go on, with everything saved so far.
+    An interrupt (Ctrl-C, SIGTERM) once the training has begun ends it after the step at hand with a checkpoint, and
+    KeyboardInterrupt is raised.
     """
     check_trackers(config)
     accelerator = make_accelerator(config)
     report = Report(accelerator.is_main_process)
-    with Interrupts(patient=accelerator.num_processes > 1) as interrupts:
+    with Interrupts(patient=accelerator.num_processes > 1) as interrupts, ExitStack() as held:
+        finished = False
         with together(accelerator):
-            if config.resume and is_finished(config):
-                report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
-                return Path(config.resume)
             check_run_folder(config)
+            code = code_of(config)
+            if config.resume and accelerator.is_main_process:
+                held.enter_context(alone_in(Path(config.resume), report.say))
+                finished = is_finished(config, report.say)
+        if any_process(finished, accelerator):
+            report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
+            return Path(config.resume)
         material = main_first(lambda: load(config, report), accelerator)
         ppo = make_ppo(config, accelerator, material)
         report.say(
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
             f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
         )
-        run = Run(config, ppo, material, report)
-        run.begin()
+        run = Run(config, ppo, material, report, code)
+        run.begin(held)
         run.finish(interrupts)
     return run.folder
 

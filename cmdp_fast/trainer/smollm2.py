@@ -13,7 +13,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from .cache import cache_dir, made_once
+from .cache import cache_dir, damage, made_once
 from .errors import InputError
 from .report import Report
 
@@ -25,18 +25,22 @@ NAMES = ("builtin:smollm2-teacher", "builtin:smollm2-pruned-student")
 
 
 def smollm2_folder(name: str, report: Report) -> Path:
-    """The folder with the teacher or the student, made now if it is not in the cache.
+    """The folder with the teacher or the student, made now if it is not in the cache, or not as it was made.
 
     Raises InputError for another name, and if the package or its reader is not installed.
     """
     if name not in NAMES:
         raise InputError(f"there is no model {name}, only {' and '.join(NAMES)}")
     folder = cache_dir() / f"{name.removeprefix('builtin:')}-{FORMAT}"
-    if not folder.is_dir():
-        source = _gguf_folder()
+    if damage(folder) is None:
+        return folder
+    source = _gguf_folder()
+
+    def make(part: Path) -> None:
         report.say(f"first run: converting {FILE} to {folder}")
-        made_once(folder, lambda part: _convert(source, part, pruned=name == NAMES[1]))
-    return folder
+        _convert(source, part, pruned=name == NAMES[1])
+
+    return made_once(folder, make, report.say)
 
 
 def prune(model: Any, dropped: range) -> None:

@@ -2,36 +2,49 @@
 
 `checkpoints/step-000020` holds, as `Accelerator.save_state` writes them, the student's and the value head's weights
 (safetensors), the optimizer's state and each process's random numbers, and beside them `run.json`: the step, which is
-the position in the data, the schedule, lambda, all metrics so far, and the size of every file. Nothing in it is read
-with pickle: PyTorch loads its files with `weights_only`.
+the position in the data, the schedule, lambda, all metrics so far, the sha256 of every file, and its own. All are
+compared before anything is read. Nothing is read with pickle: PyTorch loads its files with `weights_only`.
 
 A checkpoint is written under a hidden name and takes its own once it is on the disk; only then are older ones removed.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from .checkpoint import sync, sync_folder, write_json, writing
+from .checkpoint import sync, sync_folder, writing
+from .digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from .distributed import reshard, together
 from .errors import InputError, first_line
 from .report import Report
 
 KEPT = 2
-UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
+MANIFEST = "run.json"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Removes a checkpoint, and with the last one their folder. The name goes first: half of one must not have it.
+
+    Raises InputError if it cannot.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    with writing(folder):
+        shutil.rmtree(part, ignore_errors=True)
+        os.rename(folder, part)
+    shutil.rmtree(part, ignore_errors=True)  # what stays is removed with the next checkpoint
+    with suppress(OSError):
+        folder.parent.rmdir()
 
 
 def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any]) -> Path:
@@ -51,15 +64,13 @@ def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any
             accelerator.save_state(part)
         with together(accelerator), writing(target):
             if accelerator.is_main_process:
-                files = {str(path.relative_to(part)): path.stat().st_size for path in part.rglob("*") if path.is_file()}
-                write_json(part / "run.json", {**state, "processes": accelerator.num_processes, "files": files})
+                about = {"step": step, "processes": accelerator.num_processes, "files": digests(part)}
+                write_sealed(part / MANIFEST, {**state, **about})
                 sync_folder(part)
-                if target.exists():  # left behind when the run went back to an earlier one
-                    shutil.rmtree(target)
                 os.rename(part, target)
                 sync(target.parent)
                 for old in checkpoints(run)[:-KEPT]:
-                    shutil.rmtree(old)
+                    remove_checkpoint(old)
     except InputError as error:
         if accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
@@ -71,15 +82,17 @@ def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any
 def load_checkpoint(accelerator: Any, student: Any, run: Path, report: Report) -> dict[str, Any]:
     """Puts back what the accelerator has prepared, and returns the `state`; every process must call this.
 
-    If the last checkpoint cannot be read, says so and takes the one before; later ones are removed, for they belong to
-    another future. Raises InputError, which names them, if there is none that can be read.
+    If the last checkpoint is not as it was written, says so and takes the one before; later ones are removed, for they
+    belong to another future. Raises InputError, which names them, if there is none that can be read.
     """
     failures: list[str] = []
     reshard(student)
     for folder in reversed(checkpoints(run)):
         try:
             with together(accelerator):
-                state = _load(accelerator, folder)
+                state = _manifest(accelerator, folder)
+            with together(accelerator):
+                _load(accelerator, folder)
         except InputError as error:
             failures.append(str(error))
             report.say(str(error))
@@ -89,30 +102,37 @@ def load_checkpoint(accelerator: Any, student: Any, run: Path, report: Report) -
             with together(accelerator), writing(folder.parent):
                 if accelerator.is_main_process:
                     for later in checkpoints(run)[-len(failures) :]:
-                        shutil.rmtree(later)
+                        remove_checkpoint(later)
         return state
     raise InputError(f"{run} has no checkpoint that can be used; {failures[0]}")
 
 
-def _load(accelerator: Any, folder: Path) -> dict[str, Any]:
+def _manifest(accelerator: Any, folder: Path) -> dict[str, Any]:
+    """The checkpoint's `state`. Raises InputError unless its files are as they were written; the main process looks."""
     try:
-        state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if state["processes"] != accelerator.num_processes:
-            raise InputError(
-                f"{folder} is one of {state['processes']} processes, and here are {accelerator.num_processes}: "
-                "a run goes on with as many as it began with"
-            )
-        for name, size in state["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                raise ValueError(f"{name} has {found} bytes instead of {size}")
+        state = read_sealed(folder / MANIFEST)
+        step, processes, files = (state.get(name) for name in ("step", "processes", "files"))
+        if not isinstance(step, int) or folder.name != f"step-{step:06d}":
+            raise Damaged(f"{MANIFEST} is that of step {step}")
+        if accelerator.is_main_process:
+            check_digests(folder, files)
+            check_nothing_else(folder, [MANIFEST, *state["files"]])
+    except Damaged as error:
+        raise InputError(f"{folder} cannot be read: {error}") from error
+    if processes != accelerator.num_processes:
+        raise InputError(
+            f"{folder} is one of {processes} processes, and here are {accelerator.num_processes}: "
+            "a run goes on with as many as it began with"
+        )
+    return state
+
+
+def _load(accelerator: Any, folder: Path) -> None:
+    try:
         accelerator.load_state(folder)
         _check_random_numbers(folder / f"random_states_{accelerator.process_index}.pkl")
-    except InputError:
-        raise
-    except UNREADABLE as error:
+    except Exception as error:  # each library has its own for what it cannot read
         raise InputError(f"{folder} cannot be read: {first_line(error)}") from error
-    return state
 
 
 def _check_random_numbers(path: Path) -> None:

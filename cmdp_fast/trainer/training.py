@@ -3,57 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import make_run_folder, save_student, write_json, write_samples, write_text
+from .checkpoint import save_student, write_samples, write_text
 from .config import TrainConfig
 from .constraint import Constraint, evaluation_constraint
 from .data import shuffled
 from .distributed import any_process, share, together, whole_student
+from .ending import write_summary
 from .errors import InputError, first_line
 from .evaluate import evaluate
 from .interrupts import Interrupts
 from .material import Material
 from .ppo import PPO
 from .report import MetricsLog, Report, plot_curves, samples_text
-from .state import checkpoints, load_checkpoint, save_checkpoint
+from .run_folder import make_run_folder, write_config
+from .state import checkpoints, load_checkpoint, remove_checkpoint, save_checkpoint
 
 SAMPLES = 20
 
 
 class Run:
-    """A training in its folder, from where it stands to its end."""
+    """A training in its folder, from where it stands to its end. `code` is what `code_of` says of its configuration."""
 
     folder: Path
     log: MetricsLog
 
-    def __init__(self, config: TrainConfig, ppo: PPO, material: Material, report: Report) -> None:
-        self.config, self.ppo, self.material, self.report = config, ppo, material, report
+    def __init__(self, config: TrainConfig, ppo: PPO, material: Material, report: Report, code: dict[str, str]) -> None:
+        self.config, self.ppo, self.material, self.report, self.code = config, ppo, material, report, code
         self.accelerator = ppo.accelerator
+        self.saved = 0  # the step of the last checkpoint
         self.results: dict[str, Any] = {}
         self.samples: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------- begin
 
-    def begin(self) -> None:
-        """From the last checkpoint of the run to be resumed, or with a look at teacher and student and a new folder."""
+    def begin(self, held: ExitStack) -> None:
+        """From the last checkpoint of the run to be resumed, or with a look at teacher and student and a new folder.
+
+        `held` gets the new folder's lock, as it has that of a run to be resumed.
+        """
         if self.config.resume and checkpoints(Path(self.config.resume)):
             self.folder = Path(self.config.resume)
             self._restore(load_checkpoint(self.accelerator, self.ppo.student, self.folder, self.report))
         else:
             for who, policy in (("teacher", self.ppo.teacher), ("student_before", self.ppo.student)):
                 self._evaluate(who, policy)
-            self.folder = self._make_folder()
+            self.folder = self._make_folder(held)
             with together(self.accelerator):
                 self.log = MetricsLog(self.folder, self.accelerator, self.config)
             self._log_evaluation(0, self.results["student_before"])
         with together(self.accelerator):
-            if self.accelerator.is_main_process:
-                write_json(self.folder / "config.json", asdict(replace(self.config, resume="")))
+            if self.config.resume and self.accelerator.is_main_process:
+                write_config(self.folder, self.config, self.code)
 
-    def _make_folder(self) -> Path:
+    def _make_folder(self, held: ExitStack) -> Path:
         """The run's folder, made by the main process; that of a run to be resumed is there and has no checkpoint."""
         from accelerate.utils import broadcast_object_list
 
@@ -62,7 +69,7 @@ class Run:
             if self.config.resume:
                 self.report.say(f"{self.config.resume} has no checkpoint yet: it begins again")
             elif self.accelerator.is_main_process:
-                folder = [str(make_run_folder(self.config))]
+                folder = [str(make_run_folder(self.config, self.code, held, self.report.say))]
         return Path(broadcast_object_list(folder)[0])
 
     def _state(self) -> dict[str, Any]:
@@ -78,11 +85,14 @@ class Run:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.ppo.load_state_dict(state["ppo"])
-        self.ppo.scheduler.load_state_dict(state["schedule"])
-        self.ppo.clock.seconds.update(state["seconds"])
-        self.results, self.samples = state["results"], state["samples"]
-        done = self.ppo.steps_done
+        try:
+            self.ppo.load_state_dict(state["ppo"])
+            self.ppo.scheduler.load_state_dict(state["schedule"])
+            self.ppo.clock.seconds.update(state["seconds"])
+            self.results, self.samples = state["results"], state["samples"]
+        except Exception as error:  # it is as it was written, and was not written by this program
+            raise InputError(f"{self.folder}: its last checkpoint is not one of such a run: {error!r}") from error
+        done = self.saved = self.ppo.steps_done
         if done > self.config.steps:
             raise InputError(f"--steps {self.config.steps}: {self.folder} has {done} behind it")
         with together(self.accelerator):
@@ -97,26 +107,29 @@ class Run:
         try:
             interrupts.deferred = True
             self._train(interrupts)
+            self._checkpoint_of_the_end()
             if any_process(interrupts.received, self.accelerator):
-                self._checkpoint()
                 raise KeyboardInterrupt
-            if self.config.checkpoint_every:
-                self._checkpoint()
             interrupts.deferred = self.accelerator.num_processes > 1  # they cannot leave each at its own time
-            self._evaluate_after()
+            self._evaluate("student_after", self.ppo.student)
+            self._log_evaluation(self.config.steps, self.results["student_after"])
         except BaseException as raised:
             error = raised
             raise
         finally:
+            interrupts.deferred = True
             self._write(error)
+        if self.accelerator.is_main_process and not self.config.checkpoint_every:
+            remove_checkpoint(checkpoints(self.folder)[-1])
 
-    def _evaluate_after(self) -> None:
+    def _checkpoint_of_the_end(self) -> None:
+        """Also where none is asked for: whatever stops what follows, it is made again from here."""
         try:
-            self._evaluate("student_after", self.ppo.student)
-        except KeyboardInterrupt:
             self._checkpoint()
+        except KeyboardInterrupt:
+            if not checkpoints(self.folder):
+                self._checkpoint()
             raise
-        self._log_evaluation(self.config.steps, self.results["student_after"])
 
     def _train(self, interrupts: Interrupts) -> None:
         c, material = self.config, self.material
@@ -140,8 +153,9 @@ class Run:
 
     def _checkpoint(self) -> None:
         done = self.ppo.steps_done
-        if done:
+        if done > self.saved:
             save_checkpoint(self.accelerator, self.folder, done, self._state())
+            self.saved = done
 
     def _evaluated(self, policy: Any, who: str = "") -> Any:
         report = self.report if who else None
@@ -158,8 +172,8 @@ class Run:
     # ------------------------------------------------------------------------------------- save
 
     def _write(self, error: BaseException | None) -> None:
-        """Everything into the folder, as far as it has come. A file that cannot be written keeps no other away, and
-        does not hide the error that ended the run."""
+        """Everything into the folder, as far as it has come, and `summary.json` last. A file that cannot be written
+        keeps no other away, and does not hide the error that ended the run."""
         c, folder, done = self.config, self.folder, self.ppo.steps_done
         if error is not None:
             kept = checkpoints(folder)
@@ -173,11 +187,9 @@ class Run:
         if whole:  # otherwise the other processes are elsewhere, and cannot help to put the student together
             model, weights = whole_student(model, self.accelerator)
         shown = ((who, some[:: c.eval_generations][:SAMPLES]) for who, some in self.samples.items())
-        summarised = summary(c, self.ppo, self.results, done, error)
         constraint, accuracy = evaluation_constraint(c), self.results["teacher"]["accuracy"]
         writes: list[Callable[[], None]] = [
             self.log.close,
-            lambda: write_json(folder / "summary.json", summarised),
             lambda: write_samples(folder / "samples.jsonl", self.samples),
             lambda: write_text(folder / "samples.txt", samples_text(shown)),
             lambda: plot_curves(folder / "curves.png", self.log, constraint, accuracy),
@@ -185,11 +197,14 @@ class Run:
         if whole:
             writes.append(lambda: save_student(model, self.material.tokenizer, folder, weights))
         failures: list[InputError] = []
+        ended = [error]  # or by the first file that cannot be written
+        writes.append(lambda: write_summary(folder, summary(c, self.ppo, self.results, done, ended[0])))
         for write in writes if self.accelerator.is_main_process else []:
             try:
                 write()
             except InputError as failure:
                 failures.append(failure)
+                ended = [error or failures[0]]
                 self.report.say(str(failure))
         if error is None:
             with together(self.accelerator):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,13 +138,38 @@ def test_finished_runs_of_other_settings_are_not_touched(comparison, recipe, tmp
     assert (comparison / "runs" / "cmdp-seed0" / "summary.json").exists()
 
 
+def test_a_run_without_its_whole_end_is_not_finished(recipe, tmp_path, capsys):
+    """One that was killed is made anew; one that was finished and then damaged is named, and left as it is."""
+    command, run = words(recipe, tmp_path, "cmdp", "0"), tmp_path / "runs" / "cmdp-seed0"
+    assert main(command) == 0
+    whole = (run / "student" / "model.safetensors").read_bytes()
+    (run / "summary.json").unlink()  # it is the last file
+    (run / "student" / "model.safetensors").unlink()
+    assert main(command) == 0
+    assert "1 runs, 0 of them finished already" in capsys.readouterr().out
+    assert (run / "student" / "model.safetensors").read_bytes() == whole
+    damages = {
+        "student/model.safetensors": lambda path: path.write_bytes(whole[:-1] + b"!"),
+        "samples.jsonl": lambda path: path.unlink(),
+        "summary.json": lambda path: path.write_text('{"interrupted": false}'),  # as of an earlier version
+    }
+    for name, damage in damages.items():
+        damage(run / name)
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert f"{run}: {name} " in error and "remove" in error and error.count("\n") == 1
+        assert (run / "student" / "model.safetensors").exists()
+        shutil.rmtree(run)
+        assert main(command) == 0
+
+
 def test_two_comparisons_in_a_folder(comparison, recipe, capsys):
     import fcntl
 
     with open(comparison / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(words(recipe, comparison, METHODS)) == 2
-    assert "another comparison" in capsys.readouterr().err
+    assert "is at work here" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_costs_itself(recipe, tmp_path, capsys):

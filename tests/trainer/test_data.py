@@ -98,6 +98,16 @@ def test_pickled_weights_are_refused(pair, tmp_path):
         load_pair(settings(pair, student=str(folder)), [], Report())
 
 
+def test_code_of_a_dataset_is_not_run(pair, tmp_path):
+    """A script of the folder's name is what `datasets` once ran."""
+    folder, mark = tmp_path / "problems", tmp_path / "mark"
+    folder.mkdir()
+    (folder / "problems.py").write_text(f"open({str(mark)!r}, 'w')")
+    with pytest.raises(InputError, match="--dataset"):
+        data.load_problems(settings(pair, dataset=str(folder)))
+    assert not mark.exists()
+
+
 def test_code_of_a_model_runs_by_flag_alone(pair, tmp_path, monkeypatch):
     """Such a model says in its config which file of its own to import; this one leaves a mark when that happens."""
     folder, mark = tmp_path / "m", tmp_path / "mark"

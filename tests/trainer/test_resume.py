@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from tiny_pair import arguments, untimed
 
 from cmdp_fast.cli import main
-from cmdp_fast.trainer import report, state, training
+from cmdp_fast.trainer import digest, report, state, training
 from cmdp_fast.trainer.ppo import PPO
 
 STEPS = 6
@@ -109,8 +109,8 @@ MOMENTS = {
     "sampling": (PPO, "collect", 4, False),
     "between two minibatches": (PPO, "descend", 11, True),
     "metrics written": (report.MetricsLog, "step", 5, True),
-    "checkpoint begun": (state, "write_json", 2, False),
-    "checkpoint whole, the old not removed": (os, "rename", 2, True),
+    "checkpoint begun": (state, "write_sealed", 2, False),
+    "checkpoint whole, the old not removed": (os, "rename", 3, True),
 }
 
 
@@ -277,9 +277,9 @@ def test_a_checkpoint_holds_no_pickle_that_is_run(pair, tmp_path, capsys):
     for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"):
         whole = (checkpoint / name).read_bytes() if (checkpoint / name).exists() else None
         torch.save({"state": Evil()}, checkpoint / name)
-        values = json.loads((checkpoint / "run.json").read_text())
-        values["files"][name] = (checkpoint / name).stat().st_size
-        (checkpoint / "run.json").write_text(json.dumps(values))
+        values = digest.read_sealed(checkpoint / "run.json")
+        values["files"][name] = digest.sha256(checkpoint / name)
+        digest.write_sealed(checkpoint / "run.json", values)
         assert main(["train", f"--resume={tmp_path / 'r'}", "--steps=4"]) == 2
         assert not (tmp_path / "owned").exists()
         if whole is None:

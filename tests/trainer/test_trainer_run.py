@@ -25,7 +25,7 @@ def finished_run(pair, tmp_path_factory, one_thread) -> Path:
 def test_run_folder_is_complete(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     files = {"config.json", "summary.json", "metrics.jsonl", "curves.png", "samples.txt", "samples.jsonl"}
-    assert names == files | {"tensorboard", "student"}
+    assert names == files | {"tensorboard", "student", ".lock"}
     assert list((finished_run / "tensorboard").glob("events.out.tfevents.*"))
     assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     text = (finished_run / "samples.txt").read_text()
@@ -125,7 +125,7 @@ def test_interrupt_leaves_a_usable_folder(pair, tmp_path, capsys):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert (folder / "curves.png").stat().st_size > 0 and (folder / "samples.txt").stat().st_size > 0
     AutoModelForCausalLM.from_pretrained(folder / "student")
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 def test_interrupt_before_the_first_step_leaves_nothing(pair, tmp_path):

@@ -1,0 +1,43 @@
+"""How a run says that it has ended: `summary.json`, written last, which names the files written before it.
+
+An end that was interrupted leaves an older one or none, and is made again from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .digest import Damaged, check_digests, digests, read_sealed, write_sealed
+
+SUMMARY = "summary.json"
+WRITTEN = ("metrics.jsonl", "samples.jsonl", "samples.txt", "curves.png", "student")
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """The last file of a run, with the sha256 of the others. Raises InputError if it cannot be written."""
+    present = [name for name in WRITTEN if (folder / name).exists()]
+    write_sealed(folder / SUMMARY, {**summary, "files": digests(folder, present)})
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end, with all that it left still as it was; None if it has not yet.
+
+    Raises Damaged, which names it, if one of the files is gone or no longer what was written.
+    """
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    summary = read_sealed(path)
+    try:
+        if summary["interrupted"] or summary["error"] is not None or summary["student_after"] is None:
+            return None
+        kinds = {"steps": int, "config": dict, "student_after": dict, "files": dict}
+        fits, files = all(isinstance(summary[name], kind) for name, kind in kinds.items()), summary["files"]
+    except KeyError as error:
+        raise Damaged(f"{SUMMARY} lacks {error}") from error
+    check_digests(folder, files)
+    lacking = [name for name in WRITTEN if not any(file == name or file.startswith(f"{name}/") for file in files)]
+    if lacking or not fits:
+        raise Damaged(f"{SUMMARY} is not that of a run" + (f": it does not name {lacking[0]}" if lacking else ""))
+    return summary
