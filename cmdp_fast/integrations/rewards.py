@@ -23,6 +23,7 @@ what a completion says (``prime_math``, ``prime_code``), are asked in isolated p
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,8 @@ def from_verl(
     Raises InputError if the function is a coroutine, there is no such column, or the function cannot be isolated here.
     """
     _check_plain(compute_score)
+    if isinstance(compute_score, functools.partial) and _of_verl(compute_score.func) and not unisolated:
+        raise InputError("a functools.partial of verl's function cannot be isolated: give the function itself")
     module = getattr(compute_score, "__module__", None) or ""
 
     def requests(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[dict[str, Any]]:
@@ -72,7 +75,7 @@ def from_verl(
             for prompt, completion, row in zip(prompts, completions, _rows(columns, len(completions)), strict=True)
         ]
 
-    if module.partition(".")[0] == "verl" and not unisolated:
+    if _of_verl(compute_score) and not unisolated:
         name = compute_score.__name__
         return JudgedReward(
             "verl",
@@ -162,6 +165,10 @@ def to_openrlhf(
         return {"rewards": rewards, "scores": rewards.clamp(0.0, 1.0), "extra_logs": {name: rewards}}
 
     return reward_func
+
+
+def _of_verl(function: Callable[..., Any]) -> bool:
+    return (getattr(function, "__module__", None) or "").partition(".")[0] == "verl"
 
 
 def _check_plain(function: Callable[..., Any]) -> None:

@@ -151,7 +151,7 @@ def last_group(pattern: re.Pattern[str], text: str) -> str | None:
     search has not ended after `SEARCH` seconds: with many a pattern a text can be made to take forever."""
     try:
         found = [match.group(1) for match in regex.finditer(pattern.pattern, text, timeout=SEARCH)]
-    except TimeoutError:
+    except (TimeoutError, MemoryError):
         _log.warning("the pattern %r takes more than %g s on a text: no answer is found in it", pattern.pattern, SEARCH)
         return None
     return found[-1].strip() if found and found[-1] is not None else None

@@ -38,15 +38,16 @@ def arithmetic_chain(prompt: Any, completion: Any, metadata: dict[str, Any], **_
 
 
 # A number, perhaps with thousands separated and a currency in front; an expression; a chain of equal expressions that
-# is not a part of something longer, of which numbers alone tell nothing. No text takes more than time in proportion to
-# its length: brackets are bounded, and an equation is not looked for in the middle of an expression.
+# is not a part of something longer, of which numbers alone tell nothing. No line takes long: brackets are bounded, an
+# equation is not looked for in the middle of an expression, and a line of more than `LONGEST` is left out.
 _NUMBER = r"-?(?:\( ?){0,4}\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?: ?\)){0,4}"
 _EXPRESSION = rf"{_NUMBER}(?: ?[-+*/] ?{_NUMBER})*"
 _EQUATION = re.compile(
     rf"(?<![\w.^%+*/-])(?<![-+*/^%] ){_EXPRESSION}(?: ?= ?{_EXPRESSION})+(?!\w|\.\d|,\d{{3}}| ?[%*/^]| ?[-+] ?\w)"
 )
 _MARKUP = re.compile(r"^\s*[-*+•]\s+|(?<!\d)\*\*|\*\*(?!\d)")  # bullets and bold type
-_TIMES, _DIVIDED = re.compile(r"(?<=[\d)]) *[x×] *(?=[-$(\d])"), re.compile(r" *÷ *")
+_TIMES, _DIVIDED = re.compile(r"(?<=[\d)]) ?[x×] ?(?=[-$(\d])"), re.compile(r" ?÷ ?")
+LONGEST = 1000  # characters of a line that is looked at: with brackets after operators the time goes with the square
 _OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -63,6 +64,9 @@ def equations(prompt: Any, completion: Any, **_: Any) -> bool | None:
     """
     verdicts = []
     for line in text_of(completion).splitlines():
+        line = " ".join(line.split())
+        if len(line) > LONGEST:
+            continue
         line = " ".join(_DIVIDED.sub("/", _TIMES.sub("*", _MARKUP.sub("", line))).split())
         verdicts += [_holds(match.group()) for match in _EQUATION.finditer(line)]
     found = [verdict for verdict in verdicts if verdict is not None]

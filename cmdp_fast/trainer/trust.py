@@ -18,7 +18,13 @@ from .errors import InputError, first_line
 from .imports import source_file
 from .settings import words
 
-CODE = ("rewards", "step_verifier", "rollout", "trust_remote_code")  # the settings that can let code run
+CODE = (
+    "rewards",
+    "step_verifier",
+    "rollout",
+    "trust_remote_code",
+    "unisolated_judges",
+)  # the settings that can let code run
 
 
 def without_code(config: TrainConfig) -> TrainConfig:

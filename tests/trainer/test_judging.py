@@ -75,6 +75,7 @@ def test_code_cannot_reach_files_network_processes_or_the_environment(evaluating
             "truncate": f"os.truncate({str(secret)!r}, 0) or 1",
             "remove": f"os.remove({str(secret)!r}) or 1",
             "rename": f"os.rename({str(secret)!r}, {str(made)!r}) or 1",
+            "empty what it may read": f"os.open({os.__file__!r}, os.O_RDONLY | os.O_TRUNC)",
             "folder": f"os.mkdir({str(made)!r}) or 1",
             "link": f"os.symlink('/etc', {str(made)!r}) or 1",
             "mode": f"os.chmod({str(secret)!r}, 0) or 1",
@@ -97,7 +98,34 @@ def test_code_cannot_reach_files_network_processes_or_the_environment(evaluating
     allowed = {name: verdict.score for name, verdict in verdicts.items() if not verdict.failure}
     assert allowed in ({}, {"shell": 0.0}, {"shell": 1.0 + (127 << 8)})  # os.system tells of it: -1, or exit code 127
     assert secret.read_text() == "a token" and not made.exists()
-    assert ask(evaluating, "len(os.environ)", "1 + 1") == [pool.Verdict(0.0), pool.Verdict(2.0)]
+    assert ask(
+        evaluating, "len(set(os.environ) - {'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'})", "1 + 1"
+    ) == [pool.Verdict(0.0), pool.Verdict(2.0)]
+
+
+def test_an_import_that_starts_threads_is_possible(evaluating):
+    assert ask(evaluating, "float(__import__('numpy').ones(3).sum())") == [pool.Verdict(3.0)]
+
+
+def test_a_thousand_open_files(isolation, here):
+    """A training has many: none of them, and no other's answer, is open in the process that judges."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] != resource.RLIM_INFINITY and before[1] < 2048:
+        pytest.skip("this machine lets a process open fewer")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, before[1]))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        judges = Judges("--rewards evil", "evaluate", seconds=5.0)
+        # What poll says of a number that is not open is POLLNVAL.
+        polled = "(lambda p: (p.register(n), p.poll(0))[1])(__import__('select').poll())"
+        opened = f"len([n for n in range(4, 2048) if ({polled} or [(0, 0)])[0][1] != 32])"
+        assert ask(judges, opened, "4") == [pool.Verdict(0.0), pool.Verdict(4.0)]
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_nothing_outlives_a_completion(evaluating):

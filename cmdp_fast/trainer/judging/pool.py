@@ -77,13 +77,15 @@ class Judges:
         """A verdict for each request, the judge's keyword arguments. Failures are logged, each kind once."""
         if not requests:
             return []
+        if self._owner != os.getpid():  # forked, perhaps while another thread held it
+            self._lock = threading.Lock()
         with self._lock:
             try:
                 verdicts = self._connect().ask(requests, self._patience(len(requests)))
             except BaseException as error:  # an interrupt too: what is still on its way belongs to no later question
                 if self._connection is not None:
                     self._connection.close()
-                if not isinstance(error, OSError):
+                if not isinstance(error, OSError | InputError):  # InputError: it could not be started again
                     raise
                 verdicts = [Verdict(None, f"the process of the judges is lost: {error}")] * len(requests)
         self._tell(verdicts)
@@ -142,7 +144,7 @@ class Connection:
         finally:
             os.close(send)
         assert self._process.stdin is not None
-        self._answers, self._rest = receive, b""
+        self._answers, self._rest, self._batch = receive, b"", 0
         self.close: Callable[[], Any] = weakref.finalize(self, _end, self._process, receive)
         try:
             self._write(about)
@@ -166,15 +168,22 @@ class Connection:
 
     def ask(self, requests: Sequence[dict[str, Any]], patience: float) -> list[Verdict]:
         until = time.monotonic() + patience
-        self._write(list(requests))
-        verdicts: list[Verdict | None] = [None] * len(requests)
+        self._batch += 1
+        self._write([pickle.dumps(request) for request in requests])
+        verdicts: dict[int, Verdict] = {}
         for _ in requests:
-            answer = json.loads(self._line(until))
-            score, failure = answer.get("score"), answer.get("error", "")
-            verdicts[answer["index"]] = Verdict(score, readable(failure))
-        if None in verdicts:
+            line = self._line(until)
+            try:
+                answer = json.loads(line)
+                if answer["batch"] != self._batch:
+                    raise ValueError(answer["batch"])
+                score, failure = answer.get("score"), answer.get("error", "")
+                verdicts[answer["index"]] = Verdict(None if score is None else float(score), readable(failure))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise OSError("its answer makes no sense") from error
+        if sorted(verdicts) != list(range(len(requests))):
             raise OSError("it answered twice about the same completion")
-        return verdicts  # type: ignore[return-value]
+        return [verdicts[i] for i in range(len(requests))]
 
     def _write(self, message: Any) -> None:
         assert self._process.stdin is not None
@@ -184,7 +193,9 @@ class Connection:
     def _line(self, until: float) -> bytes:
         while b"\n" not in self._rest:
             left = until - time.monotonic()
-            if left <= 0 or not select.select([self._answers], [], [], left)[0]:
+            poll = select.poll()  # select() cannot wait for the thousandth file of a training
+            poll.register(self._answers, select.POLLIN)
+            if left <= 0 or not poll.poll(left * 1000):
                 raise OSError("it does not answer")
             data = os.read(self._answers, 1 << 16)
             if not data:

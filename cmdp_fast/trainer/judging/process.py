@@ -5,17 +5,18 @@
 It reads pickles on its standard input, which who started it makes of its own objects: a judge of reasoning-gym's tells
 a tuple from a list, JSON does not. The first says what to be, ``{"judge": [file, function, arguments], "path": [...],
 "isolated": bool, "workers": N, "seconds": S, "memory": bytes}``, and is answered by ``{"ready": true}`` or
-``{"error": why, "isolation": bool}``. Every further one is a list of requests, each the keyword arguments of the judge,
-and is answered by a line of JSON for each, ``{"index": i, "score": number or null}`` or ``{"index": i, "error": why}``,
-in the order in which they are ready.
+``{"error": why, "isolation": bool}``. Every further one is a list of requests, each a pickle of the judge's keyword
+arguments, and is answered by a line of JSON for each, ``{"batch": n, "index": i, "score": number or null}`` or
+``{"batch": n, "index": i, "error": why}``, in the order in which they are ready.
 
 The judge runs in a child that is forked for one request, gives up what isolation.py says and is killed at its time.
-This process does nothing with a completion but hand it on. At the end of its input it ends.
+This process hands a completion on without unpickling it. At the end of its input it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib.util
 import json
@@ -33,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 ANSWER = 3  # where a child answers
 DESCRIPTORS = 1024  # more than the children that run at once
 LONGEST = 1 << 16  # bytes of an answer; an honest one has a hundred
@@ -71,6 +73,7 @@ class Zygote:
     seconds: float
     space: int | None  # bytes of address space
     answers: int
+    batch: int = 0
     running: dict[int, Child] = field(default_factory=dict)  # by the descriptor of its answer
 
     def say(self, message: dict[str, Any]) -> None:
@@ -78,50 +81,54 @@ class Zygote:
         while data:
             data = data[os.write(self.answers, data) :]
 
-    def answer_all(self, requests: list[dict[str, Any]]) -> None:
+    def answer_all(self, requests: list[bytes]) -> None:
         """Judges the requests, some at a time. Ends the process if its input ends meanwhile."""
+        self.batch += 1
         waiting = deque(enumerate(requests))
         while waiting or self.running:
             while waiting and len(self.running) < self.workers:
                 self.start(*waiting.popleft())
             poll = select.poll()
-            poll.register(0, 0)  # a hang-up is told of unasked
+            poll.register(0, select.POLLHUP)
             for descriptor in self.running:
                 poll.register(descriptor, select.POLLIN)
             next_deadline = min(child.deadline for child in self.running.values())
-            for descriptor, _ in poll.poll(max(0.0, next_deadline - time.monotonic()) * 1000 + 1):
+            ready = poll.poll(max(0.0, next_deadline - time.monotonic()) * 1000 + 1)
+            now = time.monotonic()
+            for descriptor, _ in ready:
                 if descriptor == 0:
                     self.kill_all()
                     os._exit(0)
                 self.read(descriptor)
             for descriptor, child in list(self.running.items()):
-                if time.monotonic() >= child.deadline:
+                if now >= child.deadline:  # not what burying others has made of it
                     self.end(descriptor, {"error": f"no answer within {self.seconds:g} s"})
 
-    def start(self, index: int, request: dict[str, Any]) -> None:
+    def start(self, index: int, request: bytes) -> None:
         receive, send = os.pipe()
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
             try:
                 isolation.die_with(parent)
                 os.dup2(send, ANSWER)
-                os.closerange(ANSWER + 1, DESCRIPTORS)
+                os.closerange(ANSWER + 1, DESCRIPTORS)  # all there are: see main
                 self.be_child(request)
             finally:
                 os._exit(1)
         os.close(send)
         self.running[receive] = Child(index, pid, time.monotonic() + self.seconds)
 
-    def be_child(self, request: dict[str, Any]) -> None:
+    def be_child(self, request: bytes) -> None:
         """Judges, answers and ends."""
         os.setsid()  # so that its own children, which it may have where nothing is isolated, are killed with it
         os.dup2(1, 0)  # nothing to read, and nowhere to write
-        os.environ.clear()
+        for name in set(os.environ) - set(ONE_THREAD):  # OpenBLAS, imported late, ends a process that gets no threads
+            del os.environ[name]
         isolation.limit(self.seconds, self.space)
         try:
             if self.calls is not None:
                 self.calls.load()
-            answer = {"score": self.judge(**request)}
+            answer = {"score": self.judge(**pickle.loads(request))}
             data = json.dumps(answer)
         except BaseException as error:  # SystemExit and what else a completion may raise
             data = json.dumps({"error": described(error)})
@@ -144,7 +151,7 @@ class Zygote:
         os.close(descriptor)
         # A child that has answered ends by itself; one that has closed its answer and goes on is not waited for.
         status = bury(child.pid, patience=0.0 if verdict else 0.1)
-        self.say({"index": child.index, **(verdict or understood(bytes(child.answer), status))})
+        self.say({"batch": self.batch, "index": child.index, **(verdict or understood(bytes(child.answer), status))})
 
     def kill_all(self) -> None:
         for child in self.running.values():
@@ -210,7 +217,7 @@ def packages() -> set[str]:
     for module in list(sys.modules.values()):
         if "." not in module.__name__:
             found.update(str(path) for path in getattr(module, "__path__", ()))
-    return found
+    return found | {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
 
 
 def prepare(about: dict[str, Any], answers: int) -> Zygote:
@@ -239,9 +246,11 @@ def prepare(about: dict[str, Any], answers: int) -> Zygote:
 
 def tried(trial: Zygote) -> str:
     """Why a child is not isolated, "" if it is."""
-    trial.start(0, {})
+    trial.start(0, pickle.dumps({}))
     (descriptor, child) = next(iter(trial.running.items()))
-    data = os.read(descriptor, LONGEST) if select.select([descriptor], [], [], trial.seconds)[0] else b""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    data = os.read(descriptor, LONGEST) if poll.poll(trial.seconds * 1000) else b""
     os.close(descriptor)
     status = bury(child.pid, patience=1.0)
     try:
@@ -254,9 +263,16 @@ def tried(trial: Zygote) -> str:
 
 
 def main() -> None:
-    answers = int(sys.argv[1])
+    # The lowest number there is, so that the limit below counts it in: a child closes all up to the limit.
+    answers = fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, ANSWER + 1)
+    os.close(int(sys.argv[1]))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    descriptors = DESCRIPTORS if most == resource.RLIM_INFINITY else min(DESCRIPTORS, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who starts the training may ignore it, and children go unnoticed
     os.chdir("/")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory runs out, rather a judge than the training
     requests = sys.stdin.buffer
     zygote = prepare(pickle.load(requests), answers)
     zygote.say({"ready": True})
