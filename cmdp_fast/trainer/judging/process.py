@@ -101,8 +101,8 @@ class Zygote:
                     os._exit(0)
                 self.read(descriptor)
             for descriptor, child in list(self.running.items()):
-                if now >= child.deadline:  # not what burying others has made of it
-                    self.end(descriptor, {"error": f"no answer within {self.seconds:g} s"})
+                if now >= child.deadline:  # one that has answered has only not been seen to end
+                    self.end(descriptor, None if child.answer else {"error": f"no answer within {self.seconds:g} s"})
 
     def start(self, index: int, request: bytes) -> None:
         receive, send = os.pipe()
@@ -149,8 +149,8 @@ class Zygote:
         """Passes on what a child said, unless there is a verdict about the child itself, and buries it."""
         child = self.running.pop(descriptor)
         os.close(descriptor)
-        # A child that has answered ends by itself; one that has closed its answer and goes on is not waited for.
-        status = bury(child.pid, patience=0.0 if verdict else 0.1)
+        # How a child ended is asked where it has said nothing, and soon: it may have closed its answer and go on.
+        status = bury(child.pid, patience=0.0 if verdict or child.answer else 0.1)
         self.say({"batch": self.batch, "index": child.index, **(verdict or understood(bytes(child.answer), status))})
 
     def kill_all(self) -> None:
