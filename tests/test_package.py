@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cmdp_fast as cf
-from cmdp_fast import info
+from cmdp_fast import children, info
 
 ROOT = Path(__file__).parent.parent
 
@@ -127,3 +127,11 @@ def test_cuda_kernels_that_were_not_built_are_reported():
     done = subprocess.run([sys.executable, "-c", WITHOUT_CUDA], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the CUDA kernels were not built")
+
+
+def test_children_run_the_package_that_started_them(tmp_path):
+    """Not one that lies where the command was typed, as in a checkout beside an installation."""
+    (tmp_path / "cmdp_fast").mkdir()
+    (tmp_path / "cmdp_fast" / "__init__.py").write_text("raise SystemExit('the one of the working directory')")
+    done = subprocess.run(children.command("cmdp_fast.cli", "info"), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "backend torch" in done.stdout, done.stderr

@@ -24,6 +24,7 @@ import torch
 from cmdp_fast.bench.case import Case, Shape
 from cmdp_fast.bench.results import KNOWN, Memory
 from cmdp_fast.bench.variant import Absent, Variant
+from cmdp_fast.children import command
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 RETURN_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
@@ -40,8 +41,8 @@ def measure_memory(case: Case, variant: Variant) -> Memory:
     """The growth of a variant's run, in a process of its own. Raises Absent with the reason where that fails."""
     request = asdict(case) | {"variant": variant.name, "peer": variant.peer, "threads": torch.get_num_threads()}
     environment = os.environ | RETURN_BLOCKS | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-m", "cmdp_fast.bench.memory", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = command("cmdp_fast.bench.memory", json.dumps(request))
+    done = subprocess.run(run, capture_output=True, text=True, env=environment)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise Absent(f"the process that measures memory failed: {last[0]}")

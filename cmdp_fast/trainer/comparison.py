@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
+
+from cmdp_fast.children import command
 
 from .checkpoint import as_json
 from .config import TrainConfig
@@ -76,7 +77,7 @@ class Run:
         said += ["--name", c.name]
         for key, value in self.variant.overrides.items():
             said += words(key, value)
-        return [sys.executable, "-m", "cmdp_fast.cli", "train", *map(str, said)]
+        return command("cmdp_fast.cli", "train", *map(str, said))
 
 
 @dataclass(frozen=True)
