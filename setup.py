@@ -43,9 +43,11 @@ def reason(error: Exception) -> str:
     output = getattr(error, "output", None) or str(error)
     if "No CMAKE_CXX_COMPILER could be found" in output:
         return "no C++ compiler was found"
-    first = re.search(r"^.*\berror\b", output, re.IGNORECASE | re.MULTILINE)
+    patterns = (r"^.*(\berror:|CMake Error)", r"(?i)^.*\berror\b")  # a path may have an error in it as well
+    first = next(filter(None, (re.search(pattern, output, re.MULTILINE) for pattern in patterns)), None)
     words = " ".join(output[first.start() if first else 0 :].split())
-    words = re.sub(r"^CMake Error at \S+ \(\w+\): ", "CMake: ", words).partition(" It fails with the following")[0]
+    words = re.sub(r"^CMake Error at \S+ \(\w+\): ", "CMake: ", words)
+    words = re.split(r" It fails with the following| Call Stack ", words)[0]
     return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
@@ -67,7 +69,8 @@ class CMakeBuild(build_ext):
         try:
             self._build(ext)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            if os.environ.get("CMDP_FAST_REQUIRE_NATIVE") == "1":
+            required = os.environ.get("CMDP_FAST_REQUIRE_NATIVE", "0") not in ("", "0")
+            if required or os.environ.get("CMDP_FAST_CUDA", "auto") not in ("", "auto", "0"):
                 raise
             print(
                 f"cmdp_fast: the native kernels were not built ({reason(error)}). A C++20 compiler is needed. "

@@ -15,7 +15,8 @@ def command(module: str, *arguments: str) -> list[str]:
     """
     start = (
         "import runpy, sys; "
-        f"sys.path[:] = [*filter(None, sys.path), {ROOT!r}]; "
+        f"sys.path[:] = [{ROOT!r}, *filter(None, sys.path)]; "
+        "import cmdp_fast; del sys.path[0]; "  # found for good; what else lies beside it is nobody's business
         f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
     return [sys.executable, "-c", start, *arguments]

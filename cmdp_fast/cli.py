@@ -76,7 +76,9 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
 
 def _say(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # the others of several processes have the same (trainer/distributed.py)
-        print(f"cmdp-fast: {message}", file=sys.stderr)
+        from cmdp_fast.trainer.errors import without_controls
+
+        print(f"cmdp-fast: {without_controls(message)}", file=sys.stderr)
 
 
 def _runner(command: str) -> Callable[[Sequence[str]], int]:

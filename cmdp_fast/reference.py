@@ -315,8 +315,7 @@ def budget_trace(
     # NaN is not an account that anybody checked: it counts as a violation.
     violated = ((over | cumulative.isnan()) & keep).long().cumsum(-1) > 0
     width = cost.shape[-1]
-    position = torch.arange(width, device=cost.device).expand_as(violated)
-    first = torch.where(violated, position, width).amin(-1) if width else violated.new_zeros(len(cost)).long()
+    first = width - violated.long().sum(-1)  # a violation is absorbing
     overrun = (cumulative - limit).clamp(min=0.0)
     before = _previous(overrun)
     # Once the overrun is infinite nothing adds to it; a masked token adds nothing either.

@@ -202,3 +202,39 @@ def test_the_module_knows_its_sources():
         pytest.skip("needs the native module, in a checkout")
     assert re.fullmatch("[0-9a-f]{64}", native.SOURCES)
     assert native_module.fingerprint(ROOT / "csrc") == native.SOURCES
+
+
+def test_kernels_that_were_asked_for_by_name_are_not_left_out(tree, tmp_path):
+    """CMDP_FAST_CUDA=1 builds them or fails; it does not cost the others without a word."""
+    done = setup(tree, "build_ext", "--build-lib", tmp_path / "b", "--build-temp", tmp_path / "t", CMDP_FAST_CUDA="1")
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize(
+    "why, cure",
+    [
+        ("no C++ compiler was found", "install a C++20 compiler"),
+        ("CMake: Could NOT find Python (missing: Development.Module)", "remove the reason (a build needs"),
+    ],
+)
+def test_the_cure_is_for_the_reason(why, cure, tree):
+    (tree / "cmdp_fast" / FAILURE).write_text(why)
+    (tree / "setup.py").unlink()  # not a checkout, whose own cures come first
+    done = python(tree, USE)
+    assert why in done.stderr and cure in done.stderr
+
+
+def test_what_an_editor_or_a_build_leaves_in_csrc_is_no_source(tree):
+    before = native_module.fingerprint(tree / "csrc")
+    (tree / "csrc" / ".#scale.h").symlink_to("somebody@machine.1:2")
+    (tree / "csrc" / "build").mkdir()
+    (tree / "csrc" / "build" / "CMakeCache.txt").write_text("x")
+    assert native_module.fingerprint(tree / "csrc") == before
+
+
+def test_a_warning_that_is_an_error_does_not_go_away(tree):
+    twice = "import torch, cmdp_fast as cf, warnings\nwarnings.simplefilter('error')\nx = torch.randn(2, 3)\n"
+    twice += (
+        "for _ in range(2):\n    try:\n        cf.divergence(x, x)\n    except RuntimeWarning:\n        print('said')"
+    )
+    assert python(tree, twice).stdout.split() == ["said", "said"]

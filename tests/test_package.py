@@ -130,8 +130,10 @@ def test_cuda_kernels_that_were_not_built_are_reported():
 
 
 def test_children_run_the_package_that_started_them(tmp_path):
-    """Not one that lies where the command was typed, as in a checkout beside an installation."""
+    """Not one that lies where the command was typed, as in a checkout beside an installation, nor one installed."""
     (tmp_path / "cmdp_fast").mkdir()
-    (tmp_path / "cmdp_fast" / "__init__.py").write_text("raise SystemExit('the one of the working directory')")
-    done = subprocess.run(children.command("cmdp_fast.cli", "info"), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "backend torch" in done.stdout, done.stderr
+    (tmp_path / "cmdp_fast" / "__init__.py").write_text("raise SystemExit('another package')")
+    for environment in (os.environ, {**os.environ, "PYTHONPATH": str(tmp_path)}):
+        command = children.command("cmdp_fast.cli", "info")
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0 and "backend torch" in done.stdout, done.stderr

@@ -203,3 +203,15 @@ def test_an_unavailable_backend_says_why():
             with pytest.raises(ValueError, match=f"backend='{name}' is not available here: "):
                 cf.token_stats(LOGITS, LOGITS, TOKENS, backend=name)
     assert cf.available_backends()["torch"] is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_packed_sequences_in_one_graph(backend):
+    """Offsets hold data, on whose values no size may hang."""
+    cost, offsets = torch.rand(6), torch.tensor([0, 2, 2, 6])
+
+    def trace(cost, offsets):
+        return cf.budget_trace(cost, 0.5, cu_seqlens=offsets, backend=backend)
+
+    for found, expected in zip(torch.compile(trace, fullgraph=True)(cost, offsets), trace(cost, offsets), strict=True):
+        assert torch.equal(found, expected)

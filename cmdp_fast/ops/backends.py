@@ -108,7 +108,6 @@ def _warn_of_fallback() -> None:
     """Says once a process that, why, and until when CPU tensors are served by PyTorch."""
     global _warned
     if not _warned:
-        _warned = True
         frame, level = sys._getframe(), 1
         while frame.f_back and frame.f_code.co_filename.startswith(str(native_module.PACKAGE)):
             frame, level = frame.f_back, level + 1  # to whoever called an operation
@@ -118,6 +117,7 @@ def _warn_of_fallback() -> None:
             RuntimeWarning,
             stacklevel=level,
         )
+        _warned = True  # not before: where warnings are errors, each call says so
 
 
 _TAKES = {

@@ -27,7 +27,10 @@ def fingerprint(csrc: Path) -> str:
     """A hash of what the native modules are made from: names and contents of the files under csrc/."""
     digest = hashlib.sha256()
     for path in sorted(csrc.rglob("*")):
-        if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".cmake", ".txt"):
+        inside = path.relative_to(csrc).parts
+        if any(part.startswith(".") or part == "build" for part in inside):  # an editor's, or somebody's build
+            continue
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".cmake", ".txt") and path.is_file():
             content = path.read_bytes()
             digest.update(f"{path.relative_to(csrc).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()
@@ -69,13 +72,21 @@ def _missing() -> tuple[str, str]:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return (
         f"the native module was not built{why or f' for Python {version}'}",
-        f"install {COMPILER}, then {_reinstall()}",
+        f"{_remedy(why)}, then {_reinstall()}",
     )
+
+
+def _remedy(why: str) -> str:
+    """What has to be done before a build can succeed, as far as the reason tells."""
+    if not why or "C++ compiler" in why:
+        return f"install {COMPILER}"
+    return f"remove the reason (a build needs {COMPILER}, the headers of Python, and memory)"
 
 
 def _source_tree() -> Path | None:
     """The folder of csrc/ that this package lies in, if it is imported from one."""
-    return PACKAGE.parent if (PACKAGE.parent / "csrc" / "CMakeLists.txt").is_file() else None
+    parent = PACKAGE.parent
+    return parent if all((parent / name).is_file() for name in ("csrc/CMakeLists.txt", "setup.py")) else None
 
 
 def _installations() -> list[tuple[dict[str, Any], Path]]:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from .checkpoint import writing
 from .digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from .lock import alone_in
 
@@ -22,23 +23,29 @@ def cache_dir() -> Path:
 def made_once(folder: Path, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
     """The folder, filled by `make` now if it is not there or no longer as it was made, which is said.
 
-    A process that is killed leaves nothing half made. One process makes at a time; others wait, and find what it made.
+    A process that is killed leaves nothing under that name, and what it leaves is removed by the next that makes one.
+    One process makes at a time; others wait, and find what it made.
     """
     if damage(folder) is None:
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(folder.parent, say, wait=True):
         what = damage(folder)  # another process may have made it meanwhile
         if what is None:
             return folder
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        with writing(folder.parent):
+            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             if folder.exists():
                 say(f"{folder}: {what}: made again")
-            make(scratch)
-            write_sealed(scratch / FILES, {"files": digests(scratch)})
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(scratch, folder)
+            with writing(folder):
+                make(scratch)
+                write_sealed(scratch / FILES, {"files": digests(scratch)})
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder

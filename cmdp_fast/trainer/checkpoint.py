@@ -30,7 +30,12 @@ def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, 
                 save_adapted(student, part)
             else:
                 student.save_pretrained(part, state_dict=weights)
-            tokenizer.save_pretrained(part)
+            try:
+                tokenizer.save_pretrained(part)
+            except OSError:
+                raise
+            except Exception as error:  # its library has no other kind for a full disk
+                raise OSError(first_line(error)) from error
             sync_folder(part)
             if target.exists():
                 os.rename(target, old)

@@ -96,10 +96,14 @@ def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
 
 def _dataset_rows(config: TrainConfig, split: str) -> list[Row]:
     import datasets
+    from datasets import packaged_modules
 
     name, path = config.dataset, Path(config.dataset)
     if path.is_file() and path.suffix not in _LOADERS:
         raise InputError(f"--dataset {name}: a file must end in {', '.join(_LOADERS)}")
+    if not path.exists() and name in packaged_modules._PACKAGED_DATASETS_MODULES:
+        # To `datasets` a way of reading whatever lies in the working directory, for older versions pickles too.
+        raise InputError(f"--dataset {name}: that is a format, not a dataset; give a hub id, a file or a folder")
     quiet = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     stream = config.streaming

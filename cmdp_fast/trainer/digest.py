@@ -80,13 +80,14 @@ def read_sealed(path: Path) -> dict[str, Any]:
         text = path.read_bytes().decode()
         value = json.loads(text)
         written = value.pop("sha256", None)
+        fits = text == _sealed(value)
     except FileNotFoundError as error:
         raise Damaged(f"{path.name} is not there") from error
     except Exception as error:  # whatever stands in it
         raise Damaged(f"{path.name} cannot be read: {first_line(error)}") from error
     if written is None:
         raise Damaged(f"{path.name} lacks its own sha256: an earlier version of cmdp_fast wrote it, or somebody else")
-    if text != _sealed(value):
+    if not fits:
         raise Damaged(f"{path.name} does not fit its own sha256: it is damaged, or was changed by hand")
     return value
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what was given and what was expected."""
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def without_controls(text: str) -> str:
+    """The text without what a terminal obeys (tabs and line ends stay): others may have written parts of it."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def first_line(error: BaseException) -> str:

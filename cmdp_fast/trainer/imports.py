@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Cal
             loader.exec_module(module)
         else:
             _look_here()
-            module = importlib.import_module(module_name)
+            with _no_compiled_files():
+                module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
         raise InputError(f"{option} {spec}: {first_line(error)}") from error
     function = getattr(module, function_name, None)
@@ -41,23 +44,38 @@ def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Cal
     return function
 
 
-def source_file(spec: str) -> Path | None:
-    """The file of the module in ``module:function`` or ``path/file.py:function``, None if Python itself brings it.
+def source_files(spec: str) -> list[Path]:
+    """The files that an import of ``module:function`` or ``path/file.py:function`` runs by its name: those of the
+    packages above the module, and its own, the last; those that Python itself brings are left out.
 
-    Nothing is run, no package above the module either. Raises ImportError or ValueError if there is no such module.
+    Nothing is run. Raises ImportError or ValueError if there is no such module.
     """
     module_name = spec.rpartition(":")[0]
     if module_name.endswith(".py"):
-        return Path(module_name)
+        return [Path(module_name)]
     _look_here()
     first, *rest = module_name.split(".")
     found = importlib.util.find_spec(first)  # which imports what is above a module: here there is nothing
+    files = [found]
     for depth, _ in enumerate(rest):
         places = found.submodule_search_locations if found else None
         found = PathFinder.find_spec(".".join([first, *rest[: depth + 1]]), places) if places else None
+        files.append(found)
     if found is None:
         raise ImportError(f"No module named {module_name!r}")
-    return Path(found.origin) if found.has_location and found.origin else None
+    return [Path(spec.origin) for spec in files if spec and spec.has_location and spec.origin]
+
+
+@contextmanager
+def _no_compiled_files() -> Iterator[None]:
+    """Imports run the sources, never what a `__pycache__` beside them says that they were."""
+    before = sys.pycache_prefix
+    with tempfile.TemporaryDirectory() as empty:
+        sys.pycache_prefix = empty
+        try:
+            yield
+        finally:
+            sys.pycache_prefix = before
 
 
 class _FromSource(SourceFileLoader):

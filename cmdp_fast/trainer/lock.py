@@ -49,6 +49,8 @@ def alone_in(folder: Path, say: Callable[[str], None], wait: bool = False) -> It
             raise InputError(f"{folder}: {holder}, or one that it has started, is at work here") from error
         except OSError as error:
             say(f"{folder}: no lock on this file system ({first_line(error)}), nothing keeps another process away")
+        if not _is_there(lock, path):
+            raise InputError(f"{folder}: another process has just removed it, or its lock; try again")
         with writing(path):
             lock.truncate()
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -58,6 +60,14 @@ def alone_in(folder: Path, say: Callable[[str], None], wait: bool = False) -> It
             yield lock.fileno()
         finally:
             _held.discard(lock)
+
+
+def _is_there(lock: IO[str], path: Path) -> bool:
+    """Whether the file is still the one of that name, which others open."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+    except OSError:
+        return False
 
 
 def _opened(path: Path) -> IO[str]:

@@ -33,7 +33,13 @@ def load_pair(config: TrainConfig, train: Sequence[Row], report: Report) -> tupl
     for role, name in sources.items():  # everything cheap before anything is trained or read
         if not name.startswith("builtin:"):
             folders[role] = name
-            _load(AutoConfig, role, name, trusted)
+            about = _load(AutoConfig, role, name, trusted)
+            kernel = str(getattr(about, "_attn_implementation", None) or "")
+            if "/" in kernel and not trusted:
+                raise InputError(
+                    f"--{role} {name} asks for the attention of {kernel}, which is code from the hub: "
+                    "--trust-remote-code if you have read it"
+                )
             tokenizers[role] = _load(AutoTokenizer, role, name, trusted)
     for role, name in sources.items():
         if name.startswith("builtin:"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 from .checkpoint import as_json, replacing, sync, write_text, writing
 from .config import TrainConfig
 from .constraint import Constraint
-from .errors import InputError
+from .errors import InputError, without_controls
 
 T = TypeVar("T")
 
@@ -64,7 +63,7 @@ class Report:
     def say(self, line: str) -> None:
         """Prints a line."""
         if self.shown:
-            print(line, flush=True)
+            print(without_controls(line), flush=True)
 
     def status(self, text: str) -> None:
         """Sets what stands beside the bar that is running."""
@@ -198,9 +197,6 @@ def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_acc
         figure.savefig(part, format="png", dpi=120)
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: a terminal obeys them
-
-
 def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
     """Completions as text for a terminal: a heading for each policy, then its samples, without control codes."""
     lines = []
@@ -210,6 +206,6 @@ def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
             verdict = "right" if s["correct"] else "wrong"
             budget = "within budget" if s["feasible"] else "OVER BUDGET"
             text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}, {s['cumulative']:.2f}, {budget}]"
-            lines.append(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
+            lines.append(without_controls(text))
         lines.append("")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .config import TrainConfig
 from .digest import Damaged, read_sealed
-from .ending import SUMMARY, finished_summary
+from .ending import finished_summary
 from .errors import InputError
 from .settings import typed
 from .state import checkpoints
@@ -67,7 +67,7 @@ def is_finished(config: TrainConfig, say: Callable[[str], None]) -> bool:
         raise InputError(f"--steps {config.steps}: {config.resume} has {summary['steps']} behind it")
     if summary is not None and summary["steps"] == config.steps:
         return True
-    if (run / SUMMARY).exists() and not checkpoints(run):
+    if (summary is not None or damaged) and not checkpoints(run):  # else it stopped before the first, and begins again
         raise InputError(f"--resume {run}: {damaged and f'{damaged}, and '}it left no checkpoint to go on from")
     if damaged:
         say(f"{run}: {damaged}; the end of the run is made again")

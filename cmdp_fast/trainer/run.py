@@ -30,6 +30,7 @@ from .report import Report, check_trackers
 from .resume import is_finished
 from .rollout import Sampling, end_tokens
 from .run_folder import check_run_folder
+from .state import remove_checkpoints
 from .training import Run
 from .trust import code_of
 from .value import ValueHead
@@ -57,6 +58,8 @@ def train(config: TrainConfig) -> Path:
                 held.enter_context(alone_in(Path(config.resume), report.say))
                 finished = is_finished(config, report.say)
         if any_process(finished, accelerator):
+            if accelerator.is_main_process and not config.checkpoint_every:
+                remove_checkpoints(Path(config.resume))  # where it was killed before it could
             report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
             return Path(config.resume)
         material = main_first(lambda: load(config, report), accelerator)

@@ -11,6 +11,7 @@ A checkpoint is written under a hidden name and takes its own once it is on the 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,8 @@ MANIFEST = "run.json"
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -45,6 +47,12 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)  # what stays is removed with the next checkpoint
     with suppress(OSError):
         folder.parent.rmdir()
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Removes those of a run that has ended and was asked for none. Raises InputError if it cannot."""
+    for folder in checkpoints(run):
+        remove_checkpoint(folder)
 
 
 def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any]) -> Path:

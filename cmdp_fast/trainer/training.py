@@ -21,7 +21,7 @@ from .material import Material
 from .ppo import PPO
 from .report import MetricsLog, Report, plot_curves, samples_text
 from .run_folder import make_run_folder, write_config
-from .state import checkpoints, load_checkpoint, remove_checkpoint, save_checkpoint
+from .state import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
 
 SAMPLES = 20
 
@@ -120,7 +120,7 @@ class Run:
             interrupts.deferred = True
             self._write(error)
         if self.accelerator.is_main_process and not self.config.checkpoint_every:
-            remove_checkpoint(checkpoints(self.folder)[-1])
+            remove_checkpoints(self.folder)
 
     def _checkpoint_of_the_end(self) -> None:
         """Also where none is asked for: whatever stops what follows, it is made again from here."""

@@ -1,12 +1,13 @@
 """Whose code runs: that which the command line names. A run's folder names code too, and does not have it run.
 
 A run records the sha256 of the files that its functions are in. To go on with it, its code is named again with the same
-options, and the files must be those of the beginning. A function's own file is compared, not what that file imports,
-and nothing of a model's code.
+options, and the files must be those of the beginning. A function's own file is compared, and those of the packages that
+it is in, not what these files import, and nothing of a model's code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 from .config import TrainConfig
 from .digest import sha256
 from .errors import InputError, first_line
-from .imports import source_file
+from .imports import source_files
 from .settings import words
 
 CODE = (
@@ -59,10 +60,11 @@ def check_unchanged(now: TrainConfig, recorded: dict[str, str]) -> None:
         for spec in _functions(getattr(now, name)):
             found, expected = _sha256(name, spec), recorded.get(spec)
             if found != expected:
+                file, *above = [*map(str, source_files(spec)[::-1])] or ["its module"]
+                of = ", or a package that it is in has changed" if above else ""
                 raise InputError(
-                    f"--{name.replace('_', '-')} {spec}: {source_file(spec) or 'its module'} is not the file that "
-                    f"{now.resume} began with (sha256 {found or 'none'}, recorded {expected or 'none'}): put that file "
-                    "back, or begin another run"
+                    f"--{name.replace('_', '-')} {spec}: {file} is not the file that {now.resume} began with{of} "
+                    f"(sha256 {found or 'none'}, recorded {expected or 'none'}): put that back, or begin another run"
                 )
 
 
@@ -79,7 +81,8 @@ def _functions(value: Any) -> list[str]:
 
 def _sha256(name: str, spec: str) -> str:
     try:
-        path = source_file(spec)
-        return sha256(path) if path else ""
+        digests = [sha256(path) for path in source_files(spec)]
+        above, own = "".join(digests[:-1]), digests[-1] if digests else ""
+        return hashlib.sha256(f"{above}{own}".encode()).hexdigest() if above else own
     except (ImportError, OSError, ValueError) as error:
         raise InputError(f"--{name.replace('_', '-')} {spec}: {first_line(error)}") from error

@@ -294,3 +294,22 @@ def test_the_sha256_of_a_file_is_that_of_its_contents(tmp_path):
     content = os.urandom(digest.CHUNK + 5)
     (tmp_path / "file").write_bytes(content)
     assert digest.digests(tmp_path) == {"file": hashlib.sha256(content).hexdigest()}
+
+
+def test_json_of_any_depth_is_damaged(tmp_path):
+    for depth in (500, 900, 100_000):
+        (tmp_path / "x.json").write_text('{"a": ' + "[" * depth + "]" * depth + ', "sha256": "0"}')
+        with pytest.raises(digest.Damaged):
+            digest.read_sealed(tmp_path / "x.json")
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="could not be written"):
+        cache.made_once(tmp_path / "file" / "model", make, print)
+
+
+def test_what_a_killed_process_left_of_a_cached_folder_goes(tmp_path):
+    (tmp_path / ".model-abc").mkdir()
+    cache.made_once(tmp_path / "model", make, print)
+    assert not (tmp_path / ".model-abc").exists()

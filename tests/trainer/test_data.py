@@ -10,6 +10,7 @@ from tiny_pair import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from cmdp_fast.trainer import data
+from cmdp_fast.trainer.config import TrainConfig
 from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.models import load_pair
 from cmdp_fast.trainer.report import Report
@@ -129,3 +130,11 @@ def test_code_of_a_model_runs_by_flag_alone(pair, tmp_path, monkeypatch):
     assert not mark.exists()
     student, _, _ = load_pair(settings(pair, student=str(folder), trust_remote_code=True), [], Report())
     assert mark.exists() and type(student).__name__ == "OwnModel"
+
+
+@pytest.mark.parametrize("name", ["pandas", "json", "webdataset"])
+def test_a_format_is_not_a_dataset(name, tmp_path, monkeypatch):
+    """To the library it is whatever lies in the working directory, a pickle for instance."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--dataset {name}: that is a format, not a dataset"):
+        data.load_problems(TrainConfig(dataset=name))

@@ -16,6 +16,7 @@ from tiny_pair import arguments, untimed
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import checkpoint, training
 from cmdp_fast.trainer.ending import finished_summary
+from cmdp_fast.trainer.errors import InputError
 
 WRITES = ((os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree"), (os, "unlink"))
 
@@ -232,3 +233,44 @@ def test_a_file_of_the_end_that_cannot_be_written(pair, tmp_path, expected, monk
     monkeypatch.setattr(training, "save_student", original)
     assert main(["train", f"--resume={tmp_path / 'r'}"]) == 0
     assert left_by(tmp_path / "r") == expected
+
+
+@pytest.mark.parametrize("how", ["two interrupts", "a full disk"])
+def test_stopped_before_the_first_checkpoint_it_begins_again(how, pair, tmp_path, expected, monkeypatch, capsys):
+    """As after a kill: what it has left says that it did not come to its end."""
+    words = command(pair, tmp_path)
+
+    def full(*_):
+        raise InputError("it does not fit")
+
+    with monkeypatch.context() as patch:
+        if how == "two interrupts":
+            patch.setattr(training.PPO, "step", lambda *_: interrupt())
+        else:
+            patch.setattr(training, "save_checkpoint", full)
+        assert main(words) == (130 if how == "two interrupts" else 2)
+    assert (tmp_path / "r" / "summary.json").exists() and not (tmp_path / "r" / "checkpoints").exists()
+    assert main(["train", f"--resume={tmp_path / 'r'}"]) == 0, capsys.readouterr().err
+    assert left_by(tmp_path / "r") == expected
+
+
+def test_a_checkpoint_that_nobody_asked_for_goes_with_the_next_resume(pair, tmp_path, monkeypatch):
+    """A run that was killed after its marker, and before it could remove what it no longer needs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "remove_checkpoints", lambda _: None)
+        assert main(command(pair, tmp_path)) == 0
+    assert (tmp_path / "r" / "checkpoints").exists()
+    assert main(["train", f"--resume={tmp_path / 'r'}"]) == 0
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk(pair, tmp_path, monkeypatch, capsys):
+    """Its library raises a bare Exception."""
+    from transformers import PreTrainedTokenizerBase
+
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    assert main(command(pair, tmp_path)) == 2
+    assert "student could not be written: No space left on device" in capsys.readouterr().err

@@ -15,10 +15,10 @@ import pytest
 from tiny_pair import arguments
 
 from cmdp_fast.cli import main
-from cmdp_fast.trainer import digest
+from cmdp_fast.trainer import digest, trust
 from cmdp_fast.trainer.config import TrainConfig
 from cmdp_fast.trainer.errors import InputError
-from cmdp_fast.trainer.imports import import_function, source_file
+from cmdp_fast.trainer.imports import import_function, source_files
 from cmdp_fast.trainer.trust import CODE
 
 MINE = """
@@ -91,6 +91,20 @@ def test_a_run_goes_on_where_its_code_is_named_again(case, pair, tmp_path, mine,
     assert (mine / "ran").exists()
 
 
+def test_a_package_that_the_code_is_in_has_changed(pair, tmp_path, mine, capsys):
+    """It is imported first, so it is as much as the module what runs."""
+    (mine / "pack").mkdir()
+    above = mine / "pack" / "__init__.py"
+    above.write_text("")
+    shutil.copy(mine / "mine.py", mine / "pack")
+    resume = begun(pair, tmp_path, rewards="pack.mine:reward")
+    forget_modules()
+    above.write_text(f"open({str(mine / 'imported')!r}, 'w')")
+    assert main([*resume, "--rewards=pack.mine:reward"]) == 2
+    assert "or a package that it is in has changed" in capsys.readouterr().err
+    assert not (mine / "imported").exists()
+
+
 def test_evaluate_asks_as_well(pair, tmp_path, mine, capsys):
     _, resume, _ = begun(pair, tmp_path, rewards="mine.py:reward")
     (mine / "ran").unlink()
@@ -107,7 +121,7 @@ def test_code_that_has_changed_is_not_run(spec, pair, tmp_path, mine, capsys):
     for folder in (mine / "pack", inner):
         (folder / "__init__.py").write_text(f"open({str(mine / 'imported')!r}, 'w')")
     shutil.copy(mine / "mine.py", inner)
-    file = Path(source_file(spec))
+    file = Path(source_files(spec)[-1])
     resume = begun(pair, tmp_path, rewards=spec)
     forget_modules()
     for trace in ("ran", "imported", "pack/inner/ran"):
@@ -117,7 +131,10 @@ def test_code_that_has_changed_is_not_run(spec, pair, tmp_path, mine, capsys):
         assert main([*resume, f"--rewards={spec}", *more]) == 2
         error = capsys.readouterr().err
         assert f"--rewards {spec}: " in error and "mine.py is not the file" in error and error.count("\n") == 1
-        for sha256 in (digest.sha256(file), digest.read_sealed(tmp_path / "runs/r/config.json")["code"][spec]):
+        for sha256 in (
+            trust._sha256("rewards", spec),
+            digest.read_sealed(tmp_path / "runs/r/config.json")["code"][spec],
+        ):
             assert sha256 in error
         assert not any((mine / trace).exists() for trace in ("ran", "imported", "pack/inner/ran"))
     file.write_text(MINE)
@@ -205,18 +222,19 @@ def test_a_compiled_file_beside_a_file_is_not_run(mine):
     cached = compiled.with_name(compiled.name.replace("other", "mine"))
     compiled.rename(cached)
     assert import_function("--rewards", "mine.py:reward")(completions=["a"]) == [1.0]
+    assert import_function("--rewards", "mine:reward")(completions=["a"]) == [1.0]
 
 
 def test_the_file_of_a_module_is_found_without_running_anything(mine):
     (mine / "pack").mkdir()
     (mine / "pack" / "__init__.py").write_text("raise SystemExit(5)")
     (mine / "pack" / "inner.py").write_text("raise SystemExit(5)")
-    assert source_file("mine:reward") == mine / "mine.py"
-    assert source_file("pack:reward") == mine / "pack" / "__init__.py"
-    assert source_file("pack.inner:reward") == mine / "pack" / "inner.py"
-    assert source_file("sys:exit") is None
+    assert source_files("mine:reward") == [mine / "mine.py"]
+    assert source_files("pack:reward") == [mine / "pack" / "__init__.py"]
+    assert source_files("pack.inner:reward") == [mine / "pack" / "__init__.py", mine / "pack" / "inner.py"]
+    assert source_files("sys:exit") == []
     for spec in ("no_such:reward", "pack.no_such:reward", "pack.inner.no_such:reward", "mine.x:reward"):
         with pytest.raises(ImportError):
-            source_file(spec)
+            source_files(spec)
     with pytest.raises(InputError, match=r"--rewards no_such:reward: No module named 'no_such'"):
         import_function("--rewards", "no_such:reward")
