@@ -38,4 +38,6 @@ def isolation() -> None:
     try:
         Judges("--rewards math_verify", "math_verify", seconds=1.0)
     except IsolationError as error:
+        if "a process of it could" in str(error):  # it has all that isolates, and is not isolated
+            raise
         pytest.skip(str(error))
