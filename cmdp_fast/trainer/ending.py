@@ -32,8 +32,13 @@ def finished_summary(folder: Path) -> dict[str, Any] | None:
     try:
         if summary["interrupted"] or summary["error"] is not None or summary["student_after"] is None:
             return None
-        kinds = {"steps": int, "config": dict, "student_after": dict, "files": dict}
+        kinds = {"steps": int, "config": dict, "student_after": dict, "files": dict, "seconds": dict}
         fits, files = all(isinstance(summary[name], kind) for name, kind in kinds.items()), summary["files"]
+        fits = fits and all(
+            isinstance(value, int | float | None)
+            for name in ("student_after", "seconds")
+            for value in summary[name].values()
+        )
     except KeyError as error:
         raise Damaged(f"{SUMMARY} lacks {error}") from error
     check_digests(folder, files)

@@ -90,6 +90,7 @@ class Run:
             self.ppo.scheduler.load_state_dict(state["schedule"])
             self.ppo.clock.seconds.update(state["seconds"])
             self.results, self.samples = state["results"], state["samples"]
+            _check_records(state)
         except Exception as error:  # it is as it was written, and was not written by this program
             raise InputError(f"{self.folder}: its last checkpoint is not one of such a run: {error!r}") from error
         done = self.saved = self.ppo.steps_done
@@ -213,6 +214,20 @@ class Run:
         if not failures:
             names = "student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt samples.jsonl"
             self.report.say(f"{folder}: {names}")
+
+
+def _check_records(state: dict[str, Any]) -> None:
+    """Raises ValueError or KeyError unless a checkpoint's records are of the form that `Run` writes."""
+    steps = [record["step"] for name in ("metrics", "evaluations") for record in state[name]]
+    figures = [state["results"][who]["accuracy"] for who in ("teacher", "student_before")]
+    samples = [sample["completion"] for some in state["samples"].values() for sample in some]
+    if not (
+        all(type(step) is int for step in [state["ppo"]["steps_done"], *steps])
+        and all(isinstance(figure, float) for figure in figures)
+        and all(isinstance(sample, str) for sample in samples)
+        and state["ppo"]["steps_done"] == len(state["metrics"]) > 0
+    ):
+        raise ValueError("its records are of another form")
 
 
 def summary(

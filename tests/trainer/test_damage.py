@@ -145,12 +145,26 @@ def test_a_manifest_that_somebody_wrote(case, run, ppo, tmp_path, capsys):
     check_taken_before(ppo, tmp_path / "r", expected, capsys)
 
 
-def test_a_state_that_somebody_wrote(run, pair, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ppo": "nothing"},
+        {"metrics": None},
+        {"metrics": [{}]},
+        {"metrics": []},
+        {"evaluations": [1]},
+        {"results": {}},
+        {"samples": {"a": [1]}},
+        {"seconds": 5},
+    ],
+    ids=str,
+)
+def test_a_state_that_somebody_wrote(changes, run, pair, tmp_path, capsys):
     """Sealed, with all of its files, and of no run of this program: one line."""
     shutil.copytree(run, tmp_path / "r")
     for checkpoint in state.checkpoints(tmp_path / "r"):
         about = digest.read_sealed(checkpoint / MANIFEST)
-        digest.write_sealed(checkpoint / MANIFEST, {**about, "ppo": "nothing"})
+        digest.write_sealed(checkpoint / MANIFEST, {**about, **changes})
     (tmp_path / "r" / "summary.json").unlink()
     assert main(["train", f"--resume={tmp_path / 'r'}"]) == 2
     error = capsys.readouterr().err
