@@ -15,6 +15,7 @@ import logging
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,9 +157,14 @@ def last_group(pattern: re.Pattern[str], text: str) -> str | None:
     try:
         found = [match.group(1) for match in regex.finditer(pattern.pattern, text, timeout=SEARCH)]
     except (TimeoutError, MemoryError):
-        _log.warning("the pattern %r takes more than %g s on a text: no answer is found in it", pattern.pattern, SEARCH)
+        _tell_of(pattern.pattern)
         return None
     return found[-1].strip() if found and found[-1] is not None else None
+
+
+@cache
+def _tell_of(pattern: str) -> None:
+    _log.warning("the pattern %r takes more than %g s on a text: no answer is found in such", pattern, SEARCH)
 
 
 def _with_prompt(row: Row, config: TrainConfig) -> Row:

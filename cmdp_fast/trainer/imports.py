@@ -6,10 +6,10 @@ import importlib
 import importlib.util
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.machinery import PathFinder, SourceFileLoader
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Cal
             loader.exec_module(module)
         else:
             _look_here()
-            with _no_compiled_files():
+            with _from_source(module_name):
                 module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
         raise InputError(f"{option} {spec}: {first_line(error)}") from error
@@ -67,15 +67,31 @@ def source_files(spec: str) -> list[Path]:
 
 
 @contextmanager
-def _no_compiled_files() -> Iterator[None]:
-    """Imports run the sources, never what a `__pycache__` beside them says that they were."""
-    before = sys.pycache_prefix
-    with tempfile.TemporaryDirectory() as empty:
-        sys.pycache_prefix = empty
-        try:
-            yield
-        finally:
-            sys.pycache_prefix = before
+def _from_source(module_name: str) -> Iterator[None]:
+    """Imports of a module and of the packages that it is in run their files; those of all others are as ever."""
+    parts = module_name.split(".")
+    finder = _Finder(".".join(parts[: depth + 1]) for depth in range(len(parts)))
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Finder(MetaPathFinder):
+    """What the other finders find under some names, to be run from its source."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = set(names)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname not in self.names:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if found is not None and type(found.loader) is SourceFileLoader:
+            found.loader = _FromSource(fullname, found.loader.path)
+        return found
 
 
 class _FromSource(SourceFileLoader):

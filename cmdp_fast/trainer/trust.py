@@ -19,13 +19,8 @@ from .errors import InputError, first_line
 from .imports import source_files
 from .settings import words
 
-CODE = (
-    "rewards",
-    "step_verifier",
-    "rollout",
-    "trust_remote_code",
-    "unisolated_judges",
-)  # the settings that can let code run
+# The settings that can let code run.
+CODE = ("rewards", "step_verifier", "rollout", "trust_remote_code", "unisolated_judges")
 
 
 def without_code(config: TrainConfig) -> TrainConfig:

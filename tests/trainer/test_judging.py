@@ -175,11 +175,11 @@ def test_every_way_to_give_no_answer(evaluating, caplog):
 
 def test_an_honest_completion_is_not_late_for_its_neighbours(here, isolation):
     """Each of them closes its answer and goes on, and is waited for a little; the honest answer is there by then."""
-    judges = Judges("--rewards evil", "evaluate", seconds=1.0)
+    judges = Judges("--rewards evil", "evaluate", seconds=2.0)
     judges._connection.close()
-    judges.workers = 8
-    rude = "time.sleep(0.58) or os.close(3) or time.sleep(9)"
-    assert ask(judges, "time.sleep(0.6) or 1", *[rude] * 7)[0] == pool.Verdict(1.0)
+    judges.workers = 16
+    rude = "time.sleep(0.95) or os.close(3) or time.sleep(9)"
+    assert ask(judges, "time.sleep(1) or 1", *[rude] * 15)[0] == pool.Verdict(1.0)
     assert ask(judges, "os.write(3, b'{\"score\": 2}') and time.sleep(9)") == [pool.Verdict(2.0)]  # its own alone
 
 

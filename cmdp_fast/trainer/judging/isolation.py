@@ -134,9 +134,8 @@ def _run() -> None:
 
 
 _ATTEMPTS = {
-    "read a file": lambda: open("/proc/self/status", "rb").close(),
+    "read a file": lambda: open("/proc/self/status", "rb").close(),  # there for everybody, whatever /proc hides
     "list a folder": lambda: os.listdir("/"),
-    "look into a process": lambda: open("/proc/1/status", "rb").close(),
     "write a file": lambda: os.close(os.open(os.devnull, os.O_WRONLY)),
     "empty a file": lambda: os.close(os.open(os.devnull, os.O_RDONLY | os.O_TRUNC)),
     "open a socket": lambda: socket.socket().close(),

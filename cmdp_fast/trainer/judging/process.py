@@ -212,10 +212,10 @@ def refuse(answers: int, why: str, isolation: bool = False) -> None:
 
 
 def packages() -> set[str]:
-    """The folders of the packages that are loaded, which may lie outside the Python installation."""
+    """The folders of the packages that are loaded, and those that packages are installed in."""
     found: set[str] = set()
     for module in list(sys.modules.values()):
-        if "." not in module.__name__:
+        if "." not in module.__name__ and getattr(module, "__file__", None):  # else any folder of that name
             found.update(str(path) for path in getattr(module, "__path__", ()))
     return found | {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
 
@@ -226,7 +226,7 @@ def prepare(about: dict[str, Any], answers: int) -> Zygote:
     file, function, arguments = about["judge"]
     try:
         judge = getattr(load(file), function)(**arguments)
-    except Exception as error:
+    except Exception as error:  # of a package that is not ours: whatever it raises is why it cannot be loaded
         refuse(answers, described(error))
     used, calls = isolation.address_space(), None
     space = None if used is None else used + about["memory"]
