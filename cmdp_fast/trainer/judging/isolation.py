@@ -20,7 +20,7 @@ from typing import Any
 
 # What a computation in Python needs: memory, time, its open files, and to read the modules that it imports late.
 CALLS = (
-    *("read", "readv", "pread64", "write", "writev", "lseek", "close", "poll", "ppoll"),
+    *("read", "readv", "pread64", "write", "writev", "lseek", "close", "poll", "ppoll", "select", "pselect6"),
     *("stat", "fstat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2"),
     *("readlink", "readlinkat", "getcwd", "getdents64"),
     *("brk", "mmap", "munmap", "mremap", "mprotect"),
