@@ -17,7 +17,7 @@ from cmdp_fast.bench import command, suite
 from cmdp_fast.bench.measure import make_sets
 from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.peers import PEERS
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 
 
 def pytest_generate_tests(metafunc):

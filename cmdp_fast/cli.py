@@ -51,7 +51,7 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
         import datasets
         import transformers
 
-        from .trainer.errors import InputError
+        from .errors import InputError
 
         run = _runner(command)
     except ModuleNotFoundError as error:
@@ -76,7 +76,7 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
 
 def _say(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # the others of several processes have the same (trainer/distributed.py)
-        from cmdp_fast.trainer.errors import without_controls
+        from cmdp_fast.errors import without_controls
 
         print(f"cmdp-fast: {without_controls(message)}", file=sys.stderr)
 

@@ -13,7 +13,7 @@ from bench_results import result, run_of
 from cmdp_fast.bench import compare, page, plots, results, show
 from cmdp_fast.bench.case import SHAPES, Work
 from cmdp_fast.bench.results import Measured, Memory, Sweep
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

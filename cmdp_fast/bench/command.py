@@ -16,7 +16,7 @@ from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.peers import PEERS
 from cmdp_fast.bench.suite import Plan, run_case
 from cmdp_fast.bench.sweep import AXES, sweeps
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 
 DEVICES = ("cpu", "cuda")
 

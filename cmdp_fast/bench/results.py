@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.bench.case import Shape, Work
-from cmdp_fast.trainer.checkpoint import write_json
-from cmdp_fast.trainer.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.files import write_json
 
 FORMAT = 1
 KNOWN = 64 * 2**20  # bytes of the allocation on which the method of measuring memory is tried

@@ -18,7 +18,7 @@ from cmdp_fast.bench.peers import serves
 from cmdp_fast.bench.peers import variants_of as peer_variants
 from cmdp_fast.bench.results import CaseResult, Measured
 from cmdp_fast.bench.variant import Absent, Inputs, Variant
-from cmdp_fast.trainer.errors import first_line
+from cmdp_fast.errors import first_line
 
 ALLOWED = 2.0  # times the error that plain PyTorch makes in the same dtype
 ROUNDING = {"float32": 16, "half": 2}  # and so many units of the value's dtype, where that happens to be exact

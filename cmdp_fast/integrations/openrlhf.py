@@ -36,10 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.constraint import Constraint
 from cmdp_fast.integrations.credit import constrained_advantage
 from cmdp_fast.integrations.packages import require
-from cmdp_fast.trainer.errors import InputError
 
 INSTALL = "pip install 'openrlhf[vllm]>=0.11.2,<0.12'"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 
 
 class PackageError(InputError, ImportError):

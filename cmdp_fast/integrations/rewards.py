@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.judging.reward import JudgedReward
 
 TRLReward = Callable[..., "Sequence[float | None]"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError, first_line
 from .config import TrainConfig
-from .errors import InputError, first_line
 
 
 def add_adapter(student: Any, config: TrainConfig) -> None:

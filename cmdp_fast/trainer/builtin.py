@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
+from ..errors import InputError
 from .cache import cache_dir, made_once
 from .config import TrainConfig
 from .data import Row
-from .errors import InputError
 from .report import Report
 
 FORMAT = 1  # raise it when what this file makes changes, so that old caches are left alone

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .checkpoint import writing
+from ..files import writing
 from .digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from .lock import alone_in
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import write_text, writing
+from ..errors import InputError
+from ..files import write_text, writing
 from .comparison import REFERENCES, CompareConfig, Result, Run, folder_of, plan, summary_of
 from .comparison_plots import plot_bars, plot_budgets, plot_pareto
 from .comparison_table import csv_of_results, csv_of_rows, markdown, print_rows, summarise
 from .data import load_problems
-from .errors import InputError
 from .judge import Judge, compare_pairs, load_judge
 from .lock import alone_in
 from .report import Report

@@ -12,11 +12,11 @@ import tyro
 
 from cmdp_fast.children import command
 
-from .checkpoint import as_json
+from ..errors import InputError
+from ..files import as_json
 from .config import TrainConfig
 from .digest import Damaged
 from .ending import finished_summary
-from .errors import InputError
 from .parse import read_recipe, tomllib
 from .settings import typed, words
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..files import as_json
 from ..info import machine
-from .checkpoint import as_json
 from .comparison import Result, Variant
 from .config import TrainConfig
 

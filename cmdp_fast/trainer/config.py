@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 import regex
 import tyro
 
-from .errors import InputError
+from ..errors import InputError
 
 Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import regex
 
+from ..errors import InputError, first_line
 from .config import TrainConfig
-from .errors import InputError, first_line
 
 Row = dict[str, Any]
 

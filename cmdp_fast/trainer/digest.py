@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .checkpoint import as_json, write_text
-from .errors import first_line
+from ..errors import first_line
+from ..files import as_json, write_text
 
 CHUNK = 1 << 20  # bytes that are read at once
 

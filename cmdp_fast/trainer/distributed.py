@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..errors import InputError
 from .config import TrainConfig
-from .errors import InputError
 
 T = TypeVar("T")
 

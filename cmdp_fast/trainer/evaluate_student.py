@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from .checkpoint import write_json
+from ..errors import InputError
+from ..files import write_json
 from .config import TrainConfig
 from .distributed import main_first, make_accelerator, on_device
-from .errors import InputError
 from .evaluate import evaluate
 from .material import load
 from .parse import parse_as

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..errors import InputError
 from .config import TrainConfig
 from .data import Row
-from .errors import InputError
 from .imports import import_function
 from .rewards import as_completion, call_rewards, load_rewards, text_of
 from .steps import call_step_verifier, load_step_verifier

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from .checkpoint import writing
-from .errors import InputError, first_line
+from ..errors import InputError, first_line
+from ..files import writing
 
 _held: set[IO[str]] = set()
 

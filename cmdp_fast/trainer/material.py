@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import InputError
 from .config import TrainConfig
 from .data import Row, load_problems
-from .errors import InputError
 from .models import load_pair
 from .report import Report
 from .rewards import RewardFunction, load_rewards

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError, first_line
 from .adapter import FrozenBase, add_adapter
 from .builtin import builtin_folder
 from .config import TrainConfig
 from .data import Row
-from .errors import InputError, first_line
 from .recompute import recompute_layers
 from .report import Report
 from .smollm2 import smollm2_folder

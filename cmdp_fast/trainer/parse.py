@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from ..errors import InputError, first_line
 from .config import TrainConfig, check_choices
-from .errors import InputError, first_line
 from .resume import check_changes, read_config
 from .settings import typed
 from .trust import check_named_again, check_unchanged, without_code

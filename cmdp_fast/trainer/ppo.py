@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 import cmdp_fast as cf
 from cmdp_fast import objective
 
+from ..errors import InputError
 from .constraint import Constraint, training_constraint
 from .data import Row
-from .errors import InputError
 from .experience import Collector, Experience, Metrics, as_numbers, gathered_rows
 from .report import Clock
 from .value import ValueHead, explained_variance

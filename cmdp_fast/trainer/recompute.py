@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def recompute_layers(model: Any) -> None:

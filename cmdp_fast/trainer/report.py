@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from .checkpoint import as_json, replacing, sync, write_text, writing
+from ..errors import InputError, without_controls
+from ..files import as_json, replacing, sync, write_text, writing
 from .config import TrainConfig
 from .constraint import Constraint
-from .errors import InputError, without_controls
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import InputError
 from .config import TrainConfig
 from .digest import Damaged, read_sealed
 from .ending import finished_summary
-from .errors import InputError
 from .settings import typed
 from .state import checkpoints
 

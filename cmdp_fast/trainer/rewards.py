@@ -17,9 +17,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..errors import InputError
 from .config import TrainConfig
 from .data import Row, last_group
-from .errors import InputError
 from .imports import import_function
 from .judging.reward import JudgedReward
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .data import Problems, Row
-from .errors import InputError
 from .report import Report
 
 RolloutFunction = Callable[..., dict[str, Any]]

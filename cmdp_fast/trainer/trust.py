@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..errors import InputError, first_line
 from .config import TrainConfig
 from .digest import sha256
-from .errors import InputError, first_line
 from .imports import source_files
 from .settings import words
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from cmdp_fast import objective, reference
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.constraint import Constraint
 from cmdp_fast.integrations.openrlhf import advantage_hook, constrain
-from cmdp_fast.trainer.errors import InputError
 
 REASON = "pip install --no-deps 'openrlhf>=0.11.2,<0.12' pylatexenc: its requirements need a GPU's compiler"
 K1 = Constraint(budget=0.5, cost="k1", discrepancy_weight=2.0)

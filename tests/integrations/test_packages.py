@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.packages import PackageError, require
-from cmdp_fast.trainer.errors import InputError
 
 
 def test_a_version_in_the_range_is_returned() -> None:

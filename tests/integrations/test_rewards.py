@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.rewards import from_openrlhf, from_verl, to_openrlhf, to_verl
-from cmdp_fast.trainer.errors import InputError
 
 # ------------------------------------------------------------------ three functions, in three documentations' words
 

@@ -16,9 +16,9 @@ from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, get_policy_
 from verl_batch import PROMPTS, RESPONSES, Batch, composed, engine_outputs, loss_of, padded, parts
 
 from cmdp_fast import reference
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.constraint import Constraint
 from cmdp_fast.integrations.verl import compute_cmdp_direct_term
-from cmdp_fast.trainer.errors import InputError
 
 BUDGET = 5.0
 MASK = padded([torch.ones(r, dtype=torch.bool) for r in RESPONSES])

@@ -37,8 +37,8 @@ from verl_batch import FOLDER, RESPONSES, Batch, composed, engine_outputs, neste
 
 import cmdp_fast.integrations.verl as integration
 from cmdp_fast import objective, reference
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.verl.advantage import cost_of_batch
-from cmdp_fast.trainer.errors import InputError
 
 SAMPLED = ("distillation.distillation_loss.loss_mode=cmdp_sampled",)
 

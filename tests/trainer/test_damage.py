@@ -15,9 +15,9 @@ import pytest
 from tiny_pair import arguments, ppo_of, settings
 
 from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import builtin, cache, digest, parse, state
 from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.report import Report
 from cmdp_fast.trainer.state import MANIFEST
 

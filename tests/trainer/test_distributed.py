@@ -91,7 +91,7 @@ def test_a_run_of_two_processes_and_its_second_half(pair, tmp_path):
 
 REWARD_THAT_FAILS_IN_ONE = """
 import os
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 calls = 0
 def reward(completions, **columns):
     global calls

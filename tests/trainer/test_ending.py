@@ -14,9 +14,9 @@ import pytest
 from tiny_pair import arguments, untimed
 
 from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import checkpoint, training
 from cmdp_fast.trainer.ending import finished_summary
-from cmdp_fast.trainer.errors import InputError
 
 WRITES = ((os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree"), (os, "unlink"))
 

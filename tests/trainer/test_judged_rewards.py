@@ -9,9 +9,9 @@ import pytest
 from tiny_pair import ppo_of, settings, tiny_model
 
 from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import rewards
 from cmdp_fast.trainer.data import last_group
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.judging import pool
 from cmdp_fast.trainer.report import samples_text
 from cmdp_fast.trainer.steps import equations

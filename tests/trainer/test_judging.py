@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.judging import pool
 from cmdp_fast.trainer.judging.pool import IsolationError, Judges
 

@@ -18,8 +18,8 @@ from tiny_pair import arguments
 from two_processes import in_two_processes, run_command
 
 from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import training
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.lock import alone_in
 from cmdp_fast.trainer.ppo import PPO
 

@@ -11,10 +11,10 @@ import torch
 from tiny_pair import ppo_of, settings
 
 from cmdp_fast import objective
+from cmdp_fast.errors import InputError
 from cmdp_fast.reference import COSTS, REWARDS
 from cmdp_fast.trainer.config import TrainConfig
 from cmdp_fast.trainer.constraint import budget_at, training_constraint
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.minillm import TeacherMixture, mean_of_later
 from cmdp_fast.trainer.scoring import completion_logits
 from cmdp_fast.trainer.value import ValueHead, explained_variance

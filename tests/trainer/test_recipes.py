@@ -9,8 +9,8 @@ from tiny_pair import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MllamaConfig, MllamaForConditionalGeneration
 
 from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.models import load_pair
 from cmdp_fast.trainer.parse import read_recipe
 from cmdp_fast.trainer.report import Report

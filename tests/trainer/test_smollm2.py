@@ -11,8 +11,8 @@ from tiny_pair import tiny_model
 from transformers import AutoModelForCausalLM
 
 from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import smollm2
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.report import Report
 
 

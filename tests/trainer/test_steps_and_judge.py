@@ -7,8 +7,8 @@ import math
 import pytest
 from tiny_pair import settings
 
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.builtin import worked_solution
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.judge import Preferences, compare_pairs, load_judge
 from cmdp_fast.trainer.rewards import call_rewards, load_rewards
 from cmdp_fast.trainer.steps import arithmetic_chain, call_step_verifier, equations, load_step_verifier

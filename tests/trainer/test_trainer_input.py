@@ -13,8 +13,8 @@ import pytest
 from tiny_pair import PROBLEMS, arguments, tiny_model
 
 from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.parse import METHODS, RECIPES, parse
 
 BAD_INPUT = {

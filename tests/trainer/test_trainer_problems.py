@@ -13,8 +13,8 @@ from tiny_pair import PROBLEMS, ppo_of, settings
 from transformers import AutoTokenizer
 
 from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import builtin, data, rewards
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.parse import read_recipe
 from cmdp_fast.trainer.report import Report
 

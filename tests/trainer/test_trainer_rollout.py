@@ -9,7 +9,7 @@ import torch
 from tiny_pair import arguments, ppo_of, settings
 
 from cmdp_fast.cli import main
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.rollout import call_rollout, generate
 
 

@@ -8,7 +8,7 @@ from tiny_pair import tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import cmdp_fast as cf
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.scoring import FromHiddenStates, FromLogits, make_scoring
 
 

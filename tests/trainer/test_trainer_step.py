@@ -12,9 +12,10 @@ from tiny_pair import ppo_of, settings, tiny_model, untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cmdp_fast as cf
-from cmdp_fast.trainer.checkpoint import as_json, save_student
+from cmdp_fast.errors import InputError
+from cmdp_fast.files import as_json
+from cmdp_fast.trainer.checkpoint import save_student
 from cmdp_fast.trainer.data import shuffled
-from cmdp_fast.trainer.errors import InputError
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.experience import at_last_token
 from cmdp_fast.trainer.report import Clock

@@ -15,9 +15,9 @@ from trl_pair import digits, distillation, logged, prompts, student, trained
 
 import cmdp_fast as cf
 from cmdp_fast import objective
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.trl import CMDPDistillationConfig, CMDPDistillationTrainer
 from cmdp_fast.integrations.trl import divergence as divergence_module
-from cmdp_fast.trainer.errors import InputError
 
 
 def dense_divergence(student_logits, teacher_logits, beta, mask):

@@ -16,8 +16,8 @@ from trl_pair import COMMON, digits, grpo, logged, prompts, student, trained
 
 import cmdp_fast as cf
 from cmdp_fast import objective
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.trl import CMDPGRPOConfig, CMDPGRPOTrainer
-from cmdp_fast.trainer.errors import InputError
 
 # Both make the same numbers in another order. A float32 sum over the 24 tokens of a step is off by at most 24 eps =
 # 3e-6 in units of its terms, which are of size 1, and Adam's small steps carry that on. (Measured over the runs below:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmdp_fast.trainer.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.trainer.imports import import_function
 
 from .version import require_trl

@@ -16,7 +16,7 @@ from trl.trainer.utils import RepeatSampler
 
 import cmdp_fast as cf
 from cmdp_fast import objective
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.experience import gathered_rows
 from cmdp_fast.trainer.rewards import as_completion
 from cmdp_fast.trainer.scoring import Outputs, Pair

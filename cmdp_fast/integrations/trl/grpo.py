@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 import cmdp_fast as cf
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.scoring import Outputs, Pair
 
 from .advantage import task_rewards, token_advantages

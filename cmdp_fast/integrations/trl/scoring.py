@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cmdp_fast as cf
-from cmdp_fast.trainer.errors import InputError
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.scoring import FromHiddenStates, Outputs, Pair
 
 from .divergence import tiled_divergence

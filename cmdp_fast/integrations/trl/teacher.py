@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import cmdp_fast as cf
-from cmdp_fast.trainer.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.trainer.models import check_tokenizers, common_vocabulary
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.credit import constrained_advantage
-from cmdp_fast.trainer.errors import InputError
 
 from .config import constraint_of
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from verl.workers.config import PolicyLossConfig
 
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.constraint import SAMPLED_COSTS, Constraint
-from cmdp_fast.trainer.errors import InputError
 
 TOPK_LOSS, SAMPLED_LOSS = "cmdp", "cmdp_sampled"
 CONSTANT_NORMALIZERS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")

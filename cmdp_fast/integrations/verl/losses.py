@@ -16,8 +16,8 @@ from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from cmdp_fast import objective
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.topk import with_tail
-from cmdp_fast.trainer.errors import InputError
 
 from .config import CONSTANT_NORMALIZERS, SAMPLED_LOSS, TOPK_LOSS, constraint_of
 from .costs import sampled_cost

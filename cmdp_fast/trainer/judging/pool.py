@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ...errors import InputError
 
 HERE = Path(__file__).parent
 MEMORY = 1 << 30  # bytes that a completion may take beside what the judge itself takes

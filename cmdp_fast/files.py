@@ -1,0 +1,84 @@
+"""Files whose contents appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cmdp_fast.errors import InputError, first_line
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that replaces an earlier one once it is complete. Raises InputError if it cannot be written."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name under which the body writes a file; it becomes `path` once it is complete. Raises InputError if it cannot
+    be written."""
+    part = path.with_name(f".{path.name}")
+    with writing(path):
+        try:
+            yield part
+            sync(part)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what stops the body from writing a file or a folder into an InputError that names it: a full disk, mostly.
+
+    PyTorch and safetensors have errors of their own for that.
+    """
+    stops: tuple[type[Exception], ...] = (OSError, RuntimeError)
+    if "safetensors" in sys.modules:  # it comes with the trainer, and not everybody who writes files has that
+        stops += (sys.modules["safetensors"].SafetensorError,)
+    try:
+        yield
+    except stops as error:
+        raise InputError(f"{path} could not be written: {first_line(error)}") from error
+
+
+def sync(path: Path) -> None:
+    """Has the disk keep what was written to a file, or the names in a folder, even if the machine stops now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """The same for a folder and everything in it."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same for JSON."""
+    write_text(path, as_json(value, indent=2) + "\n")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader accepts: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
