@@ -1,11 +1,98 @@
-"""How tensors lie in memory, as kernels that are no part of PyTorch are told of it."""
+"""What a backend is given: a pair of logits and the rules of a budget as values, and how tensors lie in memory."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SAVED = 7  # numbers a row that the backward pass needs: kSaved in csrc/cpu/kernels.h
+
+
+class Pair(NamedTuple):
+    """Rows of logits of both models. Nothing of it is checked any more."""
+
+    student: Tensor  # [..., V], the last axis contiguous
+    teacher: Tensor  # [..., V'], likewise
+    tokens: Tensor | None  # [...] integers: indices into the whole vocabulary
+    mask: Tensor | None  # [...] bool: False leaves the row out
+    temperature: float
+    width: int  # columns that count
+
+
+class Upstream(NamedTuple):
+    """The gradients that arrive at the differentiable statistics, ``[...]`` each; None for one that does not count."""
+
+    logprob: Tensor | None
+    entropy: Tensor | None
+    reverse_kl: Tensor | None
+    forward_kl: Tensor | None
+
+
+class Mixture(NamedTuple):
+    """Which mixture divergence: c_teacher KL(w‖M) + c_student KL(p‖M) with M = (1-b) p + b w."""
+
+    b: float
+    c_teacher: float
+    c_student: float
+
+
+class BudgetRule(NamedTuple):
+    """How an account is kept: BudgetRule in csrc/budget.h."""
+
+    gamma: float  # discount of the cost
+    mean: bool  # the prefix mean, in place of the sum
+    inclusive: bool  # a spent budget is a violation
+
+
+class RewardRule(NamedTuple):
+    """What is paid: RewardRule in csrc/budget.h."""
+
+    kind: str
+    at_crossing: bool
+    penalty: float
+    discrepancy_weight: float
+    coefficient: float
+    barrier_slope: float
+
+
+class Trace(NamedTuple):
+    """Where a scan writes the fields of a `BudgetTrace`, contiguous."""
+
+    cumulative: Tensor
+    remaining: Tensor
+    violated: Tensor
+    first_violation: Tensor
+    excess: Tensor
+
+
+class Account(NamedTuple):
+    """What a scan reads: costs ``[B, T]`` or packed ``[N]``, contiguous."""
+
+    cost: Tensor  # float32 or float64
+    mask: Tensor | None  # bool, like the cost
+    offsets: Tensor  # [B+1] int64: where each sequence begins in the flattened cost
+
+
+class Rewarding(NamedTuple):
+    """A reward that is to be modified, and where the modified one is written; both in the dtype of the cost."""
+
+    rule: RewardRule
+    task_reward: Tensor
+    reward: Tensor
+
+
+class Settlement(NamedTuple):
+    """The budget of a pass that does everything in one launch. Tokens are ``[B, T]``, or ``[N]`` with cu_seqlens."""
+
+    cost: str  # one of the backend's COSTS
+    cu_seqlens: Tensor | None  # [B+1]
+    budget: Tensor | float  # a number or [B]
+    per_token: bool
+    rule: BudgetRule
+    trace: Trace
+    rewarding: Rewarding
 
 
 def address(t: Tensor | None) -> int:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from cmdp_fast import reference
+from cmdp_fast import checks, reference
 from cmdp_fast.layout import address, flat
-from cmdp_fast.ops import backends, checks
+from cmdp_fast.ops import backends
 from cmdp_fast.reference import REWARDS, BudgetTrace, compute_dtype
 
 PENALIZED = ("cmdp", "saute", "worst_case")  # the kinds that a penalty_at concerns

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmdp_fast import checks
 from cmdp_fast.layout import SAVED
-from cmdp_fast.ops import backends, checks
+from cmdp_fast.ops import backends
 from cmdp_fast.ops.budget import check_values, empty_trace, room, sequence_limits, sequence_offsets
 from cmdp_fast.ops.divergence import check_kind, divergence
 from cmdp_fast.ops.terms import check_completions, check_terms, token_cost

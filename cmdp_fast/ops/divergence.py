@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmdp_fast import reference
+from cmdp_fast import checks, reference
 from cmdp_fast.layout import SAVED, address, flat
-from cmdp_fast.ops import backends, checks
+from cmdp_fast.ops import backends
 from cmdp_fast.ops.native import in_huge_pages, matrix, threads, unit_stride
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import DIVERGENCES, compute_dtype, divergence_weights

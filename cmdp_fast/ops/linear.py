@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cmdp_fast import checks
 from cmdp_fast.layout import SAVED
-from cmdp_fast.ops import backends, checks, parallel, projection
+from cmdp_fast.ops import backends, parallel, projection
 from cmdp_fast.ops.gradient import write_gradient
 from cmdp_fast.ops.head_gradient import HeadGradient
 from cmdp_fast.ops.native import in_huge_pages

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from cmdp_fast.ops import backends, checks
+from cmdp_fast import checks
+from cmdp_fast.ops import backends
 from cmdp_fast.ops.budget import check_values, sequence_limits, sequence_offsets
 from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.terms import check_completions, check_terms, token_cost

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmdp_fast.ops import checks
+from cmdp_fast import checks
 
 
 def name_of(process_group: dist.ProcessGroup | None) -> str:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmdp_fast.ops import checks, gemm
+from cmdp_fast import checks
+from cmdp_fast.ops import gemm
 
 
 class Model(NamedTuple):

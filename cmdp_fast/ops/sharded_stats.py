@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cmdp_fast import checks
 from cmdp_fast.layout import SAVED
-from cmdp_fast.ops import backends, checks, parallel
+from cmdp_fast.ops import backends, parallel
 from cmdp_fast.ops.gradient import write_gradient
 from cmdp_fast.ops.native import in_huge_pages, unit_stride
 from cmdp_fast.ops.token_state import TokenState, all_reduced, fold_tile, saved_scalars, statistics

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmdp_fast import reference
+from cmdp_fast import checks, reference
 from cmdp_fast.layout import flat
-from cmdp_fast.ops import checks
 from cmdp_fast.ops.budget import (
     check_budget,
     check_budget_rule,

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cmdp_fast import checks
 from cmdp_fast.layout import address
-from cmdp_fast.ops import backends, checks
+from cmdp_fast.ops import backends
 from cmdp_fast.ops.native import matrix, threads, unit_stride
 from cmdp_fast.reference import TokenStats, compute_dtype
 

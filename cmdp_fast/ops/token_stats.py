@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmdp_fast import reference
+from cmdp_fast import checks, reference
 from cmdp_fast.layout import SAVED, address, addressable, flat
-from cmdp_fast.ops import backends, checks
+from cmdp_fast.ops import backends
 from cmdp_fast.ops.gradient import write_gradient
 from cmdp_fast.ops.native import can_overwrite, in_huge_pages, matrix, threads, unit_stride
 from cmdp_fast.ops.sharded_stats import sharded_token_stats

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from trl import DistillationConfig, GRPOConfig
 
+from cmdp_fast import checks
 from cmdp_fast.errors import InputError, first_line
-from cmdp_fast.ops import checks
 from cmdp_fast.ops.linear_constrained import FROM_STATISTICS
 from cmdp_fast.ops.terms import check_terms
 from cmdp_fast.reference import DIFFERENTIABLE_COSTS

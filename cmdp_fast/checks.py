@@ -121,3 +121,9 @@ def integer(name: str, value: object) -> None:
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(allowed)}")
+
+
+def share(name: str, value: object) -> None:
+    number(name, value)
+    if not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")

@@ -1,0 +1,241 @@
+"""What a completion may spend and what it pays for more: one value that every operation and every trainer takes.
+
+    cf.Constraint(budget=2.0)                                      # the method: kind="cmdp", cost="reverse_kl"
+    cf.Constraint(budget=2.0, kind="lagrangian", coefficient=0.1)  # a soft relaxation
+
+`KINDS` is the one table of what a kind of modified reward is; everything else about a kind is derived from it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from cmdp_fast import checks
+from cmdp_fast.layout import BudgetRule, RewardRule
+from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS
+
+
+class Kind(NamedTuple):
+    """What a modified reward is made of; its formula stands at `cmdp_fast.modified_reward`."""
+
+    penalised: bool
+    """It pays ``penalty`` for being over the budget, when ``penalty_at`` says so."""
+    coefficient: str | None
+    """What the price that it needs is called: lambda, or kappa for the barrier."""
+    direct: Literal["discrepancy", "price", "barrier"] | None
+    """The amount that the direct term of the gradient carries (`cmdp_fast.objective.direct_coefficient`)."""
+    task_reward: Literal["always", "feasible", "inside"]
+    """Which tokens keep the task's reward: all, those not in violation, or those up to which budget was left."""
+
+
+KINDS: dict[str, Kind] = {
+    # kind                penalised  coefficient direct         task reward kept
+    "cmdp": Kind(True, None, "discrepancy", "feasible"),
+    "hinge": Kind(False, None, "discrepancy", "always"),
+    "saute": Kind(True, None, None, "feasible"),
+    "lagrangian": Kind(False, "lambda", "price", "always"),
+    "pid": Kind(False, "lambda", "price", "always"),
+    "barrier": Kind(False, "kappa", "barrier", "inside"),
+    "worst_case": Kind(True, None, None, "feasible"),
+}
+
+_OF_KIND: Any = None  # the default of a field that the kind tells
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """A cost, its budget and the modified reward that holds a completion to it. Checked once, when it is made.
+
+    Args:
+        budget: d >= 0, what a completion may spend in the units of the cost (nats for a KL): a number, or a tensor
+            ``[B]`` with a number per sequence, whose values the operations check.
+        cost: ``reverse_kl`` (default), ``forward_kl``, ``jsd`` (with ``beta``), ``k1``, ``k3``, ``nll``; in nats. The
+            first three depend on the policy and are differentiable. For ``worst_case`` ``nll``, and nothing else.
+        kind: a name of `KINDS`; see `cmdp_fast.modified_reward` for the formulas.
+        penalty: n >= 0, for ``cmdp``, ``saute`` and ``worst_case``.
+        penalty_at: ``crossing`` pays it once, ``every`` at each violating token. None: crossing for ``cmdp``, every for
+            ``saute`` and ``worst_case``. Refused for the other kinds.
+        discrepancy_weight: beta >= 0 of the excess, for ``cmdp`` and ``hinge``.
+        coefficient: lambda (``lagrangian``, ``pid``) or kappa (``barrier``), >= 0; needed there, refused elsewhere.
+        barrier_slope: the price of a unit of cost once the barrier is crossed.
+        gamma: discount of the *cost*, in (0, 1]. Not with ``reduction="mean"``.
+        reduction: ``sum``, or ``mean``: the account is the prefix mean. None: mean for ``worst_case``, else sum.
+        edge: ``strict``: a spent budget is feasible; ``saute``: it is a violation.
+        per_token: the budget of a sequence is d times its number of unmasked tokens.
+        beta: of the cost ``jsd``, in [0, 1].
+
+    Another value of a field: ``dataclasses.replace(constraint, budget=3.0)``.
+
+    Raises:
+        TypeError, ValueError: a value that is not allowed, or that its kind does not have.
+
+    Source: after arXiv 2509.22921; the discrepancy term is this project's definition (`cmdp_fast.modified_reward`).
+    """
+
+    budget: float | Tensor
+    cost: str = _OF_KIND
+    kind: str = "cmdp"
+    penalty: float = 1.0
+    penalty_at: str | None = None
+    discrepancy_weight: float = 1.0
+    coefficient: float | None = None
+    barrier_slope: float = 10.0
+    gamma: float = 1.0
+    reduction: str = _OF_KIND
+    edge: str = "strict"
+    per_token: bool = False
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        checks.choice("kind", self.kind, tuple(KINDS))
+        worst_case = self.kind == "worst_case"
+        for name, default in (("cost", "nll" if worst_case else "reverse_kl"), ("reduction", _sum_or_mean(worst_case))):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        checks.choice("cost", self.cost, COSTS)
+        if worst_case and (self.cost, self.reduction) != ("nll", "mean"):
+            raise ValueError(
+                "kind='worst_case' is defined for cost='nll' and reduction='mean', "
+                f"got {self.cost!r} and {self.reduction!r}"
+            )
+        if not isinstance(self.budget, Tensor):
+            checks.number("budget", self.budget)
+            if not self.budget >= 0:
+                raise ValueError(f"budget must be at least 0, got {self.budget}")
+        self._check_account()
+        self._check_reward()
+        if self.cost == "jsd":
+            checks.share("beta", self.beta)
+
+    def _check_account(self) -> None:
+        checks.number("gamma", self.gamma)
+        checks.choice("reduction", self.reduction, ("sum", "mean"))
+        checks.choice("edge", self.edge, ("strict", "saute"))
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must lie in (0, 1], got {self.gamma}")
+        if self.reduction == "mean" and self.gamma != 1:
+            raise ValueError(f"reduction='mean' takes no discount, got gamma={self.gamma}; expected gamma=1")
+
+    def _check_reward(self) -> None:
+        for name in ("penalty", "discrepancy_weight", "barrier_slope", "price"):
+            value = getattr(self, name)
+            name = "coefficient" if name == "price" else name
+            checks.number(name, value)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if self.penalty_at is not None:
+            if not self.is_a.penalised:
+                raise ValueError(
+                    f"kind={self.kind!r} has no penalty, so penalty_at={self.penalty_at!r} means nothing; leave it out"
+                )
+            checks.choice("penalty_at", self.penalty_at, ("crossing", "every"))
+        if (self.coefficient is None) == (self.is_a.coefficient is not None):
+            missing = self.coefficient is None
+            expected = "needs coefficient= (lambda, or kappa for the barrier)" if missing else "has none"
+            raise ValueError(f"kind={self.kind!r} {expected}, got coefficient={self.coefficient}")
+
+    @property
+    def is_a(self) -> Kind:
+        """What its kind is."""
+        return KINDS[self.kind]
+
+    @property
+    def action_dependent(self) -> bool:
+        """Whether the cost of a token depends on the token sampled, so that it has no gradient of its own."""
+        return self.cost not in DIFFERENTIABLE_COSTS
+
+    @property
+    def at_crossing(self) -> bool:
+        """Whether a penalty is paid once, at the first violation, and not at each violating token."""
+        return self.penalty_at == "crossing" or (self.penalty_at is None and self.kind == "cmdp")
+
+    @property
+    def price(self) -> float:
+        """The coefficient; 0 for a kind that has none."""
+        return 0.0 if self.coefficient is None else self.coefficient
+
+    @property
+    def budget_rule(self) -> BudgetRule:
+        """How the account is kept, as a backend takes it."""
+        return BudgetRule(float(self.gamma), self.reduction == "mean", self.edge == "saute")
+
+    @property
+    def reward_rule(self) -> RewardRule:
+        """What is paid, as a backend takes it."""
+        amounts = (self.penalty, self.discrepancy_weight, self.price, self.barrier_slope)
+        return RewardRule(self.kind, self.at_crossing, *(float(amount) for amount in amounts))
+
+    def warn_of_a_penalty_without_gradient(self, stacklevel: int) -> None:
+        """Warns of ``saute`` with a cost that does not depend on the action: nothing but chance leads its student back
+        inside the budget."""
+        if self.kind == "saute" and not self.action_dependent and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"kind='saute' with cost={self.cost!r}: the cost does not depend on the action, so the penalty has no "
+                "direct gradient and a student may stay over budget; use kind='cmdp' or 'hinge', or cost='k1'",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def _sum_or_mean(worst_case: bool) -> str:
+    return "mean" if worst_case else "sum"
+
+
+class AccountSettings(TypedDict, total=False):
+    """The fields of a `Constraint` that say how the account is kept, as keywords."""
+
+    gamma: float
+    reduction: str | None
+    edge: str
+    per_token: bool
+
+
+class RewardSettings(TypedDict, total=False):
+    """The fields of a `Constraint` that say what is paid, as keywords."""
+
+    kind: str
+    penalty: float
+    penalty_at: str | None
+    discrepancy_weight: float
+    coefficient: float | None
+    barrier_slope: float
+
+
+class ConstraintSettings(AccountSettings, RewardSettings, total=False):
+    """All fields of a `Constraint` but its budget, as keywords."""
+
+    cost: str | None
+    beta: float
+
+
+def constraint_of(
+    operation: str,
+    constraint: Constraint | None,
+    settings: Mapping[str, Any],
+    allowed: Iterable[str] = ConstraintSettings.__annotations__,
+) -> Constraint:
+    """The constraint that an operation was given, as such or as keywords (the budget among them).
+
+    Raises TypeError for both, for neither, and for a keyword that the operation does not have.
+    """
+    unknown = sorted(set(settings) - {"budget", *allowed})
+    if unknown:
+        raise TypeError(f"{operation}() got an unexpected keyword argument {unknown[0]!r}")
+    given = {name: value for name, value in settings.items() if name != "budget" or value is not None}
+    if constraint is None:
+        if "budget" in settings and "budget" not in given:
+            raise TypeError(f"{operation}() needs a budget, or constraint=")
+        return Constraint(
+            **({"budget": 0.0} | given)
+        )  # a budget that has been accounted for already is not asked again
+    if not isinstance(constraint, Constraint):
+        raise TypeError(f"constraint must be a cmdp_fast.Constraint, got {checks.describe(constraint)}")
+    if given:
+        repeated = ", ".join(f.name for f in fields(Constraint) if f.name in given)
+        raise TypeError(f"{operation}() got constraint= and, of its fields, also {repeated}; expected one or the other")
+    return constraint
