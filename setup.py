@@ -21,7 +21,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 here = Path(__file__).resolve().parent
-native_module = runpy.run_path(str(here / "cmdp_fast" / "ops" / "native_module.py"))
+native_module = runpy.run_path(str(here / "cmdp_fast" / "native_module.py"))
 
 
 def run(command: list[str]) -> None:

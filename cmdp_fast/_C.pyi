@@ -5,7 +5,7 @@ from collections.abc import Sequence
 SAVED: int
 STATE: int
 OPENMP: bool
-SOURCES: str  # a hash of the files that it was built from: fingerprint() in cmdp_fast/ops/native_module.py
+SOURCES: str  # a hash of the files that it was built from: fingerprint() in cmdp_fast/native_module.py
 CUDA_NOTE: str  # why cmdp_fast._cuda was not built with this module; empty if it was
 
 class Matrix:

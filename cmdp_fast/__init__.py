@@ -21,14 +21,15 @@ Shapes are written with ``V`` for the vocabulary, ``H`` for a model's width, ``B
 and ``N`` for packed tokens. The teacher never gets a gradient.
 """
 
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.heads import Head, head_of, last_hidden_state
 from cmdp_fast.ops.backends import available_backends
 from cmdp_fast.ops.budget import budget_trace, modified_reward
 from cmdp_fast.ops.constrained import constrained_reward
+from cmdp_fast.ops.cost import token_cost
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.linear_constrained import linear_constrained_reward
-from cmdp_fast.ops.terms import token_cost
 from cmdp_fast.ops.token_state import TokenState
 from cmdp_fast.ops.token_stats import dropped_teacher_mass, token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetTrace",
     "ConstrainedReward",
+    "Constraint",
     "Head",
     "TokenState",
     "TokenStats",

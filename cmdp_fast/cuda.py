@@ -27,31 +27,40 @@ import torch
 from torch import Tensor
 
 import cmdp_fast._cuda as _cuda
-from cmdp_fast.layout import address, addressable, empty_statistics, flat, matrix_of
+from cmdp_fast.layout import (
+    Account,
+    BudgetRule,
+    Pair,
+    Rewarding,
+    Settlement,
+    TokenTrace,
+    Trace,
+    Upstream,
+    address,
+    addressable,
+    empty_statistics,
+    flat,
+    matrix_of,
+)
 
 DEVICE: str = _cuda.DEVICE  # "cuda"; "cpu" where tests have compiled the kernels for the host
 COSTS = ("reverse_kl", "forward_kl", "k1", "nll")  # those that the one launch scans; each is a difference of statistics
 
-BudgetRule = tuple[float, bool, bool]  # gamma, mean, inclusive
-RewardRule = tuple[str, bool, float, float, float, float]  # kind, at_crossing and the amounts: RewardRule in budget.h
 
-
-def token_stats(
-    student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, vocab: int
-) -> tuple[list[Tensor], Tensor]:
+def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
     """The six statistics ``[...]`` float32 and the saved scalars ``[..., SAVED]`` float64. One launch."""
-    statistics, saved = empty_statistics(student)
-    index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
-    student, teacher = _in_reach(student), _in_reach(teacher)
+    statistics, saved = empty_statistics(pair.student)
+    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
+    student, teacher = _in_reach(pair.student), _in_reach(pair.teacher)
     with torch.cuda.device_of(student):
-        partial, arrived = _scratch(saved, vocab)
+        partial, arrived = _scratch(saved, pair.width)
         _cuda.token_stats(
             _matrix(student),
             _matrix(teacher),
             address(index),
-            address(keep),
-            vocab,
-            temperature,
+            address(counted),
+            pair.width,
+            pair.temperature,
             [address(s) for s in statistics],
             address(saved),
             address(partial),
@@ -61,35 +70,24 @@ def token_stats(
     return statistics, saved
 
 
-def token_stats_backward(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    saved: Tensor,
-    upstream: tuple[Tensor | None, ...],
-    temperature: float,
-    vocab: int,
-    out: Tensor,
-    first_column: int = 0,
-) -> None:
+def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Tensor, first_column: int = 0) -> None:
     """Writes the gradient of the student's logits to ``out``, which may be the logits themselves. One launch.
 
-    Columns from ``vocab`` on get 0. ``first_column``: nonzero for a tile of wider rows, of which ``saved`` tells.
+    Columns beyond the width get 0. ``first_column``: nonzero for a tile of wider rows, which ``saved`` tells of.
     """
-    index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
-    flowing = [flat(g, torch.float32) for g in upstream]
-    student, teacher, scalars = _in_reach(student), _in_reach(teacher), saved.contiguous()
+    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
+    gradients = [flat(g, torch.float32) for g in upstream]
+    student, teacher, scalars = _in_reach(pair.student), _in_reach(pair.teacher), saved.contiguous()
     target = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(student):
         _cuda.token_stats_backward(
             _matrix(student),
             _matrix(teacher),
             address(index),
-            address(keep),
-            vocab,
-            temperature,
-            [address(g) for g in flowing],
+            address(counted),
+            pair.width,
+            pair.temperature,
+            [address(g) for g in gradients],
             address(scalars),
             _matrix(target),
             first_column,
@@ -99,113 +97,88 @@ def token_stats_backward(
         out.copy_(target)
 
 
-def constrained_pass(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    task_reward: Tensor,
-    cu_seqlens: Tensor | None,
-    budget: Tensor | float,
-    temperature: float,
-    vocab: int,
-    cost: str,
-    per_token: bool,
-    budget_rule: BudgetRule,
-    reward_rule: RewardRule,
-    trace: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    reward: Tensor,
-) -> tuple[list[Tensor], Tensor]:
+def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], Tensor]:
     """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; trace and reward are written where they are given.
 
-    Tokens are ``[B, T]``, or ``[N]`` with ``cu_seqlens [B+1]``; ``cost`` is one of `COSTS`. One launch.
+    Tokens are ``[B, T]``, or ``[N]`` with ``cu_seqlens [B+1]``; the cost is one of `COSTS`. One launch.
     """
-    statistics, saved = empty_statistics(student, packed=cu_seqlens is not None)
-    index, keep, task_reward = flat(tokens, torch.int64), flat(mask, torch.bool), _numbers(task_reward)
-    student, teacher = _in_reach(student), _in_reach(teacher)
-    sequences = trace[3].shape[0]
-    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+    assert pair.tokens is not None
+    statistics, saved = empty_statistics(pair.student, packed=settlement.cu_seqlens is not None)
+    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
+    task_reward = settlement.rewarding.task_reward.to(torch.float32).contiguous()
+    student, teacher = _in_reach(pair.student), _in_reach(pair.teacher)
+    sequences = settlement.trace.first_violation.shape[0]
+    offsets = None if settlement.cu_seqlens is None else settlement.cu_seqlens.contiguous()
+    budget = settlement.budget
     if isinstance(budget, Tensor):
         budget = budget if budget.dtype in (torch.float32, torch.float64) else budget.to(torch.float64)
         stride = budget.stride(0) if budget.dim() else 0
-        limits = (address(budget), budget.dtype == torch.float64, stride, 0.0, per_token)
+        limits = (address(budget), budget.dtype == torch.float64, stride, 0.0, settlement.per_token)
     else:
-        limits = (0, False, 0, budget, per_token)
+        limits = (0, False, 0, budget, settlement.per_token)
     with torch.cuda.device_of(student):
-        partial, arrived = _scratch(saved, vocab, sequences + 1)
+        partial, arrived = _scratch(saved, pair.width, sequences + 1)
         _cuda.constrained_reward(
             _matrix(student),
             _matrix(teacher),
             address(index),
-            address(keep),
-            vocab,
-            temperature,
+            address(counted),
+            pair.width,
+            pair.temperature,
             [address(s) for s in statistics],
             address(saved),
             address(partial),
             address(arrived),
-            cost,
-            _layout(offsets, sequences, tokens),
+            settlement.cost,
+            _layout(offsets, sequences, pair.tokens),
             limits,
-            budget_rule,
-            reward_rule,
-            [address(t) for t in trace],
+            settlement.rule,
+            settlement.rewarding.rule,
+            [address(t) for t in settlement.trace],
             address(task_reward),
-            address(reward),
+            address(settlement.rewarding.reward),
             _stream(student),
         )
     return statistics, saved
 
 
 def trace_budgets(
-    cost: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor,
-    limits: Tensor,
-    budget: BudgetRule,
-    trace: tuple[Tensor, ...],
-    rule: RewardRule | None = None,
-    task_reward: Tensor | None = None,
-    reward: Tensor | None = None,
+    account: Account, limits: Tensor, rule: BudgetRule, trace: Trace, rewarding: Rewarding | None = None
 ) -> None:
-    """Writes the trace (cumulative, remaining, violated, first_violation, excess), and the reward if there is one."""
+    """Writes the trace of costs against the limits ``[B]`` float64, and the modified reward if there is one."""
+    cost = account.cost
+    paid, task, result = (None, None, None) if rewarding is None else rewarding
     with torch.cuda.device_of(cost):
         _cuda.budget_trace(
             address(cost),
             cost.dtype == torch.float64,
-            address(mask),
-            _layout(offsets, offsets.shape[0] - 1, cost),
+            address(account.mask),
+            _layout(account.offsets, account.offsets.shape[0] - 1, cost),
             address(limits),
-            budget,
-            [address(t) for t in trace],
             rule,
-            address(task_reward),
-            address(reward),
+            [address(t) for t in trace],
+            paid,
+            address(task),
+            address(result),
             _stream(cost),
         )
 
 
-def modify_rewards(
-    task_reward: Tensor,
-    cost: Tensor,
-    trace: tuple[Tensor, Tensor, Tensor, Tensor],
-    mask: Tensor | None,
-    offsets: Tensor,
-    rule: RewardRule,
-    reward: Tensor,
-) -> None:
-    """Writes the modified reward of every token; ``trace``: cumulative, remaining, violated, excess."""
-    cumulative, remaining, violated, excess = trace
+def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) -> None:
+    """Writes the modified reward of every token."""
+    cost = account.cost
+    first_violation = None  # is not looked at
+    fields = (trace.cumulative, trace.remaining, trace.violated, first_violation, trace.excess)
     with torch.cuda.device_of(cost):
         _cuda.modified_reward(
             address(cost),
             cost.dtype == torch.float64,
-            address(mask),
-            _layout(offsets, offsets.shape[0] - 1, cost),
-            [address(t) for t in (cumulative, remaining, violated, None, excess)],
-            rule,
-            address(task_reward),
-            address(reward),
+            address(account.mask),
+            _layout(account.offsets, account.offsets.shape[0] - 1, cost),
+            [address(t) for t in fields],
+            rewarding.rule,
+            address(rewarding.task_reward),
+            address(rewarding.reward),
             _stream(cost),
         )
 
@@ -221,10 +194,6 @@ def _in_reach(t: Tensor) -> Tensor:
 
 def _matrix(t: Tensor) -> _cuda.Matrix:
     return _cuda.Matrix(*matrix_of(t))
-
-
-def _numbers(t: Tensor) -> Tensor:
-    return t.to(torch.float32).contiguous()
 
 
 def _stream(t: Tensor) -> int:

@@ -8,7 +8,8 @@ import platform
 
 import torch
 
-from cmdp_fast.ops.backends import available_backends, native, native_cure
+from cmdp_fast.cpu import CURE, native
+from cmdp_fast.ops.backends import available_backends
 
 _PACKAGES = ("cmdp_fast", "torch", "triton", "transformers", "datasets", "accelerate", "tyro", "reasoning-gym")
 
@@ -38,7 +39,7 @@ def report() -> str:
     lines = [f"python         {platform.python_version()} on {platform.system()} {platform.machine()}"]
     lines += [f"{package:<14} {_version(package)}" for package in _PACKAGES]
     if native is None:
-        lines.append(f"native module  absent{f'. To have it: {native_cure}' if native_cure else ''}")
+        lines.append(f"native module  absent{f'. To have it: {CURE}' if CURE else ''}")
     else:
         variants = ", ".join(name if runs else f"{name} (not on this processor)" for name, runs in native.variants())
         lines += [

@@ -67,6 +67,15 @@ class Trace(NamedTuple):
     excess: Tensor
 
 
+class TokenTrace(NamedTuple):
+    """The fields of a `BudgetTrace` that a modified reward looks at, contiguous and in the dtype of the cost."""
+
+    cumulative: Tensor
+    remaining: Tensor
+    violated: Tensor  # bool
+    excess: Tensor
+
+
 class Account(NamedTuple):
     """What a scan reads: costs ``[B, T]`` or packed ``[N]``, contiguous."""
 
@@ -138,3 +147,24 @@ def empty_statistics(student: Tensor, packed: bool = False) -> tuple[list[Tensor
     shape, room = student.shape[:-1], student.new_zeros if packed else student.new_empty
     statistics = [room(shape, dtype=torch.float32) for _ in range(6)]
     return statistics, room((*shape, SAVED), dtype=torch.float64)
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, else a copy."""
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def can_overwrite(t: Tensor, other: Tensor) -> bool:
+    """Whether rows of ``t`` may be overwritten one by one while ``other`` is still read.
+
+    Not if rows of ``t`` share memory, as after `expand` or `unfold`, nor if ``other`` lies in the same storage in
+    another layout: a row could then be overwritten before it has been read. The same rows are fine.
+    """
+    extent = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return False
+        extent += (size - 1) * stride
+    shared = t.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    same = t.data_ptr() == other.data_ptr() and t.stride() == other.stride() and t.dtype == other.dtype
+    return not shared or same

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cmdp_fast.ops import native_module
-from cmdp_fast.ops.backends import native
+from cmdp_fast import native_module
+from cmdp_fast.cpu import native
 
 pytest.importorskip("setuptools")
 ROOT = Path(__file__).parent.parent

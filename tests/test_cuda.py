@@ -11,7 +11,7 @@ from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
-from cmdp_fast.ops import backends, preference
+from cmdp_fast.ops import backends
 from cmdp_fast.ops.backends import cuda
 
 pytestmark = pytest.mark.cuda
@@ -231,10 +231,12 @@ def samples():
     mask, reward = torch.tensor([[True] * 3, [True, False, True]], device=DEVICE), torch.ones(2, 3, device=DEVICE)
     *_, saved = OPS.token_stats(x, y, tokens, mask, 1.0, 37, False, "cuda")
     yield "token_stats", (x.clone().requires_grad_(), y, tokens, mask, 1.0, 37, False, "cuda")
-    yield "token_stats_backward", (x, y, tokens, mask, saved, reward, None, reward, None, 1.0, 37, "cuda")
-    yield "token_stats_backward_", (x.clone(), y, tokens, mask, saved, None, reward, None, reward, 1.0, 37, "cuda")
-    pass_ = (x.clone().requires_grad_(), y, tokens, mask, reward, None, None, 0.5, 1.0, 37, False, "reverse_kl", False)
-    yield "constrained_pass", (*pass_, 1.0, False, False, "cmdp", True, 1.0, 1.0, 0.0, 10.0, "cuda")
+    yield "token_stats_backward", (x, y, tokens, mask, 1.0, 37, saved, reward, None, reward, None, "cuda")
+    yield "token_stats_backward_", (x.clone(), y, tokens, mask, 1.0, 37, saved, None, reward, None, reward, "cuda")
+    rules = (1.0, False, False), ("cmdp", True, 1.0, 1.0, 0.0, 10.0)
+    pair = (x.clone().requires_grad_(), y, tokens, mask, 1.0, 37)
+    spending = ("reverse_kl", False, *rules[0], *rules[1])
+    yield "constrained_pass", (*pair, reward, None, None, 0.5, *spending, False, "cuda")
 
 
 @needs_cuda
@@ -269,8 +271,8 @@ def test_only_some_operations_have_a_cuda_kernel():
 @pytest.mark.parametrize("built, triton, recent", [(b, t, r) for b in (0, 1) for t in (0, 1) for r in (0, 1)])
 @pytest.mark.parametrize("preferred", ["cuda", "triton"])
 def test_dispatch_of_tensors_on_a_gpu(built, triton, recent, preferred, monkeypatch):
-    """The table decides where both work; what it leaves out is triton's; a device too old gets no CUDA kernel."""
-    monkeypatch.setitem(preference.CHOICES, "token_stats", preference.Choice(preferred, "predicted", ""))
+    """The preference decides where both work; what has no CUDA kernel is triton's; a device too old gets no CUDA kernel."""
+    monkeypatch.setattr(backends, "PREFERRED_ON_GPU", preferred)
     monkeypatch.setattr(backends, "cuda", SimpleNamespace(DEVICE="cuda"))
     monkeypatch.setattr(backends, "_recent", lambda index: bool(recent))
     monkeypatch.setitem(backends._BACKENDS, "cuda", None if built else "not built")
@@ -290,9 +292,9 @@ def test_dispatch_of_tensors_on_a_gpu(built, triton, recent, preferred, monkeypa
 
 def test_the_choice_is_no_break_in_a_compiled_graph(monkeypatch):
     monkeypatch.setattr(backends, "cuda", SimpleNamespace(DEVICE="cuda", COSTS=("reverse_kl",)))
-    monkeypatch.setitem(backends.GPU, "cuda", backends.cuda)
+    monkeypatch.setitem(backends._MODULES, "cuda", backends.cuda)
     monkeypatch.setitem(backends._BACKENDS, "cuda", None)
-    monkeypatch.setitem(preference.CHOICES, "constrained_reward", preference.Choice("cuda", "predicted", ""))
+    monkeypatch.setattr(backends, "PREFERRED_ON_GPU", "cuda")
     chosen = []
 
     def record(graph, inputs):
@@ -308,12 +310,6 @@ def test_the_choice_is_no_break_in_a_compiled_graph(monkeypatch):
         tokens, reward = torch.zeros(2, 3, dtype=torch.int64, device="cuda"), torch.zeros(2, 3, device="cuda")
         assert step(x, y, tokens, reward).shape == (2, 3)
     assert chosen == ["cuda"]
-
-
-def test_the_table_of_preferences_is_of_one_mind():
-    """constrained_reward promises what its parts give in turn, bitwise: they have to be the same backend's."""
-    assert len({choice.backend for choice in preference.CHOICES.values()}) == 1
-    assert all(c.backend in ("cuda", "triton") and c.basis and c.reason for c in preference.CHOICES.values())
 
 
 @needs_cuda

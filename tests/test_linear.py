@@ -11,8 +11,8 @@ from linear_inputs import check, evaluate, make_inputs, perturbed
 
 import cmdp_fast as cf
 from cmdp_fast import reference
+from cmdp_fast.cpu import native
 from cmdp_fast.ops import tile_size
-from cmdp_fast.ops.backends import native
 
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 INF, NAN = torch.inf, torch.nan
@@ -424,16 +424,16 @@ def test_opcheck(needs, keep, backend):
     mask = torch.tensor([[True, True, False], [True, False, True]])
     names = ("hidden", "weight", "bias")
     student, teacher = ([inputs[f"{model}_{part}"] for part in names] for model in ("student", "teacher"))
-    fixed = (0.7, 0.8, 5.0, 1.0, None, 50)
+    capped, plain, batch = (5.0, 0.8), (None, 1.0), (inputs["tokens"], mask, 0.7, 50, 0, backend)
     forward = torch.ops.cmdp_fast.linear_token_stats.default
-    saved = forward(*student, *teacher, inputs["tokens"], mask, *fixed, 50, 0, "", True, keep, backend)[6:]
+    saved = forward(*student, *capped, *teacher, *plain, *batch, 50, "", True, keep)[6:]
     upstream = (torch.rand(2, 3), None, torch.rand(2, 3), None)
     torch.library.opcheck(
         torch.ops.cmdp_fast.linear_token_stats_backward.default,
-        (*student, *teacher, inputs["tokens"], mask, *saved, *upstream, list(needs), *fixed, 0, "", backend),
+        (*student, *capped, *teacher, *plain, *batch, *saved, "", *upstream, *needs),
     )
     leaves = [t.clone().requires_grad_(n) for t, n in zip(student, needs, strict=True)]
-    torch.library.opcheck(forward, (*leaves, *teacher, inputs["tokens"], mask, *fixed, 50, 0, "", True, keep, backend))
+    torch.library.opcheck(forward, (*leaves, *capped, *teacher, *plain, *batch, 50, "", True, keep))
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])

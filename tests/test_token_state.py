@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import cmdp_fast as cf
 from cmdp_fast import reference
-from cmdp_fast.ops.backends import native
-from cmdp_fast.ops.token_state import fold_tile
+from cmdp_fast.cpu import native
+from cmdp_fast.layout import Pair
+from cmdp_fast.ops import backends
 
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 columns = st.lists(st.tuples(*[st.floats(-40, 40) | st.just(-torch.inf)] * 2), max_size=12)
@@ -146,9 +147,10 @@ def test_a_masked_row_is_not_read_and_keeps_its_state(backend):
     mask = torch.tensor([True, False, True])
     fields = cf.TokenState.empty(3).update(x, y, tokens, backend=backend).fields
     before, all_rows = fields.clone(), fields.clone()
-    fold_tile(all_rows, y, x, tokens, 0, 1.0, backend)
+    pair = Pair(y, x, tokens, None, 1.0, 30)
+    backends.get(backend).update_states(pair, 0, all_rows)
     x[1], y[1] = torch.nan, torch.nan
-    fold_tile(fields, y, x, tokens, 0, 1.0, backend, mask)
+    backends.get(backend).update_states(pair._replace(mask=mask), 0, fields)
     assert torch.equal(fields[1], before[1])
     assert torch.equal(fields[mask], all_rows[mask]) and not torch.equal(fields[0], before[0])
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import cmdp_fast as cf
 from cmdp_fast import reference
-from cmdp_fast.ops.backends import native
+from cmdp_fast.cpu import native
 
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 # One column; around one vector, one step of the loop, one block, one segment; several segments.

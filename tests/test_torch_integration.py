@@ -7,7 +7,7 @@ import torch
 from helpers import DIFFERENTIABLE, here, make_logits, make_tokens
 
 import cmdp_fast as cf
-from cmdp_fast.ops.backends import native
+from cmdp_fast.cpu import native
 
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 OPS = torch.ops.cmdp_fast
@@ -87,17 +87,22 @@ def samples():
         "token_stats",
         (make_logits(4, 9, dtype=torch.bfloat16), make_logits(4, 9), tokens[0, :4] % 8, None, 0.5, 8, False, cpu),
     )
-    yield "token_stats_backward", (plain, y, tokens, mask, saved, g, None, g, None, *stats, cpu)
-    yield "token_stats_backward_", (plain.clone(), y, tokens, None, saved, None, g, None, g, *stats, cpu)
-    yield "mixture_divergence", (x, y, mask, *stats, 0.5, 0.5, 0.5, cpu)
+    yield "token_stats_backward", (plain, y, tokens, mask, *stats, saved, g, None, g, None, cpu)
+    yield "token_stats_backward_", (plain.clone(), y, tokens, None, *stats, saved, None, g, None, g, cpu)
+    weights = (0.5, 0.5, 0.5)
+    yield "mixture_divergence", (x, y, None, mask, *stats, *weights, cpu)
     if native:
-        _, saved, mean = OPS.mixture_divergence(plain, y, mask, *stats, 0.5, 0.5, 0.5, cpu)
-        yield "mixture_divergence_backward", (plain, y, mask, saved, mean, g, *stats, 0.5, 0.5, 0.5, cpu)
+        _, saved, mean = OPS.mixture_divergence(plain, y, None, mask, *stats, *weights, cpu)
+        yield "mixture_divergence_backward", (plain, y, None, mask, *stats, *weights, cpu, saved, mean, g)
     cost, offsets, limits = torch.rand(3, 5), torch.tensor([0, 5, 10, 15]), torch.ones(3, dtype=torch.float64)
-    account, rule = (1.0, False, False), ("cmdp", True, 1.0, 1.0, 0.0, 10.0)
-    yield "budget_trace", (cost, mask, offsets, limits, *account, cpu)
-    yield "constrained_scan", (reward, cost, mask, offsets, limits, *account, *rule, cpu)
-    yield "modified_reward", (reward, cost, cost, cost, mask, cost, None, offsets, *rule, cpu)
+    rule, paid = (1.0, False, False), ("cmdp", True, 1.0, 1.0, 0.0, 10.0)
+    for backend in (cpu, "torch"):
+        yield "budget_trace", (cost, mask, offsets, limits, *rule, backend)
+        yield "constrained_scan", (cost, mask, offsets, reward, limits, *rule, *paid, backend)
+        yield "modified_reward", (cost, None, offsets, cost, cost, mask, cost, reward, *paid, backend)
+    for backend in (cpu, "torch"):
+        fields = cf.TokenState.empty(3).fields
+        yield "update_states", (x[0, :3].detach(), y[0, :3], tokens[0, :3], None, *stats, 0, fields, backend)
 
 
 @needs_native

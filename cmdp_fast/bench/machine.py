@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import cmdp_fast as cf
-from cmdp_fast.ops.backends import native
+from cmdp_fast.cpu import native
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

@@ -6,30 +6,30 @@ the cost is the direct term of `cmdp_fast.objective`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+from typing_extensions import Unpack
 
-from cmdp_fast import checks, reference
-from cmdp_fast.layout import address, flat
+from cmdp_fast import checks
+from cmdp_fast.constraint import AccountSettings, Constraint, RewardSettings, constraint_of
+from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace, Trace, flat
 from cmdp_fast.ops import backends
-from cmdp_fast.reference import REWARDS, BudgetTrace, compute_dtype
-
-PENALIZED = ("cmdp", "saute", "worst_case")  # the kinds that a penalty_at concerns
-WITH_COEFFICIENT = ("lagrangian", "pid", "barrier")
+from cmdp_fast.ops.operator import operator
+from cmdp_fast.ops.sequences import check_cost, check_like, check_values, sequence_limits
+from cmdp_fast.reference import BudgetTrace, compute_dtype
 
 
 def budget_trace(
     cost: Tensor,
-    budget: float | Tensor,
+    budget: float | Tensor | None = None,
     *,
+    constraint: Constraint | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    gamma: float = 1.0,
-    reduction: str = "sum",
-    edge: str = "strict",
-    per_token: bool = False,
     backend: str | None = None,
+    **settings: Unpack[AccountSettings],
 ) -> BudgetTrace:
     """Cumulative cost C_t = sum_{i<=t} gamma^(i-1) c_i of each sequence against its budget d.
 
@@ -39,7 +39,8 @@ def budget_trace(
 
     Args:
         cost: ``[B, T]``, or ``[N]`` packed with ``cu_seqlens``; any floating dtype, in nats for a KL. Detached.
-        budget: d >= 0 (nats for a KL): one number, or a tensor ``[B]`` with one number a sequence.
+        budget: d >= 0 (nats for a KL): one number, or a tensor ``[B]`` with one number per sequence.
+        constraint: a `Constraint`, in place of the budget and of the keywords that follow it here.
         mask: bool like ``cost``, False = the token does not count (padding, prompt).
         cu_seqlens: ``[B+1]`` integers, 0 = first, N = last, not decreasing: where each packed sequence begins.
         gamma: discount of the cost, in (0, 1]; 1 for a plain sum. Not with ``reduction="mean"``.
@@ -61,17 +62,13 @@ def budget_trace(
 
     Source: Sauté RL (Sootla et al. 2022) without its state; the excess is this project's discrepancy term.
     """
+    held = constraint_of("budget_trace", constraint, {"budget": budget, **settings}, AccountSettings.__annotations__)
     offsets = check_cost(cost, mask, cu_seqlens)
-    rule = check_budget_rule(gamma, reduction, edge)
-    limits = sequence_limits(budget, cost, mask, offsets, per_token, compute_dtype(cost))
+    dtype = compute_dtype(cost)
+    limits = sequence_limits(held.budget, held.per_token, cost, mask, offsets, dtype)
     chosen = backends.choose(backend, cost, "budget_trace")
-    if chosen == "torch":
-        check_values(offsets, limits, cost)
-        return reference.budget_trace(
-            cost, limits, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, reduction=reduction, edge=edge
-        )
-    cost = cost.detach().to(compute_dtype(cost)).contiguous()
-    return BudgetTrace(*_budget_trace(cost, flat(mask, torch.bool), offsets, limits, *rule, chosen))
+    account = Account(cost.detach().to(dtype).contiguous(), flat(mask, torch.bool), offsets)
+    return BudgetTrace(*_budget_trace(_Given(account, limits, held.budget_rule, chosen)))
 
 
 def modified_reward(
@@ -79,15 +76,11 @@ def modified_reward(
     cost: Tensor,
     trace: BudgetTrace,
     *,
-    kind: str = "cmdp",
-    penalty: float = 1.0,
-    penalty_at: str | None = None,
-    discrepancy_weight: float = 1.0,
-    coefficient: float | None = None,
-    barrier_slope: float = 10.0,
+    constraint: Constraint | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    **settings: Unpack[RewardSettings],
 ) -> Tensor:
     """The modified reward of every token: the task's reward, changed by what the budget's trace says.
 
@@ -106,6 +99,7 @@ def modified_reward(
     Args:
         task_reward: r_t, shaped like ``cost``, usually 0 except at the last token.
         cost, trace: as given to and returned by `budget_trace`.
+        constraint: a `Constraint`, in place of the six keywords that follow; its budget is not looked at.
         kind: one of the names above.
         penalty: n >= 0.
         penalty_at: ``crossing`` pays it once, ``every`` at each violating token. Default: crossing for ``cmdp``, every
@@ -125,6 +119,7 @@ def modified_reward(
     Source: after arXiv 2509.22921. The paper's own symbols for its discrepancy term were not available; Phi is this
     project's definition. Stooke et al. 2020 for ``pid``; arXiv 2610.00332 for ``worst_case``.
     """
+    held = constraint_of("modified_reward", constraint, settings, RewardSettings.__annotations__)
     offsets = check_cost(cost, mask, cu_seqlens)
     check_like("task_reward", task_reward, "cost", cost)
     if not isinstance(trace, BudgetTrace):
@@ -134,171 +129,28 @@ def modified_reward(
     for name, field in trace._asdict().items():
         if name != "first_violation":
             check_like(f"trace.{name}", field, "cost", cost)
-    rule = check_reward_rule(kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope)
     chosen = backends.choose(backend, cost, "modified_reward")
-    if chosen == "torch":
-        return reference.modified_reward(
-            task_reward,
-            cost,
-            trace,
-            kind=kind,
-            penalty=penalty,
-            penalty_at=penalty_at,
-            discrepancy_weight=discrepancy_weight,
-            coefficient=coefficient,
-            barrier_slope=barrier_slope,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-        )
-    dtype = compute_dtype(cost)
-    ready = [t.detach().to(dtype).contiguous() for t in (task_reward, cost, trace.cumulative, trace.remaining)]
-    return _modified_reward(
-        *ready,
-        trace.violated.contiguous(),
-        trace.excess.to(dtype).contiguous(),
-        flat(mask, torch.bool),
-        offsets,
-        *rule,
-        chosen,
+    task, paid, cumulative, remaining, excess = (
+        t.detach().to(compute_dtype(cost)).contiguous()
+        for t in (task_reward, cost, trace.cumulative, trace.remaining, trace.excess)
     )
+    spent = TokenTrace(cumulative, remaining, trace.violated.contiguous(), excess)
+    account = Account(paid, flat(mask, torch.bool), offsets)
+    return _modified_reward(_Rewarded(account, spent, task, held.reward_rule, chosen))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Checks
+def settle(
+    constraint: Constraint, account: Account, limits: Tensor, task_reward: Tensor, backend: str
+) -> tuple[BudgetTrace, Tensor]:
+    """The budget's trace and the modified reward of tokens, in one scan; bitwise what the two operations give in turn.
 
-
-def check_layout(name: str, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
-    """Checks the layout of a per-token tensor and returns the number of sequences."""
-    checks.mask(mask, value, value.shape, name)
-    if cu_seqlens is None:
-        if value.dim() != 2:
-            raise ValueError(
-                f"{name} must be [B, T], or [N] packed with cu_seqlens; got {list(value.shape)} without cu_seqlens"
-            )
-        return value.shape[0]
-    checks.tensor("cu_seqlens", cu_seqlens)
-    if value.dim() != 1:
-        raise ValueError(f"{name} must be packed, [N], when cu_seqlens is given; got {list(value.shape)}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise TypeError(f"cu_seqlens must be int32 or int64 of shape [B+1], got {checks.describe(cu_seqlens)}")
-    checks.same_device("cu_seqlens", cu_seqlens, name, value)
-    return cu_seqlens.shape[0] - 1
-
-
-def sequence_offsets(value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Where each sequence begins in a per-token tensor, flattened: ``[B+1]`` int64."""
-    if cu_seqlens is None:
-        return torch.arange(value.shape[0] + 1, device=value.device) * value.shape[1]
-    return cu_seqlens.to(torch.int64).contiguous()
-
-
-def check_cost(cost: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    checks.tensor("cost", cost)
-    if not cost.dtype.is_floating_point:
-        raise TypeError(f"cost must be floating point, got {checks.describe(cost)}")
-    check_layout("cost", cost, mask, cu_seqlens)
-    return sequence_offsets(cost, cu_seqlens)
-
-
-def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    checks.tensor(name, value)
-    if value.shape != other.shape:
-        raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(value.shape)}")
-    checks.same_device(name, value, other_name, other)
-
-
-def check_budget_rule(gamma: float, reduction: str, edge: str) -> tuple[float, bool, bool]:
-    checks.number("gamma", gamma)
-    checks.choice("reduction", reduction, ("sum", "mean"))
-    checks.choice("edge", edge, ("strict", "saute"))
-    if not 0 < gamma <= 1:
-        raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
-    if reduction == "mean" and gamma != 1:
-        raise ValueError(f"reduction='mean' takes no discount, got gamma={gamma}; expected gamma=1")
-    return float(gamma), reduction == "mean", edge == "saute"
-
-
-def check_reward_rule(
-    kind: str,
-    penalty: float,
-    penalty_at: str | None,
-    discrepancy_weight: float,
-    coefficient: float | None,
-    barrier_slope: float,
-) -> tuple[str, bool, float, float, float, float]:
-    checks.choice("kind", kind, REWARDS)
-    for name, value in (
-        ("penalty", penalty),
-        ("discrepancy_weight", discrepancy_weight),
-        ("barrier_slope", barrier_slope),
-        ("coefficient", 0.0 if coefficient is None else coefficient),
-    ):
-        checks.number(name, value)
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
-    if penalty_at is None:
-        penalty_at = "crossing" if kind == "cmdp" else "every"
-    elif kind not in PENALIZED:
-        raise ValueError(f"kind={kind!r} has no penalty, so penalty_at={penalty_at!r} means nothing; leave it out")
-    checks.choice("penalty_at", penalty_at, ("crossing", "every"))
-    if (coefficient is None) == (kind in WITH_COEFFICIENT):
-        expected = "needs coefficient= (lambda, or kappa for the barrier)" if coefficient is None else "has none"
-        raise ValueError(f"kind={kind!r} {expected}, got coefficient={coefficient}")
-    numbers = (penalty, discrepancy_weight, coefficient or 0.0, barrier_slope)
-    return kind, penalty_at == "crossing", *(float(n) for n in numbers)  # type: ignore[return-value]
-
-
-def check_budget(budget: float | Tensor, like: Tensor, sequences: int) -> None:
-    if isinstance(budget, Tensor):
-        if budget.shape not in ((), (sequences,)):
-            raise ValueError(
-                f"budget must be a number or have shape [{sequences}] (sequences), got {list(budget.shape)}"
-            )
-        checks.same_device("budget", budget, "the tokens", like)
-        return
-    checks.number("budget", budget)
-    if not budget >= 0:
-        raise ValueError(f"budget must be at least 0, got {budget}")
-
-
-def sequence_limits(
-    budget: float | Tensor,
-    like: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor,
-    per_token: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The budget of every sequence, ``[B]`` float64, rounded to the dtype of the costs: a float32 cost of 0.3 has to
-    be within a budget of 0.3."""
-    count = offsets.shape[0] - 1
-    check_budget(budget, like, count)
-    if isinstance(budget, Tensor):
-        limits = budget.detach().to(torch.float64).expand(count)
-    else:
-        limits = torch.full((count,), float(budget), dtype=torch.float64, device=like.device)
-    if per_token:
-        kept = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.to(torch.float64)
-        running = torch.nn.functional.pad(kept.flatten().cumsum(0), (1, 0))
-        tokens = running[offsets[1:]] - running[offsets[:-1]]
-        limits = torch.where(tokens > 0, limits * tokens, 0.0)
-    return limits.to(dtype).to(torch.float64).contiguous()
-
-
-def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
-    """What only the values tell; looked at on the CPU only, where it does not stall a device."""
-    if like.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(like, FakeTensor):
-        return
-    # Lists: a tensor operation a comparison costs more than all the sequences of a batch.
-    starts, amounts = offsets.tolist(), limits.tolist()
-    if starts[0] != 0 or starts[-1] != like.numel() or starts != sorted(starts):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {like.numel()}, got {starts[:8]}"
-            + ("..." if len(starts) > 8 else "")
-        )
-    for i, amount in enumerate(amounts):
-        if not amount >= 0:  # NaN is not
-            raise ValueError(f"budget[{i}] = {amount}; every budget must be at least 0")
+    Nothing is differentiable; the cost may lie in any memory.
+    """
+    cost = account.cost.detach().contiguous()
+    task = task_reward.detach().to(cost.dtype).contiguous()
+    rules = constraint.budget_rule, constraint.reward_rule
+    made = _constrained_scan(_Scan(account._replace(cost=cost), task, limits, *rules, backend))
+    return BudgetTrace(*made.trace), made.reward
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -306,7 +158,7 @@ def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
 
 
 def room(like: Tensor, dtype: torch.dtype, count: int | None = None) -> Tensor:
-    """Room for a number a token of ``like [B, T]`` or packed ``[N]``, or for ``count`` numbers, that a scan writes.
+    """Room for a number per token of ``like [B, T]`` or packed ``[N]``, or for ``count`` numbers, that a scan writes.
 
     On a GPU nobody has checked where packed sequences lie: a token of none is 0, and not what stood in memory.
     """
@@ -314,124 +166,86 @@ def room(like: Tensor, dtype: torch.dtype, count: int | None = None) -> Tensor:
     return make(like.shape if count is None else count, dtype=dtype)
 
 
-def empty_trace(cost: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for the five fields of a `BudgetTrace`."""
+def empty_trace(cost: Tensor, sequences: int) -> Trace:
+    """Room for the fields of a `BudgetTrace`."""
     cumulative, remaining, excess = (room(cost, cost.dtype) for _ in range(3))
-    return cumulative, remaining, room(cost, torch.bool), room(cost, torch.int64, sequences), excess
+    return Trace(cumulative, remaining, room(cost, torch.bool), room(cost, torch.int64, sequences), excess)
 
 
-def _scan(cost, mask, offsets, limits, budget_rule, backend, reward_rule=None, task_reward=None, reward=None):
-    check_values(offsets, limits, cost)
-    trace = empty_trace(cost, offsets.shape[0] - 1)
-    if backend in backends.GPU:
-        rewarded = () if reward_rule is None else (reward_rule, task_reward, reward)
-        backends.GPU[backend].trace_budgets(cost, mask, offsets, limits, budget_rule, trace, *rewarded)
-        return trace
-    backends.native.budget_trace(
-        address(cost),
-        cost.dtype == torch.float64,
-        address(mask),
-        address(offsets),
-        offsets.shape[0] - 1,
-        cost.numel(),
-        address(limits),
-        budget_rule,
-        [address(t) for t in trace],
-        reward_rule,
-        address(task_reward),
-        address(reward),
-    )
+def _empty_trace(account: Account) -> Trace:
+    return empty_trace(account.cost, account.offsets.shape[0] - 1)
+
+
+class _Given(NamedTuple):
+    account: Account
+    limits: Tensor
+    rule: BudgetRule
+    backend: str
+
+
+@operator("budget_trace")
+def _budget_trace(given: _Given) -> Trace:
+    check_values(given.account.offsets, given.limits, given.account.cost)
+    trace = _empty_trace(given.account)
+    backends.get(given.backend).trace_budgets(given.account, given.limits, given.rule, trace)
     return trace
 
 
-@torch.library.custom_op("cmdp_fast::budget_trace", mutates_args=())
-def _budget_trace(
-    cost: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor,
-    limits: Tensor,
-    gamma: float,
-    mean: bool,
-    inclusive: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _scan(cost, mask, offsets, limits, (gamma, mean, inclusive), backend)
+@_budget_trace.shapes
+def _(given: _Given) -> Trace:
+    return _empty_trace(given.account)
 
 
-@_budget_trace.register_fake
-def _(cost, mask, offsets, *args):
-    return empty_trace(cost, offsets.shape[0] - 1)
+class _Scan(NamedTuple):
+    account: Account
+    task_reward: Tensor
+    limits: Tensor
+    budget_rule: BudgetRule
+    reward_rule: RewardRule
+    backend: str
 
 
-@torch.library.custom_op("cmdp_fast::constrained_scan", mutates_args=())
-def constrained_scan(
-    task_reward: Tensor,
-    cost: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor,
-    limits: Tensor,
-    gamma: float,
-    mean: bool,
-    inclusive: bool,
-    kind: str,
-    at_crossing: bool,
-    penalty: float,
-    discrepancy_weight: float,
-    coefficient: float,
-    barrier_slope: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The trace and the modified reward in one scan; bitwise what the two operations give in turn."""
-    reward = room(cost, cost.dtype)
-    rule = (kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope)
-    trace = _scan(cost, mask, offsets, limits, (gamma, mean, inclusive), backend, rule, task_reward, reward)
-    return (*trace, reward)
+class Settled(NamedTuple):
+    """What a scan writes."""
+
+    trace: Trace
+    reward: Tensor
 
 
-@constrained_scan.register_fake
-def _(task_reward, cost, mask, offsets, *args):
-    return (*empty_trace(cost, offsets.shape[0] - 1), room(cost, cost.dtype))
+@operator("constrained_scan")
+def _constrained_scan(given: _Scan) -> Settled:
+    check_values(given.account.offsets, given.limits, given.account.cost)
+    made = _empty_settled(given)
+    rewarding = Rewarding(given.reward_rule, given.task_reward, made.reward)
+    backends.get(given.backend).trace_budgets(given.account, given.limits, given.budget_rule, made.trace, rewarding)
+    return made
 
 
-@torch.library.custom_op("cmdp_fast::modified_reward", mutates_args=())
-def _modified_reward(
-    task_reward: Tensor,
-    cost: Tensor,
-    cumulative: Tensor,
-    remaining: Tensor,
-    violated: Tensor,
-    excess: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor,
-    kind: str,
-    at_crossing: bool,
-    penalty: float,
-    discrepancy_weight: float,
-    coefficient: float,
-    barrier_slope: float,
-    backend: str,
-) -> Tensor:
-    reward = room(cost, cost.dtype)
-    rule = (kind, at_crossing, penalty, discrepancy_weight, coefficient, barrier_slope)
-    if backend in backends.GPU:
-        trace = (cumulative, remaining, violated, excess)
-        backends.GPU[backend].modify_rewards(task_reward, cost, trace, mask, offsets, rule, reward)
-        return reward
-    backends.native.modified_reward(
-        address(task_reward),
-        address(cost),
-        cost.dtype == torch.float64,
-        address(mask),
-        address(offsets),
-        offsets.shape[0] - 1,
-        cost.numel(),
-        [address(t) for t in (cumulative, remaining, violated, excess)],
-        rule,
-        address(reward),
-    )
+def _empty_settled(given: _Scan) -> Settled:
+    return Settled(_empty_trace(given.account), room(given.account.cost, given.account.cost.dtype))
+
+
+_constrained_scan.shapes(_empty_settled)
+
+
+class _Rewarded(NamedTuple):
+    account: Account
+    trace: TokenTrace
+    task_reward: Tensor
+    rule: RewardRule
+    backend: str
+
+
+@operator("modified_reward")
+def _modified_reward(given: _Rewarded) -> Tensor:
+    reward = _empty_reward(given)
+    rewarding = Rewarding(given.rule, given.task_reward, reward)
+    backends.get(given.backend).modify_rewards(given.account, given.trace, rewarding)
     return reward
 
 
-@_modified_reward.register_fake
-def _(task_reward, cost, *args):
-    return room(cost, cost.dtype)
+def _empty_reward(given: _Rewarded) -> Tensor:
+    return room(given.account.cost, given.account.cost.dtype)
+
+
+_modified_reward.shapes(_empty_reward)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cmdp_fast import checks, reference
-from cmdp_fast.layout import SAVED, address, flat
+from cmdp_fast.cpu import in_huge_pages
+from cmdp_fast.layout import SAVED, Mixture, Pair, unit_stride
 from cmdp_fast.ops import backends
-from cmdp_fast.ops.native import in_huge_pages, matrix, threads, unit_stride
+from cmdp_fast.ops.operator import Backward, operator
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import DIVERGENCES, compute_dtype, divergence_weights
 
@@ -77,24 +80,14 @@ def divergence(
         return reference.divergence(
             student_logits, teacher_logits, kind, beta=beta, mask=mask, temperature=temperature, vocab_size=vocab
         )
-    weights = divergence_weights(kind, float(beta))
-    value, _, _ = _mixture(
-        unit_stride(student_logits),
-        unit_stride(teacher_logits.detach()),
-        mask,
-        float(temperature),
-        vocab,
-        *weights,
-        chosen,
-    )
-    return value
+    student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
+    pair = Pair(student, teacher, None, mask, float(temperature), vocab)
+    return _mixture(_Given(pair, Mixture(*divergence_weights(kind, float(beta))), chosen)).value
 
 
 def check_kind(kind: str, beta: float) -> None:
     checks.choice("kind", kind, DIVERGENCES)
-    checks.number("beta", beta)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    checks.share("beta", beta)
     if kind.startswith("skew") and beta == 1:
         raise ValueError(f"{kind} with beta=1 compares a model with itself and is always 0; beta must be below 1")
 
@@ -108,111 +101,64 @@ def _plain_kl(kind: str, beta: float) -> str | None:
     return kind.removeprefix("skew_") if beta == 0 else None
 
 
-@torch.library.custom_op("cmdp_fast::mixture_divergence", mutates_args=())
-def _mixture(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    vocab_size: int,
-    b: float,
-    c_teacher: float,
-    c_student: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        return backends.kernels.mixture(student, teacher, mask, temperature, vocab_size, (b, c_teacher, c_student))
-    shape, dtype = student.shape[:-1], compute_dtype(student, teacher)
-    saved = torch.empty((*shape, SAVED), dtype=torch.float64)
-    value, mean = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
-    keep = flat(mask, torch.bool)
-    pair = matrix(student), matrix(teacher)
-    backends.native.token_stats(
-        *pair, 0, address(keep), vocab_size, temperature, [0] * 6, True, address(saved), threads()
+# --------------------------------------------------------------------------------------------------------------
+# The operators that torch sees
+
+
+class _Given(NamedTuple):
+    pair: Pair
+    weights: Mixture
+    backend: str
+
+
+class _Made(NamedTuple):
+    value: Tensor
+    saved: Tensor
+    mean: Tensor
+
+
+@operator("mixture_divergence")
+def _mixture(given: _Given) -> _Made:
+    return _Made(*backends.get(given.backend).mixture(given.pair, given.weights))
+
+
+@_mixture.shapes
+def _(given: _Given) -> _Made:
+    student, shape = given.pair.student, given.pair.student.shape[:-1]
+    return _Made(
+        student.new_empty(shape, dtype=compute_dtype(student, given.pair.teacher)),
+        student.new_empty((*shape, SAVED), dtype=torch.float64),
+        student.new_empty(shape, dtype=torch.float64),
     )
-    backends.native.mixture(
-        *pair,
-        address(keep),
-        vocab_size,
-        temperature,
-        b,
-        c_teacher,
-        c_student,
-        address(saved),
-        address(value),
-        address(mean),
-        threads(),
-    )
-    return value.to(dtype), saved, mean
 
 
-@_mixture.register_fake
-def _(student, teacher, mask, temperature, vocab_size, b, c_teacher, c_student, backend):
-    shape, dtype = student.shape[:-1], compute_dtype(student, teacher)
-    wide = student.new_empty(shape, dtype=torch.float64)
-    return student.new_empty(shape, dtype=dtype), student.new_empty((*shape, SAVED), dtype=torch.float64), wide
+class _Kept(NamedTuple):
+    given: _Given
+    saved: Tensor
+    mean: Tensor
 
 
-@torch.library.custom_op("cmdp_fast::mixture_divergence_backward", mutates_args=())
-def _mixture_backward(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    saved: Tensor,
-    mean: Tensor,
-    upstream: Tensor,
-    temperature: float,
-    vocab_size: int,
-    b: float,
-    c_teacher: float,
-    c_student: float,
-    backend: str,
-) -> Tensor:
-    out = in_huge_pages(student.new_empty(student.shape))
-    if backend == "triton":
-        weights = (b, c_teacher, c_student)
-        backends.kernels.mixture_backward(
-            student, teacher, mask, saved, mean, upstream, temperature, vocab_size, weights, out
-        )
-        return out
-    keep, flowing = flat(mask, torch.bool), flat(upstream, torch.float64)
-    backends.native.mixture_backward(
-        matrix(student),
-        matrix(teacher),
-        address(keep),
-        vocab_size,
-        temperature,
-        b,
-        c_teacher,
-        c_student,
-        address(saved),
-        address(mean),
-        address(flowing),
-        matrix(out),
-        threads(),
-    )
+@_mixture.gradient(of=("value",), keep=lambda given, made: _Kept(given, made.saved, made.mean))
+def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
+    (upstream,) = backward.upstream
+    assert upstream is not None
+    return {"pair_student": _mixture_backward(_Upward(backward.kept, upstream))}
+
+
+class _Upward(NamedTuple):
+    kept: _Kept
+    upstream: Tensor
+
+
+@operator("mixture_divergence_backward")
+def _mixture_backward(given: _Upward) -> Tensor:
+    (pair, weights, backend), saved, mean = given.kept
+    out = in_huge_pages(pair.student.new_empty(pair.student.shape))
+    backends.get(backend).mixture_backward(pair, saved, mean, given.upstream, weights, out)
     return out
 
 
-@_mixture_backward.register_fake
-def _(student, *args):
+@_mixture_backward.shapes
+def _(given: _Upward) -> Tensor:
+    student = given.kept.given.pair.student
     return student.new_empty(student.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, mask, *ctx.settings = inputs
-    _, saved, mean = output
-    ctx.mark_non_differentiable(saved, mean)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(student, teacher, mask, saved, mean)
-
-
-def _backward(ctx, grad_value, _saved, _mean):
-    nothing = (None,) * 8
-    if not ctx.needs_input_grad[0] or grad_value is None:
-        return (None, *nothing)
-    student, teacher, mask, saved, mean = ctx.saved_tensors
-    return (_mixture_backward(student, teacher, mask, saved, mean, grad_value, *ctx.settings), *nothing)
-
-
-_mixture.register_autograd(_backward, setup_context=_setup_context)

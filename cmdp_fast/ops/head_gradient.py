@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.ops import gemm
-from cmdp_fast.ops.native import in_huge_pages
 from cmdp_fast.ops.projection import Projection
 
 
@@ -19,7 +19,7 @@ class HeadGradient:
     is kept in float32 beside the result, and none where the head itself is float32.
     """
 
-    def __init__(self, head: Projection, weight: Tensor, needed: Sequence[bool]):
+    def __init__(self, head: Projection, weight: Tensor, needed: Sequence[bool]) -> None:
         """``weight`` is the whole head, ``head`` may stop at the last column that counts."""
         self.head = head
         self.dtype = torch.promote_types(head.hidden.dtype, torch.float32)

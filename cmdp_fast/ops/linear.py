@@ -13,43 +13,53 @@ large a tile is. The backward pass makes the logits again: keeping them would ta
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
-from cmdp_fast import checks
-from cmdp_fast.layout import SAVED
+from cmdp_fast import checks, states
+from cmdp_fast.cpu import in_huge_pages
+from cmdp_fast.heads import Head
+from cmdp_fast.layout import Pair, Upstream
 from cmdp_fast.ops import backends, parallel, projection
-from cmdp_fast.ops.gradient import write_gradient
 from cmdp_fast.ops.head_gradient import HeadGradient
-from cmdp_fast.ops.native import in_huge_pages
-from cmdp_fast.ops.projection import Model, Projection
+from cmdp_fast.ops.operator import Backward, operator
+from cmdp_fast.ops.projection import HeadSettings, Model, Projection, head_given
+from cmdp_fast.ops.statistics import DIFFERENTIABLE, Scored, room, scored
 from cmdp_fast.ops.tile_size import tile_shape
-from cmdp_fast.ops.token_state import TokenState, all_reduced, fold_tile, saved_scalars, statistics
 from cmdp_fast.reference import TokenStats, compute_dtype
+
+
+class LinearSettings(HeadSettings, total=False):
+    """The settings of `linear_token_stats` that `linear_constrained_reward` hands on, as keywords."""
+
+    temperature: float
+    vocab_size: int | None
+    process_group: dist.ProcessGroup | None
+    first_column: int
+    reduce_hidden_grad: bool
+    saved: str
 
 
 def linear_token_stats(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | Head,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | Head,
     tokens: Tensor,
     *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
     vocab_size: int | None = None,
     process_group: dist.ProcessGroup | None = None,
     first_column: int = 0,
     reduce_hidden_grad: bool = True,
     saved: str = "recompute",
     backend: str | None = None,
+    **heads: Unpack[HeadSettings],
 ) -> TokenStats:
     """`token_stats` of the logits that two language-model heads would give, without the logits.
 
@@ -65,13 +75,15 @@ def linear_token_stats(
 
     Args:
         student_hidden: ``[..., H]`` the last hidden states (after the final norm): float32, bfloat16, float16, float64.
-        student_weight: ``[V, H]`` the head, of any of these dtypes. With ``process_group``, this rank's rows of it.
-            Or a DTensor sharded over its rows (``Shard(0)`` of a one-dimensional mesh), likewise the bias: then group
-            and columns are those of the DTensor, and so is the gradient.
-        teacher_hidden, teacher_weight: ``[..., H']``, ``[V', H']``, of their own width and dtypes; V' = V unless
-            ``vocab_size`` is given.
+        student_weight: the head: a `Head` (from `head_of`), which is right for every model, or its weight ``[V, H]``,
+            of any of these dtypes. With ``process_group``, this rank's rows of it. Or a DTensor sharded over its rows
+            (``Shard(0)`` of a one-dimensional mesh), likewise the bias: then group and columns are those of the
+            DTensor, and so is the gradient.
+        teacher_hidden, teacher_weight: ``[..., H']``, and a `Head` or ``[V', H']``, of their own width and dtypes;
+            V' = V unless ``vocab_size`` is given.
         tokens: ``[...]`` integers in [0, vocab_size). Masked tokens may hold anything.
-        student_bias, teacher_bias: ``[V]``, ``[V']``. A bias of -inf excludes a column.
+        student_bias, teacher_bias: ``[V]``, ``[V']``. A bias of -inf excludes a column. This and what is called
+            softcap and scale: not with a `Head`, which brings them.
         mask: ``[...]`` bool, False = the row is left out of every product; its statistics and gradient are exactly 0.
             Finding the rows that count makes the host wait for a GPU.
         temperature, student_softcap, teacher_softcap, student_scale, teacher_scale: as above.
@@ -89,7 +101,7 @@ def linear_token_stats(
             operation whose backward pass sums them itself, such as Megatron's copy to the tensor-parallel region or
             the gather of a sequence-parallel region: they would be summed twice.
         saved: what the backward pass has of the forward pass. ``recompute``: a few numbers a row; the logits are made
-            again. ``tiles``: both models' logits, rows x V numbers each, for who has the memory: two products of six
+            again. ``tiles``: both models' logits, rows x V numbers each, where there is the memory: two products of six
             are saved, and the gradient still exists a tile at a time only.
         backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` on a GPU (not float64), else ``torch``; a
             name forces it. GEMMs are PyTorch's.
@@ -111,14 +123,19 @@ def linear_token_stats(
     Source: the states merge as in csrc/token_state.h; tiles of a head as in Wijmans et al. 2024, arXiv 2411.09009
     (cut cross-entropy), for one model and one statistic.
     """
-    sharded = parallel.shards(student_weight, student_bias, teacher_weight, teacher_bias)
+    unknown = sorted(set(heads) - set(HeadSettings.__annotations__))
+    if unknown:
+        raise TypeError(f"linear_token_stats() got an unexpected keyword argument {unknown[0]!r}")
+    student = Model(student_hidden, head_given("student", student_weight, heads))
+    teacher = Model(teacher_hidden, head_given("teacher", teacher_weight, heads))
+    sharded = parallel.shards(student.head, teacher.head)
     if sharded is not None:
         if process_group is not None or first_column != 0:
             raise ValueError("a DTensor head brings its own process group and columns; do not pass them as well")
-        local, process_group, first_column = sharded
-        student_weight, student_bias, teacher_weight, teacher_bias = local  # type: ignore[assignment]
-    projection.check("student", Model(student_hidden, student_weight, student_bias, student_scale, student_softcap))
-    projection.check("teacher", Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap))
+        (student_head, teacher_head), process_group, first_column = sharded
+        student, teacher = student._replace(head=student_head), teacher._replace(head=teacher_head)
+    projection.check("student", student)
+    projection.check("teacher", teacher)
     checks.same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
@@ -129,61 +146,61 @@ def linear_token_stats(
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
     checks.choice("saved", saved, ("recompute", "tiles"))
-    computed = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    chosen = backends.choose_for_logits(backend, student_hidden, computed, "linear_token_stats")
-    width, vocab = parallel.columns(
-        student_weight.shape[0], teacher_weight.shape[0], vocab_size, process_group, first_column, tokens, mask
-    )
-    outputs = _linear_token_stats(
-        student_hidden,
-        student_weight,
-        student_bias,
-        teacher_hidden.detach(),
-        teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
+    chosen = backends.choose_for_logits(backend, student_hidden, _computed(student, teacher), "linear_token_stats")
+    widths = student.head.weight.shape[0], teacher.head.weight.shape[0]
+    width, vocab = parallel.columns(*widths, vocab_size, process_group, first_column, tokens, mask)
+    batch = _Batch(
+        student._replace(head=_plain(student.head)),
+        teacher.detached()._replace(head=_plain(teacher.detached().head)),
         tokens,
         mask,
         float(temperature),
-        float(student_scale),
-        student_softcap,
-        float(teacher_scale),
-        teacher_softcap,
         width,
-        vocab,
         first_column,
-        parallel.name_of(process_group),
-        reduce_hidden_grad,
-        saved == "tiles" and torch.is_grad_enabled(),
         chosen,
     )
-    return TokenStats(*outputs[:6])
+    group, stay = parallel.name_of(process_group), saved == "tiles" and torch.is_grad_enabled()
+    return _linear_token_stats(_Given(batch, vocab, group, reduce_hidden_grad, stay)).scored.stats
+
+
+def _plain(head: Head) -> Head:
+    return head._replace(scale=float(head.scale))
+
+
+def _computed(student: Model, teacher: Model) -> torch.dtype:
+    return compute_dtype(student.hidden, student.head.weight, teacher.hidden, teacher.head.weight)
 
 
 # --------------------------------------------------------------------------------------------------------------
 # The loop
 
 
+class _Batch(NamedTuple):
+    """Rows of both models, in all that forward and backward pass need alike."""
+
+    student: Model
+    teacher: Model
+    tokens: Tensor
+    mask: Tensor | None
+    temperature: float
+    width: int  # columns here that count
+    first_column: int
+    backend: str
+
+
 class _Tiles:
     """Both heads over the rows that count, and how they are cut into tiles."""
 
-    def __init__(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None,
-        student: Model,
-        teacher: Model,
-        width: int,
-        kept: tuple[Tensor, Tensor] | None = None,
-        known: bool = False,
-    ):
-        """``kept``, ``known``: both models' logits, as `Projection` takes them."""
-        self.kept = None if mask is None else mask.flatten().nonzero()[:, 0]
+    def __init__(self, batch: _Batch, all_logits: tuple[Tensor, Tensor] | None = None, known: bool = False) -> None:
+        """``all_logits``, ``known``: both models', as `Projection` takes them."""
+        tokens, mask, width = batch.tokens, batch.mask, batch.width
+        self.counted = None if mask is None else mask.flatten().nonzero()[:, 0]
         self.shape = tokens.shape
         self.tokens = self.compact(tokens).long().contiguous()
-        dtype = compute_dtype(student.hidden, student.weight, teacher.hidden, teacher.weight)
+        dtype = _computed(batch.student, batch.teacher)
         self.student, self.teacher = (
-            Projection(m._replace(hidden=self.compact(m.hidden, 1), weight=m.weight[:width]), dtype, logits, known)
-            for m, logits in zip((student, teacher), kept or (None, None), strict=True)
+            Projection(self._of_these_rows(model, width), dtype, logits, known)
+            for model, logits in zip((batch.student, batch.teacher), all_logits or (None, None), strict=True)
         )
         pair = self.student.dtype.itemsize + self.teacher.dtype.itemsize
         count = len(self.tokens)
@@ -191,193 +208,175 @@ class _Tiles:
         self.rows = [slice(i, min(i + height, count)) for i in range(0, count, height)]
         self.columns = [slice(i, min(i + breadth, width)) for i in range(0, width, breadth)]
 
+    def _of_these_rows(self, model: Model, width: int) -> Model:
+        return Model(self.compact(model.hidden, 1), model.head._replace(weight=model.head.weight[:width]))
+
     def compact(self, value: Tensor, trailing: int = 0) -> Tensor:
-        """``[..., *]`` to ``[rows that count, *]``, ``trailing`` axes being kept."""
+        """``[..., *]`` to ``[rows that count, *]``, the last ``trailing`` axes as they are."""
         rows = value.reshape((self.shape.numel(), *value.shape[value.dim() - trailing :]))
-        return rows if self.kept is None else rows[self.kept]
+        return rows if self.counted is None else rows[self.counted]
 
     def spread(self, value: Tensor) -> Tensor:
         """``[rows that count, *]`` to ``[..., *]``, zero elsewhere."""
-        if self.kept is not None:
-            value = value.new_zeros(self.shape.numel(), *value.shape[1:]).index_copy_(0, self.kept, value)
+        if self.counted is not None:
+            value = value.new_zeros(self.shape.numel(), *value.shape[1:]).index_copy_(0, self.counted, value)
         return value.reshape((*self.shape, *value.shape[1:]))
 
 
-@torch.library.custom_op("cmdp_fast::linear_token_stats", mutates_args=())
-def _linear_token_stats(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    tokens: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    student_scale: float,
-    student_softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
-    width: int,
-    vocab_size: int,
-    first_column: int,
-    group: str,
-    reduce_hidden_grad: bool,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    x, y = _room(student_hidden, tokens, width if keep else 0, dtype)
-    kept = in_huge_pages(x), in_huge_pages(y)
+# --------------------------------------------------------------------------------------------------------------
+# The operators that torch sees
+
+
+class _Given(NamedTuple):
+    batch: _Batch
+    vocab_size: int  # columns of all ranks
+    group: str
+    reduce_hidden_grad: bool
+    stay: bool  # both models' logits stay for the backward pass
+
+
+class _Logits(NamedTuple):
+    """Both models' logits ``[rows, width]``, or ``[rows, 0]`` where they do not stay."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+class _Made(NamedTuple):
+    scored: Scored
+    logits: _Logits
+
+
+@operator("linear_token_stats")
+def _linear_token_stats(given: _Given) -> _Made:
+    batch = given.batch
+    tokens, dtype = batch.tokens, _computed(batch.student, batch.teacher)
+    logits = _Logits(*(in_huge_pages(t) for t in _room(given)))
     if tokens.device.type == "cpu":
-        checks.token_range(tokens, mask, vocab_size)
+        checks.token_range(tokens, batch.mask, given.vocab_size)
     with torch.autocast(tokens.device.type, enabled=False):
-        tiles = _Tiles(
-            tokens,
-            mask,
-            Model(student_hidden, student_weight, student_bias, student_scale, student_softcap),
-            Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
-            width,
-            kept if keep else None,
-        )
+        tiles = _Tiles(batch, logits if given.stay else None)
         student, teacher = tiles.student, tiles.teacher
-        for logits in kept:  # an operator's results must not hang on what happened to stand in memory
-            logits[len(tiles.tokens) :] = 0
-        fields = TokenState.empty(len(tiles.tokens), device=tokens.device).fields
+        for t in logits:  # an operator's results must not hang on what happened to stand in memory
+            t[len(tiles.tokens) :] = 0
+        fields = states.empty(len(tiles.tokens), tokens.device)
         for columns in tiles.columns:
             student.select(columns)
             teacher.select(columns)
-            first = first_column + columns.start
+            first, width = batch.first_column + columns.start, columns.stop - columns.start
             for rows in tiles.rows:
                 x, y = student.logits(rows), teacher.logits(rows)
-                fold_tile(fields[rows], x, y, tiles.tokens[rows], first, temperature, backend)
-        if group:
-            fields = all_reduced(fields, parallel.group_named(group))
-        stats = statistics(fields)
+                tile = Pair(x, y, tiles.tokens[rows], None, batch.temperature, width)
+                backends.get(batch.backend).update_states(tile, first, fields[rows])
+        if given.group:
+            fields = parallel.all_reduced(fields, parallel.group_named(given.group))
+        stats = states.statistics(fields)
         values = [tiles.spread(value.to(dtype)) for value in stats]
-        return (*values, tiles.spread(saved_scalars(fields, stats)), *kept)  # type: ignore[return-value]
+        return _Made(scored(values, tiles.spread(states.saved_scalars(fields, stats))), logits)
 
 
-def _room(like: Tensor, tokens: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for both models' logits ``[rows, width]``. Rows are not compacted: their number would depend on data."""
-    shape = (tokens.numel(), width)
-    return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
+def _room(given: _Given) -> _Logits:
+    """Room for logits that stay. Rows are not compacted: their number would depend on data."""
+    batch = given.batch
+    shape = (batch.tokens.numel(), batch.width if given.stay else 0)
+    dtype = _computed(batch.student, batch.teacher)
+    return _Logits(*(batch.student.hidden.new_empty(shape, dtype=dtype) for _ in _Logits._fields))
 
 
-@_linear_token_stats.register_fake
-def _(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, tokens, *settings):
-    dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    width, keep = settings[6], settings[11]
-    values = [student_hidden.new_empty(tokens.shape, dtype=dtype) for _ in range(6)]
-    scalars = student_hidden.new_empty((*tokens.shape, SAVED), dtype=torch.float64)
-    return (*values, scalars, *_room(student_hidden, tokens, width if keep else 0, dtype))
+@_linear_token_stats.shapes
+def _(given: _Given) -> _Made:
+    batch = given.batch
+    dtype = _computed(batch.student, batch.teacher)
+    return _Made(room(batch.student.hidden, batch.tokens.shape, dtype), _room(given))
 
 
-@torch.library.custom_op("cmdp_fast::linear_token_stats_backward", mutates_args=())
-def _linear_token_stats_backward(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    tokens: Tensor,
-    mask: Tensor | None,
-    saved: Tensor,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_reverse_kl: Tensor | None,
-    grad_forward_kl: Tensor | None,
-    needed: list[bool],
-    temperature: float,
-    student_scale: float,
-    student_softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
-    width: int,
-    first_column: int,
-    group: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, head and bias: an empty tensor for one that is not needed. A group sums the first."""
-    keep = student_logits.shape[1] > 0
-    with torch.autocast(tokens.device.type, enabled=False):
-        tiles = _Tiles(
-            tokens,
-            mask,
-            Model(student_hidden, student_weight, student_bias, student_scale, student_softcap),
-            Model(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
-            width,
-            (student_logits, teacher_logits) if keep else None,
-            known=True,
-        )
+class _Kept(NamedTuple):
+    batch: _Batch
+    saved: Tensor
+    logits: _Logits
+    group: str  # that sums the gradient of the hidden states; empty for none
+
+
+def _keep(given: _Given, made: _Made) -> _Kept:
+    return _Kept(given.batch, made.scored.saved, made.logits, given.group if given.reduce_hidden_grad else "")
+
+
+@_linear_token_stats.gradient(of=[f"scored_{name}" for name in DIFFERENTIABLE], keep=_keep)
+def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
+    needed = _Needed(*(f"batch_student_{name}" in backward.needed for name in _GRADIENTS))
+    if not any(needed):
+        return {}
+    made = _linear_token_stats_backward(_Upward(backward.kept, Upstream(*backward.upstream), needed))
+    gradients = zip(_GRADIENTS, made, needed, strict=True)
+    return {f"batch_student_{name}": gradient for name, gradient, needs in gradients if needs}
+
+
+_GRADIENTS = ("hidden", "head_weight", "head_bias")  # of the student
+
+
+class _Needed(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class _Gradients(NamedTuple):
+    """An empty tensor for one that is not asked for."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class _Upward(NamedTuple):
+    kept: _Kept
+    upstream: Upstream
+    needed: _Needed
+
+
+@operator("linear_token_stats_backward")
+def _linear_token_stats_backward(given: _Upward) -> _Gradients:
+    """Gradients of hidden states, head and bias. A group sums the first."""
+    (batch, saved, logits, group), upstream, needed = given
+    stay = logits.student.shape[1] > 0
+    with torch.autocast(batch.tokens.device.type, enabled=False):
+        tiles = _Tiles(batch, logits if stay else None, known=True)
         student, teacher = tiles.student, tiles.teacher
         # Log-probability and entropy are the student's own affair: without the other two the teacher's tile is not
         # read and need not be made.
-        alone = grad_reverse_kl is None and grad_forward_kl is None
-        kept = tiles.compact(saved, 1).contiguous()
-        upstream = [
-            None if g is None else tiles.compact(g).double()
-            for g in (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
-        ]
-        gradient = HeadGradient(student, student_weight, needed)
+        alone = upstream.reverse_kl is None and upstream.forward_kl is None
+        scalars = tiles.compact(saved, 1).contiguous()
+        arriving = Upstream(*(None if g is None else tiles.compact(g).double() for g in upstream))
+        gradient = HeadGradient(student, batch.student.head.weight, needed)
         for columns in tiles.columns:
             student.select(columns)
             if not alone:
                 teacher.select(columns)
+            first, width = batch.first_column + columns.start, columns.stop - columns.start
             for rows in tiles.rows:
                 x = student.logits(rows)
+                y = x if alone else teacher.logits(rows)
                 out = student.gradient_tile(x)
-                write_gradient(
-                    x,
-                    x if alone else teacher.logits(rows),
-                    tiles.tokens[rows],
-                    None,
-                    kept[rows],
-                    [None if g is None else g[rows] for g in upstream],
-                    temperature,
-                    x.shape[1],
-                    out,
-                    backend,
-                    first_column + columns.start,
-                )
+                tile = Pair(x, y, tiles.tokens[rows], None, batch.temperature, width)
+                here = Upstream(*(None if g is None else g[rows] for g in arriving))
+                backends.get(batch.backend).token_stats_backward(tile, scalars[rows], here, out, first)
                 student.chain(out, x)
                 gradient.add(out, rows, columns)
             gradient.leave(columns)
-        if group and needed[0]:
+        if group and needed.hidden:
             dist.all_reduce(gradient.hidden, group=parallel.group_named(group))
-        return (
-            tiles.spread(gradient.hidden).to(student_hidden.dtype) if needed[0] else gradient.hidden,
+        hidden, bias = batch.student.hidden, batch.student.head.bias
+        return _Gradients(
+            tiles.spread(gradient.hidden).to(hidden.dtype) if needed.hidden else gradient.hidden,
             gradient.weight,
-            gradient.bias if student_bias is None else gradient.bias.to(student_bias.dtype),
+            gradient.bias if bias is None else gradient.bias.to(bias.dtype),
         )
 
 
-@_linear_token_stats_backward.register_fake
-def _(student_hidden, student_weight, student_bias, *rest):
-    needed = rest[12]
-    given = (student_hidden, student_weight, student_bias)
-    return tuple(t.new_empty(t.shape) if n else student_hidden.new_empty(0) for t, n in zip(given, needed, strict=True))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, temperature, s_scale, s_softcap, t_scale, t_softcap, width, _, first, group, reduce, _, backend = inputs
-    _, teacher_logprob, _, teacher_entropy, _, _, *saved = output
-    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, *saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *saved)
-    ctx.settings = (temperature, s_scale, s_softcap, t_scale, t_softcap, width, first, group if reduce else "", backend)
-
-
-def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, *_):
-    upstream = (grad_logprob, grad_entropy, grad_reverse, grad_forward)
-    needed = list(ctx.needs_input_grad[:3])
-    if not any(needed) or all(g is None for g in upstream):
-        return (None,) * 20
-    gradients = _linear_token_stats_backward(*ctx.saved_tensors, *upstream, needed, *ctx.settings)
-    return (*(g if n else None for g, n in zip(gradients, needed, strict=True)), *(None,) * 17)
-
-
-_linear_token_stats.register_autograd(_backward, setup_context=_setup_context)
+@_linear_token_stats_backward.shapes
+def _(given: _Upward) -> _Gradients:
+    hidden, head = given.kept.batch.student
+    inputs = zip((hidden, head.weight, head.bias), given.needed, strict=True)
+    return _Gradients(*(t.new_empty(t.shape) if n and t is not None else hidden.new_empty(0) for t, n in inputs))

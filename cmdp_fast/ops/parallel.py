@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmdp_fast import checks
+from cmdp_fast import checks, states
+from cmdp_fast.heads import Head
 
 
 def name_of(process_group: dist.ProcessGroup | None) -> str:
@@ -18,11 +21,19 @@ def group_named(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def shards(
-    *heads: Tensor | None,
-) -> tuple[list[Tensor | None], dist.ProcessGroup, int] | None:
-    """The local parts of weights and biases that are DTensors, their group and first column; None if none is one."""
-    tensors = [t for t in heads if t is not None]
+def all_reduced(fields: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+    """The states of all ranks' columns: one all-reduce of the maxima, one of the sums raised to them."""
+    maxima = torch.cat((fields[:, states.REFERENCES], fields[:, states.LATEST]), dim=1)
+    dist.all_reduce(maxima, dist.ReduceOp.MAX, group=process_group)
+    references, latest = maxima[:, states.REFERENCES], maxima[:, states.REFERENCES.stop :]
+    sums = states.raised(fields, references)[:, states.SUMS].contiguous()
+    dist.all_reduce(sums, group=process_group)
+    return torch.cat((references, sums, latest), dim=1)
+
+
+def shards(*heads: Head) -> tuple[list[Head], dist.ProcessGroup, int] | None:
+    """The local parts of heads that are DTensors, their group and first column; None if none is one."""
+    tensors = [t for head in heads for t in (head.weight, head.bias) if t is not None]
     if not (dist.is_available() and any(isinstance(t, _dtensor()) for t in tensors)):
         return None
     if not all(isinstance(t, _dtensor()) for t in tensors):
@@ -39,8 +50,12 @@ def shards(
     # Shard(0) deals rows out as torch.chunk does.
     piece = -(-tensors[0].shape[0] // mesh.size())
     first_column = min(piece * mesh.get_local_rank(), tensors[0].shape[0])
-    local = [None if t is None else t.to_local() for t in heads]  # type: ignore[attr-defined]
+    local = [head._replace(weight=_local(head.weight), bias=_local(head.bias)) for head in heads]
     return local, mesh.get_group(), first_column
+
+
+def _local(t: Any) -> Any:
+    return None if t is None else t.to_local()
 
 
 def _dtensor() -> type:

@@ -9,39 +9,68 @@ by its own, and Gemma 2 and 3 cap what the head gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from cmdp_fast import checks
+from cmdp_fast.heads import Head
 from cmdp_fast.ops import gemm
 
 
+class HeadSettings(TypedDict, total=False):
+    """What belongs to a bare head weight, as keywords; a `Head` brings it."""
+
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    student_softcap: float | None
+    teacher_softcap: float | None
+    student_scale: float
+    teacher_scale: float
+
+
+def head_given(name: str, weight: Tensor | Head, settings: Mapping[str, Any]) -> Head:
+    """The head of the model called ``student`` or ``teacher``, given whole or as a weight and keywords.
+
+    Raises TypeError for a `Head` with a keyword that repeats one of its fields.
+    """
+    own = {field: settings[f"{name}_{field}"] for field in Head._fields if f"{name}_{field}" in settings}
+    if not isinstance(weight, Head):
+        return Head(weight, **own)
+    if own:
+        repeated = ", ".join(f"{name}_{field}" for field in own)
+        raise TypeError(f"{name}_weight is a Head, which brings its own; {repeated} must not be given as well")
+    return weight
+
+
 class Model(NamedTuple):
-    """What makes one model's logits."""
+    """Hidden states and the head that makes logits of them."""
 
     hidden: Tensor  # [..., H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    scale: float
-    softcap: float | None
+    head: Head  # weight [V, H], bias [V]
+
+    def detached(self) -> Model:
+        bias = None if self.head.bias is None else self.head.bias.detach()
+        return Model(self.hidden.detach(), self.head._replace(weight=self.head.weight.detach(), bias=bias))
 
 
 class Projection:
     """A model's logits by the tile, in memory that is used again; the hidden states are ``[rows, H]``."""
 
-    def __init__(self, model: Model, computed: torch.dtype, kept: Tensor | None = None, known: bool = False):
+    def __init__(
+        self, model: Model, computed: torch.dtype, all_logits: Tensor | None = None, known: bool = False
+    ) -> None:
         """``computed``: the dtype of the statistics. If it is float64 both models are projected in float64.
 
-        ``kept [rows, V]``, of that dtype: where all logits stay, if they are to be kept; ``known``: they stand there.
+        ``all_logits [rows, V]``, of that dtype: where the logits stay, if they are to; ``known``: they stand there.
         """
-        hidden, self.weight, self.bias, self.scale, self.softcap = model
+        hidden, (self.weight, self.bias, self.softcap, self.scale) = model
         factors = torch.float64 if computed == torch.float64 else gemm.input_dtype(hidden, self.weight)
         self.hidden = hidden.to(factors)
         self.dtype = gemm.output_dtype(factors, hidden.device)
-        self.kept, self.known = kept, known
+        self.all_logits, self.known = all_logits, known
         self.columns = slice(0)
         self._piece: Tensor | None = None
         self._memory: dict[str, Tensor] = {}
@@ -62,8 +91,8 @@ class Projection:
         return self._piece
 
     def logits(self, rows: slice) -> Tensor:
-        """The tile ``[R, C]`` of some rows and the selected columns. It lives until the next call, or is kept."""
-        place = None if self.kept is None else self.kept[rows, self.columns]
+        """The tile ``[R, C]`` of some rows and the selected columns. It lives until the next call, or stays."""
+        place = None if self.all_logits is None else self.all_logits[rows, self.columns]
         if place is not None and self.known:
             return place
         hidden = self.hidden[rows]
@@ -81,14 +110,14 @@ class Projection:
         return tile if place is None or place is tile else place.copy_(tile)
 
     def gradient_tile(self, logits: Tensor) -> Tensor:
-        """Where the gradient of the logits goes: over the logits, unless they are kept or `chain` needs them."""
-        in_place = self.softcap is None and self.kept is None
+        """Where the gradient of the logits goes: over the logits, unless they stay or `chain` needs them."""
+        in_place = self.softcap is None and self.all_logits is None
         return logits if in_place else self._reuse("gradient", logits.shape, logits.dtype)
 
     def chain(self, gradient: Tensor, logits: Tensor) -> None:
-        """Turns the gradient of the logits into that of hidden W^T + bias, in place. Overwrites logits not kept."""
+        """Turns the gradient of the logits into that of hidden W^T + bias, in place. Overwrites logits not to stay."""
         if self.softcap is not None:
-            inner = (logits.clone() if self.kept is not None else logits).mul_(1 / self.softcap)
+            inner = (logits.clone() if self.all_logits is not None else logits).mul_(1 / self.softcap)
             gradient.mul_(inner.square_().neg_().add_(1.0).mul_(self.scale))
         elif self.scale != 1.0:
             gradient.mul_(self.scale)
@@ -103,7 +132,7 @@ class Projection:
 
 def check(name: str, model: Model) -> None:
     """Checks the arguments of a model called ``student`` or ``teacher``."""
-    hidden, weight, bias, scale, softcap = model
+    hidden, (weight, bias, softcap, scale) = model
     given = [(f"{name}_hidden", hidden), (f"{name}_weight", weight)]
     if bias is not None:
         given.append((f"{name}_bias", bias))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 import torch.distributed as dist
 from torch import Tensor
 
-from cmdp_fast import checks
-from cmdp_fast.layout import SAVED
+from cmdp_fast import checks, states
+from cmdp_fast.cpu import in_huge_pages
+from cmdp_fast.layout import Pair, Upstream, unit_stride
 from cmdp_fast.ops import backends, parallel
-from cmdp_fast.ops.gradient import write_gradient
-from cmdp_fast.ops.native import in_huge_pages, unit_stride
-from cmdp_fast.ops.token_state import TokenState, all_reduced, fold_tile, saved_scalars, statistics
+from cmdp_fast.ops.operator import Backward, operator
+from cmdp_fast.ops.statistics import DIFFERENTIABLE, Scored, room_of, scored
 from cmdp_fast.reference import TokenStats, compute_dtype
 
 
@@ -37,99 +38,77 @@ def sharded_token_stats(
     computed = compute_dtype(student_logits, teacher_logits)
     chosen = backends.choose_for_logits(backend, student_logits, computed, "token_stats(process_group=...)")
     width, vocab = parallel.columns(student, teacher, vocab_size, process_group, first_column, tokens, mask)
-    outputs = _sharded_token_stats(
-        unit_stride(student_logits),
-        unit_stride(teacher_logits.detach()),
-        tokens,
-        mask,
-        float(temperature),
-        width,
-        vocab,
-        first_column,
-        parallel.name_of(process_group),
-        chosen,
+    pair = Pair(
+        unit_stride(student_logits), unit_stride(teacher_logits.detach()), tokens, mask, float(temperature), width
     )
-    return TokenStats(*outputs[:6])
+    group = parallel.name_of(process_group)
+    return _sharded_token_stats(_Given(pair, vocab, first_column, group, chosen)).stats
 
 
-@torch.library.custom_op("cmdp_fast::sharded_token_stats", mutates_args=())
-def _sharded_token_stats(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    width: int,
-    vocab_size: int,
-    first_column: int,
-    group: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if tokens.device.type == "cpu":
-        checks.token_range(tokens, mask, vocab_size)
-    index, keep = tokens.flatten().long(), None if mask is None else mask.flatten()
-    fields = TokenState.empty(len(index), device=tokens.device).fields
-    if width > 0:
-        x, y = student[..., :width], teacher[..., :width]
-        fold_tile(fields, x, y, index, first_column, temperature, backend, keep)
-    fields = all_reduced(fields, parallel.group_named(group))
-    stats = statistics(fields)
-    values = (*(value.to(compute_dtype(student, teacher)) for value in stats), saved_scalars(fields, stats))
-    if keep is not None:
-        values = tuple(v.where(keep.view(-1, *[1] * (v.dim() - 1)), 0.0) for v in values)
-    return tuple(v.reshape((*tokens.shape, *v.shape[1:])) for v in values)  # type: ignore[return-value]
+class _Given(NamedTuple):
+    pair: Pair
+    vocab_size: int  # columns of all ranks
+    first_column: int
+    group: str
+    backend: str
 
 
-@_sharded_token_stats.register_fake
-def _(student, teacher, tokens, *settings):
-    dtype = compute_dtype(student, teacher)
-    statistics = [student.new_empty(tokens.shape, dtype=dtype) for _ in range(6)]
-    return (*statistics, student.new_empty((*tokens.shape, SAVED), dtype=torch.float64))
+@operator("sharded_token_stats")
+def _sharded_token_stats(given: _Given) -> Scored:
+    pair = given.pair
+    assert pair.tokens is not None
+    if pair.tokens.device.type == "cpu":
+        checks.token_range(pair.tokens, pair.mask, given.vocab_size)
+    index, counted = pair.tokens.flatten().long(), None if pair.mask is None else pair.mask.flatten()
+    fields = states.empty(len(index), pair.tokens.device)
+    if pair.width > 0:
+        x, y = pair.student[..., : pair.width], pair.teacher[..., : pair.width]
+        tile = Pair(x, y, index, counted, pair.temperature, pair.width)
+        backends.get(given.backend).update_states(tile, given.first_column, fields)
+    fields = parallel.all_reduced(fields, parallel.group_named(given.group))
+    stats = states.statistics(fields)
+    dtype = compute_dtype(pair.student, pair.teacher)
+    values = [*(value.to(dtype) for value in stats), states.saved_scalars(fields, stats)]
+    if counted is not None:
+        values = [v.where(counted.view(-1, *[1] * (v.dim() - 1)), 0.0) for v in values]
+    *six, saved = (v.reshape((*pair.tokens.shape, *v.shape[1:])) for v in values)
+    return scored(six, saved)
 
 
-@torch.library.custom_op("cmdp_fast::sharded_token_stats_backward", mutates_args=())
-def _sharded_token_stats_backward(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    saved: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_reverse_kl: Tensor | None,
-    grad_forward_kl: Tensor | None,
-    temperature: float,
-    width: int,
-    first_column: int,
-    backend: str,
-) -> Tensor:
-    out = in_huge_pages(student.new_empty(student.shape))
-    if width == 0:  # a rank beyond the common prefix
+@_sharded_token_stats.shapes
+def _(given: _Given) -> Scored:
+    return room_of(given.pair)
+
+
+class _Kept(NamedTuple):
+    pair: Pair
+    saved: Tensor
+    first_column: int
+    backend: str
+
+
+@_sharded_token_stats.gradient(
+    of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given.pair, made.saved, given.first_column, given.backend)
+)
+def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
+    return {"pair_student": _sharded_token_stats_backward(_Upward(backward.kept, Upstream(*backward.upstream)))}
+
+
+class _Upward(NamedTuple):
+    kept: _Kept
+    upstream: Upstream
+
+
+@operator("sharded_token_stats_backward")
+def _sharded_token_stats_backward(given: _Upward) -> Tensor:
+    pair, saved, first_column, backend = given.kept
+    out = in_huge_pages(pair.student.new_empty(pair.student.shape))
+    if pair.width == 0:  # a rank beyond the common prefix
         return out.zero_()
-    upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
-    write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, width, out, backend, first_column)
+    backends.get(backend).token_stats_backward(pair, saved, given.upstream, out, first_column)
     return out
 
 
-@_sharded_token_stats_backward.register_fake
-def _(student, *args):
-    return student.new_empty(student.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, tokens, mask, temperature, width, _, first_column, _, backend = inputs
-    _, teacher_logprob, _, teacher_entropy, _, _, saved = output
-    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(student, teacher, tokens, mask, saved)
-    ctx.settings = (temperature, width, first_column, backend)
-
-
-def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, _saved):
-    upstream = (grad_logprob, grad_entropy, grad_reverse, grad_forward)
-    if not ctx.needs_input_grad[0] or all(g is None for g in upstream):
-        return (None,) * 10
-    return (_sharded_token_stats_backward(*ctx.saved_tensors, *upstream, *ctx.settings), *(None,) * 9)
-
-
-_sharded_token_stats.register_autograd(_backward, setup_context=_setup_context)
+@_sharded_token_stats_backward.shapes
+def _(given: _Upward) -> Tensor:
+    return given.kept.pair.student.new_empty(given.kept.pair.student.shape)

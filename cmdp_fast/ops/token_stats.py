@@ -6,16 +6,18 @@ csrc/cpu/forward.h and csrc/cpu/backward.h.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast import checks, reference
-from cmdp_fast.layout import SAVED, address, addressable, flat
+from cmdp_fast.layout import Pair, addressable, can_overwrite, unit_stride
 from cmdp_fast.ops import backends
-from cmdp_fast.ops.gradient import write_gradient
-from cmdp_fast.ops.native import can_overwrite, in_huge_pages, matrix, threads, unit_stride
+from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.sharded_stats import sharded_token_stats
+from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored
 from cmdp_fast.reference import TokenStats, compute_dtype
 
 
@@ -60,7 +62,7 @@ def token_stats(
             parallelism), with the same tokens and mask. Every rank gets the statistics of whole rows, and the gradient
             of its own columns. ``vocab_size`` counts the columns of all ranks. Not under ``torch.compile``.
         first_column: where this rank's columns begin.
-        backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` or ``cuda`` (`cmdp_fast.ops.preference`) for
+        backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` or ``cuda`` (`cmdp_fast.ops.backends`) for
             tensors on a GPU (not float64), else ``torch``; a name forces it.
 
     Returns:
@@ -95,8 +97,8 @@ def token_stats(
             student_logits, teacher_logits, tokens, mask=mask, temperature=temperature, vocab_size=vocab
         )
     student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)
-    outputs = _token_stats(student, teacher, tokens, mask, float(temperature), vocab, inplace, chosen)
-    return TokenStats(*outputs[:6])
+    pair = Pair(student, teacher, tokens, mask, float(temperature), vocab)
+    return _token_stats(_Given(pair, inplace, chosen)).stats
 
 
 def kernel_memory(
@@ -106,7 +108,7 @@ def kernel_memory(
     inplace = inplace_backward and not torch.compiler.is_compiling()
     student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
     if inplace:
-        reachable = backend not in backends.GPU or addressable(student)
+        reachable = backend not in backends.ON_GPU or addressable(student)
         if not (reachable and can_overwrite(student, teacher)):
             student = student.clone(memory_format=torch.contiguous_format)
     return student, teacher, inplace
@@ -141,136 +143,28 @@ def dropped_teacher_mass(
 
 
 # --------------------------------------------------------------------------------------------------------------
-# The operators that torch sees
+# The operator that torch sees
 
 
-@torch.library.custom_op("cmdp_fast::token_stats", mutates_args=())
-def _token_stats(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    vocab_size: int,
-    inplace_backward: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if tokens.device.type == "cpu":
-        checks.token_range(tokens, mask, vocab_size)
-    if backend in backends.GPU:
-        kernels = backends.GPU[backend]
-        statistics, saved = kernels.token_stats(student, teacher, tokens, mask, temperature, vocab_size)
-        return (*statistics, saved)
-    dtype = compute_dtype(student, teacher)
-    statistics = [torch.empty(tokens.shape, dtype=dtype) for _ in range(6)]
-    saved = torch.empty((*tokens.shape, SAVED), dtype=torch.float64)
-    index, keep = flat(tokens, torch.int64), flat(mask, torch.bool)
-    backends.native.token_stats(
-        matrix(student),
-        matrix(teacher),
-        address(index),
-        address(keep),
-        vocab_size,
-        temperature,
-        [address(s) for s in statistics],
-        dtype == torch.float64,
-        address(saved),
-        threads(),
-    )
-    return (*statistics, saved)
+class _Given(NamedTuple):
+    pair: Pair
+    inplace: bool
+    backend: str
 
 
-@_token_stats.register_fake
-def _(student, teacher, tokens, mask, temperature, vocab_size, inplace_backward, backend):
-    dtype = compute_dtype(student, teacher)
-    statistics = [student.new_empty(tokens.shape, dtype=dtype) for _ in range(6)]
-    return (*statistics, student.new_empty((*tokens.shape, SAVED), dtype=torch.float64))
+@operator("token_stats")
+def _token_stats(given: _Given) -> Scored:
+    tokens = given.pair.tokens
+    if tokens is not None and tokens.device.type == "cpu":
+        checks.token_range(tokens, given.pair.mask, given.pair.width)
+    return scored(*backends.get(given.backend).token_stats(given.pair))
 
 
-@torch.library.custom_op("cmdp_fast::token_stats_backward", mutates_args=())
-def _token_stats_backward(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    saved: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_reverse_kl: Tensor | None,
-    grad_forward_kl: Tensor | None,
-    temperature: float,
-    vocab_size: int,
-    backend: str,
-) -> Tensor:
-    out = in_huge_pages(student.new_empty(student.shape))
-    upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
-    write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, out, backend)
-    return out
+@_token_stats.shapes
+def _(given: _Given) -> Scored:
+    return room_of(given.pair)
 
 
-@_token_stats_backward.register_fake
-def _(student, *args):
-    return student.new_empty(student.shape)
-
-
-@torch.library.custom_op("cmdp_fast::token_stats_backward_", mutates_args=("student",))
-def _token_stats_backward_(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    saved: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_reverse_kl: Tensor | None,
-    grad_forward_kl: Tensor | None,
-    temperature: float,
-    vocab_size: int,
-    backend: str,
-) -> None:
-    upstream = (grad_logprob, grad_entropy, grad_reverse_kl, grad_forward_kl)
-    write_gradient(student, teacher, tokens, mask, saved, upstream, temperature, vocab_size, student, backend)
-
-
-@_token_stats_backward_.register_fake
-def _(student, *args):
-    return None
-
-
-def save_for_gradient(ctx, student, teacher, tokens, mask, saved, inplace, *settings) -> None:
-    """What `statistics_gradient` will need. ``settings``: temperature, vocab_size, backend."""
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(student, teacher, tokens, mask, saved)
-    ctx.inplace, ctx.settings, ctx.spent = inplace, settings, False
-
-
-def statistics_gradient(ctx, *upstream: Tensor | None) -> Tensor | None:
-    """The gradient of the student's logits from those of logprob, entropy, reverse_kl and forward_kl."""
-    if not ctx.needs_input_grad[0] or all(g is None for g in upstream):
-        return None
-    if ctx.spent:
-        raise RuntimeError(
-            "token_stats(inplace_backward=True) was differentiated a second time, but the first backward pass has "
-            "overwritten the student's logits with their gradient; use inplace_backward=False to keep them"
-        )
-    student, teacher, tokens, mask, saved = ctx.saved_tensors
-    if not ctx.inplace:
-        return _token_stats_backward(student, teacher, tokens, mask, saved, *upstream, *ctx.settings)
-    ctx.spent = True
-    memory = student.detach()
-    _token_stats_backward_(memory, teacher, tokens, mask, saved, *upstream, *ctx.settings)
-    return memory
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, tokens, mask, temperature, vocab_size, inplace, backend = inputs
-    _, teacher_logprob, _, teacher_entropy, _, _, saved = output
-    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, saved)
-    save_for_gradient(ctx, student, teacher, tokens, mask, saved, inplace, temperature, vocab_size, backend)
-
-
-def _backward(ctx, grad_logprob, _teacher_logprob, grad_entropy, _teacher_entropy, grad_reverse, grad_forward, _saved):
-    return (statistics_gradient(ctx, grad_logprob, grad_entropy, grad_reverse, grad_forward), *(None,) * 7)
-
-
-_token_stats.register_autograd(_backward, setup_context=_setup_context)
+_token_stats.gradient(
+    of=DIFFERENTIABLE, keep=lambda given, made: Kept(given.pair, made.saved, given.inplace, given.backend)
+)(gradient_of_logits)

@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
 # Beside the module that it stands for, and like it of one Python: why the build of it failed, in one line.
 FAILURE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}.missing"
 COMPILER = "a C++20 compiler (GCC 11, Clang 14 or newer)"

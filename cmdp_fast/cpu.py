@@ -1,0 +1,183 @@
+"""The native kernels (csrc/cpu): plain functions of tensors that know neither autograd nor checks of arguments.
+
+Tensors are handed over as addresses, sizes and strides; the module `cmdp_fast._C` knows no PyTorch. It uses as many
+threads as PyTorch does. Importing this file never fails: where the module cannot be used, `native` is None, `PROBLEM`
+says why and `CURE` what to do about it, if something can be done.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmdp_fast import native_module
+from cmdp_fast.layout import (
+    SAVED,
+    Account,
+    BudgetRule,
+    Mixture,
+    Pair,
+    Rewarding,
+    TokenTrace,
+    Trace,
+    Upstream,
+    address,
+    flat,
+    matrix_of,
+)
+from cmdp_fast.reference import compute_dtype
+
+native, PROBLEM, CURE = native_module.load()
+
+COSTS: tuple[str, ...] = ()  # there is no pass that does everything: the scan is small beside the logits
+HUGE = 8 * 2**20  # bytes from which on fresh memory asks for huge pages, of 2 MiB where there are any
+
+
+def in_huge_pages(t: Tensor) -> Tensor:
+    """The tensor itself, just allocated and about to be written from end to end.
+
+    On a CPU the first touch of a large one costs more in page faults than the writing does, unless its pages are huge;
+    most Linux systems give those on request. Small tensors come from memory that is used again, and need nothing.
+    """
+    if native is not None and t.device.type == "cpu" and t.nbytes >= HUGE:
+        native.advise_huge_pages(t.data_ptr(), t.nbytes)
+    return t
+
+
+def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
+    """The six statistics ``[...]``, float32 or float64, and the saved scalars ``[..., SAVED]`` float64."""
+    shape, dtype = pair.student.shape[:-1], compute_dtype(pair.student, pair.teacher)
+    statistics = [torch.empty(shape, dtype=dtype) for _ in range(6)]
+    saved = torch.empty((*shape, SAVED), dtype=torch.float64)
+    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
+    native.token_stats(
+        matrix(pair.student),
+        matrix(pair.teacher),
+        address(index),
+        address(counted),
+        pair.width,
+        pair.temperature,
+        [address(s) for s in statistics],
+        dtype == torch.float64,
+        address(saved),
+        _threads(),
+    )
+    return statistics, saved
+
+
+def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Tensor, first_column: int = 0) -> None:
+    """Writes the gradient of the student's logits to ``out``, which may be the logits; columns beyond the width get 0.
+
+    ``first_column``: nonzero for a tile of wider rows, which ``saved`` tells of.
+    """
+    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
+    gradients = [flat(g, torch.float64) for g in upstream]
+    native.token_stats_backward(
+        matrix(pair.student),
+        matrix(pair.teacher),
+        address(index),
+        address(counted),
+        pair.width,
+        pair.temperature,
+        [address(g) for g in gradients],
+        address(saved),
+        matrix(out),
+        _threads(),
+        first_column,
+    )
+
+
+def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:
+    """Folds columns [first_column, first_column + width) into ``fields [rows, 13]``, in place."""
+    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
+    native.update_states(
+        matrix(pair.student[..., : pair.width]),
+        matrix(pair.teacher[..., : pair.width]),
+        address(index),
+        first_column,
+        pair.temperature,
+        address(fields),
+        _threads(),
+        address(counted),
+    )
+
+
+def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence ``[...]``, the saved scalars, and a mean per row that the backward pass needs, both float64.
+
+    Two passes over the logits: the mixture's logarithm needs both normalisers.
+    """
+    shape, dtype = pair.student.shape[:-1], compute_dtype(pair.student, pair.teacher)
+    saved = torch.empty((*shape, SAVED), dtype=torch.float64)
+    value, mean = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
+    counted = flat(pair.mask, torch.bool)
+    matrices = matrix(pair.student), matrix(pair.teacher)
+    no_tokens, no_statistics = 0, [0] * 6
+    rows = (address(counted), pair.width, pair.temperature)
+    native.token_stats(*matrices, no_tokens, *rows, no_statistics, True, address(saved), _threads())
+    native.mixture(*matrices, *rows, *weights, address(saved), address(value), address(mean), _threads())
+    return value.to(dtype), saved, mean
+
+
+def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, weights: Mixture, out: Tensor) -> None:
+    """Writes the gradient of the student's logits to ``out``; columns beyond the width get 0."""
+    counted, gradient = flat(pair.mask, torch.bool), flat(upstream, torch.float64)
+    native.mixture_backward(
+        matrix(pair.student),
+        matrix(pair.teacher),
+        address(counted),
+        pair.width,
+        pair.temperature,
+        *weights,
+        address(saved),
+        address(mean),
+        address(gradient),
+        matrix(out),
+        _threads(),
+    )
+
+
+def trace_budgets(
+    account: Account, limits: Tensor, rule: BudgetRule, trace: Trace, rewarding: Rewarding | None = None
+) -> None:
+    """Writes the trace of costs against the limits ``[B]`` float64, and the modified reward if there is one."""
+    paid, task, result = (None, None, None) if rewarding is None else rewarding
+    native.budget_trace(
+        *_costs(account),
+        address(limits),
+        rule,
+        [address(t) for t in trace],
+        paid,
+        address(task),
+        address(result),
+    )
+
+
+def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) -> None:
+    """Writes the modified reward of every token."""
+    native.modified_reward(
+        address(rewarding.task_reward),
+        *_costs(account),
+        [address(t) for t in trace],
+        rewarding.rule,
+        address(rewarding.reward),
+    )
+
+
+def _costs(account: Account) -> tuple[int, bool, int, int, int, int]:
+    """The account as the module takes it: costs and whether they are float64, mask, offsets, numbers of sequences and
+    tokens."""
+    cost, mask, offsets = account
+    wide = cost.dtype == torch.float64
+    return address(cost), wide, address(mask), address(offsets), offsets.shape[0] - 1, cost.numel()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def matrix(t: Tensor) -> Any:
+    """The rows ``[..., V]`` of a tensor as the kernels see them."""
+    return native.Matrix(*matrix_of(t))

@@ -1,0 +1,33 @@
+"""The cost of a token, from its statistics."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cmdp_fast import checks, reference
+from cmdp_fast.reference import COSTS, TokenStats
+
+FROM_STATISTICS = tuple(cost for cost in COSTS if cost != "jsd")  # which takes further passes over the logits
+
+
+def token_cost(stats: TokenStats, kind: str = "reverse_kl") -> Tensor:
+    """The cost c_t of every token, from its statistics.
+
+    ``reverse_kl`` and ``forward_kl`` depend on the policy and are differentiable; ``k1`` = rho, ``k3`` = exp(-rho) - 1
+    + rho with rho = logprob - teacher_logprob, and ``nll`` = -teacher_logprob depend on the action and are
+    detached. (As a detached cost k1 is an unbiased estimate of the reverse KL and k3 is a biased one.)
+
+    Args:
+        stats: `TokenStats` of tensors ``[...]``.
+        kind: one of the names above (``jsd`` needs the logits: `divergence`).
+
+    Returns:
+        ``[...]`` in nats, in the dtype of the statistics.
+
+    Raises:
+        ValueError: another kind.
+
+    Source: the estimators k1 and k3 are those of Schulman 2020, "Approximating KL divergence".
+    """
+    checks.choice("kind", kind, FROM_STATISTICS)
+    return reference.token_cost(stats, kind)

@@ -1,0 +1,198 @@
+"""Operators that name their arguments: what PyTorch calls with a flat list is, in our files, one value with fields.
+
+An operator of torch takes tensors and numbers one after the other. Here its arguments are declared as a NamedTuple, in
+which others may be nested, and read by name; the schema that torch sees is made from the types of the fields.
+
+    class Given(NamedTuple):
+        pair: Pair                      # student, teacher, tokens, ... one argument each: pair_student, pair_teacher
+        backend: str
+
+    @operator("token_stats")
+    def _token_stats(given: Given) -> Made: ...      # Made: a NamedTuple of tensors
+
+    @_token_stats.shapes                             # what it returns, as empty tensors
+    def _(given: Given) -> Made: ...
+
+    @_token_stats.gradient(of=("logprob", "entropy"), keep=lambda given, made: Kept(given.pair, made.saved))
+    def _(backward: Backward[Kept]) -> dict[str, Tensor]: ...   # by the name of the argument: {"pair_student": ...}
+
+    _token_stats(Given(pair, "cpu"))
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+Given = TypeVar("Given", bound=tuple[Any, ...])  # a NamedTuple of arguments
+Made = TypeVar("Made")  # a NamedTuple of tensors, a tensor, or None
+Kept = TypeVar("Kept", bound=tuple[Any, ...])
+
+_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", str: "str", type(None): "None"}
+
+
+class Leaf(NamedTuple):
+    """An argument as torch sees it."""
+
+    name: str  # the fields that lead to it, joined by underscores
+    type: str  # as schemas write it
+
+
+def leaves(kind: Any, prefix: str = "") -> Iterator[Leaf]:
+    """The arguments that a NamedTuple class stands for, in order."""
+    for name, hint in get_type_hints(kind).items():
+        if _is_record(hint):
+            yield from leaves(hint, f"{prefix}{name}_")
+        else:
+            yield Leaf(prefix + name, _schema_type(hint))
+
+
+def _is_record(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
+
+
+def _schema_type(hint: Any) -> str:
+    if hint in _TYPES:
+        return _TYPES[hint]
+    if get_origin(hint) in (Union, types.UnionType):
+        (inner,) = (part for part in get_args(hint) if part is not type(None))
+        return f"{_schema_type(inner)}?"
+    raise TypeError(f"an operator takes no {hint}")
+
+
+def flatten(value: tuple[Any, ...]) -> list[Any]:
+    """The arguments inside a NamedTuple, in the order of `leaves`."""
+    flat: list[Any] = []
+    for field in value:
+        if isinstance(field, tuple):
+            flat.extend(flatten(field))
+        else:
+            flat.append(field)
+    return flat
+
+
+def _rebuild(kind: Any, flat: Iterator[Any]) -> Any:
+    """The NamedTuple that was flattened."""
+    return kind(*(_rebuild(hint, flat) if _is_record(hint) else next(flat) for hint in _hints(kind)))
+
+
+_known: dict[Any, tuple[Any, ...]] = {}
+
+
+def _hints(kind: Any) -> tuple[Any, ...]:
+    if kind not in _known:
+        _known[kind] = tuple(get_type_hints(kind).values())
+    return _known[kind]
+
+
+class Backward(Generic[Kept]):
+    """What a backward pass is told."""
+
+    def __init__(self, context: Any, names: Sequence[str], upstream: tuple[Tensor | None, ...]) -> None:
+        self.context = context  # survives from one backward pass through the same call to the next
+        self.upstream = upstream
+        """The gradients that arrive, in the order of ``of``; None for one that does not count. Not all are None."""
+        self.needed = {name for name, needs in zip(names, context.needs_input_grad, strict=True) if needs}
+        """The names of the arguments that need a gradient. Not empty."""
+
+    @property
+    def kept(self) -> Kept:
+        """What the forward pass kept. Raises RuntimeError if one of its tensors has been overwritten since."""
+        tensors = iter(self.context.saved_tensors)
+        values = (next(tensors) if is_tensor else value for is_tensor, value in self.context.kept)
+        return cast(Kept, _rebuild(self.context.kind, values))
+
+
+class Operator(Generic[Given, Made]):
+    """A function of one NamedTuple, registered with torch as an operator of its fields."""
+
+    def __init__(self, name: str, function: Callable[[Given], Made], mutates: str) -> None:
+        hints = get_type_hints(function)
+        made = hints.pop("return")
+        (self.kind,) = hints.values()
+        self.makes = made if _is_record(made) else None
+        arguments = list(leaves(self.kind))
+        self.names = [leaf.name for leaf in arguments]
+        declared = ", ".join(
+            f"{leaf.type.replace('Tensor', 'Tensor(a!)') if leaf.name == mutates else leaf.type} {leaf.name}"
+            for leaf in arguments
+        )
+        self.made_names = [leaf.name for leaf in leaves(made)] if self.makes else []
+        returned = f"({', '.join(['Tensor'] * len(self.made_names))})" if self.makes else _schema_type(made)
+        self.function = function
+        self.registered = torch.library.custom_op(
+            f"cmdp_fast::{name}",
+            self._run,
+            mutates_args=(mutates,) if mutates else (),
+            schema=f"({declared}) -> {'()' if returned == 'None' else returned}",
+        )
+
+    def __call__(self, given: Given) -> Made:
+        return self._named(self.registered(*flatten(given)))
+
+    def _named(self, outcome: Any) -> Made:
+        return cast(Made, outcome if self.makes is None else _rebuild(self.makes, iter(outcome)))
+
+    def _bound(self, flat: Sequence[Any]) -> Given:
+        return cast(Given, _rebuild(self.kind, iter(flat)))
+
+    def _run(self, *flat: Any) -> Any:
+        return self._flat(self.function(self._bound(flat)))
+
+    def _flat(self, outcome: Any) -> Any:
+        return outcome if self.makes is None else tuple(flatten(outcome))
+
+    def shapes(self, function: Callable[[Given], Made]) -> None:
+        """Registers what the operator returns for tensors without memory."""
+
+        def fake(*flat: Any) -> Any:
+            return self._flat(function(self._bound(flat)))
+
+        self.registered.register_fake(fake)
+
+    def gradient(
+        self, *, of: Sequence[str], keep: Callable[[Given, Made], Kept]
+    ) -> Callable[[Callable[[Backward[Kept]], dict[str, Tensor]]], None]:
+        """Registers the backward pass.
+
+        ``of``: the outputs that are differentiable, by name. ``keep``: what the backward pass will need of arguments
+        and results, as a NamedTuple. The function that is decorated returns gradients by the name of the argument.
+        """
+        positions = [self.made_names.index(name) for name in of]
+
+        def remember(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+            ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in positions))
+            ctx.set_materialize_grads(False)
+            kept = keep(self._bound(inputs), self._named(output))
+            flat = [(isinstance(value, Tensor), value) for value in flatten(kept)]
+            ctx.save_for_backward(*(value for is_tensor, value in flat if is_tensor))
+            ctx.kept = [(is_tensor, None if is_tensor else value) for is_tensor, value in flat]
+            ctx.kind = type(kept)
+
+        def register(function: Callable[[Backward[Kept]], dict[str, Tensor]]) -> None:
+            def back(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+                arrived = tuple(upstream[i] for i in positions)
+                given = Backward[Kept](ctx, self.names, arrived)
+                counts = given.needed and any(g is not None for g in arrived)
+                gradients = function(given) if counts else {}
+                return tuple(gradients.get(name) for name in self.names)
+
+            self.registered.register_autograd(back, setup_context=remember)
+
+        return register
+
+
+def operator(name: str, mutates: str = "") -> Callable[[Callable[[Given], Made]], Operator[Given, Made]]:
+    """Registers a function of one NamedTuple as the operator ``cmdp_fast::name``.
+
+    ``mutates``: the name of the argument that it overwrites.
+    """
+
+    def register(function: Callable[[Given], Made]) -> Operator[Given, Made]:
+        return Operator(name, function, mutates)
+
+    return register

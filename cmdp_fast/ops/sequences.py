@@ -1,0 +1,106 @@
+"""Completions as a scan takes them: the layout of per-token tensors, where sequences begin, and what each may spend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from cmdp_fast import checks
+from cmdp_fast.constraint import Constraint
+
+
+def check_layout(name: str, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
+    """Checks the layout of a per-token tensor and returns the number of sequences."""
+    checks.mask(mask, value, value.shape, name)
+    if cu_seqlens is None:
+        if value.dim() != 2:
+            raise ValueError(
+                f"{name} must be [B, T], or [N] packed with cu_seqlens; got {list(value.shape)} without cu_seqlens"
+            )
+        return value.shape[0]
+    checks.tensor("cu_seqlens", cu_seqlens)
+    if value.dim() != 1:
+        raise ValueError(f"{name} must be packed, [N], when cu_seqlens is given; got {list(value.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise TypeError(f"cu_seqlens must be int32 or int64 of shape [B+1], got {checks.describe(cu_seqlens)}")
+    checks.same_device("cu_seqlens", cu_seqlens, name, value)
+    return cu_seqlens.shape[0] - 1
+
+
+def check_cost(cost: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Checks the cost of tokens and returns `sequence_offsets`."""
+    checks.tensor("cost", cost)
+    if not cost.dtype.is_floating_point:
+        raise TypeError(f"cost must be floating point, got {checks.describe(cost)}")
+    check_layout("cost", cost, mask, cu_seqlens)
+    return sequence_offsets(cost, cu_seqlens)
+
+
+def check_completions(
+    tokens: Tensor, task_reward: Tensor, constraint: Constraint, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Checks the tensors that have an entry per token, and the budget."""
+    checks.tensor("tokens", tokens)
+    sequences = check_layout("tokens", tokens, mask, cu_seqlens)
+    check_like("task_reward", task_reward, "tokens", tokens)
+    check_budget(constraint.budget, tokens, sequences)
+
+
+def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    checks.tensor(name, value)
+    if value.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(value.shape)}")
+    checks.same_device(name, value, other_name, other)
+
+
+def check_budget(budget: float | Tensor, like: Tensor, sequences: int) -> None:
+    """Checks that a budget per sequence fits; `Constraint` has checked a number."""
+    if isinstance(budget, Tensor):
+        if budget.shape not in ((), (sequences,)):
+            raise ValueError(
+                f"budget must be a number or have shape [{sequences}] (sequences), got {list(budget.shape)}"
+            )
+        checks.same_device("budget", budget, "the tokens", like)
+
+
+def sequence_offsets(value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Where each sequence begins in a per-token tensor, flattened: ``[B+1]`` int64."""
+    if cu_seqlens is None:
+        return torch.arange(value.shape[0] + 1, device=value.device) * value.shape[1]
+    return cu_seqlens.to(torch.int64).contiguous()
+
+
+def sequence_limits(
+    budget: float | Tensor, per_token: bool, like: Tensor, mask: Tensor | None, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The budget of every sequence, ``[B]`` float64, rounded to the dtype of the costs: a float32 cost of 0.3 has to
+    be within a budget of 0.3."""
+    count = offsets.shape[0] - 1
+    check_budget(budget, like, count)
+    if isinstance(budget, Tensor):
+        limits = budget.detach().to(torch.float64).expand(count)
+    else:
+        limits = torch.full((count,), float(budget), dtype=torch.float64, device=like.device)
+    if per_token:
+        counted = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.to(torch.float64)
+        running = torch.nn.functional.pad(counted.flatten().cumsum(0), (1, 0))
+        tokens = running[offsets[1:]] - running[offsets[:-1]]
+        limits = torch.where(tokens > 0, limits * tokens, 0.0)
+    return limits.to(dtype).to(torch.float64).contiguous()
+
+
+def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
+    """Checks what only values tell, on the CPU only: there it does not stall a device."""
+    if like.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(like, FakeTensor):
+        return
+    # Lists: a tensor operation per comparison costs more than all the sequences of a batch.
+    starts, amounts = offsets.tolist(), limits.tolist()
+    if starts[0] != 0 or starts[-1] != like.numel() or starts != sorted(starts):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {like.numel()}, got {starts[:8]}"
+            + ("..." if len(starts) > 8 else "")
+        )
+    for i, amount in enumerate(amounts):
+        if not amount >= 0:  # NaN is not
+            raise ValueError(f"budget[{i}] = {amount}; every budget must be at least 0")

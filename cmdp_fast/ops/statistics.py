@@ -1,0 +1,100 @@
+"""The six statistics as the operators make them, and their gradient with respect to the student's logits.
+
+The one place that says which outputs there are and which of them are differentiable: `TokenStats` and `Upstream`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmdp_fast.cpu import in_huge_pages
+from cmdp_fast.layout import SAVED, Pair, Upstream
+from cmdp_fast.ops import backends
+from cmdp_fast.ops.operator import Backward, operator
+from cmdp_fast.reference import TokenStats, compute_dtype
+
+DIFFERENTIABLE = tuple(f"stats_{name}" for name in Upstream._fields)  # outputs of an operator that makes a `Scored`
+
+
+class Scored(NamedTuple):
+    """What an operator makes of rows of logits."""
+
+    stats: TokenStats  # [...] each
+    saved: Tensor  # [..., SAVED] float64: what the backward pass needs of each row
+
+
+def scored(values: Sequence[Tensor], saved: Tensor) -> Scored:
+    """The six statistics, in the order of `TokenStats`, and the saved scalars."""
+    return Scored(TokenStats(*values), saved)
+
+
+def room(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Scored:
+    """As much of it as there is before anything is computed: shapes and dtypes."""
+    return scored(
+        [like.new_empty(shape, dtype=dtype) for _ in TokenStats._fields],
+        like.new_empty((*shape, SAVED), dtype=torch.float64),
+    )
+
+
+def room_of(pair: Pair) -> Scored:
+    """`room` for a pair of logits."""
+    return room(pair.student, pair.student.shape[:-1], compute_dtype(pair.student, pair.teacher))
+
+
+class Kept(NamedTuple):
+    """What the gradient needs of a forward pass."""
+
+    pair: Pair
+    saved: Tensor
+    inplace: bool
+    backend: str
+
+
+def gradient_of_logits(backward: Backward[Kept]) -> dict[str, Tensor]:
+    """The gradient of ``pair_student``, in memory of its own or over the logits."""
+    if getattr(backward.context, "spent", False):
+        raise RuntimeError(
+            "token_stats(inplace_backward=True) was differentiated a second time, but the first backward pass has "
+            "overwritten the student's logits with their gradient; use inplace_backward=False to keep them"
+        )
+    kept = backward.kept
+    upstream = Upstream(*backward.upstream)
+    if not kept.inplace:
+        return {"pair_student": _token_stats_backward(_Upward(kept.pair, kept.saved, upstream, kept.backend))}
+    backward.context.spent = True
+    memory = kept.pair.student.detach()
+    _token_stats_backward_(_Upward(kept.pair._replace(student=memory), kept.saved, upstream, kept.backend))
+    return {"pair_student": memory}
+
+
+class _Upward(NamedTuple):
+    pair: Pair
+    saved: Tensor
+    upstream: Upstream
+    backend: str
+
+
+@operator("token_stats_backward")
+def _token_stats_backward(given: _Upward) -> Tensor:
+    out = in_huge_pages(given.pair.student.new_empty(given.pair.student.shape))
+    backends.get(given.backend).token_stats_backward(given.pair, given.saved, given.upstream, out)
+    return out
+
+
+@_token_stats_backward.shapes
+def _(given: _Upward) -> Tensor:
+    return given.pair.student.new_empty(given.pair.student.shape)
+
+
+@operator("token_stats_backward_", mutates="pair_student")
+def _token_stats_backward_(given: _Upward) -> None:
+    backends.get(given.backend).token_stats_backward(given.pair, given.saved, given.upstream, given.pair.student)
+
+
+@_token_stats_backward_.shapes
+def _(given: _Upward) -> None:
+    return None

@@ -1,0 +1,134 @@
+"""The backend of plain PyTorch: the same functions as `cmdp_fast.cpu`, for any device and without kernels of ours.
+
+It has no statistics of whole rows and no mixture divergence: there the operations call `cmdp_fast.reference`, whose
+formulas PyTorch differentiates itself. Here is what has to be given a piece at a time or written to memory that exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmdp_fast import reference, states
+from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, TokenTrace, Trace, Upstream
+from cmdp_fast.reference import BudgetTrace
+
+COSTS: tuple[str, ...] = ()  # there is no pass that does everything
+
+
+def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:
+    """Folds columns [first_column, first_column + width) into ``fields [rows, 13]``, in place."""
+    x, y = (t[..., : pair.width].reshape(len(fields), pair.width) for t in (pair.student, pair.teacher))
+    assert pair.tokens is not None
+    column = pair.tokens.flatten().long() - first_column
+    counted = slice(None) if pair.mask is None else pair.mask.flatten()
+    tile = folded(x[counted], y[counted], column[counted], pair.temperature)
+    fields[counted] = states.merged(fields[counted], tile)
+
+
+def folded(student: Tensor, teacher: Tensor, column: Tensor, temperature: float) -> Tensor:
+    """The states of one tile ``[rows, C]``; ``column`` is the token's, counted from the tile's first."""
+    x, y = student.double() / temperature, teacher.double() / temperature
+    width = x.shape[-1]
+    has_x, has_y = ~torch.isneginf(x), ~torch.isneginf(y)
+    m, n = x.amax(-1), y.amax(-1)
+    m, n = torch.where(m.isneginf(), 0.0, m), torch.where(n.isneginf(), 0.0, n)
+    t, s = x - m[:, None], y - n[:, None]
+    p, w = t.exp(), s.exp()
+    difference = (t - s).masked_fill(~(has_x & has_y), 0.0)
+    z, u = p.sum(-1), w.sum(-1)
+    own = (column >= 0) & (column < width)
+    index = column.clamp(0, width - 1)[:, None]
+    fields = {
+        "m": torch.where(z == 0, -torch.inf, m),
+        "n": torch.where(u == 0, -torch.inf, n),
+        "z": z,
+        "u": u,
+        "a": (p * difference).sum(-1),
+        "b": (w * -difference).sum(-1),
+        "h": (p * t.masked_fill(~has_x, 0.0)).sum(-1),
+        "k": (w * s.masked_fill(~has_y, 0.0)).sum(-1),
+        "xa": torch.where(own, x.gather(1, index)[:, 0], -torch.inf),
+        "ya": torch.where(own, y.gather(1, index)[:, 0], -torch.inf),
+        "r_inf": (has_x & ~has_y).any(-1).double(),
+        "f_inf": (has_y & ~has_x).any(-1).double(),
+        "exact": torch.ones_like(z),
+    }
+    return torch.stack([fields[name] for name in states.FIELDS], dim=-1)
+
+
+def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Tensor, first_column: int = 0) -> None:
+    """Writes the gradient of the student's logits to ``out``, which may be the logits; columns beyond the width get 0.
+
+    d/d(student) of sum of upstream times statistics: the table of gradients stands in cmdp_fast/reference.py.
+    """
+    out[..., : pair.width] = _gradient(pair, saved, upstream, first_column)
+    out[..., pair.width :] = 0
+
+
+def _gradient(pair: Pair, saved: Tensor, upstream: Upstream, first_column: int) -> Tensor:
+    m, n, log_z, log_u, entropy, reverse, _ = saved.unsqueeze(-2).unbind(-1)
+    g = Upstream(*(None if t is None else t.double().unsqueeze(-1) for t in upstream))
+    student, teacher = pair.student[..., : pair.width], pair.teacher[..., : pair.width]
+    log_p = (student.double() / pair.temperature - m) - log_z
+    log_w = (teacher.double() / pair.temperature - n) - log_u
+    p = log_p.exp()
+    used = p != 0  # true of a NaN
+    total = torch.zeros_like(p)
+    if g.logprob is not None:
+        assert pair.tokens is not None
+        columns = torch.arange(pair.width, device=student.device)
+        own = (pair.tokens.long() - first_column).unsqueeze(-1) == columns
+        total += g.logprob * (own.double() - p)
+    if g.entropy is not None:
+        total -= g.entropy * (p * (log_p + entropy)).where(used, 0.0)
+    if g.reverse_kl is not None:
+        # Where R is infinite so is its gradient, which would poison the step: it passes none.
+        finite = used & ~torch.isposinf(reverse)
+        total += g.reverse_kl * (p * (log_p - log_w - reverse)).where(finite, 0.0)
+    if g.forward_kl is not None:
+        total += g.forward_kl * (p - log_w.exp())
+    total /= pair.temperature
+    return total if pair.mask is None else total.where(pair.mask.unsqueeze(-1), 0.0)
+
+
+def trace_budgets(
+    account: Account, limits: Tensor, rule: BudgetRule, trace: Trace, rewarding: Rewarding | None = None
+) -> None:
+    """Writes the trace of costs against the limits ``[B]``, and the modified reward if there is one."""
+    made = reference.budget_trace(
+        account.cost,
+        limits,
+        mask=account.mask,
+        cu_seqlens=_packed(account),
+        gamma=rule.gamma,
+        reduction="mean" if rule.mean else "sum",
+        edge="saute" if rule.inclusive else "strict",
+    )
+    for to, value in zip(trace, made, strict=True):
+        to.copy_(value)
+    if rewarding is not None:
+        modify_rewards(account, TokenTrace(made.cumulative, made.remaining, made.violated, made.excess), rewarding)
+
+
+def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) -> None:
+    """Writes the modified reward of every token."""
+    rule = rewarding.rule
+    value = reference.modified_reward(
+        rewarding.task_reward,
+        account.cost,
+        BudgetTrace(trace.cumulative, trace.remaining, trace.violated, account.offsets, trace.excess),
+        kind=rule.kind,
+        penalty=rule.penalty,
+        penalty_at="crossing" if rule.at_crossing else "every",
+        discrepancy_weight=rule.discrepancy_weight,
+        coefficient=rule.coefficient,
+        barrier_slope=rule.barrier_slope,
+        mask=account.mask,
+        cu_seqlens=_packed(account),
+    )
+    rewarding.reward.copy_(value)
+
+
+def _packed(account: Account) -> Tensor | None:
+    return account.offsets if account.cost.dim() == 1 else None
