@@ -271,7 +271,7 @@ def test_only_some_operations_have_a_cuda_kernel():
 @pytest.mark.parametrize("built, triton, recent", [(b, t, r) for b in (0, 1) for t in (0, 1) for r in (0, 1)])
 @pytest.mark.parametrize("preferred", ["cuda", "triton"])
 def test_dispatch_of_tensors_on_a_gpu(built, triton, recent, preferred, monkeypatch):
-    """The preference decides where both work; what has no CUDA kernel is triton's; a device too old gets no CUDA kernel."""
+    """The preference decides where both work; what has no CUDA kernel, and a device too old, is triton's."""
     monkeypatch.setattr(backends, "PREFERRED_ON_GPU", preferred)
     monkeypatch.setattr(backends, "cuda", SimpleNamespace(DEVICE="cuda"))
     monkeypatch.setattr(backends, "_recent", lambda index: bool(recent))

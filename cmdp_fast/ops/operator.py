@@ -21,6 +21,7 @@ which others may be nested, and read by name; the schema that torch sees is made
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -75,18 +76,29 @@ def flatten(value: tuple[Any, ...]) -> list[Any]:
     return flat
 
 
-def _rebuild(kind: Any, flat: Iterator[Any]) -> Any:
-    """The NamedTuple that was flattened."""
-    return kind(*(_rebuild(hint, flat) if _is_record(hint) else next(flat) for hint in _hints(kind)))
+class _Record(NamedTuple):
+    """A NamedTuple class and how many arguments each of its fields stands for. Made when an operator is declared:
+    torch.compile cannot look at types."""
+
+    kind: Any
+    fields: tuple[Any, ...]  # of each field None, or its record
+    size: int
+
+    def rebuild(self, flat: Sequence[Any], start: int = 0) -> Any:
+        """The NamedTuple that was flattened, from where its arguments begin."""
+        if not any(self.fields):  # none is nested; the common case
+            return self.kind(*flat[start : start + self.size])
+        values = []
+        for inner in self.fields:
+            values.append(flat[start] if inner is None else inner.rebuild(flat, start))
+            start += 1 if inner is None else inner.size
+        return self.kind(*values)
 
 
-_known: dict[Any, tuple[Any, ...]] = {}
-
-
-def _hints(kind: Any) -> tuple[Any, ...]:
-    if kind not in _known:
-        _known[kind] = tuple(get_type_hints(kind).values())
-    return _known[kind]
+@functools.cache
+def _record(kind: Any) -> _Record:
+    inner = tuple(_record(hint) if _is_record(hint) else None for hint in get_type_hints(kind).values())
+    return _Record(kind, inner, sum(1 if record is None else record.size for record in inner))
 
 
 class Backward(Generic[Kept]):
@@ -103,8 +115,8 @@ class Backward(Generic[Kept]):
     def kept(self) -> Kept:
         """What the forward pass kept. Raises RuntimeError if one of its tensors has been overwritten since."""
         tensors = iter(self.context.saved_tensors)
-        values = (next(tensors) if is_tensor else value for is_tensor, value in self.context.kept)
-        return cast(Kept, _rebuild(self.context.kind, values))
+        values = [next(tensors) if is_tensor else value for is_tensor, value in self.context.kept]
+        return cast(Kept, self.context.record.rebuild(values))
 
 
 class Operator(Generic[Given, Made]):
@@ -113,9 +125,9 @@ class Operator(Generic[Given, Made]):
     def __init__(self, name: str, function: Callable[[Given], Made], mutates: str) -> None:
         hints = get_type_hints(function)
         made = hints.pop("return")
-        (self.kind,) = hints.values()
-        self.makes = made if _is_record(made) else None
-        arguments = list(leaves(self.kind))
+        (kind,) = hints.values()
+        self.takes, self.makes = _record(kind), _record(made) if _is_record(made) else None
+        arguments = list(leaves(kind))
         self.names = [leaf.name for leaf in arguments]
         declared = ", ".join(
             f"{leaf.type.replace('Tensor', 'Tensor(a!)') if leaf.name == mutates else leaf.type} {leaf.name}"
@@ -135,10 +147,10 @@ class Operator(Generic[Given, Made]):
         return self._named(self.registered(*flatten(given)))
 
     def _named(self, outcome: Any) -> Made:
-        return cast(Made, outcome if self.makes is None else _rebuild(self.makes, iter(outcome)))
+        return cast(Made, outcome if self.makes is None else self.makes.rebuild(outcome))
 
     def _bound(self, flat: Sequence[Any]) -> Given:
-        return cast(Given, _rebuild(self.kind, iter(flat)))
+        return cast(Given, self.takes.rebuild(flat))
 
     def _run(self, *flat: Any) -> Any:
         return self._flat(self.function(self._bound(flat)))
@@ -171,7 +183,7 @@ class Operator(Generic[Given, Made]):
             flat = [(isinstance(value, Tensor), value) for value in flatten(kept)]
             ctx.save_for_backward(*(value for is_tensor, value in flat if is_tensor))
             ctx.kept = [(is_tensor, None if is_tensor else value) for is_tensor, value in flat]
-            ctx.kind = type(kept)
+            ctx.record = _record(type(kept))
 
         def register(function: Callable[[Backward[Kept]], dict[str, Tensor]]) -> None:
             def back(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
