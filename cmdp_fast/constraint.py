@@ -213,6 +213,13 @@ class ConstraintSettings(AccountSettings, RewardSettings, total=False):
     beta: float
 
 
+def checked(constraint: object) -> Constraint:
+    """The constraint itself. Raises TypeError for anything else, such as the name of a kind."""
+    if not isinstance(constraint, Constraint):
+        raise TypeError(f"constraint must be a cmdp_fast.Constraint, got {checks.describe(constraint)}")
+    return constraint
+
+
 def constraint_of(
     operation: str,
     constraint: Constraint | None,
@@ -233,9 +240,7 @@ def constraint_of(
         return Constraint(
             **({"budget": 0.0} | given)
         )  # a budget that has been accounted for already is not asked again
-    if not isinstance(constraint, Constraint):
-        raise TypeError(f"constraint must be a cmdp_fast.Constraint, got {checks.describe(constraint)}")
     if given:
         repeated = ", ".join(f.name for f in fields(Constraint) if f.name in given)
         raise TypeError(f"{operation}() got constraint= and, of its fields, also {repeated}; expected one or the other")
-    return constraint
+    return checked(constraint)

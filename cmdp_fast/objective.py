@@ -31,13 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmdp_fast.constraint import Constraint, checked
 from cmdp_fast.pid import PIDController as PIDController
-from cmdp_fast.reference import REWARDS, BudgetTrace
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in REWARDS:
-        raise ValueError(f"kind={kind!r} is not a modified reward; expected one of {', '.join(REWARDS)}")
+from cmdp_fast.reference import BudgetTrace
 
 
 def _kept(like: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor:
@@ -84,17 +80,16 @@ def _suffix_scan(x: Tensor, factor: Tensor) -> Tensor:
 # Returns and the two coefficients of the gradient
 
 
-def task_part(task_reward: Tensor, trace: BudgetTrace, kind: str) -> Tensor:
+def task_part(task_reward: Tensor, trace: BudgetTrace, constraint: Constraint) -> Tensor:
     """The part of the modified reward that is the task's own, r^task_t [B, T].
 
     (1 - v_t) r_t for ``cmdp, saute, worst_case``; r_t for ``hinge, lagrangian, pid``; for ``barrier`` r_t while budget
-    remains at this and all earlier tokens, else 0. Raises ValueError for an unknown kind.
+    remains at this and all earlier tokens, else 0. Raises TypeError for anything but a `Constraint`.
     """
-    _check_kind(kind)
-    reward = task_reward.detach()
-    if kind in ("cmdp", "saute", "worst_case"):
+    kept, reward = checked(constraint).is_a.task_reward, task_reward.detach()
+    if kept == "feasible":
         return torch.where(trace.violated, 0.0, reward)
-    if kind == "barrier":
+    if kept == "inside":
         return torch.where(_inside(trace), reward, 0.0)
     return reward
 
@@ -116,39 +111,35 @@ def _returns(reward: Tensor, keep: Tensor, gamma: float) -> Tensor:
 
 
 def score_coefficient(
-    reward: Tensor, task_part: Tensor, *, action_dependent: bool, mask: Tensor | None = None, gamma: float = 1.0
+    reward: Tensor,
+    task_part: Tensor,
+    constraint: Constraint,
+    *,
+    mask: Tensor | None = None,
+    gamma: float = 1.0,
 ) -> Tensor:
     """The coefficient of grad log pi(a_t|s_t) before a baseline is subtracted, [B, T].
 
     ``reward`` is the modified reward, ``task_part`` its part r^task from the function of that name. With costs that
-    depend on the sampled action (``action_dependent``: k1, k3, nll) it is the return G_t. Otherwise (reverse_kl,
-    forward_kl, jsd) cost, penalty and violation at t follow from the state alone, and it is r^task_t + gamma G_{t+1}.
-    What is left out only adds variance: its expectation against the score is zero, so the return S of the whole
-    sequence may stand in without a bias, as in `grpo` and `rloo`. ``gamma`` < 1 gives the usual discounted policy
-    gradient, which is the gradient of no objective; the module's two terms are exact for gamma = 1.
+    depend on the sampled action (k1, k3, nll) it is the return G_t. Otherwise (reverse_kl, forward_kl, jsd) cost,
+    penalty and violation at t follow from the state alone, and it is r^task_t + gamma G_{t+1}. What is left out only
+    adds variance: its expectation against the score is zero, so the return S of the whole sequence may stand in without
+    a bias, as in `grpo` and `rloo`. ``gamma`` is the discount of the *reward* (``constraint.gamma`` is the cost's);
+    below 1 it gives the usual discounted policy gradient, which is the gradient of no objective; the module's two terms
+    are exact for gamma = 1. Raises TypeError for anything but a `Constraint`, ValueError for shapes that differ.
     """
     keep = _kept(reward, mask, task_part=task_part)
     returns = _returns(reward, keep, gamma)
-    value = returns if action_dependent else task_part.detach() + gamma * _next(returns)
+    value = returns if checked(constraint).action_dependent else task_part.detach() + gamma * _next(returns)
     return torch.where(keep, value, 0.0)
 
 
-def direct_coefficient(
-    trace: BudgetTrace,
-    kind: str,
-    *,
-    discrepancy_weight: float = 1.0,
-    coefficient: float | None = None,
-    barrier_slope: float = 10.0,
-    reduction: str = "sum",
-    gamma: float = 1.0,
-    mask: Tensor | None = None,
-) -> Tensor:
+def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tensor | None = None) -> Tensor:
     """The weights k_t >= 0 [B, T] of the direct term, -sum_t k_t grad c_t; all detached.
 
-    ``gamma`` is the *cost's* discount and ``reduction`` the account's ("sum" or "mean"), both as given to
-    `budget_trace`; ``coefficient`` is lambda (lagrangian, pid) or kappa (barrier). With w_i = dC_t/dc_i, which is
-    gamma^{i-1} for the sum and 1/t for the prefix mean:
+    ``trace`` is the account that was kept under this constraint. With gamma its discount of the cost, its coefficient
+    lambda (lagrangian, pid) or kappa (barrier), and w_i = dC_t/dc_i, which is gamma^{i-1} for the sum and 1/t for the
+    prefix mean:
 
     ``hinge, cmdp``: the excess telescopes to (C_T - d)+, so k_i = discrepancy_weight w_i 1[C_T > d] at t = T: all
     tokens of the sequence, those before the crossing included. For a sum of non-negative costs 1[C_T > d] is v_T. A
@@ -159,33 +150,30 @@ def direct_coefficient(
     k_i = kappa w_i / (d - C_L) up to L, with w_i taken at t = L, and barrier_slope from the crossing on.
 
     ``lagrangian, pid``: lambda at every token, undiscounted. ``saute, worst_case``: 0, their penalty is piecewise
-    constant; with an action-independent cost only the score term of later penalties acts. Raises ValueError for an
-    unknown kind or reduction and where ``coefficient`` is missing.
+    constant; with an action-independent cost only the score term of later penalties acts. 0 throughout for a cost that
+    depends on the action (k1, k3, nll), which has no gradient. Raises TypeError for anything but a `Constraint`.
     """
-    _check_kind(kind)
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction={reduction!r}, expected 'sum' or 'mean'")
-    if coefficient is None and kind in ("lagrangian", "pid", "barrier"):
-        raise ValueError(f"kind={kind!r} needs coefficient ({'kappa' if kind == 'barrier' else 'lambda'}), got None")
-    price = 0.0 if coefficient is None else coefficient
+    direct = checked(constraint).is_a.direct
     remaining = trace.remaining.detach()
     keep = _kept(remaining, mask)
     inside = _inside(trace) & keep
 
     def account_weight(counted: Tensor) -> Tensor:
         """dC/dc_i of the account after the counted tokens."""
-        if reduction == "mean":
+        if constraint.reduction == "mean":
             return counted / counted.sum(1, keepdim=True).clamp(min=1).to(remaining.dtype)
-        return counted * torch.pow(gamma, (keep.long().cumsum(1) - 1).clamp(min=0).to(remaining.dtype))
+        return counted * torch.pow(constraint.gamma, (keep.long().cumsum(1) - 1).clamp(min=0).to(remaining.dtype))
 
-    if kind in ("cmdp", "hinge"):
+    if constraint.action_dependent or direct is None:
+        return torch.zeros_like(remaining)
+    if direct == "discrepancy":
         over = _last(trace.violated, keep) & ~(_last(remaining, keep) > 0)  # not "<= 0": NaN is over budget
-        weight = torch.where(over, discrepancy_weight * account_weight(keep), 0.0)
-    elif kind == "barrier":
+        weight = torch.where(over, constraint.discrepancy_weight * account_weight(keep), 0.0)
+    elif direct == "barrier":
         slack = torch.where(inside.any(1, keepdim=True), _last(remaining, inside), 1.0)
-        weight = torch.where(inside, price * account_weight(inside) / slack, barrier_slope)
+        weight = torch.where(inside, constraint.price * account_weight(inside) / slack, constraint.barrier_slope)
     else:
-        weight = torch.full_like(remaining, price if kind in ("lagrangian", "pid") else 0.0)
+        weight = torch.full_like(remaining, constraint.price)
     return torch.where(keep, weight, 0.0)
 
 

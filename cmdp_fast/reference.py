@@ -31,7 +31,6 @@ from torch import Tensor
 COSTS = ("reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll")
 DIFFERENTIABLE_COSTS = ("reverse_kl", "forward_kl", "jsd")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
-REWARDS = ("cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case")
 
 
 class TokenStats(NamedTuple):

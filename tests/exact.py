@@ -13,7 +13,7 @@ from torch import Tensor
 
 import cmdp_fast as ops  # the library as a user calls it: the native kernels where they are built
 from cmdp_fast import objective
-from cmdp_fast.reference import DIFFERENTIABLE_COSTS, BudgetTrace, token_cost
+from cmdp_fast.reference import BudgetTrace, token_cost
 
 VECTORS = Path(__file__).parent / "vectors"
 
@@ -70,8 +70,17 @@ class Setting:
     cost_gamma: float = 1.0
 
     @property
-    def action_dependent(self) -> bool:
-        return self.cost not in DIFFERENTIABLE_COSTS
+    def constraint(self) -> ops.Constraint:
+        return ops.Constraint(
+            budget=self.budget,
+            cost=self.cost,
+            kind=self.kind,
+            penalty=self.penalty,
+            discrepancy_weight=self.weight,
+            coefficient=self.coefficient if self.kind in ("lagrangian", "pid", "barrier") else None,
+            reduction=self.reduction,
+            gamma=self.cost_gamma,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,36 +105,19 @@ class Rollout:
 def roll_out(problem: Problem, theta: Tensor, setting: Setting) -> Rollout:
     stats = ops.token_stats(theta[problem.state], problem.teacher.log()[problem.state], problem.tokens)
     cost = token_cost(stats, setting.cost)
-    trace = ops.budget_trace(cost, setting.budget, reduction=setting.reduction, gamma=setting.cost_gamma)
-    reward = ops.modified_reward(
-        problem.reward,
-        cost,
-        trace,
-        kind=setting.kind,
-        penalty=setting.penalty,
-        discrepancy_weight=setting.weight,
-        coefficient=setting.coefficient if setting.kind in ("lagrangian", "pid", "barrier") else None,
-    )
+    trace = ops.budget_trace(cost, constraint=setting.constraint)
+    reward = ops.modified_reward(problem.reward, cost, trace, constraint=setting.constraint)
     return Rollout(stats.logprob, cost, trace, reward, stats.logprob.detach().sum(1).exp())
 
 
 def exact_loss(problem: Problem, rollout: Rollout, setting: Setting, *, score_only: bool = False) -> Tensor:
     """`ppo_loss` at ratio 1 in which every trajectory counts by its probability: minus the objective's gradient."""
     share = rollout.probability[:, None]
-    score = objective.score_coefficient(
-        rollout.reward,
-        objective.task_part(problem.reward, rollout.trace, setting.kind),
-        action_dependent=setting.action_dependent,
-    )
-    direct = objective.direct_coefficient(
-        rollout.trace,
-        setting.kind,
-        discrepancy_weight=setting.weight,
-        coefficient=setting.coefficient,
-        reduction=setting.reduction,
-        gamma=setting.cost_gamma,
-    )
-    with_direct = not (score_only or setting.action_dependent)
+    constraint = setting.constraint
+    task = objective.task_part(problem.reward, rollout.trace, constraint)
+    score = objective.score_coefficient(rollout.reward, task, constraint)
+    direct = objective.direct_coefficient(rollout.trace, constraint)
+    with_direct = not (score_only or constraint.action_dependent)
     loss, _ = objective.ppo_loss(
         rollout.logprob,
         rollout.logprob.detach(),

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cmdp_fast as cf
+from cmdp_fast.constraint import KINDS
 from cmdp_fast.ops.backends import INTERPRETED
-from cmdp_fast.reference import REWARDS
 
 COEFFICIENT = {"lagrangian": 0.5, "pid": 0.5, "barrier": 0.1}
 
@@ -107,7 +107,7 @@ def test_masked_tokens_cost_nothing_and_are_not_counted(backend):
             if got.shape == cost.shape:
                 assert torch.equal(got[mask][None], want)
         assert trace.cumulative[0, 0] == 0 and not trace.violated[0, 0] and trace.excess[~mask].eq(0).all()
-        for kind in REWARDS:
+        for kind in KINDS:
             given_settings = {"kind": kind, "coefficient": COEFFICIENT.get(kind), "backend": backend}
             got = cf.modified_reward(reward, cost, trace, mask=mask, **given_settings)
             want = cf.modified_reward(reward[mask][None], cost[mask][None], dense, **given_settings)
@@ -150,7 +150,7 @@ def test_packed_padded_and_reference_agree(costs, budget, edge, data):
                 assert torch.equal(getattr(p, name), getattr(q, name)[columns])
             none = q.first_violation == width
             assert torch.equal(p.first_violation, torch.where(none, torch.tensor(lengths), q.first_violation))
-            for kind in REWARDS:
+            for kind in KINDS:
                 given_settings = {"kind": kind, "coefficient": COEFFICIENT.get(kind), "backend": backend}
                 r = cf.modified_reward(reward, packed, p, mask=keep, cu_seqlens=cu, **given_settings)
                 s = cf.modified_reward(padded_reward, padded, q, mask=real, **given_settings)
@@ -205,7 +205,7 @@ def test_an_infinite_budget(backend):
     cost, mask = torch.ones(2, 3), torch.tensor([[True] * 3, [False] * 3])
     trace = cf.budget_trace(cost, math.inf, mask=mask, per_token=True, backend=backend)
     assert not trace.violated[0].any() and trace.excess.eq(0).all()
-    for kind in REWARDS:
+    for kind in KINDS:
         settings_ = {"kind": kind, "coefficient": COEFFICIENT.get(kind), "mask": mask, "backend": backend}
         reward = cf.modified_reward(torch.ones(2, 3), cost, trace, **settings_)
         expected = 0.5 if kind in ("lagrangian", "pid") else 1.0

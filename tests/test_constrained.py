@@ -8,8 +8,9 @@ import torch
 from helpers import DTYPES, make_logits, make_tokens
 
 import cmdp_fast as cf
+from cmdp_fast.constraint import KINDS
 from cmdp_fast.ops.backends import INTERPRETED
-from cmdp_fast.reference import COSTS, REWARDS
+from cmdp_fast.reference import COSTS
 
 COEFFICIENT = {"lagrangian": 0.5, "pid": 0.5, "barrier": 0.1}
 pytestmark = pytest.mark.filterwarnings("ignore:kind='saute'")
@@ -32,7 +33,7 @@ def in_turn(x, y, tokens, reward, budget, cost, kind, *, mask, cu_seqlens=None, 
 
 
 def pairs():
-    for cost, kind in itertools.product(COSTS, REWARDS):
+    for cost, kind in itertools.product(COSTS, KINDS):
         if kind != "worst_case" or cost == "nll":
             yield cost, kind
 

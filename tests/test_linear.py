@@ -494,3 +494,37 @@ def test_the_reference_makes_the_logits_in_full():
     got = reference.linear_token_stats(**inputs, student_scale=0.5, student_softcap=5.0)
     for a, b in zip(got, reference.token_stats(x, y, inputs["tokens"]), strict=True):
         assert_no_worse(a, a, b)
+
+
+def test_a_head_stands_for_its_weight_and_what_belongs_to_it(backend):
+    """As `head_of` gives it, for a model with a softcap (Gemma), a scale (Cohere) or a bias."""
+    inputs = make_inputs(rows=(2, 3), vocab=50, biased=True)
+    spelled = inputs | {"student_softcap": 5.0, "student_scale": 0.5, "teacher_scale": 2.0}
+    heads = {
+        "student_weight": cf.Head(inputs["student_weight"], inputs["student_bias"], softcap=5.0, scale=0.5),
+        "teacher_weight": cf.Head(inputs["teacher_weight"], inputs["teacher_bias"], scale=2.0),
+    }
+    whole = {name: value for name, value in inputs.items() if not name.endswith("bias")} | heads
+    expected, found = (cf.linear_token_stats(**given, backend=backend) for given in (spelled, whole))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    reward = torch.ones(2, 3)
+    rewards = [cf.linear_constrained_reward(**g, task_reward=reward, budget=1.0).reward for g in (spelled, whole)]
+    assert torch.equal(*rewards)
+
+
+@pytest.mark.parametrize("repeated", [{"bias": None}, {"softcap": None}, {"scale": 1.0}], ids=str)
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_a_head_and_one_of_its_fields_is_an_error(model, repeated):
+    inputs = make_inputs(rows=(2, 3), vocab=9)
+    inputs[f"{model}_weight"] = cf.Head(inputs[f"{model}_weight"])
+    ((field, value),) = repeated.items()
+    for call in (
+        cf.linear_token_stats,
+        lambda **k: cf.linear_constrained_reward(**k, task_reward=torch.ones(2, 3), budget=1.0),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"{model}_weight is a Head, which brings its own; {model}_{field} must not"
+        ):
+            call(**inputs, **{f"{model}_{field}": value})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'student_scales'"):
+        cf.linear_token_stats(**inputs, student_scales=2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from exact import ops, vectors
 from torch import Tensor
 
 from cmdp_fast import objective
-from cmdp_fast.reference import REWARDS
+from cmdp_fast.constraint import KINDS
 
 EXAMPLE = vectors("worked_example")
 
@@ -26,6 +27,18 @@ MASK = torch.tensor([[False, True, True, False, True, True, True, False]])
 def spread(values: Tensor, fill: float = math.nan) -> Tensor:
     """The example's five tokens among three masked ones that hold ``fill``."""
     return torch.full(MASK.shape, fill, dtype=values.dtype).masked_scatter(MASK, values)
+
+
+EXACT, SAMPLED = ops.Constraint(budget=1.0), ops.Constraint(budget=1.0, cost="k1")  # as far as the score goes
+
+
+def held(kind: str, budget: float | Tensor = 0.5, **fields: Any) -> ops.Constraint:
+    """A constraint of a kind, with some coefficient where it needs one."""
+    priced = kind in ("lagrangian", "pid", "barrier")
+    fields = {"coefficient": 0.5} | fields if priced else {k: v for k, v in fields.items() if k != "coefficient"}
+    if kind == "worst_case":  # of which nothing else than the prefix mean of nll is allowed
+        fields = {k: v for k, v in fields.items() if k not in ("reduction", "gamma")}
+    return ops.Constraint(budget=budget, kind=kind, **fields)
 
 
 def example(name: str, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,7 +58,7 @@ def example(name: str, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         coefficient=data.get("lambda"),
         mask=mask,
     )
-    return reward, objective.task_part(task, trace, kind)
+    return reward, objective.task_part(task, trace, held(kind))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -62,19 +75,19 @@ def test_worked_example(name: str) -> None:
     if "return_to_go_gamma_half" in data:
         assert torch.equal(objective.returns_to_go(reward, gamma=0.5), row(data["return_to_go_gamma_half"]))
     if "score_coefficient" in data:
-        score = objective.score_coefficient(reward, task, action_dependent=False)
+        score = objective.score_coefficient(reward, task, EXACT)
         assert torch.equal(score, row(data["score_coefficient"]))
-    score = objective.score_coefficient(reward, task, action_dependent=True)
+    score = objective.score_coefficient(reward, task, SAMPLED)
     assert torch.equal(score, row(data["return_to_go"]))
 
 
 def test_score_coefficient_discounts_what_comes_later() -> None:
     """The penalties of saute at gamma .5: each token's later ones, halved once more than in its return."""
     reward, task = example("saute")
-    score = objective.score_coefficient(reward, task, action_dependent=False, gamma=0.5)
+    score = objective.score_coefficient(reward, task, EXACT, gamma=0.5)
     assert torch.equal(score, row([-0.4375, -0.875, -0.75, -0.5, 0.0]))
     kept_reward, kept_task = example("hinge")
-    score = objective.score_coefficient(kept_reward, kept_task, action_dependent=False, gamma=0.5)
+    score = objective.score_coefficient(kept_reward, kept_task, EXACT, gamma=0.5)
     assert torch.equal(score[:, 3:], row([0.3125, 1.0]))
 
 
@@ -86,11 +99,9 @@ def test_masked_tokens_neither_count_nor_discount(name: str, gamma: float) -> No
     _, spread_task = example(name, MASK)
     expected = objective.returns_to_go(reward, gamma=gamma)
     assert torch.equal(objective.returns_to_go(spread_reward, mask=MASK, gamma=gamma), spread(expected, 0.0))
-    for action_dependent in (False, True):
-        expected = objective.score_coefficient(reward, task, action_dependent=action_dependent, gamma=gamma)
-        score = objective.score_coefficient(
-            spread_reward, spread_task, action_dependent=action_dependent, gamma=gamma, mask=MASK
-        )
+    for constraint in (EXACT, SAMPLED):
+        expected = objective.score_coefficient(reward, task, constraint, gamma=gamma)
+        score = objective.score_coefficient(spread_reward, spread_task, constraint, gamma=gamma, mask=MASK)
         assert torch.equal(score, spread(expected, 0.0))
 
 
@@ -115,13 +126,13 @@ def test_task_part() -> None:
     expected = {"cmdp": [1, 2, 0, 0, 0], "barrier": [1, 2, 0, 0, 0], "hinge": [1, 2, 4, 8, 16]}
     expected |= {"saute": expected["cmdp"], "worst_case": expected["cmdp"]}
     expected |= {"lagrangian": expected["hinge"], "pid": expected["hinge"]}
-    assert expected.keys() == set(REWARDS)
+    assert expected.keys() == set(KINDS)
     for kind, values in expected.items():
-        assert torch.equal(objective.task_part(task, trace, kind), row(values))
+        assert torch.equal(objective.task_part(task, trace, held(kind)), row(values))
     # C = d is feasible for the others; log(1 - C/d) is not finite there
     at_edge = ops.budget_trace(COST, 0.5625)
-    assert torch.equal(objective.task_part(task, at_edge, "cmdp"), row([1, 2, 4, 0, 0]))
-    assert torch.equal(objective.task_part(task, at_edge, "barrier"), row([1, 2, 0, 0, 0]))
+    assert torch.equal(objective.task_part(task, at_edge, held("cmdp")), row([1, 2, 4, 0, 0]))
+    assert torch.equal(objective.task_part(task, at_edge, held("barrier")), row([1, 2, 0, 0, 0]))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -130,50 +141,76 @@ def test_task_part() -> None:
 
 @pytest.mark.parametrize("kind", ["cmdp", "hinge"])
 def test_direct_term_acts_on_every_token_of_a_violating_sequence(kind: str) -> None:
-    cost = COST.repeat(2, 1)
-    trace = ops.budget_trace(cost, torch.tensor([0.5, 1.0]))
-    direct = objective.direct_coefficient(trace, kind, discrepancy_weight=2.0)
+    weighted = {"kind": kind, "discrepancy_weight": 2.0}
+    each = ops.Constraint(budget=torch.tensor([0.5, 1.0]), **weighted)
+    direct = objective.direct_coefficient(ops.budget_trace(COST.repeat(2, 1), constraint=each), each)
     assert torch.equal(direct, torch.tensor([[2.0] * 5, [0.0] * 5]))
-    trace = ops.budget_trace(COST, 0.25, gamma=0.5)
-    direct = objective.direct_coefficient(trace, kind, discrepancy_weight=2.0, gamma=0.5)
+    discounted = ops.Constraint(budget=0.25, gamma=0.5, **weighted)
+    direct = objective.direct_coefficient(ops.budget_trace(COST, constraint=discounted), discounted)
     assert torch.equal(direct, row([2.0, 1.0, 0.5, 0.25, 0.125]))
-    trace = ops.budget_trace(COST, 0.1875, reduction="mean")
-    direct = objective.direct_coefficient(trace, kind, discrepancy_weight=2.0, reduction="mean")
+    mean = ops.Constraint(budget=0.1875, reduction="mean", **weighted)
+    direct = objective.direct_coefficient(ops.budget_trace(COST, constraint=mean), mean)
     torch.testing.assert_close(direct, row([0.4] * 5))
+
+
+def test_the_direct_term_weighs_as_the_reward_did() -> None:
+    """Weight and discount are told once, to the constraint: what the reward was made with is what the loss gets."""
+    logits, tokens = torch.zeros(1, 4, 3), torch.zeros(1, 4, dtype=torch.long)
+    teacher = torch.tensor([2.0, 0.0, 0.0]).expand(1, 4, 3)
+    constraint = ops.Constraint(budget=0.1, discrepancy_weight=5.0, gamma=0.9)
+    out = ops.constrained_reward(logits, teacher, tokens, torch.zeros(1, 4), constraint=constraint)
+    assert bool(out.trace.violated[0, -1])
+    torch.testing.assert_close(objective.direct_coefficient(out.trace, constraint), row([5.0, 4.5, 4.05, 3.645]))
+    for wrong in ("cmdp", None, {"kind": "cmdp"}):
+        for call in (
+            lambda: objective.direct_coefficient(out.trace, wrong),  # noqa: B023
+            lambda: objective.task_part(torch.zeros(1, 4), out.trace, wrong),  # noqa: B023
+            lambda: objective.score_coefficient(out.reward, out.reward, wrong),  # noqa: B023
+        ):
+            with pytest.raises(TypeError, match=r"constraint must be a cmdp_fast\.Constraint, got"):
+                call()
 
 
 @pytest.mark.parametrize("edge", ["strict", "saute"])
 def test_direct_term_at_the_edge_follows_the_violation(edge: str) -> None:
-    trace = ops.budget_trace(COST, 1.0, edge=edge)
-    direct = objective.direct_coefficient(trace, "hinge")
+    constraint = held("hinge", 1.0, edge=edge)
+    trace = ops.budget_trace(COST, constraint=constraint)
+    direct = objective.direct_coefficient(trace, constraint)
     assert torch.equal(direct > 0, trace.violated[:, -1:].expand_as(direct))
 
 
 def test_direct_coefficients_of_the_other_kinds() -> None:
     trace = ops.budget_trace(COST, 0.5)
     for kind in ("saute", "worst_case"):
-        assert not objective.direct_coefficient(trace, kind).any()
+        assert not objective.direct_coefficient(trace, held(kind)).any()
     for kind in ("lagrangian", "pid"):
-        assert torch.equal(objective.direct_coefficient(trace, kind, coefficient=0.25), row([0.25] * 5))
-    barrier = objective.direct_coefficient(trace, "barrier", coefficient=0.5, barrier_slope=8.0)
+        assert torch.equal(objective.direct_coefficient(trace, held(kind, coefficient=0.25)), row([0.25] * 5))
+    barrier = objective.direct_coefficient(trace, held("barrier", barrier_slope=8.0))
     torch.testing.assert_close(barrier, row([1.6, 1.6, 8.0, 8.0, 8.0]))  # 1.6 = .5 / (.5 - .1875)
 
 
-@pytest.mark.parametrize("kind", REWARDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cost_of_the_sampled_action_has_no_direct_term(kind: str) -> None:
+    """It is detached: whatever its weight would be, nothing flows through it."""
+    constraint = held(kind, 0.15, cost="nll" if kind == "worst_case" else "k1")
+    trace = ops.budget_trace(COST, constraint=constraint)
+    assert trace.violated.any() and not objective.direct_coefficient(trace, constraint).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_masked_tokens_do_not_change_direct_coefficients(kind: str, reduction: str) -> None:
     budget = 0.5 if reduction == "sum" else 0.1875
-    options = {"coefficient": 0.5, "reduction": reduction, "gamma": 0.5 if reduction == "sum" else 1.0}
-    account = {"reduction": reduction, "gamma": options["gamma"]}
-    expected = objective.direct_coefficient(ops.budget_trace(COST, budget, **account), kind, **options)
-    trace = ops.budget_trace(spread(COST), budget, mask=MASK, **account)
-    actual = objective.direct_coefficient(trace, kind, mask=MASK, **options)
+    constraint = held(kind, budget, reduction=reduction, gamma=0.5 if reduction == "sum" else 1.0)
+    expected = objective.direct_coefficient(ops.budget_trace(COST, constraint=constraint), constraint)
+    trace = ops.budget_trace(spread(COST), constraint=constraint, mask=MASK)
+    actual = objective.direct_coefficient(trace, constraint, mask=MASK)
     torch.testing.assert_close(actual, spread(expected, 0.0))
 
 
 def test_direct_coefficient_counts_nan_as_over_budget() -> None:
     trace = ops.budget_trace(row([0.1, math.nan]), 1.0)
-    assert torch.equal(objective.direct_coefficient(trace, "cmdp"), row([1.0, 1.0]))
+    assert torch.equal(objective.direct_coefficient(trace, EXACT), row([1.0, 1.0]))
 
 
 def test_barrier_total() -> None:
@@ -376,15 +413,6 @@ def test_nan_cost_is_not_satisfied() -> None:
 
 def test_errors_say_what_was_given() -> None:
     trace = ops.budget_trace(COST, 0.5)
-    with pytest.raises(ValueError, match="kind='ppo'"):
-        objective.task_part(TASK, trace, "ppo")
-    with pytest.raises(ValueError, match="kind='ppo'"):
-        objective.direct_coefficient(trace, "ppo")
-    with pytest.raises(ValueError, match="reduction='max'"):
-        objective.direct_coefficient(trace, "cmdp", reduction="max")
-    for kind in ("lagrangian", "pid", "barrier"):
-        with pytest.raises(ValueError, match="needs coefficient"):
-            objective.direct_coefficient(trace, kind)
     with pytest.raises(ValueError, match="alpha=0"):
         objective.constraint_metrics(COST, trace, alpha=0)
     with pytest.raises(ValueError, match="at least one token"):
@@ -396,4 +424,4 @@ def test_errors_say_what_was_given() -> None:
     with pytest.raises(TypeError, match=r"torch\.bool"):
         objective.returns_to_go(TASK, mask=torch.ones_like(TASK))
     with pytest.raises(ValueError, match="task_part has shape"):
-        objective.score_coefficient(TASK, TASK[:, :3], action_dependent=False)
+        objective.score_coefficient(TASK, TASK[:, :3], EXACT)

@@ -11,8 +11,9 @@ import torch
 from tiny_pair import ppo_of, settings
 
 from cmdp_fast import objective
+from cmdp_fast.constraint import KINDS
 from cmdp_fast.errors import InputError
-from cmdp_fast.reference import COSTS, REWARDS
+from cmdp_fast.reference import COSTS
 from cmdp_fast.trainer.config import TrainConfig
 from cmdp_fast.trainer.constraint import budget_at, training_constraint
 from cmdp_fast.trainer.minillm import TeacherMixture, mean_of_later
@@ -287,4 +288,4 @@ def test_settings_that_do_not_go_together(changes, expected, pair):
 def test_costs_and_kinds_are_all_offered():
     offered = get_type_hints(TrainConfig)
     assert get_args(offered["cost"]) == tuple(COSTS)
-    assert set(get_args(offered["kind"])) == set(REWARDS)
+    assert set(get_args(offered["kind"])) == set(KINDS)
