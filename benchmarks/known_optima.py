@@ -35,8 +35,8 @@ import exact  # noqa: E402
 import tabular  # noqa: E402
 from exact import Problem, Rollout, Setting  # noqa: E402
 
-from cmdp_fast.trainer.config import TrainConfig  # noqa: E402
-from cmdp_fast.trainer.report import Report  # noqa: E402
+from cmdp_fast.trainer.records.report import Report  # noqa: E402
+from cmdp_fast.trainer.settings.config import TrainConfig  # noqa: E402
 
 SLACK = 0.01
 STARTS = ("teacher", "over budget")

@@ -31,6 +31,7 @@ MODULES = (
     "cmdp_fast.reference",
     "cmdp_fast.integrations",
     "cmdp_fast.trainer",
+    "cmdp_fast.judging",
 )
 OPTIONAL = "cmdp_fast.integrations."
 

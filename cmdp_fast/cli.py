@@ -84,8 +84,8 @@ def _say(message: str) -> None:
 def _runner(command: str) -> Callable[[Sequence[str]], int]:
     """What runs a command with its arguments and returns the exit code."""
     if command == "compare":
-        from .trainer.compare import compare
-        from .trainer.comparison import parse_compare
+        from .trainer.comparison.compare import compare
+        from .trainer.comparison.plan import parse_compare
 
         return lambda arguments: 0 if compare(parse_compare(arguments), arguments) else 1
     if command == "evaluate":

@@ -11,7 +11,7 @@ from torch import Tensor
 import cmdp_fast as cf
 from cmdp_fast.errors import InputError
 from cmdp_fast.ops.terms import check_terms
-from cmdp_fast.trainer import constraint
+from cmdp_fast.trainer.settings import constraint
 
 SAMPLED_COSTS = ("k1", "k3", "nll")
 """Costs that the log-probabilities of the sampled token give, the student's and the teacher's."""

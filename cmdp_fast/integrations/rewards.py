@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.judging.reward import JudgedReward
+from cmdp_fast.judging.reward import JudgedReward
 
 TRLReward = Callable[..., "Sequence[float | None]"]
 VerlScore = Callable[..., "float | Mapping[str, Any]"]
@@ -53,7 +53,7 @@ def from_verl(
     dict of the row's other columns and its ``prompt``. Of a dict result the ``score`` counts.
 
     A function of the package verl itself is asked in a process of its own for each completion, isolated as
-    `cmdp_fast.trainer.judging` says and ended after ``timeout`` seconds; the opinion is None where it raises or does
+    `cmdp_fast.judging` says and ended after ``timeout`` seconds; the opinion is None where it raises or does
     not answer. Those that start processes or need a network (``prime_code``, ``sandbox_fusion``, verl's
     ``math_verify``) do not work there. ``unisolated=True`` asks them in this process; any other function always is.
 

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import InputError
-from .config import TrainConfig
+from cmdp_fast.errors import InputError
+
+from .settings.config import TrainConfig
 
 T = TypeVar("T")
 

@@ -6,17 +6,18 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from .config import TrainConfig
 from .imports import import_function
 from .material import load
-from .memory import Memory, estimate_memory
-from .models import common_vocabulary
-from .report import Report, check_trackers
-from .run_folder import check_run_folder
+from .models.memory_estimate import MemoryEstimate, estimate_memory
+from .models.pair import common_vocabulary
+from .records.metrics_log import check_trackers
+from .records.report import Report
+from .records.run_folder import check_run_folder
 from .scoring import make_scoring
+from .settings.config import TrainConfig
 
 
-def dry_run(config: TrainConfig) -> Memory:
+def dry_run(config: TrainConfig) -> MemoryEstimate:
     """Loads and checks models and data, prints the settings and an estimate of the memory, and returns the latter.
 
     Nothing is sampled or trained and no run folder is made; the models that the package makes for itself are made.
@@ -54,7 +55,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def print_memory(config: TrainConfig, memory: Memory) -> None:
+def print_memory(config: TrainConfig, memory: MemoryEstimate) -> None:
     """A line a kind of tensor."""
     from rich.console import Console
     from rich.table import Table

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from .constraint import evaluation_constraint
-from .data import Row
 from .distributed import share, whole
 from .experience import Collector, Completions, Experience, joined
-from .report import Clock, Report
+from .records.clock import Clock
+from .records.report import Report
 from .rollout import encode_prompts
+from .settings.constraint import evaluation_constraint
+from .tasks.data import Problem
 
 EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, whatever the run's seed
 
@@ -39,7 +40,12 @@ FIGURES = {
 
 
 def evaluate(
-    collector: Collector, policy: Any, rows: list[Row], clock: Clock, report: Report | None = None, who: str = "student"
+    collector: Collector,
+    policy: Any,
+    rows: list[Problem],
+    clock: Clock,
+    report: Report | None = None,
+    who: str = "student",
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(figures, samples) of a policy on some problems, `eval_generations` completions each.
 
@@ -79,7 +85,7 @@ def evaluate(
     return figures | {"examples": len(everything)}, whole(samples, len(everything), collector.accelerator)
 
 
-def _samples(part: Completions, rows: list[Row], correct_at: float) -> list[dict[str, Any]]:
+def _samples(part: Completions, rows: list[Problem], correct_at: float) -> list[dict[str, Any]]:
     """A dict a completion."""
     length = part.rollout.mask.sum(1)
     columns: dict[str, list[Any]] = {

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import InputError
-from ..files import write_json
-from .config import TrainConfig
+from cmdp_fast.errors import InputError
+from cmdp_fast.files import write_json
+
 from .distributed import main_first, make_accelerator, on_device
 from .evaluate import evaluate
 from .material import load
 from .parse import parse_as
-from .report import Clock, Report
+from .records.clock import Clock
+from .records.report import Report
 from .run import make_collector
+from .settings.config import TrainConfig
 
 
 @dataclass(frozen=True)

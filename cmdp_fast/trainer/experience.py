@@ -16,15 +16,15 @@ from torch import Tensor
 import cmdp_fast as cf
 from cmdp_fast import objective
 
-from .config import TrainConfig
-from .constraint import Constraint
-from .data import Row
 from .distributed import together
-from .report import Clock
-from .rewards import RewardFunction, call_rewards
+from .records.clock import Clock
 from .rollout import Rollout, RolloutFunction, Sampling, call_rollout, generate
 from .scoring import make_scoring
-from .steps import StepVerifier, call_step_verifier
+from .settings.config import TrainConfig
+from .settings.constraint import Constraint
+from .tasks.data import Problem
+from .tasks.rewards import RewardFunction, call_rewards
+from .tasks.step_verifiers import StepVerifier, call_step_verifier
 
 Metrics = dict[str, float]
 
@@ -102,7 +102,7 @@ class Collector:
     def complete(
         self,
         policy: Any,
-        rows: list[Row],
+        rows: list[Problem],
         prompts: list[list[int]],
         clock: Clock,
         mixed_with: Callable[[Tensor], Any] | None = None,
@@ -132,7 +132,7 @@ class Collector:
     def collect(
         self,
         policy: Any,
-        rows: list[Row],
+        rows: list[Problem],
         prompts: list[list[int]],
         constraint: Constraint,
         clock: Clock,

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line
 
 
 def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Callable[..., Any]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import InputError
-from .config import TrainConfig
-from .data import Row, load_problems
-from .models import load_pair
-from .report import Report
-from .rewards import RewardFunction, load_rewards
+from cmdp_fast.errors import InputError
+
+from .models.pair import load_pair
+from .records.report import Report
 from .rollout import drop_long_prompts, encode_prompts
-from .steps import StepVerifier, load_step_verifier
+from .settings.config import TrainConfig
+from .tasks.data import Problem, load_problems
+from .tasks.rewards import RewardFunction, load_rewards
+from .tasks.step_verifiers import StepVerifier, load_step_verifier
 
 
 @dataclass(kw_only=True)
@@ -24,9 +25,9 @@ class Material:
     tokenizer: Any
     rewards: dict[str, RewardFunction]
     verifier: StepVerifier | None = None
-    problems: list[Row] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)  # token ids
-    held_out: list[Row] = field(default_factory=list)
+    held_out: list[Problem] = field(default_factory=list)
 
 
 def load(config: TrainConfig, report: Report) -> Material:

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .data import Problems, Row
-from .report import Report
+from cmdp_fast.errors import InputError
+
+from .records.report import Report
+from .tasks.data import Problem, Problems
 
 RolloutFunction = Callable[..., dict[str, Any]]
 
@@ -86,7 +87,7 @@ def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id, *configured}))
 
 
-def encode_prompts(rows: Sequence[Row], tokenizer: Any) -> list[list[int]]:
+def encode_prompts(rows: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
     """Token ids of the rows' prompts; the chat template is applied to lists of messages."""
     ids = []
     for row in rows:
@@ -134,8 +135,8 @@ def generate(
 ) -> Rollout:
     """Samples a completion of each prompt with transformers: batched, cached, prompts of like length together.
 
-    ``mixed_with`` makes a logits processor for a batch from its prompts' mask [B, P] (`minillm.py`). ``synced_gpus``:
-    every process runs as many steps as the slowest, as a model spread over them needs.
+    ``mixed_with`` makes a logits processor for a batch from its prompts' mask [B, P] (`methods/minillm.py`).
+    ``synced_gpus``: every process runs as many steps as the slowest, as a model spread over them needs.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if sampling.batch_size else range(len(prompts))
     size = sampling.batch_size or len(prompts)

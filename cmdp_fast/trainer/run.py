@@ -2,7 +2,7 @@
 
 The folder of a run can be resumed from the first step on, whatever stops it: Ctrl-C and SIGTERM let the step at hand
 end and write a checkpoint; an error leaves the last one, as does a kill. `distributed.py` says how several processes
-run, `state.py` what a checkpoint is.
+run, `records/checkpoint.py` what a checkpoint is.
 """
 
 from __future__ import annotations
@@ -13,29 +13,26 @@ from typing import Any
 
 import torch
 
-from .config import TrainConfig
-from .constraint import evaluation_constraint
 from .distributed import any_process, main_first, make_accelerator, on_device, prepare_student, together
 from .experience import Collector
-from .gkd import GKD
 from .imports import import_function
 from .interrupts import Interrupts
-from .lock import alone_in
 from .material import Material, load
-from .minillm import MiniLLM
-from .models import common_vocabulary
-from .off_policy import OffPolicy
-from .ppo import PPO
-from .report import Report, check_trackers
-from .resume import is_finished
+from .methods import METHODS
+from .methods.ppo import PPO
+from .models.pair import common_vocabulary
+from .models.value_head import ValueHead
+from .records.checkpoint import remove_checkpoints
+from .records.lock import alone_in
+from .records.metrics_log import check_trackers
+from .records.report import Report
+from .records.resume import is_finished
+from .records.run_folder import check_run_folder
+from .records.trust import code_of
 from .rollout import Sampling, end_tokens
-from .run_folder import check_run_folder
-from .state import remove_checkpoints
-from .training import Run
-from .trust import code_of
-from .value import ValueHead
-
-STEPS: dict[str, type[PPO]] = {"ppo": PPO, "gkd": GKD, "minillm": MiniLLM, "sft": OffPolicy, "kd": OffPolicy}
+from .settings.config import TrainConfig
+from .settings.constraint import evaluation_constraint
+from .training import Training
 
 
 def train(config: TrainConfig) -> Path:
@@ -68,10 +65,10 @@ def train(config: TrainConfig) -> Path:
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
             f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
         )
-        run = Run(config, ppo, material, report, code)
-        run.begin(held)
-        run.finish(interrupts)
-    return run.folder
+        training = Training(config, ppo, material, report, code)
+        training.begin(held)
+        training.finish(interrupts)
+    return training.folder
 
 
 def make_ppo(config: TrainConfig, accelerator: Any, material: Material) -> PPO:
@@ -92,8 +89,8 @@ def make_ppo(config: TrainConfig, accelerator: Any, material: Material) -> PPO:
     student, optimizer = prepare_student(student, optimizer, accelerator)
     value_head = value_head and accelerator.prepare(value_head)
     collector = make_collector(config, accelerator, student, material)
-    step = STEPS[config.algorithm]
-    return step(collector, optimizer=optimizer, scheduler=scheduler, value_head=value_head)
+    method = METHODS[config.algorithm]
+    return method(collector, optimizer=optimizer, scheduler=scheduler, value_head=value_head)
 
 
 def make_collector(config: TrainConfig, accelerator: Any, student: Any, material: Material) -> Collector:

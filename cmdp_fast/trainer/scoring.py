@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import cmdp_fast as cf
+from cmdp_fast.errors import InputError
 
-from ..errors import InputError
 from .rollout import Rollout
 
 Pair = tuple[Any, Any]  # student (or the policy in its place) and teacher

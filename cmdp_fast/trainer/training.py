@@ -8,26 +8,30 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, first_line
-from ..files import write_text
-from .checkpoint import save_student, write_samples
-from .config import TrainConfig
-from .constraint import Constraint, evaluation_constraint
-from .data import shuffled
+from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.files import write_text
+
 from .distributed import any_process, share, together, whole_student
-from .ending import write_summary
 from .evaluate import evaluate
 from .interrupts import Interrupts
 from .material import Material
-from .ppo import PPO
-from .report import MetricsLog, Report, plot_curves, samples_text
-from .run_folder import make_run_folder, write_config
-from .state import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
+from .methods.ppo import PPO
+from .models.saving import save_student
+from .records.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
+from .records.curves import plot_curves
+from .records.ending import write_summary
+from .records.metrics_log import MetricsLog
+from .records.report import Report
+from .records.run_folder import make_run_folder, write_config
+from .records.samples import samples_text, write_samples
+from .settings.config import TrainConfig
+from .settings.constraint import Constraint, evaluation_constraint
+from .tasks.data import shuffled
 
 SAMPLES = 20
 
 
-class Run:
+class Training:
     """A training in its folder, from where it stands to its end. `code` is what `code_of` says of its configuration."""
 
     folder: Path
@@ -218,7 +222,7 @@ class Run:
 
 
 def _check_records(state: dict[str, Any]) -> None:
-    """Raises ValueError or KeyError unless a checkpoint's records are of the form that `Run` writes."""
+    """Raises ValueError or KeyError unless a checkpoint's records are of the form that `Training` writes."""
     steps = [record["step"] for name in ("metrics", "evaluations") for record in state[name]]
     figures = [state["results"][who]["accuracy"] for who in ("teacher", "student_before")]
     samples = [sample["completion"] for some in state["samples"].values() for sample in some]

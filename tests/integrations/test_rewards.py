@@ -154,8 +154,8 @@ def test_the_command_line_takes_an_adapted_function(tmp_path) -> None:
     pytest.importorskip("tyro", reason="the extra `train`")
     from dataclasses import replace
 
-    from cmdp_fast.trainer.config import TrainConfig
-    from cmdp_fast.trainer.rewards import call_rewards, load_rewards
+    from cmdp_fast.trainer.settings.config import TrainConfig
+    from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards
 
     path = tmp_path / "gsm8k.py"
     path.write_text(

@@ -33,7 +33,7 @@ def pair(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def isolation() -> None:
     """Judges can be isolated on this machine; a test that needs it is skipped elsewhere, with the reason."""
-    from cmdp_fast.trainer.judging.pool import IsolationError, Judges
+    from cmdp_fast.judging.pool import IsolationError, Judges
 
     try:
         Judges("--rewards math_verify", "math_verify", seconds=1.0)

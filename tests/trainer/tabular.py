@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from cmdp_fast.trainer.config import TrainConfig
 from cmdp_fast.trainer.material import Material
-from cmdp_fast.trainer.ppo import PPO
+from cmdp_fast.trainer.methods.ppo import PPO
 from cmdp_fast.trainer.run import make_ppo
+from cmdp_fast.trainer.settings.config import TrainConfig
 
 
 class TableConfig(PreTrainedConfig):

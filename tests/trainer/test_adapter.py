@@ -11,7 +11,7 @@ from tiny_pair import arguments, ppo_of, settings, tiny_model, untimed
 
 import cmdp_fast as cf
 from cmdp_fast.cli import main
-from cmdp_fast.trainer.adapter import FrozenBase
+from cmdp_fast.trainer.models.adapter import FrozenBase
 
 pytest.importorskip("peft")
 from peft import PeftModel
@@ -122,7 +122,7 @@ def test_same_adapter_for_the_same_seed(same):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "tied"])
 def test_saved_student_is_merged_and_its_adapter_beside_it(family, pair, tmp_path):
-    from cmdp_fast.trainer.checkpoint import save_student
+    from cmdp_fast.trainer.models.saving import save_student
 
     model = tiny_model(tmp_path / "model", seed=3, family="gpt2" if family == "gpt2" else "llama")
     if family == "tied":

@@ -17,12 +17,12 @@ import pytest
 
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import parse
-from cmdp_fast.trainer.compare import run_all
-from cmdp_fast.trainer.comparison import METHODS as DEFAULT_METHODS
-from cmdp_fast.trainer.comparison import CompareConfig, Run, plan, variant
-from cmdp_fast.trainer.comparison_plots import plot_budgets, sweeps
-from cmdp_fast.trainer.comparison_table import Estimate, Row, cell, columns_of, estimate, markdown
-from cmdp_fast.trainer.report import Report
+from cmdp_fast.trainer.comparison.compare import run_all
+from cmdp_fast.trainer.comparison.plan import DEFAULT_METHODS, CompareConfig, SeededRun, plan, variant
+from cmdp_fast.trainer.comparison.plots import plot_budgets, sweeps
+from cmdp_fast.trainer.comparison.table import Estimate, TableRow, cell, columns_of, estimate, markdown
+from cmdp_fast.trainer.records.report import Report
+from cmdp_fast.trainer.settings.recipe import METHOD_FILES
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_default_comparison_is_whole():
     runs = plan(CompareConfig())
     assert len(runs) == 3 * len(DEFAULT_METHODS) and len({run.folder for run in runs}) == len(runs)
     methods = {run.variant.method for run in runs}
-    assert methods == {path.stem for path in parse.METHODS.glob("*.toml")}
+    assert methods == {path.stem for path in METHOD_FILES.glob("*.toml")}
     sweep = [run.config.coefficient for run in runs if run.variant.method == "lagrangian" and run.config.seed == 0]
     assert len(sweep) >= 3
 
@@ -251,7 +251,7 @@ def test_runs_are_ended_with_the_comparison(recipe, tmp_path, monkeypatch):
     def command(run):
         return [sys.executable, "-c", code, "600" if run.variant.overrides else "0"]
 
-    monkeypatch.setattr(Run, "command", command)
+    monkeypatch.setattr(SeededRun, "command", command)
     methods = ("cmdp:steps=5000", "cmdp")
     runs = plan(CompareConfig(recipe=str(recipe), methods=methods, seeds=(0,), output_dir=str(tmp_path)))
     with open(tmp_path / ".lock", "w") as lock:
@@ -271,7 +271,7 @@ def test_one_processor_one_run(recipe, tmp_path, monkeypatch):
     log = tmp_path / "log"
     code = "import os, sys, time; log = open(sys.argv[1], 'a')"
     code += "; print('+', os.environ['OMP_NUM_THREADS'], file=log, flush=True); time.sleep(0.1); print('-', file=log)"
-    monkeypatch.setattr(Run, "command", lambda run: [sys.executable, "-c", code, str(log)])
+    monkeypatch.setattr(SeededRun, "command", lambda run: [sys.executable, "-c", code, str(log)])
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     runs = plan(CompareConfig(recipe=str(recipe), methods=("cmdp",), seeds=(0, 1, 2, 3), output_dir=str(tmp_path)))
     with open(tmp_path / ".lock", "w") as lock:
@@ -296,9 +296,9 @@ def test_plots_of_budgets(recipe, tmp_path):
     assert not plot_budgets(tmp_path / "none.png", rows[:2]) and not (tmp_path / "none.png").exists()
 
 
-def row(label: str, recipe: Path, **figures: tuple[float, float]) -> Row:
+def row(label: str, recipe: Path, **figures: tuple[float, float]) -> TableRow:
     v = variant(label, str(recipe))
-    return Row(v.label, 2, v.config, {name: Estimate(*value) for name, value in figures.items()}, v)
+    return TableRow(v.label, 2, v.config, {name: Estimate(*value) for name, value in figures.items()}, v)
 
 
 def test_cells_and_columns(recipe):

@@ -16,10 +16,13 @@ from tiny_pair import arguments, ppo_of, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer import builtin, cache, digest, parse, state
-from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.report import Report
-from cmdp_fast.trainer.state import MANIFEST
+from cmdp_fast.trainer import parse
+from cmdp_fast.trainer.models import builtin, cache
+from cmdp_fast.trainer.records import checkpoint as run_checkpoints
+from cmdp_fast.trainer.records import digest
+from cmdp_fast.trainer.records.checkpoint import MANIFEST
+from cmdp_fast.trainer.records.report import Report
+from cmdp_fast.trainer.settings.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def run(pair, tmp_path_factory, one_thread) -> Path:
     """With a checkpoint of the first step and one of the second."""
     output = tmp_path_factory.mktemp("run")
     assert main(arguments(pair, output, checkpoint_every=1)) == 0
-    assert [path.name for path in state.checkpoints(output / "r")] == ["step-000001", "step-000002"]
+    assert [path.name for path in run_checkpoints.checkpoints(output / "r")] == ["step-000001", "step-000002"]
     return output / "r"
 
 
@@ -39,11 +42,11 @@ def ppo(pair, one_thread):
 def check_taken_before(ppo, folder: Path, named: str, capsys) -> None:
     """The last checkpoint of the folder is refused, the file named, and the one before loaded."""
     capsys.readouterr()
-    loaded = state.load_checkpoint(ppo.accelerator, ppo.student, folder, Report())
+    loaded = run_checkpoints.load_checkpoint(ppo.accelerator, ppo.student, folder, Report())
     shown = capsys.readouterr().out.splitlines()
     assert loaded["step"] == 1 and len(shown) == 2
     assert "step-000002 cannot be read: " in shown[0] and named in shown[0] and "step-000001" in shown[1]
-    assert [path.name for path in state.checkpoints(folder)] == ["step-000001"]
+    assert [path.name for path in run_checkpoints.checkpoints(folder)] == ["step-000001"]
 
 
 def flip(content: bytearray, chance: random.Random) -> None:
@@ -162,7 +165,7 @@ def test_a_manifest_that_somebody_wrote(case, run, ppo, tmp_path, capsys):
 def test_a_state_that_somebody_wrote(changes, run, pair, tmp_path, capsys):
     """Sealed, with all of its files, and of no run of this program: one line."""
     shutil.copytree(run, tmp_path / "r")
-    for checkpoint in state.checkpoints(tmp_path / "r"):
+    for checkpoint in run_checkpoints.checkpoints(tmp_path / "r"):
         about = digest.read_sealed(checkpoint / MANIFEST)
         digest.write_sealed(checkpoint / MANIFEST, {**about, **changes})
     (tmp_path / "r" / "summary.json").unlink()

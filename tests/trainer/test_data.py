@@ -10,11 +10,11 @@ from tiny_pair import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer import data
-from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.models import load_pair
-from cmdp_fast.trainer.report import Report
+from cmdp_fast.trainer.models.pair import load_pair
+from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.rollout import drop_long_prompts
+from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.tasks import data
 
 
 def lines(path, rows) -> str:

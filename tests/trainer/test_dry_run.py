@@ -13,8 +13,9 @@ import cmdp_fast as cf
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import parse
 from cmdp_fast.trainer.dry_run import readable, settings_text
-from cmdp_fast.trainer.memory import activations, estimate_memory
-from cmdp_fast.trainer.ppo import PPO
+from cmdp_fast.trainer.methods.ppo import PPO
+from cmdp_fast.trainer.models.memory_estimate import activations, estimate_memory
+from cmdp_fast.trainer.settings.values import typed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,7 +40,7 @@ def test_prints_and_leaves_nothing(pair, tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     assert not (tmp_path / "runs").exists()
     lines = capsys.readouterr().out.splitlines()
-    assert parse.typed(tomllib.loads("\n".join(lines[: len(expected)])), "dry run") == expected
+    assert typed(tomllib.loads("\n".join(lines[: len(expected)])), "dry run") == expected
     rest = "\n".join(lines[len(expected) :])
     for word in ("parameters", "gradients", "optimizer", "teacher", "activations", "estimate"):
         assert word in rest

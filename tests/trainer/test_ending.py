@@ -15,8 +15,9 @@ from tiny_pair import arguments, untimed
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer import checkpoint, training
-from cmdp_fast.trainer.ending import finished_summary
+from cmdp_fast.trainer import training
+from cmdp_fast.trainer.models import saving
+from cmdp_fast.trainer.records.ending import finished_summary
 
 WRITES = ((os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree"), (os, "unlink"))
 
@@ -27,7 +28,7 @@ def command(pair: dict[str, str], output: Path, **changes) -> list[str]:
 
 def stop_at(call: int, stop, patch, begin_after: str) -> None:
     """From where a method of `Run` has returned on, `stop` is called before the so-many-th change of a folder."""
-    calls, begun, method = 0, not begin_after, getattr(training.Run, begin_after or "begin")
+    calls, begun, method = 0, not begin_after, getattr(training.Training, begin_after or "begin")
 
     def beginning(*args):
         nonlocal begun
@@ -45,7 +46,7 @@ def stop_at(call: int, stop, patch, begin_after: str) -> None:
         return change
 
     if begin_after:
-        patch(training.Run, begin_after, beginning)
+        patch(training.Training, begin_after, beginning)
     for owner, name in WRITES:
         patch(owner, name, counted(getattr(owner, name)))
 
@@ -172,7 +173,7 @@ def test_a_student_that_is_not_exchanged_stays(pair, tmp_path, monkeypatch):
         return {path.name for path in (tmp_path / "student").iterdir()}
 
     tokenizer, rename = Model("tokenizer"), os.rename
-    checkpoint.save_student(Model("one"), tokenizer, tmp_path)
+    saving.save_student(Model("one"), tokenizer, tmp_path)
 
     def interrupted(source, target):
         if source.name == ".student.part":
@@ -182,15 +183,15 @@ def test_a_student_that_is_not_exchanged_stays(pair, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save_student(Model("two"), tokenizer, tmp_path)
+            saving.save_student(Model("two"), tokenizer, tmp_path)
     assert names() == {"one", "tokenizer"}
     rename(tmp_path / "student", tmp_path / ".student.old")  # as a kill leaves it
     with monkeypatch.context() as patched:
         patched.setattr(Model, "save_pretrained", lambda *_, **__: interrupt())
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save_student(Model("two"), tokenizer, tmp_path)
+            saving.save_student(Model("two"), tokenizer, tmp_path)
     assert names() == {"one", "tokenizer"}
-    checkpoint.save_student(Model("two"), tokenizer, tmp_path)
+    saving.save_student(Model("two"), tokenizer, tmp_path)
     assert names() == {"two", "tokenizer"} and len(list(tmp_path.iterdir())) == 1
 
 
@@ -223,7 +224,7 @@ def test_a_file_of_the_end_that_cannot_be_written(pair, tmp_path, expected, monk
     original = training.save_student
 
     def full(*args):
-        with checkpoint.writing(tmp_path / "r" / "student"):
+        with saving.writing(tmp_path / "r" / "student"):
             raise OSError("no space")
 
     monkeypatch.setattr(training, "save_student", full)

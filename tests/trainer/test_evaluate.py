@@ -10,9 +10,9 @@ import torch
 from tiny_pair import arguments, ppo_of, settings
 
 from cmdp_fast.cli import main
-from cmdp_fast.trainer import data
 from cmdp_fast.trainer.evaluate import FIGURES, evaluate
-from cmdp_fast.trainer.report import Clock
+from cmdp_fast.trainer.records.clock import Clock
+from cmdp_fast.trainer.tasks import data
 
 
 @pytest.fixture

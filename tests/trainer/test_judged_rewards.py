@@ -10,11 +10,11 @@ from tiny_pair import ppo_of, settings, tiny_model
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer import rewards
-from cmdp_fast.trainer.data import last_group
-from cmdp_fast.trainer.judging import pool
-from cmdp_fast.trainer.report import samples_text
-from cmdp_fast.trainer.steps import equations
+from cmdp_fast.judging import pool
+from cmdp_fast.trainer.records.samples import samples_text
+from cmdp_fast.trainer.tasks import rewards
+from cmdp_fast.trainer.tasks.data import last_group
+from cmdp_fast.trainer.tasks.step_verifiers import equations
 
 EVERYTHING = re.compile("")
 # Those of its judges that were seen to run a completion.

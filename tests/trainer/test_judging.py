@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.judging import pool
-from cmdp_fast.trainer.judging.pool import IsolationError, Judges
+from cmdp_fast.judging import pool
+from cmdp_fast.judging.pool import IsolationError, Judges
 
 EVALUATE = """
 import os, time
@@ -214,7 +214,7 @@ def test_nothing_is_left_of_a_killed_training(here):
     """Neither the process of the judges nor one that judges."""
     program = f"""
 from pathlib import Path
-from cmdp_fast.trainer.judging import pool
+from cmdp_fast.judging import pool
 pool.HERE = Path({str(here)!r})
 judges = pool.Judges("--rewards evil", "evaluate", seconds=600.0, isolated=False)
 print(judges._connection._process.pid, flush=True)

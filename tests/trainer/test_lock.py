@@ -20,8 +20,8 @@ from two_processes import in_two_processes, run_command
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import training
-from cmdp_fast.trainer.lock import alone_in
-from cmdp_fast.trainer.ppo import PPO
+from cmdp_fast.trainer.methods.ppo import PPO
+from cmdp_fast.trainer.records.lock import alone_in
 
 HOLDER = "import sys, fcntl; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcntl.LOCK_EX); print(); input()"
 
@@ -66,8 +66,8 @@ def test_a_new_run_has_its_folder_for_itself(pair, tmp_path, monkeypatch, capsys
         refused.append(child.exitcode)
         return original(*args)
 
-    original = training.Run._log_evaluation
-    monkeypatch.setattr(training.Run, "_log_evaluation", resume_beside_it)
+    original = training.Training._log_evaluation
+    monkeypatch.setattr(training.Training, "_log_evaluation", resume_beside_it)
     assert main(arguments(pair, tmp_path)) == 0
     assert refused == [2] * len(refused) and len(refused) >= 2
     with alone_in(tmp_path / "r", print), pytest.raises(InputError, match=rf"process {os.getpid()} on "):

@@ -14,11 +14,11 @@ from cmdp_fast import objective
 from cmdp_fast.constraint import KINDS
 from cmdp_fast.errors import InputError
 from cmdp_fast.reference import COSTS
-from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.constraint import budget_at, training_constraint
-from cmdp_fast.trainer.minillm import TeacherMixture, mean_of_later
+from cmdp_fast.trainer.methods.minillm import TeacherMixture, mean_of_later
+from cmdp_fast.trainer.models.value_head import ValueHead, explained_variance
 from cmdp_fast.trainer.scoring import completion_logits
-from cmdp_fast.trainer.value import ValueHead, explained_variance
+from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.settings.constraint import budget_at, training_constraint
 
 ALGORITHMS = {
     "gkd": {"logits": "full", "jsd_beta": 0.3},

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MllamaConfig, Mlla
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.models import load_pair
-from cmdp_fast.trainer.parse import read_recipe
-from cmdp_fast.trainer.report import Report
+from cmdp_fast.trainer.models.pair import load_pair
+from cmdp_fast.trainer.records.report import Report
+from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.settings.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import cmdp_fast as cf
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.recompute import recompute_layers
+from cmdp_fast.trainer.models.recompute import recompute_layers
 
 IDS = torch.tensor([[3, 4, 5, 6, 3, 4], [7, 8, 9, 3, 5, 5]])
 

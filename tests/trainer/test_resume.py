@@ -20,8 +20,10 @@ from accelerate.state import AcceleratorState
 from tiny_pair import arguments, untimed
 
 from cmdp_fast.cli import main
-from cmdp_fast.trainer import digest, report, state, training
-from cmdp_fast.trainer.ppo import PPO
+from cmdp_fast.trainer import training
+from cmdp_fast.trainer.methods.ppo import PPO
+from cmdp_fast.trainer.records import checkpoint as run_checkpoints
+from cmdp_fast.trainer.records import digest, metrics_log
 
 STEPS = 6
 VARIANTS = {
@@ -108,8 +110,8 @@ def kill_at(owner, name: str, call: int, after: bool = False):
 MOMENTS = {
     "sampling": (PPO, "collect", 4, False),
     "between two minibatches": (PPO, "descend", 11, True),
-    "metrics written": (report.MetricsLog, "step", 5, True),
-    "checkpoint begun": (state, "write_sealed", 2, False),
+    "metrics written": (metrics_log.MetricsLog, "step", 5, True),
+    "checkpoint begun": (run_checkpoints, "write_sealed", 2, False),
     "checkpoint whole, the old not removed": (os, "rename", 3, True),
 }
 
@@ -118,7 +120,7 @@ MOMENTS = {
 def test_killed_at(moment, pair, tmp_path, uninterrupted):
     killed(kill_at(*MOMENTS[moment]), command(pair, tmp_path))
     assert not (tmp_path / "r" / "summary.json").exists()
-    assert all((whole / "run.json").exists() for whole in state.checkpoints(tmp_path / "r"))
+    assert all((whole / "run.json").exists() for whole in run_checkpoints.checkpoints(tmp_path / "r"))
     check_goes_on(tmp_path / "r", uninterrupted)
     assert steps_kept(tmp_path / "r") == ["step-000004", "step-000006"]
 
@@ -190,7 +192,7 @@ def test_an_interrupt_of_the_last_evaluation_loses_nothing(pair, tmp_path, unint
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(pair, tmp_path, uninterrupted, monkeypatch, capsys):
-    original, calls = state.sync_folder, 0
+    original, calls = run_checkpoints.sync_folder, 0
 
     def full(folder):
         nonlocal calls
@@ -199,7 +201,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(pair, tmp_path, uninterrupted, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(folder)
 
-    monkeypatch.setattr(state, "sync_folder", full)
+    monkeypatch.setattr(run_checkpoints, "sync_folder", full)
     assert main(command(pair, tmp_path)) == 2
     folder = tmp_path / "r"
     error = capsys.readouterr().err
@@ -229,14 +231,14 @@ def test_a_file_limit_stops_any_write(pair, tmp_path, uninterrupted, capsys):
 
 
 def test_metrics_that_cannot_be_written(pair, tmp_path, uninterrupted, monkeypatch, capsys):
-    original = report.as_json
+    original = metrics_log.as_json
 
     def full(value, indent=None):
         if value.get("step") == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(value, indent)
 
-    monkeypatch.setattr(report, "as_json", full)
+    monkeypatch.setattr(metrics_log, "as_json", full)
     assert main(command(pair, tmp_path)) == 2
     assert "metrics.jsonl could not be written" in capsys.readouterr().err
     monkeypatch.undo()
@@ -333,7 +335,7 @@ def test_changes_that_would_make_it_another_run(pair, tmp_path, uninterrupted, c
 
 
 def test_a_tracker_that_is_not_installed(pair, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
     assert main([*command(pair, tmp_path), "--trackers", "wandb"]) == 2
     assert "--trackers wandb" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ from tabular import collapsed, methods, ppo_of, settings, step, table, train
 from torch import Tensor
 
 from cmdp_fast.trainer.experience import Completions
-from cmdp_fast.trainer.ppo import PPO
+from cmdp_fast.trainer.methods.ppo import PPO
 
 TREE = vectors("tree")
 BUDGET = TREE["budget"]

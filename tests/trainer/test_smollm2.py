@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer import smollm2
-from cmdp_fast.trainer.report import Report
+from cmdp_fast.trainer.models import smollm2
+from cmdp_fast.trainer.records.report import Report
 
 
 def test_pruned_model_is_one_without_the_layers(tmp_path):

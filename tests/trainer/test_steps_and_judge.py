@@ -8,10 +8,10 @@ import pytest
 from tiny_pair import settings
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.builtin import worked_solution
-from cmdp_fast.trainer.judge import Preferences, compare_pairs, load_judge
-from cmdp_fast.trainer.rewards import call_rewards, load_rewards
-from cmdp_fast.trainer.steps import arithmetic_chain, call_step_verifier, equations, load_step_verifier
+from cmdp_fast.trainer.tasks.judge import Preferences, compare_pairs, load_judge
+from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards
+from cmdp_fast.trainer.tasks.step_verifiers import arithmetic_chain, call_step_verifier, equations, load_step_verifier
+from cmdp_fast.trainer.tasks.sums import worked_solution
 
 SUM = {"prompt": "3 + 4 + 2=", "answer": "9", "metadata": {"expression": "3 + 4 + 2"}}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_pair import ppo_of, settings, tiny_model
 
-from cmdp_fast.trainer.config import TrainConfig
 from cmdp_fast.trainer.rollout import encode_prompts
+from cmdp_fast.trainer.settings.config import TrainConfig
 
 
 def alone(model, prompt: list[int], completion: torch.Tensor, width: int, temperature: float) -> torch.Tensor:

@@ -14,8 +14,9 @@ from tiny_pair import PROBLEMS, arguments, tiny_model
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.config import TrainConfig
-from cmdp_fast.trainer.parse import METHODS, RECIPES, parse
+from cmdp_fast.trainer.parse import parse
+from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.settings.recipe import METHOD_FILES, RECIPES
 
 BAD_INPUT = {
     "budget 0": (dict(budget=0), "--budget must be a positive number, not 0.0"),
@@ -111,10 +112,10 @@ def test_recipes_of_the_package(recipe):
     assert parse([f"--recipe={recipe}", *models]).recipe == recipe
 
 
-@pytest.mark.parametrize("method", sorted(path.stem for path in METHODS.glob("*.toml")))
+@pytest.mark.parametrize("method", sorted(path.stem for path in METHOD_FILES.glob("*.toml")))
 def test_methods_of_the_package(method, pair, tmp_path):
     """Each is described, goes over the recipe and under the command line, and trains."""
-    first = (METHODS / f"{method}.toml").read_text().splitlines()[0]
+    first = (METHOD_FILES / f"{method}.toml").read_text().splitlines()[0]
     assert first.startswith(f"# cmdp-fast train --method {method}")
     changes = {"method": method, "minibatch_size": 5, "prefix_budget": 1.0}
     config = parse(arguments(pair, tmp_path, **changes)[1:])

@@ -14,9 +14,11 @@ from transformers import AutoTokenizer
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer import builtin, data, rewards
-from cmdp_fast.trainer.parse import read_recipe
-from cmdp_fast.trainer.report import Report
+from cmdp_fast.trainer.models import builtin
+from cmdp_fast.trainer.records.report import Report
+from cmdp_fast.trainer.settings.recipe import read_recipe
+from cmdp_fast.trainer.tasks import data, rewards
+from cmdp_fast.trainer.tasks.sums import worked_solution
 
 
 def test_held_out_problems_are_never_trained_on():
@@ -170,19 +172,19 @@ def test_worked_solutions():
     rng = random.Random(0)
     for _ in range(300):
         expression = random_sum(rng)
-        right, results, answer = checked_steps(builtin.worked_solution(expression))
+        right, results, answer = checked_steps(worked_solution(expression))
         assert all(right) and results[-1] == answer == eval(expression)
-        assert builtin.worked_solution(expression, "direct", rng) == f"A{eval(expression)}"
-        right, results, answer = checked_steps(builtin.worked_solution(expression, "slip", rng))
+        assert worked_solution(expression, "direct", rng) == f"A{eval(expression)}"
+        right, results, answer = checked_steps(worked_solution(expression, "slip", rng))
         assert right.count(False) == 1 and results[-1] == answer != eval(expression)
-    assert builtin.worked_solution("3 + 4 + 2") == "3+4=7;7+2=9;A9"
-    assert builtin.worked_solution("3 - -4") == "3--4=7;A7"
+    assert worked_solution("3 + 4 + 2") == "3+4=7;7+2=9;A9"
+    assert worked_solution("3 - -4") == "3--4=7;A7"
 
 
 @pytest.mark.parametrize("expression", ["3", "3 * 4", "3 +", "(3 + 4) + 2", ""])
 def test_only_sums_have_a_worked_solution(expression):
     with pytest.raises(InputError):
-        builtin.worked_solution(expression)
+        worked_solution(expression)
 
 
 def test_quickstart_in_small(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from tiny_pair import PROBLEMS, arguments, untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmdp_fast.cli import main
-from cmdp_fast.trainer import data
+from cmdp_fast.trainer.tasks import data
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cmdp_fast as cf
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
-from cmdp_fast.trainer.checkpoint import save_student
-from cmdp_fast.trainer.data import shuffled
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.experience import at_last_token
-from cmdp_fast.trainer.report import Clock
+from cmdp_fast.trainer.models.saving import save_student
+from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.rollout import completion_mask, generate
 from cmdp_fast.trainer.scoring import completion_hidden, completion_logits
+from cmdp_fast.trainer.tasks.data import shuffled
 
 
 def test_completion_mask():

@@ -10,14 +10,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cmdp_fast.trainer import builtin, data, rewards
-from cmdp_fast.trainer.config import TrainConfig
 from cmdp_fast.trainer.material import Material
-from cmdp_fast.trainer.models import load_pair
-from cmdp_fast.trainer.ppo import PPO
-from cmdp_fast.trainer.report import Report
+from cmdp_fast.trainer.methods.ppo import PPO
+from cmdp_fast.trainer.models import builtin
+from cmdp_fast.trainer.models.pair import load_pair
+from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.rollout import encode_prompts
 from cmdp_fast.trainer.run import make_ppo
+from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.tasks import data, rewards
 
 PROBLEMS = [{"prompt": f"{i}+{9 - i}=", "answer": "9", "note": i} for i in range(10)]
 

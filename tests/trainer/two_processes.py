@@ -19,15 +19,17 @@ from tiny_pair import settings, untimed
 from torch.distributed.tensor import DTensor
 
 from cmdp_fast.cli import main
-from cmdp_fast.trainer import data, state
 from cmdp_fast.trainer.distributed import share, whole_student
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.material import Material
-from cmdp_fast.trainer.models import load_pair
-from cmdp_fast.trainer.ppo import PPO
-from cmdp_fast.trainer.report import Clock, Report
+from cmdp_fast.trainer.methods.ppo import PPO
+from cmdp_fast.trainer.models.pair import load_pair
+from cmdp_fast.trainer.records import checkpoint as run_checkpoints
+from cmdp_fast.trainer.records.clock import Clock
+from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.rollout import encode_prompts
 from cmdp_fast.trainer.run import make_ppo
+from cmdp_fast.trainer.tasks import data
 
 PROCESSES = 2
 STEPS = 3
@@ -171,7 +173,7 @@ def same_steps_sharded(cases: list[tuple[dict[str, str], dict[str, Any], Any]], 
             close(untimed(found), metrics[step])
             if step == 1:
                 evaluate(ppo.collector, ppo.student, problems.held_out, Clock())  # leaves the head together
-                state.save_checkpoint(ppo.accelerator, folder / str(number), 2, {"ppo": ppo.state_dict()})
+                run_checkpoints.save_checkpoint(ppo.accelerator, folder / str(number), 2, {"ppo": ppo.state_dict()})
         evaluate(ppo.collector, ppo.student, problems.held_out, Clock())
         _, ours = whole_student(ppo.student, ppo.accelerator)
         if ppo.accelerator.is_main_process:
@@ -179,7 +181,7 @@ def same_steps_sharded(cases: list[tuple[dict[str, str], dict[str, Any], Any]], 
 
         again, problems = make(pair, sharding_accelerator(), changes)
         run = folder / str(number)
-        again.load_state_dict(state.load_checkpoint(again.accelerator, again.student, run, Report())["ppo"])
+        again.load_state_dict(run_checkpoints.load_checkpoint(again.accelerator, again.student, run, Report())["ppo"])
         close(steps(again, problems, first=2), metrics[2:])
         # sampling keeps step although completions end at different times
         again.collector.rollout = None

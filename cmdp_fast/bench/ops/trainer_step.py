@@ -91,10 +91,10 @@ def make_ppo(case: Case, logits: str, dtype: torch.dtype) -> Any:
     from accelerate import Accelerator
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cmdp_fast.trainer.config import TrainConfig
     from cmdp_fast.trainer.experience import Collector
-    from cmdp_fast.trainer.ppo import PPO
+    from cmdp_fast.trainer.methods.ppo import PPO
     from cmdp_fast.trainer.rollout import Sampling
+    from cmdp_fast.trainer.settings.config import TrainConfig
 
     shape, accelerator = case.shape, Accelerator(cpu=case.device == "cpu")
 

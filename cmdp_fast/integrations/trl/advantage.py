@@ -9,8 +9,8 @@ from torch import Tensor
 
 import cmdp_fast as cf
 from cmdp_fast import objective
-from cmdp_fast.trainer.constraint import Constraint
 from cmdp_fast.trainer.experience import gathered_rows
+from cmdp_fast.trainer.settings.constraint import Constraint
 
 EPS = 1e-4  # TRL's, and that of `objective.grpo`
 

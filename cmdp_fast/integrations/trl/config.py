@@ -17,7 +17,7 @@ from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.ops.linear_constrained import FROM_STATISTICS
 from cmdp_fast.ops.terms import check_terms
 from cmdp_fast.reference import DIFFERENTIABLE_COSTS
-from cmdp_fast.trainer.constraint import Constraint
+from cmdp_fast.trainer.settings.constraint import Constraint
 
 
 @dataclass

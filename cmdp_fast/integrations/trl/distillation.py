@@ -18,8 +18,8 @@ import cmdp_fast as cf
 from cmdp_fast import objective
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.experience import gathered_rows
-from cmdp_fast.trainer.rewards import as_completion
 from cmdp_fast.trainer.scoring import Outputs, Pair
+from cmdp_fast.trainer.tasks.rewards import as_completion
 
 from .advantage import task_rewards
 from .config import CMDPDistillationConfig

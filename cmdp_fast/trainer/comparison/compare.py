@@ -1,0 +1,163 @@
+"""A set of methods on one task, several seeds of each: every run a process of its own, then tables and plots.
+
+A run that fails costs itself alone and is reported. A run that is finished is not run again, so a comparison that was
+killed goes on where it was; the folder of a run that is not finished is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from cmdp_fast.errors import InputError
+from cmdp_fast.files import write_text, writing
+
+from ..records.lock import alone_in
+from ..records.report import Report
+from ..tasks.data import load_problems
+from ..tasks.judge import Judge, compare_pairs, load_judge
+from .plan import REFERENCES, CompareConfig, Result, SeededRun, folder_of, plan, summary_of
+from .plots import plot_bars, plot_budgets, plot_pareto
+from .table import csv_of_results, csv_of_rows, markdown, print_rows, summarise
+
+
+def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
+    """Runs what is not yet finished, writes tables and plots; returns whether every run succeeded.
+
+    ``arguments`` are the words of the command line, which the table quotes. Raises InputError, before anything is run,
+    for what cannot be used.
+    """
+    report = Report()
+    runs = plan(config)
+    labels = tuple(dict.fromkeys(run.variant.label for run in runs))
+    if config.judge_against not in (*REFERENCES, *labels):
+        raise InputError(f"--judge-against {config.judge_against}: expected one of {', '.join((*REFERENCES, *labels))}")
+    judge = load_judge(config.judge, runs[0].config, load_problems(runs[0].config).train[0]) if config.judge else None
+    folder = folder_of(config)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, report.say) as lock:
+        finished = {run.folder: summary for run in runs if (summary := summary_of(run)) is not None}
+        todo = [run for run in runs if run.folder not in finished]
+        for run in todo:
+            _remove(run.folder, report)
+        jobs = config.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+        report.say(f"{folder}: {len(runs)} runs, {len(finished)} of them finished already, {jobs} at a time")
+        failures = {run.folder: why for run, why in run_all(todo, jobs, folder / "logs", lock, report) if why}
+        results = [Result(run, summary_of(run), failures.get(run.folder, "")) for run in runs]
+        if judge is not None:
+            results = judged(results, judge, config.judge_against, report)
+        write(folder, results, ["cmdp-fast", "compare", *arguments], report)
+    for result in results:
+        if result.summary is None:
+            report.say(f"FAILED {result.run.config.name}: {result.failure}")
+    return all(result.summary is not None for result in results)
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def run_all(todo: list[SeededRun], jobs: int, logs: Path, lock: int, report: Report) -> Iterator[tuple[SeededRun, str]]:
+    """Runs some at a time; yields each when it has ended, with why it failed ("": it has not)."""
+    logs.mkdir(exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "CI": "1"}
+    waiting, running = todo[::-1], dict[subprocess.Popen[bytes], SeededRun]()
+    try:
+        for _ in report.track(range(len(todo)), f"running {len(todo)}") if todo else ():
+            while waiting and len(running) < jobs:
+                run = waiting.pop()
+                with open(logs / f"{run.config.name}.log", "wb") as log:
+                    # A child holds the lock too: as long as one of a killed comparison runs, no other begins.
+                    process = subprocess.Popen(
+                        run.command(),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        env=environment,
+                        pass_fds=[lock],
+                    )
+                running[process] = run
+            while (ended := next((p for p in running if p.poll() is not None), None)) is None:
+                time.sleep(0.05)
+            run, failure = running.pop(ended), ""
+            if ended.returncode or summary_of(run) is None:
+                lines = (logs / f"{run.config.name}.log").read_text(errors="replace").split("\n")
+                last = next((line for line in reversed(lines) if line.strip()), "no output")
+                failure = f"exit code {ended.returncode}: {last.strip()}"
+            report.status(f"{run.config.name} {'FAILED' if failure else 'done'}")
+            yield run, failure
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def _remove(folder: Path, report: Report) -> None:
+    """Removes what a run left that was killed. Raises InputError if somebody is going on with it just now."""
+    if folder.is_dir():
+        with alone_in(folder, report.say), writing(folder):
+            shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------- what came of it
+
+
+def judged(results: list[Result], judge: Judge, against: str, report: Report) -> list[Result]:
+    """The results with win, tie and loss rates against the completions of the same problems by somebody else."""
+    finished = {(r.run.variant.label, r.run.config.seed): r for r in results if r.summary is not None}
+    rows = {json.dumps(row["prompt"]): row for row in load_problems(results[0].run.config).held_out}
+    done = []
+    for result in report.track(results, f"judging against {against}"):
+        other = result if against in REFERENCES else finished.get((against, result.run.config.seed))
+        if result.summary is not None and other is not None and (against in REFERENCES or other is not result):
+            ours = samples_of(result.run, "student_after")
+            theirs = samples_of(other.run, against if against in REFERENCES else "student_after")
+            pairs = [key for key in ours if key in theirs and key[0] in rows]
+            if pairs:
+                preferences = compare_pairs(
+                    judge, [rows[key[0]] for key in pairs], [ours[k] for k in pairs], [theirs[k] for k in pairs]
+                )
+                result = replace(result, judged=asdict(preferences))
+        done.append(result)
+    return done
+
+
+def samples_of(run: SeededRun, who: str) -> dict[tuple[str, int], str]:
+    """The completions in a run's `samples.jsonl` by prompt and their number among those of the prompt."""
+    found: dict[tuple[str, int], str] = {}
+    with open(run.folder / "samples.jsonl", encoding="utf-8") as lines:
+        for sample in map(json.loads, lines):
+            if sample["who"] == who:
+                prompt, number = json.dumps(sample["prompt"]), 0
+                while (prompt, number) in found:
+                    number += 1
+                found[prompt, number] = sample["completion"]
+    return found
+
+
+def write(folder: Path, results: list[Result], command: list[str], report: Report) -> None:
+    """`results.csv`, and of the finished runs `table.csv`, `table.md`, the plots, and the table on the terminal."""
+    write_text(folder / "results.csv", csv_of_results(results))
+    rows = summarise(results)
+    if not rows:
+        return
+    write_text(folder / "table.csv", csv_of_rows(rows))
+    write_text(folder / "table.md", markdown(rows, shlex.join(command)))
+    plot_bars(folder / "comparison.png", rows)
+    plot_pareto(folder / "pareto.png", rows)
+    plots = ["comparison.png", "pareto.png"]
+    if plot_budgets(folder / "budget.png", rows):
+        plots.append("budget.png")
+    print_rows(rows)
+    report.say(f"{folder}: results.csv table.csv table.md {' '.join(plots)}")

@@ -1,0 +1,176 @@
+"""What a comparison is made of: methods with what they change, a run for each seed, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from cmdp_fast.children import command
+from cmdp_fast.errors import InputError
+from cmdp_fast.files import as_json
+
+from ..records.digest import Damaged
+from ..records.ending import finished_summary
+from ..settings.config import TrainConfig
+from ..settings.recipe import read_recipe, tomllib
+from ..settings.values import typed, words
+
+DEFAULT_METHODS = (
+    *("cmdp", "hinge", "saute", "worst_case", "pid", "barrier"),
+    *(f"lagrangian:coefficient={value}" for value in (0.001, 0.005, 0.02)),
+    *("grpo", "gkd", "minillm", "sft", "kd"),
+)
+REFERENCES = ("teacher", "student_before")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Settings of `cmdp-fast compare`."""
+
+    recipe: str = "tempting"
+    """The task: a recipe of the package by name, or a path to a TOML file."""
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """Methods as `train --method` takes them, each followed by what it changes in the recipe if it does:
+    `cmdp`, `lagrangian:coefficient=0.05`, `cmdp:budget=1.0,penalty=2`."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the training; every method is run with each."""
+    jobs: int = 0
+    """Runs at a time, between which the processors are divided. 0: one a processor, or one where there is a GPU."""
+    output_dir: str = ""
+    """Folder of the results and of the runs. Empty: `comparisons/` and the recipe's name."""
+    judge: str = ""
+    """Who compares completions of the same held-out problems in pairs: `programmatic` (the right answer first, then
+    sound steps, then brevity), or your function as `module:function` or `path/file.py:function`. Empty: nobody."""
+    judge_against: str = "teacher"
+    """Whose completions the judge compares a method's with: `teacher`, `student_before`, or one of `methods`."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with what it changes: the settings of its runs, but for the seed and the folder."""
+
+    label: str
+    method: str
+    overrides: dict[str, Any]
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class SeededRun:
+    """A variant with a seed."""
+
+    variant: Variant
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / self.config.name
+
+    def command(self) -> list[str]:
+        c = self.config
+        said = ["--recipe", c.recipe, "--method", c.method, "--seed", c.seed, "--output-dir", c.output_dir]
+        said += ["--name", c.name]
+        for key, value in self.variant.overrides.items():
+            said += words(key, value)
+        return command("cmdp_fast.cli", "train", *map(str, said))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run: its `summary.json`, or why there is none; what a judge said."""
+
+    run: SeededRun
+    summary: dict[str, Any] | None
+    failure: str = ""
+    judged: dict[str, float] = field(default_factory=dict)
+
+
+def parse_compare(args: Sequence[str], prog: str = "cmdp-fast compare") -> CompareConfig:
+    """The settings on the command line. tyro itself exits with code 2 on options that do not exist."""
+    description = "Compare methods on one task, several seeds of each, in a table and in plots."
+    return tyro.cli(CompareConfig, prog=prog, description=description, args=list(args))
+
+
+def folder_of(config: CompareConfig) -> Path:
+    """The folder of the comparison."""
+    return Path(config.output_dir or Path("comparisons") / Path(config.recipe).name.removesuffix(".toml"))
+
+
+def plan(config: CompareConfig) -> list[SeededRun]:
+    """All runs, a seed of every method before the next seed. Raises InputError for what could not be run."""
+    for name in ("methods", "seeds"):
+        given = getattr(config, name)
+        if not given or len(set(given)) < len(given):
+            raise InputError(f"--{name} must be one or more, each once, not {' '.join(map(str, given)) or 'none'}")
+    if config.jobs < 0:
+        raise InputError(f"--jobs must not be negative, it is {config.jobs}")
+    variants = [variant(spec, config.recipe) for spec in config.methods]
+    names = [_file_name(v.label) for v in variants]
+    if len(set(names)) < len(names):
+        raise InputError(f"--methods {' '.join(config.methods)}: two of these have the same name")
+    runs_dir = str(folder_of(config) / "runs")
+    return [
+        SeededRun(v, replace(v.config, seed=seed, output_dir=runs_dir, name=f"{name}-seed{seed}"))
+        for seed in config.seeds
+        for v, name in zip(variants, names, strict=True)
+    ]
+
+
+def variant(spec: str, recipe: str) -> Variant:
+    """What ``method`` or ``method:key=value,key=value`` stands for on a recipe. Raises InputError if nothing."""
+    method, _, changes = spec.partition(":")
+    source = f"--methods {spec}"
+    if not method:
+        raise InputError(f"{source}: expected a method's name first")
+    overrides = {}
+    for change in changes.split(",") if changes else ():
+        key, equals, text = change.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"{source}: expected key=value after the colon, not {change!r}")
+        if key in ("recipe", "method", "name", "output_dir", "seed"):
+            raise InputError(f"{source}: {key} is for the comparison to choose")
+        overrides[key] = _value(key, text)
+    overrides = typed(overrides, source)
+    config = replace(read_recipe(recipe, method), **overrides)
+    try:
+        config.validate()
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return Variant(":".join([Path(method).stem, *([changes] if changes else [])]), method, overrides, config)
+
+
+def _value(key: str, text: str) -> Any:
+    """A value as TOML has it, or a word without quotes."""
+    try:
+        return tomllib.loads(f"{key} = {text}")[key]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _file_name(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "._=-" else "-" for c in label)
+
+
+def summary_of(run: SeededRun) -> dict[str, Any] | None:
+    """The summary of a finished run, None if it is not. Raises InputError if it was run with other settings, or if a
+    file that it left is not as it was written."""
+    remove = f"remove {run.folder}, or choose another --output-dir"
+    try:
+        summary = finished_summary(run.folder)
+    except Damaged as error:
+        raise InputError(f"{run.folder}: {error}: {remove}") from error
+    if summary is None:
+        return None
+    found, wanted = summary["config"], json.loads(as_json(asdict(run.config)))
+    if different := [key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)]:
+        key = sorted(different)[0]
+        raise InputError(
+            f"{run.folder} was run with other settings ({key} was {found.get(key)!r} and is {wanted.get(key)!r}): "
+            f"{remove}"
+        )
+    return summary

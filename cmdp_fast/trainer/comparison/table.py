@@ -1,0 +1,202 @@
+"""The tables of a comparison: mean and standard error over the seeds of each method."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cmdp_fast.files import as_json
+from cmdp_fast.info import machine
+
+from ..settings.config import TrainConfig
+from .plan import Result, Variant
+
+
+class Column(NamedTuple):
+    """A figure of the table: its name in `summary.json`, what it is called, and whether it is a share."""
+
+    name: str
+    title: str
+    share: bool = False
+
+
+COLUMNS = (
+    Column("accuracy", "accuracy", share=True),
+    Column("constraint_satisfaction", "constraint satisfied", share=True),
+    Column("prefix_satisfaction", "prefixes satisfied", share=True),
+    Column("mean_cumulative_kl", "cumulative KL"),
+    Column("cvar_cumulative_kl", "CVaR of it"),
+    Column("correct_and_feasible", "right and feasible", share=True),
+    Column("reasoning_success", "reasoning success", share=True),
+    Column("mean_length", "length"),
+    Column("seconds", "seconds"),
+    Column("win", "win", share=True),
+    Column("tie", "tie", share=True),
+    Column("loss", "loss", share=True),
+    Column("disagreement", "judge's orders disagree", share=True),
+)
+
+
+class Estimate(NamedTuple):
+    """A mean over runs and its standard error, NaN for a single run."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A method, or the teacher or the student before the training (which have no variant)."""
+
+    label: str
+    runs: int
+    config: TrainConfig
+    figures: dict[str, Estimate]
+    variant: Variant | None = None
+
+
+def figures_of(result: Result) -> dict[str, float]:
+    """A finished run's figures by column; `seconds` are those of its steps, without evaluations."""
+    assert result.summary is not None
+    seconds = result.summary["seconds"]
+    trained = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
+    return result.summary["student_after"] | {"seconds": trained} | result.judged
+
+
+def summarise(results: Sequence[Result]) -> list[TableRow]:
+    """Teacher, student before, and a row for each method with a finished run, in their order."""
+    finished = [result for result in results if result.summary is not None]
+    if not finished:
+        return []
+    # Seeds share these evaluations; methods too, unless they change the budget: then the recipe's own is shown.
+    plain = next((r for r in finished if not r.run.variant.overrides), finished[0])
+    assert plain.summary is not None
+    rows = []
+    for label, who in (("teacher", "teacher"), ("student before", "student_before")):
+        figures = {name: Estimate(value, math.nan) for name, value in _known(plain.summary[who]).items()}
+        rows.append(TableRow(label, 1, plain.run.config, figures))
+    by_label: dict[str, list[Result]] = {}
+    for result in finished:
+        by_label.setdefault(result.run.variant.label, []).append(result)
+    for label, some in by_label.items():
+        found = [_known(figures_of(result)) for result in some]
+        names = [c.name for c in COLUMNS if all(c.name in figures for figures in found)]
+        figures = {name: estimate([f[name] for f in found]) for name in names}
+        rows.append(TableRow(label, len(some), some[0].run.config, figures, some[0].run.variant))
+    return rows
+
+
+def _known(figures: dict[str, Any]) -> dict[str, float]:
+    """The figures that are there: JSON has null for what is not a number."""
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of the mean."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(statistics.fmean(values), error)
+
+
+def columns_of(rows: Sequence[TableRow]) -> list[Column]:
+    """The columns with a figure in any row."""
+    return [column for column in COLUMNS if any(column.name in row.figures for row in rows)]
+
+
+def cell(row: TableRow, column: Column) -> str:
+    """Mean ± standard error as text."""
+    if column.name not in row.figures:
+        return ""
+    value, error = row.figures[column.name]
+    factor, digits = (100.0, 1) if column.share else (1.0, 2 if "kl" in column.name else 1)
+    spread = "" if math.isnan(error) else f" ± {factor * error:.{digits}f}"
+    return f"{factor * value:.{digits}f}{spread}"
+
+
+def title(column: Column) -> str:
+    """A column's heading with its unit."""
+    unit = {"mean_cumulative_kl": "nats", "cvar_cumulative_kl": "nats", "mean_length": "tokens"}.get(column.name)
+    unit = "%" if column.share else unit
+    return f"{column.title} ({unit})" if unit else column.title
+
+
+def print_rows(rows: Sequence[TableRow]) -> None:
+    """The table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = columns_of(rows)
+    table = Table(title=caption(rows))
+    table.add_column("", no_wrap=True)
+    for heading in ("runs", *map(title, columns)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row.label, str(row.runs), *(cell(row, column) for column in columns))
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width to keep to
+        console.width = 32 + 15 * (len(columns) + 1)
+    console.print(table)
+
+
+def caption(rows: Sequence[TableRow]) -> str:
+    """What the table shows."""
+    config = rows[0].config
+    per = " a token" if config.budget_per_token else ""
+    prefix = f", prefix budget {config.prefix_budget:g} nats a token" if config.prefix_budget else ""
+    return f"{config.recipe}: mean ± standard error over runs; budget {config.budget:g} nats{per}{prefix}"
+
+
+def markdown(rows: Sequence[TableRow], command: str) -> str:
+    """The table in Markdown, after the command that made it, the machine and the versions."""
+    columns = columns_of(rows)
+    lines = [
+        f"    {command}",
+        "",
+        f"{machine()}.",
+        "",
+        f"{caption(rows)}. A method with a budget of its own is measured by that. Cumulative KL is the exact reverse "
+        "KL summed over a completion, its CVaR the mean of the worst tenth; seconds are those of the training's steps.",
+        "",
+        "| | runs | " + " | ".join(map(title, columns)) + " |",
+        "| --- |" + " ---: |" * (len(columns) + 1),
+    ]
+    for row in rows:
+        lines.append("| " + " | ".join([row.label, str(row.runs), *(cell(row, column) for column in columns)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def csv_of_rows(rows: Sequence[TableRow]) -> str:
+    """The same with full precision: a mean and a standard error a column."""
+    columns = columns_of(rows)
+    table: list[list[Any]] = [
+        ["method", "runs", "budget", *(f"{c.name}{end}" for c in columns for end in ("", "_stderr"))]
+    ]
+    for row in rows:
+        values: list[Any] = []
+        for column in columns:
+            found = row.figures.get(column.name)
+            values += ["", ""] if found is None else [found.mean, "" if math.isnan(found.error) else found.error]
+        table.append([row.label, row.runs, row.config.budget, *values])
+    return _csv(table)
+
+
+def csv_of_results(results: Sequence[Result]) -> str:
+    """A line a run, those that failed included."""
+    found = [_known(figures_of(r)) if r.summary is not None else {} for r in results]
+    names = list(dict.fromkeys(name for figures in found for name in figures))
+    table: list[list[Any]] = [["method", "changes", "seed", "run", "failure", "budget", *names]]
+    for result, figures in zip(results, found, strict=True):
+        run = result.run
+        about = [run.config.method, as_json(run.variant.overrides), run.config.seed, run.config.name, result.failure]
+        table.append([*about, run.config.budget, *(figures.get(name, "") for name in names)])
+    return _csv(table)
+
+
+def _csv(table: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    return text.getvalue()

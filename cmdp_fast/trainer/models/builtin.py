@@ -1,0 +1,142 @@
+"""The recipes' own teacher and students: tiny Llamas that add a few numbers, made on the first run.
+
+`builtin:arithmetic-teacher` is trained on careful solutions only, "3+4=7;7+2=9;A9.": each step, then the answer.
+`builtin:arithmetic-student` is smaller and is warmed up on few problems and on a mixture of habits, as a pre-trained
+model has: careful, the answer without its steps, and a step that goes wrong. It *can* do the arithmetic, which
+reinforcement learning could not teach it in minutes, but it does not know which habit is wanted.
+`builtin:arithmetic-shortcut-student` knows all training problems and seldom slips: its answers without steps are mostly
+right, so that a reward that likes brevity tempts it to skip them.
+
+Both see training problems only, never held-out ones, and are kept in a cache folder named after a hash of everything
+that went into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from cmdp_fast.errors import InputError
+
+from ..records.report import Report
+from ..settings.config import TrainConfig
+from ..tasks.data import Problem
+from ..tasks.sums import worked_solution
+from .cache import cache_dir, made_once
+
+FORMAT = 1  # raise it when what this file makes changes, so that old caches are left alone
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a built-in model is made. The habits are probabilities: careful, answer without steps, a wrong step."""
+
+    layers: int
+    steps: int
+    habits: tuple[float, float, float]
+    problems: int  # how many of the training problems are used
+    width: int = 96
+    heads: int = 4
+    batch: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+RECIPES = {
+    "builtin:arithmetic-teacher": Recipe(layers=3, steps=500, habits=(1.0, 0.0, 0.0), problems=10_000),
+    "builtin:arithmetic-student": Recipe(layers=2, steps=900, habits=(0.4, 0.3, 0.3), problems=500),
+    "builtin:arithmetic-shortcut-student": Recipe(layers=2, steps=1500, habits=(0.5, 0.4, 0.1), problems=10_000),
+}
+
+
+def builtin_folder(name: str, config: TrainConfig, train: Sequence[Problem], report: Report) -> Path:
+    """The folder with a built-in model for this task, made now if it is not in the cache, or not as it was made."""
+    if name not in RECIPES:
+        raise InputError(f"there is no model {name}, only {' and '.join(RECIPES)}")
+    if not all("expression" in row.get("metadata", {}) and isinstance(row["prompt"], str) for row in train):
+        raise InputError(f"{name} only learns reasoning-gym tasks that are sums (basic_arithmetic, chain_sum)")
+    recipe = RECIPES[name]
+    task = [config.task, config.task_args, config.task_size, config.prompt_template, config.holdout_fraction]
+    settings = json.dumps([FORMAT, asdict(recipe), task], sort_keys=True)
+    label = name.removeprefix("builtin:")
+    folder = cache_dir() / f"{label}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+    def make(part: Path) -> None:
+        _make(recipe, train, part, report, f"first run: training the {label}")
+        (part / "settings.json").write_text(settings)
+
+    return made_once(folder, make, report.say)
+
+
+def _tokenizer(texts: Sequence[str]):
+    """One token a character, spaces dropped; "." ends a solution."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = sorted(set("".join(texts)) - {" ", "."})
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", ".", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token=".", padding_side="left"
+    )
+
+
+def _make(recipe: Recipe, train: Sequence[Problem], folder: Path, report: Report, description: str) -> None:
+    """Trains a model on the cross-entropy of solutions and saves it with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer([row["prompt"] for row in train] + ["0123456789+-=;A"])
+    rng = random.Random(recipe.seed)
+    problems = sorted(train, key=lambda row: row["prompt"])
+    problems = rng.sample(problems, min(recipe.problems, len(problems)))
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=recipe.width,
+                intermediate_size=3 * recipe.width,
+                num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads,
+                max_position_embeddings=512,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
+        )
+        for _ in report.track(range(recipe.steps), description):
+            batch = rng.choices(problems, k=recipe.batch)
+            habits = rng.choices(("careful", "direct", "slip"), weights=recipe.habits, k=recipe.batch)
+            prompts = [tokenizer.encode(row["prompt"]) for row in batch]
+            solutions = [
+                tokenizer.encode(worked_solution(row["metadata"]["expression"], habit, rng) + ".")
+                for row, habit in zip(batch, habits, strict=True)
+            ]
+            width = max(len(p) + len(s) for p, s in zip(prompts, solutions, strict=True))
+            ids = torch.full((recipe.batch, width), tokenizer.pad_token_id)
+            labels = torch.full((recipe.batch, width), -100)
+            for i, (p, s) in enumerate(zip(prompts, solutions, strict=True)):
+                ids[i, : len(p) + len(s)] = torch.tensor(p + s)
+                labels[i, len(p) : len(p) + len(s)] = torch.tensor(s)
+            loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,63 @@
+"""Where models that a recipe makes for itself are kept, how they get there whole, and whether they still are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from cmdp_fast.files import writing
+
+from ..records.digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
+from ..records.lock import alone_in
+
+FILES = "files.json"  # the sha256 of all others
+
+
+def cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/cmdp_fast`` or ``~/.cache/cmdp_fast``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmdp_fast"
+
+
+def made_once(folder: Path, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
+    """The folder, filled by `make` now if it is not there or no longer as it was made, which is said.
+
+    A process that is killed leaves nothing under that name, and what it leaves is removed by the next that makes one.
+    One process makes at a time; others wait, and find what it made.
+    """
+    if damage(folder) is None:
+        return folder
+    with writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder.parent, say, wait=True):
+        what = damage(folder)  # another process may have made it meanwhile
+        if what is None:
+            return folder
+        for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        with writing(folder.parent):
+            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            if folder.exists():
+                say(f"{folder}: {what}: made again")
+            with writing(folder):
+                make(scratch)
+                write_sealed(scratch / FILES, {"files": digests(scratch)})
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `made_once` has made, None if nothing is."""
+    try:
+        files = read_sealed(folder / FILES).get("files", {})
+        check_digests(folder, files)
+        check_nothing_else(folder, [FILES, *files])
+    except Damaged as error:
+        return str(error)
+    return None

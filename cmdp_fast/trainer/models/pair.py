@@ -1,0 +1,122 @@
+"""Loading the pair: student, teacher and the tokenizer that they must share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmdp_fast.errors import InputError, first_line
+
+from ..records.report import Report
+from ..settings.config import TrainConfig
+from ..tasks.data import Problem
+from .adapter import FrozenBase, add_adapter
+from .builtin import builtin_folder
+from .recompute import recompute_layers
+from .smollm2 import smollm2_folder
+
+
+def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> tuple[Any, Any, Any]:
+    """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none.
+
+    The weights that are trained are float32: all of the student's, or those of its adapter. A teacher that is the
+    student without its adapter is a `FrozenBase`. Raises InputError if a model cannot be loaded or used as the
+    configuration says, or if the tokenizers differ.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    sources = {"student": config.student, **({"teacher": config.teacher} if config.teacher else {})}
+    folders, tokenizers = {}, {}
+    trusted = config.trust_remote_code
+    for role, name in sources.items():  # everything cheap before anything is trained or read
+        if not name.startswith("builtin:"):
+            folders[role] = name
+            about = _load(AutoConfig, role, name, trusted)
+            kernel = str(getattr(about, "_attn_implementation", None) or "")
+            if "/" in kernel and not trusted:
+                raise InputError(
+                    f"--{role} {name} asks for the attention of {kernel}, which is code from the hub: "
+                    "--trust-remote-code if you have read it"
+                )
+            tokenizers[role] = _load(AutoTokenizer, role, name, trusted)
+    for role, name in sources.items():
+        if name.startswith("builtin:"):
+            made = smollm2_folder(name, report) if "smollm2" in name else builtin_folder(name, config, train, report)
+            folders[role] = str(made)
+            tokenizers[role] = _load(AutoTokenizer, role, folders[role], trusted)
+    if config.teacher:
+        check_tokenizers(tokenizers["student"], tokenizers["teacher"])
+
+    tokenizer = tokenizers["student"]
+    tokenizer.padding_side = "left"
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--student {config.student}: its tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    student = _load_model("student", folders["student"], frozen if config.lora_rank else torch.float32, trusted)
+    if config.gradient_checkpointing:
+        recompute_layers(student)
+    if config.lora_rank:
+        add_adapter(student, config)
+    student.eval()  # dropout off throughout: PPO's ratio has to be 1 where the policy has not changed
+    if not config.teacher:
+        return student, None, tokenizer
+    if config.lora_rank and folders["student"] == folders["teacher"]:
+        return student, FrozenBase(student), tokenizer
+    teacher = _load_model("teacher", folders["teacher"], frozen, trusted)
+    return student, teacher.eval().requires_grad_(False), tokenizer
+
+
+def check_tokenizers(student: Any, teacher: Any) -> None:
+    """Raises InputError unless a token has the same number in both: the divergence compares column by column.
+
+    One of them may have tokens after the other's last: they lie beyond the columns that both models have.
+    """
+    ours, theirs = ({number: token for token, number in t.get_vocab().items()} for t in (student, teacher))
+    common = min(max(ours, default=-1), max(theirs, default=-1))
+    differing = next((i for i in range(common + 1) if ours.get(i) != theirs.get(i)), None)
+    if differing is not None:
+        raise InputError(
+            f"student and teacher must share a tokenizer, but token {differing} is {ours.get(differing)!r} in one "
+            f"({len(ours)} tokens) and {theirs.get(differing)!r} in the other ({len(theirs)} tokens)"
+        )
+
+
+def common_vocabulary(*models: Any) -> int:
+    """The number of columns that all models' logits have; models of a family may pad their vocabulary differently."""
+    return min(model.get_output_embeddings().weight.shape[0] for model in models)
+
+
+def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> Any:
+    """A causal language model from safetensors, which hold numbers and nothing that could run."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = _load(AutoModelForCausalLM, role, name, trusted, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise InputError(
+            f"--{role} {name} lacks {len(missing)} of the weights of a {type(model).__name__}: {missing[0]}, …"
+        )
+    return model
+
+
+def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(name, trust_remote_code=trusted, **options)
+    except (OSError, ValueError, KeyError) as error:
+        kind = "folder" if Path(name).is_dir() else "hub id or folder"
+        what = first_line(error)
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
+            ) from error
+        if options.get("use_safetensors") and "safetensors" in what:
+            raise InputError(
+                f"--{role} {name}: no safetensors in this {kind}. Other files are pickles, which can run code as they "
+                "are read; convert them with save_pretrained where you trust them"
+            ) from error
+        raise InputError(f"--{role} {name}: no causal language model in this {kind}: {what}") from error

@@ -1,0 +1,49 @@
+"""Writing the trained student into its run's folder, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cmdp_fast.errors import first_line
+from cmdp_fast.files import sync, sync_folder, writing
+
+from .adapter import has_adapter, save_adapted
+
+
+def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Puts the student with its tokenizer into `folder/student`, in place of an earlier one once it is complete.
+
+    `weights` where the model does not hold them all itself. Raises InputError if they cannot be written.
+    """
+    target, part, old = (folder / name for name in ("student", ".student.part", ".student.old"))
+    _clear(target, part, old)
+    try:
+        with writing(target):
+            if has_adapter(student):
+                save_adapted(student, part)
+            else:
+                student.save_pretrained(part, state_dict=weights)
+            try:
+                tokenizer.save_pretrained(part)
+            except OSError:
+                raise
+            except Exception as error:  # its library has no other kind for a full disk
+                raise OSError(first_line(error)) from error
+            sync_folder(part)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(part, target)
+            sync(folder)
+    finally:
+        _clear(target, part, old)
+
+
+def _clear(target: Path, part: Path, old: Path) -> None:
+    """Removes what an exchange of folders leaves, after having put the old one back if it was stopped in between."""
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)

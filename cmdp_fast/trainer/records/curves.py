@@ -1,0 +1,34 @@
+"""The curves of a run, `curves.png`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cmdp_fast.files import replacing
+
+from ..settings.constraint import Constraint
+from .metrics_log import MetricsLog
+
+
+def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_accuracy: float) -> None:
+    """Accuracy, cumulative KL, satisfaction: training batches as lines, evaluations as dots."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    comparable = constraint.cost == "reverse_kl" and not constraint.per_token
+    budget = constraint.budget if comparable else None
+    panels = (
+        ("accuracy", "cmdp/accuracy", "accuracy", teacher_accuracy, "teacher"),
+        ("cumulative KL (nats)", "cmdp/cumulative_kl", "mean_cumulative_kl", budget, "budget"),
+        ("constraint satisfaction", "cmdp/constraint_satisfaction", "constraint_satisfaction", None, ""),
+    )
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (title, training, held_out, level, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot([s["step"] for s in log.steps], [s[training] for s in log.steps], lw=1, alpha=0.7, label="training")
+        axes.plot([e["step"] for e in log.evaluations], [e[held_out] for e in log.evaluations], "o-", label="held out")
+        if level is not None:
+            axes.axhline(level, color="black", ls="--", lw=1, label=label)
+        axes.set(title=title, xlabel="step")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=120)

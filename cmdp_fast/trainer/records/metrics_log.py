@@ -1,0 +1,87 @@
+"""A line of metrics a step, and the same numbers for the trackers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cmdp_fast.errors import InputError
+from cmdp_fast.files import as_json, sync, write_text, writing
+
+from ..settings.config import TrainConfig
+
+
+class MetricsLog:
+    """`metrics.jsonl`, a line a step, and the same numbers for the trackers; the main process writes.
+
+    A run that goes on begins with the `steps` and `evaluations` that its checkpoint knows; what the file has beyond
+    them is cut off.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Any,
+        config: TrainConfig,
+        steps: Sequence[dict[str, Any]] = (),
+        evaluations: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        self.steps, self.evaluations = list(steps), list(evaluations)
+        self._path = folder / "metrics.jsonl"
+        self._accelerator = accelerator
+        if accelerator.is_main_process:
+            write_text(self._path, "".join(as_json(step) + "\n" for step in self.steps))
+            with writing(folder):
+                _start_trackers(accelerator, config, folder, len(self.steps))
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Records the metrics of a training step. Raises InputError if they cannot be written."""
+        self.steps.append({"step": step, **metrics})
+        if self._accelerator.is_main_process:
+            with writing(self._path), open(self._path, "a", encoding="utf-8") as lines:
+                lines.write(as_json(self.steps[-1]) + "\n")
+            with writing(self._path.parent):
+                self._accelerator.log(metrics, step=step)
+
+    def evaluation(self, step: int, result: dict[str, float]) -> None:
+        """Records an evaluation of the student after so many steps; it has its place in the curves."""
+        self.evaluations.append({"step": step, **result})
+        if self._accelerator.is_main_process:
+            with writing(self._path.parent):
+                self._accelerator.log({f"eval/{name}": value for name, value in result.items()}, step=step)
+
+    def close(self) -> None:
+        """Has the disk keep what was written, and ends the trackers."""
+        if self._accelerator.is_main_process:
+            with writing(self._path):
+                sync(self._path)
+                for tracker in self._accelerator.trackers:
+                    tracker.finish()
+        self._accelerator.trackers.clear()
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raises InputError for a tracker whose package is not installed."""
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--trackers {name}: it is not installed (pip install {name})")
+
+
+def _start_trackers(accelerator: Any, config: TrainConfig, folder: Path, step: int) -> None:
+    """The trackers under the run's name; TensorBoard forgets what it has of later steps than this."""
+    from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+
+    makers = {
+        "tensorboard": lambda: TensorBoardTracker("tensorboard", folder, purge_step=step + 1),
+        "wandb": lambda: WandBTracker("cmdp_fast", name=folder.name, dir=str(folder)),
+        "trackio": lambda: TrackioTracker("cmdp_fast", name=folder.name),
+    }
+    accelerator.log_with = [makers[name]() for name in config.trackers]  # the folder did not exist before
+    accelerator.init_trackers("cmdp_fast")
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":  # which would make a run of its own of them
+            tracker.store_init_configuration(json.loads(as_json(asdict(config))))

@@ -1,0 +1,86 @@
+"""Going on with a run that stopped: its configuration, and what of it may be changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from cmdp_fast.errors import InputError
+
+from ..settings.config import TrainConfig
+from ..settings.values import typed
+from .checkpoint import checkpoints
+from .digest import Damaged, read_sealed
+from .ending import finished_summary
+
+CHANGEABLE = ("resume", "dry_run", "steps", "checkpoint_every", "eval_every", "trackers")
+
+
+def read_config(run: Path) -> tuple[TrainConfig, dict[str, str]]:
+    """The configuration that a run began with, and the sha256 of the code that it names.
+
+    Nothing is run, whatever stands there. Raises InputError if the folder holds none, or one that cannot be used.
+    """
+    _check_links(run)
+    try:
+        values = read_sealed(run / "config.json")
+    except Damaged as error:
+        raise InputError(f"--resume {run}: no run that can be resumed: {error}") from error
+    code = values.pop("code", None)
+    if not isinstance(code, dict):
+        raise InputError(f"--resume {run}: no run that can be resumed: config.json lacks the sha256 of its code")
+    source = str(run / "config.json")
+    config = TrainConfig(**typed(values, source))
+    try:
+        config.validate()
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return config, code
+
+
+def check_changes(before: TrainConfig, now: TrainConfig) -> None:
+    """Raises InputError if a run would go on as another one than it began."""
+    for field in dataclasses.fields(TrainConfig):
+        old, new = getattr(before, field.name), getattr(now, field.name)
+        if old != new and field.name not in CHANGEABLE:
+            raise InputError(
+                f"--{field.name.replace('_', '-')} {new}: {now.resume} began with {old}, and a run goes on as it began"
+            )
+    if before.steps != now.steps and now.lr_schedule != "constant":
+        raise InputError(
+            f"--steps {now.steps}: the {now.lr_schedule} learning rate of {now.resume} was laid out over {before.steps}"
+        )
+
+
+def is_finished(config: TrainConfig, say: Callable[[str], None]) -> bool:
+    """Whether the run to be resumed has nothing left to do; says so if a file of its end has been damaged.
+
+    Raises InputError if it has done more than it should, or has come to an end of some kind without a checkpoint.
+    """
+    run, damaged = Path(config.resume), ""
+    try:
+        summary = finished_summary(run)
+    except Damaged as error:
+        summary, damaged = None, str(error)
+    if summary is not None and summary["steps"] > config.steps:
+        raise InputError(f"--steps {config.steps}: {config.resume} has {summary['steps']} behind it")
+    if summary is not None and summary["steps"] == config.steps:
+        return True
+    if (summary is not None or damaged) and not checkpoints(run):  # else it stopped before the first, and begins again
+        raise InputError(f"--resume {run}: {damaged and f'{damaged}, and '}it left no checkpoint to go on from")
+    if damaged:
+        say(f"{run}: {damaged}; the end of the run is made again")
+    return False
+
+
+def _check_links(run: Path) -> None:
+    """Raises InputError if something in the run's folder is a link: what a run writes must stay inside. Those that
+    wandb makes lie in its own folder."""
+    for parent, folders, files in os.walk(run):
+        for name in folders + files:
+            if (Path(parent) / name).is_symlink():
+                raise InputError(f"--resume {run}: {Path(parent) / name} is a link, and a run's folder has none")
+        if Path(parent) == run and "wandb" in folders:
+            folders.remove("wandb")

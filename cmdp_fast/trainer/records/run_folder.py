@@ -1,0 +1,72 @@
+"""The folder of a run: a name that nobody else has, and what the run began with in `config.json`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from cmdp_fast.errors import InputError
+from cmdp_fast.files import sync, sync_folder, writing
+
+from ..settings.config import TrainConfig
+from .digest import write_sealed
+from .lock import alone_in
+
+
+def check_run_folder(config: TrainConfig) -> None:
+    """Raises InputError if the run was given a name that is taken."""
+    folder = Path(config.output_dir) / config.run_name
+    if config.name and not config.resume and folder.exists():
+        raise InputError(f"{folder} exists: choose another --name, or remove it")
+
+
+def make_run_folder(config: TrainConfig, code: dict[str, str], held: ExitStack, say: Callable[[str], None]) -> Path:
+    """A new folder for the run, with `config.json` in it and its lock `held` from the moment that it is there.
+
+    Without --name it is the recipe's name, followed by the first number that is free. It is made under a hidden name,
+    and a process that is killed meanwhile leaves that, a few bytes that nobody looks at.
+    """
+    parent = Path(config.output_dir)
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        part = parent / f".{config.run_name}-{secrets.token_hex(4)}"
+        part.mkdir()
+    try:
+        with ExitStack() as lock:
+            lock.enter_context(alone_in(part, say))
+            write_config(part, config, code)
+            with writing(part):
+                sync_folder(part)
+                folder = _rename(part, parent, config)
+                sync(parent)
+            held.enter_context(lock.pop_all())
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return folder
+
+
+def write_config(folder: Path, config: TrainConfig, code: dict[str, str]) -> None:
+    """`config.json`: the settings, and the sha256 of the code that they name (`trust.py`)."""
+    write_sealed(folder / "config.json", {**asdict(replace(config, resume="", dry_run=False)), "code": code})
+
+
+def _rename(part: Path, parent: Path, config: TrainConfig) -> Path:
+    number = 1
+    while True:
+        folder = parent / (config.run_name if number == 1 else f"{config.run_name}-{number}")
+        try:
+            if folder.exists():
+                raise FileExistsError
+            os.rename(part, folder)  # fails, too, if somebody else's folder has come there meanwhile
+            return folder
+        except OSError:
+            if not folder.exists():
+                raise
+            check_run_folder(config)
+            number += 1

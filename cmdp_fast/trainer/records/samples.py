@@ -1,0 +1,29 @@
+"""The samples of a run's evaluations: `samples.jsonl`, and `samples.txt` to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmdp_fast.errors import without_controls
+from cmdp_fast.files import as_json, write_text
+
+
+def write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    """JSON lines: every sample of each policy, by whom it is."""
+    write_text(path, "".join(as_json({"who": who, **s}) + "\n" for who, some in samples.items() for s in some))
+
+
+def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
+    """Completions as text for a terminal: a heading for each policy, then its samples, without control codes."""
+    lines = []
+    for heading, samples in parts:
+        lines += [heading, "=" * len(heading)]
+        for s in samples:
+            verdict = "right" if s["correct"] else "wrong"
+            budget = "within budget" if s["feasible"] else "OVER BUDGET"
+            text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}, {s['cumulative']:.2f}, {budget}]"
+            lines.append(without_controls(text))
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""A recipe (models, task, budget) and a method (what is done about the budget), read from their TOML files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from cmdp_fast.errors import InputError, first_line
+
+from .config import TrainConfig, check_choices
+from .values import typed
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+METHOD_FILES = RECIPES / "methods"
+
+
+def read_recipe(name: str, method: str = "") -> TrainConfig:
+    """The configuration in a recipe, changed by a method; each is one of the package by name or a TOML file by path.
+
+    Without a method it is the one that the recipe names, if it does. Raises InputError for a file that is not there or
+    not valid, and for settings that do not exist or have the wrong type.
+    """
+    values = _read("recipe", name, RECIPES)
+    method = method or values.get("method", "")
+    if method:
+        values |= _read("method", method, METHOD_FILES) | {"method": method}
+    config = TrainConfig(**{**values, "recipe": name})
+    check_choices(config)
+    return config
+
+
+def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
+    """The settings in a TOML file, as the types that TrainConfig has."""
+    path = Path(name) if str(name).endswith(".toml") else folder / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise InputError(f"--{option} {name}: neither a TOML file nor one of the package's {option}s ({known})")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--{option} {name}: not valid TOML: {first_line(error)}") from error
+    return typed(values, f"--{option} {name}")

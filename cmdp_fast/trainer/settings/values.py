@@ -1,0 +1,41 @@
+"""Settings as values out of a file, checked, and as words of a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from cmdp_fast.errors import InputError
+
+from .config import TrainConfig
+
+
+def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Settings as the types that TrainConfig has. Raises InputError, which names the source, for those it has not."""
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    for key, value in values.items():
+        if key not in fields:
+            raise InputError(f"{source}: there is no setting named {key!r}")
+        default = fields[key].default
+        expected = dict if default is dataclasses.MISSING else type(default)
+        if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+            kind = type(default[0])
+            values[key] = value = tuple(float(item) if (kind, type(item)) == (float, int) else item for item in value)
+            if any(type(item) is not kind for item in value):
+                raise InputError(f"{source}: {key} must be a list of {kind.__name__}, not {list(value)!r}")
+        elif isinstance(default, float) and type(value) is int:
+            values[key] = value = float(value)
+        if type(value) is not expected:
+            raise InputError(f"{source}: {key} must be {expected.__name__}, not {value!r}")
+    return values
+
+
+def words(name: str, value: Any) -> list[str]:
+    """The words that give a setting this value."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    if isinstance(value, tuple):
+        return [f"--{option}", *map(str, value)]
+    return [f"--{option}={json.dumps(value) if isinstance(value, dict) else value}"]

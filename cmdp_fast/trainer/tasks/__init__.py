@@ -1,0 +1,1 @@
+"""What a run learns from: the problems (`data.py`), and what judges completions: rewards, step verifiers, judges."""

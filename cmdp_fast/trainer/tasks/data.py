@@ -1,0 +1,199 @@
+"""Where the problems come from: a reasoning-gym task by name, or any dataset with a prompt and an answer column.
+
+A problem is a dict with `prompt` (a text, or a list of chat messages), usually `answer`, and whatever other columns
+its source has; all but the prompt are passed on to the reward functions.
+
+Training and held-out problems never overlap: a problem is held out if a hash of its prompt says so. The hash knows
+neither the seed nor the order, so that a model warmed up on training problems (`models/builtin.py`) has seen none that
+is held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Iterator
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import regex
+
+from cmdp_fast.errors import InputError, first_line
+
+from ..settings.config import TrainConfig
+
+Problem = dict[str, Any]
+
+SEARCH = 1.0  # seconds for an answer in one text; an honest search takes a millionth
+
+_log = logging.getLogger(__name__)
+
+_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class Problems(NamedTuple):
+    """What to train on and what to evaluate on; no prompt is in both."""
+
+    train: list[Problem]
+    held_out: list[Problem]
+
+
+def load_problems(config: TrainConfig) -> Problems:
+    """The problems that a configuration asks for; raises InputError if there are none to train or to evaluate on."""
+    if config.task:
+        rows = reasoning_gym_rows(config.task, config.task_args, config.task_size)
+    else:
+        rows = _dataset_rows(config, config.dataset_split)
+    rows = _distinct(_with_prompt(row, config) for row in rows)
+    if config.dataset and config.eval_split:
+        held_out = _distinct(_with_prompt(row, config) for row in _dataset_rows(config, config.eval_split))
+        kept_out = {_key(row["prompt"]) for row in held_out}
+        train = [row for row in rows if _key(row["prompt"]) not in kept_out]
+    else:
+        train = [row for row in rows if not is_held_out(row["prompt"], config.holdout_fraction)]
+        held_out = [row for row in rows if is_held_out(row["prompt"], config.holdout_fraction)]
+    source = config.task or config.dataset
+    if not train or not held_out:
+        raise InputError(f"{source}: {len(rows)} problems leave {len(train)} to train on and {len(held_out)} held out")
+    held_out.sort(key=lambda row: _digest(row["prompt"]))
+    return Problems(train, held_out)
+
+
+def is_held_out(prompt: Any, fraction: float) -> bool:
+    """Whether the problem with this prompt is kept for evaluation."""
+    return _digest(prompt) < fraction
+
+
+def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: int = 1) -> list[Problem]:
+    """`size` problems of a reasoning-gym task as rows with prompt, answer and metadata."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        import difflib
+
+        close = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)[:3]
+        raise InputError(f"--task {task}: reasoning-gym has no such task (did you mean {', '.join(close)}?)")
+    try:
+        source = reasoning_gym.create_dataset(task, **{"seed": seed, "size": size, **arguments})
+    except (TypeError, AssertionError, ValueError) as error:
+        raise InputError(f"--task {task}: {first_line(error)}") from error
+    return [{"prompt": e["question"], "answer": e["answer"], "metadata": e["metadata"]} for e in source]
+
+
+def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of indices below count without end: one shuffle follows another, and none repeats within a shuffle."""
+    rng = random.Random(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += rng.sample(range(count), count)
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _dataset_rows(config: TrainConfig, split: str) -> list[Problem]:
+    import datasets
+    from datasets import packaged_modules
+
+    name, path = config.dataset, Path(config.dataset)
+    if path.is_file() and path.suffix not in _LOADERS:
+        raise InputError(f"--dataset {name}: a file must end in {', '.join(_LOADERS)}")
+    if not path.exists() and name in packaged_modules._PACKAGED_DATASETS_MODULES:
+        # To `datasets` a way of reading whatever lies in the working directory, for older versions pickles too.
+        raise InputError(f"--dataset {name}: that is a format, not a dataset; give a hub id, a file or a folder")
+    quiet = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    stream = config.streaming
+    try:
+        if path.is_file():
+            loaded = datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train", streaming=stream)
+        elif (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(name)[split]
+        elif (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, config.dataset_config or None, split=split, streaming=stream)
+        rows = list(islice(loaded, config.max_rows or None))
+    except (OSError, RuntimeError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"--dataset {name}: {first_line(error)}") from error
+    finally:
+        if quiet:
+            datasets.enable_progress_bars()
+    columns = list(rows[0]) if rows else []
+    wanted = {"prompt": config.prompt_column}
+    if config.answer_column != "answer" or "answer" in columns:  # a reward of the user's may need none
+        wanted["answer"] = config.answer_column
+    for role, column in wanted.items():
+        if column not in columns:
+            raise InputError(
+                f"--dataset {name}: there is no column {column!r} for the {role}, only {', '.join(columns)}"
+            )
+    renamed = []
+    for row in rows:
+        taken = {role: row.pop(column) for role, column in wanted.items()}
+        renamed.append({**row, **taken})
+    return [_with_reference(row, config) for row in renamed] if config.reference_pattern else renamed
+
+
+def _with_reference(row: Problem, config: TrainConfig) -> Problem:
+    """The row with what the pattern finds in the answer in place of the whole of it."""
+    text = str(row.get("answer", ""))
+    found = last_group(re.compile(config.reference_pattern), text)
+    if found is None:
+        raise InputError(
+            f"--reference-pattern {config.reference_pattern!r} finds nothing in the answer {text[-80:]!r} of "
+            f"--dataset {config.dataset}"
+        )
+    return {**row, "answer": found}
+
+
+def last_group(pattern: re.Pattern[str], text: str) -> str | None:
+    """The first group of the last match, without spaces at its ends; None where the pattern does not match, or the
+    search has not ended after `SEARCH` seconds: with many a pattern a text can be made to take forever."""
+    try:
+        found = [match.group(1) for match in regex.finditer(pattern.pattern, text, timeout=SEARCH)]
+    except (TimeoutError, MemoryError):
+        _tell_of(pattern.pattern)
+        return None
+    return found[-1].strip() if found and found[-1] is not None else None
+
+
+@cache
+def _tell_of(pattern: str) -> None:
+    _log.warning("the pattern %r takes more than %g s on a text: no answer is found in such", pattern, SEARCH)
+
+
+def _with_prompt(row: Problem, config: TrainConfig) -> Problem:
+    if config.prompt_template:
+        try:
+            row = {**row, "prompt": config.prompt_template.format_map(row)}
+        except (KeyError, IndexError, ValueError) as error:
+            columns = ", ".join(row)
+            raise InputError(
+                f"--prompt-template {config.prompt_template!r} does not fit the columns {columns}: {first_line(error)}"
+            ) from error
+    if config.chat and isinstance(row["prompt"], str):
+        said = [("system", config.system_prompt)] if config.system_prompt else []
+        messages = [{"role": role, "content": text} for role, text in [*said, ("user", row["prompt"])]]
+        row = {**row, "prompt": messages}
+    return row
+
+
+def _key(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
+def _digest(prompt: Any) -> float:
+    """A number in [0, 1) that looks random and depends on the prompt alone."""
+    return int.from_bytes(hashlib.sha256(_key(prompt).encode()).digest()[:8], "big") / 2**64
+
+
+def _distinct(rows: Any) -> list[Problem]:
+    """The rows with prompts not seen before, in order."""
+    return list({_key(row["prompt"]): row for row in reversed(list(rows))}.values())[::-1]

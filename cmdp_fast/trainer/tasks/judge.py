@@ -1,0 +1,90 @@
+"""A pairwise judge: which of two completions of a prompt is better, asked in both orders.
+
+    judge(prompt, first, second, **columns) -> "first" | "second" | "tie"
+
+Whoever stands first is favoured by many a judge, a language model above all. So each pair is shown in both orders, and
+only a preference that survives the exchange counts; anything else is a tie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cmdp_fast.errors import InputError
+
+from ..imports import import_function
+from ..settings.config import TrainConfig
+from .data import Problem
+from .rewards import as_completion, call_rewards, load_rewards, text_of
+from .step_verifiers import call_step_verifier, load_step_verifier
+
+Verdict = Literal["first", "second", "tie"]
+Judge = Callable[..., Verdict]
+
+BUILT_IN = ("programmatic",)
+_EXCHANGED: dict[Verdict, Verdict] = {"first": "second", "second": "first", "tie": "tie"}
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """How often the one was preferred to the other: rates that add up to 1, and how often the two orders disagreed."""
+
+    win: float
+    tie: float
+    loss: float
+    disagreement: float
+
+
+def load_judge(spec: str, config: TrainConfig, example: Problem) -> Judge:
+    """The judge that a name, ``module:function`` or ``path/file.py:function`` stands for. Raises InputError if none."""
+    return programmatic(config, example) if spec in BUILT_IN else import_function("--judge", spec, BUILT_IN)
+
+
+def programmatic(config: TrainConfig, example: Problem) -> Judge:
+    """The judge that needs no model: the right answer first, then sound steps, then brevity.
+
+    Right and sound are what the configuration's rewards and step verifier say (without a verifier, and where it finds
+    nothing to check, nobody is sound); the shorter text wins where both are equal in these. Rewards are shown the texts
+    and no token ids.
+    """
+    rewards, verifier = load_rewards(config, example), load_step_verifier(config, example)
+
+    def rank(row: Problem, completion: Any) -> tuple[bool, bool, int]:
+        text = text_of(completion)
+        values, _ = call_rewards(rewards, [row], [text], [[]])
+        right = sum(v for [v] in values.values() if not math.isnan(v)) >= config.correct_at
+        sound = verifier is not None and call_step_verifier(verifier, [row], [text]) == [1.0]
+        return right, sound, -len(text)
+
+    def judge(prompt: Any, first: Any, second: Any, **columns: Any) -> Verdict:
+        row = {"prompt": prompt, **columns}
+        one, other = rank(row, first), rank(row, second)
+        return "tie" if one == other else "first" if one > other else "second"
+
+    return judge
+
+
+def compare_pairs(judge: Judge, rows: Sequence[Problem], ours: Sequence[str], theirs: Sequence[str]) -> Preferences:
+    """How often ``judge`` prefers our completion of a problem to theirs; texts, one a row each.
+
+    Raises InputError for a verdict that is not one.
+    """
+    counts = {"win": 0, "tie": 0, "loss": 0, "disagreement": 0}
+    for row, our, their in zip(rows, ours, theirs, strict=True):
+        prompt, columns = row["prompt"], {name: value for name, value in row.items() if name != "prompt"}
+        our_text, their_text = as_completion(prompt, our), as_completion(prompt, their)
+        straight = _checked(judge(prompt, our_text, their_text, **columns))
+        exchanged = _EXCHANGED[_checked(judge(prompt, their_text, our_text, **columns))]
+        agreed = straight if straight == exchanged else "tie"
+        counts[{"first": "win", "second": "loss", "tie": "tie"}[agreed]] += 1
+        counts["disagreement"] += straight != exchanged
+    return Preferences(**{name: count / len(rows) for name, count in counts.items()})
+
+
+def _checked(verdict: Any) -> Verdict:
+    if verdict not in _EXCHANGED:
+        raise InputError(f"the judge returned {verdict!r}: expected 'first', 'second' or 'tie'")
+    return verdict

@@ -1,0 +1,157 @@
+"""Task rewards: functions with TRL's signature, built in or the user's own.
+
+    reward(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+`prompts` and `completions` are texts, or lists of chat messages where the dataset's prompts are; `completion_ids`
+lists of token ids without padding; `columns` the other columns of the dataset, a value a completion. None means that
+the function has no opinion: such a completion earns nothing from it.
+
+A completion is hostile input. What is not ours and parses it, math-verify and the judges of reasoning-gym, is asked in
+processes of their own (`cmdp_fast.judging`). A function of the user's runs here, as the user's code.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cmdp_fast.errors import InputError
+from cmdp_fast.judging.reward import JudgedReward
+
+from ..imports import import_function
+from ..settings.config import TrainConfig
+from .data import Problem, last_group
+
+RewardFunction = Callable[..., Sequence["float | None"]]
+
+BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
+
+
+def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunction]:
+    """The reward functions of a configuration by the name under which they are logged."""
+    pattern, seconds = re.compile(config.answer_pattern), config.judge_timeout
+    built_in: dict[str, Callable[[], RewardFunction]] = {
+        "exact_answer": lambda: exact_answer(pattern),
+        "brevity": lambda: brevity(pattern, config.max_new_tokens),
+        "math_verify": lambda: math_verify(pattern, seconds),
+        "reasoning_gym": lambda: reasoning_gym_judge(pattern, seconds, isolated=not config.unisolated_judges),
+    }
+    functions = {}
+    for spec in config.rewards:
+        if spec in built_in:
+            needed = ("answer", "metadata") if spec == "reasoning_gym" else ("answer",)
+            if missing := [column for column in needed if column not in example]:
+                raise InputError(
+                    f"--rewards {spec} needs the column {missing[0]!r}, there are only {', '.join(example)}"
+                )
+            functions[spec] = built_in[spec]()
+        else:
+            functions[spec.rpartition(":")[2]] = import_function("--rewards", spec, sorted(built_in))
+    return functions
+
+
+def exact_answer(pattern: re.Pattern[str]) -> RewardFunction:
+    """1 if the final answer is the reference answer, character by character but for spaces at the ends; else 0."""
+
+    def reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+        return [
+            float(final_answer(text_of(completion), pattern) == str(expected).strip())
+            for completion, expected in zip(completions, answer, strict=True)
+        ]
+
+    return reward
+
+
+def brevity(pattern: re.Pattern[str], max_new_tokens: int) -> RewardFunction:
+    """0.2 (1 - tokens / max_new_tokens) for a completion that `exact_answer` accepts, else 0.
+
+    A bonus to go with `exact_answer`. A wrong answer earns nothing however short, or an empty completion would be the
+    easiest way to it.
+    """
+    right = exact_answer(pattern)
+
+    def reward(
+        completions: Sequence[Any], completion_ids: Sequence[list[int]], answer: Sequence[Any], **_: Any
+    ) -> list[float | None]:
+        return [
+            BREVITY_BONUS * (1 - len(ids) / max_new_tokens) if is_right else 0.0
+            for is_right, ids in zip(right(completions=completions, answer=answer), completion_ids, strict=True)
+        ]
+
+    return reward
+
+
+def math_verify(pattern: re.Pattern[str], seconds: float) -> RewardFunction:
+    """1 if math-verify finds an expression in the final answer that equals the reference, else 0; None if it cannot
+    read the reference, or does not say within `seconds`.
+
+    No completion is known to run as code in it, so where it cannot be isolated it is asked with limits alone.
+    """
+
+    def requests(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[dict[str, Any]]:
+        return [
+            {"answer": str(expected), "given": final_answer(text_of(completion), pattern)}
+            for completion, expected in zip(completions, answer, strict=True)
+        ]
+
+    return JudgedReward("math_verify", "--rewards math_verify", requests, seconds=seconds, isolated=None)
+
+
+def reasoning_gym_judge(pattern: re.Pattern[str], seconds: float, isolated: bool = True) -> RewardFunction:
+    """What the reasoning-gym task itself says of the final answer, between 0 and 1; None if its judge raises or does
+    not say within `seconds`.
+
+    Many of them evaluate the answer as Python. Which one is asked stands in the row's metadata, which may come from
+    somebody else's file, so all of them are isolated. Raises InputError where that cannot be, unless told not to.
+    """
+
+    def requests(
+        completions: Sequence[Any], answer: Sequence[Any], metadata: Sequence[dict[str, Any]], **_: Any
+    ) -> list[dict[str, Any]]:
+        return [
+            {"answer": expected, "given": final_answer(text_of(completion), pattern), "metadata": about}
+            for completion, expected, about in zip(completions, answer, metadata, strict=True)
+        ]
+
+    option = "--rewards reasoning_gym"
+    return JudgedReward(
+        "reasoning_gym", option, requests, seconds=seconds, isolated=isolated, insist="--unisolated-judges"
+    )
+
+
+def final_answer(text: str, pattern: re.Pattern[str]) -> str | None:
+    """The first group of the last match, or the whole text if the pattern is empty; None where it does not match."""
+    if not pattern.pattern:
+        return text.strip()
+    return last_group(pattern, text)
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion, which for a chat is a list of one message."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def as_completion(prompt: Any, text: str) -> Any:
+    """What functions of the user's are given as the completion: a text, or for a chat a list of one message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def call_rewards(
+    functions: dict[str, RewardFunction], rows: Sequence[Problem], texts: Sequence[str], completion_ids: list[list[int]]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Calls each function once for all completions. Returns two values a completion by name: the reward, NaN for None,
+    and, of functions that ask a judge elsewhere, 1 where it failed to say anything."""
+    prompts = [row["prompt"] for row in rows]
+    completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    values, failed = {}, {}
+    for name, function in functions.items():
+        result = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        if len(result) != len(rows):
+            raise InputError(f"--rewards {name} returned {len(result)} rewards for {len(rows)} completions")
+        values[name] = [math.nan if value is None else float(value) for value in result]
+        if isinstance(function, JudgedReward):
+            failed[name] = [float(bool(failure)) for failure in function.failures]
+    return values, failed
