@@ -213,7 +213,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _scratch(saved: Tensor, vocab: int, sequences: int = 0) -> tuple[Tensor, Tensor]:
-    """Room for the states of all segments, and counters: one a row and ``sequences`` more (Scratch in launch.h)."""
+    """Room for the states of all segments, and counters: one per row and ``sequences`` more (Scratch in launch.h)."""
     rows = saved[..., 0].numel()
     partial = saved.new_empty(rows * _cuda.segments(vocab) * _cuda.PARTIAL)
     count = rows + sequences

@@ -18,6 +18,6 @@ def without_controls(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error raised by somebody else's code, to be quoted inside one of ours."""
+    """The first line of an error raised by code that is not ours, to be quoted inside one of ours."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -42,7 +42,7 @@ def writing(path: Path) -> Iterator[None]:
     PyTorch and safetensors have errors of their own for that.
     """
     stops: tuple[type[Exception], ...] = (OSError, RuntimeError)
-    if "safetensors" in sys.modules:  # it comes with the trainer, and not everybody who writes files has that
+    if "safetensors" in sys.modules:  # it comes with the trainer's packages, which may be absent
         stops += (sys.modules["safetensors"].SafetensorError,)
     try:
         yield

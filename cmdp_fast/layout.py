@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SAVED = 7  # numbers a row that the backward pass needs: kSaved in csrc/cpu/kernels.h
+SAVED = 7  # numbers per row that the backward pass needs: kSaved in csrc/cpu/kernels.h
 
 
 class Pair(NamedTuple):
@@ -142,7 +142,7 @@ def matrix_of(t: Tensor) -> tuple[int, str, list[int], list[int], int]:
 def empty_statistics(student: Tensor, packed: bool = False) -> tuple[list[Tensor], Tensor]:
     """Room for what the GPU kernels make of ``student [..., V]``: the six statistics and the saved scalars.
 
-    ``packed``: they are made sequence by sequence. On a GPU nobody has checked where those lie: a row of none is 0.
+    ``packed``: they are made sequence by sequence. On a GPU the offsets are not checked: a row of no sequence is 0.
     """
     shape, room = student.shape[:-1], student.new_zeros if packed else student.new_empty
     statistics = [room(shape, dtype=torch.float32) for _ in range(6)]

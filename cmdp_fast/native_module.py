@@ -28,7 +28,7 @@ def fingerprint(csrc: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(csrc.rglob("*")):
         inside = path.relative_to(csrc).parts
-        if any(part.startswith(".") or part == "build" for part in inside):  # an editor's, or somebody's build
+        if any(part.startswith(".") or part == "build" for part in inside):  # an editor's, or a build
             continue
         if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".cmake", ".txt") and path.is_file():
             content = path.read_bytes()

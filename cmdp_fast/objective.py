@@ -206,8 +206,8 @@ def grpo(returns: Tensor, group_size: int, eps: float = 1e-4) -> GroupAdvantage:
     """(S_i - mean) / (std + eps) over contiguous groups, std with ddof 1; ``returns`` and both results are [B].
 
     Divide `direct_coefficient` by ``scale[:, None]`` too, or the discrepancy weight changes its meaning with the spread
-    of the returns. A group whose returns take two values has, up to eps, the same advantages whatever their distance:
-    where feasible completions score 1 and the others -n, it is indifferent to n. In a group of equal returns only the
+    of the returns. A group whose returns take two values has, up to eps, the same advantages at every distance
+    between them: where feasible completions score 1 and the others -n, it is indifferent to n. In a group of equal returns only the
     direct term acts, and with scale = eps it is multiplied by 1/eps (10,000). `rloo` neither forgets n nor rescales.
     Raises ValueError if group_size < 2 or does not divide B.
 
@@ -288,7 +288,7 @@ def ppo_loss(
 
     N, the ``normalizer``, divides both terms, so it does not change what the discrepancy weight means against the task
     reward. Default: the number of sequences with a real token, since the objective is a sum over the trajectory and a
-    mean over trajectories (a number of tokens would weigh a sequence by the lengths of those beside it). Minibatches
+    mean over trajectories (the number of tokens would weigh a sequence by the lengths of its neighbours). Minibatches
     that are accumulated into one step have to share one N.
 
     Metrics, means over real tokens: ``clip_ratio/low_mean``, ``clip_ratio/high_mean`` (rho beyond the edge on the side

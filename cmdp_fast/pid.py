@@ -13,7 +13,7 @@ from torch import Tensor
 class PIDController:
     """Lambda from a PID controller on mean(C_T) - budget (Stooke, Achiam and Abbeel, ICML 2020).
 
-    The gains multiply nats; the defaults suit costs of tens of nats a sequence. ``coefficient`` holds the current
+    The gains multiply nats; the defaults suit costs of tens of nats per sequence. ``coefficient`` holds the current
     lambda, before the first update max(0, initial_integral). Proportional term and derivative act on exponential
     moving averages (``ema_p``, ``ema_d``: the weight of the past) that start at 0; the derivative compares the averaged
     cost with that of ``d_delay`` updates ago and, as the integral, never goes below 0. Raises ValueError for a

@@ -34,7 +34,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_rever
 
 
 class TokenStats(NamedTuple):
-    """Six statistics a token, in nats, shaped like ``tokens``; float32, or float64 for float64 logits.
+    """Six statistics per token, in nats, shaped like ``tokens``; float32, or float64 for float64 logits.
 
     ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to the student's logits.
     """
@@ -48,7 +48,7 @@ class TokenStats(NamedTuple):
 
 
 class BudgetTrace(NamedTuple):
-    """The budget's account of each token. Shaped like the cost (``first_violation``: one number a sequence).
+    """The budget's account of each token. Shaped like the cost (``first_violation``: one number per sequence).
 
     ``cumulative`` is C_t (or the prefix mean m_t), ``remaining`` d - C_t, ``violated`` whether some C_i with
     i <= t has exceeded d, ``first_violation`` the index of the first such token (the width of the row, or the
@@ -311,7 +311,7 @@ def budget_trace(
     else:
         cumulative = (wide * torch.pow(torch.tensor(gamma, dtype=torch.float64), count - 1)).cumsum(-1)
     over = cumulative > limit if edge == "strict" else cumulative >= limit
-    # NaN is not an account that anybody checked: it counts as a violation.
+    # A NaN cannot be compared with the budget: it counts as a violation.
     violated = ((over | cumulative.isnan()) & keep).long().cumsum(-1) > 0
     width = cost.shape[-1]
     first = width - violated.long().sum(-1)  # a violation is absorbing

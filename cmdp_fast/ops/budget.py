@@ -160,7 +160,7 @@ def settle(
 def room(like: Tensor, dtype: torch.dtype, count: int | None = None) -> Tensor:
     """Room for a number per token of ``like [B, T]`` or packed ``[N]``, or for ``count`` numbers, that a scan writes.
 
-    On a GPU nobody has checked where packed sequences lie: a token of none is 0, and not what stood in memory.
+    On a GPU the offsets of packed sequences are not checked: a token of no sequence is 0, not leftover memory.
     """
     make = like.new_empty if like.dim() == 2 else like.new_zeros
     return make(like.shape if count is None else count, dtype=dtype)

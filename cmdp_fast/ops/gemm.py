@@ -1,4 +1,4 @@
-"""Products of float32 or wider sums, whatever the inputs are, into memory that exists.
+"""Products with float32 or wider sums for every dtype of the inputs, written into memory that exists.
 
 On a CPU half-precision inputs are widened to float32 first: few processors multiply them natively, and where none does
 a bfloat16 product is hundreds of times slower than a float32 one. On a GPU they stay as they are and the product comes

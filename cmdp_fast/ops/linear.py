@@ -27,7 +27,7 @@ from cmdp_fast.layout import Pair, Upstream
 from cmdp_fast.ops import backends, parallel, projection
 from cmdp_fast.ops.head_gradient import HeadGradient
 from cmdp_fast.ops.operator import Backward, operator
-from cmdp_fast.ops.projection import HeadSettings, Model, Projection, head_given
+from cmdp_fast.ops.projection import Factors, HeadSettings, Projection, head_given
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Scored, room, scored
 from cmdp_fast.ops.tile_size import tile_shape
 from cmdp_fast.reference import TokenStats, compute_dtype
@@ -82,8 +82,8 @@ def linear_token_stats(
         teacher_hidden, teacher_weight: ``[..., H']``, and a `Head` or ``[V', H']``, of their own width and dtypes;
             V' = V unless ``vocab_size`` is given.
         tokens: ``[...]`` integers in [0, vocab_size). Masked tokens may hold anything.
-        student_bias, teacher_bias: ``[V]``, ``[V']``. A bias of -inf excludes a column. This and what is called
-            softcap and scale: not with a `Head`, which brings them.
+        student_bias, teacher_bias: ``[V]``, ``[V']``. A bias of -inf excludes a column. Bias, softcap
+            and scale come with a `Head` and are refused beside one.
         mask: ``[...]`` bool, False = the row is left out of every product; its statistics and gradient are exactly 0.
             Finding the rows that count makes the host wait for a GPU.
         temperature, student_softcap, teacher_softcap, student_scale, teacher_scale: as above.
@@ -93,14 +93,14 @@ def linear_token_stats(
             rank has its own rows (FSDP) pass the whole head,
             ``weight.full_tensor(grad_placements=[Partial("avg")])``: without the placements its gradient would be that
             of some ranks' rows alone. A few numbers are exchanged and looked at first, so that ranks that do not fit
-            raise instead of waiting for each other; then two all-reduces of 13 numbers a row. Every rank gets the
+            raise instead of waiting for each other; then two all-reduces of 13 numbers per row. Every rank gets the
             statistics. Not under ``torch.compile``.
         first_column: where this rank's columns begin.
         reduce_hidden_grad: whether ``student_hidden``'s gradient is summed over the ranks. Each rank's columns give a
             part of it, and autograd expects the whole, hence True. False for hidden states that went through an
             operation whose backward pass sums them itself, such as Megatron's copy to the tensor-parallel region or
             the gather of a sequence-parallel region: they would be summed twice.
-        saved: what the backward pass has of the forward pass. ``recompute``: a few numbers a row; the logits are made
+        saved: what the backward pass has of the forward pass. ``recompute``: a few numbers per row; the logits are made
             again. ``tiles``: both models' logits, rows x V numbers each, where there is the memory: two products of six
             are saved, and the gradient still exists a tile at a time only.
         backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` on a GPU (not float64), else ``torch``; a
@@ -109,7 +109,7 @@ def linear_token_stats(
     Returns:
         `TokenStats` of tensors ``[...]``: float32, or float64 if a hidden state or head is float64.
 
-    Precision: products are summed in float32 (float64 if any of the above is float64) whatever the inputs are, and so
+    Precision: products are summed in float32 (float64 if any of the above is float64) for inputs of every dtype, and so
     are all gradients, which are cast once, at the end. On a CPU half-precision inputs are widened a piece at a time.
     Autocast changes nothing here: cast hidden states and head to compute in half precision on a GPU.
 
@@ -126,8 +126,8 @@ def linear_token_stats(
     unknown = sorted(set(heads) - set(HeadSettings.__annotations__))
     if unknown:
         raise TypeError(f"linear_token_stats() got an unexpected keyword argument {unknown[0]!r}")
-    student = Model(student_hidden, head_given("student", student_weight, heads))
-    teacher = Model(teacher_hidden, head_given("teacher", teacher_weight, heads))
+    student = Factors(student_hidden, head_given("student", student_weight, heads))
+    teacher = Factors(teacher_hidden, head_given("teacher", teacher_weight, heads))
     sharded = parallel.shards(student.head, teacher.head)
     if sharded is not None:
         if process_group is not None or first_column != 0:
@@ -167,7 +167,7 @@ def _plain(head: Head) -> Head:
     return head._replace(scale=float(head.scale))
 
 
-def _computed(student: Model, teacher: Model) -> torch.dtype:
+def _computed(student: Factors, teacher: Factors) -> torch.dtype:
     return compute_dtype(student.hidden, student.head.weight, teacher.hidden, teacher.head.weight)
 
 
@@ -178,8 +178,8 @@ def _computed(student: Model, teacher: Model) -> torch.dtype:
 class _Batch(NamedTuple):
     """Rows of both models, in all that forward and backward pass need alike."""
 
-    student: Model
-    teacher: Model
+    student: Factors
+    teacher: Factors
     tokens: Tensor
     mask: Tensor | None
     temperature: float
@@ -208,8 +208,8 @@ class _Tiles:
         self.rows = [slice(i, min(i + height, count)) for i in range(0, count, height)]
         self.columns = [slice(i, min(i + breadth, width)) for i in range(0, width, breadth)]
 
-    def _of_these_rows(self, model: Model, width: int) -> Model:
-        return Model(self.compact(model.hidden, 1), model.head._replace(weight=model.head.weight[:width]))
+    def _of_these_rows(self, model: Factors, width: int) -> Factors:
+        return Factors(self.compact(model.hidden, 1), model.head._replace(weight=model.head.weight[:width]))
 
     def compact(self, value: Tensor, trailing: int = 0) -> Tensor:
         """``[..., *]`` to ``[rows that count, *]``, the last ``trailing`` axes as they are."""

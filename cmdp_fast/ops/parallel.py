@@ -1,4 +1,4 @@
-"""A vocabulary whose columns lie on several ranks: who holds which, and `token_stats` over all of them."""
+"""A vocabulary whose columns lie on several ranks: which rank holds which, and the states of all of them."""
 
 from __future__ import annotations
 

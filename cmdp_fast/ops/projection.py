@@ -45,22 +45,22 @@ def head_given(name: str, weight: Tensor | Head, settings: Mapping[str, Any]) ->
     return weight
 
 
-class Model(NamedTuple):
-    """Hidden states and the head that makes logits of them."""
+class Factors(NamedTuple):
+    """The two factors of a model's logits: hidden states and the head that reads them."""
 
     hidden: Tensor  # [..., H]
     head: Head  # weight [V, H], bias [V]
 
-    def detached(self) -> Model:
+    def detached(self) -> Factors:
         bias = None if self.head.bias is None else self.head.bias.detach()
-        return Model(self.hidden.detach(), self.head._replace(weight=self.head.weight.detach(), bias=bias))
+        return Factors(self.hidden.detach(), self.head._replace(weight=self.head.weight.detach(), bias=bias))
 
 
 class Projection:
     """A model's logits by the tile, in memory that is used again; the hidden states are ``[rows, H]``."""
 
     def __init__(
-        self, model: Model, computed: torch.dtype, all_logits: Tensor | None = None, known: bool = False
+        self, model: Factors, computed: torch.dtype, all_logits: Tensor | None = None, known: bool = False
     ) -> None:
         """``computed``: the dtype of the statistics. If it is float64 both models are projected in float64.
 
@@ -130,7 +130,7 @@ class Projection:
         return self._memory[what][:size].view(*shape)
 
 
-def check(name: str, model: Model) -> None:
+def check(name: str, model: Factors) -> None:
     """Checks the arguments of a model called ``student`` or ``teacher``."""
     hidden, (weight, bias, softcap, scale) = model
     given = [(f"{name}_hidden", hidden), (f"{name}_weight", weight)]

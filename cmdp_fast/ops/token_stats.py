@@ -54,7 +54,7 @@ def token_stats(
         vocab_size: statistics over the common prefix of this width; columns beyond it count as -inf for both
             models. `dropped_teacher_mass` tells how much of the teacher that leaves out.
         inplace_backward: write the gradient into the memory of ``student_logits``. The logits are gone after the
-            backward pass: whoever else saved them for a backward pass of their own must have done it before, a second
+            backward pass: other operations that saved them must have run their backward pass before, a second
             backward pass through this call raises, and if the logits are a leaf their ``.grad`` is that same memory.
             Logits whose rows share memory with one another or with other rows of the teacher's are copied first. Has no
             effect under ``torch.compile``, with ``process_group`` or on the torch backend, which allocate the gradient.
