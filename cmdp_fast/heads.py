@@ -7,10 +7,11 @@
 Where the halves meet is observed rather than assumed. The model is run as it stands, wrappers included, with two hooks
 on the module that `get_output_embeddings` names. To get hidden states, the first hook keeps the head's input and hands
 the head zero rows of it. So they are what the head reads, after each model's own steps before it (Mamba's cast,
-MiniCPM3's division, OPT's projection), DDP and FSDP see the forward pass they count on, and a PEFT model applies its adapters.
-To learn what a model does with its logits afterwards, the second hook makes the head answer with chosen numbers, and
-what the model returns is compared with `Head.logits` of them. The configuration says which numbers could be a scale or
-a softcap, but only the model says what it does with them: Granite divides by `logits_scaling`, HyperCLOVA X multiplies.
+MiniCPM3's division, OPT's projection), DDP and FSDP see the forward pass they count on, and a PEFT model applies its
+adapters. To learn what a model does with its logits afterwards, the second hook makes the head answer with chosen
+numbers, and what the model returns is compared with `Head.logits` of them. The configuration says which numbers could
+be a scale or a softcap, but only the model says what it does with them: Granite divides by `logits_scaling`, HyperCLOVA
+X multiplies.
 
 Nothing here needs transformers: a model is a module with `get_output_embeddings()` that returns `.logits`.
 """

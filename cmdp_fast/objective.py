@@ -206,9 +206,10 @@ def grpo(returns: Tensor, group_size: int, eps: float = 1e-4) -> GroupAdvantage:
     """(S_i - mean) / (std + eps) over contiguous groups, std with ddof 1; ``returns`` and both results are [B].
 
     Divide `direct_coefficient` by ``scale[:, None]`` too, or the discrepancy weight changes its meaning with the spread
-    of the returns. A group whose returns take two values has, up to eps, the same advantages at every distance
-    between them: where feasible completions score 1 and the others -n, it is indifferent to n. In a group of equal returns only the
-    direct term acts, and with scale = eps it is multiplied by 1/eps (10,000). `rloo` neither forgets n nor rescales.
+    of the returns. A group whose returns take two values has, up to eps, the same advantages at every distance between
+    them: where feasible completions score 1 and the others -n, it is indifferent to n. In a group of equal returns only
+    the direct term acts, and with scale = eps it is multiplied by 1/eps (10,000). `rloo` neither forgets n nor
+    rescales.
     Raises ValueError if group_size < 2 or does not divide B.
 
     Source: GRPO (Shao et al. 2024, arXiv 2402.03300).
