@@ -2,7 +2,7 @@
 
     python benchmarks/known_optima.py [--problem tree --steps 200 --completions 1024]
 
-The trainer samples, scores and updates as for any model; the model is a table of logits (tests/trainer/tabular.py), the
+The trainer samples, scores and updates as for any model; the model is a table of logits (tests/support/tabular.py), the
 problem the tree or the bandit of tests/vectors. Each method trains twice: from the teacher, where nothing has been
 spent, and from a policy that is over budget at its first token. What a run ends with (its last iterate, nothing is
 averaged) is then evaluated exactly, over all paths: no figure of the table is an estimate. A path is within budget up
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "trainer")]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import exact  # noqa: E402
 import tabular  # noqa: E402

@@ -6,7 +6,7 @@ ImportError where they were not built. A launch takes the current stream of the 
 from PyTorch's own memory and waits for nothing. What a kernel does and why it is exact stands beside it in csrc/cuda.
 
 No speed has been measured on a GPU, and nothing here has run on one. Values have been checked by the whole test suite
-on the host: `CMDP_FAST_CUDA_HOST=1 pytest -m cuda` compiles the kernels' own source with g++ against tests/cuda_host,
+on the host: `CMDP_FAST_CUDA_HOST=1 pytest -m cuda` compiles their source with g++ against tests/csrc/cuda_host,
 which runs a grid thread by thread, blocks and threads in random orders, with barriers, shuffles and atomics that wait
 for one another as on a GPU. A wrong formula, a wrong index, a missing barrier, a result that depends on an order and a
 barrier that not all threads reach show there. What does not:

@@ -28,29 +28,23 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     # On the GPU backends float64 logits are an error that names the torch backend (test_float64_is_left_to_pytorch), so
-    # the float64 cases of the shared suite have nothing to run there. Likewise operations that have no CUDA kernel
-    # (test_only_some_operations_have_a_cuda_kernel). Skipped rather than left out: the count shows.
+    # the float64 cases of the shared suite have nothing to run there; a scan takes float64 (mark `scan`). Likewise
+    # operations without a CUDA kernel (test_only_some_operations_have_a_cuda_kernel): marks `mixture` and `tiles`.
+    # Skipped rather than left out: the count shows.
     for item in items:
-        wide = "float64" in item.keywords or (
-            hasattr(item, "callspec") and torch.float64 in item.callspec.params.values()
-        )
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        wide = "float64" in item.keywords or torch.float64 in given
         on_gpu = "triton" in item.keywords or "cuda" in item.keywords
-        if on_gpu and wide and item.path.name != "test_budget.py":  # a scan takes float64
+        if on_gpu and wide and item.get_closest_marker("scan") is None:
             item.add_marker(pytest.mark.skip(reason="the GPU kernels take no float64 logits"))
-        if "cuda" in item.keywords and needs_another_kernel(item):
+        without = "jsd" in given or any(item.get_closest_marker(mark) for mark in ("mixture", "tiles"))
+        if "cuda" in item.keywords and without:
             item.add_marker(pytest.mark.skip(reason="the cuda backend leaves this operation to triton"))
     if config.getoption("--slow"):
         return
     for item in items:  # minutes each; the command says how to run them
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-
-
-def needs_another_kernel(item):
-    """Whether a test of the shared suite calls an operation that the CUDA kernels leave to Triton's."""
-    files = ("test_divergence.py", "test_linear.py", "test_linear_constrained.py", "test_token_state.py")
-    mixture = hasattr(item, "callspec") and "jsd" in item.callspec.params.values()
-    return item.path.name in files or mixture or item.get_closest_marker("mixture") is not None
 
 
 @pytest.fixture

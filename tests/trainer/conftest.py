@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
-from tiny_pair import PROBLEMS, tiny_model
+from pair_fixtures import one_thread, pair
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower on more, and metrics are bitwise reproducible for a given number only."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("pair")
-    problems = root / "problems.jsonl"
-    problems.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
-    return {
-        "student": tiny_model(root / "student", seed=1),
-        "teacher": tiny_model(root / "teacher", seed=2, layers=2),
-        "dataset": str(problems),
-    }
+__all__ = ["isolation", "one_thread", "pair"]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import cmdp_fast as cf
 from cmdp_fast.constraint import KINDS
 from cmdp_fast.ops.backends import INTERPRETED
 
+pytestmark = pytest.mark.scan
+
 COEFFICIENT = {"lagrangian": 0.5, "pid": 0.5, "barrier": 0.1}
 
 

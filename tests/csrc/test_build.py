@@ -14,7 +14,7 @@ from cmdp_fast import native_module
 from cmdp_fast.cpu import native
 
 pytest.importorskip("setuptools")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FAILURE = native_module.FAILURE
 MODULE = FAILURE.removesuffix(".missing")
 SILENT = {"CXX": "/bin/false", "CMDP_FAST_REQUIRE_NATIVE": "0"}  # the quickest of all failures

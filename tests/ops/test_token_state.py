@@ -14,6 +14,8 @@ from cmdp_fast.cpu import native
 from cmdp_fast.layout import Pair
 from cmdp_fast.ops import backends
 
+pytestmark = pytest.mark.tiles
+
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 columns = st.lists(st.tuples(*[st.floats(-40, 40) | st.just(-torch.inf)] * 2), max_size=12)
 

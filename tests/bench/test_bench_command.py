@@ -19,7 +19,7 @@ from cmdp_fast.bench import command, results, sweep
 from cmdp_fast.bench.case import SHAPES, Case
 from cmdp_fast.bench.ops import OPS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_command(tmp_path, capsys):

@@ -34,7 +34,7 @@ def models() -> dict[str, Any]:
 def trl_run() -> dict[str, Any]:
     """A tiny student and teacher, prompts, a reward, and options that make a run one of two steps on the CPU."""
     from datasets import Dataset
-    from trainer.tiny_pair import PROBLEMS, tiny_model
+    from tiny_pair import PROBLEMS, tiny_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folders = {name: tiny_model(Path(name), seed) for seed, name in enumerate(("student", "teacher"))}

@@ -15,7 +15,7 @@ pdoc = pytest.importorskip("pdoc")
 import cmdp_fast as cf  # noqa: E402
 from cmdp_fast import apidoc  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIBRARY = ("cmdp_fast", "cmdp_fast.heads", "cmdp_fast.objective", "cmdp_fast.pid", "cmdp_fast.reference")
 SHAPE = re.compile(r"\[(\.\.\.|(B|N|T|V|H|rows)\b)[^\]]*\]|\b([Ss]haped like|scalar)\b|[Aa]rguments and returns as")
 

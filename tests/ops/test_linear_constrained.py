@@ -7,6 +7,8 @@ from linear_inputs import make_inputs
 
 import cmdp_fast as cf
 
+pytestmark = pytest.mark.tiles
+
 MASK = torch.tensor([[True] * 5, [True, True, True, False, False]])
 
 

@@ -14,6 +14,8 @@ from cmdp_fast import reference
 from cmdp_fast.cpu import native
 from cmdp_fast.ops import tile_size
 
+pytestmark = pytest.mark.tiles
+
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 INF, NAN = torch.inf, torch.nan
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import cmdp_fast as cf
 from cmdp_fast import reference
 
+pytestmark = pytest.mark.mixture
+
 KINDS = (
     ("reverse_kl", 0.5),
     ("forward_kl", 0.5),

@@ -15,7 +15,7 @@ from cmdp_fast.bench.case import SHAPES, Work
 from cmdp_fast.bench.results import Measured, Memory, Sweep
 from cmdp_fast.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "static_gpu.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_gpu.py"
 sys.path.append(str(SCRIPT.parent))
 FOLD, BACKWARD = "token_stats.fold_kernel", "token_stats_backward.backward_kernel"
 MIXTURE, SEQUENCE = "mixture.mixture_kernel", "constrained.sequence_kernel"

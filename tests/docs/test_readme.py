@@ -15,7 +15,7 @@ import pytest
 import readme_given
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "cmdp_fast" / "trainer" / "README.md", *(ROOT / "benchmarks" / "results").rglob("*.md")]
 OPTIONS = {"given", "torchrun", "requires"}

@@ -11,8 +11,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-HOST = Path(__file__).parent / "cuda_host"
+ROOT = Path(__file__).parents[2]
+HOST = ROOT / "tests" / "csrc" / "cuda_host"
 # No contraction of multiplications and additions: it would differ from one kernel to the next, and from nvcc's. No SLP,
 # which in GCC 12 drops a rounding to float that csrc/gradient.h depends on.
 FLAGS = (

@@ -15,7 +15,7 @@ import cmdp_fast as ops  # the library as a user calls it: the native kernels wh
 from cmdp_fast import objective
 from cmdp_fast.reference import BudgetTrace, token_cost
 
-VECTORS = Path(__file__).parent / "vectors"
+VECTORS = Path(__file__).parents[1] / "vectors"
 
 
 def vectors(name: str) -> dict[str, Any]:
