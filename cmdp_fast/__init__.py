@@ -23,6 +23,7 @@ and ``N`` for packed tokens. The teacher never gets a gradient.
 
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.heads import Head, head_of, last_hidden_state
+from cmdp_fast.ops import operator
 from cmdp_fast.ops.backends import available_backends
 from cmdp_fast.ops.budget import budget_trace, modified_reward
 from cmdp_fast.ops.constrained import constrained_reward
@@ -33,6 +34,8 @@ from cmdp_fast.ops.linear_constrained import linear_constrained_reward
 from cmdp_fast.ops.token_state import TokenState
 from cmdp_fast.ops.token_stats import dropped_teacher_mass, token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
+
+operator.seal()
 
 __version__ = "0.1.0"
 

@@ -22,6 +22,7 @@ which others may be nested, and read by name; the schema that torch sees is made
 from __future__ import annotations
 
 import functools
+import hashlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -101,6 +102,19 @@ def _record(kind: Any) -> _Record:
     return _Record(kind, inner, sum(1 if record is None else record.size for record in inner))
 
 
+# Every operator declared so far, and a hash of them all, which every call passes along: torch.compile keeps compiled
+# graphs on disk and knows them by the calls of the forward pass. Were it not for the hash, a graph that an earlier
+# version of this package left there would go on calling a backward operator whose arguments have changed since.
+_declared: list[str] = []
+REVISION = ""
+
+
+def seal() -> None:
+    """Computes the hash; called once all operators of the package have been declared."""
+    global REVISION
+    REVISION = hashlib.sha256("\n".join(sorted(_declared)).encode()).hexdigest()[:12]
+
+
 class Backward(Generic[Kept]):
     """What a backward pass is told."""
 
@@ -108,7 +122,7 @@ class Backward(Generic[Kept]):
         self.context = context  # survives from one backward pass through the same call to the next
         self.upstream = upstream
         """The gradients that arrive, in the order of ``of``; None for one that does not count. Not all are None."""
-        self.needed = {name for name, needs in zip(names, context.needs_input_grad, strict=True) if needs}
+        self.needed = {name for name, needs in zip(names, context.needs_input_grad, strict=False) if needs}
         """The names of the arguments that need a gradient. Not empty."""
 
     @property
@@ -140,11 +154,12 @@ class Operator(Generic[Given, Made]):
             f"cmdp_fast::{name}",
             self._run,
             mutates_args=(mutates,) if mutates else (),
-            schema=f"({declared}) -> {'()' if returned == 'None' else returned}",
+            schema=f"({declared}, str revision='') -> {'()' if returned == 'None' else returned}",
         )
+        _declared.append(f"{name}({declared})")
 
     def __call__(self, given: Given) -> Made:
-        return self._named(self.registered(*flatten(given)))
+        return self._named(self.registered(*flatten(given), REVISION))
 
     def _named(self, outcome: Any) -> Made:
         return cast(Made, outcome if self.makes is None else self.makes.rebuild(outcome))
@@ -191,7 +206,7 @@ class Operator(Generic[Given, Made]):
                 given = Backward[Kept](ctx, self.names, arrived)
                 counts = given.needed and any(g is not None for g in arrived)
                 gradients = function(given) if counts else {}
-                return tuple(gradients.get(name) for name in self.names)
+                return (*(gradients.get(name) for name in self.names), None)  # none for the revision
 
             self.registered.register_autograd(back, setup_context=remember)
 

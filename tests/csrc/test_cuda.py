@@ -298,7 +298,7 @@ def test_the_choice_is_no_break_in_a_compiled_graph(monkeypatch):
     chosen = []
 
     def record(graph, inputs):
-        chosen.extend(node.args[-1] for node in graph.graph.nodes if "constrained_pass" in str(node.target))
+        chosen.extend(node.args[-2] for node in graph.graph.nodes if "constrained_pass" in str(node.target))
         return graph.forward
 
     @torch.compile(fullgraph=True, backend=record)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmdp_fast.ops.operator import Backward, flatten, leaves, operator
+import cmdp_fast as cf
+from cmdp_fast.ops.operator import REVISION, Backward, flatten, leaves, operator
 
 
 class Factors(NamedTuple):
@@ -72,7 +73,8 @@ def test_the_schema_names_every_argument_by_the_fields_that_lead_to_it():
     assert [leaf.name for leaf in leaves(Given)] == ["of_left", "of_right", "power", "shift"]
     schema = str(torch.ops.cmdp_fast.test_product.default._schema)
     assert schema == (
-        "cmdp_fast::test_product(Tensor of_left, Tensor? of_right, float power, SymInt shift) -> (Tensor, Tensor)"
+        'cmdp_fast::test_product(Tensor of_left, Tensor? of_right, float power, SymInt shift, str revision="")'
+        " -> (Tensor, Tensor)"
     )
     assert "(Tensor(a!) of_left" in str(torch.ops.cmdp_fast.test_double_.default._schema)
     assert flatten(Given(Factors("l", "r"), 2.0, 1)) == ["l", "r", 2.0, 1]
@@ -120,3 +122,16 @@ def test_what_the_backward_pass_kept_must_not_have_been_overwritten():
     double_(Given(Factors(left.detach(), None), 1.0, 0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         made.product.sum().backward()
+
+
+def test_a_graph_names_the_operators_it_was_made_for():
+    """So that what torch.compile has left on disk is not taken for calls of operators that have changed since."""
+    seen = []
+
+    def record(graph, inputs):
+        seen.extend(node.args[-1] for node in graph.graph.nodes if "token_stats" in str(node.target))
+        return graph.forward
+
+    x, tokens = torch.randn(2, 5), torch.zeros(2, dtype=torch.long)
+    torch.compile(lambda x: cf.token_stats(x, x, tokens, backend="cpu").entropy, fullgraph=True, backend=record)(x)
+    assert seen == [REVISION] and len(REVISION) == 12
