@@ -34,7 +34,7 @@ from cmdp_fast.ops.token_state import TokenState
 from cmdp_fast.ops.token_stats import dropped_teacher_mass, token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # of the wheel, too: pyproject.toml reads it here
 
 __all__ = [
     "BudgetTrace",

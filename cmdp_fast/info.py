@@ -8,6 +8,7 @@ import platform
 
 import torch
 
+from cmdp_fast import __version__
 from cmdp_fast.cpu import CURE, native
 from cmdp_fast.ops.backends import available_backends
 
@@ -15,6 +16,8 @@ _PACKAGES = ("cmdp_fast", "torch", "triton", "transformers", "datasets", "accele
 
 
 def _version(package: str) -> str:
+    if package == "cmdp_fast":
+        return __version__  # of the modules that run; a checkout may have no metadata, or those of an earlier build
     if package == "torch":
         return torch.__version__  # names the build, +cu130 for instance, which metadata may leave out
     try:
