@@ -93,7 +93,7 @@ def upward(imports: Imports, floors: Floors) -> list[str]:
 
 def cycles(imports: Imports) -> list[str]:
     """The ways on which a module imports itself. Each is cut where it was found, and the next one is sought."""
-    left, found = {module: set(targets) for module, targets in imports.items()}, []
+    left, found = {module: set(targets) for module, targets in imports.items()}, list[str]()
     while True:
         try:
             graphlib.TopologicalSorter(left).prepare()
