@@ -147,7 +147,7 @@ class CMakeBuild(build_ext):
 
 
 # As `depends` these travel in the sdist; how to compile the sources, CMake alone knows.
-travels = ("csrc", "tests", "benchmarks")
+travels = (".github", "csrc", "tests", "benchmarks")
 files = [path for folder in travels for path in (here / folder).rglob("*") if path.is_file()] + [
     here / "constraints.txt"
 ]

@@ -3,12 +3,12 @@
 import pytest
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("pytest-benchmark is missing; it comes with the extra: pip install 'cmdp_fast[bench]'")
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cmdp_fast")
     group.addoption("--ops", default="", help="operations, comma-separated (default: all)")
     group.addoption("--shapes", default="", help="shapes, comma-separated (default: each operation's own)")

@@ -37,7 +37,7 @@ from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
 
 operator.seal()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # of the wheel, too: pyproject.toml reads it here
 
 __all__ = [
     "BudgetTrace",

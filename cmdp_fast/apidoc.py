@@ -2,9 +2,9 @@
 
     python -m cmdp_fast.apidoc build/api
 
-The package's own page has what `import cmdp_fast as cf` offers; the others are those of `MODULES`. A module of
-`cmdp_fast.integrations` whose package is not installed is left out, and a line says so; pdoc's warnings are errors.
-Formulas are set in the browser, by MathJax, which the pages load from the network.
+The page of the package documents `import cmdp_fast as cf`. The other pages are those of `MODULES`. A module of
+`cmdp_fast.integrations` is left out where the package that it needs is not installed, and a line says so. pdoc's
+warnings are errors. MathJax, which the pages load from the network, sets the formulas in the browser.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def build(folder: Path) -> dict[str, str]:
     import pdoc.render
 
     left_out: dict[str, str] = {}
-    # Imported before pdoc does it: what other packages warn of as they are imported is not ours.
+    # Imported before pdoc imports them: other packages may warn as they are imported, and ours is not to blame.
     names = [name for root in MODULES for name in _importable(root, left_out)]
     pdoc.render.configure(docformat="google", math=True, show_source=False)
     with warnings.catch_warnings():
@@ -60,9 +60,9 @@ def build(folder: Path) -> dict[str, str]:
 
 
 def _resolve_constructors(module: pdoc.doc.Module) -> None:
-    """Gives constructors that were written by NamedTuple or dataclass their types, which pdoc looks for in one module.
+    """Gives the constructors of NamedTuples and dataclasses their types, which pdoc looks for in one module only.
 
-    Annotations are names; an inherited field's belong to the module of the base class.
+    Annotations are names. Those of an inherited field belong to the module of the base class.
     """
     for found in module.classes:
         named_tuple = hasattr(found.obj, "_fields")
@@ -73,12 +73,12 @@ def _resolve_constructors(module: pdoc.doc.Module) -> None:
 
 
 def _importable(root: str, left_out: dict[str, str]) -> Iterator[str]:
-    """The names of a module and of all below it that no `__all__` hides; all of them are imported."""
+    """Imports a module and all modules below it that no `__all__` hides, and yields their names."""
     try:
         module = importlib.import_module(root)
         public = getattr(module, "__all__", None)
         for name in public or ():
-            # Some are imported at their first use; pdoc finds those that the module has already.
+            # Some names are imported at their first use. pdoc finds only those that the module has already.
             setattr(module, name, getattr(module, name))
     except ImportError as error:
         if not root.startswith(OPTIONAL):
@@ -92,7 +92,7 @@ def _importable(root: str, left_out: dict[str, str]) -> Iterator[str]:
 
 
 def _without_dead_links(html: str) -> str:
-    """A page without links to what it lacks: pdoc makes some to inherited members, which it does not show."""
+    """A page without dead links: pdoc links to inherited members, which it does not show."""
     ids = set(re.findall(r'id="([^"]+)"', html))
     return re.sub(r'<a href="#([\w.]+)">(.*?)</a>', lambda link: link[0] if link[1] in ids else link[2], html)
 
@@ -103,7 +103,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes what is asked for; returns the exit code."""
+    """Writes the pages; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m cmdp_fast.apidoc", description="The API reference as HTML.")
     parser.add_argument("folder", type=Path, help="where to write the pages")
     folder = parser.parse_args(arguments).folder

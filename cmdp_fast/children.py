@@ -1,4 +1,4 @@
-"""Processes that run this very package, wherever one stands."""
+"""Commands for processes that run this very package, whatever the working directory is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def command(module: str, *arguments: str) -> list[str]:
     start = (
         "import runpy, sys; "
         f"sys.path[:] = [{ROOT!r}, *filter(None, sys.path)]; "
-        "import cmdp_fast; del sys.path[0]; "  # found for good; nothing else beside it may be found
+        "import cmdp_fast; del sys.path[0]; "  # stays imported; nothing else in its folder may be found
         f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
     return [sys.executable, "-c", start, *arguments]

@@ -1,4 +1,4 @@
-"""What runs here and why: the text of `cmdp-fast info`."""
+"""The text of `cmdp-fast info`: versions, processor, kernel variant, threads, and which backends work here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 
 import torch
 
+from cmdp_fast import __version__
 from cmdp_fast.cpu import CURE, native
 from cmdp_fast.ops.backends import available_backends
 
@@ -15,6 +16,8 @@ _PACKAGES = ("cmdp_fast", "torch", "triton", "transformers", "datasets", "accele
 
 
 def _version(package: str) -> str:
+    if package == "cmdp_fast":
+        return __version__  # of the source that runs: a checkout may have no metadata, or old ones
     if package == "torch":
         return torch.__version__  # names the build, +cu130 for instance, which metadata may leave out
     try:

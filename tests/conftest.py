@@ -1,5 +1,9 @@
+"""Backends as a fixture, and which cases of the shared suite a backend has nothing to run for."""
+
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hosted  # first: it may bring the CUDA kernels
 import pytest
@@ -22,11 +26,11 @@ if INTERPRETED:
     interpreter.round_once()
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # On the GPU backends float64 logits are an error that names the torch backend (test_float64_is_left_to_pytorch), so
     # the float64 cases of the shared suite have nothing to run there; a scan takes float64 (mark `scan`). Likewise
     # operations without a CUDA kernel (test_only_some_operations_have_a_cuda_kernel): marks `mixture` and `tiles`.
@@ -48,13 +52,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
-def poison():
+def poison() -> Iterator[None]:
     with poisoned_memory():
         yield
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request, poison):
+def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
     """A backend by name. Where it needs a GPU, the test makes its tensors there."""
     on_gpu = (request.param == "triton" and not INTERPRETED) or (request.param == "cuda" and not hosted.HOSTED)
     torch.set_default_device("cuda" if on_gpu else None)
@@ -63,14 +67,14 @@ def backend(request, poison):
 
 
 @pytest.fixture(scope="session")
-def vectors():
+def vectors() -> dict[str, Any]:
     """The numbers of tests/vectors, by file name."""
     folder = Path(__file__).parent / "vectors"
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 @pytest.fixture
-def threads():
+def threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of threads for one test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads

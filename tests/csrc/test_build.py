@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import cmdp_fast
 from cmdp_fast import native_module
 from cmdp_fast.cpu import native
 
@@ -202,6 +203,15 @@ def test_the_module_knows_its_sources():
         pytest.skip("needs the native module, in a checkout")
     assert re.fullmatch("[0-9a-f]{64}", native.SOURCES)
     assert native_module.fingerprint(ROOT / "csrc") == native.SOURCES
+
+
+def test_the_version_has_one_source(tree):
+    """A build reads it where `import cmdp_fast` has it."""
+    face = tree / "cmdp_fast" / "__init__.py"
+    done = setup(tree, "--version")
+    assert done.stdout.split()[-1] == cmdp_fast.__version__
+    face.write_text(face.read_text().replace(f'"{cmdp_fast.__version__}"', '"8.7.6"'))
+    assert setup(tree, "--version").stdout.split()[-1] == "8.7.6"
 
 
 def test_kernels_that_were_asked_for_by_name_are_not_left_out(tree, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typing_extensions import Unpack
 
 pdoc = pytest.importorskip("pdoc")
 
@@ -106,9 +107,17 @@ def test_docstring(name):
             assert SHAPE.search(text) or name.startswith("cmdp_fast.reference."), "tensors without a shape"
         if "Args:" in text:
             arguments = text.partition("Args:")[2].partition("\n\n")[0]
-            for parameter in set(hints) - {"return"}:
+            for parameter in parameters(hints):
                 as_elsewhere = "Everything else:" in arguments
                 assert as_elsewhere or re.search(rf"\b{parameter}\b", arguments), f"nothing about {parameter}"
+
+
+def parameters(hints: dict[str, object]) -> set[str]:
+    """The names of a function's arguments; those of `**settings: Unpack[Settings]` are the keys of Settings."""
+    names = set()
+    for name, hint in hints.items():
+        names |= set(typing.get_args(hint)[0].__annotations__) if typing.get_origin(hint) is Unpack else {name}
+    return names - {"return"}
 
 
 def resolves(reference: str, doc: object) -> bool:

@@ -1,4 +1,4 @@
-"""Compiles CUDA sources for the host, with tests/cuda_host in the place of CUDA."""
+"""Compiles CUDA sources for the host, with tests/csrc/cuda_host in the place of CUDA."""
 
 from __future__ import annotations
 

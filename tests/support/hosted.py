@@ -1,7 +1,7 @@
 """CMDP_FAST_CUDA_HOST=1: the CUDA kernels, compiled for the host, are what `cmdp_fast._cuda` imports in this process.
 
-CPU tensors then go through the `cuda` backend's own Python code and the kernels' own source (tests/cuda_host). Imported
-before `cmdp_fast` is.
+CPU tensors then go through the `cuda` backend's own Python code and the kernels' own source (tests/csrc/cuda_host). A
+program imports this module before `cmdp_fast`.
 """
 
 import ctypes

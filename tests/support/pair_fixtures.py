@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_pair import PROBLEMS, tiny_model
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Models this small are slower on more, and metrics are bitwise reproducible for a given number only."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -19,7 +20,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory) -> dict[str, str]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("pair")
     problems = root / "problems.jsonl"
     problems.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
