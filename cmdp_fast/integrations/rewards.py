@@ -33,6 +33,7 @@ from torch import Tensor
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.judging.reward import JudgedReward
+from cmdp_fast.messages import as_message, text_of
 
 TRLReward = Callable[..., "Sequence[float | None]"]
 VerlScore = Callable[..., "float | Mapping[str, Any]"]
@@ -68,7 +69,7 @@ def from_verl(
         return [
             {
                 "data_source": row.pop("data_source", data_source),
-                "solution_str": _text(completion),
+                "solution_str": text_of(completion),
                 "ground_truth": _pop(row, label),
                 "extra_info": {"prompt": prompt, **row},
             }
@@ -129,7 +130,7 @@ def from_openrlhf(reward_func: OpenRLHFReward, *, label: str = "answer") -> TRLR
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError("OpenRLHF's reward functions take prompts that are texts, not lists of messages")
         labels = [_pop(row, label) for row in _rows(columns, len(completions))]
-        queries = [prompt + _text(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        queries = [prompt + text_of(completion) for prompt, completion in zip(prompts, completions, strict=True)]
         result = reward_func(queries, list(prompts), labels)
         rewards = torch.as_tensor(result["rewards"] if isinstance(result, Mapping) else result).flatten().tolist()
         if len(rewards) != len(queries):
@@ -177,7 +178,7 @@ def _check_plain(function: Callable[..., Any]) -> None:
 
 
 def _rows(columns: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
-    """The dataset's columns as a dict a completion, without what TRL passes beside them (token ids, state, loggers)."""
+    """The dataset's columns as a dict per completion, without the rest that TRL passes (token ids, state, loggers)."""
     named = {
         name: values
         for name, values in columns.items()
@@ -192,13 +193,8 @@ def _pop(row: dict[str, Any], label: str) -> Any:
     return row.pop(label)
 
 
-def _text(completion: Any) -> str:
-    """The text of a completion, which for a chat is a list of messages: what the last one says."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
 def _completion(text: str, conversational: bool) -> Any:
-    return [{"role": "assistant", "content": text}] if conversational else text
+    return as_message(text) if conversational else text
 
 
 def _after(prompt: str, query: str, special_tokens: Sequence[str]) -> str:
