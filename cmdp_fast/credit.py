@@ -1,8 +1,8 @@
-"""What each token of a completion is worth under a constraint: what the trainers share between reward and loss.
+"""The worth of each token of a completion under a constraint, which all trainers need between reward and loss.
 
-B completions of up to T tokens are padded to [B, T] with a boolean ``mask``; rewards and costs are in nats. Nothing here
-is differentiable. The formulas are those of `cmdp_fast.objective`; here are the completions of a prompt, in groups of
-any size and order, and the places where a completion ends.
+B completions of up to T tokens are padded to [B, T] with a boolean ``mask``; rewards and costs are in nats. Nothing
+here is differentiable. The formulas are those of `cmdp_fast.objective`. Here are the completions of a prompt, in groups
+of any size and order, and the places where a completion ends.
 
 A completion that is alone in its group is compared with nothing. At its positions it keeps the whole score (a baseline
 of 0, which is unbiased); its return as a whole is worth 0, as in TRL, where only an evaluation has such groups.

@@ -39,21 +39,21 @@ def budget_metrics(
     divergence: Divergences,
     *,
     mask: Tensor,
-    budget: float,
+    budget: float | Tensor,
     modified: Tensor | None = None,
     correct: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """`objective.constraint_metrics` of costs [B, T] and their account, and the following, all scalar tensors:
 
-    ``modified_reward``, the mean of the returns ``modified`` [B] where there are any; ``budget``; ``cumulative_kl``,
-    the mean of the exact divergence per completion; ``cumulative_k1`` and ``cumulative_k3``, the means of its estimates;
-    ``cumulative_kl_cvar``, the mean of the worst tenth of the exact one (`objective.cvar`).
+    ``modified_reward``, the mean of the returns ``modified`` [B] where there are any; ``budget``, a number or the mean
+    of [B]; ``cumulative_kl``, the mean of the exact divergence per completion; ``cumulative_k1`` and ``cumulative_k3``,
+    the means of its estimates; ``cumulative_kl_cvar``, the mean of the worst tenth of the exact one.
     """
     metrics = objective.constraint_metrics(cost, trace, mask=mask, correct=correct)
     if modified is not None:
         metrics["modified_reward"] = modified.mean()
     return metrics | {
-        "budget": torch.tensor(budget),
+        "budget": torch.as_tensor(budget, dtype=torch.float32).mean(),
         "cumulative_kl": divergence.kl.mean(),
         "cumulative_k1": divergence.k1.mean(),
         "cumulative_k3": divergence.k3.mean(),

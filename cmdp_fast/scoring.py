@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cmdp_fast import rows
+from cmdp_fast import batches
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
 from cmdp_fast.heads import Head, head_of, last_hidden_state
@@ -31,7 +31,7 @@ Outputs = tuple[Tensor, Tensor]  # of both
 
 
 class Completions(Protocol):
-    """The part of a batch that the models read: prompts padded on the left, [B, P], completions on the right, [B, T]."""
+    """The part of a batch that the models read: prompts [B, P] with padding in front, completions [B, T]."""
 
     prompt_ids: Tensor
     prompt_mask: Tensor
@@ -206,7 +206,7 @@ def score(
         if count * teacher[0].numel() * teacher.element_size() <= cache_bytes:
             kept = teacher.new_empty(count, *teacher.shape[1:]) if kept is None else kept
             kept[part] = teacher
-    return Account(*rows.joined(settled), kept)
+    return Account(*batches.joined(settled), kept)
 
 
 # --------------------------------------------------------------------------------------------------------------

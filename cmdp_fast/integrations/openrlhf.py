@@ -12,11 +12,11 @@ to be set in the process that builds the trainer, which is a Ray actor: put the 
 your trainer actor, or name a function with them as Ray's ``worker_process_setup_hook``. Reward functions need no hook:
 `cmdp_fast.integrations.rewards.to_openrlhf` makes one for ``--reward.remote_url``.
 
-OpenRLHF samples with vLLM, trains with DeepSpeed, and scores with a reference model, which is the
-teacher here. It sends back the teacher's log-probability of each sampled token and nothing else, so the costs are
-``k1``, the log-ratio of the sampled token (its sum is log pi/q of the completion, its expectation the exact reverse
-KL), or, with a function for ``cost_of``, one of your own that your experience carries. These depend on the action: there is no
-direct term and the advantage is the whole method.
+OpenRLHF samples with vLLM, trains with DeepSpeed, and scores with a reference model, which is the teacher here. It
+sends back the teacher's log-probability of each sampled token and nothing else. So the cost is ``k1``, the log-ratio of
+the sampled token (its sum is log pi/q of the completion, its expectation the exact reverse KL), or, with a function for
+``cost_of``, another that your experience carries. Such costs depend on the action: there is no direct term and the
+advantage is the whole method.
 
 Mind: release 0.11.2 loads the reference model from ``--actor.model_name_or_path``. For a teacher that is another
 model, change that argument of ``ref_model.async_init_model_from_pretrained`` in your copy of ``cli/train_ppo_ray.py``.
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmdp_fast import credit, rows
+from cmdp_fast import batches, credit
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.constraint import check_supported
@@ -110,8 +110,8 @@ def constrain(
         raise InputError(
             f"cost={constraint.cost!r} has a direct term, which OpenRLHF's loss has no place for; use 'k1'"
         )
-    mask, cost = rows.joined([(e.action_mask.bool(), cost_of(e).float()) for e in experiences])
-    rewards = rows.joined([e.rewards for e in experiences]).float()
+    mask, cost = batches.joined([(e.action_mask.bool(), cost_of(e).float()) for e in experiences])
+    rewards = batches.joined([e.rewards for e in experiences]).float()
     if clip_range:
         rewards = rewards.clamp(*clip_range)
     groups = [place // samples_per_prompt for place in chain.from_iterable(e.index for e in experiences)]

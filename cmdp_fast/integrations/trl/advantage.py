@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from cmdp_fast import objective, rows
+from cmdp_fast import batches, objective
 from cmdp_fast.credit import sequence_advantage
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def position_advantages(score: Tensor, mask: Tensor, group_size: int, accelerato
     """
     if group_size == 1:
         return torch.zeros_like(score)
-    everyones, everywhere = rows.gathered((score, mask), accelerator)
+    everyones, everywhere = batches.gathered((score, mask), accelerator)
     compared = objective.position_rloo(everyones, group_size, everywhere)
-    return compared[rows.of_this_process(len(mask), accelerator), : mask.shape[1]]
+    return compared[batches.of_this_process(len(mask), accelerator), : mask.shape[1]]
 
 
 def sequence_advantages(
@@ -47,6 +47,6 @@ def sequence_advantages(
     scale_rewards: Literal["group", "batch", "none"] = "none",
 ) -> tuple[Tensor, Tensor]:
     """`credit.sequence_advantage` of this process's returns [B]: (advantage [B, T], scale [B, 1])."""
-    advantage, scale = sequence_advantage(rows.gathered(returns, accelerator), group_size, baseline, scale_rewards)
-    mine = rows.of_this_process(len(mask), accelerator)
+    advantage, scale = sequence_advantage(batches.gathered(returns, accelerator), group_size, baseline, scale_rewards)
+    mine = batches.of_this_process(len(mask), accelerator)
     return torch.where(mask, advantage[mine, None], 0.0), scale[mine, None]

@@ -14,10 +14,9 @@ from typing import Any, ClassVar, Literal
 from trl import DistillationConfig, GRPOConfig
 
 from cmdp_fast import checks
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError, first_line
-from cmdp_fast.ops.linear_constrained import FROM_STATISTICS
-from cmdp_fast.ops.terms import check_terms
-from cmdp_fast.reference import DIFFERENTIABLE_COSTS
+from cmdp_fast.ops.cost import FROM_STATISTICS
 
 
 @dataclass
@@ -113,9 +112,9 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     baseline: Literal["grpo", "position_rloo"] = field(
         default="grpo",
         metadata={
-            "help": "The comparison that a token's advantage comes from: `grpo`, its completion's return with the group's mean, one number "
-            "per completion; `position_rloo`, the return still to come with that of the group's other completions "
-            "at the same position, a number per token, unscaled."
+            "help": "The comparison that a token's advantage comes from. `grpo`: its completion's return with the "
+            "group's mean, one number per completion. `position_rloo`: the return still to come with that of the "
+            "group's other completions at the same position, a number per token, unscaled."
         },
     )
 

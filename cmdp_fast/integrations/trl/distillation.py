@@ -15,7 +15,7 @@ from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 import cmdp_fast as cf
-from cmdp_fast import credit, objective, rows
+from cmdp_fast import batches, credit, objective
 from cmdp_fast.errors import InputError
 from cmdp_fast.messages import as_completion
 from cmdp_fast.scoring import Models, Outputs
@@ -41,7 +41,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
     Args:
         teacher_model: hub id, folder or model; instead of `args.teacher_model_name_or_path`.
         reward_funcs: functions, one or several, as GRPO's: they are given prompts, completions, completion_ids, the
-            dataset's other columns and trainer_state, and return a number or None a completion. Several are added up.
+            dataset's other columns and trainer_state, and return a number or None per completion. Several are added up.
 
     Metrics: `metrics.constraint_metrics`, and with rewards ``reward``, ``reward_std`` and ``rewards/NAME/mean``.
 
@@ -104,7 +104,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         mask = trained_tokens(batch)
         group_size = args.num_generations if training else 1
         everyones = self._task_rewards(inputs, batch, group_size)
-        reward = credit.at_last_token(everyones[rows.of_this_process(len(mask), self.accelerator)], mask)
+        reward = credit.at_last_token(everyones[batches.of_this_process(len(mask), self.accelerator)], mask)
         if args.constraint is not None:
             account = self.scoring.account(
                 self.model,
@@ -154,7 +154,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
                     )
             numbers = [[math.nan if value is None else float(value) for value in row] for row in named.values()]
             rewards = torch.tensor(numbers, device=self.accelerator.device).T
-        rewards = rows.gathered(rewards, self.accelerator)
+        rewards = batches.gathered(rewards, self.accelerator)
         task = task_rewards(rewards, torch.ones(rewards.shape[1]), group_size)
         if self.reward_functions:
             metrics = self._metrics["train" if self.model.training else "eval"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 import cmdp_fast as cf
-from cmdp_fast import credit, objective, rows
+from cmdp_fast import batches, credit, objective
 from cmdp_fast.errors import InputError
 from cmdp_fast.scoring import Account, Models, Outputs
 
@@ -89,7 +89,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         mask = trained_tokens(batch)
         everyones = task_rewards(self._rewards, self.reward_weights, group_size)
-        task = everyones[rows.of_this_process(len(mask), self.accelerator)]
+        task = everyones[batches.of_this_process(len(mask), self.accelerator)]
         task_reward = credit.at_last_token(task, mask)
 
         def settle(models: Models, outputs: Outputs, tokens: Tensor, part: slice) -> cf.ConstrainedReward:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 import cmdp_fast as cf
-from cmdp_fast import rows
+from cmdp_fast import batches
 from cmdp_fast.metrics import OF_A_BUDGET, as_numbers, budget_metrics, divergences
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def constraint_metrics(
     if trace is None:
         trace = cf.budget_trace(cost.detach(), math.inf, mask=mask)
     here = (cost.detach(), trace, divergences(stats, mask), mask, None if reward is None else reward.detach().sum(1))
-    cost, trace, divergence, everywhere, modified = rows.gathered(here, accelerator)
+    cost, trace, divergence, everywhere, modified = batches.gathered(here, accelerator)
     limit = math.inf if budget is None else budget
     found = budget_metrics(cost, trace, divergence, mask=everywhere, budget=limit, modified=modified)
     left_out = OF_A_BUDGET if budget is None else () if math.isfinite(budget) else ("budget",)

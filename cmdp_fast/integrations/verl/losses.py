@@ -88,8 +88,8 @@ def compute_cmdp_direct_term(
 ) -> tuple[Tensor, dict[str, float]]:
     """k_t c_t for each token [B, T], c the forward KL to the teacher's k tokens with a bucket for the rest.
 
-    k is `objective.direct_coefficient` of the budget that completions spend under the policy that is trained, so a whole
-    completion has to be in the micro-batch, as it is in verl. Differentiable through c. Metrics are means of the
+    k is `objective.direct_coefficient` of the budget that completions spend under the policy that is trained. So a
+    whole completion has to be in the micro-batch, as it is in verl. Differentiable through c. Metrics are means of the
     micro-batch: ``distillation/cmdp_cost`` per token and ``distillation/cmdp_spent`` per completion, in nats,
     ``distillation/teacher_mass`` of the k tokens. Raises InputError for a mass without a gradient (Megatron's).
     """

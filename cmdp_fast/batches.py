@@ -1,7 +1,7 @@
-"""Tensors with a row per completion, ``[B]`` or ``[B, T]``: those of several batches, or of several processes, as one.
+"""Batches of completions, from several batches or from several processes, as one.
 
-A value is such a tensor, a dict or tuple of values, or None, which stays None. Rows of ``[B, T]`` that are too short get
-zeros (False) at their end.
+A batch is a tensor with a row per completion, ``[B]`` or ``[B, T]``, a dict or tuple of such batches, or None, which
+stays None. Rows of ``[B, T]`` that are too short get zeros (False) at their end.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:  # which comes with the trainers, and not with the operations
 V = TypeVar("V")
 
 
-def united(values: Sequence[V], unite: Callable[[Sequence[Tensor]], Tensor]) -> V:
-    """One value from several of one structure; ``unite`` is called for each tensor, with those of all values.
+def united(parts: Sequence[V], unite: Callable[[Sequence[Tensor]], Tensor]) -> V:
+    """One batch from several of one structure; ``unite`` is called for each tensor, with those of all batches.
 
     The order of the calls is that of the structure: processes that gather one tensor after the other agree on it.
     """
-    first: Any = values[0]
-    several: Sequence[Any] = values
+    first: Any = parts[0]
+    several: Sequence[Any] = parts
     if isinstance(first, Tensor):
         one: Any = unite(several)
     elif isinstance(first, dict):
-        one = {name: united([value[name] for value in several], unite) for name in first}
+        one = {name: united([part[name] for part in several], unite) for name in first}
     elif isinstance(first, tuple):
-        parts = [united(column, unite) for column in zip(*several, strict=True)]
-        one = type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+        fields = [united(column, unite) for column in zip(*several, strict=True)]
+        one = type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)
     elif first is None:
         one = None
     else:
@@ -52,14 +52,14 @@ def _concatenated(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.nn.functional.pad(part, (*behind, 0, width - part.shape[1])) for part in parts])
 
 
-def gathered(value: V, accelerator: Accelerator) -> V:
+def gathered(batch: V, accelerator: Accelerator) -> V:
     """The rows of all processes, the same on each; padded to the longest row.
 
     Every process must call it, with as many rows.
     """
     if accelerator.num_processes == 1:
-        return value
-    return united([value], lambda tensors: _of_all_processes(tensors[0], accelerator))
+        return batch
+    return united([batch], lambda tensors: _of_all_processes(tensors[0], accelerator))
 
 
 def _of_all_processes(rows: Tensor, accelerator: Accelerator) -> Tensor:
