@@ -56,9 +56,9 @@ def advantage_hook(
     """A method ``compute_advantages_and_returns(self, experiences)`` for OpenRLHF's ``RemoteExperienceMaker``.
 
     ``cost_of`` gives the token costs [B, A] of an experience, in nats. The hook applies OpenRLHF's length penalties and
-    reward clip as its own method does, and leaves the algorithm's KL coefficient out: that cost is what the budget is
-    for. Raises InputError for a constraint that OpenRLHF cannot hold (`check_supported`), PackageError without OpenRLHF
-    0.11 and, when called, InputError for arguments under which ``experience.kl`` is not the log-ratio.
+    reward clip as its own method does, and leaves the algorithm's KL coefficient out: the budget is for that cost.
+    Raises InputError for a constraint that OpenRLHF cannot hold (`check_supported`), PackageError without OpenRLHF 0.11
+    and, when called, InputError for arguments under which ``experience.kl`` is not the log-ratio.
     """
     check_supported(constraint)
     require("openrlhf", at_least="0.11.2", below="0.12", install=INSTALL)
@@ -98,7 +98,7 @@ def constrain(
     """Puts advantages and returns of the modified reward into experiences, and the spent budget into their ``info``.
 
     An experience holds B completions: ``index`` (places in the rollout batch, where the completions of a prompt are
-    neighbours), ``rewards`` [B], ``action_mask`` [B, A] and what ``cost_of`` reads. Sets ``advantages`` and
+    neighbours), ``rewards`` [B], ``action_mask`` [B, A] and the fields that ``cost_of`` reads. Sets ``advantages`` and
     ``returns`` [B, A], ``info["return"]``, ``info["cmdp/cumulative"]`` (nats) and ``info["cmdp/feasible"]`` [B], and
     clears ``kl`` as OpenRLHF does. The baseline is that of `credit.less_others`: the sums of other
     completions of the prompt from the same position on, without a division by a deviation. A completion without an

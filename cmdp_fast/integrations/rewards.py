@@ -15,10 +15,10 @@ others of it, and `to_openrlhf(from_verl(compute_score))` goes from one to the o
 ``cmdp-fast train --rewards gsm8k.py:reward`` scores as verl does. The right answer is TRL's column ``answer``, verl's
 ``ground_truth`` and OpenRLHF's label; ``label`` names another column. Nothing here imports any of the three packages.
 
-An opinion that is None (TRL) becomes 0 where a number is needed, which is what such a completion earns in TRL too.
+An opinion that is None (TRL) becomes 0 where a number is needed; such a completion earns 0 in TRL too.
 
 A completion is hostile input. A function of yours runs where it is called; verl's own, some of which evaluate or run
-what a completion says (``prime_math``, ``prime_code``), are asked in isolated processes, see `from_verl`.
+the text of a completion (``prime_math``, ``prime_code``), are asked in isolated processes, see `from_verl`.
 """
 
 from __future__ import annotations
@@ -150,10 +150,10 @@ def to_openrlhf(
     """OpenRLHF's ``reward_func`` that asks a reward with TRL's signature; the file in ``--reward.remote_url`` has to
     call it ``reward_func``.
 
-    The completion is what follows the prompt in the query, without the ``special_tokens`` (OpenRLHF decodes with them:
-    name the end of sequence). The labels become the column ``label``. ``rewards`` is a float32 tensor [B], ``scores``
-    the same between 0 and 1 for its dynamic filter, ``extra_logs`` the reward under the function's name. Raises
-    InputError if the function is a coroutine or a query does not contain its prompt.
+    The completion is the text after the prompt in the query, without the ``special_tokens`` (OpenRLHF decodes with
+    them: name the end of sequence). The labels become the column ``label``. ``rewards`` is a float32 tensor [B],
+    ``scores`` the same between 0 and 1 for its dynamic filter, ``extra_logs`` the reward under the function's name.
+    Raises InputError if the function is a coroutine or a query does not contain its prompt.
     """
     _check_plain(reward)
     name = getattr(reward, "__name__", type(reward).__name__)

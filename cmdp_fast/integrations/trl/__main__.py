@@ -76,7 +76,7 @@ def _trainer(command: str, words: list[str]) -> Any:
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except (ValueError, OSError, KeyError) as error:  # of TRL, transformers and datasets, about what they were given
+    except (ValueError, OSError, KeyError) as error:  # of TRL, transformers and datasets, about their arguments
         raise InputError(first_line(error)) from error
 
 

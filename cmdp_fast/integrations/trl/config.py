@@ -72,14 +72,14 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     defaults of GRPO are left as they are, of which three matter here:
 
     ``scale_rewards="group"`` divides advantages by the standard deviation of their group, and the direct term by the
-    same number. In a group of equal returns that is 1e-4, so the direct term is multiplied by 10,000, and where
-    returns take two values the penalty's size is forgotten. ``"none"`` keeps what `penalty` and `discrepancy_weight`
-    mean, and a finite budget without it warns. ``loss_type``: the objective is a sum over a completion's tokens, so the
+    same number. In a group of equal returns that is 1e-4, so the direct term is multiplied by 10,000, and where returns
+    take two values the penalty's size is forgotten. ``"none"`` keeps the meaning of `penalty` and `discrepancy_weight`,
+    and a finite budget without it warns. ``loss_type``: the objective is a sum over a completion's tokens, so the
     losses that divide every token by the same number keep to it: `dapo` (the default) and `dr_grpo`; `grpo` weighs a
     token by the length of its completion.
     ``beta`` is TRL's penalty towards the student's own beginning, and has nothing to do with the teacher.
 
-    Raises InputError, in one line, for values that cannot work; what TRL itself refuses is a ValueError.
+    Raises InputError, in one line, for values that cannot work; TRL's own refusals are a ValueError.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -181,7 +181,7 @@ class CMDPDistillationConfig(ConstraintOptions, DistillationConfig):
     With neither, the loss is TRL's. `beta` says which divergence is the loss and, with a budget, the cost: 0 is forward
     KL, 1 reverse KL, between them a Jensen-Shannon divergence.
 
-    Raises InputError, in one line, for values that cannot work; what TRL itself refuses is a ValueError.
+    Raises InputError, in one line, for values that cannot work; TRL's own refusals are a ValueError.
     """
 
     kind: Literal["cmdp", "hinge"] = field(

@@ -226,7 +226,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
 
 
 def _named_functions(given: Any) -> dict[str, Callable[..., Any]]:
-    """Reward functions by name. Raises InputError for what cannot be called for a list of numbers."""
+    """Reward functions by name. Raises InputError for a value that is no plain function."""
     functions = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     named: dict[str, Callable[..., Any]] = {}
     for function in functions:

@@ -26,7 +26,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
 
     A rollout is scored as TRL does it; then student and teacher read it, and `cf.linear_constrained_reward` gives
     costs, the budget's account and the modified reward. Advantages ``[B, T]`` are those of `cmdp_fast.objective`. Where
-    the cost has a gradient the loss gets the direct term, each token divided by what TRL divides its own terms by, and
+    the cost has a gradient the loss gets the direct term, each token divided as TRL divides its own terms, and
     the student's log-probabilities, entropies and costs come from one forward pass, `cf.linear_token_stats`, and one
     backward pass. Without a direct term the loss is TRL's, untouched.
 
@@ -80,7 +80,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         """TRL's batch with the advantages ``[B, T]`` of the modified reward. Where there is a direct term also
-        ``direct`` ``[B, T]``, its weights divided by what the advantages are divided by, and the teacher's hidden
+        ``direct`` ``[B, T]``, its weights divided as the advantages are, and the teacher's hidden
         states if they fit in the cache."""
         batch: Batch = super()._generate_and_score_completions(inputs)
         self.scoring.check_tokens(batch)

@@ -26,7 +26,7 @@ def constraint_metrics(
     reward: Tensor | None = None,
 ) -> dict[str, float]:
     """``cmdp/...`` by name, in nats (`metrics.budget_metrics`): of the account of the costs [B, T], and of the exact
-    divergence whatever the cost is.
+    divergence for any cost.
 
     ``trace`` and ``budget`` where there is a budget, ``reward`` [B, T] the modified reward where there is one. Every
     process must call this with as many completions. Without a budget the metrics of one are left out, and ``budget``

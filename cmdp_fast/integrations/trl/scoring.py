@@ -21,14 +21,14 @@ Batch = dict[str, Any]  # as TRL's `_generate_and_score_completions` returns it,
 
 
 class Scoring(FromHiddenStates):
-    """`FromHiddenStates` for TRL's batches, whose models see what TRL shows them: no position ids."""
+    """`FromHiddenStates` for TRL's batches, whose models see the inputs that TRL gives them: no position ids."""
 
     def __init__(self, trainer: Any, teacher: Any, vocab_size: int) -> None:
         super().__init__(vocab_size, trainer.temperature)
         self.accelerator: Accelerator = trainer.accelerator
         self.teacher = teacher
         self.cache_bytes = trainer.args.teacher_cache_mb * 2**20
-        # TRL's option to run the student's head in float32 whatever the layers below run in
+        # TRL's option to run the student's head in float32 above layers of any dtype
         self.float_head = bool(getattr(trainer.args, "cast_lm_head_to_fp32", False))
 
     def outputs(self, model: Any, batch: Any) -> Tensor:

@@ -40,7 +40,7 @@ def compute_policy_loss_cmdp(
 
     Unlike verl's `vanilla` it has no second clip for negative advantages (``clip_ratio_c``). ``loss_agg_mode`` is any
     that divides all tokens by one number. Raises InputError for another: weighing the tokens of a completion by its
-    length would make the sum over the trajectory, which is what the budget is for, a mean.
+    length would make a mean of the sum over the trajectory, which the budget is for.
     """
     mask = response_mask.bool()
     ratio_bound = (log_prob - old_log_prob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
