@@ -20,6 +20,7 @@ def constraint_from_settings(settings: Mapping[str, Any] | None, where: str) -> 
     `cf.Constraint`, at least ``budget`` (nats per completion) and ``cost``.
 
     Raises InputError for a key that is unknown or missing, for a value that is not allowed, and as `check_supported`.
+    Warns of ``saute`` with a cost that does not depend on the action.
     """
     if not settings or not {"budget", "cost"} <= set(settings):
         raise InputError(f"{where} has {sorted(settings or {})}, expected at least 'budget' and 'cost'")
@@ -30,9 +31,11 @@ def constraint_from_settings(settings: Mapping[str, Any] | None, where: str) -> 
     _check_kind(given.get("kind"))
     try:
         _check_cost(given["cost"])
-        return cf.Constraint(**given)
+        constraint = cf.Constraint(**given)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+    constraint.warn_of_a_penalty_without_gradient(stacklevel=2)
+    return constraint
 
 
 def check_supported(constraint: cf.Constraint) -> None:

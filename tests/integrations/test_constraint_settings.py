@@ -49,6 +49,11 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any] | None, 
         constraint_from_settings(settings, "here")
 
 
+def test_a_penalty_without_a_gradient_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="kind='saute' with cost='forward_kl'"):
+        constraint_from_settings({"budget": 2.0, "cost": "forward_kl", "kind": "saute"}, "here")
+
+
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [

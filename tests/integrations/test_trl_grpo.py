@@ -264,6 +264,11 @@ def test_a_divisor_that_may_be_next_to_nothing_is_warned_of(tmp_path):
         CMDPGRPOConfig(str(tmp_path), budget=math.inf, **settings)
 
 
+def test_a_penalty_without_a_gradient_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="kind='saute' with cost='reverse_kl'"):
+        CMDPGRPOConfig(str(tmp_path), budget=2.0, kind="saute", scale_rewards="none", use_cpu=True, bf16=False)
+
+
 def test_metrics_beside_trls(pair, tmp_path):
     trainer = grpo(
         pair, tmp_path, gradient_accumulation_steps=2, eval_strategy="no", trainer={"eval_dataset": prompts()}

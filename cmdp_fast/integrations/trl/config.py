@@ -145,6 +145,7 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             f"{self.multi_objective_aggregation!r}",
         )
         super().__post_init__()
+        self.constraint.warn_of_a_penalty_without_gradient(stacklevel=3)
         if self.has_direct_term and self.scale_rewards == "group" and self.budget != math.inf:
             warnings.warn(
                 "scale_rewards='group' divides the direct term by a group's standard deviation, by 1e-4 where returns "
