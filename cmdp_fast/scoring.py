@@ -30,7 +30,7 @@ Models = tuple[Any, Any]  # student (or the policy in its place) and teacher
 Outputs = tuple[Tensor, Tensor]  # of both
 
 
-class Completions(Protocol):
+class TokenBatch(Protocol):
     """The part of a batch that the models read: prompts [B, P] with padding in front, completions [B, T]."""
 
     prompt_ids: Tensor
@@ -46,7 +46,7 @@ class FromLogits:
     vocab_size: int  # columns that count
     temperature: float
 
-    def outputs(self, model: Any, completions: Completions) -> Tensor:
+    def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
         return completion_logits(model, completions)
 
@@ -99,7 +99,7 @@ class FromHiddenStates:
     vocab_size: int
     temperature: float
 
-    def outputs(self, model: Any, completions: Completions) -> Tensor:
+    def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
         return completion_hidden(model, completions)
 
@@ -176,7 +176,7 @@ def make_scoring(logits: str, models: tuple[Any, ...], vocab_size: int, temperat
 # The loop over a batch
 
 
-class Account(NamedTuple):
+class ScoredBatch(NamedTuple):
     """Completions against their budget, tensors ``[B, T]``; the teacher's outputs ``[B, T, ...]`` if they were kept."""
 
     stats: TokenStats
@@ -191,7 +191,7 @@ def score(
     *,
     at_once: int,
     cache_bytes: int = 0,
-) -> Account:
+) -> ScoredBatch:
     """The account of ``count`` completions, scored ``at_once`` at a time.
 
     ``settle`` is given rows, reads them with both models, and returns their statistics, trace and modified reward, and
@@ -206,24 +206,24 @@ def score(
         if count * teacher[0].numel() * teacher.element_size() <= cache_bytes:
             kept = teacher.new_empty(count, *teacher.shape[1:]) if kept is None else kept
             kept[part] = teacher
-    return Account(*batches.joined(settled), kept)
+    return ScoredBatch(*batches.joined(settled), kept)
 
 
 # --------------------------------------------------------------------------------------------------------------
 # The reading of completions
 
 
-def completion_logits(model: Any, completions: Completions) -> Tensor:
+def completion_logits(model: Any, completions: TokenBatch) -> Tensor:
     """The logits [B, T, V] from which the completions' tokens were, or would be, drawn."""
     return _last(model(**_inputs(completions)).logits, completions)
 
 
-def completion_hidden(model: Any, completions: Completions) -> Tensor:
+def completion_hidden(model: Any, completions: TokenBatch) -> Tensor:
     """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`."""
     return _last(last_hidden_state(model, **_inputs(completions)), completions)
 
 
-def _inputs(completions: Completions) -> dict[str, Any]:
+def _inputs(completions: TokenBatch) -> dict[str, Any]:
     """The input of a model that is to predict the completions: all but their last token, which predicts nothing."""
     attention = torch.cat([completions.prompt_mask, completions.mask[:, :-1]], dim=1).long()
     return {
@@ -235,7 +235,7 @@ def _inputs(completions: Completions) -> dict[str, Any]:
     }
 
 
-def _last(outputs: Tensor, completions: Completions) -> Tensor:
+def _last(outputs: Tensor, completions: TokenBatch) -> Tensor:
     """The outputs that predict the completions' tokens.
 
     Only a model that knows no logits_to_keep needs the slice; taking it for nothing would copy the gradient.

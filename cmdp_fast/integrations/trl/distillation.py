@@ -23,7 +23,7 @@ from cmdp_fast.scoring import Models, Outputs
 from .advantage import sequence_advantages, task_rewards
 from .config import CMDPDistillationConfig
 from .metrics import constraint_metrics
-from .scoring import Batch, Scoring, trained_tokens
+from .scoring import Batch, TRLScoring, trained_tokens
 from .teacher import check_pair, load_teacher, prepare_teacher, suppress_unshared_columns
 
 
@@ -75,7 +75,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         width = check_pair(self.model, teacher, self._tokenizer)
         suppress_unshared_columns(self, width)
         self.teacher_model = prepare_teacher(teacher, self)
-        self.scoring = Scoring(self, self.teacher_model, width)
+        self.scoring = TRLScoring(self, self.teacher_model, width)
         self._seen: tuple[cf.TokenStats, Tensor, Tensor] | None = None  # with cost and mask, of the last loss
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:

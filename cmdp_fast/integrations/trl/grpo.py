@@ -12,12 +12,12 @@ from trl import GRPOTrainer
 import cmdp_fast as cf
 from cmdp_fast import batches, credit, objective
 from cmdp_fast.errors import InputError
-from cmdp_fast.scoring import Account, Models, Outputs
+from cmdp_fast.scoring import Models, Outputs, ScoredBatch
 
 from .advantage import position_advantages, sequence_advantages, task_rewards
 from .config import CMDPGRPOConfig
 from .metrics import constraint_metrics
-from .scoring import Batch, Scoring, trained_tokens
+from .scoring import Batch, TRLScoring, trained_tokens
 from .teacher import check_pair, load_teacher, prepare_teacher, suppress_unshared_columns
 
 
@@ -69,7 +69,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         suppress_unshared_columns(self, width)
         self.teacher_model = prepare_teacher(teacher, self)
         self.constraint = args.constraint
-        self.scoring = Scoring(self, self.teacher_model, width)
+        self.scoring = TRLScoring(self, self.teacher_model, width)
 
     # ------------------------------------------------------------------------------------- score
 
@@ -120,7 +120,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         return batch
 
     def _advantages(
-        self, account: Account, task: Tensor, task_reward: Tensor, mask: Tensor, group_size: int
+        self, account: ScoredBatch, task: Tensor, task_reward: Tensor, mask: Tensor, group_size: int
     ) -> tuple[Tensor, Tensor]:
         """(advantage [B, T], the number [B, 1] by which it was divided) of the task's rewards [B] and [B, T]."""
         if self.args.baseline == "position_rloo":
@@ -183,7 +183,7 @@ class _Policy:
     So TRL's loss is computed from the statistics that the direct term is made of: one forward and one backward pass.
     """
 
-    def __init__(self, scoring: Scoring, model: Any, batch: Batch) -> None:
+    def __init__(self, scoring: TRLScoring, model: Any, batch: Batch) -> None:
         self.scoring, self.model, self.batch = scoring, model, batch
         self.stats: cf.TokenStats | None = None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import cmdp_fast as cf
 from cmdp_fast.errors import InputError
-from cmdp_fast.scoring import Account, FromHiddenStates, Models, Outputs, score
+from cmdp_fast.scoring import FromHiddenStates, Models, Outputs, ScoredBatch, score
 
 from .divergence import tiled_divergence
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Batch = dict[str, Any]  # as TRL's `_generate_and_score_completions` returns it, or the part of it for a micro-batch
 
 
-class Scoring(FromHiddenStates):
+class TRLScoring(FromHiddenStates):
     """`FromHiddenStates` for TRL's batches, whose models see the inputs that TRL gives them: no position ids."""
 
     def __init__(self, trainer: Any, teacher: Any, vocab_size: int) -> None:
@@ -86,7 +86,7 @@ class Scoring(FromHiddenStates):
         *,
         rows_at_once: int,
         keep: bool,
-    ) -> Account:
+    ) -> ScoredBatch:
         """The account of a batch, `rows_at_once` completions at a time; ``settle`` makes statistics, trace and modified
         reward of some rows.
 
