@@ -30,7 +30,6 @@ MODULES = (
     "cmdp_fast.credit",
     "cmdp_fast.metrics",
     "cmdp_fast.batches",
-    "cmdp_fast.scoring",
     "cmdp_fast.pid",
     "cmdp_fast.reference",
     "cmdp_fast.integrations",
