@@ -1,7 +1,7 @@
 """What every trainer reports of completions under a budget, in nats: one definition of each name.
 
-The account of the budget is that of the constraint's cost. Beside it stand the exact divergence from the teacher,
-whatever the cost is, and what the sampled tokens alone would say of it.
+The account of the budget is that of the constraint's cost. Beside it stand, for any cost, the exact divergence from
+the teacher and its estimates from the sampled tokens alone.
 """
 
 from __future__ import annotations

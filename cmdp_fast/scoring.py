@@ -145,7 +145,7 @@ class FromHiddenStates:
         )
 
     def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
-        """Forward KL for ``beta`` 0, reverse KL for 1, [B, T] in nats; what lies between needs the logits."""
+        """Forward KL for ``beta`` 0, reverse KL for 1, [B, T] in nats; a ``beta`` between them needs the logits."""
         stats = self.token_stats(models, outputs, torch.zeros_like(mask, dtype=torch.long), mask)
         return {0.0: stats.forward_kl, 1.0: stats.reverse_kl}[beta]
 
