@@ -2,7 +2,7 @@
 
     # ppo_with_budget.py: OpenRLHF's `python -m openrlhf.cli.train_ppo_ray`, with a budget
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
-    from cmdp_fast.integrations.constraint import Constraint
+    from cmdp_fast import Constraint
     from cmdp_fast.integrations.openrlhf import advantage_hook
 
     RemoteExperienceMaker.compute_advantages_and_returns = advantage_hook(Constraint(budget=8.0, cost="k1"))
@@ -12,11 +12,11 @@ to be set in the process that builds the trainer, which is a Ray actor: put the 
 your trainer actor, or name a function with them as Ray's ``worker_process_setup_hook``. Reward functions need no hook:
 `cmdp_fast.integrations.rewards.to_openrlhf` makes one for ``--reward.remote_url``.
 
-What runs where: OpenRLHF samples with vLLM, trains with DeepSpeed, and scores with a reference model, which is the
-teacher here. It sends back the teacher's log-probability of each sampled token and nothing else, so the costs are
-``k1``, the log-ratio of the sampled token (its sum is log pi/q of the completion, its expectation the exact reverse
-KL), or, with a function for ``cost_of``, whatever your experience carries. These depend on the action: there is no
-direct term and the advantage is the whole method.
+OpenRLHF samples with vLLM, trains with DeepSpeed, and scores with a reference model, which is the teacher here. It
+sends back the teacher's log-probability of each sampled token and nothing else. So the cost is ``k1``, the log-ratio of
+the sampled token (its sum is log pi/q of the completion, its expectation the exact reverse KL), or, with a function for
+``cost_of``, another that your experience carries. Such costs depend on the action: there is no direct term and the
+advantage is the whole method.
 
 Mind: release 0.11.2 loads the reference model from ``--actor.model_name_or_path``. For a teacher that is another
 model, change that argument of ``ref_model.async_init_model_from_pretrained`` in your copy of ``cli/train_ppo_ray.py``.
@@ -36,16 +36,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmdp_fast import batches, credit
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
-from cmdp_fast.integrations.constraint import Constraint
-from cmdp_fast.integrations.credit import constrained_advantage
+from cmdp_fast.integrations.constraint import check_supported
 from cmdp_fast.integrations.packages import require
 
 INSTALL = "pip install 'openrlhf[vllm]>=0.11.2,<0.12'"
 
 
 def sampled_log_ratio(experience: Any) -> Tensor:
-    """What ``experience.kl`` holds under OpenRLHF's estimator k1: log pi(a)/q(a) of every token [B, A], in nats."""
+    """``experience.kl``, which under OpenRLHF's estimator k1 is log pi(a)/q(a) of every token [B, A], in nats."""
     return experience.kl
 
 
@@ -55,10 +56,11 @@ def advantage_hook(
     """A method ``compute_advantages_and_returns(self, experiences)`` for OpenRLHF's ``RemoteExperienceMaker``.
 
     ``cost_of`` gives the token costs [B, A] of an experience, in nats. The hook applies OpenRLHF's length penalties and
-    reward clip as its own method does, and leaves the algorithm's KL coefficient out: that cost is what the budget is
-    for. Raises PackageError without OpenRLHF 0.11 and, when called, InputError for arguments under which
-    ``experience.kl`` is not the log-ratio.
+    reward clip as its own method does, and leaves the algorithm's KL coefficient out: the budget is for that cost.
+    Raises InputError for a constraint that OpenRLHF cannot hold (`check_supported`), PackageError without OpenRLHF 0.11
+    and, when called, InputError for arguments under which ``experience.kl`` is not the log-ratio.
     """
+    check_supported(constraint)
     require("openrlhf", at_least="0.11.2", below="0.12", install=INSTALL)
 
     @torch.no_grad()
@@ -93,47 +95,40 @@ def constrain(
     cost_of: Callable[[Any], Tensor] = sampled_log_ratio,
     clip_range: Sequence[float] | None = None,
 ) -> list[Any]:
-    """Puts advantages and returns of the modified reward into experiences, and what was spent into their ``info``.
+    """Puts advantages and returns of the modified reward into experiences, and the spent budget into their ``info``.
 
     An experience holds B completions: ``index`` (places in the rollout batch, where the completions of a prompt are
-    neighbours), ``rewards`` [B], ``action_mask`` [B, A] and what ``cost_of`` reads. Sets ``advantages`` and
+    neighbours), ``rewards`` [B], ``action_mask`` [B, A] and the fields that ``cost_of`` reads. Sets ``advantages`` and
     ``returns`` [B, A], ``info["return"]``, ``info["cmdp/cumulative"]`` (nats) and ``info["cmdp/feasible"]`` [B], and
-    clears ``kl`` as OpenRLHF does. The baseline is that of `credit.constrained_advantage`: the sums of other
+    clears ``kl`` as OpenRLHF does. The baseline is that of `credit.less_others`: the sums of other
     completions of the prompt from the same position on, without a division by a deviation. A completion without an
     action keeps its place and gets zeros. Raises InputError for a ``constraint`` whose cost has a gradient: an
     experience carries none, so the direct term would be lost.
     """
+    check_supported(constraint)
     if not constraint.action_dependent:
         raise InputError(
             f"cost={constraint.cost!r} has a direct term, which OpenRLHF's loss has no place for; use 'k1'"
         )
-    width = max(experience.action_mask.shape[1] for experience in experiences)
-
-    def joined(part: Callable[[Any], Tensor]) -> Tensor:
-        rows = (torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in map(part, experiences))
-        return torch.cat(list(rows))
-
-    mask = joined(lambda experience: experience.action_mask.bool())
-    rewards = torch.cat([experience.rewards for experience in experiences]).float()
+    mask, cost = batches.joined([(e.action_mask.bool(), cost_of(e).float()) for e in experiences])
+    rewards = batches.joined([e.rewards for e in experiences]).float()
     if clip_range:
         rewards = rewards.clamp(*clip_range)
-    position = torch.arange(width, device=mask.device)
-    last = torch.where(mask, position, -1).amax(1, keepdim=True)
-    task_reward = torch.where(position == last, rewards[:, None], 0.0)
     groups = [place // samples_per_prompt for place in chain.from_iterable(e.index for e in experiences)]
 
-    credit = constrained_advantage(task_reward, joined(cost_of).float(), constraint, groups=groups, mask=mask)
-    at_the_end = last.clamp(min=0)
-    spent = credit.trace.cumulative.gather(1, at_the_end)[:, 0]
-    feasible = (credit.trace.remaining.gather(1, at_the_end)[:, 0] >= 0).float()
+    worth = credit.constrained_advantage(
+        credit.at_last_token(rewards, mask), cost, constraint, groups=groups, mask=mask
+    )
+    spent = credit.of_last_token(worth.trace.cumulative, mask)
+    feasible = (credit.of_last_token(worth.trace.remaining, mask) >= 0).float()
     start = 0
     for experience in experiences:
-        rows, columns = slice(start, start + len(experience.index)), experience.action_mask.shape[1]
-        start = rows.stop
-        experience.advantages = credit.advantage[rows, :columns]
-        experience.returns = credit.returns[rows, :columns]
-        experience.info["return"] = credit.reward[rows].sum(1)
-        experience.info["cmdp/cumulative"] = spent[rows]
-        experience.info["cmdp/feasible"] = feasible[rows]
+        those, columns = slice(start, start + len(experience.index)), experience.action_mask.shape[1]
+        start = those.stop
+        experience.advantages = worth.advantage[those, :columns]
+        experience.returns = worth.returns[those, :columns]
+        experience.info["return"] = worth.reward[those].sum(1)
+        experience.info["cmdp/cumulative"] = spent[those]
+        experience.info["cmdp/feasible"] = feasible[those]
         experience.kl = None
     return experiences

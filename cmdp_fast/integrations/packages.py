@@ -9,7 +9,8 @@ from cmdp_fast.errors import InputError
 
 
 class PackageError(InputError, ImportError):
-    """A package is absent, or of a version that was not tested: what was found, what is expected, the pip command."""
+    """A package is absent, or of a version that was not tested. The message has the version found, the range expected
+    and the pip command."""
 
 
 def require(package: str, *, at_least: str, below: str, install: str) -> str:

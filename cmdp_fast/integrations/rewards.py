@@ -15,10 +15,10 @@ others of it, and `to_openrlhf(from_verl(compute_score))` goes from one to the o
 ``cmdp-fast train --rewards gsm8k.py:reward`` scores as verl does. The right answer is TRL's column ``answer``, verl's
 ``ground_truth`` and OpenRLHF's label; ``label`` names another column. Nothing here imports any of the three packages.
 
-An opinion that is None (TRL) becomes 0 where a number is needed, which is what such a completion earns in TRL too.
+An opinion that is None (TRL) becomes 0 where a number is needed; such a completion earns 0 in TRL too.
 
 A completion is hostile input. A function of yours runs where it is called; verl's own, some of which evaluate or run
-what a completion says (``prime_math``, ``prime_code``), are asked in isolated processes, see `from_verl`.
+the text of a completion (``prime_math``, ``prime_code``), are asked in isolated processes, see `from_verl`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.judging.reward import JudgedReward
+from cmdp_fast.messages import as_message, text_of
 
 TRLReward = Callable[..., "Sequence[float | None]"]
 VerlScore = Callable[..., "float | Mapping[str, Any]"]
@@ -68,7 +69,7 @@ def from_verl(
         return [
             {
                 "data_source": row.pop("data_source", data_source),
-                "solution_str": _text(completion),
+                "solution_str": text_of(completion),
                 "ground_truth": _pop(row, label),
                 "extra_info": {"prompt": prompt, **row},
             }
@@ -129,7 +130,7 @@ def from_openrlhf(reward_func: OpenRLHFReward, *, label: str = "answer") -> TRLR
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError("OpenRLHF's reward functions take prompts that are texts, not lists of messages")
         labels = [_pop(row, label) for row in _rows(columns, len(completions))]
-        queries = [prompt + _text(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        queries = [prompt + text_of(completion) for prompt, completion in zip(prompts, completions, strict=True)]
         result = reward_func(queries, list(prompts), labels)
         rewards = torch.as_tensor(result["rewards"] if isinstance(result, Mapping) else result).flatten().tolist()
         if len(rewards) != len(queries):
@@ -149,10 +150,10 @@ def to_openrlhf(
     """OpenRLHF's ``reward_func`` that asks a reward with TRL's signature; the file in ``--reward.remote_url`` has to
     call it ``reward_func``.
 
-    The completion is what follows the prompt in the query, without the ``special_tokens`` (OpenRLHF decodes with them:
-    name the end of sequence). The labels become the column ``label``. ``rewards`` is a float32 tensor [B], ``scores``
-    the same between 0 and 1 for its dynamic filter, ``extra_logs`` the reward under the function's name. Raises
-    InputError if the function is a coroutine or a query does not contain its prompt.
+    The completion is the text after the prompt in the query, without the ``special_tokens`` (OpenRLHF decodes with
+    them: name the end of sequence). The labels become the column ``label``. ``rewards`` is a float32 tensor [B],
+    ``scores`` the same between 0 and 1 for its dynamic filter, ``extra_logs`` the reward under the function's name.
+    Raises InputError if the function is a coroutine or a query does not contain its prompt.
     """
     _check_plain(reward)
     name = getattr(reward, "__name__", type(reward).__name__)
@@ -177,7 +178,7 @@ def _check_plain(function: Callable[..., Any]) -> None:
 
 
 def _rows(columns: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
-    """The dataset's columns as a dict a completion, without what TRL passes beside them (token ids, state, loggers)."""
+    """The dataset's columns as a dict per completion, without the rest that TRL passes (token ids, state, loggers)."""
     named = {
         name: values
         for name, values in columns.items()
@@ -192,13 +193,8 @@ def _pop(row: dict[str, Any], label: str) -> Any:
     return row.pop(label)
 
 
-def _text(completion: Any) -> str:
-    """The text of a completion, which for a chat is a list of messages: what the last one says."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
 def _completion(text: str, conversational: bool) -> Any:
-    return [{"role": "assistant", "content": text}] if conversational else text
+    return as_message(text) if conversational else text
 
 
 def _after(prompt: str, query: str, special_tokens: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Divergences from the teacher's k most likely tokens and one bucket for all others: what a teacher sends that runs
+"""Divergences from the teacher's k most likely tokens and one bucket for all others: the message of a teacher that runs
 elsewhere.
 
 Let S be the k tokens, T the tail, W = w(T) and P = p(T) the tail masses of teacher w and student p. The bucket stands
@@ -8,7 +8,7 @@ for the tail:
 
 **It never counts too much.** By the chain rule D(w‖p) - D_k = W D(w(.|T) ‖ p(.|T)), a divergence, hence >= 0. That is
 the log-sum inequality for the terms of T, or the data-processing inequality for the map that merges T into one token.
-What is missed is how the two differ *within* the tail, so a student can hide its divergence there: **a budget that D_k
+It misses how the two differ *within* the tail, so a student can hide its divergence there: **a budget that D_k
 meets may be exceeded by the true KL.** A larger k splits the bucket and D_k grows, up to the KL at k = V.
 
 **By how much at most.** Let R be the spread of log(w/p) over T, its largest less its smallest value. Then

@@ -6,14 +6,15 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from .imports import import_function
+from cmdp_fast.imports import import_function
+from cmdp_fast.scoring import make_scoring
+from cmdp_fast.vocabulary import common_vocabulary
+
 from .material import load
 from .models.memory_estimate import MemoryEstimate, estimate_memory
-from .models.pair import common_vocabulary
 from .records.metrics_log import check_trackers
 from .records.report import Report
 from .records.run_folder import check_run_folder
-from .scoring import make_scoring
 from .settings.config import TrainConfig
 
 

@@ -1,4 +1,4 @@
-"""Experience: completions, what the rewards say of them, and what student and teacher make of their tokens.
+"""Experience: completions, their rewards, and the statistics of their tokens under student and teacher.
 
 `Collector` samples and scores; training steps and evaluations both look through it. `measure` turns experience into
 the metrics that are logged.
@@ -8,30 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import cmdp_fast as cf
-from cmdp_fast import objective
+from cmdp_fast import batches, objective, scoring
+from cmdp_fast.constraint import Constraint
+from cmdp_fast.credit import at_last_token
+from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
 
 from .distributed import together
 from .records.clock import Clock
 from .rollout import Rollout, RolloutFunction, Sampling, call_rollout, generate
-from .scoring import make_scoring
 from .settings.config import TrainConfig
-from .settings.constraint import Constraint
 from .tasks.data import Problem
 from .tasks.rewards import RewardFunction, call_rewards
 from .tasks.step_verifiers import StepVerifier, call_step_verifier
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Metrics = dict[str, float]
 
 
 @dataclass
 class Completions:
-    """B completions, their task rewards, and what a step verifier says of them."""
+    """B completions, their task rewards, and the verdicts of a step verifier."""
 
     rollout: Rollout
     texts: list[str]
@@ -49,7 +53,7 @@ class Experience(Completions):
     trace: cf.BudgetTrace
     reward: Tensor  # modified
     last_reward: Tensor  # the task reward at its token
-    value: Tensor | None = None  # what a value head predicts
+    value: Tensor | None = None  # a value head's prediction
     teacher_outputs: Tensor | None = None  # [B, T, ...], if they are kept
 
     def rows(self, index: Tensor) -> Experience:
@@ -75,7 +79,7 @@ class Collector:
         self,
         config: TrainConfig,
         *,
-        accelerator: Any,
+        accelerator: Accelerator,
         student: Any,
         teacher: Any,
         tokenizer: Any,
@@ -95,7 +99,7 @@ class Collector:
         self.step_verifier = step_verifier
         self.rollout = rollout
         models = (student,) if teacher is None else (student, teacher)
-        self.scoring = make_scoring(config.logits, models, vocab_size, config.temperature)
+        self.scoring = scoring.make_scoring(config.logits, models, vocab_size, config.temperature)
 
     # ------------------------------------------------------------------------------------- sample
 
@@ -139,12 +143,12 @@ class Collector:
         *,
         sampler: Any = None,
         mixed_with: Callable[[Tensor], Any] | None = None,
-        **scoring: Any,
+        **options: Any,
     ) -> Experience:
         """Completions by `sampler` (None: the policy itself) as policy and teacher see them; see `score`."""
         completions = self.complete(policy if sampler is None else sampler, rows, prompts, clock, mixed_with)
         with clock.phase("scoring"):
-            return self.score(completions, policy, constraint, clock, **scoring)
+            return self.score(completions, policy, constraint, clock, **options)
 
     # ------------------------------------------------------------------------------------- score
 
@@ -160,38 +164,33 @@ class Collector:
         value_head: Any = None,
     ) -> Experience:
         """Statistics, account and modified reward of each token; the teacher's outputs too if they fit in the cache."""
-        rollout = completions.rollout
+        rollout, values = completions.rollout, []
         last_reward = at_last_token(completions.task_reward, rollout.mask)
-        kept, parts, values = None, [], []
-        for rows in torch.arange(len(rollout)).split(self.config.micro_batch_size):
-            part = rollout.rows(rows)
-            models, outputs = (policy, self.teacher), (self.outputs(policy, part), self.outputs(self.teacher, part))
+
+        def settle(index: slice) -> tuple[cf.ConstrainedReward, Tensor]:
+            part = rollout.rows(index)
+            outputs = (self.outputs(policy, part), self.outputs(self.teacher, part))
             with clock.phase("kernels"):
-                parts.append(
-                    self.scoring.constrained_reward(
-                        models, outputs, part.tokens, last_reward[rows], mask=part.mask, **constraint.options
-                    )
+                settled = self.scoring.constrained_reward(
+                    *((policy, self.teacher), outputs, part.tokens, last_reward[index]),
+                    mask=part.mask,
+                    constraint=constraint,
                 )
             if value_head is not None:
                 values.append(torch.where(part.mask, value_head(outputs[0]), 0.0))
-            teacher = outputs[1]
-            size = len(rollout) * teacher[0].numel() * teacher.element_size()
-            if keep_outputs and size <= self.config.teacher_cache_mb * 2**20:
-                if kept is None:
-                    kept = teacher.new_empty(len(rollout), *teacher.shape[1:])
-                kept[rows] = teacher
+            return settled, outputs[1]
+
+        cache_bytes = self.config.teacher_cache_mb * 2**20 if keep_outputs else 0
+        account = scoring.score(len(rollout), settle, at_once=self.config.micro_batch_size, cache_bytes=cache_bytes)
         return Experience(
             **vars(completions),
-            stats=cf.TokenStats(*(torch.cat(column) for column in zip(*(p.stats for p in parts), strict=True))),
-            trace=cf.BudgetTrace(*(torch.cat(column) for column in zip(*(p.trace for p in parts), strict=True))),
-            reward=torch.cat([p.reward for p in parts]),
+            **account._asdict(),
             last_reward=last_reward,
             value=torch.cat(values) if values else None,
-            teacher_outputs=kept,
         )
 
     def outputs(self, model: Any, rollout: Rollout) -> Tensor:
-        """What a model makes of each token of the completions, [B, T, ...]: hidden states or logits."""
+        """A model's outputs at each token of the completions, [B, T, ...]: hidden states or logits."""
         with self.accelerator.autocast():
             return self.scoring.outputs(model, rollout)
 
@@ -200,7 +199,7 @@ class Collector:
     def measure(self, experience: Completions, constraint: Constraint, count: int | None = None) -> Metrics:
         """Metrics of the completions of all processes: TRL's names where TRL has one, `cmdp/` before ours. In nats.
 
-        What tells of the divergence is there for an `Experience` alone. `count`: only the first so many completions.
+        Those of the divergence are there for an `Experience` alone. `count`: only the first so many completions.
         """
         e = gathered(experience, self.accelerator, count)
         length = e.rollout.mask.sum(1).float()
@@ -226,10 +225,9 @@ class Collector:
         return as_numbers(metrics)
 
     def _divergence(self, e: Experience, constraint: Constraint, right: Tensor) -> dict[str, Tensor]:
-        """What student and teacher make of the completions, and what the constraint does."""
+        """Metrics of the statistics under student and teacher, and of the constraint."""
         mask = e.rollout.mask
         tokens = mask.sum()
-        log_ratio = torch.where(mask, e.stats.logprob - e.stats.teacher_logprob, 0.0)
         metrics = {"kl": e.stats.reverse_kl.sum() / tokens, "entropy": e.stats.entropy.sum() / tokens}
         if e.rollout.sampler_logprob is not None:
             off = torch.where(mask, (e.stats.logprob - e.rollout.sampler_logprob).abs(), 0.0)
@@ -239,83 +237,42 @@ class Collector:
             cost = e.trace.cumulative.diff(dim=1, prepend=torch.zeros_like(e.trace.cumulative[:, :1]))
         else:
             cost = cf.token_cost(e.stats, constraint.cost)
-        ours = objective.constraint_metrics(cost, e.trace, mask=mask, correct=right)
+        ours = budget_metrics(
+            *(cost, e.trace, divergences(e.stats, mask)),
+            mask=mask,
+            budget=constraint.budget,
+            modified=e.reward.sum(1),
+            correct=right,
+        )
         if self.config.prefix_budget:
             likelihood = cf.token_cost(e.stats, "nll")
             found = objective.constraint_metrics(likelihood, e.trace, mask=mask, mean_budget=self.config.prefix_budget)
             ours["prefix_satisfaction"] = found["prefix_satisfaction"]
-        ours |= {
-            "modified_reward": e.reward.sum(1).mean(),
-            "budget": torch.tensor(constraint.budget),
-            "cumulative_kl": e.stats.reverse_kl.sum(1).mean(),  # exact; beside it what the samples alone would say
-            "cumulative_k1": log_ratio.sum(1).mean(),
-            "cumulative_k3": (torch.expm1(-log_ratio) + log_ratio).sum(1).mean(),
-            "cumulative_kl_cvar": objective.cvar(e.stats.reverse_kl.sum(1)),
-        }
         if constraint.kind in ("lagrangian", "pid"):
             ours["lambda"] = torch.tensor(constraint.coefficient)
         return metrics | {f"cmdp/{name}": value for name, value in ours.items()}
 
 
-def as_numbers(values: dict[str, Tensor]) -> Metrics:
-    """Scalars as floats, with one wait for the device that most are on."""
-    device = next(iter(values.values())).device
-    return dict(
-        zip(values, torch.stack([v.detach().float().to(device) for v in values.values()]).tolist(), strict=True)
-    )
-
-
-def at_last_token(value: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] with value [B] at the last token of each completion and 0 elsewhere."""
-    out = torch.zeros(mask.shape, device=mask.device)
-    return out.scatter_(1, mask.sum(1, keepdim=True) - 1, value.float()[:, None])
-
-
-def gathered(experience: Completions, accelerator: Any, count: int | None = None) -> Completions:
+def gathered(experience: Completions, accelerator: Accelerator, count: int | None = None) -> Completions:
     """The completions of all processes, the same on each; without texts, prompts and the teacher's outputs.
 
     `count`: only the first so many. Every process must have the same number of completions.
     """
     if accelerator.num_processes == 1:
         return experience
-    return _united([experience], lambda values: gathered_rows(values[0], accelerator)[:count])
-
-
-def gathered_rows(value: Tensor, accelerator: Any) -> Tensor:
-    """A tensor [B] or [B, T] of all processes, padded to the longest; the same on each."""
-    whole = value.to(torch.int64) if value.dtype == torch.bool else value
-    if whole.dim() > 1:
-        whole = accelerator.pad_across_processes(whole, dim=1)
-    return accelerator.gather(whole.contiguous()).to(value.dtype)
+    return _united([experience], lambda values: batches.gathered(values[0], accelerator)[:count])
 
 
 def joined(parts: Sequence[Completions]) -> Completions:
     """Several batches as one, padded to the longest completion; without texts, prompts and the teacher's outputs."""
-    width = max(part.rollout.tokens.shape[1] for part in parts)
-
-    def join(values: Sequence[Tensor]) -> Tensor:
-        if values[0].dim() > 1:
-            values = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
-        return torch.cat(list(values))
-
-    return _united(parts, join)
+    return _united(parts, batches.joined)
 
 
 def _united(parts: Sequence[Completions], unite: Callable[[Sequence[Tensor]], Tensor]) -> Completions:
     """One experience from several: ``unite`` is called for each tensor [B] or [B, T] with those of all parts."""
 
-    def united(values: Sequence[Any]) -> Any:
-        first = values[0]
-        if isinstance(first, Tensor):
-            return unite(values)
-        if isinstance(first, dict):
-            return {name: unite([value[name] for value in values]) for name in first}
-        if isinstance(first, tuple):
-            return type(first)(*(unite(column) for column in zip(*values, strict=True)))
-        return first  # None
-
     def fields_of(objects: Sequence[Any], names: Iterable[str]) -> dict[str, Any]:
-        return {name: united([getattr(o, name) for o in objects]) for name in names}
+        return {name: batches.united([getattr(o, name) for o in objects], unite) for name in names}
 
     rollouts = [part.rollout for part in parts]
     nothing = torch.zeros(0, 0, dtype=torch.long)

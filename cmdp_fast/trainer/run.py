@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
+from cmdp_fast.imports import import_function
+from cmdp_fast.vocabulary import common_vocabulary
+
 from .distributed import any_process, main_first, make_accelerator, on_device, prepare_student, together
 from .experience import Collector
-from .imports import import_function
 from .interrupts import Interrupts
 from .material import Material, load
 from .methods import METHODS
 from .methods.ppo import PPO
-from .models.pair import common_vocabulary
 from .models.value_head import ValueHead
 from .records.checkpoint import remove_checkpoints
 from .records.lock import alone_in

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.files import write_text
 
@@ -25,7 +26,7 @@ from .records.report import Report
 from .records.run_folder import make_run_folder, write_config
 from .records.samples import samples_text, write_samples
 from .settings.config import TrainConfig
-from .settings.constraint import Constraint, evaluation_constraint
+from .settings.constraint import evaluation_constraint
 from .tasks.data import shuffled
 
 SAMPLES = 20

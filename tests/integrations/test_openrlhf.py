@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cmdp_fast import objective, reference
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
-from cmdp_fast.integrations.constraint import Constraint
 from cmdp_fast.integrations.openrlhf import advantage_hook, constrain
 
 REASON = "pip install --no-deps 'openrlhf>=0.11.2,<0.12' pylatexenc: its requirements need a GPU's compiler"

@@ -109,11 +109,10 @@ def test_rewards_and_a_budget_are_those_of_the_objective(pair, tmp_path, beta, b
     task[torch.arange(8), mask.sum(1) - 1] = torch.tensor(digits(texts))
     reward, direct = task, torch.full(mask.shape, 2.0)
     if budget is not None:
-        trace = cf.budget_trace(cost, budget, mask=mask)
-        reward = cf.modified_reward(
-            task, cost.detach(), trace, kind="cmdp", penalty=0.5, discrepancy_weight=2.0, mask=mask
-        )
-        direct = objective.direct_coefficient(trace, "cmdp", discrepancy_weight=2.0, mask=mask)
+        constraint = cf.Constraint(budget=budget, penalty=0.5, discrepancy_weight=2.0)
+        trace = cf.budget_trace(cost, constraint=constraint, mask=mask)
+        reward = cf.modified_reward(task, cost.detach(), trace, constraint=constraint, mask=mask)
+        direct = objective.direct_coefficient(trace, constraint, mask=mask)
         torch.testing.assert_close(batch["direct"], direct)
         torch.testing.assert_close(batch["modified_reward"], reward, atol=1e-5, rtol=1e-5)
     advantage = torch.where(mask, objective.rloo(reward.sum(1), 4)[:, None], 0.0)

@@ -106,27 +106,22 @@ def test_advantages_are_those_of_the_objective_on_the_same_rollout(pair, tmp_pat
     task[torch.arange(len(mask)), mask.sum(1) - 1] = torch.tensor(digits(texts))
     with torch.no_grad():
         logits = [dense_logits(model, batch) for model in (trainer.model, trainer.teacher_model)]
-    reduction = "mean" if args.kind == "worst_case" else "sum"
-    price = {"discrepancy_weight": args.discrepancy_weight, "coefficient": args.coefficient}
-    found = cf.constrained_reward(
-        *logits,
-        tokens,
-        task,
-        args.budget,
-        mask=mask,
+    constraint = cf.Constraint(
+        budget=args.budget,
         cost=args.cost,
         kind=args.kind,
         penalty=args.penalty,
         per_token=args.budget_per_token,
-        reduction=reduction,
-        **price,
+        reduction="mean" if args.kind == "worst_case" else "sum",
+        discrepancy_weight=args.discrepancy_weight,
+        coefficient=args.coefficient,
     )
+    found = cf.constrained_reward(*logits, tokens, task, constraint=constraint, mask=mask)
     assert found.trace.violated.any(1).float().mean() not in (0.0, 1.0)  # some are within the budget, some are not
-    direct = objective.direct_coefficient(found.trace, args.kind, reduction=reduction, mask=mask, **price)
-    dependent = args.cost not in ("reverse_kl", "forward_kl")
+    direct = objective.direct_coefficient(found.trace, constraint, mask=mask)
     if args.baseline == "position_rloo":
-        part = objective.task_part(task, found.trace, args.kind)
-        score = objective.score_coefficient(found.reward, part, action_dependent=dependent, mask=mask)
+        part = objective.task_part(task, found.trace, constraint)
+        score = objective.score_coefficient(found.reward, part, constraint, mask=mask)
         expected, scale = objective.position_rloo(score, 4, mask), torch.ones(len(mask))
     else:
         returns = objective.returns_to_go(found.reward, mask=mask)[:, 0]
@@ -267,6 +262,11 @@ def test_a_divisor_that_may_be_next_to_nothing_is_warned_of(tmp_path):
         warnings.simplefilter("error", UserWarning)
         CMDPGRPOConfig(str(tmp_path), budget=2.0, scale_rewards="none", **settings)
         CMDPGRPOConfig(str(tmp_path), budget=math.inf, **settings)
+
+
+def test_a_penalty_without_a_gradient_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="kind='saute' with cost='reverse_kl'"):
+        CMDPGRPOConfig(str(tmp_path), budget=2.0, kind="saute", scale_rewards="none", use_cpu=True, bf16=False)
 
 
 def test_metrics_beside_trls(pair, tmp_path):

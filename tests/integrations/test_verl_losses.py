@@ -15,9 +15,10 @@ from verl.trainer.distillation.losses import distillation_ppo_loss
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, get_policy_loss_fn
 from verl_batch import PROMPTS, RESPONSES, Batch, composed, engine_outputs, loss_of, padded, parts
 
-from cmdp_fast import reference
+import cmdp_fast as cf
+from cmdp_fast import objective, reference
 from cmdp_fast.errors import InputError
-from cmdp_fast.integrations.constraint import Constraint
+from cmdp_fast.integrations.constraint import constraint_from_settings
 from cmdp_fast.integrations.verl import compute_cmdp_direct_term
 
 BUDGET = 5.0
@@ -168,8 +169,7 @@ def test_a_mass_without_a_gradient_is_refused() -> None:
 def test_the_weights_are_the_objectives() -> None:
     """The indicator is that of the whole completion: its tokens before the crossing are weighed too."""
     cost = torch.tensor([[1.0, 2.0, 3.0]])
-    constraint = Constraint(budget=2.0, cost="forward_kl", discrepancy_weight=0.5)
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    assert torch.equal(constraint.direct(constraint.trace(cost, mask), mask), torch.full((1, 3), 0.5))
-    sampled = Constraint(budget=2.0, cost="k1")
-    assert not sampled.direct(sampled.trace(cost, mask), mask).any()
+    for name, weight in (("forward_kl", 0.5), ("k1", 0.0)):
+        constraint = constraint_from_settings({"budget": 2.0, "cost": name, "discrepancy_weight": 0.5}, "here")
+        trace = cf.budget_trace(cost, constraint=constraint)
+        assert torch.equal(objective.direct_coefficient(trace, constraint), torch.full((1, 3), weight))

@@ -14,9 +14,9 @@ from cmdp_fast import objective
 from cmdp_fast.constraint import KINDS
 from cmdp_fast.errors import InputError
 from cmdp_fast.reference import COSTS
+from cmdp_fast.scoring import completion_logits
 from cmdp_fast.trainer.methods.minillm import TeacherMixture, mean_of_later
 from cmdp_fast.trainer.models.value_head import ValueHead, explained_variance
-from cmdp_fast.trainer.scoring import completion_logits
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.constraint import budget_at, training_constraint
 

@@ -51,7 +51,7 @@ def test_scores_are_the_models_own(temperature, logits, family_pair):
         n = len(completion)
         with torch.no_grad():
             p, w = (
-                alone(model, prompt, completion, ppo.scoring.settings["vocab_size"], temperature).double()
+                alone(model, prompt, completion, ppo.scoring.vocab_size, temperature).double()
                 for model in (ppo.student, ppo.teacher)
             )
         # float32 logits of size about 10 that went through another order of sums: some 10 roundings of 1e-6
@@ -81,8 +81,8 @@ def test_gradient_of_a_step(logits, family_pair):
     expected = torch.zeros(())
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         n = len(completion)
-        p = alone(ppo.student, prompt, completion, ppo.scoring.settings["vocab_size"], 0.9)
-        w = alone(ppo.teacher, prompt, completion, ppo.scoring.settings["vocab_size"], 0.9)
+        p = alone(ppo.student, prompt, completion, ppo.scoring.vocab_size, 0.9)
+        w = alone(ppo.teacher, prompt, completion, ppo.scoring.vocab_size, 0.9)
         score = (p.gather(1, completion[:, None])[:, 0] * advantage[i, :n]).sum()
         expected = expected - score + (direct[i, :n] * (p.exp() * (p - w)).sum(1)).sum()
     (expected / size).backward()

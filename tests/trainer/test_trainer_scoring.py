@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import cmdp_fast as cf
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.scoring import FromHiddenStates, FromLogits, make_scoring
+from cmdp_fast.scoring import FromHiddenStates, FromLogits, make_scoring
 
 
 class Doubled(LlamaForCausalLM):
@@ -35,7 +35,7 @@ def test_half_precision_hidden_states_meet_the_head_in_half_precision(tmp_path):
     weight = cf.head_of(model).weight
     hidden = torch.randn(2, 3, weight.shape[1]).bfloat16()
     tokens, mask = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
-    scoring = FromHiddenStates({"vocab_size": len(weight), "temperature": 1.0})
+    scoring = FromHiddenStates(vocab_size=len(weight), temperature=1.0)
     stats = scoring.token_stats((model, model), (hidden, hidden.flip(0)), tokens, mask)
     half = weight.bfloat16()
     assert not torch.equal(half.float(), weight)

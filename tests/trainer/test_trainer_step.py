@@ -12,14 +12,14 @@ from tiny_pair import ppo_of, settings, tiny_model, untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cmdp_fast as cf
+from cmdp_fast.credit import at_last_token
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
+from cmdp_fast.scoring import completion_hidden, completion_logits
 from cmdp_fast.trainer.evaluate import evaluate
-from cmdp_fast.trainer.experience import at_last_token
 from cmdp_fast.trainer.models.saving import save_student
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.rollout import completion_mask, generate
-from cmdp_fast.trainer.scoring import completion_hidden, completion_logits
 from cmdp_fast.trainer.tasks.data import shuffled
 
 

@@ -16,7 +16,7 @@ from tiny_pair import arguments
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.imports import import_function, source_files
+from cmdp_fast.imports import import_function, source_files
 from cmdp_fast.trainer.records import digest, trust
 from cmdp_fast.trainer.records.trust import CODE
 from cmdp_fast.trainer.settings.config import TrainConfig

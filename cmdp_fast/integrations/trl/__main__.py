@@ -2,7 +2,7 @@
 
     python -m cmdp_fast.integrations.trl [grpo | distillation] --config settings.yaml [--option value ...]
 
-`--help` lists them all. What the user has to change is said in one line on stderr, with exit code 2.
+`--help` lists them all. A mistake of the user's is told in one line on stderr, with exit code 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.errors import InputError, first_line
-from cmdp_fast.trainer.imports import import_function
+from cmdp_fast.imports import import_function
 
 from .version import require_trl
 
@@ -23,7 +23,7 @@ BUILT_IN = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit code: 0, 2 for what the user has to change, 130 for an interrupt."""
+    """Trains; returns the exit code: 0, 2 for a mistake of the user's, 130 for an interrupt."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words.pop(0) if words and not words[0].startswith("-") else "grpo"
     try:
@@ -76,7 +76,7 @@ def _trainer(command: str, words: list[str]) -> Any:
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except (ValueError, OSError, KeyError) as error:  # of TRL, transformers and datasets, about what they were given
+    except (ValueError, OSError, KeyError) as error:  # of TRL, transformers and datasets, about their arguments
         raise InputError(first_line(error)) from error
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-import cmdp_fast as cf
-from cmdp_fast import objective
-from cmdp_fast.trainer.experience import gathered_rows
-from cmdp_fast.trainer.settings.constraint import Constraint
+from cmdp_fast import batches, objective
+from cmdp_fast.credit import sequence_advantage
 
-EPS = 1e-4  # TRL's, and that of `objective.grpo`
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def task_rewards(rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
-    """One task reward a completion [N], from those of each function [N, F], where NaN means no opinion.
+    """One task reward per completion [N], from those of each function [N, F], where NaN means no opinion.
 
     A completion on which no function has an opinion gets the mean of its group: the task says nothing for or against
     it, and only the constraint acts.
@@ -27,44 +26,27 @@ def task_rewards(rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
     return torch.where(groups.isnan(), neutral, groups).flatten()
 
 
-def sequence_advantages(returns: Tensor, group_size: int, scale_rewards: str) -> objective.GroupAdvantage:
-    """`objective.grpo` of the returns [N] of all processes, scaled as TRL's ``scale_rewards`` says.
+def position_advantages(score: Tensor, mask: Tensor, group_size: int, accelerator: Accelerator) -> Tensor:
+    """`objective.position_rloo` [B, T] of this process's completions; a group may be spread over processes.
 
-    ``group``: by the group's deviation; ``batch``: by that of all returns; ``none``: not. A group of one, which only an
-    evaluation may have, has nothing to be compared with: its advantage is 0.
+    ``score`` [B, T] is that of `credit.score`. An evaluation may have groups of one: 0, nothing to compare with.
     """
     if group_size == 1:
-        return objective.GroupAdvantage(torch.zeros_like(returns), torch.ones_like(returns))
-    advantage, by_group = objective.grpo(returns, group_size, EPS)
-    if scale_rewards == "group":
-        return objective.GroupAdvantage(advantage, by_group)
-    scale = (returns.std() + EPS).expand_as(returns) if scale_rewards == "batch" else torch.ones_like(returns)
-    return objective.GroupAdvantage(advantage * by_group / scale, scale)
+        return torch.zeros_like(score)
+    everyones, everywhere = batches.gathered((score, mask), accelerator)
+    compared = objective.position_rloo(everyones, group_size, everywhere)
+    return compared[batches.of_this_process(len(mask), accelerator), : mask.shape[1]]
 
 
-def token_advantages(
-    reward: Tensor,
-    task_reward: Tensor,
+def sequence_advantages(
     returns: Tensor,
-    trace: cf.BudgetTrace,
     mask: Tensor,
-    constraint: Constraint,
-    *,
-    baseline: str,
-    scale_rewards: str,
     group_size: int,
-    accelerator: Any,
+    accelerator: Accelerator,
+    baseline: Literal["grpo", "rloo"],
+    scale_rewards: Literal["group", "batch", "none"] = "none",
 ) -> tuple[Tensor, Tensor]:
-    """(advantage, scale), [B, T] and [B, 1], of this process's completions; the direct term is divided by the scale.
-
-    ``reward`` is the modified reward and ``task_reward`` the task's, [B, T] each; ``returns`` [B] the modified return.
-    """
-    mine = slice(accelerator.process_index * len(reward), (accelerator.process_index + 1) * len(reward))
-    if baseline == "position_rloo" and group_size > 1:
-        part = objective.task_part(task_reward, trace, constraint.kind)
-        score = objective.score_coefficient(reward, part, action_dependent=constraint.action_dependent, mask=mask)
-        everywhere = gathered_rows(mask, accelerator)
-        compared = objective.position_rloo(gathered_rows(score, accelerator), group_size, everywhere)
-        return compared[mine, : mask.shape[1]], torch.ones_like(returns)[:, None]
-    advantage, scale = sequence_advantages(gathered_rows(returns, accelerator), group_size, scale_rewards)
+    """`credit.sequence_advantage` of this process's returns [B]: (advantage [B, T], scale [B, 1])."""
+    advantage, scale = sequence_advantage(batches.gathered(returns, accelerator), group_size, baseline, scale_rewards)
+    mine = batches.of_this_process(len(mask), accelerator)
     return torch.where(mask, advantage[mine, None], 0.0), scale[mine, None]

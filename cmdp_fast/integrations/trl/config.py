@@ -1,39 +1,38 @@
-"""What a run is told beside TRL's own settings: the teacher, the budget, and how being over it is paid for.
+"""The settings beside TRL's own: the teacher, the budget, and the price of being over it.
 
-Every value is looked at as a configuration is made, before a model is loaded.
+Every value is checked when a configuration is made, before a model is loaded.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from trl import DistillationConfig, GRPOConfig
 
 from cmdp_fast import checks
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError, first_line
-from cmdp_fast.ops.linear_constrained import FROM_STATISTICS
-from cmdp_fast.ops.terms import check_terms
-from cmdp_fast.reference import DIFFERENTIABLE_COSTS
-from cmdp_fast.trainer.settings.constraint import Constraint
+from cmdp_fast.ops.cost import FROM_STATISTICS
 
 
 @dataclass
 class ConstraintOptions:
-    """What both configurations have."""
+    """The settings of both configurations."""
 
     budget: float | None = field(
         default=None,
         metadata={
-            "help": "What a completion may spend: nats of cumulative cost. `inf` measures the cost and does nothing "
+            "help": "The cumulative cost that a completion may have, in nats. `inf` measures the cost and does nothing "
             "about it."
         },
     )
     budget_per_token: bool = field(
         default=False,
-        metadata={"help": "The budget is nats a token of the completion, so that a long one may spend more."},
+        metadata={"help": "The budget is in nats per token of the completion, so that a long one may spend more."},
     )
     penalty: float = field(
         default=1.0,
@@ -73,14 +72,14 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     defaults of GRPO are left as they are, of which three matter here:
 
     ``scale_rewards="group"`` divides advantages by the standard deviation of their group, and the direct term by the
-    same number. In a group of equal returns that is 1e-4, so the direct term is multiplied by 10,000, and where
-    returns take two values the penalty's size is forgotten. ``"none"`` keeps what `penalty` and `discrepancy_weight`
-    mean, and a finite budget without it warns. ``loss_type``: the objective is a sum over a completion's tokens, so the
+    same number. In a group of equal returns that is 1e-4, so the direct term is multiplied by 10,000, and where returns
+    take two values the penalty's size is forgotten. ``"none"`` keeps the meaning of `penalty` and `discrepancy_weight`,
+    and a finite budget without it warns. ``loss_type``: the objective is a sum over a completion's tokens, so the
     losses that divide every token by the same number keep to it: `dapo` (the default) and `dr_grpo`; `grpo` weighs a
     token by the length of its completion.
     ``beta`` is TRL's penalty towards the student's own beginning, and has nothing to do with the teacher.
 
-    Raises InputError, in one line, for values that cannot work; what TRL itself refuses is a ValueError.
+    Raises InputError, in one line, for values that cannot work; TRL's own refusals are a ValueError.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -104,7 +103,7 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
         },
     )
     kind: Literal["cmdp", "hinge", "saute", "lagrangian", "barrier", "worst_case"] = field(
-        default="cmdp", metadata={"help": "Which modified reward: how being over the budget is paid for."}
+        default="cmdp", metadata={"help": "The modified reward: the price of being over the budget."}
     )
     coefficient: float | None = field(
         default=None,
@@ -113,9 +112,9 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     baseline: Literal["grpo", "position_rloo"] = field(
         default="grpo",
         metadata={
-            "help": "What a token is compared with: `grpo`, its completion's return with the group's mean, one number "
-            "a completion; `position_rloo`, what is still to come with that of the group's other completions at the "
-            "same position, a number a token, unscaled."
+            "help": "The comparison that a token's advantage comes from. `grpo`: its completion's return with the "
+            "group's mean, one number per completion. `position_rloo`: the return still to come with that of the "
+            "group's other completions at the same position, a number per token, unscaled."
         },
     )
 
@@ -126,12 +125,10 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             self.kind != "pid",
             "kind='pid' has a controller, which TRL's checkpoints would not hold; cmdp-fast train has it",
         )
-        worst_case = self.kind == "worst_case"
-        amounts = (self.penalty, None, self.discrepancy_weight, self.coefficient, 10.0)
-        rule = ("mean" if worst_case else "sum", "strict")
-        _checked(check_terms, self.cost, self.kind, *amounts, 1.0, *rule, costs=FROM_STATISTICS)
+        _checked(checks.choice, "cost", self.cost, FROM_STATISTICS)
+        _checked(lambda: self.constraint)
         _require(
-            not (worst_case and self.budget_per_token),
+            not (self.kind == "worst_case" and self.budget_per_token),
             "kind='worst_case' bounds a mean over tokens: leave budget_per_token out",
         )
         _require(
@@ -148,7 +145,8 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             f"{self.multi_objective_aggregation!r}",
         )
         super().__post_init__()
-        if self.has_direct_term and self.scale_rewards == "group" and self.constraint.budget < math.inf:
+        self.constraint.warn_of_a_penalty_without_gradient(stacklevel=3)
+        if self.has_direct_term and self.scale_rewards == "group" and self.budget != math.inf:
             warnings.warn(
                 "scale_rewards='group' divides the direct term by a group's standard deviation, by 1e-4 where returns "
                 "are equal; scale_rewards='none' keeps what penalty and discrepancy_weight mean",
@@ -157,25 +155,24 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
 
     @property
     def constraint(self) -> Constraint:
-        """The arguments of `cf.linear_constrained_reward`."""
+        """The constraint that completions are held to."""
         assert self.budget is not None
         return Constraint(
-            cost=self.cost,
             budget=self.budget,
-            per_token=self.budget_per_token,
-            reduction="mean" if self.kind == "worst_case" else "sum",
+            cost=self.cost,
             kind=self.kind,
             penalty=self.penalty,
             discrepancy_weight=self.discrepancy_weight,
             coefficient=self.coefficient,
-            beta=0.5,
+            per_token=self.budget_per_token,
         )
 
     @property
     def has_direct_term(self) -> bool:
         """Whether the gradient flows through the cost, and not through the sampled tokens alone."""
-        weight = self.discrepancy_weight if self.kind in ("cmdp", "hinge") else self.coefficient
-        return self.cost in DIFFERENTIABLE_COSTS and bool(weight)
+        held = self.constraint
+        amount = {"discrepancy": held.discrepancy_weight, "price": held.price, "barrier": held.price}
+        return not held.action_dependent and bool(held.is_a.direct and amount[held.is_a.direct])
 
 
 @dataclass
@@ -185,28 +182,26 @@ class CMDPDistillationConfig(ConstraintOptions, DistillationConfig):
     With neither, the loss is TRL's. `beta` says which divergence is the loss and, with a budget, the cost: 0 is forward
     KL, 1 reverse KL, between them a Jensen-Shannon divergence.
 
-    Raises InputError, in one line, for values that cannot work; what TRL itself refuses is a ValueError.
+    Raises InputError, in one line, for values that cannot work; TRL's own refusals are a ValueError.
     """
 
     kind: Literal["cmdp", "hinge"] = field(
         default="cmdp",
         metadata={
-            "help": "How being over the budget is paid for: `cmdp` loses the task's reward from there on and pays the "
+            "help": "The price of being over the budget: `cmdp` loses the task's reward from there on and pays the "
             "penalty, `hinge` keeps the reward. Both pay for the excess."
         },
     )
     num_generations: int = field(
         default=1,
         metadata={
-            "help": "Completions a prompt, which are compared with one another: at least 2 with rewards or a budget."
+            "help": "Completions per prompt, which are compared with one another: at least 2 with rewards or a budget."
         },
     )
 
     def __post_init__(self) -> None:
         self.check_amounts()
         _require(self.kind in ("cmdp", "hinge"), f"kind must be 'cmdp' or 'hinge', got {self.kind!r}")
-        amounts = (self.penalty, None, self.discrepancy_weight, None, 10.0)
-        _checked(check_terms, "reverse_kl", self.kind, *amounts, 1.0, "sum", "strict")
         _checked(checks.number, "num_generations", self.num_generations)
         _require(self.num_generations >= 1, f"num_generations must be at least 1, got {self.num_generations}")
         _require(
@@ -214,10 +209,27 @@ class CMDPDistillationConfig(ConstraintOptions, DistillationConfig):
             f"a budget needs completions to compare: num_generations must be at least 2, got {self.num_generations}",
         )
         super().__post_init__()
+        _checked(lambda: self._held_to(0.0 if self.budget is None else self.budget))
         size = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
         _require(
             size % self.num_generations == 0,
             f"num_generations={self.num_generations} must divide the {size} completions of an optimizer step",
+        )
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The constraint that completions are held to, if there is a budget; its cost is the loss's divergence."""
+        return None if self.budget is None else self._held_to(self.budget)
+
+    def _held_to(self, budget: float) -> Constraint:
+        return Constraint(
+            budget=budget,
+            cost="jsd",
+            beta=self.beta,
+            kind=self.kind,
+            penalty=self.penalty,
+            discrepancy_weight=self.discrepancy_weight,
+            per_token=self.budget_per_token,
         )
 
 
@@ -226,9 +238,9 @@ def _require(condition: object, message: str) -> None:
         raise InputError(message)
 
 
-def _checked(check: Any, *arguments: Any, **options: Any) -> None:
-    """Runs one of the operations' own checks; its complaint is of what the user gave."""
+def _checked(check: Callable[..., object], *arguments: Any) -> None:
+    """Runs one of the operations' own checks; its complaint is of the user's settings."""
     try:
-        check(*arguments, **options)
+        check(*arguments)
     except (TypeError, ValueError) as error:
         raise InputError(first_line(error)) from error

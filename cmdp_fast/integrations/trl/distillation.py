@@ -15,16 +15,15 @@ from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 import cmdp_fast as cf
-from cmdp_fast import objective
+from cmdp_fast import batches, credit, objective
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.experience import gathered_rows
-from cmdp_fast.trainer.scoring import Outputs, Pair
-from cmdp_fast.trainer.tasks.rewards import as_completion
+from cmdp_fast.messages import as_completion
+from cmdp_fast.scoring import Models, Outputs
 
-from .advantage import task_rewards
+from .advantage import sequence_advantages, task_rewards
 from .config import CMDPDistillationConfig
 from .metrics import constraint_metrics
-from .scoring import Batch, Scoring, at_last_token, trained_tokens
+from .scoring import Batch, TRLScoring, trained_tokens
 from .teacher import check_pair, load_teacher, prepare_teacher, suppress_unshared_columns
 
 
@@ -42,7 +41,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
     Args:
         teacher_model: hub id, folder or model; instead of `args.teacher_model_name_or_path`.
         reward_funcs: functions, one or several, as GRPO's: they are given prompts, completions, completion_ids, the
-            dataset's other columns and trainer_state, and return a number or None a completion. Several are added up.
+            dataset's other columns and trainer_state, and return a number or None per completion. Several are added up.
 
     Metrics: `metrics.constraint_metrics`, and with rewards ``reward``, ``reward_std`` and ``rewards/NAME/mean``.
 
@@ -76,8 +75,8 @@ class CMDPDistillationTrainer(DistillationTrainer):
         width = check_pair(self.model, teacher, self._tokenizer)
         suppress_unshared_columns(self, width)
         self.teacher_model = prepare_teacher(teacher, self)
-        self.scoring = Scoring(self, self.teacher_model, width)
-        self._seen: tuple[Any, ...] | None = None
+        self.scoring = TRLScoring(self, self.teacher_model, width)
+        self._seen: tuple[cf.TokenStats, Tensor, Tensor] | None = None  # with cost and mask, of the last loss
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         """TRL's, with each prompt `num_generations` times in a row."""
@@ -94,53 +93,40 @@ class CMDPDistillationTrainer(DistillationTrainer):
 
     # ------------------------------------------------------------------------------------- score
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         """TRL's batch; with rewards or a budget also ``advantages`` ``[B, T]``, with a budget ``direct`` ``[B, T]``,
         the weights of the divergence, ``modified_reward`` ``[B, T]`` and the teacher's hidden states."""
-        batch = super()._generate_and_score_completions(inputs)
+        batch: Batch = super()._generate_and_score_completions(inputs)
         self.scoring.check_tokens(batch)
         args, training = self.args, self.model.training
         if not self.reward_functions and args.budget is None:
             return batch
         mask = trained_tokens(batch)
         group_size = args.num_generations if training else 1
-        mine = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
-        task = self._task_rewards(inputs, batch, group_size)[mine]
-        reward = at_last_token(task, mask)
-        if args.budget is not None:
+        everyones = self._task_rewards(inputs, batch, group_size)
+        reward = credit.at_last_token(everyones[batches.of_this_process(len(mask), self.accelerator)], mask)
+        if args.constraint is not None:
             account = self.scoring.account(
                 self.model,
                 batch,
-                lambda models, outputs, tokens, rows: self._settle(models, outputs, tokens, mask[rows], reward[rows]),
+                lambda models, outputs, tokens, part: self._settle(models, outputs, tokens, mask[part], reward[part]),
                 rows_at_once=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
                 keep=True,
             )
             reward = batch["modified_reward"] = account.reward
-            batch["direct"] = objective.direct_coefficient(
-                account.trace, args.kind, discrepancy_weight=args.discrepancy_weight, mask=mask
-            )
-            if account.teacher_hidden is not None:
-                batch["teacher_hidden"] = account.teacher_hidden
-        returns = gathered_rows(reward.sum(1), self.accelerator)
-        advantage = objective.rloo(returns, group_size) if group_size > 1 else torch.zeros_like(returns)
-        batch["advantages"] = torch.where(mask, advantage[mine, None], 0.0)
+            batch["direct"] = objective.direct_coefficient(account.trace, args.constraint, mask=mask)
+            if account.teacher_outputs is not None:
+                batch["teacher_hidden"] = account.teacher_outputs
+        batch["advantages"], _ = sequence_advantages(reward.sum(1), mask, group_size, self.accelerator, "rloo")
         return batch
 
     def _settle(
-        self, models: Pair, outputs: Outputs, tokens: Tensor, mask: Tensor, task_reward: Tensor
+        self, models: Models, outputs: Outputs, tokens: Tensor, mask: Tensor, task_reward: Tensor
     ) -> cf.ConstrainedReward:
-        """What completions cost by the divergence that is the loss, and the modified reward."""
+        """The account of completions, charged with the divergence that is the loss, and the modified reward."""
         stats, cost = self._statistics(models, outputs, tokens, mask)
-        trace = cf.budget_trace(cost, self.args.budget, mask=mask, per_token=self.args.budget_per_token)
-        reward = cf.modified_reward(
-            task_reward.to(cost.dtype),
-            cost,
-            trace,
-            kind=self.args.kind,
-            penalty=self.args.penalty,
-            discrepancy_weight=self.args.discrepancy_weight,
-            mask=mask,
-        )
+        trace = cf.budget_trace(cost, constraint=self.args.constraint, mask=mask)
+        reward = cf.modified_reward(task_reward.to(cost.dtype), cost, trace, constraint=self.args.constraint, mask=mask)
         return cf.ConstrainedReward(stats, trace, reward)
 
     def _task_rewards(self, inputs: Sequence[dict[str, Any]], batch: Batch, group_size: int) -> Tensor:
@@ -168,7 +154,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
                     )
             numbers = [[math.nan if value is None else float(value) for value in row] for row in named.values()]
             rewards = torch.tensor(numbers, device=self.accelerator.device).T
-        rewards = gathered_rows(rewards, self.accelerator)
+        rewards = batches.gathered(rewards, self.accelerator)
         task = task_rewards(rewards, torch.ones(rewards.shape[1]), group_size)
         if self.reward_functions:
             metrics = self._metrics["train" if self.model.training else "eval"]
@@ -180,23 +166,34 @@ class CMDPDistillationTrainer(DistillationTrainer):
 
     # ------------------------------------------------------------------------------------- update
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's; what the loss has seen is logged once all processes are out of it."""
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's; the statistics that the loss was made of are logged once all processes are out of it."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._seen is not None
         stats, cost, mask = self._seen
-        self._seen, budget = None, self.args.budget
-        trace = None
-        if budget is not None:
-            trace = cf.budget_trace(cost, budget, mask=mask, per_token=self.args.budget_per_token)
+        self._seen, constraint = None, self.args.constraint
         found = constraint_metrics(
-            self.accelerator, stats, cost, mask, trace=trace, budget=budget, reward=inputs.get("modified_reward")
+            self.accelerator,
+            stats,
+            cost,
+            mask,
+            trace=None if constraint is None else cf.budget_trace(cost, constraint=constraint, mask=mask),
+            budget=self.args.budget,
+            reward=inputs.get("modified_reward"),
         )
         for name, value in found.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
         return result
 
-    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+    def _compute_loss(
+        self, unwrapped_student: Any, inputs: Batch, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, sum of the entropies, number of tokens) of a micro-batch."""
         mask, tokens = trained_tokens(inputs), inputs["completion_ids"]
         models = (unwrapped_student, self.scoring.teacher)
@@ -216,7 +213,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         return loss, stats.entropy.sum().detach(), count
 
     def _statistics(
-        self, models: Pair, outputs: Outputs, tokens: Tensor, mask: Tensor, *, likelihood: bool = True
+        self, models: Models, outputs: Outputs, tokens: Tensor, mask: Tensor, *, likelihood: bool = True
     ) -> tuple[cf.TokenStats, Tensor]:
         """The statistics of tokens and the divergence that is the loss; ``likelihood``: whether a gradient is to flow
         through the statistics where the divergence is none of them."""
@@ -229,7 +226,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
 
 
 def _named_functions(given: Any) -> dict[str, Callable[..., Any]]:
-    """Reward functions by name. Raises InputError for what cannot be called for a list of numbers."""
+    """Reward functions by name. Raises InputError for a value that is no plain function."""
     functions = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     named: dict[str, Callable[..., Any]] = {}
     for function in functions:

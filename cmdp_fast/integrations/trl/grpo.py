@@ -10,13 +10,14 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 import cmdp_fast as cf
+from cmdp_fast import batches, credit, objective
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.scoring import Outputs, Pair
+from cmdp_fast.scoring import Models, Outputs, ScoredBatch
 
-from .advantage import task_rewards, token_advantages
+from .advantage import position_advantages, sequence_advantages, task_rewards
 from .config import CMDPGRPOConfig
 from .metrics import constraint_metrics
-from .scoring import Batch, Scoring, at_last_token, trained_tokens
+from .scoring import Batch, TRLScoring, trained_tokens
 from .teacher import check_pair, load_teacher, prepare_teacher, suppress_unshared_columns
 
 
@@ -25,7 +26,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
 
     A rollout is scored as TRL does it; then student and teacher read it, and `cf.linear_constrained_reward` gives
     costs, the budget's account and the modified reward. Advantages ``[B, T]`` are those of `cmdp_fast.objective`. Where
-    the cost has a gradient the loss gets the direct term, each token divided by what TRL divides its own terms by, and
+    the cost has a gradient the loss gets the direct term, each token divided as TRL divides its own terms, and
     the student's log-probabilities, entropies and costs come from one forward pass, `cf.linear_token_stats`, and one
     backward pass. Without a direct term the loss is TRL's, untouched.
 
@@ -68,52 +69,40 @@ class CMDPGRPOTrainer(GRPOTrainer):
         suppress_unshared_columns(self, width)
         self.teacher_model = prepare_teacher(teacher, self)
         self.constraint = args.constraint
-        self.scoring = Scoring(self, self.teacher_model, width)
+        self.scoring = TRLScoring(self, self.teacher_model, width)
 
     # ------------------------------------------------------------------------------------- score
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """TRL's; the rewards of all processes by function are needed again in a moment."""
-        self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         """TRL's batch with the advantages ``[B, T]`` of the modified reward. Where there is a direct term also
-        ``direct`` ``[B, T]``, its weights divided by what the advantages are divided by, and the teacher's hidden
+        ``direct`` ``[B, T]``, its weights divided as the advantages are, and the teacher's hidden
         states if they fit in the cache."""
-        batch = super()._generate_and_score_completions(inputs)
+        batch: Batch = super()._generate_and_score_completions(inputs)
         self.scoring.check_tokens(batch)
         training, args, constraint = self.model.training, self.args, self.constraint
         group_size = self.num_generations if training else self.num_generations_eval
         size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         mask = trained_tokens(batch)
-        mine = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
-        task = task_rewards(self._rewards, self.reward_weights, group_size)[mine]
-        task_reward = at_last_token(task, mask)
+        everyones = task_rewards(self._rewards, self.reward_weights, group_size)
+        task = everyones[batches.of_this_process(len(mask), self.accelerator)]
+        task_reward = credit.at_last_token(task, mask)
 
-        def settle(models: Pair, outputs: Outputs, tokens: Tensor, rows: slice) -> cf.ConstrainedReward:
+        def settle(models: Models, outputs: Outputs, tokens: Tensor, part: slice) -> cf.ConstrainedReward:
             return self.scoring.constrained_reward(
-                models, outputs, tokens, task_reward[rows], mask=mask[rows], **constraint.options
+                models, outputs, tokens, task_reward[part], mask=mask[part], constraint=constraint
             )
 
         account = self.scoring.account(self.model, batch, settle, rows_at_once=size, keep=args.has_direct_term)
-        returns = torch.where(mask.any(1), account.reward.sum(1), task)
-        batch["advantages"], scale = token_advantages(
-            account.reward,
-            task_reward,
-            returns,
-            account.trace,
-            mask,
-            constraint,
-            baseline=args.baseline,
-            scale_rewards=args.scale_rewards,
-            group_size=group_size,
-            accelerator=self.accelerator,
-        )
+        batch["advantages"], scale = self._advantages(account, task, task_reward, mask, group_size)
         if args.has_direct_term:
-            batch["direct"] = constraint.direct(account.trace, mask) / scale
-            if account.teacher_hidden is not None:
-                batch["teacher_hidden"] = account.teacher_hidden
+            batch["direct"] = objective.direct_coefficient(account.trace, constraint, mask=mask) / scale
+            if account.teacher_outputs is not None:
+                batch["teacher_hidden"] = account.teacher_outputs
             if "old_per_token_logps" in batch:  # of the same columns and from the same operation as in the update
                 batch["old_per_token_logps"] = account.stats.logprob
         found = constraint_metrics(
@@ -122,13 +111,25 @@ class CMDPGRPOTrainer(GRPOTrainer):
             cf.token_cost(account.stats, constraint.cost),
             mask,
             trace=account.trace,
-            budget=constraint.budget,
+            budget=args.budget,
             reward=account.reward,
         )
         for name, value in found.items():
             self._metrics["train" if training else "eval"][name].append(value)
         self._show_advantages(batch["advantages"], mask)
         return batch
+
+    def _advantages(
+        self, account: ScoredBatch, task: Tensor, task_reward: Tensor, mask: Tensor, group_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """(advantage [B, T], the number [B, 1] by which it was divided) of the task's rewards [B] and [B, T]."""
+        if self.args.baseline == "position_rloo":
+            score = credit.score(account.reward, task_reward, account.trace, self.constraint, mask=mask)
+            return position_advantages(score, mask, group_size, self.accelerator), torch.ones_like(task)[:, None]
+        returns = torch.where(mask.any(1), account.reward.sum(1), task)
+        return sequence_advantages(
+            returns, mask, group_size, self.accelerator, "grpo", scale_rewards=self.args.scale_rewards
+        )
 
     def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:
         """Puts the means over tokens where TRL keeps a completion's advantage for its table of completions."""
@@ -140,7 +141,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------------------------- update
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: Any, inputs: Batch) -> Tensor:
         """TRL's loss and the direct term, sum k c, each token of both divided by the same."""
         if "direct" not in inputs:
             return super()._compute_loss(model, inputs)
@@ -156,7 +157,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         return loss + direct
 
     def _token_weights(self, inputs: Batch) -> Tensor:
-        """What TRL's loss multiplies a token's term with, [B, 1] or a scalar, before it sums the tokens."""
+        """The factor of a token's term in TRL's loss, [B, 1] or a scalar; the tokens' terms are then summed."""
         mask = trained_tokens(inputs)
         accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
         if self.loss_type in ("grpo", "sapo"):
@@ -182,7 +183,7 @@ class _Policy:
     So TRL's loss is computed from the statistics that the direct term is made of: one forward and one backward pass.
     """
 
-    def __init__(self, scoring: Scoring, model: Any, batch: Batch) -> None:
+    def __init__(self, scoring: TRLScoring, model: Any, batch: Batch) -> None:
         self.scoring, self.model, self.batch = scoring, model, batch
         self.stats: cf.TokenStats | None = None
 

@@ -1,22 +1,22 @@
-"""What is logged beside TRL's metrics: the names and numbers of `cmdp-fast train`, of all processes."""
+"""The metrics beside TRL's: names and numbers as `cmdp-fast train` logs them, of all processes."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 import cmdp_fast as cf
-from cmdp_fast import objective
-from cmdp_fast.trainer.experience import as_numbers, gathered_rows
+from cmdp_fast import batches
+from cmdp_fast.metrics import OF_A_BUDGET, as_numbers, budget_metrics, divergences
 
-_OF_A_BUDGET = ("constraint_satisfaction", "mean_excess", "first_violation")
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def constraint_metrics(
-    accelerator: Any,
+    accelerator: Accelerator,
     stats: cf.TokenStats,
     cost: Tensor,
     mask: Tensor,
@@ -25,29 +25,18 @@ def constraint_metrics(
     budget: float | None = None,
     reward: Tensor | None = None,
 ) -> dict[str, float]:
-    """``cmdp/...`` by name, in nats: of the cost's account, and of the exact divergence whatever the cost is.
+    """``cmdp/...`` by name, in nats (`metrics.budget_metrics`): of the account of the costs [B, T], and of the exact
+    divergence for any cost.
 
-    ``trace`` and ``budget`` where there is a budget, ``reward`` the modified reward where there is one. Every process
-    must call this with as many completions.
+    ``trace`` and ``budget`` where there is a budget, ``reward`` [B, T] the modified reward where there is one. Every
+    process must call this with as many completions. Without a budget the metrics of one are left out, and ``budget``
+    where it is infinite.
     """
-
-    def whole(value: Tensor) -> Tensor:
-        return gathered_rows(value.detach(), accelerator)
-
     if trace is None:
         trace = cf.budget_trace(cost.detach(), math.inf, mask=mask)
-    everywhere = whole(mask)
-    trace = cf.BudgetTrace(*(whole(column) for column in trace))
-    found = objective.constraint_metrics(whole(cost), trace, mask=everywhere)
-    if budget is None:
-        found = {name: value for name, value in found.items() if name not in _OF_A_BUDGET}
-    elif math.isfinite(budget):
-        found["budget"] = torch.tensor(budget)
-    if reward is not None:
-        found["modified_reward"] = whole(reward.sum(1)).mean()
-    for name, kind in (("cumulative_kl", "reverse_kl"), ("cumulative_k1", "k1"), ("cumulative_k3", "k3")):
-        total = whole(torch.where(mask, cf.token_cost(stats, kind), 0.0).sum(1))
-        found[name] = total.mean()
-        if kind == "reverse_kl":
-            found["cumulative_kl_cvar"] = objective.cvar(total)
-    return {f"cmdp/{name}": value for name, value in as_numbers(found).items()}
+    here = (cost.detach(), trace, divergences(stats, mask), mask, None if reward is None else reward.detach().sum(1))
+    cost, trace, divergence, everywhere, modified = batches.gathered(here, accelerator)
+    limit = math.inf if budget is None else budget
+    found = budget_metrics(cost, trace, divergence, mask=everywhere, budget=limit, modified=modified)
+    left_out = OF_A_BUDGET if budget is None else () if math.isfinite(budget) else ("budget",)
+    return {f"cmdp/{name}": value for name, value in as_numbers(found).items() if name not in left_out}

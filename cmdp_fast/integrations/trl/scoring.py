@@ -1,40 +1,34 @@
-"""What student and teacher make of a batch of TRL's: hidden states of its completions, and the statistics of tokens."""
+"""A batch of TRL's as student and teacher read it: hidden states of its completions, and the statistics of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import cmdp_fast as cf
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.scoring import FromHiddenStates, Outputs, Pair
+from cmdp_fast.scoring import FromHiddenStates, Models, Outputs, ScoredBatch, score
 
 from .divergence import tiled_divergence
 
-Batch = dict[str, Any]  # what TRL's `_generate_and_score_completions` returns, or the part of it for a micro-batch
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Batch = dict[str, Any]  # as TRL's `_generate_and_score_completions` returns it, or the part of it for a micro-batch
 
 
-class Account(NamedTuple):
-    """Completions against their budget, tensors ``[B, T]``; the teacher's hidden states if they were to be kept."""
-
-    stats: cf.TokenStats
-    trace: cf.BudgetTrace
-    reward: Tensor
-    teacher_hidden: Tensor | None
-
-
-class Scoring(FromHiddenStates):
-    """`FromHiddenStates` for TRL's batches, whose models see what TRL shows them: no position ids."""
+class TRLScoring(FromHiddenStates):
+    """`FromHiddenStates` for TRL's batches, whose models see the inputs that TRL gives them: no position ids."""
 
     def __init__(self, trainer: Any, teacher: Any, vocab_size: int) -> None:
-        super().__init__({"vocab_size": vocab_size, "temperature": trainer.temperature})
-        self.accelerator = trainer.accelerator
+        super().__init__(vocab_size, trainer.temperature)
+        self.accelerator: Accelerator = trainer.accelerator
         self.teacher = teacher
         self.cache_bytes = trainer.args.teacher_cache_mb * 2**20
-        # TRL's option to run the student's head in float32 whatever the layers below run in
+        # TRL's option to run the student's head in float32 above layers of any dtype
         self.float_head = bool(getattr(trainer.args, "cast_lm_head_to_fp32", False))
 
     def outputs(self, model: Any, batch: Any) -> Tensor:
@@ -48,7 +42,8 @@ class Scoring(FromHiddenStates):
         return hidden[:, -length - 1 : -1].to(dtype)
 
     def _head_dtype(self, model: Any, hidden: Tensor) -> torch.dtype:
-        """What TRL runs a head in. A norm in float32 may end the layers below; autocast would not keep to that."""
+        """The dtype in which TRL runs a head. A norm in float32 may end the layers below; autocast would not keep to
+        that."""
         if self.float_head and model is not self.teacher:
             return torch.float32
         device = hidden.device.type
@@ -64,48 +59,47 @@ class Scoring(FromHiddenStates):
 
     def check_tokens(self, batch: Batch) -> None:
         """Raises InputError for a token that one of the models has no column for."""
-        highest, width = int(batch["completion_ids"].max()), self.settings["vocab_size"]
-        if highest >= width:
-            raise InputError(f"a completion has token {highest}, but student and teacher share {width} columns alone")
+        highest = int(batch["completion_ids"].max())
+        if highest >= self.vocab_size:
+            raise InputError(
+                f"a completion has token {highest}, but student and teacher share {self.vocab_size} columns alone"
+            )
 
-    def divergence(self, models: Pair, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
+    def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
         """Any of the Jensen-Shannon divergences; the logits exist for some rows at a time."""
         if beta in (0.0, 1.0):
             return super().divergence(models, outputs, mask, beta)
         heads = [cf.head_of(model) for model in models]
-        return tiled_divergence(heads[0], outputs[0], heads[1], outputs[1], mask, beta=beta, **self.settings)
+        return tiled_divergence(
+            *(heads[0], outputs[0], heads[1], outputs[1], mask),
+            beta=beta,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+        )
 
     @torch.no_grad()
     def account(
         self,
         student: Any,
         batch: Batch,
-        settle: Callable[[Pair, Outputs, Tensor, slice], cf.ConstrainedReward],
+        settle: Callable[[Models, Outputs, Tensor, slice], cf.ConstrainedReward],
         *,
         rows_at_once: int,
         keep: bool,
-    ) -> Account:
-        """Scores a batch some completions at a time; ``settle`` says what they cost and what comes of it.
+    ) -> ScoredBatch:
+        """The account of a batch, `rows_at_once` completions at a time; ``settle`` makes statistics, trace and modified
+        reward of some rows.
 
         ``keep``: the teacher's hidden states are wanted again, and kept if they fit in the cache.
         """
-        parts, kept = [], None
-        count = len(batch["completion_ids"])
-        for start in range(0, count, rows_at_once):
-            rows = slice(start, min(start + rows_at_once, count))
+
+        def read_and_settle(rows: slice) -> tuple[cf.ConstrainedReward, Tensor]:
             part = {name: batch[name][rows] for name in _READ}
             outputs = (self.outputs(student, part), self.outputs(self.teacher, part))
-            parts.append(settle((student, self.teacher), outputs, part["completion_ids"], rows))
-            hidden = outputs[1]
-            if keep and count * hidden[0].numel() * hidden.element_size() <= self.cache_bytes:
-                kept = hidden.new_empty(count, *hidden.shape[1:]) if kept is None else kept
-                kept[rows] = hidden
-        return Account(
-            cf.TokenStats(*(torch.cat(column) for column in zip(*(p.stats for p in parts), strict=True))),
-            cf.BudgetTrace(*(torch.cat(column) for column in zip(*(p.trace for p in parts), strict=True))),
-            torch.cat([p.reward for p in parts]),
-            kept,
-        )
+            return settle((student, self.teacher), outputs, part["completion_ids"], rows), outputs[1]
+
+        count = len(batch["completion_ids"])
+        return score(count, read_and_settle, at_once=rows_at_once, cache_bytes=self.cache_bytes if keep else 0)
 
 
 _READ = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -115,9 +109,3 @@ def trained_tokens(batch: Batch) -> Tensor:
     """Which tokens [B, T] are the student's own: neither padding nor written by a tool."""
     mask: Tensor = batch["completion_mask"].bool()
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
-
-
-def at_last_token(value: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] with value [B] at the last real token of each completion and 0 elsewhere; a completion may have none."""
-    following = mask.long().flip(1).cumsum(1).flip(1)
-    return torch.where(mask & (following == 1), value[:, None].float(), 0.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import cmdp_fast as cf
 from cmdp_fast.errors import InputError, first_line
-from cmdp_fast.trainer.models.pair import check_tokenizers, common_vocabulary
+from cmdp_fast.vocabulary import check_tokenizers, common_vocabulary
 
 
 def load_teacher(teacher: Any, args: Any) -> Any:

@@ -4,13 +4,13 @@ Importing this module registers ``cmdp`` with verl: a trainer, an advantage esti
 loss. verl imports it in every process it starts if `VERL_USE_EXTERNAL_MODULES=cmdp_fast.integrations.verl`. The file
 `cmdp.yaml` beside this one is a configuration for verl's launcher, with the command in its header.
 
-**What runs where.** The student is trained by verl's actor workers: FSDP, or Megatron with costs of the sampled token
+**Workers.** The student is trained by verl's actor workers: FSDP, or Megatron with costs of the sampled token
 (verl gives the student's mass on the k tokens no gradient there). Completions come from vLLM or SGLang on the same
 GPUs. The teacher is a vLLM or SGLang server in a resource pool of its own (`distillation.n_gpus_per_node`); it scores
 each completion as a prompt, while others are still being sampled. The controller makes the advantages. Nothing of the
 teacher is ever on a student's GPU.
 
-| step | where | what |
+| step | where | result |
 | --- | --- | --- |
 | completions, task rewards | rollout and reward workers | verl's own |
 | teacher scores | teacher pool | a log-probability of each sampled token, or of the teacher's k most likely tokens |
@@ -19,15 +19,15 @@ teacher is ever on a student's GPU.
 | score term | actor workers | policy loss `cmdp`: `objective.ppo_loss` |
 | direct term | actor workers | distillation loss `cmdp`: `objective.direct_coefficient` times a differentiable cost |
 
-**What is sent between them.** Exact divergences need the teacher's whole distribution at every token. Two ways to move
-it are bearable: its hidden states, with the head once (Qwen2.5-Math-7B: 3,584 numbers a token, where the logits are
+**Messages.** Exact divergences need the teacher's whole distribution at every token. Two ways to move
+it are bearable: its hidden states, with the head once (Qwen2.5-Math-7B: 3,584 numbers per token, where the logits are
 152,064), which `cf.linear_token_stats` turns into exact statistics on the student's GPU; or its k most likely tokens
-and one bucket for all others. verl's servers send the second, k numbers and k ids a token, or the log-probability of
+and one bucket for all others. verl's servers send the second, k numbers and k ids per token, or the log-probability of
 the sampled token alone. So here the costs are
 
 - ``forward_kl``, KL(teacher‖student) of the k tokens and the bucket. It is a *lower bound* of the forward KL: a bucket
-  hides whatever differs inside it (log-sum inequality), so a student that meets the budget may exceed it in truth, by
-  no more than W min(R, R²/8) a token, W the teacher's mass outside its k tokens and R the spread of
+  hides every difference inside it (log-sum inequality), so a student that meets the budget may exceed it in truth, by
+  no more than W min(R, R²/8) per token, W the teacher's mass outside its k tokens and R the spread of
   log(teacher/student) there. `cmdp_fast.integrations.topk` derives both; `distillation/teacher_mass` logs 1 - W. verl's
   own `forward_kl_topk` leaves the bucket out, which is no divergence and bounds nothing.
 - ``k1`` (its sum is log student/teacher of the completion, its expectation the exact reverse KL), ``k3`` and ``nll``,

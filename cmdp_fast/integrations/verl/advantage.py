@@ -1,4 +1,4 @@
-"""The advantage estimator `cmdp`: what the modified reward says of each token."""
+"""The advantage estimator `cmdp`: the worth of each token under the modified reward."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
+from cmdp_fast.credit import constrained_advantage
 from cmdp_fast.errors import InputError
-from cmdp_fast.integrations.credit import constrained_advantage
 
 from .config import constraint_of
 

@@ -1,4 +1,4 @@
-"""Where the constraint stands in verl's configuration, and what else there has to agree with it.
+"""The place of the constraint in verl's configuration, and the other settings there that have to agree with it.
 
 `algorithm.cmdp` is a new section; workers see the actor's section alone, so `actor_rollout_ref.actor.policy_loss`
 refers to it, in a dataclass of ours that hydra makes because ``_target_`` names it.
@@ -12,8 +12,9 @@ from typing import Any
 
 from verl.workers.config import PolicyLossConfig
 
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
-from cmdp_fast.integrations.constraint import SAMPLED_COSTS, Constraint
+from cmdp_fast.integrations.constraint import SAMPLED_COSTS, constraint_from_settings
 
 TOPK_LOSS, SAMPLED_LOSS = "cmdp", "cmdp_sampled"
 CONSTANT_NORMALIZERS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -31,16 +32,16 @@ def constraint_of(section: Mapping[str, Any] | None, where: str) -> Constraint:
 
     Raises InputError for ``reverse_kl`` (verl's teacher sends its own k tokens, whose masses give forward KL) too.
     """
-    constraint = Constraint.from_settings(None if section is None else section.get("cmdp"), f"{where}.cmdp")
+    constraint = constraint_from_settings(None if section is None else section.get("cmdp"), f"{where}.cmdp")
     if constraint.cost == "reverse_kl":
         raise InputError(f"{where}.cmdp.cost=reverse_kl, expected forward_kl, {', '.join(SAMPLED_COSTS)}")
     return constraint
 
 
 def check_config(config: Any) -> Constraint:
-    """The constraint of a whole configuration, once all that it depends on is as it has to be.
+    """The constraint of a whole configuration, once all other settings are as it needs them.
 
-    Raises InputError, which names the key, what it is and what is expected.
+    Raises InputError, which names the key, its value and the expected one.
     """
     constraint = constraint_of(config.algorithm, "algorithm")
     actor, distillation = config.actor_rollout_ref.actor, config.distillation

@@ -1,4 +1,4 @@
-"""Token costs from what verl's batch carries: log-probabilities of sampled tokens, or masses of k tokens."""
+"""Token costs from verl's batch, which carries log-probabilities of sampled tokens, or masses of k tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from verl.workers.utils.padding import no_padding_2_padding
 
 import cmdp_fast as cf
-from cmdp_fast.integrations.constraint import Constraint
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.integrations.topk import with_tail
 
 SAMPLED_FIELDS = ("prompts", "responses", "old_log_probs", "teacher_logprobs")

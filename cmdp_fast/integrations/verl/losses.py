@@ -15,6 +15,7 @@ from verl.trainer.distillation.losses import DistillationLossSettings, register_
 from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+import cmdp_fast as cf
 from cmdp_fast import objective
 from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.topk import with_tail
@@ -39,7 +40,7 @@ def compute_policy_loss_cmdp(
 
     Unlike verl's `vanilla` it has no second clip for negative advantages (``clip_ratio_c``). ``loss_agg_mode`` is any
     that divides all tokens by one number. Raises InputError for another: weighing the tokens of a completion by its
-    length would make the sum over the trajectory, which is what the budget is for, a mean.
+    length would make a mean of the sum over the trajectory, which the budget is for.
     """
     mask = response_mask.bool()
     ratio_bound = (log_prob - old_log_prob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -67,7 +68,7 @@ def _normalizer(
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
 ) -> float | Tensor:
-    """What verl's `agg_loss` divides a sum over tokens by."""
+    """The divisor of verl's `agg_loss` for a sum over tokens."""
     if mode not in CONSTANT_NORMALIZERS:
         raise InputError(f"loss_agg_mode={mode}, the loss 'cmdp' expects one of {', '.join(CONSTANT_NORMALIZERS)}")
     if mode == "token-sum":
@@ -87,9 +88,9 @@ def compute_cmdp_direct_term(
 ) -> tuple[Tensor, dict[str, float]]:
     """k_t c_t for each token [B, T], c the forward KL to the teacher's k tokens with a bucket for the rest.
 
-    k is `objective.direct_coefficient` of what the completions spend under the policy that is trained, so a whole
-    completion has to be in the micro-batch, as it is in verl. Differentiable through c. Metrics are means of the
-    micro-batch: ``distillation/cmdp_cost`` a token and ``distillation/cmdp_spent`` a completion, in nats,
+    k is `objective.direct_coefficient` of the budget that completions spend under the policy that is trained. So a
+    whole completion has to be in the micro-batch, as it is in verl. Differentiable through c. Metrics are means of the
+    micro-batch: ``distillation/cmdp_cost`` per token and ``distillation/cmdp_spent`` per completion, in nats,
     ``distillation/teacher_mass`` of the k tokens. Raises InputError for a mass without a gradient (Megatron's).
     """
     constraint = constraint_of(config.policy_loss, "actor_rollout_ref.actor.policy_loss")
@@ -101,7 +102,8 @@ def compute_cmdp_direct_term(
     if head.requires_grad and not student_mass.requires_grad:
         raise InputError("the student's mass on the k tokens has no gradient, so the bucket's would be lost; use FSDP")
     cost = torch.where(mask, with_tail(head, teacher_mass, student_mass), 0.0)
-    weight = constraint.direct(constraint.trace(cost, mask), mask)
+    trace = cf.budget_trace(cost.detach(), constraint=constraint, mask=mask)
+    weight = objective.direct_coefficient(trace, constraint, mask=mask)
     real = mask.sum().clamp(min=1)
     metrics = {
         "distillation/cmdp_cost": (cost.detach().sum() / real).item(),

@@ -14,7 +14,9 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+import cmdp_fast as cf
 from cmdp_fast import objective
+from cmdp_fast.metrics import as_numbers
 
 from .advantage import cost_of_batch
 from .config import check_config
@@ -43,7 +45,7 @@ class ScoringWorker(TrainingWorker):
 
 
 def _logits_alone(training_loss: Any, student_logits: Tensor | None = None, **arguments: Any) -> Any:
-    """What the training loss makes of logits, and a loss of 0."""
+    """The masses that the training loss makes of logits, and a loss of 0."""
     if student_logits is not None:
         return training_loss(student_logits=student_logits, **arguments)
     return torch.zeros(()), {}
@@ -80,8 +82,8 @@ class ConstrainedTrainer(PPOTrainerSync):
         )
         cost, mask = cost_of_rollouts(data, self.constraint), data["response_mask"].to_padded_tensor(0).bool()
         real = mask.any(1)  # verl fills a batch up with rows that have no token to train on
-        trace = self.constraint.trace(cost[real], mask[real])
-        for name, value in objective.constraint_metrics(cost[real], trace, mask=mask[real]).items():
-            metrics[f"cmdp/{name}"] = value.item()
+        trace = cf.budget_trace(cost[real].detach(), constraint=self.constraint, mask=mask[real])
+        found = objective.constraint_metrics(cost[real], trace, mask=mask[real])
+        metrics |= {f"cmdp/{name}": value for name, value in as_numbers(found).items()}
         with cost_of_batch(cost):
             return super()._compute_advantage(batch, metrics)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cmdp_fast.constraint import Constraint
+
 from ..experience import Experience
-from ..settings.constraint import Constraint
 from .ppo import PPO, Targets
 
 

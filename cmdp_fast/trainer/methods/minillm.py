@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import objective
+from cmdp_fast.constraint import Constraint
 
 from ..experience import Experience
-from ..settings.constraint import Constraint
 from ..tasks.data import Problem
 from .ppo import PPO, Targets
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmdp_fast.constraint import Constraint
+
 from ..experience import Experience
-from ..settings.constraint import Constraint
 from ..tasks.data import Problem
 from .ppo import PPO, Targets
 

@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import cmdp_fast as cf
-from cmdp_fast import objective
+from cmdp_fast import batches, credit, objective
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
+from cmdp_fast.metrics import as_numbers
 
-from ..experience import Collector, Experience, Metrics, as_numbers, gathered_rows
+from ..experience import Collector, Experience, Metrics
 from ..models.value_head import ValueHead, explained_variance
 from ..records.clock import Clock
-from ..settings.constraint import Constraint, training_constraint
+from ..settings.constraint import training_constraint
 from ..tasks.data import Problem
 
 Targets = dict[str, Tensor]  # [B, T] each
@@ -66,7 +68,7 @@ class PPO:
         metrics = self.collector.measure(experience, constraint)
         metrics |= self.update(experience, self.targets(experience, constraint))
         if self.config.kind == "pid":
-            self.pid.update(metrics["cmdp/mean_cumulative"], constraint.budget)
+            self.pid.update(metrics["cmdp/mean_cumulative"], float(constraint.budget))
         self.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
         seconds = self.clock.now() - start
@@ -100,7 +102,7 @@ class PPO:
         """``advantage``, what the score term weighs a token with; ``direct``, what the direct term weighs its cost
         with, divided by what the advantages were divided by; with a value head, the ``value`` it should have given."""
         c, mask = self.config, experience.rollout.mask
-        direct = constraint.direct(experience.trace, mask)
+        direct = objective.direct_coefficient(experience.trace, constraint, mask=mask)
         if c.baseline == "gae":
             assert experience.value is not None
             advantage, value = objective.gae(
@@ -108,16 +110,12 @@ class PPO:
             )
             return {"advantage": advantage, "direct": direct, "value": value}
         if c.baseline == "position_rloo":
-            task_part = objective.task_part(experience.last_reward, experience.trace, constraint.kind)
-            score = objective.score_coefficient(
-                experience.reward, task_part, action_dependent=constraint.action_dependent, mask=mask, gamma=c.gamma
+            score = credit.score(
+                experience.reward, experience.last_reward, experience.trace, constraint, mask=mask, gamma=c.gamma
             )
             return {"advantage": objective.position_rloo(score, c.num_generations, mask), "direct": direct}
         returns = objective.returns_to_go(experience.reward, mask=mask, gamma=c.gamma)[:, 0]
-        if c.baseline == "grpo":
-            advantage, scale = objective.grpo(returns, c.num_generations)
-        else:
-            advantage, scale = objective.rloo(returns, c.num_generations), torch.ones_like(returns)
+        advantage, scale = credit.sequence_advantage(returns, c.num_generations, c.baseline)
         return {"advantage": torch.where(mask, advantage[:, None], 0.0), "direct": direct / scale[:, None]}
 
     # ------------------------------------------------------------------------------------- update
@@ -151,7 +149,7 @@ class PPO:
         if experience.value is not None:
             tensors = (experience.value, targets["value"], mask)
             means["value/explained_variance"] = float(
-                explained_variance(*(gathered_rows(tensor, self.accelerator) for tensor in tensors))
+                explained_variance(*(batches.gathered(tensor, self.accelerator) for tensor in tensors))
             )
         return means | {"learning_rate": learning_rate}
 

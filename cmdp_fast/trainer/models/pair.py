@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.vocabulary import check_tokenizers
 
 from ..records.report import Report
 from ..settings.config import TrainConfig
@@ -69,26 +70,6 @@ def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
         return student, FrozenBase(student), tokenizer
     teacher = _load_model("teacher", folders["teacher"], frozen, trusted)
     return student, teacher.eval().requires_grad_(False), tokenizer
-
-
-def check_tokenizers(student: Any, teacher: Any) -> None:
-    """Raises InputError unless a token has the same number in both: the divergence compares column by column.
-
-    One of them may have tokens after the other's last: they lie beyond the columns that both models have.
-    """
-    ours, theirs = ({number: token for token, number in t.get_vocab().items()} for t in (student, teacher))
-    common = min(max(ours, default=-1), max(theirs, default=-1))
-    differing = next((i for i in range(common + 1) if ours.get(i) != theirs.get(i)), None)
-    if differing is not None:
-        raise InputError(
-            f"student and teacher must share a tokenizer, but token {differing} is {ours.get(differing)!r} in one "
-            f"({len(ours)} tokens) and {theirs.get(differing)!r} in the other ({len(theirs)} tokens)"
-        )
-
-
-def common_vocabulary(*models: Any) -> int:
-    """The number of columns that all models' logits have; models of a family may pad their vocabulary differently."""
-    return min(model.get_output_embeddings().weight.shape[0] for model in models)
 
 
 def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.files import replacing
 
-from ..settings.constraint import Constraint
 from .metrics_log import MetricsLog
 
 

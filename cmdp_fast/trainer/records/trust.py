@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.imports import source_files
 
-from ..imports import source_files
 from ..settings.config import TrainConfig
 from ..settings.values import words
 from .digest import sha256

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.imports import import_function
+from cmdp_fast.messages import as_completion, text_of
 
-from ..imports import import_function
 from ..settings.config import TrainConfig
 from .data import Problem
-from .rewards import as_completion, call_rewards, load_rewards, text_of
+from .rewards import call_rewards, load_rewards
 from .step_verifiers import call_step_verifier, load_step_verifier
 
 Verdict = Literal["first", "second", "tie"]

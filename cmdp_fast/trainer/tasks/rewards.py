@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.imports import import_function
 from cmdp_fast.judging.reward import JudgedReward
+from cmdp_fast.messages import as_completion, text_of
 
-from ..imports import import_function
 from ..settings.config import TrainConfig
 from .data import Problem, last_group
 
@@ -126,16 +127,6 @@ def final_answer(text: str, pattern: re.Pattern[str]) -> str | None:
     if not pattern.pattern:
         return text.strip()
     return last_group(pattern, text)
-
-
-def text_of(completion: Any) -> str:
-    """The text of a completion, which for a chat is a list of one message."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def as_completion(prompt: Any, text: str) -> Any:
-    """What functions of the user's are given as the completion: a text, or for a chat a list of one message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def call_rewards(

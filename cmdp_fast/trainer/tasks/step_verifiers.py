@@ -18,11 +18,11 @@ from fractions import Fraction
 from typing import Any
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.imports import import_function
+from cmdp_fast.messages import as_completion, text_of
 
-from ..imports import import_function
 from ..settings.config import TrainConfig
 from .data import Problem
-from .rewards import as_completion, text_of
 from .sums import worked_solution
 
 StepVerifier = Callable[..., "bool | None"]

@@ -19,7 +19,7 @@ from cmdp_fast.errors import InputError, first_line
 def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Callable[..., Any]:
     """The function that ``module:function`` or ``path/file.py:function`` names.
 
-    Raises InputError, which names the option and what is built in, if there is none.
+    Raises InputError, which names the option and the built-in functions, if there is none.
     """
     module_name, colon, function_name = spec.rpartition(":")
     if not colon:
@@ -79,7 +79,7 @@ def _from_source(module_name: str) -> Iterator[None]:
 
 
 class _Finder(MetaPathFinder):
-    """What the other finders find under some names, to be run from its source."""
+    """The modules that the other finders find under some names, to be run from their source."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = set(names)
@@ -95,7 +95,7 @@ class _Finder(MetaPathFinder):
 
 
 class _FromSource(SourceFileLoader):
-    """Runs the file itself, never what a `__pycache__` beside it says that it was."""
+    """Runs the file itself, never the compiled copy of it in a `__pycache__`."""
 
     def get_code(self, fullname: str) -> Any:
         return self.source_to_code(self.get_data(self.path), self.path)

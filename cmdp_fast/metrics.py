@@ -1,0 +1,68 @@
+"""What every trainer reports of completions under a budget, in nats: one definition of each name.
+
+The account of the budget is that of the constraint's cost. Beside it stand, for any cost, the exact divergence from
+the teacher and its estimates from the sampled tokens alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmdp_fast import objective
+from cmdp_fast.ops.cost import token_cost
+from cmdp_fast.reference import BudgetTrace, TokenStats
+
+OF_A_BUDGET = ("constraint_satisfaction", "mean_excess", "first_violation", "budget")
+"""Metrics that mean nothing where no budget is."""
+
+
+class Divergences(NamedTuple):
+    """The divergence of each completion from the teacher, [B] in nats, summed over its tokens."""
+
+    kl: Tensor  # reverse KL of the whole distributions
+    k1: Tensor  # of the sampled token: the log-ratio
+    k3: Tensor  # of the sampled token: Schulman's estimator
+
+
+def divergences(stats: TokenStats, mask: Tensor) -> Divergences:
+    """The sums over the real tokens of ``stats`` [B, T]."""
+    kinds = ("reverse_kl", "k1", "k3")
+    return Divergences(*(torch.where(mask, token_cost(stats, kind).detach(), 0.0).sum(1) for kind in kinds))
+
+
+def budget_metrics(
+    cost: Tensor,
+    trace: BudgetTrace,
+    divergence: Divergences,
+    *,
+    mask: Tensor,
+    budget: float | Tensor,
+    modified: Tensor | None = None,
+    correct: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """`objective.constraint_metrics` of costs [B, T] and their account, and the following, all scalar tensors:
+
+    ``modified_reward``, the mean of the returns ``modified`` [B] where there are any; ``budget``, a number or the mean
+    of [B]; ``cumulative_kl``, the mean of the exact divergence per completion; ``cumulative_k1`` and ``cumulative_k3``,
+    the means of its estimates; ``cumulative_kl_cvar``, the mean of the worst tenth of the exact one.
+    """
+    metrics = objective.constraint_metrics(cost, trace, mask=mask, correct=correct)
+    if modified is not None:
+        metrics["modified_reward"] = modified.mean()
+    return metrics | {
+        "budget": torch.as_tensor(budget, dtype=torch.float32).mean(),
+        "cumulative_kl": divergence.kl.mean(),
+        "cumulative_k1": divergence.k1.mean(),
+        "cumulative_k3": divergence.k3.mean(),
+        "cumulative_kl_cvar": objective.cvar(divergence.kl),
+    }
+
+
+def as_numbers(values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as floats, with one wait for the device that most of them are on."""
+    device = next(iter(values.values())).device
+    here = torch.stack([value.detach().float().to(device) for value in values.values()])
+    return dict(zip(values, here.tolist(), strict=True))

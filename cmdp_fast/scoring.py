@@ -1,0 +1,244 @@
+"""Completions as both models read them, and the statistics of their tokens: from hidden states, by the tile, or from
+logits.
+
+Either way a model gives one tensor per token, its *outputs*, which a trainer keeps, hands to the operations and
+differentiates without knowing which it is. `score` is the loop over a batch; it keeps the teacher's outputs for the
+update where they fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cmdp_fast import batches
+from cmdp_fast.constraint import Constraint
+from cmdp_fast.errors import InputError
+from cmdp_fast.heads import Head, head_of, last_hidden_state
+from cmdp_fast.ops.constrained import constrained_reward
+from cmdp_fast.ops.divergence import divergence
+from cmdp_fast.ops.linear import linear_token_stats
+from cmdp_fast.ops.linear_constrained import linear_constrained_reward
+from cmdp_fast.ops.token_stats import token_stats
+from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
+
+Models = tuple[Any, Any]  # student (or the policy in its place) and teacher
+Outputs = tuple[Tensor, Tensor]  # of both
+
+
+class TokenBatch(Protocol):
+    """The part of a batch that the models read: prompts [B, P] with padding in front, completions [B, T]."""
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+@dataclass
+class FromLogits:
+    """Outputs are logits ``[B, T, V]``."""
+
+    vocab_size: int  # columns that count
+    temperature: float
+
+    def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
+        """Those of one model."""
+        return completion_logits(model, completions)
+
+    def constrained_reward(
+        self,
+        models: Models,
+        outputs: Outputs,
+        tokens: Tensor,
+        task_reward: Tensor,
+        *,
+        mask: Tensor,
+        constraint: Constraint,
+    ) -> ConstrainedReward:
+        """`cf.constrained_reward` of tokens, task rewards and mask [B, T]."""
+        return constrained_reward(
+            *outputs,
+            tokens,
+            task_reward,
+            constraint=constraint,
+            mask=mask,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+        )
+
+    def token_stats(
+        self, models: Models, outputs: Outputs, tokens: Tensor, mask: Tensor, *, inplace: bool = True
+    ) -> TokenStats:
+        """`cf.token_stats` of tokens [B, T]; ``inplace``: nobody reads the logits again, and the gradient, which is as
+        large as they are, takes their place."""
+        return token_stats(
+            *outputs,
+            tokens,
+            mask=mask,
+            inplace_backward=inplace,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+        )
+
+    def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
+        """`cf.divergence` of kind ``jsd``, [B, T] in nats: forward KL for ``beta`` 0, reverse KL for 1."""
+        return divergence(
+            *outputs, "jsd", beta=beta, mask=mask, temperature=self.temperature, vocab_size=self.vocab_size
+        )
+
+
+@dataclass
+class FromHiddenStates:
+    """Outputs are hidden states ``[B, T, H]``; logits exist a tile at a time (`cf.linear_token_stats`)."""
+
+    vocab_size: int
+    temperature: float
+
+    def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
+        """Those of one model."""
+        return completion_hidden(model, completions)
+
+    def constrained_reward(
+        self,
+        models: Models,
+        outputs: Outputs,
+        tokens: Tensor,
+        task_reward: Tensor,
+        *,
+        mask: Tensor,
+        constraint: Constraint,
+    ) -> ConstrainedReward:
+        """`cf.linear_constrained_reward` of tokens, task rewards and mask [B, T]; any cost but ``jsd``."""
+        student, teacher = outputs
+        return linear_constrained_reward(
+            student,
+            head_for(models[0], student),
+            teacher,
+            head_for(models[1], teacher),
+            tokens,
+            task_reward,
+            constraint=constraint,
+            mask=mask,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+        )
+
+    def token_stats(
+        self, models: Models, outputs: Outputs, tokens: Tensor, mask: Tensor, *, inplace: bool = True
+    ) -> TokenStats:
+        """`cf.linear_token_stats` of tokens [B, T]; there are no logits whose place a gradient could take."""
+        student, teacher = outputs
+        return linear_token_stats(
+            student,
+            head_for(models[0], student),
+            teacher,
+            head_for(models[1], teacher),
+            tokens,
+            mask=mask,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+        )
+
+    def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
+        """Forward KL for ``beta`` 0, reverse KL for 1, [B, T] in nats; a ``beta`` between them needs the logits."""
+        stats = self.token_stats(models, outputs, torch.zeros_like(mask, dtype=torch.long), mask)
+        return {0.0: stats.forward_kl, 1.0: stats.reverse_kl}[beta]
+
+
+Scoring = FromLogits | FromHiddenStates
+
+
+def head_for(model: Any, hidden: Tensor) -> Head:
+    """A model's head for hidden states of theirs: float32 weights meet bfloat16 hidden states in bfloat16, as autocast
+    would have it."""
+    head = head_of(model)
+    return head._replace(weight=head.weight.to(hidden.dtype))
+
+
+def make_scoring(logits: str, models: tuple[Any, ...], vocab_size: int, temperature: float) -> Scoring:
+    """The scoring that the setting ``logits`` names. Raises InputError for a model whose head is not known."""
+    if logits == "full":
+        return FromLogits(vocab_size, temperature)
+    for name, model in zip(("student", "teacher"), models, strict=False):  # or a student alone
+        try:
+            head_of(model)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}: {error}; with --logits full it can be used all the same") from error
+    return FromHiddenStates(vocab_size, temperature)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The loop over a batch
+
+
+class ScoredBatch(NamedTuple):
+    """Completions against their budget, tensors ``[B, T]``; the teacher's outputs ``[B, T, ...]`` if they were kept."""
+
+    stats: TokenStats
+    trace: BudgetTrace
+    reward: Tensor  # modified
+    teacher_outputs: Tensor | None
+
+
+def score(
+    count: int,
+    settle: Callable[[slice], tuple[ConstrainedReward, Tensor]],
+    *,
+    at_once: int,
+    cache_bytes: int = 0,
+) -> ScoredBatch:
+    """The account of ``count`` completions, scored ``at_once`` at a time.
+
+    ``settle`` is given rows, reads them with both models, and returns their statistics, trace and modified reward, and
+    the teacher's outputs. These are kept if those of all rows take at most ``cache_bytes``.
+    """
+    settled: list[ConstrainedReward] = []
+    kept: Tensor | None = None
+    for start in range(0, count, at_once):
+        part = slice(start, min(start + at_once, count))
+        one, teacher = settle(part)
+        settled.append(one)
+        if count * teacher[0].numel() * teacher.element_size() <= cache_bytes:
+            kept = teacher.new_empty(count, *teacher.shape[1:]) if kept is None else kept
+            kept[part] = teacher
+    return ScoredBatch(*batches.joined(settled), kept)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The reading of completions
+
+
+def completion_logits(model: Any, completions: TokenBatch) -> Tensor:
+    """The logits [B, T, V] from which the completions' tokens were, or would be, drawn."""
+    return _last(model(**_inputs(completions)).logits, completions)
+
+
+def completion_hidden(model: Any, completions: TokenBatch) -> Tensor:
+    """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`."""
+    return _last(last_hidden_state(model, **_inputs(completions)), completions)
+
+
+def _inputs(completions: TokenBatch) -> dict[str, Any]:
+    """The input of a model that is to predict the completions: all but their last token, which predicts nothing."""
+    attention = torch.cat([completions.prompt_mask, completions.mask[:, :-1]], dim=1).long()
+    return {
+        "input_ids": torch.cat([completions.prompt_ids, completions.tokens[:, :-1]], dim=1),
+        "attention_mask": attention,
+        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),  # as in generate: padding does not count
+        "logits_to_keep": completions.tokens.shape[1],
+        "use_cache": False,
+    }
+
+
+def _last(outputs: Tensor, completions: TokenBatch) -> Tensor:
+    """The outputs that predict the completions' tokens.
+
+    Only a model that knows no logits_to_keep needs the slice; taking it for nothing would copy the gradient.
+    """
+    length = completions.tokens.shape[1]
+    return outputs if outputs.shape[1] == length else outputs[:, -length:]

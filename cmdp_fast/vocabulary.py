@@ -1,0 +1,27 @@
+"""The vocabulary that student and teacher share: a divergence compares their logits column by column."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cmdp_fast.errors import InputError
+
+
+def check_tokenizers(student: Any, teacher: Any) -> None:
+    """Raises InputError unless a token has the same number in both tokenizers.
+
+    One of them may have tokens after the other's last: they lie beyond the columns that both models have.
+    """
+    ours, theirs = ({number: token for token, number in t.get_vocab().items()} for t in (student, teacher))
+    common = min(max(ours, default=-1), max(theirs, default=-1))
+    differing = next((i for i in range(common + 1) if ours.get(i) != theirs.get(i)), None)
+    if differing is not None:
+        raise InputError(
+            f"student and teacher must share a tokenizer, but token {differing} is {ours.get(differing)!r} in one "
+            f"({len(ours)} tokens) and {theirs.get(differing)!r} in the other ({len(theirs)} tokens)"
+        )
+
+
+def common_vocabulary(*models: Any) -> int:
+    """The number of columns that all models' logits have; models of a family may pad their vocabulary differently."""
+    return min(model.get_output_embeddings().weight.shape[0] for model in models)
