@@ -54,77 +54,79 @@ VOCABULARIES = {151936: "Qwen2.5", 128256: "Llama-3", 50257: "GPT-2, odd"}
 # What is compiled: every launcher, called as the operations call it
 
 
-def _inputs(vocab: int, dtype: torch.dtype, rows: int = 2):
-    x, y = torch.empty(rows, vocab, dtype=dtype), torch.empty(rows, vocab, dtype=dtype)
+# The package is imported when a case runs: what it computes with is decided by then.
+
+
+def _pair(vocab: int, dtype: torch.dtype, *rows: int):
+    from cmdp_fast.layout import Pair
+
+    student, teacher = (torch.empty(*rows, vocab, dtype=dtype) for _ in range(2))
     tokens, mask = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
-    return x, y, tokens, mask
+    return Pair(student, teacher, tokens, mask, 1.0, vocab)
 
 
 def _statistics(vocab: int, dtype: torch.dtype) -> None:
     from cmdp_fast import kernels
 
-    x, y, tokens, mask = _inputs(vocab, dtype)
-    kernels.token_stats(x, y, tokens, mask, 1.0, vocab)
+    kernels.token_stats(_pair(vocab, dtype, 2))
 
 
 def _backward(vocab: int, dtype: torch.dtype) -> None:
     from cmdp_fast import kernels
+    from cmdp_fast.layout import SAVED, Upstream
 
-    x, y, tokens, mask = _inputs(vocab, dtype)
-    saved, upstream = torch.empty(2, 7, dtype=torch.float64), torch.empty(2)
-    kernels.token_stats_backward(x, y, tokens, mask, saved, (upstream,) * 4, 1.0, vocab, x)
+    pair, upstream = _pair(vocab, dtype, 2), Upstream(*[torch.empty(2)] * 4)
+    kernels.token_stats_backward(pair, torch.empty(2, SAVED, dtype=torch.float64), upstream, pair.student)
 
 
 def _mixture(vocab: int, dtype: torch.dtype) -> None:
     from cmdp_fast import kernels
+    from cmdp_fast.layout import Mixture
 
-    x, y, _, mask = _inputs(vocab, dtype)
-    weights = (0.5, 0.5, 0.5)
-    _, saved, mean = kernels.mixture(x, y, mask, 1.0, vocab, weights)
-    kernels.mixture_backward(x, y, mask, saved, mean, torch.empty(2), 1.0, vocab, weights, torch.empty_like(x))
+    pair, weights = _pair(vocab, dtype, 2), Mixture(0.5, 0.5, 0.5)
+    _, saved, mean = kernels.mixture(pair, weights)
+    kernels.mixture_backward(pair, saved, mean, torch.empty(2), weights, torch.empty_like(pair.student))
 
 
-RULE = ("cmdp", True, 1.0, 1.0, 0.0, 0.0)  # kind, penalty at the crossing, penalty, discrepancy weight, 0, 0
+def _rewarding(*shape: int):
+    from cmdp_fast.layout import Rewarding, RewardRule
+
+    rule = RewardRule("cmdp", True, penalty=1.0, discrepancy_weight=1.0, coefficient=0.0, barrier_slope=0.0)
+    return Rewarding(rule, torch.empty(shape), torch.empty(shape))
 
 
 def _trace(sequences: int, tokens: int):
-    trace = [torch.empty(sequences, tokens) for _ in range(2)]
-    return (
-        *trace,
-        torch.empty(sequences, tokens, dtype=torch.bool),
-        torch.empty(sequences, dtype=torch.int64),
-        torch.empty(sequences, tokens),
-    )
+    from cmdp_fast.layout import Trace
+
+    cumulative, remaining, excess = (torch.empty(sequences, tokens) for _ in range(3))
+    violated, first = torch.empty(sequences, tokens, dtype=torch.bool), torch.empty(sequences, dtype=torch.int64)
+    return Trace(cumulative, remaining, violated, first, excess)
 
 
 def _budget(vocab: int, dtype: torch.dtype) -> None:
     from cmdp_fast import kernels
+    from cmdp_fast.layout import Account, BudgetRule
 
-    cost, mask = torch.empty(2, 512), torch.ones(2, 512, dtype=torch.bool)
-    offsets, limits = torch.tensor([0, 512, 1024]), torch.empty(2, dtype=torch.float64)
-    trace = _trace(2, 512)
-    kernels.trace_budgets(cost, mask, offsets, limits, (1.0, False, False), trace)
-    seen = (trace[0], trace[1], trace[2], trace[4])
-    kernels.modify_rewards(torch.empty(2, 512), cost, seen, mask, offsets, RULE, torch.empty(2, 512))
+    mask, offsets = torch.ones(2, 512, dtype=torch.bool), torch.tensor([0, 512, 1024])
+    account, trace = Account(torch.empty(2, 512), mask, offsets), _trace(2, 512)
+    kernels.trace_budgets(account, torch.empty(2, dtype=torch.float64), BudgetRule(1.0, False, False), trace)
+    kernels.modify_rewards(account, trace, _rewarding(2, 512))
 
 
 def _constrained(vocab: int, dtype: torch.dtype) -> None:
     from cmdp_fast import kernels
+    from cmdp_fast.layout import BudgetRule, Settlement
 
     length = 16  # a multiple of 16, like most padded batches: the compiler may know where sequences begin
-    x, y, tokens, mask = (t[None] for t in _inputs(vocab, dtype, length))
-    reward = torch.empty(1, length)
-    kernels.constrained_pass(
-        x, y, tokens, mask, reward, None, 2.0, 1.0, vocab, "reverse_kl", False, (1.0, False, False), RULE,
-        _trace(1, length), reward,
-    )  # fmt: skip
+    rule, trace, rewarding = BudgetRule(1.0, False, False), _trace(1, length), _rewarding(1, length)
+    settlement = Settlement("reverse_kl", None, 2.0, False, rule, trace, rewarding)
+    kernels.constrained_pass(_pair(vocab, dtype, 1, length), settlement)
 
 
 def _tile(vocab: int, dtype: torch.dtype) -> None:
     from cmdp_fast import kernels
 
-    x, y, tokens, mask = _inputs(vocab, dtype)
-    kernels.update_states(torch.empty(2, 13, dtype=torch.float64), x, y, tokens, mask, 0, 1.0)
+    kernels.update_states(_pair(vocab, dtype, 2), 0, torch.empty(2, 13, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from cmdp_fast.layout import addressable, row_axes
+from cmdp_fast.kernels.shapes import Logits, Rows
+from cmdp_fast.layout import Pair, addressable, row_axes
 
 # Asked for by hand only: a choice at run time may change the order of additions from one run to the next.
 AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
@@ -108,24 +109,15 @@ def scale_of(temperature: float) -> float:
     return float(torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32, device="cpu"))
 
 
-class Rows(NamedTuple):
-    """Rows ``[rows, V]`` over at most two axes: row i begins at i // inner * outer_stride + i % inner * stride."""
-
-    tensor: Tensor
-    inner: int
-    stride: int
-    outer_stride: int
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.inner, self.stride, self.outer_stride
+def aligned(logits: Logits, vector: int) -> bool:
+    """Whether every row of both models begins where ``vector`` columns can be loaded at once, at a multiple of their
+    size."""
+    student = _aligned(logits.student, logits.student_rows, vector)
+    return student and _aligned(logits.teacher, logits.teacher_rows, vector)
 
 
-def aligned(rows: Rows, vector: int) -> bool:
-    """Whether every row begins where ``vector`` columns can be loaded at once, at a multiple of their size."""
-    bytes_at_once = vector * rows.tensor.element_size()
-    steps = (rows.stride, rows.outer_stride)
-    return rows.tensor.data_ptr() % 16 == 0 and all(s * rows.tensor.element_size() % bytes_at_once == 0 for s in steps)
+def _aligned(t: Tensor, rows: Rows, vector: int) -> bool:
+    return t.data_ptr() % 16 == 0 and rows.stride % vector == 0 and rows.outer_stride % vector == 0
 
 
 def speaks_ptx() -> bool:
@@ -142,13 +134,22 @@ def warp_size() -> int:
     return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
 
 
-def rows_of(t: Tensor) -> Rows:
-    """A tensor as the kernels address it; one with more than two strides is copied."""
+def rows_of(t: Tensor) -> tuple[Tensor, Rows]:
+    """A tensor and where its rows begin; one with more than two strides is copied."""
     if not addressable(t):
         t = t.contiguous()
     axes = row_axes(t)
     (_, outer_stride), (inner, stride) = [(1, 0), (1, 0), *axes][-2:]
-    return Rows(t, inner, stride, outer_stride)
+    return t, Rows(inner, stride, outer_stride)
+
+
+def logits_of(pair: Pair) -> Logits:
+    """A pair as the kernels address it."""
+    student, student_rows = rows_of(pair.student)
+    teacher, teacher_rows = rows_of(pair.teacher)
+    tokens = None if pair.tokens is None else pair.tokens.contiguous()
+    scale = scale_of(pair.temperature)
+    return Logits(student, teacher, tokens, flags(pair.mask), student_rows, teacher_rows, pair.width, scale)
 
 
 def count_rows(t: Tensor) -> int:
