@@ -16,14 +16,16 @@ from cmdp_fast.kernels.scan import Amounts, Sequences, Span, Tokens, bounds, sca
 from cmdp_fast.kernels.shapes import Pointer, Results, constants
 from cmdp_fast.kernels.token_stats import fold_rows, parts
 from cmdp_fast.layout import Pair, Settlement, empty_statistics
+from cmdp_fast.reference import TokenStats
 
 # A cost as a difference of statistics (plus, minus), which is how `reference.token_cost` rounds it too.
-COSTS: dict[str, tuple[str | None, str | None]] = {
+DIFFERENCES: dict[str, tuple[str | None, str | None]] = {
     "reverse_kl": ("reverse_kl", None),
     "forward_kl": ("forward_kl", None),
     "k1": ("logprob", "teacher_logprob"),
     "nll": (None, "teacher_logprob"),
 }
+COSTS = tuple(DIFFERENCES)
 
 
 class Budgets(NamedTuple):
@@ -103,9 +105,8 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
     sequences = settlement.trace.first_violation.shape[0]
     if sequences == 0:
         return statistics, saved
-    names = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "reverse_kl", "forward_kl")
-    by_name = dict(zip(names, statistics, strict=True))
-    plus, minus = (None if name is None else by_name[name] for name in COSTS[settlement.cost])
+    by_name = TokenStats(*statistics)
+    plus, minus = (None if name is None else getattr(by_name, name) for name in DIFFERENCES[settlement.cost])
     given = budget if isinstance(budget, Tensor) else None
     with launch.on(pair.student):
         logits = launch.logits_of(pair)
@@ -118,7 +119,7 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
             Budgets(given, given.stride(0) if given is not None and given.dim() else 0),
             0.0 if isinstance(budget, Tensor) else budget,
             Tokens(plus, minus, logits.mask, rewarding.task_reward.contiguous()),
-            scan.laid(settlement.trace),
+            scan.in_bytes(settlement.trace),
             rewarding.reward,
             math.log2(settlement.rule.gamma),
             *scan.amounts_of(rewarding.rule),

@@ -46,14 +46,15 @@ def places(row, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
 
 
 @triton.jit
-def read(at, LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, ALIGNED: tl.constexpr):
-    """What LOADS loads give a lane: words [L] if ALIGNED, else columns [L]."""
+def read(at, LANES: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr, ALIGNED: tl.constexpr):
+    """GROUPS times VECTOR columns of each lane: words [L] if ALIGNED, a load per group, else columns [L]."""
     columns = ()
-    for i in tl.static_range(LOADS):
+    for group in tl.static_range(GROUPS):
         if ALIGNED:
-            columns = columns + unstacked(tl.load(at + i * LANES * at.shape[1]), LANES, at.shape[1])
+            columns = columns + unstacked(tl.load(at + group * LANES * at.shape[1]), LANES, at.shape[1])
         else:
-            columns = columns + (tl.load(at + i // VECTOR * LANES * VECTOR + i % VECTOR),)  # noqa: RUF005 (Triton knows no starred items)
+            for i in tl.static_range(VECTOR):
+                columns = columns + (tl.load(at + group * LANES * VECTOR + i),)  # noqa: RUF005 (Triton knows no starred items)
     return columns
 
 
@@ -145,12 +146,12 @@ def fold(row, start, stop, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     state = nothing(LANES)
     tile: tl.constexpr = LANES * STEP
     tiles = (stop - start) // tile
-    loads: tl.constexpr = STEP // VECTOR if ALIGNED else STEP
+    groups: tl.constexpr = STEP // VECTOR
     x_at = places(row.student + start, LANES, VECTOR, ALIGNED)
     y_at = places(row.teacher + start, LANES, VECTOR, ALIGNED)
     for _ in range(tiles):
-        xs = read(x_at, LANES, VECTOR, loads, ALIGNED)
-        ys = read(y_at, LANES, VECTOR, loads, ALIGNED)
+        xs = read(x_at, LANES, VECTOR, groups, ALIGNED)
+        ys = read(y_at, LANES, VECTOR, groups, ALIGNED)
         top = tl.maximum(state.m, highest(xs, X, STEP // x_halves, x_halves, PTX) * row.scale)
         teacher_top = tl.maximum(state.n, highest(ys, Y, STEP // y_halves, y_halves, PTX) * row.scale)
         state = raised(state, top, teacher_top)

@@ -130,7 +130,6 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
     Y: tl.constexpr = pair.teacher.dtype.element_ty
     x_halves: tl.constexpr = 2 if ALIGNED and X.primitive_bitwidth == 16 else 1
     y_halves: tl.constexpr = 2 if ALIGNED and Y.primitive_bitwidth == 16 else 1
-    loads: tl.constexpr = 1 if ALIGNED else VECTOR
     tile: tl.constexpr = LANES * VECTOR
     tiles = (stop - start) // tile
     x_at = places(pair.student + start, LANES, VECTOR, ALIGNED)
@@ -138,8 +137,8 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
     value = tl.zeros([LANES], tl.float32)
     mean = tl.zeros([LANES], tl.float32)
     for _ in range(tiles):
-        xs = read(x_at, LANES, VECTOR, loads, ALIGNED)
-        ys = read(y_at, LANES, VECTOR, loads, ALIGNED)
+        xs = read(x_at, LANES, VECTOR, 1, ALIGNED)
+        ys = read(y_at, LANES, VECTOR, 1, ALIGNED)
         for i in tl.static_range(VECTOR):
             x = widened(xs[i // x_halves], X, i % x_halves)
             y = widened(ys[i // y_halves], Y, i % y_halves)

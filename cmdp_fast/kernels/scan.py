@@ -18,7 +18,7 @@ from torch import Tensor
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.finish import kept
 from cmdp_fast.kernels.shapes import Lanes, Pointer, constants
-from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, Trace
+from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace, Trace
 
 CHUNK = 1024
 WARPS = 4
@@ -301,8 +301,8 @@ def amounts_of(rule: RewardRule) -> tuple[float, float, float, float]:
     return rule.penalty, rule.discrepancy_weight, rule.coefficient, rule.barrier_slope
 
 
-def laid(trace: Trace) -> Trace:
-    """A trace as the kernels write it: bools are bytes."""
+def in_bytes(trace: Trace | TokenTrace) -> Trace | TokenTrace:
+    """A trace as the kernels see it: bools are bytes."""
     return trace._replace(violated=trace.violated.view(torch.uint8))
 
 
@@ -319,7 +319,7 @@ def trace_budgets(
             Sequences(account.offsets, account.cost.numel()),
             limits,
             Tokens(account.cost, None, launch.flags(account.mask), task_reward),
-            laid(trace),
+            in_bytes(trace),
             reward,
             math.log2(rule.gamma),
             *amounts_of(paid),
@@ -329,7 +329,7 @@ def trace_budgets(
         )
 
 
-def modify_rewards(account: Account, trace: Trace, rewarding: Rewarding) -> None:
+def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) -> None:
     """Writes the modified reward of every token of a trace that exists already."""
     sequences = account.offsets.shape[0] - 1
     if sequences == 0:
@@ -338,7 +338,7 @@ def modify_rewards(account: Account, trace: Trace, rewarding: Rewarding) -> None
         reward_kernel[(sequences,)](
             Sequences(account.offsets, account.cost.numel()),
             Tokens(account.cost, None, launch.flags(account.mask), rewarding.task_reward),
-            laid(trace)._replace(first_violation=None),
+            in_bytes(trace),
             rewarding.reward,
             *amounts_of(rewarding.rule),
             formula_of(SUM, rewarding.rule),

@@ -39,6 +39,15 @@ class Normalisers(NamedTuple):
     teacher_rest: Lanes  # q
 
 
+class Flow(NamedTuple):
+    """The upstream gradients of one row, in double; 0 where there is none."""
+
+    logprob: Lanes
+    entropy: Lanes
+    reverse_kl: Lanes
+    forward_kl: Lanes
+
+
 class Slopes(NamedTuple):
     """The constants of a row, float32: see the top of this file."""
 
@@ -95,21 +104,21 @@ def log_probabilities(x, y, saved, scale):
 
 
 @triton.jit
-def careful_gradient(x, y, own, saved, scale, given, upstream):
+def careful_gradient(x, y, own, saved, scale, flow, upstream):
     """dx of some columns in double. Excluded columns have probability 0, and 0 · anything = 0.
 
-    own: whether a column is the token's. given: an `Upstream` of this row, in double; upstream: which of it there is.
+    own: whether a column is the token's. flow: the row's `Flow`. upstream: the `Upstream`, whose None are left out.
     """
     log_p, log_w = log_probabilities(x, y, saved, scale)
     h, r = tl.load(saved + 4), tl.load(saved + 5)
     p, w = tl.exp2(log_p * PER_NAT), tl.exp2(log_w * PER_NAT)
     # Where R is infinite so is its gradient, which would poison the step: it passes none.
-    bracket = tl.where(r == float("inf"), 0.0, given.reverse_kl * ((log_p - log_w) - r)) - given.entropy * (log_p + h)
+    bracket = tl.where(r == float("inf"), 0.0, flow.reverse_kl * ((log_p - log_w) - r)) - flow.entropy * (log_p + h)
     value = tl.where(p == 0, 0.0, p * bracket)
     if upstream.forward_kl is not None:
-        value += given.forward_kl * (p - w)
+        value += flow.forward_kl * (p - w)
     if upstream.logprob is not None:
-        value += given.logprob * (tl.where(own, 1.0, 0.0) - p)
+        value += flow.logprob * (tl.where(own, 1.0, 0.0) - p)
     return value * natural(scale)
 
 
@@ -156,7 +165,7 @@ def backward_kernel(logits, saved, upstream, target, first_column, settings):
             return
     at = saved + row.to(tl.int64) * SAVED
     pair = row_of(row, logits)
-    given = Upstream(
+    flow = Flow(
         flowing(upstream.logprob, row),
         flowing(upstream.entropy, row),
         flowing(upstream.reverse_kl, row),
@@ -169,14 +178,14 @@ def backward_kernel(logits, saved, upstream, target, first_column, settings):
     m, r, n, q = normalisers_of(at)
     divergence = tl.load(at + 5) * PER_NAT
     center = divergence.to(tl.float32)
-    along_t, along_difference = -given.entropy * LN2, given.reverse_kl * LN2
-    constant = given.forward_kl - given.logprob - given.entropy * tl.load(at + 4) - along_t * r
+    along_t, along_difference = -flow.entropy * LN2, flow.reverse_kl * LN2
+    constant = flow.forward_kl - flow.logprob - flow.entropy * tl.load(at + 4) - along_t * r
     if upstream.reverse_kl is not None:  # the rests of t - s - R that the rounded center and normalisers left
         constant += along_difference * (center - divergence + (q - r))
     factor = natural(logits.scale)
     weight = factor * tl.exp2(-r)
     c0, c1, c2 = weight * constant, weight * along_t, weight * along_difference
-    c3 = factor * tl.exp2(-q) * given.forward_kl
+    c3 = factor * tl.exp2(-q) * flow.forward_kl
     largest = tl.maximum(tl.maximum(tl.abs(c0), tl.abs(c1)), tl.maximum(tl.abs(c2), tl.abs(c3)))
     slopes = Slopes(m, n, center, c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32))
 
@@ -187,7 +196,7 @@ def backward_kernel(logits, saved, upstream, target, first_column, settings):
             inside = columns < vocab
             x = tl.load(pair.student + columns, mask=inside, other=0.0)
             y = tl.load(pair.teacher + columns, mask=inside, other=0.0)
-            value = careful_gradient(x, y, columns == token, at, logits.scale, given, upstream)
+            value = careful_gradient(x, y, columns == token, at, logits.scale, flow, upstream)
             value = tl.where(inside, value, 0.0).to(tl.float32).to(dtype)
             tl.store(to_row + columns, value, mask=columns < width)
         return
@@ -196,7 +205,7 @@ def backward_kernel(logits, saved, upstream, target, first_column, settings):
     own = tl.zeros([], tl.float32)
     if own_here:  # apart and in double, and read before a neighbour writes over it
         x, y = tl.load(pair.student + token), tl.load(pair.teacher + token)
-        own += careful_gradient(x, y, True, at, logits.scale, given, upstream).to(tl.float32)
+        own += careful_gradient(x, y, True, at, logits.scale, flow, upstream).to(tl.float32)
         tl.debug_barrier()
     whole = start + tl.maximum(tl.minimum(stop, vocab) - start, 0) // TILE * TILE
     for first in range(start, whole, TILE):
