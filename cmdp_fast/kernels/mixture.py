@@ -30,6 +30,7 @@ from cmdp_fast.kernels.shared import (
     natural,
     octaves,
     row_of,
+    saved_row,
     taken,
     zero,
 )
@@ -76,7 +77,7 @@ def terms(x, y, scale, normalisers, weights):
 def careful_terms(x, y, scale, saved, weights):
     """As `terms`, in double."""
     b, c_teacher, c_student = weights
-    log_p, log_w = log_probabilities(x, y, saved, scale)
+    log_p, log_w = log_probabilities(x, y, saved_row(saved), scale)
     log_p, log_w = log_p * PER_NAT, log_w * PER_NAT
     p, w = tl.exp2(log_p), tl.exp2(log_w)
     delta = clamped(tl.where((p == 0) & (w == 0), 0.0, log_w - log_p), -FAR_CAREFULLY, FAR_CAREFULLY)
@@ -108,11 +109,12 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
     else:
         pair = row_of(row, logits)
     at = saved + row.to(tl.int64) * SAVED
-    normalisers = normalisers_of(at)
+    numbers = saved_row(at)
+    normalisers = normalisers_of(numbers)
     start = segment * settings.segment
     stop = tl.minimum(start + settings.segment, logits.width)
     to = folded.partial + program.to(tl.int64) * 2
-    if tl.load(at + 6) != 0:
+    if numbers.careful != 0:
         total = tl.zeros([LANES], tl.float64)
         slopes = tl.zeros([LANES], tl.float64)
         for first in range(start, stop, LANES):
@@ -198,7 +200,7 @@ def backward_kernel(logits, saved, upstream, target, weights, settings):
     pair = row_of(row, logits)
     center = tl.load(saved.mean + row)
     outer = tl.load(upstream + row).to(tl.float64) * natural(pair.scale)
-    if tl.where(tl.abs(outer) >= MODEST, 1.0, tl.load(at + 6)) != 0:
+    if tl.where(tl.abs(outer) >= MODEST, 1.0, saved_row(at).careful) != 0:
         for first in range(start, stop, CAREFUL):
             columns = first + tl.arange(0, CAREFUL)
             inside = columns < vocab
@@ -208,7 +210,7 @@ def backward_kernel(logits, saved, upstream, target, weights, settings):
             value = tl.where(inside, p * (slope - center) * outer, 0.0).to(tl.float32)
             tl.store(to_row + columns, value.to(dtype), mask=columns < width)
         return
-    normalisers = normalisers_of(at)
+    normalisers = normalisers_of(saved_row(at))
     middle, factor = center.to(tl.float32), outer.to(tl.float32)
     whole = start + tl.maximum(tl.minimum(stop, vocab) - start, 0) // TILE * TILE
     for first in range(start, whole, TILE):

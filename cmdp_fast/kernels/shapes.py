@@ -77,6 +77,18 @@ class State(NamedTuple):
     k: Lanes
 
 
+class SavedRow(NamedTuple):
+    """The numbers of a finished row that the backward passes need, in nats and in double: `cmdp_fast.layout.SAVED`."""
+
+    m: Lanes  # the references
+    n: Lanes
+    log_z: Lanes
+    log_u: Lanes
+    entropy: Lanes
+    reverse_kl: Lanes
+    careful: Lanes  # 1 if the row has to be done carefully
+
+
 def constants(settings: Settings) -> Settings:
     """The same settings, each of them known when a kernel is compiled."""
     return type(settings)(*map(tl.constexpr, settings))

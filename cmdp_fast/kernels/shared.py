@@ -14,7 +14,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from cmdp_fast.kernels.shapes import Lanes, Row, State
+from cmdp_fast import layout
+from cmdp_fast.kernels.shapes import Lanes, Row, SavedRow, State
 
 LN2 = tl.constexpr(math.log(2.0))
 PER_NAT = tl.constexpr(math.log2(math.e))  # octaves
@@ -22,9 +23,7 @@ PER_NAT = tl.constexpr(math.log2(math.e))  # octaves
 # a number; a row whose every logit lies below it is left to the careful loop.
 NOWHERE = tl.constexpr(-1e30)
 STATE_FIELDS = tl.constexpr(9)  # m, n, z, u, a, b, h, k, and 1 if the segment was folded carefully
-# What the backward pass needs of a row, in double and in nats: the references m and n, log z, log u, H, R, and 1 if the
-# row has to be done carefully.
-SAVED = tl.constexpr(7)
+SAVED = tl.constexpr(layout.SAVED)
 
 
 @triton.jit
@@ -143,6 +142,20 @@ def merged(lanes):
         tl.sum(state.b, 0),
         tl.sum(state.h, 0),
         tl.sum(state.k, 0),
+    )
+
+
+@triton.jit
+def saved_row(at):
+    """The `SavedRow` at a pointer. Numbers that the caller does not use are not loaded."""
+    return SavedRow(
+        m=tl.load(at),
+        n=tl.load(at + 1),
+        log_z=tl.load(at + 2),
+        log_u=tl.load(at + 3),
+        entropy=tl.load(at + 4),
+        reverse_kl=tl.load(at + 5),
+        careful=tl.load(at + 6),
     )
 
 

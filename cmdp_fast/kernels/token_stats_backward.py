@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.shapes import Lanes, Pointer, Rows, constants
-from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, row_of, taken, zero
+from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, row_of, saved_row, taken, zero
 from cmdp_fast.layout import Pair, Upstream
 
 MODEST = tl.constexpr(1e7)  # coefficients up to here do not overflow float32 on the way to a finite result
@@ -78,10 +78,10 @@ def split(reference, log_sum):
 
 
 @triton.jit
-def normalisers_of(saved):
-    """The normalisers of the row whose scalars lie at `saved`."""
-    m, r = split(tl.load(saved), tl.load(saved + 2))
-    n, q = split(tl.load(saved + 1), tl.load(saved + 3))
+def normalisers_of(numbers):
+    """The normalisers of a `SavedRow`."""
+    m, r = split(numbers.m, numbers.log_z)
+    n, q = split(numbers.n, numbers.log_u)
     return Normalisers(m, r, n, q)
 
 
@@ -95,11 +95,11 @@ def flowing(gradient, row):
 
 
 @triton.jit
-def log_probabilities(x, y, saved, scale):
-    """log p and log w of some columns in nats and in double, -inf where excluded."""
+def log_probabilities(x, y, numbers, scale):
+    """log p and log w of some columns in nats and in double, -inf where excluded. numbers: a `SavedRow`."""
     factor = natural(scale)
-    log_p = (x.to(tl.float64) * factor - tl.load(saved)) - tl.load(saved + 2)
-    log_w = (y.to(tl.float64) * factor - tl.load(saved + 1)) - tl.load(saved + 3)
+    log_p = (x.to(tl.float64) * factor - numbers.m) - numbers.log_z
+    log_w = (y.to(tl.float64) * factor - numbers.n) - numbers.log_u
     return log_p, log_w
 
 
@@ -109,8 +109,9 @@ def careful_gradient(x, y, own, saved, scale, flow, upstream):
 
     own: whether a column is the token's. flow: the row's `Flow`. upstream: the `Upstream`, whose None are left out.
     """
-    log_p, log_w = log_probabilities(x, y, saved, scale)
-    h, r = tl.load(saved + 4), tl.load(saved + 5)
+    numbers = saved_row(saved)  # loaded where it is needed: held all the time, it takes registers of the main loop
+    log_p, log_w = log_probabilities(x, y, numbers, scale)
+    h, r = numbers.entropy, numbers.reverse_kl
     p, w = tl.exp2(log_p * PER_NAT), tl.exp2(log_w * PER_NAT)
     # Where R is infinite so is its gradient, which would poison the step: it passes none.
     bracket = tl.where(r == float("inf"), 0.0, flow.reverse_kl * ((log_p - log_w) - r)) - flow.entropy * (log_p + h)
@@ -175,11 +176,12 @@ def backward_kernel(logits, saved, upstream, target, first_column, settings):
     if upstream.logprob is not None:
         token = tl.load(logits.tokens + row).to(tl.int64) - first_column
 
-    m, r, n, q = normalisers_of(at)
-    divergence = tl.load(at + 5) * PER_NAT
+    numbers = saved_row(at)
+    m, r, n, q = normalisers_of(numbers)
+    divergence = numbers.reverse_kl * PER_NAT
     center = divergence.to(tl.float32)
     along_t, along_difference = -flow.entropy * LN2, flow.reverse_kl * LN2
-    constant = flow.forward_kl - flow.logprob - flow.entropy * tl.load(at + 4) - along_t * r
+    constant = flow.forward_kl - flow.logprob - flow.entropy * numbers.entropy - along_t * r
     if upstream.reverse_kl is not None:  # the rests of t - s - R that the rounded center and normalisers left
         constant += along_difference * (center - divergence + (q - r))
     factor = natural(logits.scale)
@@ -189,7 +191,7 @@ def backward_kernel(logits, saved, upstream, target, first_column, settings):
     largest = tl.maximum(tl.maximum(tl.abs(c0), tl.abs(c1)), tl.maximum(tl.abs(c2), tl.abs(c3)))
     slopes = Slopes(m, n, center, c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32))
 
-    if tl.where(largest >= MODEST, 1.0, tl.load(at + 6)) != 0:
+    if tl.where(largest >= MODEST, 1.0, numbers.careful) != 0:
         # Few columns at a time: this is rare, and the registers it takes count against the other way too.
         for first in range(start, stop, CAREFUL):
             columns = first + tl.arange(0, CAREFUL)
