@@ -1,4 +1,4 @@
-"""Statistics, budget and modified reward in two launches: the pass over the logits, then one program a sequence that
+"""Statistics, budget and modified reward in two launches: the pass over the logits, then one program per sequence that
 finishes the statistics of its tokens and scans them."""
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def sequence_kernel(
     formula,
     settings,
 ):
-    """One program a sequence: finishes the statistics of its tokens, then scans them.
+    """One program per sequence: finishes the statistics of its tokens, then scans them.
 
     folded: a `Folded`. results: `Results`. sequences: `Sequences`, of `width` tokens each if there are no offsets.
     budgets: `Budgets`, or else the one `budget`. settings: `Settings`. The others: as `scan.trace_kernel`.

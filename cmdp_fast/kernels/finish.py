@@ -1,7 +1,7 @@
 """From partial states to statistics: the states of a row's segments are merged and finished, in double.
 
-A tile is [ROWS, PARTS], one row of logits a row. Whoever calls `finish_rows` with the same tile and the same number of
-warps adds in the same order, so that the statistics are bitwise the same whichever kernel finishes them.
+A tile is [ROWS, PARTS]; each of its rows is a row of logits. Kernels that call `finish_rows` with the same tile and the
+same number of warps add in the same order, so that the statistics are bitwise the same whichever of them finishes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cmdp_fast.kernels.shared import (
     rise_by,
 )
 
-ROWS = 32  # rows a step
+ROWS = 32  # rows per step
 WARPS = 4
 
 
@@ -108,7 +108,7 @@ def finish_rows(row, stop, folded, results, PARTS: tl.constexpr):
     valid = (state.z > 0) & (state.u > 0) & finite(state.z) & finite(state.u)
     z, u = tl.where(valid, state.z, 1.0), tl.where(valid, state.u, 1.0)
     log_z, log_u = tl.log2(z) * LN2, tl.log2(u) * LN2
-    # Rounding may take what cannot be negative just below zero.
+    # Rounding may take a number that cannot be negative just below zero.
     h = tl.maximum(log_z - state.h / z, 0.0)
     k = tl.maximum(log_u - state.k / u, 0.0)
     r = tl.where(only_student > 0, float("inf"), tl.maximum(state.a / z - log_z + log_u, 0.0))

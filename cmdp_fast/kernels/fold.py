@@ -1,11 +1,11 @@
 """The main loop of the statistics: one lane folds its own columns and never looks at another lane.
 
-A step gives each lane STEP columns of both rows, by 128-bit loads where the rows are aligned, else a column a load. The
-lane finds the maximum of its columns (two 16-bit numbers at a time, before they are widened), raises its references
+A step gives each lane STEP columns of both rows, by 128-bit loads where the rows are aligned, else a column per load.
+The lane finds the maximum of its columns (two 16-bit numbers at a time, before they are widened), raises its references
 once, and adds the columns one by one. All tensors are [L], one column each, so that a thread runs plain scalar code;
 summing tiles [L, C] along C instead costs an extra addition and multiplication for every sum of every tile.
 
-Instructions a column, of both models together: 2 widen, 2 multiply-adds make octaves, 2 exponentials, 1 difference,
+Instructions per column, of both models together: 2 widen, 2 multiply-adds make octaves, 2 exponentials, 1 difference,
 6 sums, 1/4 load; and a share of the maximum and of raising the references, which shrinks as STEP grows.
 """
 
@@ -130,7 +130,7 @@ def nothing(LANES: tl.constexpr):
 
 @triton.jit
 def fold(row, start, stop, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
-    """The states [L] of columns [start, stop) of a `Row`, a lane each, for logits without special values.
+    """The states [L] of columns [start, stop) of a `Row`, one per lane, for logits without special values.
 
     settings: a `launch.Forward` of constants.
     ALIGNED: rows and `start` lie at multiples of `vector` columns and of 16 bytes (8 for the narrower of two dtypes).
@@ -161,7 +161,7 @@ def fold(row, start, stop, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
             state = add(state, x, y, row.scale, None)
         x_at += tile // x_halves
         y_at += tile // y_halves
-    for at in range(start + tiles * tile, stop, LANES):  # what is left, a column a step
+    for at in range(start + tiles * tile, stop, LANES):  # the rest, a column per step
         column = at + tl.arange(0, LANES)
         inside = column < stop
         x = tl.load(row.student + column, mask=inside, other=float("-inf")).to(tl.float32)

@@ -91,7 +91,7 @@ def careful_terms(x, y, scale, saved, weights):
 
 @triton.jit
 def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
-    """One program a segment of a row, read as the statistics' loop reads it.
+    """One program per segment of a row, which is read as the statistics' loop reads it.
 
     folded: a `Folded` whose `partial`, [rows, segments, 2], gets the sums of the values and of p G. saved: [rows,
     SAVED]. weights: a `Mixture`. settings: a `launch.Forward` of constants. ALIGNED: as `fold`.
@@ -149,7 +149,7 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
             mean = tl.fma(p, slope, mean)
         x_at += tile // x_halves
         y_at += tile // y_halves
-    for first in range(start + tiles * tile, stop, LANES):  # what is left, a column a step
+    for first in range(start + tiles * tile, stop, LANES):  # the rest, a column per step
         columns = first + tl.arange(0, LANES)
         inside = columns < stop
         x, y = taken(pair.student, columns, inside), taken(pair.teacher, columns, inside)
@@ -162,7 +162,7 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
 
 @triton.jit
 def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
-    """One program a row: adds its segments, in double and in a fixed order."""
+    """One program per row: adds its segments, in double and in a fixed order."""
     row = tl.program_id(0).to(tl.int64)
     count = segments
     if mask is not None:
@@ -177,7 +177,7 @@ def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
 
 @triton.jit
 def backward_kernel(logits, saved, upstream, target, weights, settings):
-    """One program `span` columns of a row, a `tile` at a time.
+    """One program per `span` columns of a row, which it does a `tile` at a time.
 
     logits: a `Logits`. saved: a `Saved`. upstream: [rows]. target: a `Target`. weights: a `Mixture`. settings: a
     `launch.Columns` of constants.

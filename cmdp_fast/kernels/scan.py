@@ -1,4 +1,4 @@
-"""The budget's account of every sequence and the modified reward of every token: one program a sequence.
+"""The budget's account of every sequence and the modified reward of every token: one program per sequence.
 
 The meanings stand in `cmdp_fast/reference.py` and `csrc/budget.h`. A sequence is read in chunks of a fixed size, so
 that it comes out the same whether it is padded or packed; sums are kept in double. A violation is absorbing, so that
@@ -87,7 +87,7 @@ class Moment(NamedTuple):
 
 @triton.jit
 def bounds(sequences, sequence):
-    """Where a sequence begins and ends. Offsets that nobody has checked must not lead outside of the tensors."""
+    """Where a sequence begins and ends. Offsets may be unchecked; they must not lead outside of the tensors."""
     begin = tl.maximum(tl.load(sequences.offsets + sequence).to(tl.int64), 0)
     return begin, tl.minimum(tl.load(sequences.offsets + sequence + 1).to(tl.int64), sequences.tokens)
 
@@ -169,7 +169,7 @@ def scan_sequence(span, tokens, trace, reward, formula, gamma_octaves, amounts, 
         account = sums
         if formula.mean:
             account = sums / tl.maximum(number, 1).to(tl.float64)
-        # Written so that NaN, an account nobody checked, counts as a violation.
+        # Written so that NaN, an account that cannot be compared, counts as a violation.
         if formula.inclusive:
             over = keep & (~(account < limit))
         else:

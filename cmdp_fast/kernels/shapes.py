@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import triton.language as tl
 
 Pointer = Any  # a tensor on the host
-Lanes = Any  # a number per lane, per row or per token: whatever one program holds of it
+Lanes = Any  # the numbers that one program holds: one per lane, per row or per token
 Settings = TypeVar("Settings", bound=tuple)
 
 
@@ -42,7 +42,7 @@ class Logits(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of both models: pointers to the first column, and what a logit is multiplied by."""
+    """One row of both models: pointers to the first column, and the factor of a logit."""
 
     student: Pointer
     teacher: Pointer
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """Partial states of all rows, and what it takes to finish them."""
+    """Partial states of all rows, and all that is needed to finish them."""
 
     partial: Pointer  # [rows, segments, STATE_FIELDS] float64
     logits: Logits

@@ -1,4 +1,4 @@
-"""Helpers with one-word jobs for all kernels: where a row lies, what a column weighs, how states are raised and merge.
+"""Helpers with one-word jobs for all kernels: where a row lies, how much a column weighs, how states merge.
 
 Every kernel works in octaves: with L = log2(e)/temperature a logit x counts as t = L x - M, one fused multiply-add, and
 weighs 2^t, one instruction of the GPU. M is any finite reference; the maximum keeps the power in range. Differences
@@ -101,7 +101,7 @@ def raised(state, top, teacher_top):
 
 
 class Rise(NamedTuple):
-    """How far the references of a state in nats move up, and what its weights shrink by."""
+    """How far the references of a state in nats move up, and by which factors its weights shrink."""
 
     student: Lanes
     teacher: Lanes

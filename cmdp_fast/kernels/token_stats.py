@@ -57,7 +57,7 @@ def fold_carefully(row, start, stop, LANES: tl.constexpr):
     any two logits are finite and those of equal ones 0; 0 · anything = 0; a or b is +inf where only the student (only
     the teacher) uses a column.
 
-    A column a step: this is rare, and the registers it takes count against the main loop too."""
+    A column per step: this is rare, and the registers it takes count against the main loop too."""
     columns = tl.arange(0, LANES)
     factor = natural(row.scale)
     m = top_of(row.student, start, stop, LANES).to(tl.float64) * factor
@@ -120,7 +120,7 @@ def ordinary(state):
 
 @triton.jit
 def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
-    """One program a segment of a row: its state goes to `folded.partial`.
+    """One program per segment of a row, whose state goes to `folded.partial`.
 
     folded: a `Folded`. settings: a `launch.Forward` of constants. ALIGNED, PTX: as `fold`.
     """
@@ -155,7 +155,7 @@ def finish_kernel(rows, folded, results, ROWS: tl.constexpr, PARTS: tl.constexpr
 
 
 def parts(folded: Folded) -> int:
-    """Segments of a row, rounded up to what a kernel can hold at once."""
+    """Segments per row, rounded up to a power of two: a tile of that width holds them all."""
     return triton.next_power_of_2(folded.segments)
 
 

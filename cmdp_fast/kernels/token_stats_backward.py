@@ -1,8 +1,8 @@
-"""Statistics, backward: one expression a column for the four upstream gradients, in one pass.
+"""Statistics, backward: one expression per column for the four upstream gradients, in one pass.
 
-With t = L x - M, s = L y - N, where M and N are the normalisers in octaves rounded to float32 and r, q what rounding
-left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of a row fold into a few coefficients, and the table of gradients in
-`cmdp_fast/reference.py` becomes
+With t = L x - M, s = L y - N, where M and N are the normalisers in octaves rounded to float32 and r, q the rests that
+rounding left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of a row fold into a few coefficients, and the table of
+gradients in `cmdp_fast/reference.py` becomes
 
     dx = 2^t (c0 + c1 t + c2 (t - s - center)) - c3 2^s,     center = R in octaves.
 
@@ -71,7 +71,7 @@ class Target(NamedTuple):
 
 @triton.jit
 def split(reference, log_sum):
-    """A normaliser in octaves as float32, and what the rounding left."""
+    """A normaliser in octaves as float32, and the rest that rounding left."""
     exact = (reference + log_sum) * PER_NAT
     rounded = exact.to(tl.float32)
     return rounded, (exact - rounded.to(tl.float64)).to(tl.float32)
@@ -144,8 +144,8 @@ def tile_gradient(row, columns, inside, slopes, upstream):
 
 @triton.jit
 def backward_kernel(logits, saved, upstream, target, first_column, settings):
-    """One program `span` columns of a row, a `tile` at a time. `target.out` may be the student's logits: a column is
-    read, then written.
+    """One program per `span` columns of a row, which it does a `tile` at a time. `target.out` may be the student's
+    logits: a column is read, then written.
 
     logits: a `Logits`, whole or a tile of the vocabulary that begins at `first_column`. saved: [rows, SAVED] of whole
     rows. upstream: an `Upstream` of [rows]. target: a `Target`. settings: a `launch.Columns` of constants.

@@ -1,4 +1,4 @@
-"""What the GPU kernels promise beyond the shared suite: a row's result depends on nothing but the row, two launches a
+"""Promises of the GPU kernels beyond the shared suite: a row's result depends on nothing but the row, two launches per
 batch, and fake tensors on a GPU."""
 
 import math
@@ -87,7 +87,7 @@ def test_autotuning_measures_once_and_changes_rounding_only(monkeypatch):
 
 
 def test_a_token_outside_the_vocabulary_reads_nothing():
-    """On the CPU it is an error; on a GPU nobody looks, and its log-probabilities are NaN."""
+    """On the CPU it is an error; on a GPU it is not looked for, and its log-probabilities are NaN."""
     x, y, tokens = batch(3, 40)
     tokens[1], tokens[2] = 40, -1
     statistics, _ = kernels.token_stats(Pair(x, y, tokens, None, 1.0, 40))
@@ -101,8 +101,8 @@ def test_settings_do_not_depend_on_the_default_device():
         assert kernels.launch.scale_of(2.0) == pytest.approx(0.5 / math.log(2), rel=1e-7)
 
 
-def test_offsets_nobody_has_checked_lead_nowhere():
-    """On the CPU they are an error; on a GPU nobody looks, and the kernels stay within the tensors."""
+def test_unchecked_offsets_lead_nowhere():
+    """On the CPU wrong ones are an error; on a GPU they are not looked for, and the kernels stay within the tensors."""
     cost, reward = torch.ones(4, device=DEVICE), torch.zeros(8, device=DEVICE)
     offsets, limits = (
         torch.tensor([-3, 2, 900], device=DEVICE),
