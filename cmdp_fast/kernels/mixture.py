@@ -240,7 +240,7 @@ def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
         settings = launch.forward_settings(pair.width, pair.student.dtype, pair.teacher.dtype)
         segments = launch.segments(pair.width, settings)
         partial = pair.student.new_empty((rows, segments, 2), dtype=torch.float64)
-        folded = Folded(partial, launch.logits_of(pair), segments)
+        folded = Folded(launch.logits_of(pair), partial, segments)
         mixture_kernel[(rows * segments,)](
             folded,
             saved,

@@ -52,8 +52,8 @@ class Row(NamedTuple):
 class Folded(NamedTuple):
     """Partial states of all rows, and all that is needed to finish them."""
 
-    partial: Pointer  # [rows, segments, STATE_FIELDS] float64
     logits: Logits
+    partial: Pointer  # [rows, segments, STATE_FIELDS] float64
     segments: int
 
 

@@ -165,7 +165,7 @@ def fold_rows(pair: Pair, logits: Logits) -> Folded:
     settings = launch.forward_settings(pair.width, *dtypes)
     segments = launch.segments(pair.width, settings)
     partial = pair.student.new_empty((rows, segments, STATE_FIELDS.value), dtype=torch.float64)
-    folded = Folded(partial, logits, segments)
+    folded = Folded(logits, partial, segments)
     wide_loads = launch.aligned(logits, settings.vector)
     # The pass does not read the tokens: where they lie must not have it compiled again.
     read = folded._replace(logits=logits._replace(tokens=None))
