@@ -1,4 +1,4 @@
-"""What a disassembly says of a kernel, and the bound that follows from it: shared by `static_gpu.py` (Triton) and
+"""The figures of a disassembled kernel, and the bound that follows from them: shared by `static_gpu.py` (Triton) and
 `static_cuda.py` (nvcc)."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Device:
     arch: str
     multiprocessors: int
     gigahertz: float
-    terabytes: float  # a second
+    terabytes: float  # per second
 
 
 DEVICES = (
@@ -35,7 +35,7 @@ DEVICES = (
 
 @dataclass
 class Report:
-    """One kernel, compiled for one architecture. Numbers in the loop are a thread's, ``*_a_column`` a column's."""
+    """One kernel, compiled for one architecture. Numbers in the loop are per thread, ``*_a_column`` per column."""
 
     kernel: str
     arch: str
@@ -69,14 +69,14 @@ class Instruction:
 def parse(text: str, line: str, label: str, branch: str) -> list[Instruction]:
     """Instructions of a disassembly. The expressions match an instruction (named groups ``name`` and ``rest``), a label
     and, in ``rest`` of a branch, the label it goes to."""
-    found, labels = [], {}
+    code, labels = [], {}
     for row in text.splitlines():
         if match := re.match(label, row):
-            labels[match.group(1)] = len(found)
+            labels[match.group(1)] = len(code)
         elif match := re.match(line, row):
             target = re.search(branch, match["rest"]) if "bra" in match["name"].lower() else None
-            found.append((match["name"], target.group(1) if target else None))
-    return [Instruction(name, labels.get(to)) for name, to in found]
+            code.append((match["name"], target.group(1) if target else None))
+    return [Instruction(name, labels.get(to)) for name, to in code]
 
 
 def parse_sass(text: str) -> list[Instruction]:
@@ -146,7 +146,8 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def read_cubin(path: str, kernel: str | None = None) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions of a kernel (of the only one, if no name is given) and what `cuobjdump -res-usage` counts of it."""
+    """Instructions of a kernel (of the only one, if no name is given) and its resources, after
+    `cuobjdump -res-usage`."""
     sections = re.split(r"^\.text\.", tool("nvdisasm", "-c", path), flags=re.MULTILINE)[1:]
     code = next(s for s in sections if kernel is None or s.startswith(kernel + ":"))
     usage = tool("cuobjdump", "-res-usage", path)
@@ -160,7 +161,7 @@ def local_memory(code: list[Instruction], usage: dict[str, int]) -> int:
 
 
 def look_at_loop(report: Report, code: list[Instruction], size: int, traffic: int) -> None:
-    """Fills in what the main loop says. ``size``: bytes of a logit; ``traffic``: matrices of logits that are moved."""
+    """Fills in the figures of the main loop. ``size``: bytes of a logit; ``traffic``: matrices of logits it moves."""
     loop = main_loop(code)
     body = loop or code
     report.loop = loop is not None
@@ -179,7 +180,7 @@ def look_at_loop(report: Report, code: list[Instruction], size: int, traffic: in
 
 
 def predict(report: Report, device: Device) -> dict[str, float | str]:
-    """Columns a second (in 10^12) that memory, instruction issue and exponentials allow, and which is the least."""
+    """Columns per second (in 10^12) that memory, instruction issue and exponentials allow, and which is the least."""
     cycles = device.multiprocessors * device.gigahertz / 1000
     limits = {
         "memory": device.terabytes / report.bytes_a_column,
@@ -191,14 +192,14 @@ def predict(report: Report, device: Device) -> dict[str, float | str]:
 
 
 def missed_bars(report: Report) -> list[str]:
-    """What the statistics' kernel must reach, and this one does not."""
+    """The bars of the statistics' kernel that this one does not reach."""
     bars = {
         "logits are loaded by other than 128 bits": set(report.loads) != {128},
         "local memory is used": report.local > 0,
         "a barrier in the loop": report.barriers > 0,
         "a shuffle in the loop": report.shuffles > 0,
-        f"more than {BAR_EXPONENTIALS} exponentials a column": report.exponentials_a_column > BAR_EXPONENTIALS,
-        f"more than {BAR_INSTRUCTIONS} instructions a column": report.instructions_a_column > BAR_INSTRUCTIONS,
+        f"more than {BAR_EXPONENTIALS} exponentials per column": report.exponentials_a_column > BAR_EXPONENTIALS,
+        f"more than {BAR_INSTRUCTIONS} instructions per column": report.instructions_a_column > BAR_INSTRUCTIONS,
         f"an occupancy under {BAR_OCCUPANCY}": report.occupancy < BAR_OCCUPANCY,
         "no loop": not report.loop,
     }
@@ -224,10 +225,10 @@ def print_table(reports: list[Report]) -> None:
 
 
 def print_bounds(reports: list[Report]) -> None:
-    print("\nPREDICTED, NOT MEASURED: 10^12 columns a second that each resource allows, and the time of 1024 rows")
+    print("\nPREDICTED, NOT MEASURED: 10^12 columns per second that each resource allows, and the time of 1024 rows")
     for r in reports:
         for device, limits in r.predicted.items():
             rates = "  ".join(f"{key} {limits[key]:6.2f}" for key in ("memory", "issue", "exponentials"))
             time = 1024 * r.vocab / float(limits[str(limits["bound"])]) / 1e9
-            what = f"{r.kernel:36}  {r.dtype:8}  {r.vocab:6}  {device:4}"
-            print(f"{what}  {rates}  bound by {limits['bound']!s:12}  predicted {time:.3f} ms")
+            kernel = f"{r.kernel:36}  {r.dtype:8}  {r.vocab:6}  {device:4}"
+            print(f"{kernel}  {rates}  bound by {limits['bound']!s:12}  predicted {time:.3f} ms")

@@ -1,17 +1,17 @@
-"""What the compiler writes for real GPUs, read without one: machine code of every GPU kernel, and a predicted bound.
+"""The machine code that the compiler writes for real GPUs, read without one, and the bound that it predicts.
 
     python benchmarks/static_gpu.py [--arch 90 gfx942 --dtype bfloat16 --vocab 151936 --json FILE]
 
 The launchers of `cmdp_fast.kernels` are called on tensors of the real widths, with a driver that names a GPU and
-launches nothing. So Triton's own JIT compiles what it would compile there, with the specialisations that it infers from
-these very arguments. Where there is an nvcc, the CUDA kernels of csrc/cuda stand beside them (`static_cuda.py`, for
-NVIDIA's GPUs). The code is disassembled, and the main loop looked at: of the loops that contain no other, the one
-with most exponentials, and most loads. A column is one logit of the student and one of the teacher; a kernel without a
-loop over columns is counted as a whole. Instructions that a branch within the loop may skip count, and are also named
-apart ("branched"): in the CUDA kernels they raise the references, which few steps have to.
+launches nothing. So Triton's own JIT compiles the same kernels as it would there, with the specialisations that it
+infers from these very arguments. Where there is an nvcc, the CUDA kernels of csrc/cuda stand beside them
+(`static_cuda.py`, for NVIDIA's GPUs). The code is disassembled, and the main loop looked at: of the loops that contain
+no other, the one with most exponentials, and most loads. A column is one logit of the student and one of the teacher; a
+kernel without a loop over columns is counted as a whole. Instructions that a branch within the loop may skip count, and
+are also named apart ("branched"): in the CUDA kernels they raise the references, which few steps have to.
 
-The bound is the slowest of memory (bytes over bandwidth), issue (instructions over issue rate, one a cycle and
-scheduler) and exponentials (16 a cycle and multiprocessor). It leaves out what happens outside the loop, latency and
+The bound is the slowest of memory (bytes over bandwidth), issue (instructions over issue rate, one per cycle and
+scheduler) and exponentials (16 per cycle and multiprocessor). It leaves out the work outside of the loop, latency and
 everything else that only a run shows: it is a prediction, not a measurement.
 """
 
@@ -43,6 +43,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from cmdp_fast import kernels
+from cmdp_fast.layout import (
+    SAVED,
+    Account,
+    BudgetRule,
+    Mixture,
+    Pair,
+    Rewarding,
+    RewardRule,
+    Settlement,
+    Trace,
+    Upstream,
+)
+
 TARGETS = {name: GPUTarget("cuda", int(name), 32) for name in ("80", "90", "100")} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
 }
@@ -51,80 +65,57 @@ VOCABULARIES = {151936: "Qwen2.5", 128256: "Llama-3", 50257: "GPT-2, odd"}
 
 
 # --------------------------------------------------------------------------------------------------------------
-# What is compiled: every launcher, called as the operations call it
+# The cases: every launcher, called as the operations call it
 
 
-def _inputs(vocab: int, dtype: torch.dtype, rows: int = 2):
-    x, y = torch.empty(rows, vocab, dtype=dtype), torch.empty(rows, vocab, dtype=dtype)
+def _pair(vocab: int, dtype: torch.dtype, *rows: int) -> Pair:
+    student, teacher = (torch.empty(*rows, vocab, dtype=dtype) for _ in range(2))
     tokens, mask = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
-    return x, y, tokens, mask
+    return Pair(student, teacher, tokens, mask, 1.0, vocab)
 
 
 def _statistics(vocab: int, dtype: torch.dtype) -> None:
-    from cmdp_fast import kernels
-
-    x, y, tokens, mask = _inputs(vocab, dtype)
-    kernels.token_stats(x, y, tokens, mask, 1.0, vocab)
+    kernels.token_stats(_pair(vocab, dtype, 2))
 
 
 def _backward(vocab: int, dtype: torch.dtype) -> None:
-    from cmdp_fast import kernels
-
-    x, y, tokens, mask = _inputs(vocab, dtype)
-    saved, upstream = torch.empty(2, 7, dtype=torch.float64), torch.empty(2)
-    kernels.token_stats_backward(x, y, tokens, mask, saved, (upstream,) * 4, 1.0, vocab, x)
+    pair, upstream = _pair(vocab, dtype, 2), Upstream(*[torch.empty(2)] * 4)
+    kernels.token_stats_backward(pair, torch.empty(2, SAVED, dtype=torch.float64), upstream, pair.student)
 
 
 def _mixture(vocab: int, dtype: torch.dtype) -> None:
-    from cmdp_fast import kernels
-
-    x, y, _, mask = _inputs(vocab, dtype)
-    weights = (0.5, 0.5, 0.5)
-    _, saved, mean = kernels.mixture(x, y, mask, 1.0, vocab, weights)
-    kernels.mixture_backward(x, y, mask, saved, mean, torch.empty(2), 1.0, vocab, weights, torch.empty_like(x))
+    pair, weights = _pair(vocab, dtype, 2), Mixture(0.5, 0.5, 0.5)
+    _, saved, mean = kernels.mixture(pair, weights)
+    kernels.mixture_backward(pair, saved, mean, torch.empty(2), weights, torch.empty_like(pair.student))
 
 
-RULE = ("cmdp", True, 1.0, 1.0, 0.0, 0.0)  # kind, penalty at the crossing, penalty, discrepancy weight, 0, 0
+def _rewarding(*shape: int) -> Rewarding:
+    rule = RewardRule("cmdp", True, penalty=1.0, discrepancy_weight=1.0, coefficient=0.0, barrier_slope=0.0)
+    return Rewarding(rule, torch.empty(shape), torch.empty(shape))
 
 
-def _trace(sequences: int, tokens: int):
-    trace = [torch.empty(sequences, tokens) for _ in range(2)]
-    return (
-        *trace,
-        torch.empty(sequences, tokens, dtype=torch.bool),
-        torch.empty(sequences, dtype=torch.int64),
-        torch.empty(sequences, tokens),
-    )
+def _trace(sequences: int, tokens: int) -> Trace:
+    cumulative, remaining, excess = (torch.empty(sequences, tokens) for _ in range(3))
+    violated, first = torch.empty(sequences, tokens, dtype=torch.bool), torch.empty(sequences, dtype=torch.int64)
+    return Trace(cumulative, remaining, violated, first, excess)
 
 
 def _budget(vocab: int, dtype: torch.dtype) -> None:
-    from cmdp_fast import kernels
-
-    cost, mask = torch.empty(2, 512), torch.ones(2, 512, dtype=torch.bool)
-    offsets, limits = torch.tensor([0, 512, 1024]), torch.empty(2, dtype=torch.float64)
-    trace = _trace(2, 512)
-    kernels.trace_budgets(cost, mask, offsets, limits, (1.0, False, False), trace)
-    seen = (trace[0], trace[1], trace[2], trace[4])
-    kernels.modify_rewards(torch.empty(2, 512), cost, seen, mask, offsets, RULE, torch.empty(2, 512))
+    mask, offsets = torch.ones(2, 512, dtype=torch.bool), torch.tensor([0, 512, 1024])
+    account, trace = Account(torch.empty(2, 512), mask, offsets), _trace(2, 512)
+    kernels.trace_budgets(account, torch.empty(2, dtype=torch.float64), BudgetRule(1.0, False, False), trace)
+    kernels.modify_rewards(account, trace, _rewarding(2, 512))
 
 
 def _constrained(vocab: int, dtype: torch.dtype) -> None:
-    from cmdp_fast import kernels
-
     length = 16  # a multiple of 16, like most padded batches: the compiler may know where sequences begin
-    x, y, tokens, mask = (t[None] for t in _inputs(vocab, dtype, length))
-    reward = torch.empty(1, length)
-    kernels.constrained_pass(
-        x, y, tokens, mask, reward, None, 2.0, 1.0, vocab, "reverse_kl", False, (1.0, False, False), RULE,
-        _trace(1, length), reward,
-    )  # fmt: skip
+    rule, trace, rewarding = BudgetRule(1.0, False, False), _trace(1, length), _rewarding(1, length)
+    settlement = Settlement("reverse_kl", None, 2.0, False, rule, trace, rewarding)
+    kernels.constrained_pass(_pair(vocab, dtype, 1, length), settlement)
 
 
 def _tile(vocab: int, dtype: torch.dtype) -> None:
-    from cmdp_fast import kernels
-
-    x, y, tokens, mask = _inputs(vocab, dtype)
-    kernels.update_states(torch.empty(2, 13, dtype=torch.float64), x, y, tokens, mask, 0, 1.0)
+    kernels.update_states(_pair(vocab, dtype, 2), 0, torch.empty(2, 13, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -183,7 +174,7 @@ def compiled(case: Case, vocab: int, dtype: torch.dtype, target: GPUTarget) -> I
 
 
 # --------------------------------------------------------------------------------------------------------------
-# What the machine code says
+# The figures of the machine code
 
 
 def reduced_layouts(ir: str) -> list[str]:
@@ -222,7 +213,7 @@ def examine(name: str, kernel, traffic: int, vocab: int, dtype: str, arch: str) 
 
 
 def survey(archs: list[str], dtypes: list[str], vocabularies: list[int]) -> list[Report]:
-    """A report of every kernel in every combination. What does not depend on the logits is reported once an arch."""
+    """A report of every kernel in every combination. A kernel that holds no logits is reported once per arch."""
     reports: dict[tuple, Report] = {}
     for arch in archs:
         for dtype in dtypes:

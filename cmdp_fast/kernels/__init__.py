@@ -1,25 +1,26 @@
-"""Triton kernels, one file an operation: plain functions of tensors that know neither autograd nor checks of arguments.
+"""Triton kernels, one file per operation: functions of tensors that know neither autograd nor checks of arguments. The
+module has the shape of `cmdp_fast.ops.backends.Backend`.
 
 How memory is read once. The six statistics come from a state that streams and merges (`csrc/token_state.h`). One
 program folds one segment of a row (`token_stats.py`); within it every thread, a lane, folds columns of its own with
 128-bit loads and never looks at another lane (`fold.py`), so that the loop has no barrier. The lanes are merged once at
 the end, the segments of a row by a second small kernel in a fixed order (`finish.py`). Into how many segments a row is
 cut depends on V alone: a decode batch of a few rows occupies the device, and a row's result is bitwise the same in
-every batch. Moved per row: 2 V elements forward, 72 bytes a segment, six statistics; 2 V read and V written backward.
+every batch. Moved per row: 2 V elements forward, 72 bytes per segment, six statistics; 2 V read and V written backward.
 
 Why it is exact. A state is exact relative to any finite reference, maxima only keep powers in range. Exponentials are
 powers of two with log2(e)/temperature folded into one fused multiply-add; differences of the two models are taken
 relative to the references before anything is multiplied, so that a common shift costs no precision. The loop assumes
-ordinary numbers; whatever is not (-inf, NaN, an abyss of -3e38) makes a sum that is not finite, and the segment is
-folded again by a loop that knows every special value. The backward pass splits the normalisers (`..._backward.py`).
+ordinary numbers; any other (-inf, NaN, an abyss of -3e38) makes a sum that is not finite, and the segment is folded
+again by a loop that knows every special value. The backward pass splits the normalisers (`..._backward.py`).
 
-What is predicted: `benchmarks/static_gpu.py` reads the machine code that the compiler writes for GPUs that need not be
-there. What is measured: values, in Triton's interpreter (TRITON_INTERPRET=1), by the whole test suite. No speed has
-been measured on a GPU.
+Speed is predicted: `benchmarks/static_gpu.py` reads the machine code that the compiler writes for GPUs that need not be
+there. Values are measured, in Triton's interpreter (TRITON_INTERPRET=1), by the whole test suite. No speed has been
+measured on a GPU.
 
 `constrained.py` is the whole method in two launches, `scan.py` the budget's scan, `mixture.py` JSD and skewed
-divergences (a second pass), `token_state.py` a tile of the vocabulary, `launch.py` the launch settings, `shared.py` the
-algebra of partial states.
+divergences (a second pass), `token_state.py` a tile of the vocabulary, `launch.py` the launch settings, `shapes.py` the
+values that kernels are given, `shared.py` the algebra of partial states.
 """
 
 from cmdp_fast.kernels.constrained import COSTS, constrained_pass

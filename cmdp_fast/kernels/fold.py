@@ -1,11 +1,11 @@
 """The main loop of the statistics: one lane folds its own columns and never looks at another lane.
 
-A step gives each lane STEP columns of both rows, by 128-bit loads where the rows are aligned, else a column a load. The
-lane finds the maximum of its columns (two 16-bit numbers at a time, before they are widened), raises its references
+A step gives each lane STEP columns of both rows, by 128-bit loads where the rows are aligned, else a column per load.
+The lane finds the maximum of its columns (two 16-bit numbers at a time, before they are widened), raises its references
 once, and adds the columns one by one. All tensors are [L], one column each, so that a thread runs plain scalar code;
 summing tiles [L, C] along C instead costs an extra addition and multiplication for every sum of every tile.
 
-Instructions a column, of both models together: 2 widen, 2 multiply-adds make octaves, 2 exponentials, 1 difference,
+Instructions per column, of both models together: 2 widen, 2 multiply-adds make octaves, 2 exponentials, 1 difference,
 6 sums, 1/4 load; and a share of the maximum and of raising the references, which shrinks as STEP grows.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cmdp_fast.kernels.shapes import State
 from cmdp_fast.kernels.shared import NOWHERE, octaves, raised
 
 
@@ -45,14 +46,15 @@ def places(row, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
 
 
 @triton.jit
-def read(at, LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, ALIGNED: tl.constexpr):
-    """What LOADS loads give a lane: words [L] if ALIGNED, else columns [L]."""
+def read(at, LANES: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr, ALIGNED: tl.constexpr):
+    """GROUPS times VECTOR columns of each lane: words [L] if ALIGNED, a load per group, else columns [L]."""
     columns = ()
-    for i in tl.static_range(LOADS):
+    for group in tl.static_range(GROUPS):
         if ALIGNED:
-            columns = columns + unstacked(tl.load(at + i * LANES * at.shape[1]), LANES, at.shape[1])
+            columns = columns + unstacked(tl.load(at + group * LANES * at.shape[1]), LANES, at.shape[1])
         else:
-            columns = columns + (tl.load(at + i // VECTOR * LANES * VECTOR + i % VECTOR),)  # noqa: RUF005 (Triton knows no starred items)
+            for i in tl.static_range(VECTOR):
+                columns = columns + (tl.load(at + group * LANES * VECTOR + i),)  # noqa: RUF005 (Triton knows no starred items)
     return columns
 
 
@@ -97,79 +99,73 @@ def highest(columns, DTYPE: tl.constexpr, COUNT: tl.constexpr, HALVES: tl.conste
 
 
 @triton.jit
-def add(x, y, inside, scale, m, n, z, u, a, b, h, k, MASKED: tl.constexpr):
-    """One column [L] of both models into the sums, the references being high enough."""
-    t, s = octaves(x, scale, m), octaves(y, scale, n)
+def add(state, x, y, scale, inside):
+    """One column [L] of both models into the sums, the references being high enough. One that is not `inside` weighs
+    nothing; None: all are."""
+    t, s = octaves(x, scale, state.m), octaves(y, scale, state.n)
     p, w = tl.exp2(t), tl.exp2(s)
-    if MASKED:  # a column beyond the end weighs nothing
+    if inside is not None:
         t, s = tl.where(inside, t, 0.0), tl.where(inside, s, 0.0)
         p, w = tl.where(inside, p, 0.0), tl.where(inside, w, 0.0)
     difference = t - s
-    return (
-        z + p,
-        u + w,
-        tl.fma(p, difference, a),
-        tl.fma(-w, difference, b),
-        tl.fma(p, t, h),
-        tl.fma(w, s, k),
+    return State(
+        state.m,
+        state.n,
+        state.z + p,
+        state.u + w,
+        tl.fma(p, difference, state.a),
+        tl.fma(-w, difference, state.b),
+        tl.fma(p, t, state.h),
+        tl.fma(w, s, state.k),
     )
 
 
 @triton.jit
-def fold(
-    x_row,
-    y_row,
-    start,
-    stop,
-    scale,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    STEP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """The states [L] of columns [start, stop), a lane each, for logits without special values.
+def nothing(LANES: tl.constexpr):
+    """The states [L] of no columns."""
+    reference = tl.full([LANES], NOWHERE, tl.float32)
+    zeros = tl.zeros([LANES], tl.float32)
+    return State(reference, reference, zeros, zeros, zeros, zeros, zeros, zeros)
 
-    ALIGNED: rows and `start` lie at multiples of VECTOR columns and of 16 bytes (8 for the narrower of two dtypes).
+
+@triton.jit
+def fold(row, start, stop, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
+    """The states [L] of columns [start, stop) of a `Row`, one per lane, for logits without special values.
+
+    settings: a `launch.Forward` of constants.
+    ALIGNED: rows and `start` lie at multiples of `vector` columns and of 16 bytes (8 for the narrower of two dtypes).
     PTX: the compiler understands NVIDIA's assembly.
     """
-    X: tl.constexpr = x_row.dtype.element_ty
-    Y: tl.constexpr = y_row.dtype.element_ty
+    LANES: tl.constexpr = settings.lanes
+    VECTOR: tl.constexpr = settings.vector
+    STEP: tl.constexpr = settings.step
+    X: tl.constexpr = row.student.dtype.element_ty
+    Y: tl.constexpr = row.teacher.dtype.element_ty
     x_halves: tl.constexpr = 2 if ALIGNED and X.primitive_bitwidth == 16 else 1
     y_halves: tl.constexpr = 2 if ALIGNED and Y.primitive_bitwidth == 16 else 1
-    m = tl.full([LANES], NOWHERE, tl.float32)
-    n = tl.full([LANES], NOWHERE, tl.float32)
-    z = tl.zeros([LANES], tl.float32)
-    u = tl.zeros([LANES], tl.float32)
-    a = tl.zeros([LANES], tl.float32)
-    b = tl.zeros([LANES], tl.float32)
-    h = tl.zeros([LANES], tl.float32)
-    k = tl.zeros([LANES], tl.float32)
+    state = nothing(LANES)
     tile: tl.constexpr = LANES * STEP
     tiles = (stop - start) // tile
-    loads: tl.constexpr = STEP // VECTOR if ALIGNED else STEP
-    x_at = places(x_row + start, LANES, VECTOR, ALIGNED)
-    y_at = places(y_row + start, LANES, VECTOR, ALIGNED)
+    groups: tl.constexpr = STEP // VECTOR
+    x_at = places(row.student + start, LANES, VECTOR, ALIGNED)
+    y_at = places(row.teacher + start, LANES, VECTOR, ALIGNED)
     for _ in range(tiles):
-        xs = read(x_at, LANES, VECTOR, loads, ALIGNED)
-        ys = read(y_at, LANES, VECTOR, loads, ALIGNED)
-        top = tl.maximum(m, highest(xs, X, STEP // x_halves, x_halves, PTX) * scale)
-        teacher_top = tl.maximum(n, highest(ys, Y, STEP // y_halves, y_halves, PTX) * scale)
-        z, u, a, b, h, k = raised(m, n, z, u, a, b, h, k, top, teacher_top)
-        m, n = top, teacher_top
+        xs = read(x_at, LANES, VECTOR, groups, ALIGNED)
+        ys = read(y_at, LANES, VECTOR, groups, ALIGNED)
+        top = tl.maximum(state.m, highest(xs, X, STEP // x_halves, x_halves, PTX) * row.scale)
+        teacher_top = tl.maximum(state.n, highest(ys, Y, STEP // y_halves, y_halves, PTX) * row.scale)
+        state = raised(state, top, teacher_top)
         for i in tl.static_range(STEP):
             x = widened(xs[i // x_halves], X, i % x_halves)
             y = widened(ys[i // y_halves], Y, i % y_halves)
-            z, u, a, b, h, k = add(x, y, True, scale, m, n, z, u, a, b, h, k, False)
+            state = add(state, x, y, row.scale, None)
         x_at += tile // x_halves
         y_at += tile // y_halves
-    for at in range(start + tiles * tile, stop, LANES):  # what is left, a column a step
+    for at in range(start + tiles * tile, stop, LANES):  # the rest, a column per step
         column = at + tl.arange(0, LANES)
         inside = column < stop
-        x = tl.load(x_row + column, mask=inside, other=float("-inf")).to(tl.float32)
-        y = tl.load(y_row + column, mask=inside, other=float("-inf")).to(tl.float32)
-        top, teacher_top = tl.maximum(m, x * scale), tl.maximum(n, y * scale)
-        z, u, a, b, h, k = raised(m, n, z, u, a, b, h, k, top, teacher_top)
-        m, n = top, teacher_top
-        z, u, a, b, h, k = add(x, y, inside, scale, m, n, z, u, a, b, h, k, True)
-    return m, n, z, u, a, b, h, k
+        x = tl.load(row.student + column, mask=inside, other=float("-inf")).to(tl.float32)
+        y = tl.load(row.teacher + column, mask=inside, other=float("-inf")).to(tl.float32)
+        state = raised(state, tl.maximum(state.m, x * row.scale), tl.maximum(state.n, y * row.scale))
+        state = add(state, x, y, row.scale, inside)
+    return state

@@ -17,15 +17,16 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from cmdp_fast.layout import addressable, row_axes
+from cmdp_fast.kernels.shapes import Logits, Rows
+from cmdp_fast.layout import Pair, addressable, row_axes
 
 # Asked for by hand only: a choice at run time may change the order of additions from one run to the next.
 AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
 
 
 class Forward(NamedTuple):
-    """Of the kernels that fold a row: a lane loads ``vector`` columns at once, and raises its references every ``step``
-    columns; a program folds ``segment`` columns."""
+    """Settings of the kernels that fold a row: a lane loads ``vector`` columns at once, and raises its references every
+    ``step`` columns; a program folds ``segment`` columns."""
 
     lanes: int
     vector: int
@@ -35,8 +36,8 @@ class Forward(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Of the kernels that write a column for every column they read: a program writes ``span`` of them, a ``tile`` at a
-    time, or ``careful`` at a time where it has to be done carefully."""
+    """Settings of the kernels that write a column for every column they read: a program writes ``span`` of them, a
+    ``tile`` at a time, or ``careful`` at a time in a row that needs double precision."""
 
     tile: int
     span: int
@@ -45,9 +46,9 @@ class Columns(NamedTuple):
 
 
 def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
-    """One lane a thread. ``vector`` is what one thread loads in 128 bits of the wider dtype.
+    """One lane per thread. ``vector`` columns of the wider dtype are 128 bits, which one thread loads at once.
 
-    A step of 16 columns takes 16.0 instructions a column (bfloat16, sm_90) and 64 registers; 8 columns take 18.8 and
+    A step of 16 columns takes 16.0 instructions per column (bfloat16, sm_90) and 64 registers; 8 columns take 18.8 and
     48; 32 save one more, but their 80 registers leave a third of the warps. Float32 columns need twice the registers
     and half the speed: 8 a step.
     """
@@ -55,7 +56,7 @@ def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
     warp = warp_size()
     if vocab < 1024:  # a narrow row: one warp, so that lanes without columns do not outnumber the others
         return Forward(warp, vector, step, 1024, 1)
-    if vocab < 16384:  # a few tiles a row: fewer warps leave more programs to hide latency behind
+    if vocab < 16384:  # a few tiles per row: fewer warps leave more programs to hide latency behind
         return Forward(128, vector, step, 16384, 128 // warp)
     # A language model's vocabulary. 32768 columns are 8 tiles: long enough that merging 256 lanes at the end costs a
     # fifth of them at most, short enough that a few rows of 151936 columns occupy many multiprocessors.
@@ -66,7 +67,7 @@ _fastest: dict[tuple[object, ...], Forward] = {}
 
 
 def tuned(settings: Forward, key: tuple[object, ...], run: Callable[[Forward], object]) -> Forward:
-    """The settings of the table; under CMDP_FAST_AUTOTUNE=1 the fastest of a few around them, measured once a key.
+    """The settings of the table; under CMDP_FAST_AUTOTUNE=1 the fastest of a few around them, measured once per key.
 
     The first call with a key must not be captured in a graph. Segments stay as they are: memory depends on them.
     """
@@ -85,8 +86,8 @@ def tuned(settings: Forward, key: tuple[object, ...], run: Callable[[Forward], o
 
 
 def column_settings(vocab: int) -> Columns:
-    """16 columns a thread and tile: two to four independent 128-bit loads of each model in flight. Four tiles a program
-    share the row's coefficients, whose double arithmetic would otherwise cost as much as a tile."""
+    """16 columns per thread and tile: two to four independent 128-bit loads of each model in flight. Four tiles per
+    program share the row's coefficients, whose double arithmetic would otherwise cost as much as a tile."""
     return Columns(512, 512, 32, 1) if vocab < 1024 else Columns(2048, 8192, 128, 4)
 
 
@@ -101,31 +102,23 @@ def segments(vocab: int, settings: Forward) -> int:
 
 
 def scale_of(temperature: float) -> float:
-    """log2(e)/temperature rounded to float32: what the kernels multiply logits by.
+    """log2(e)/temperature rounded to float32: the kernels multiply logits by it.
 
-    On the CPU whatever the default device: a number read back from a GPU would stall it, and end a graph's capture.
+    It is computed on the CPU, also where the default device is a GPU: a number read back from a GPU would stall it, and
+    end a graph's capture.
     """
     return float(torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32, device="cpu"))
 
 
-class Rows(NamedTuple):
-    """Rows ``[rows, V]`` over at most two axes: row i begins at i // inner * outer_stride + i % inner * stride."""
-
-    tensor: Tensor
-    inner: int
-    stride: int
-    outer_stride: int
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.inner, self.stride, self.outer_stride
+def aligned(logits: Logits, vector: int) -> bool:
+    """Whether every row of both models begins where ``vector`` columns can be loaded at once, at a multiple of their
+    size."""
+    student = _aligned(logits.student, logits.student_rows, vector)
+    return student and _aligned(logits.teacher, logits.teacher_rows, vector)
 
 
-def aligned(rows: Rows, vector: int) -> bool:
-    """Whether every row begins where ``vector`` columns can be loaded at once, at a multiple of their size."""
-    bytes_at_once = vector * rows.tensor.element_size()
-    steps = (rows.stride, rows.outer_stride)
-    return rows.tensor.data_ptr() % 16 == 0 and all(s * rows.tensor.element_size() % bytes_at_once == 0 for s in steps)
+def _aligned(t: Tensor, rows: Rows, vector: int) -> bool:
+    return t.data_ptr() % 16 == 0 and rows.stride % vector == 0 and rows.outer_stride % vector == 0
 
 
 def speaks_ptx() -> bool:
@@ -142,13 +135,22 @@ def warp_size() -> int:
     return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
 
 
-def rows_of(t: Tensor) -> Rows:
-    """A tensor as the kernels address it; one with more than two strides is copied."""
+def rows_of(t: Tensor) -> tuple[Tensor, Rows]:
+    """A tensor and where its rows begin; one with more than two strides is copied."""
     if not addressable(t):
         t = t.contiguous()
     axes = row_axes(t)
     (_, outer_stride), (inner, stride) = [(1, 0), (1, 0), *axes][-2:]
-    return Rows(t, inner, stride, outer_stride)
+    return t, Rows(inner, stride, outer_stride)
+
+
+def logits_of(pair: Pair) -> Logits:
+    """A pair as the kernels address it."""
+    student, student_rows = rows_of(pair.student)
+    teacher, teacher_rows = rows_of(pair.teacher)
+    tokens = None if pair.tokens is None else pair.tokens.contiguous()
+    scale = scale_of(pair.temperature)
+    return Logits(student, teacher, tokens, flags(pair.mask), student_rows, teacher_rows, pair.width, scale)
 
 
 def count_rows(t: Tensor) -> int:
@@ -156,7 +158,7 @@ def count_rows(t: Tensor) -> int:
 
 
 def flags(mask: Tensor | None) -> Tensor | None:
-    """A bool mask as bytes, which is what it is in memory."""
+    """A bool mask as the bytes that it is in memory."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 

@@ -11,6 +11,8 @@ reached its limit -log b.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,12 +20,33 @@ from torch import Tensor
 
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.fold import places, read, widened
-from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, taken, zero
-from cmdp_fast.kernels.token_stats import token_stats
-from cmdp_fast.kernels.token_stats_backward import MODEST, log_probabilities, split
+from cmdp_fast.kernels.shapes import Folded, constants
+from cmdp_fast.kernels.shared import (
+    LN2,
+    PER_NAT,
+    SAVED,
+    aligned_row_of,
+    locate,
+    natural,
+    octaves,
+    row_of,
+    saved_row,
+    taken,
+    zero,
+)
+from cmdp_fast.kernels.token_stats import parts, token_stats
+from cmdp_fast.kernels.token_stats_backward import MODEST, Target, log_probabilities, normalisers_of
+from cmdp_fast.layout import Mixture, Pair
 
 FAR = tl.constexpr(126.0)
 FAR_CAREFULLY = tl.constexpr(1000.0)
+
+
+class Saved(NamedTuple):
+    """The numbers per row that a mixture's backward pass needs."""
+
+    scalars: Tensor  # [rows, SAVED]
+    mean: Tensor  # [rows]: sum p G
 
 
 @triton.jit
@@ -34,8 +57,10 @@ def clamped(x, low, high):
 
 
 @triton.jit
-def terms(x, y, scale, m, r, n, q, b, c_teacher, c_student):
-    """A column's share of the value, p, and G; without special values."""
+def terms(x, y, scale, normalisers, weights):
+    """A column's share of the value, p, and G; without special values. weights: a `Mixture`."""
+    m, r, n, q = normalisers
+    b, c_teacher, c_student = weights
     t, s = octaves(x, scale, m), octaves(y, scale, n)
     p, w = tl.exp2(t) * tl.exp2(-r), tl.exp2(s) * tl.exp2(-q)
     delta = tl.minimum(tl.maximum(s - t + (r - q), -FAR), FAR)
@@ -49,9 +74,10 @@ def terms(x, y, scale, m, r, n, q, b, c_teacher, c_student):
 
 
 @triton.jit
-def careful_terms(x, y, scale, at, b, c_teacher, c_student):
+def careful_terms(x, y, scale, saved, weights):
     """As `terms`, in double."""
-    log_p, log_w = log_probabilities(x, y, at, scale)
+    b, c_teacher, c_student = weights
+    log_p, log_w = log_probabilities(x, y, saved_row(saved), scale)
     log_p, log_w = log_p * PER_NAT, log_w * PER_NAT
     p, w = tl.exp2(log_p), tl.exp2(log_w)
     delta = clamped(tl.where((p == 0) & (w == 0), 0.0, log_w - log_p), -FAR_CAREFULLY, FAR_CAREFULLY)
@@ -64,84 +90,70 @@ def careful_terms(x, y, scale, at, b, c_teacher, c_student):
 
 
 @triton.jit
-def mixture_kernel(
-    student,
-    teacher,
-    mask,
-    saved,
-    partial,
-    x_strides,
-    y_strides,
-    vocab,
-    segments,
-    scale,
-    b,
-    c_teacher,
-    c_student,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """One program a segment of a row, read as the statistics' loop reads it; the sums of the values and of p G go to
-    partial [rows, segments, 2]."""
+def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
+    """One program per segment of a row, which is read as the statistics' loop reads it.
+
+    folded: a `Folded` whose `partial`, [rows, segments, 2], gets the sums of the values and of p G. saved: [rows,
+    SAVED]. weights: a `Mixture`. settings: a `launch.Forward` of constants. ALIGNED: as `fold`.
+    """
+    LANES: tl.constexpr = settings.lanes
+    VECTOR: tl.constexpr = settings.vector
     program = tl.program_id(0)
-    row, segment = program // segments, program % segments
-    if mask is not None:
-        if tl.load(mask + row) == 0:
+    row, segment = program // folded.segments, program % folded.segments
+    logits = folded.logits
+    if logits.mask is not None:
+        if tl.load(logits.mask + row) == 0:
             return
-    x_offset = locate(row, x_strides)
-    y_offset = locate(row, y_strides)
     if ALIGNED:
-        x_offset, y_offset = tl.multiple_of(x_offset, VECTOR), tl.multiple_of(y_offset, VECTOR)
-    x_row, y_row = student + x_offset, teacher + y_offset
+        pair = aligned_row_of(row, logits, VECTOR)
+    else:
+        pair = row_of(row, logits)
     at = saved + row.to(tl.int64) * SAVED
-    m, r = split(tl.load(at), tl.load(at + 2))
-    n, q = split(tl.load(at + 1), tl.load(at + 3))
-    start = segment * SEGMENT
-    stop = tl.minimum(start + SEGMENT, vocab)
-    to = partial + program.to(tl.int64) * 2
-    if tl.load(at + 6) != 0:
+    numbers = saved_row(at)
+    normalisers = normalisers_of(numbers)
+    start = segment * settings.segment
+    stop = tl.minimum(start + settings.segment, logits.width)
+    to = folded.partial + program.to(tl.int64) * 2
+    if numbers.careful != 0:
         total = tl.zeros([LANES], tl.float64)
         slopes = tl.zeros([LANES], tl.float64)
         for first in range(start, stop, LANES):
             lane = first + tl.arange(0, LANES)
             inside = lane < stop
-            x = tl.load(x_row + lane, mask=inside, other=0.0)
-            y = tl.load(y_row + lane, mask=inside, other=0.0)
-            v, p, slope = careful_terms(x, y, scale, at, b, c_teacher, c_student)
+            x = tl.load(pair.student + lane, mask=inside, other=0.0)
+            y = tl.load(pair.teacher + lane, mask=inside, other=0.0)
+            v, p, slope = careful_terms(x, y, pair.scale, at, weights)
             total += tl.where(inside, v, 0.0)
             slopes += tl.where(inside, p * slope, 0.0)
         tl.store(to, tl.sum(total, 0))
         tl.store(to + 1, tl.sum(slopes, 0))
         return
-    X: tl.constexpr = x_row.dtype.element_ty
-    Y: tl.constexpr = y_row.dtype.element_ty
+    X: tl.constexpr = pair.student.dtype.element_ty
+    Y: tl.constexpr = pair.teacher.dtype.element_ty
     x_halves: tl.constexpr = 2 if ALIGNED and X.primitive_bitwidth == 16 else 1
     y_halves: tl.constexpr = 2 if ALIGNED and Y.primitive_bitwidth == 16 else 1
-    loads: tl.constexpr = 1 if ALIGNED else VECTOR
     tile: tl.constexpr = LANES * VECTOR
     tiles = (stop - start) // tile
-    x_at = places(x_row + start, LANES, VECTOR, ALIGNED)
-    y_at = places(y_row + start, LANES, VECTOR, ALIGNED)
+    x_at = places(pair.student + start, LANES, VECTOR, ALIGNED)
+    y_at = places(pair.teacher + start, LANES, VECTOR, ALIGNED)
     value = tl.zeros([LANES], tl.float32)
     mean = tl.zeros([LANES], tl.float32)
     for _ in range(tiles):
-        xs = read(x_at, LANES, VECTOR, loads, ALIGNED)
-        ys = read(y_at, LANES, VECTOR, loads, ALIGNED)
+        xs = read(x_at, LANES, VECTOR, 1, ALIGNED)
+        ys = read(y_at, LANES, VECTOR, 1, ALIGNED)
         for i in tl.static_range(VECTOR):
             x = widened(xs[i // x_halves], X, i % x_halves)
             y = widened(ys[i // y_halves], Y, i % y_halves)
-            v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
+            v, p, slope = terms(x, y, pair.scale, normalisers, weights)
             value += v
             mean = tl.fma(p, slope, mean)
         x_at += tile // x_halves
         y_at += tile // y_halves
-    for first in range(start + tiles * tile, stop, LANES):  # what is left, a column a step
+    for first in range(start + tiles * tile, stop, LANES):  # the rest, a column per step
         columns = first + tl.arange(0, LANES)
         inside = columns < stop
-        x, y = taken(x_row, columns, inside), taken(y_row, columns, inside)
-        v, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
+        x, y = taken(pair.student, columns, inside), taken(pair.teacher, columns, inside)
+        v, p, slope = terms(x, y, pair.scale, normalisers, weights)
         value += tl.where(inside, v, 0.0)
         mean += tl.where(inside, p * slope, 0.0)
     tl.store(to, tl.sum(value, 0).to(tl.float64))
@@ -150,7 +162,7 @@ def mixture_kernel(
 
 @triton.jit
 def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
-    """One program a row: adds its segments, in double and in a fixed order."""
+    """One program per row: adds its segments, in double and in a fixed order."""
     row = tl.program_id(0).to(tl.int64)
     count = segments
     if mask is not None:
@@ -164,152 +176,100 @@ def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(
-    student,
-    teacher,
-    mask,
-    saved,
-    mean,
-    upstream,
-    out,
-    x_strides,
-    y_strides,
-    out_strides,
-    vocab,
-    width,
-    blocks,
-    scale,
-    b,
-    c_teacher,
-    c_student,
-    TILE: tl.constexpr,
-    SPAN: tl.constexpr,
-    CAREFUL: tl.constexpr,
-):
-    """One program SPAN columns of a row, a TILE at a time."""
+def backward_kernel(logits, saved, upstream, target, weights, settings):
+    """One program per `span` columns of a row, which it does a `tile` at a time.
+
+    logits: a `Logits`. saved: a `Saved`. upstream: [rows]. target: a `Target`. weights: a `Mixture`. settings: a
+    `launch.Columns` of constants.
+    """
+    TILE: tl.constexpr = settings.tile
+    CAREFUL: tl.constexpr = settings.careful
     program = tl.program_id(0)
-    row, block = program // blocks, program % blocks
-    start = block * SPAN
-    stop = tl.minimum(start + SPAN, width)
-    to_row = out + locate(row, out_strides)
+    row, block = program // target.blocks, program % target.blocks
+    width, vocab = target.width, logits.width
+    start = block * settings.span
+    stop = tl.minimum(start + settings.span, width)
+    to_row = target.out + locate(row, target.rows)
+    dtype = to_row.dtype.element_ty
     tile = tl.arange(0, TILE)
-    if mask is not None:
-        if tl.load(mask + row) == 0:
+    if logits.mask is not None:
+        if tl.load(logits.mask + row) == 0:
             zero(to_row, start, stop, TILE)
             return
-    at = saved + row.to(tl.int64) * SAVED
-    x_row = student + locate(row, x_strides)
-    y_row = teacher + locate(row, y_strides)
-    center = tl.load(mean + row)
-    outer = tl.load(upstream + row).to(tl.float64) * natural(scale)
-    if tl.where(tl.abs(outer) >= MODEST, 1.0, tl.load(at + 6)) != 0:
+    at = saved.scalars + row.to(tl.int64) * SAVED
+    pair = row_of(row, logits)
+    center = tl.load(saved.mean + row)
+    outer = tl.load(upstream + row).to(tl.float64) * natural(pair.scale)
+    if tl.where(tl.abs(outer) >= MODEST, 1.0, saved_row(at).careful) != 0:
         for first in range(start, stop, CAREFUL):
             columns = first + tl.arange(0, CAREFUL)
             inside = columns < vocab
-            x = tl.load(x_row + columns, mask=inside, other=0.0)
-            y = tl.load(y_row + columns, mask=inside, other=0.0)
-            _, p, slope = careful_terms(x, y, scale, at, b, c_teacher, c_student)
+            x = tl.load(pair.student + columns, mask=inside, other=0.0)
+            y = tl.load(pair.teacher + columns, mask=inside, other=0.0)
+            _, p, slope = careful_terms(x, y, pair.scale, at, weights)
             value = tl.where(inside, p * (slope - center) * outer, 0.0).to(tl.float32)
-            tl.store(to_row + columns, value.to(out.dtype.element_ty), mask=columns < width)
+            tl.store(to_row + columns, value.to(dtype), mask=columns < width)
         return
-    m, r = split(tl.load(at), tl.load(at + 2))
-    n, q = split(tl.load(at + 1), tl.load(at + 3))
+    normalisers = normalisers_of(saved_row(at))
     middle, factor = center.to(tl.float32), outer.to(tl.float32)
     whole = start + tl.maximum(tl.minimum(stop, vocab) - start, 0) // TILE * TILE
     for first in range(start, whole, TILE):
         columns = first + tile
-        x, y = taken(x_row, columns, None), taken(y_row, columns, None)
-        _, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
-        tl.store(to_row + columns, (p * (slope - middle) * factor).to(out.dtype.element_ty))
+        x, y = taken(pair.student, columns, None), taken(pair.teacher, columns, None)
+        _, p, slope = terms(x, y, pair.scale, normalisers, weights)
+        tl.store(to_row + columns, (p * (slope - middle) * factor).to(dtype))
     for first in range(whole, stop, TILE):
         columns = first + tile
         inside = columns < vocab
-        x, y = taken(x_row, columns, inside), taken(y_row, columns, inside)
-        _, p, slope = terms(x, y, scale, m, r, n, q, b, c_teacher, c_student)
+        x, y = taken(pair.student, columns, inside), taken(pair.teacher, columns, inside)
+        _, p, slope = terms(x, y, pair.scale, normalisers, weights)
         value = p * (slope - middle) * factor
-        tl.store(to_row + columns, tl.where(inside, value, 0.0).to(out.dtype.element_ty), mask=columns < width)
+        tl.store(to_row + columns, tl.where(inside, value, 0.0).to(dtype), mask=columns < width)
 
 
-def mixture(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float, vocab: int, weights: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence ``[...]`` float32; saved scalars ``[..., SAVED]`` and the mean of G ``[...]``, both float64.
-
-    ``weights``: b, c_teacher, c_student.
-    """
-    shape, rows = student.shape[:-1], launch.count_rows(student)
-    _, saved = token_stats(student, teacher, None, mask, temperature, vocab)
-    value = student.new_empty(shape, dtype=torch.float32)
-    mean = student.new_empty(shape, dtype=torch.float64)
+def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence ``[...]`` float32; saved scalars ``[..., SAVED]`` and the mean of G ``[...]``, both float64."""
+    shape, rows = pair.student.shape[:-1], launch.count_rows(pair.student)
+    pair = pair._replace(tokens=None)
+    _, saved = token_stats(pair)
+    value = pair.student.new_empty(shape, dtype=torch.float32)
+    mean = pair.student.new_empty(shape, dtype=torch.float64)
     if rows == 0:
         return value, saved, mean
-    x, y, keep = launch.rows_of(student), launch.rows_of(teacher), launch.flags(mask)
-    with launch.on(student):
-        settings = launch.forward_settings(vocab, student.dtype, teacher.dtype)
-        segments = launch.segments(vocab, settings)
-        partial = student.new_empty((rows, segments, 2), dtype=torch.float64)
+    with launch.on(pair.student):
+        settings = launch.forward_settings(pair.width, pair.student.dtype, pair.teacher.dtype)
+        segments = launch.segments(pair.width, settings)
+        partial = pair.student.new_empty((rows, segments, 2), dtype=torch.float64)
+        folded = Folded(launch.logits_of(pair), partial, segments)
         mixture_kernel[(rows * segments,)](
-            x.tensor,
-            y.tensor,
-            keep,
+            folded,
             saved,
-            partial,
-            x.strides,
-            y.strides,
-            vocab,
-            segments,
-            launch.scale_of(temperature),
-            *weights,
-            LANES=settings.lanes,
-            VECTOR=settings.vector,
-            SEGMENT=settings.segment,
-            ALIGNED=launch.aligned(x, settings.vector) and launch.aligned(y, settings.vector),
+            weights,
+            constants(settings),
+            ALIGNED=launch.aligned(folded.logits, settings.vector),
             **launch.compiled_for(settings.warps),
         )
         finish_kernel[(rows,)](
-            keep, partial, value, mean, segments, PARTS=triton.next_power_of_2(segments), **launch.compiled_for(1)
+            folded.logits.mask, partial, value, mean, segments, PARTS=parts(folded), **launch.compiled_for(1)
         )
     return value, saved, mean
 
 
-def mixture_backward(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    saved: Tensor,
-    mean: Tensor,
-    upstream: Tensor,
-    temperature: float,
-    vocab: int,
-    weights: tuple[float, ...],
-    out: Tensor,
-) -> None:
-    """Writes the gradient of the student's logits into ``out``, contiguous ``[..., V]``."""
-    rows, width = launch.count_rows(student), student.shape[-1]
+def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, weights: Mixture, out: Tensor) -> None:
+    """Writes the gradient of the student's logits into ``out``, contiguous ``[..., V]``. Columns from ``pair.width`` on
+    get 0."""
+    rows, width = launch.count_rows(pair.student), pair.student.shape[-1]
     if rows == 0:
         return
     settings = launch.column_settings(width)
     blocks = -(-width // settings.span)
-    x, y, to = launch.rows_of(student), launch.rows_of(teacher), launch.rows_of(out)
-    with launch.on(student):
+    with launch.on(pair.student):
         backward_kernel[(rows * blocks,)](
-            x.tensor,
-            y.tensor,
-            launch.flags(mask),
-            saved,
-            mean,
+            launch.logits_of(pair._replace(tokens=None)),
+            Saved(saved, mean),
             upstream.contiguous(),
-            to.tensor,
-            x.strides,
-            y.strides,
-            to.strides,
-            vocab,
-            width,
-            blocks,
-            launch.scale_of(temperature),
-            *weights,
-            TILE=settings.tile,
-            SPAN=settings.span,
-            CAREFUL=settings.careful,
+            Target(*launch.rows_of(out), width, blocks),
+            weights,
+            constants(settings),
             **launch.compiled_for(settings.warps),
         )

@@ -1,4 +1,4 @@
-"""Helpers with one-word jobs for all kernels: where a row lies, what a column weighs, how partial states merge.
+"""Helpers with one-word jobs for all kernels: where a row lies, how much a column weighs, how states merge.
 
 Every kernel works in octaves: with L = log2(e)/temperature a logit x counts as t = L x - M, one fused multiply-add, and
 weighs 2^t, one instruction of the GPU. M is any finite reference; the maximum keeps the power in range. Differences
@@ -9,9 +9,13 @@ precision. States leave the loops in nats, in double.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+from cmdp_fast import layout
+from cmdp_fast.kernels.shapes import Lanes, Row, SavedRow, State
 
 LN2 = tl.constexpr(math.log(2.0))
 PER_NAT = tl.constexpr(math.log2(math.e))  # octaves
@@ -19,21 +23,34 @@ PER_NAT = tl.constexpr(math.log2(math.e))  # octaves
 # a number; a row whose every logit lies below it is left to the careful loop.
 NOWHERE = tl.constexpr(-1e30)
 STATE_FIELDS = tl.constexpr(9)  # m, n, z, u, a, b, h, k, and 1 if the segment was folded carefully
-# What the backward pass needs of a row, in double and in nats: the references m and n, log z, log u, H, R, and 1 if the
-# row has to be done carefully.
-SAVED = tl.constexpr(7)
+SAVED = tl.constexpr(layout.SAVED)
 
 
 @triton.jit
-def locate(row, strides):
-    """The offset of a row in elements, in 64 bits: rows are numbered over at most two axes.
+def locate(row, rows):
+    """The offset of a row in elements, in 64 bits; `rows` are `Rows`.
 
     Rows are fewer than 2^31, and a division in 64 bits would cost as much as a tile.
     """
-    inner, inner_stride, outer_stride = strides
     row = row.to(tl.int32)
-    outer = row // inner
-    return outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride
+    outer = row // rows.inner
+    return outer.to(tl.int64) * rows.outer_stride + (row - outer * rows.inner).to(tl.int64) * rows.stride
+
+
+@triton.jit
+def row_of(row, logits):
+    """One `Row` of both models."""
+    student = logits.student + locate(row, logits.student_rows)
+    teacher = logits.teacher + locate(row, logits.teacher_rows)
+    return Row(student, teacher, logits.scale)
+
+
+@triton.jit
+def aligned_row_of(row, logits, COLUMNS: tl.constexpr):
+    """As `row_of`, of rows that all begin at multiples of COLUMNS columns."""
+    student = tl.multiple_of(locate(row, logits.student_rows), COLUMNS)
+    teacher = tl.multiple_of(locate(row, logits.teacher_rows), COLUMNS)
+    return Row(logits.student + student, logits.teacher + teacher, logits.scale)
 
 
 @triton.jit
@@ -61,7 +78,7 @@ def octaves(x, scale, reference):
 
 @triton.jit
 def natural(scale):
-    """What the kernels multiply logits by, in nats and in double: 1/temperature but for the rounding of `scale`."""
+    """The factor of the logits in nats and in double: 1/temperature but for the rounding of `scale`."""
     return (tl.zeros([], tl.float64) + scale) * LN2
 
 
@@ -71,35 +88,90 @@ def excluded(x):
 
 
 @triton.jit
-def raised(m, n, z, u, a, b, h, k, top, teacher_top):
-    """The six sums after the references have been moved up to `top` and `teacher_top`."""
-    drop, teacher_drop = m - top, n - teacher_top
+def raised(state, top, teacher_top):
+    """A state in octaves after its references have been moved up to `top` and `teacher_top`."""
+    drop, teacher_drop = state.m - top, state.n - teacher_top
     apart = drop - teacher_drop
     shrink, teacher_shrink = tl.exp2(drop), tl.exp2(teacher_drop)
-    a = tl.fma(apart, z, a) * shrink
-    b = tl.fma(-apart, u, b) * teacher_shrink
-    h = tl.fma(drop, z, h) * shrink
-    k = tl.fma(teacher_drop, u, k) * teacher_shrink
-    return z * shrink, u * teacher_shrink, a, b, h, k
+    a = tl.fma(apart, state.z, state.a) * shrink
+    b = tl.fma(-apart, state.u, state.b) * teacher_shrink
+    h = tl.fma(drop, state.z, state.h) * shrink
+    k = tl.fma(teacher_drop, state.u, state.k) * teacher_shrink
+    return State(top, teacher_top, state.z * shrink, state.u * teacher_shrink, a, b, h, k)
+
+
+class Rise(NamedTuple):
+    """How far the references of a state in nats move up, and by which factors its weights shrink."""
+
+    student: Lanes
+    teacher: Lanes
+    shrink: Lanes
+    teacher_shrink: Lanes
 
 
 @triton.jit
-def merged(m, n, z, u, a, b, h, k):
-    """The state of all lanes `[L]`, merged once, in an order that depends on L alone."""
-    top, teacher_top = tl.max(m, 0), tl.max(n, 0)
-    z, u, a, b, h, k = raised(m, n, z, u, a, b, h, k, top, teacher_top)
+def rise_by(student, teacher):
+    return Rise(student, teacher, tl.exp2(-student * PER_NAT), tl.exp2(-teacher * PER_NAT))
+
+
+@triton.jit
+def raised_in_nats(state, rise):
+    """The sums z, u, a, b, h, k of a state in nats after a `Rise`. As doubles they are not fused, as octaves are."""
+    apart = rise.student - rise.teacher
     return (
+        state.z * rise.shrink,
+        state.u * rise.teacher_shrink,
+        (state.a - apart * state.z) * rise.shrink,
+        (state.b + apart * state.u) * rise.teacher_shrink,
+        (state.h - rise.student * state.z) * rise.shrink,
+        (state.k - rise.teacher * state.u) * rise.teacher_shrink,
+    )
+
+
+@triton.jit
+def merged(lanes):
+    """The state of all lanes `[L]`, merged once, in an order that depends on L alone."""
+    top, teacher_top = tl.max(lanes.m, 0), tl.max(lanes.n, 0)
+    state = raised(lanes, top, teacher_top)
+    return State(
         top,
         teacher_top,
-        tl.sum(z, 0),
-        tl.sum(u, 0),
-        tl.sum(a, 0),
-        tl.sum(b, 0),
-        tl.sum(h, 0),
-        tl.sum(k, 0),
+        tl.sum(state.z, 0),
+        tl.sum(state.u, 0),
+        tl.sum(state.a, 0),
+        tl.sum(state.b, 0),
+        tl.sum(state.h, 0),
+        tl.sum(state.k, 0),
+    )
+
+
+@triton.jit
+def saved_row(at):
+    """The `SavedRow` at a pointer. Numbers that the caller does not use are not loaded."""
+    return SavedRow(
+        m=tl.load(at),
+        n=tl.load(at + 1),
+        log_z=tl.load(at + 2),
+        log_u=tl.load(at + 3),
+        entropy=tl.load(at + 4),
+        reverse_kl=tl.load(at + 5),
+        careful=tl.load(at + 6),
     )
 
 
 @triton.jit
 def finite(value):
     return tl.abs(value) < float("inf")
+
+
+@triton.jit
+def store_state(at, state, inside):
+    """Writes the eight fields of a state where `inside`; everywhere if that is None."""
+    tl.store(at, state.m, mask=inside)
+    tl.store(at + 1, state.n, mask=inside)
+    tl.store(at + 2, state.z, mask=inside)
+    tl.store(at + 3, state.u, mask=inside)
+    tl.store(at + 4, state.a, mask=inside)
+    tl.store(at + 5, state.b, mask=inside)
+    tl.store(at + 6, state.h, mask=inside)
+    tl.store(at + 7, state.k, mask=inside)

@@ -10,106 +10,71 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import finish, launch
-from cmdp_fast.kernels.finish import merged_parts
-from cmdp_fast.kernels.shared import PER_NAT, STATE_FIELDS, locate, natural
-from cmdp_fast.kernels.token_stats import fold_rows
+from cmdp_fast.kernels.finish import kept, merged_parts
+from cmdp_fast.kernels.shapes import State
+from cmdp_fast.kernels.shared import locate, natural, raised_in_nats, rise_by, store_state
+from cmdp_fast.kernels.token_stats import fold_rows, parts
+from cmdp_fast.layout import Pair
 
 FIELDS = tl.constexpr(13)  # m, n, z, u, a, b, h, k, xa, ya, r_inf, f_inf, exact
 
 
 @triton.jit
-def raise_of(reference, weight, top):
-    """How far a state's reference has to rise; nothing for a side without weight, whose reference may be -inf."""
-    return tl.where(weight == 0, 0.0, top - reference)
+def rise_to(top, teacher_top, m, n, z, u):
+    """The `Rise` of a state to higher references: none for a side without weight, whose reference may be -inf."""
+    return rise_by(tl.where(z == 0, 0.0, top - m), tl.where(u == 0, 0.0, teacher_top - n))
 
 
 @triton.jit
-def update_kernel(
-    rows,
-    student,
-    teacher,
-    tokens,
-    mask,
-    partial,
-    fields,
-    x_strides,
-    y_strides,
-    width,
-    segments,
-    scale,
-    first_column,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """One program for ROWS rows. The state of a masked row stays as it is."""
+def update_kernel(rows, folded, fields, first_column, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """One program for ROWS rows: the `Folded` states of a tile go into `fields` [rows, FIELDS]. The state of a masked
+    row stays as it is."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    if mask is not None:
-        inside = inside & (tl.load(mask + row, mask=inside, other=0) != 0)
-    part = tl.arange(0, PARTS)[None, :]
-    at = partial + (row[:, None] * segments + part) * STATE_FIELDS
-    m, n, z, u, a, b, h, k, only_student, only_teacher, careful = merged_parts(at, (part < segments) & inside[:, None])
-    m, n = tl.where(z == 0, float("-inf"), m), tl.where(u == 0, float("-inf"), n)
-
+    logits = folded.logits
+    inside = kept(row, row < rows, logits.mask)
+    tile, only_student, only_teacher, careful = merged_parts(folded, row, inside, PARTS)
+    m, n = tl.where(tile.z == 0, float("-inf"), tile.m), tl.where(tile.u == 0, float("-inf"), tile.n)
     to = fields + row * FIELDS
     m_old, n_old = tl.load(to, mask=inside, other=0.0), tl.load(to + 1, mask=inside, other=0.0)
     z_old, u_old = tl.load(to + 2, mask=inside, other=0.0), tl.load(to + 3, mask=inside, other=0.0)
     top, teacher_top = tl.maximum(m, m_old), tl.maximum(n, n_old)
-    x_rise, y_rise = raise_of(m, z, top), raise_of(n, u, teacher_top)
-    x_rise_old, y_rise_old = raise_of(m_old, z_old, top), raise_of(n_old, u_old, teacher_top)
-    x_shrink, y_shrink = tl.exp2(-x_rise * PER_NAT), tl.exp2(-y_rise * PER_NAT)
-    x_shrink_old, y_shrink_old = tl.exp2(-x_rise_old * PER_NAT), tl.exp2(-y_rise_old * PER_NAT)
+    rise = rise_to(top, teacher_top, m, n, tile.z, tile.u)
+    rise_old = rise_to(top, teacher_top, m_old, n_old, z_old, u_old)
+    # Loaded after the exponentials: held during them, these sums took 154 registers in place of 128.
     a_old, b_old = tl.load(to + 4, mask=inside, other=0.0), tl.load(to + 5, mask=inside, other=0.0)
     h_old, k_old = tl.load(to + 6, mask=inside, other=0.0), tl.load(to + 7, mask=inside, other=0.0)
-    apart, apart_old = x_rise - y_rise, x_rise_old - y_rise_old
     tl.debug_barrier()  # several threads may hold the same row: all have read it before one of them writes
-    tl.store(to, top, mask=inside)
-    tl.store(to + 1, teacher_top, mask=inside)
-    tl.store(to + 2, z * x_shrink + z_old * x_shrink_old, mask=inside)
-    tl.store(to + 3, u * y_shrink + u_old * y_shrink_old, mask=inside)
-    tl.store(to + 4, (a - apart * z) * x_shrink + (a_old - apart_old * z_old) * x_shrink_old, mask=inside)
-    tl.store(to + 5, (b + apart * u) * y_shrink + (b_old + apart_old * u_old) * y_shrink_old, mask=inside)
-    tl.store(to + 6, (h - x_rise * z) * x_shrink + (h_old - x_rise_old * z_old) * x_shrink_old, mask=inside)
-    tl.store(to + 7, (k - y_rise * u) * y_shrink + (k_old - y_rise_old * u_old) * y_shrink_old, mask=inside)
+    z, u, a, b, h, k = raised_in_nats(tile, rise)
+    old = State(m_old, n_old, z_old, u_old, a_old, b_old, h_old, k_old)
+    z_old, u_old, a_old, b_old, h_old, k_old = raised_in_nats(old, rise_old)
+    state = State(top, teacher_top, z + z_old, u + u_old, a + a_old, b + b_old, h + h_old, k + k_old)
+    store_state(to, state, inside)
 
-    column = tl.load(tokens + row, mask=inside, other=0).to(tl.int64) - first_column
-    own = inside & (column >= 0) & (column < width)
-    x = tl.load(student + locate(row, x_strides) + column, mask=own, other=0.0)
-    y = tl.load(teacher + locate(row, y_strides) + column, mask=own, other=0.0)
-    tl.store(to + 8, x.to(tl.float64) * natural(scale), mask=own)
-    tl.store(to + 9, y.to(tl.float64) * natural(scale), mask=own)
+    column = tl.load(logits.tokens + row, mask=inside, other=0).to(tl.int64) - first_column
+    own = inside & (column >= 0) & (column < logits.width)
+    x = tl.load(logits.student + locate(row, logits.student_rows) + column, mask=own, other=0.0)
+    y = tl.load(logits.teacher + locate(row, logits.teacher_rows) + column, mask=own, other=0.0)
+    tl.store(to + 8, x.to(tl.float64) * natural(logits.scale), mask=own)
+    tl.store(to + 9, y.to(tl.float64) * natural(logits.scale), mask=own)
     tl.store(to + 10, 1.0, mask=inside & (only_student > 0))
     tl.store(to + 11, 1.0, mask=inside & (only_teacher > 0))
     tl.store(to + 12, 1.0, mask=inside & (careful > 0))
 
 
-def update_states(
-    fields: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    first_column: int,
-    temperature: float,
-) -> None:
-    """Folds columns [first_column, first_column + C) of logits ``[..., C]`` into ``fields [rows, 13]``, in place."""
-    rows, width = launch.count_rows(student), student.shape[-1]
+def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:
+    """Folds a tile of logits ``[..., C]``, columns [first_column, first_column + C) of the vocabulary, into
+    ``fields [rows, 13]``, in place. Tokens count from the beginning of the vocabulary; ``width`` is C."""
+    rows = launch.count_rows(pair.student)
     if rows == 0:
         return
-    keep = launch.flags(mask)
-    with launch.on(student):
-        folded = fold_rows(student, teacher, keep, temperature, width)
+    with launch.on(pair.student):
+        folded = fold_rows(pair, launch.logits_of(pair))
         update_kernel[(triton.cdiv(rows, finish.ROWS),)](
             rows,
-            folded.student.tensor,
-            folded.teacher.tensor,
-            tokens.contiguous(),
-            keep,
-            folded.partial,
+            folded,
             fields,
-            *folded.shape,
             first_column,
             ROWS=finish.ROWS,
-            PARTS=folded.parts,
+            PARTS=parts(folded),
             **launch.compiled_for(finish.WARPS),
         )

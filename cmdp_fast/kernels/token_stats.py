@@ -14,8 +14,6 @@ sum that is not finite (0 · inf); the program then folds its segment again, car
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,17 +22,20 @@ from torch import Tensor
 from cmdp_fast.kernels import finish, launch
 from cmdp_fast.kernels.finish import finish_rows
 from cmdp_fast.kernels.fold import fold
+from cmdp_fast.kernels.shapes import Folded, Logits, Results, State, constants
 from cmdp_fast.kernels.shared import (
     LN2,
     PER_NAT,
     STATE_FIELDS,
+    aligned_row_of,
     excluded,
     finite,
-    locate,
     merged,
     natural,
+    row_of,
+    store_state,
 )
-from cmdp_fast.layout import empty_statistics
+from cmdp_fast.layout import Pair, empty_statistics
 
 
 @triton.jit
@@ -51,16 +52,16 @@ def top_of(row, start, stop, LANES: tl.constexpr):
 
 
 @triton.jit
-def fold_carefully(x_row, y_row, start, stop, scale, LANES: tl.constexpr):
-    """As `fold`, but in nats and every special value included: differences in double, in which those of any two logits
-    are finite and those of equal ones 0; 0 · anything = 0; a or b is +inf where only the student (only the teacher)
-    uses a column.
+def fold_carefully(row, start, stop, LANES: tl.constexpr):
+    """As `fold` and `merged`, but in nats and every special value included: differences in double, in which those of
+    any two logits are finite and those of equal ones 0; 0 · anything = 0; a or b is +inf where only the student (only
+    the teacher) uses a column.
 
-    A column a step: this is rare, and the registers it takes count against the main loop too."""
+    A column per step: this is rare, and the registers it takes count against the main loop too."""
     columns = tl.arange(0, LANES)
-    factor = natural(scale)
-    m = top_of(x_row, start, stop, LANES).to(tl.float64) * factor
-    n = top_of(y_row, start, stop, LANES).to(tl.float64) * factor
+    factor = natural(row.scale)
+    m = top_of(row.student, start, stop, LANES).to(tl.float64) * factor
+    n = top_of(row.teacher, start, stop, LANES).to(tl.float64) * factor
     z = tl.zeros([LANES], tl.float32)
     u = tl.zeros([LANES], tl.float32)
     a = tl.zeros([LANES], tl.float64)
@@ -69,8 +70,8 @@ def fold_carefully(x_row, y_row, start, stop, scale, LANES: tl.constexpr):
     k = tl.zeros([LANES], tl.float64)
     for at in range(start, stop, LANES):
         inside = at + columns < stop
-        x = tl.load(x_row + at + columns, mask=inside, other=float("-inf")).to(tl.float64)
-        y = tl.load(y_row + at + columns, mask=inside, other=float("-inf")).to(tl.float64)
+        x = tl.load(row.student + at + columns, mask=inside, other=float("-inf")).to(tl.float64)
+        y = tl.load(row.teacher + at + columns, mask=inside, other=float("-inf")).to(tl.float64)
         no_x, no_y = excluded(x), excluded(y)
         # Equal logits cancel: their products are rounded alike, before they are subtracted.
         t = tl.where(no_x, 0.0, x * factor - m)
@@ -83,7 +84,7 @@ def fold_carefully(x_row, y_row, start, stop, scale, LANES: tl.constexpr):
         b += tl.where(no_y, 0.0, tl.where(no_x, float("inf"), w * (s - t)))
         h += p * t
         k += w * s
-    return (
+    return State(
         m,
         n,
         tl.sum(z, 0).to(tl.float64),
@@ -96,175 +97,110 @@ def fold_carefully(x_row, y_row, start, stop, scale, LANES: tl.constexpr):
 
 
 @triton.jit
-def fold_kernel(
-    student,
-    teacher,
-    mask,
-    partial,
-    x_strides,
-    y_strides,
-    vocab,
-    segments,
-    scale,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    STEP: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """One program a segment of a row: its state goes to partial [rows, segments, STATE_FIELDS]."""
+def in_nats(state):
+    """A state in octaves and float32, in nats and double."""
+    return State(
+        state.m.to(tl.float64) * LN2,
+        state.n.to(tl.float64) * LN2,
+        state.z.to(tl.float64),
+        state.u.to(tl.float64),
+        state.a.to(tl.float64) * LN2,
+        state.b.to(tl.float64) * LN2,
+        state.h.to(tl.float64) * LN2,
+        state.k.to(tl.float64) * LN2,
+    )
+
+
+@triton.jit
+def ordinary(state):
+    """Whether a state tells of the logits that it was folded from: none was special or in an abyss."""
+    sums = finite(state.z) & finite(state.u) & finite(state.a) & finite(state.b) & finite(state.h) & finite(state.k)
+    return sums & (state.z > 0) & (state.u > 0)
+
+
+@triton.jit
+def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
+    """One program per segment of a row, whose state goes to `folded.partial`.
+
+    folded: a `Folded`. settings: a `launch.Forward` of constants. ALIGNED, PTX: as `fold`.
+    """
     program = tl.program_id(0)
-    row, segment = program // segments, program % segments
-    if mask is not None:
-        if tl.load(mask + row) == 0:
+    row, segment = program // folded.segments, program % folded.segments
+    logits = folded.logits
+    if logits.mask is not None:
+        if tl.load(logits.mask + row) == 0:
             return
-    x_offset = locate(row, x_strides)
-    y_offset = locate(row, y_strides)
     if ALIGNED:
-        x_offset, y_offset = tl.multiple_of(x_offset, VECTOR), tl.multiple_of(y_offset, VECTOR)
-    x_row, y_row = student + x_offset, teacher + y_offset
-    start = segment * SEGMENT
-    stop = tl.minimum(start + SEGMENT, vocab)
-    m, n, z, u, a, b, h, k = merged(*fold(x_row, y_row, start, stop, scale, LANES, VECTOR, STEP, ALIGNED, PTX))
-    sums = finite(z) & finite(u) & finite(a) & finite(b) & finite(h) & finite(k)
-    m, n, z, u = m.to(tl.float64) * LN2, n.to(tl.float64) * LN2, z.to(tl.float64), u.to(tl.float64)
-    a, b, h, k = a.to(tl.float64) * LN2, b.to(tl.float64) * LN2, h.to(tl.float64) * LN2, k.to(tl.float64) * LN2
+        pair = aligned_row_of(row, logits, settings.vector)
+    else:
+        pair = row_of(row, logits)
+    start = segment * settings.segment
+    stop = tl.minimum(start + settings.segment, logits.width)
+    lanes = merged(fold(pair, start, stop, settings, ALIGNED, PTX))
+    state = in_nats(lanes)
     careful = tl.zeros([], tl.float64)
-    if not (sums & (z > 0) & (u > 0)):
+    if not ordinary(lanes):
         careful += 1
-        m, n, z, u, a, b, h, k = fold_carefully(x_row, y_row, start, stop, scale, LANES)
-    to = partial + program.to(tl.int64) * STATE_FIELDS
-    tl.store(to, m)
-    tl.store(to + 1, n)
-    tl.store(to + 2, z)
-    tl.store(to + 3, u)
-    tl.store(to + 4, a)
-    tl.store(to + 5, b)
-    tl.store(to + 6, h)
-    tl.store(to + 7, k)
+        state = fold_carefully(pair, start, stop, settings.lanes)
+    to = folded.partial + program.to(tl.int64) * STATE_FIELDS
+    store_state(to, state, None)
     tl.store(to + 8, careful)
 
 
 @triton.jit
-def finish_kernel(
-    rows,
-    student,
-    teacher,
-    tokens,
-    mask,
-    partial,
-    statistics,
-    saved,
-    x_strides,
-    y_strides,
-    vocab,
-    segments,
-    scale,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """One program for ROWS rows."""
-    finish_rows(
-        tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS),
-        rows,
-        student,
-        teacher,
-        tokens,
-        mask,
-        partial,
-        statistics,
-        saved,
-        x_strides,
-        y_strides,
-        vocab,
-        segments,
-        scale,
-        PARTS,
-    )
+def finish_kernel(rows, folded, results, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """One program for ROWS of the rows; see `finish_rows`."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    finish_rows(row, rows, folded, results, PARTS)
 
 
-class Folded(NamedTuple):
-    """Partial states of all rows, and what it takes to finish them."""
-
-    partial: Tensor  # [rows, segments, STATE_FIELDS] float64
-    student: launch.Rows
-    teacher: launch.Rows
-    vocab: int
-    segments: int
-    scale: float
-
-    @property
-    def shape(self) -> tuple[tuple[int, int, int], tuple[int, int, int], int, int, float]:
-        """The arguments of `finish_rows` after the saved scalars."""
-        return (self.student.strides, self.teacher.strides, self.vocab, self.segments, self.scale)
-
-    @property
-    def parts(self) -> int:
-        return triton.next_power_of_2(self.segments)
+def parts(folded: Folded) -> int:
+    """Segments per row, rounded up to a power of two: a tile of that width holds them all."""
+    return triton.next_power_of_2(folded.segments)
 
 
-def fold_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float, vocab: int) -> Folded:
-    """Launches the one pass over the logits. ``mask``: bytes, or None."""
-    rows = launch.count_rows(student)
-    settings = launch.forward_settings(vocab, student.dtype, teacher.dtype)
-    segments = launch.segments(vocab, settings)
-    partial = student.new_empty((rows, segments, STATE_FIELDS.value), dtype=torch.float64)
-    x, y = launch.rows_of(student), launch.rows_of(teacher)
-    scale = launch.scale_of(temperature)
-    wide_loads = launch.aligned(x, settings.vector) and launch.aligned(y, settings.vector)
+def fold_rows(pair: Pair, logits: Logits) -> Folded:
+    """Launches the one pass over the logits of a pair; ``logits``: the same, as `launch.logits_of` has laid them."""
+    rows, dtypes = launch.count_rows(pair.student), (pair.student.dtype, pair.teacher.dtype)
+    settings = launch.forward_settings(pair.width, *dtypes)
+    segments = launch.segments(pair.width, settings)
+    partial = pair.student.new_empty((rows, segments, STATE_FIELDS.value), dtype=torch.float64)
+    folded = Folded(logits, partial, segments)
+    wide_loads = launch.aligned(logits, settings.vector)
+    # The pass does not read the tokens: where they lie must not have it compiled again.
+    read = folded._replace(logits=logits._replace(tokens=None))
 
     def run(settings: launch.Forward) -> None:
         fold_kernel[(rows * segments,)](
-            x.tensor,
-            y.tensor,
-            mask,
-            partial,
-            x.strides,
-            y.strides,
-            vocab,
-            segments,
-            scale,
-            LANES=settings.lanes,
-            VECTOR=settings.vector,
-            STEP=settings.step,
-            SEGMENT=settings.segment,
+            read,
+            constants(settings),
             ALIGNED=wide_loads,
             PTX=launch.speaks_ptx(),
             **launch.compiled_for(settings.warps),
         )
 
     if rows > 0:
-        run(launch.tuned(settings, (vocab, student.dtype, teacher.dtype, wide_loads, student.device), run))
-    return Folded(partial, x, y, vocab, segments, scale)
+        run(launch.tuned(settings, (pair.width, *dtypes, wide_loads, pair.student.device), run))
+    return folded
 
 
-def token_stats(
-    student: Tensor, teacher: Tensor, tokens: Tensor | None, mask: Tensor | None, temperature: float, vocab: int
-) -> tuple[list[Tensor], Tensor]:
+def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
     """The six statistics ``[...]`` float32 and the saved scalars ``[..., SAVED]`` float64.
 
     Without tokens the statistics are left unwritten: only the scalars are wanted.
     """
-    rows = launch.count_rows(student)
-    statistics, saved = empty_statistics(student)
+    rows = launch.count_rows(pair.student)
+    statistics, saved = empty_statistics(pair.student)
     if rows == 0:
         return statistics, saved
-    keep = launch.flags(mask)
-    with launch.on(student):
-        folded = fold_rows(student, teacher, keep, temperature, vocab)
+    with launch.on(pair.student):
+        folded = fold_rows(pair, launch.logits_of(pair))
         finish_kernel[(triton.cdiv(rows, finish.ROWS),)](
             rows,
-            folded.student.tensor,
-            folded.teacher.tensor,
-            None if tokens is None else tokens.contiguous(),
-            keep,
-            folded.partial,
-            tuple(statistics),
-            saved,
-            *folded.shape,
+            folded,
+            Results(tuple(statistics), saved),
             ROWS=finish.ROWS,
-            PARTS=folded.parts,
+            PARTS=parts(folded),
             **launch.compiled_for(finish.WARPS),
         )
     return statistics, saved

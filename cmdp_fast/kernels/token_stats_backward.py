@@ -1,8 +1,8 @@
-"""Statistics, backward: one expression a column for the four upstream gradients, in one pass.
+"""Statistics, backward: one expression per column for the four upstream gradients, in one pass.
 
-With t = L x - M, s = L y - N, where M and N are the normalisers in octaves rounded to float32 and r, q what rounding
-left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of a row fold into a few coefficients, and the table of gradients in
-`cmdp_fast/reference.py` becomes
+With t = L x - M, s = L y - N, where M and N are the normalisers in octaves rounded to float32 and r, q the rests that
+rounding left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of a row fold into a few coefficients, and the table of
+gradients in `cmdp_fast/reference.py` becomes
 
     dx = 2^t (c0 + c1 t + c2 (t - s - center)) - c3 2^s,     center = R in octaves.
 
@@ -16,26 +16,77 @@ A row with special values, or with coefficients so large that float32 may overfl
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
-from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, taken, zero
+from cmdp_fast.kernels.shapes import Lanes, Pointer, Rows, constants
+from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, row_of, saved_row, taken, zero
+from cmdp_fast.layout import Pair, Upstream
 
 MODEST = tl.constexpr(1e7)  # coefficients up to here do not overflow float32 on the way to a finite result
 
 
+class Normalisers(NamedTuple):
+    """Those of a row in octaves, rounded to float32, and the rests that rounding left."""
+
+    student: Lanes  # M
+    student_rest: Lanes  # r
+    teacher: Lanes  # N
+    teacher_rest: Lanes  # q
+
+
+class Flow(NamedTuple):
+    """The upstream gradients of one row, in double; 0 where there is none."""
+
+    logprob: Lanes
+    entropy: Lanes
+    reverse_kl: Lanes
+    forward_kl: Lanes
+
+
+class Slopes(NamedTuple):
+    """The constants of a row, float32: see the top of this file."""
+
+    student: Lanes  # M
+    teacher: Lanes  # N
+    center: Lanes
+    constant: Lanes  # c0
+    along_t: Lanes  # c1
+    along_difference: Lanes  # c2
+    teacher_weight: Lanes  # c3
+
+
+class Target(NamedTuple):
+    """Where a gradient is written, and how a row of it is cut into programs."""
+
+    out: Pointer
+    rows: Rows
+    width: int  # columns of a row; those that do not count get 0
+    blocks: int  # programs of a row
+
+
 @triton.jit
 def split(reference, log_sum):
-    """A normaliser in octaves as float32, and what the rounding left."""
+    """A normaliser in octaves as float32, and the rest that rounding left."""
     exact = (reference + log_sum) * PER_NAT
     rounded = exact.to(tl.float32)
     return rounded, (exact - rounded.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
-def upstream(gradient, row):
+def normalisers_of(numbers):
+    """The normalisers of a `SavedRow`."""
+    m, r = split(numbers.m, numbers.log_z)
+    n, q = split(numbers.n, numbers.log_u)
+    return Normalisers(m, r, n, q)
+
+
+@triton.jit
+def flowing(gradient, row):
     """The upstream gradient of a row in double; 0 if there is none."""
     if gradient is None:
         return tl.zeros([], tl.float64)
@@ -44,216 +95,156 @@ def upstream(gradient, row):
 
 
 @triton.jit
-def log_probabilities(x, y, at, scale):
-    """log p and log w of some columns in nats and in double, -inf where excluded."""
+def log_probabilities(x, y, numbers, scale):
+    """log p and log w of some columns in nats and in double, -inf where excluded. numbers: a `SavedRow`."""
     factor = natural(scale)
-    log_p = (x.to(tl.float64) * factor - tl.load(at)) - tl.load(at + 2)
-    log_w = (y.to(tl.float64) * factor - tl.load(at + 1)) - tl.load(at + 3)
+    log_p = (x.to(tl.float64) * factor - numbers.m) - numbers.log_z
+    log_w = (y.to(tl.float64) * factor - numbers.n) - numbers.log_u
     return log_p, log_w
 
 
 @triton.jit
-def careful_gradient(x, y, own, at, scale, g_l, g_h, g_r, g_f, LOGPROB: tl.constexpr, FORWARD: tl.constexpr):
-    """dx of some columns in double. Excluded columns have probability 0, and 0 · anything = 0."""
-    log_p, log_w = log_probabilities(x, y, at, scale)
-    h, r = tl.load(at + 4), tl.load(at + 5)
+def careful_gradient(x, y, own, saved, scale, flow, upstream):
+    """dx of some columns in double. Excluded columns have probability 0, and 0 · anything = 0.
+
+    own: whether a column is the token's. flow: the row's `Flow`. upstream: the `Upstream`, whose None are left out.
+    """
+    numbers = saved_row(saved)  # loaded where it is needed: held all the time, it takes registers of the main loop
+    log_p, log_w = log_probabilities(x, y, numbers, scale)
+    h, r = numbers.entropy, numbers.reverse_kl
     p, w = tl.exp2(log_p * PER_NAT), tl.exp2(log_w * PER_NAT)
     # Where R is infinite so is its gradient, which would poison the step: it passes none.
-    bracket = tl.where(r == float("inf"), 0.0, g_r * ((log_p - log_w) - r)) - g_h * (log_p + h)
+    bracket = tl.where(r == float("inf"), 0.0, flow.reverse_kl * ((log_p - log_w) - r)) - flow.entropy * (log_p + h)
     value = tl.where(p == 0, 0.0, p * bracket)
-    if FORWARD:
-        value += g_f * (p - w)
-    if LOGPROB:
-        value += g_l * (tl.where(own, 1.0, 0.0) - p)
+    if upstream.forward_kl is not None:
+        value += flow.forward_kl * (p - w)
+    if upstream.logprob is not None:
+        value += flow.logprob * (tl.where(own, 1.0, 0.0) - p)
     return value * natural(scale)
 
 
 @triton.jit
-def tile_gradient(
-    x_row,
-    y_row,
-    columns,
-    inside,
-    scale,
-    m,
-    n,
-    center,
-    c0,
-    c1,
-    c2,
-    c3,
-    ENTROPY: tl.constexpr,
-    REVERSE: tl.constexpr,
-    FORWARD: tl.constexpr,
-):
-    """dx of some columns but for the token's own; without special values."""
-    t = octaves(taken(x_row, columns, inside), scale, m)
+def tile_gradient(row, columns, inside, slopes, upstream):
+    """dx of some columns of a `Row` but for the token's own; without special values."""
+    t = octaves(taken(row.student, columns, inside), row.scale, slopes.student)
     p = tl.exp2(t)
-    factor = tl.zeros_like(t) + c0
-    if ENTROPY:
-        factor = tl.fma(t, tl.zeros_like(t) + c1, factor)
-    if y_row is not None:
-        s = octaves(taken(y_row, columns, inside), scale, n)
-        if REVERSE:
-            factor = tl.fma((t - s) - center, tl.zeros_like(t) + c2, factor)
+    factor = tl.zeros_like(t) + slopes.constant
+    if upstream.entropy is not None:
+        factor = tl.fma(t, tl.zeros_like(t) + slopes.along_t, factor)
+    if (upstream.reverse_kl is not None) or (upstream.forward_kl is not None):
+        s = octaves(taken(row.teacher, columns, inside), row.scale, slopes.teacher)
+        if upstream.reverse_kl is not None:
+            factor = tl.fma((t - s) - slopes.center, tl.zeros_like(t) + slopes.along_difference, factor)
     # Where p is 0 the bracket may overflow, and 0 · anything = 0.
     value = p * tl.where(p == 0, 0.0, factor)
-    if FORWARD:
-        value = tl.fma(tl.exp2(s), tl.zeros_like(t) - c3, value)
+    if upstream.forward_kl is not None:
+        value = tl.fma(tl.exp2(s), tl.zeros_like(t) - slopes.teacher_weight, value)
     return value
 
 
 @triton.jit
-def backward_kernel(
-    student,
-    teacher,
-    tokens,
-    mask,
-    saved,
-    g_logprob,
-    g_entropy,
-    g_reverse_kl,
-    g_forward_kl,
-    out,
-    x_strides,
-    y_strides,
-    out_strides,
-    vocab,
-    width,
-    blocks,
-    scale,
-    first_column,
-    TILE: tl.constexpr,
-    SPAN: tl.constexpr,
-    CAREFUL: tl.constexpr,
-):
-    """One program SPAN columns of a row, a TILE at a time. `out` may be the student's logits: a column is read, then
-    written."""
+def backward_kernel(logits, saved, upstream, target, first_column, settings):
+    """One program per `span` columns of a row, which it does a `tile` at a time. `target.out` may be the student's
+    logits: a column is read, then written.
+
+    logits: a `Logits`, whole or a tile of the vocabulary that begins at `first_column`. saved: [rows, SAVED] of whole
+    rows. upstream: an `Upstream` of [rows]. target: a `Target`. settings: a `launch.Columns` of constants.
+    """
+    TILE: tl.constexpr = settings.tile
+    CAREFUL: tl.constexpr = settings.careful
     program = tl.program_id(0)
-    row, block = program // blocks, program % blocks
-    start = block * SPAN
-    stop = tl.minimum(start + SPAN, width)
-    to_row = out + locate(row, out_strides)
+    row, block = program // target.blocks, program % target.blocks
+    width, vocab = target.width, logits.width
+    start = block * settings.span
+    stop = tl.minimum(start + settings.span, width)
+    to_row = target.out + locate(row, target.rows)
+    dtype = to_row.dtype.element_ty
     tile = tl.arange(0, TILE)
-    if mask is not None:
-        if tl.load(mask + row) == 0:
+    if logits.mask is not None:
+        if tl.load(logits.mask + row) == 0:
             zero(to_row, start, stop, TILE)
             return
     at = saved + row.to(tl.int64) * SAVED
-    x_row = student + locate(row, x_strides)
-    y_row = teacher + locate(row, y_strides)
-    g_l, g_h = upstream(g_logprob, row), upstream(g_entropy, row)
-    g_r, g_f = upstream(g_reverse_kl, row), upstream(g_forward_kl, row)
+    pair = row_of(row, logits)
+    flow = Flow(
+        flowing(upstream.logprob, row),
+        flowing(upstream.entropy, row),
+        flowing(upstream.reverse_kl, row),
+        flowing(upstream.forward_kl, row),
+    )
     token = tl.zeros([], tl.int64)
-    if g_logprob is not None:
-        token = tl.load(tokens + row).to(tl.int64) - first_column
+    if upstream.logprob is not None:
+        token = tl.load(logits.tokens + row).to(tl.int64) - first_column
 
-    m, r = split(tl.load(at), tl.load(at + 2))
-    n, q = split(tl.load(at + 1), tl.load(at + 3))
-    divergence = tl.load(at + 5) * PER_NAT
+    numbers = saved_row(at)
+    m, r, n, q = normalisers_of(numbers)
+    divergence = numbers.reverse_kl * PER_NAT
     center = divergence.to(tl.float32)
-    along_t, along_difference = -g_h * LN2, g_r * LN2
-    constant = g_f - g_l - g_h * tl.load(at + 4) - along_t * r
-    if g_reverse_kl is not None:  # what the rounded center and normalisers left of t - s - R
+    along_t, along_difference = -flow.entropy * LN2, flow.reverse_kl * LN2
+    constant = flow.forward_kl - flow.logprob - flow.entropy * numbers.entropy - along_t * r
+    if upstream.reverse_kl is not None:  # the rests of t - s - R that the rounded center and normalisers left
         constant += along_difference * (center - divergence + (q - r))
-    factor = natural(scale)
+    factor = natural(logits.scale)
     weight = factor * tl.exp2(-r)
     c0, c1, c2 = weight * constant, weight * along_t, weight * along_difference
-    c3 = factor * tl.exp2(-q) * g_f
+    c3 = factor * tl.exp2(-q) * flow.forward_kl
     largest = tl.maximum(tl.maximum(tl.abs(c0), tl.abs(c1)), tl.maximum(tl.abs(c2), tl.abs(c3)))
-    c0, c1, c2, c3 = c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32)
+    slopes = Slopes(m, n, center, c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32))
 
-    if tl.where(largest >= MODEST, 1.0, tl.load(at + 6)) != 0:
+    if tl.where(largest >= MODEST, 1.0, numbers.careful) != 0:
         # Few columns at a time: this is rare, and the registers it takes count against the other way too.
         for first in range(start, stop, CAREFUL):
             columns = first + tl.arange(0, CAREFUL)
             inside = columns < vocab
-            x = tl.load(x_row + columns, mask=inside, other=0.0)
-            y = tl.load(y_row + columns, mask=inside, other=0.0)
-            value = careful_gradient(
-                x, y, columns == token, at, scale, g_l, g_h, g_r, g_f,
-                g_logprob is not None, g_forward_kl is not None,
-            )  # fmt: skip
-            value = tl.where(inside, value, 0.0).to(tl.float32).to(out.dtype.element_ty)
+            x = tl.load(pair.student + columns, mask=inside, other=0.0)
+            y = tl.load(pair.teacher + columns, mask=inside, other=0.0)
+            value = careful_gradient(x, y, columns == token, at, logits.scale, flow, upstream)
+            value = tl.where(inside, value, 0.0).to(tl.float32).to(dtype)
             tl.store(to_row + columns, value, mask=columns < width)
         return
 
-    own_here = (start <= token) & (token < tl.minimum(stop, vocab)) & (g_logprob is not None)
+    own_here = (start <= token) & (token < tl.minimum(stop, vocab)) & (upstream.logprob is not None)
     own = tl.zeros([], tl.float32)
     if own_here:  # apart and in double, and read before a neighbour writes over it
-        x, y = tl.load(x_row + token), tl.load(y_row + token)
-        own += careful_gradient(
-            x, y, True, at, scale, g_l, g_h, g_r, g_f, g_logprob is not None, g_forward_kl is not None
-        ).to(tl.float32)
+        x, y = tl.load(pair.student + token), tl.load(pair.teacher + token)
+        own += careful_gradient(x, y, True, at, logits.scale, flow, upstream).to(tl.float32)
         tl.debug_barrier()
-    with_teacher: tl.constexpr = (g_reverse_kl is not None) or (g_forward_kl is not None)
-    with_y_row = y_row if with_teacher else None
     whole = start + tl.maximum(tl.minimum(stop, vocab) - start, 0) // TILE * TILE
     for first in range(start, whole, TILE):
         columns = first + tile
-        value = tile_gradient(
-            x_row, with_y_row, columns, None, scale, m, n, center, c0, c1, c2, c3,
-            g_entropy is not None, g_reverse_kl is not None, g_forward_kl is not None,
-        )  # fmt: skip
-        tl.store(to_row + columns, value.to(out.dtype.element_ty))
+        value = tile_gradient(pair, columns, None, slopes, upstream)
+        tl.store(to_row + columns, value.to(dtype))
     for first in range(whole, stop, TILE):
         columns = first + tile
         inside = columns < vocab
-        value = tile_gradient(
-            x_row, with_y_row, columns, inside, scale, m, n, center, c0, c1, c2, c3,
-            g_entropy is not None, g_reverse_kl is not None, g_forward_kl is not None,
-        )  # fmt: skip
-        value = tl.where(inside, value, 0.0)
-        tl.store(to_row + columns, value.to(out.dtype.element_ty), mask=columns < width)
+        value = tl.where(inside, tile_gradient(pair, columns, inside, slopes, upstream), 0.0)
+        tl.store(to_row + columns, value.to(dtype), mask=columns < width)
     if own_here:
         tl.debug_barrier()
-        tl.store(to_row + token, own.to(out.dtype.element_ty))
+        tl.store(to_row + token, own.to(dtype))
 
 
-def token_stats_backward(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    saved: Tensor,
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    temperature: float,
-    vocab: int,
-    out: Tensor,
-    first_column: int = 0,
-) -> None:
+def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Tensor, first_column: int = 0) -> None:
     """Writes the gradient of the student's logits into ``out`` ``[..., V]``, which may be the logits themselves.
 
     They may be a tile of the vocabulary that begins at ``first_column``; ``saved`` is that of whole rows.
+    Columns from ``pair.width`` on get 0.
     """
-    rows, width = launch.count_rows(student), student.shape[-1]
+    rows, width = launch.count_rows(pair.student), pair.student.shape[-1]
     if rows == 0:
         return
     settings = launch.column_settings(width)
     blocks = -(-width // settings.span)
-    x, y, to = launch.rows_of(student), launch.rows_of(teacher), launch.rows_of(out)
-    if to.tensor is not out:
+    target, out_rows = launch.rows_of(out)
+    if target is not out:
         raise ValueError(f"the gradient must be writable with at most two strides, got strides {out.stride()}")
-    flowing = [None if g is None else g.contiguous() for g in upstream]
-    with launch.on(student):
+    with launch.on(pair.student):
         backward_kernel[(rows * blocks,)](
-            x.tensor,
-            y.tensor,
-            tokens.contiguous(),
-            launch.flags(mask),
+            launch.logits_of(pair),
             saved,
-            *flowing,
-            to.tensor,
-            x.strides,
-            y.strides,
-            to.strides,
-            vocab,
-            width,
-            blocks,
-            launch.scale_of(temperature),
+            Upstream(*(None if g is None else g.contiguous() for g in upstream)),
+            Target(out, out_rows, width, blocks),
             first_column,
-            TILE=settings.tile,
-            SPAN=settings.span,
-            CAREFUL=settings.careful,
+            constants(settings),
             **launch.compiled_for(settings.warps),
         )

@@ -1,4 +1,4 @@
-"""What the GPU kernels promise beyond the shared suite: a row's result depends on nothing but the row, two launches a
+"""Promises of the GPU kernels beyond the shared suite: a row's result depends on nothing but the row, two launches per
 batch, and fake tensors on a GPU."""
 
 import math
@@ -10,7 +10,9 @@ from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
+from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, RewardRule, Trace, Upstream
 from cmdp_fast.ops.backends import INTERPRETED, kernels
+from cmdp_fast.ops.operator import flatten
 
 pytestmark = [
     pytest.mark.triton,
@@ -85,11 +87,11 @@ def test_autotuning_measures_once_and_changes_rounding_only(monkeypatch):
 
 
 def test_a_token_outside_the_vocabulary_reads_nothing():
-    """On the CPU it is an error; on a GPU nobody looks, and its log-probabilities are NaN."""
+    """On the CPU it is an error; on a GPU it is not looked for, and its log-probabilities are NaN."""
     x, y, tokens = batch(3, 40)
     tokens[1], tokens[2] = 40, -1
-    saved = kernels.token_stats(x, y, tokens, None, 1.0, 40)[0]
-    for name, value in zip(cf.TokenStats._fields, saved, strict=True):
+    statistics, _ = kernels.token_stats(Pair(x, y, tokens, None, 1.0, 40))
+    for name, value in zip(cf.TokenStats._fields, statistics, strict=True):
         assert value.isnan().tolist() == [False, *[name.endswith("logprob")] * 2], name
 
 
@@ -99,8 +101,8 @@ def test_settings_do_not_depend_on_the_default_device():
         assert kernels.launch.scale_of(2.0) == pytest.approx(0.5 / math.log(2), rel=1e-7)
 
 
-def test_offsets_nobody_has_checked_lead_nowhere():
-    """On the CPU they are an error; on a GPU nobody looks, and the kernels stay within the tensors."""
+def test_unchecked_offsets_lead_nowhere():
+    """On the CPU wrong ones are an error; on a GPU they are not looked for, and the kernels stay within the tensors."""
     cost, reward = torch.ones(4, device=DEVICE), torch.zeros(8, device=DEVICE)
     offsets, limits = (
         torch.tensor([-3, 2, 900], device=DEVICE),
@@ -109,9 +111,9 @@ def test_offsets_nobody_has_checked_lead_nowhere():
     room = [torch.full((8,), 7.0, device=DEVICE) for _ in range(3)]
     lines = [t[2:6] for t in room]
     violated, first = torch.zeros(4, dtype=torch.bool, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    trace = (lines[0], lines[1], violated, first, lines[2])
-    rule = ("cmdp", True, 1.0, 1.0, 0.0, 0.0)
-    kernels.trace_budgets(cost, None, offsets, limits, (1.0, False, False), trace, rule, cost, reward[2:6])
+    trace = Trace(lines[0], lines[1], violated, first, lines[2])
+    rewarding = Rewarding(RewardRule("cmdp", True, 1.0, 1.0, 0.0, 0.0), cost, reward[2:6])
+    kernels.trace_budgets(Account(cost, None, offsets), limits, BudgetRule(1.0, False, False), trace, rewarding)
     assert lines[0].tolist() == [1.0, 2.0, 1.0, 2.0] and first.tolist() == [1, 1]
     assert all(t[:2].eq(7.0).all() and t[6:].eq(7.0).all() for t in room)
     assert reward[:2].eq(0.0).all() and reward[6:].eq(0.0).all()
@@ -181,30 +183,39 @@ def test_float64_is_left_to_pytorch():
 
 
 OPS = torch.ops.cmdp_fast
+WEIGHTS = Mixture(0.5, 0.5, 0.5)
+
+
+def call(name, *given):
+    """An operator as torch sees it: the fields of all that is given, one after the other."""
+    return getattr(OPS, name)(*flatten(given))
 
 
 def samples():
-    """The operators as torch sees them, on the backend under test."""
+    """The operators and their arguments as torch sees them, on the backend under test."""
     if kernels is None:
         return
     x, y, tokens = batch(6, 37, torch.float32)
     x, y, tokens = x.view(2, 3, 37), y.view(2, 3, 37), tokens.view(2, 3)
     mask, reward = torch.tensor([[True] * 3, [True, False, True]], device=DEVICE), torch.ones(2, 3, device=DEVICE)
-    *_, saved = OPS.token_stats(x, y, tokens, mask, 1.0, 37, False, "triton")
-    _, also_saved, mean = OPS.mixture_divergence(x, y, mask, 1.0, 37, 0.5, 0.5, 0.5, "triton")
-    rule = ("cmdp", True, 1.0, 1.0, 0.0, 10.0)
-    yield "token_stats", (x.clone().requires_grad_(), y, tokens, mask, 1.0, 37, False, "triton")
-    yield "token_stats_backward", (x, y, tokens, mask, saved, reward, None, reward, None, 1.0, 37, "triton")
-    yield "token_stats_backward_", (x.clone(), y, tokens, mask, saved, None, reward, None, reward, 1.0, 37, "triton")
-    yield "mixture_divergence", (x.clone().requires_grad_(), y, mask, 1.0, 37, 0.5, 0.5, 0.5, "triton")
-    yield "mixture_divergence_backward", (x, y, mask, also_saved, mean, reward, 1.0, 37, 0.5, 0.5, 0.5, "triton")
-    pass_ = (x.clone().requires_grad_(), y, tokens, mask, reward, None, None, 0.5, 1.0, 37, False, "reverse_kl", False)
-    yield "constrained_pass", (*pass_, 1.0, False, False, *rule, "triton")
+    pair = Pair(x, y, tokens, mask, 1.0, 37)
+    leaf = pair._replace(student=x.clone().requires_grad_())
+    *_, saved = call("token_stats", pair, False, "triton")
+    no_tokens = pair._replace(tokens=None)
+    _, also_saved, mean = call("mixture_divergence", no_tokens, WEIGHTS, "triton")
+    yield "token_stats", (leaf, False, "triton")
+    yield "token_stats_backward", (pair, saved, Upstream(reward, None, reward, None), "triton")
+    copy = pair._replace(student=x.clone())
+    yield "token_stats_backward_", (copy, saved, Upstream(None, reward, None, reward), "triton")
+    yield "mixture_divergence", (leaf._replace(tokens=None), WEIGHTS, "triton")
+    yield "mixture_divergence_backward", (no_tokens, WEIGHTS, "triton", also_saved, mean, reward)
+    rules = BudgetRule(1.0, False, False), RewardRule("cmdp", True, 1.0, 1.0, 0.0, 10.0)
+    yield "constrained_pass", (leaf, reward, None, None, 0.5, "reverse_kl", False, rules, False, "triton")
 
 
 @pytest.mark.parametrize("name, arguments", list(samples()), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck(name, arguments):
-    torch.library.opcheck(getattr(OPS, name).default, arguments)
+    torch.library.opcheck(getattr(OPS, name).default, tuple(flatten(arguments)))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -223,12 +234,12 @@ def test_fake_tensors_on_a_gpu(dtype):
                 assert t.device.type == "cuda" and t.shape == (2, 3) and t.stride() == (3, 1)
             assert out.trace.first_violation.shape == (2,) and out.trace.violated.dtype == torch.bool
         # Not by way of autograd, whose engine wants a real device.
-        *_, saved = OPS.token_stats(x, y, tokens, None, 1.0, 37, False, "triton")
-        _, _, mean = OPS.mixture_divergence(x, y, None, 1.0, 37, 0.5, 0.5, 0.5, "triton")
-        settings = (1.0, 37)
+        pair = Pair(x, y, tokens, None, 1.0, 37)
+        *_, saved = call("token_stats", pair, False, "triton")
+        _, _, mean = call("mixture_divergence", pair, WEIGHTS, "triton")
         for gradient in (
-            OPS.token_stats_backward(x, y, tokens, None, saved, reward, None, None, reward, *settings, "triton"),
-            OPS.mixture_divergence_backward(x, y, None, saved, mean, reward, *settings, 0.5, 0.5, 0.5, "triton"),
+            call("token_stats_backward", pair, saved, Upstream(reward, None, None, reward), "triton"),
+            call("mixture_divergence_backward", pair, WEIGHTS, "triton", saved, mean, reward),
         ):
             assert gradient.shape == x.shape and gradient.stride() == (111, 37, 1) and gradient.dtype == dtype
 

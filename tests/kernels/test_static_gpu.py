@@ -53,7 +53,7 @@ def machine_code():
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory):
-    """What the script says of bfloat16 logits on sm_90: in a process of its own, because the tests may run with the
+    """The script's figures of bfloat16 logits on sm_90: in a process of its own, because the tests may run with the
     interpreter instead of the compiler."""
     out = tmp_path_factory.mktemp("static") / "reports.json"
     command = [sys.executable, SCRIPT, "--arch", "90", "--dtype", "bfloat16", "--vocab", "151936", "50257"]

@@ -3,9 +3,9 @@
 At every call of a helper from a kernel the interpreter looks through all of `triton.language` for functions to replace,
 although the launch has replaced them already; nine tenths of the time go there. Here it looks once a launch.
 
-Before Triton 3.9 its `tl.fma` multiplies and adds, and rounds twice. Compiled code rounds once (fma.rn.f32), whatever
-the version, and the kernels count on it: where all logits are far from 0, what is left of L x - M would be the rounding
-of L x. Here it rounds once.
+Before Triton 3.9 its `tl.fma` multiplies and adds, and rounds twice. Compiled code of every version rounds once
+(fma.rn.f32), and the kernels count on it: where all logits are far from 0, the rounding of L x would be all that is
+left of L x - M. Here it rounds once.
 """
 
 from typing import Any
