@@ -2,15 +2,15 @@
 
     python benchmarks/known_optima.py [--problem tree --steps 200 --completions 1024]
 
-The trainer samples, scores and updates as for any model; the model is a table of logits (tests/support/tabular.py), the
-problem the tree or the bandit of tests/vectors. Each method trains twice: from the teacher, where nothing has been
-spent, and from a policy that is over budget at its first token. What a run ends with (its last iterate, nothing is
-averaged) is then evaluated exactly, over all paths: no figure of the table is an estimate. A path is within budget up
-to 0.01 nats, since an optimum lies on the budget and a sampled ascent ends on either side of it.
+The trainer samples, scores and updates as for any model. The model is a table of logits (tests/support/tabular.py); the
+problem is the tree or the bandit of tests/vectors. Each method trains twice: from the teacher, where nothing has been
+spent, and from a policy that is over budget at its first token. The last iterate of a run (nothing is averaged) is then
+evaluated exactly, over all paths: no figure of the table is an estimate. A path is within budget up to 0.01 nats, since
+an optimum lies on the budget and a sampled ascent ends on either side of it.
 
-Two readings need a warning. saute has no gradient once every path has crossed; what carries it beyond the crossing is
-Adam's momentum. The multiplier of pid rises as long as the policy is over budget and has to come down again: from over
-budget on the bandit it is not there after 200 steps (mean KL 0.055), but after 400 (0.099).
+Two readings need a warning. saute has no gradient once every path has crossed; Adam's momentum carries it beyond the
+crossing. The multiplier of pid rises as long as the policy is over budget and has to come down again. From over budget
+on the bandit it is not down after 200 steps (mean KL 0.055), but after 400 (0.099).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STARTS = ("teacher", "over budget")
 
 @dataclass(frozen=True)
 class End:
-    """Where a run ended: reverse KL of every path against the problem's budget, whatever the method looked at."""
+    """The end of a run: the reverse KL of every path against the problem's budget, for methods with other costs too."""
 
     method: str
     start: str
@@ -56,11 +56,12 @@ class End:
         return float(self.rollout.totals.max())
 
     def within(self, budget: float) -> torch.Tensor:
-        """Which paths are within budget, [P]."""
+        """Whether each path is within budget, [P]."""
         return self.rollout.totals <= budget + SLACK
 
 
 def run(problem: Problem, method: str, setting: Setting, start: str, config: TrainConfig) -> End:
+    """Trains a method from a start, and evaluates its last iterate."""
     logits = tabular.train(problem, config, tabular.collapsed(problem) if start == "over budget" else None)
     rollout = exact.roll_out(problem, logits, Setting("hinge", setting.budget))
     return End(method, start, rollout, float(rollout.expect(problem.reward.sum(1))))
@@ -78,6 +79,7 @@ def optima(name: str) -> dict[str, float]:
 
 
 def table(title: str, ends: list[End], budget: float) -> Table:
+    """A row per start and method."""
     out = Table(title=title, title_justify="left")
     out.add_column("start")
     out.add_column("method")
@@ -100,7 +102,7 @@ def table(title: str, ends: list[End], budget: float) -> Table:
 
 def worst_cases(problem: Problem, args: argparse.Namespace, report: Report) -> Table:
     """`worst_case` bounds the teacher's likelihood over each prefix and not a divergence: its optimum is one path."""
-    out = Table(title="worst_case: nats a token of the teacher's likelihood, from the teacher", title_justify="left")
+    out = Table(title="worst_case: nats per token of the teacher's likelihood, from the teacher", title_justify="left")
     for heading in ("budget", "best path within", "its reward", "reward", "its mass", "mass within"):
         out.add_column(heading, justify="right")
     for case in report.track(exact.vectors("tree")["worst_case_nll"], "training worst_case"):
@@ -120,7 +122,7 @@ def worst_cases(problem: Problem, args: argparse.Namespace, report: Report) -> T
 
 
 def plot(path: Path, name: str, ends: list[End], budget: float) -> None:
-    """Reward against the largest path's divergence, and every path's divergence by method."""
+    """Draws reward against the largest divergence of a path, and the divergence of every path by method."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     methods = list(dict.fromkeys(end.method for end in ends))
@@ -154,6 +156,7 @@ def plot(path: Path, name: str, ends: list[End], budget: float) -> None:
 
 
 def config_of(setting: Setting, method: str, args: argparse.Namespace) -> TrainConfig:
+    """The trainer's settings for a method."""
     changes = {"baseline": "grpo"} if method == "grpo" else {}
     return tabular.settings(setting, steps=args.steps, num_generations=args.completions, seed=args.seed, **changes)
 
@@ -162,12 +165,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", choices=("tree", "bandit"), default="tree")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--completions", type=int, default=1024, help="a step")
+    parser.add_argument("--completions", type=int, default=1024, help="per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="a PNG file; default: runs/known_optima_PROBLEM.png")
     args = parser.parse_args()
     torch.set_num_threads(1)  # nothing here is large enough for two
-    warnings.filterwarnings("ignore", message="kind='saute'")  # that it is stuck is what the table shows
+    warnings.filterwarnings("ignore", message="kind='saute'")  # the table shows that it is stuck
     problem = {"tree": exact.tree, "bandit": exact.bandit}[args.problem]()
     methods = tabular.methods(args.problem)
     budget = methods["cmdp"].budget

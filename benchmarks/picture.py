@@ -1,10 +1,10 @@
-"""The picture of the README: what each method keeps of the teacher's ways, from the table of a comparison.
+"""The picture of the README: how much each method keeps of the teacher's ways, from the table of a comparison.
 
     python benchmarks/picture.py
 
-reads benchmarks/results/tempting/table.csv, which `cmdp-fast compare` wrote, and draws steps.png beside it. The task's
-reward is for the right answer and for brevity; nobody pays for the steps. Teacher, student before and a method of each
-sort are shown; the table has all of them.
+reads benchmarks/results/training/tempting/table.csv, which `cmdp-fast compare` wrote, and draws
+benchmarks/results/training/plots/steps.png. The task's reward is for the right answer and for brevity; nobody pays for
+the steps. Shown are the teacher, the student before training and one method of each sort; the table has all methods.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-FOLDER = Path(__file__).parent / "results" / "tempting"
-# Where the name of a point stands, in points from it, in the left panel and in the right one.
+FOLDER = Path(__file__).parent / "results" / "training"
+# The place of a name relative to its point, in points: in the left panel, and in the right panel.
 SHOWN = {
     "teacher": ((10, -4), (10, -4)),
     "student before": ((-46, -16), (-40, 10)),
@@ -29,6 +29,7 @@ LOOKS = {"teacher": ("*", "black", 13), "student before": ("X", "0.45", 9), "cmd
 
 
 def draw(path: Path, rows: dict[str, dict[str, str]]) -> None:
+    """Two panels over the divergence: the rewarded share, and the share that keeps its steps. ``rows``: by method."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     columns = {
@@ -56,5 +57,5 @@ def draw(path: Path, rows: dict[str, dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    with (FOLDER / "table.csv").open(encoding="utf-8", newline="") as lines:
-        draw(FOLDER / "steps.png", {row["method"]: row for row in csv.DictReader(lines)})
+    with (FOLDER / "tempting" / "table.csv").open(encoding="utf-8", newline="") as lines:
+        draw(FOLDER / "plots" / "steps.png", {row["method"]: row for row in csv.DictReader(lines)})

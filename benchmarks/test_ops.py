@@ -1,9 +1,9 @@
-"""The cases of `cmdp-fast bench` under pytest-benchmark, a test an implementation, a group a case.
+"""The cases of `cmdp-fast bench` under pytest-benchmark: one test per implementation, one group per case.
 
     pytest benchmarks --ops token_stats --shapes qwen2.5 --benchmark-json FILE
 
-Every implementation is held against float64 first. pytest-benchmark times one after the other, so that its ratios take
-in whatever the machine did meanwhile; `cmdp-fast bench` times all of a case in turn and adds floors and memory.
+Every implementation is compared with float64 first. pytest-benchmark times one after the other, so other work of the
+machine is part of its ratios. `cmdp-fast bench` times all of a case in turn, and adds floors and memory.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import itertools
 import pytest
 import torch
 
-from cmdp_fast.bench import command, suite
+from cmdp_fast.bench import command, implementations, suite
 from cmdp_fast.bench.measure import make_sets
 from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.peers import PEERS
@@ -39,11 +39,11 @@ def pytest_generate_tests(metafunc):
         raise pytest.UsageError(str(error)) from error
     found = []
     for case in plan.cases():
-        # What cannot run here is listed with its reason, as `cmdp-fast bench` lists it, and not left out in silence.
+        # A case that cannot run here is listed with its reason, as in `cmdp-fast bench`, and not left out in silence.
         if reason := OPS[case.op].why_not(case):
             found.append(pytest.param(case, None, id=case.label, marks=pytest.mark.skip(reason=reason)))
             continue
-        _, variants, absent = suite.variants_of(case, plan.peers)
+        _, variants, absent = implementations.variants_of(case, plan.peers)
         found += [pytest.param(case, variant, id=f"{case.label}: {variant.name}") for variant in variants]
         found += [
             pytest.param(case, None, id=f"{case.label}: {peer}", marks=pytest.mark.skip(reason=f"absent: {reason}"))
@@ -61,11 +61,11 @@ def sets_of(case):
 def test_implementation(benchmark, case, variant, pytestconfig):
     small = case.reduced()
     peers = (variant.peer,) if variant.peer else ()
-    op, variants, _ = suite.variants_of(small, peers)
+    op, variants, _ = implementations.variants_of(small, peers)
     twin = next(v for v in variants if v.name == variant.name)
     try:
         error = suite.check(op, small, twin, op.make(small, 0))
-    except Exception as problem:  # a peer is somebody else's code: whatever it raises is why it is absent
+    except Exception as problem:  # a peer is foreign code: any error that it raises is the reason for its absence
         if not variant.peer:
             raise
         pytest.skip(f"absent: {problem}")

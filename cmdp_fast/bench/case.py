@@ -1,4 +1,4 @@
-"""A case: an operation, what is asked of it, at which sizes and dtype; and what every operation says of its cases."""
+"""A case is an operation in one mode, at given sizes and dtype. An `Op` describes the cases of an operation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from cmdp_fast.bench.variant import Inputs, Values, Variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHECKED_ROWS = 32  # rows of the case on which a variant is held against float64
+CHECKED_ROWS = 32  # rows of the case on which a variant is compared with float64
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ class Shape:
 
     @property
     def length(self) -> int:
-        """Tokens of a completion, where rows are the tokens of some completions."""
+        """Tokens per completion, where the rows are the tokens of several completions."""
         return min(64, max(1, self.rows // 4))
 
     @property
     def sequences(self) -> int:
+        """Completions, where the rows are their tokens."""
         return self.rows // self.length
 
 
@@ -51,7 +52,8 @@ MEASURED = tuple(name for name in SHAPES if name != "tiny")
 
 @dataclass(frozen=True)
 class Work:
-    """What nobody can avoid: bytes read and written once each, floating-point operations of matrix products."""
+    """The work that no implementation can avoid: bytes read and written once each, and the floating-point operations of
+    matrix products."""
 
     read: int = 0
     written: int = 0
@@ -64,7 +66,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """``mode`` is what is timed, one of the operation's (`forward`, `backward`, ...)."""
+    """An operation at a shape and dtype. ``mode`` names the part that is timed: `forward`, `backward`, ..."""
 
     op: str
     mode: str
@@ -86,21 +88,21 @@ class Case:
         return self.torch_dtype.itemsize
 
     def resized(self, **sizes: int) -> Case:
-        """The same with other sizes."""
+        """The same case with other sizes."""
         return replace(self, shape=replace(self.shape, **sizes))  # type: ignore[arg-type]
 
     def reduced(self) -> Case:
-        """The same on few rows, of which float64 is affordable."""
+        """The same case on few rows, for which float64 is affordable."""
         return self.resized(rows=min(self.shape.rows, CHECKED_ROWS))
 
 
 class Op(ABC):
-    """What an operation says of its cases."""
+    """An operation: its modes and shapes, its inputs, its value in float64, our variants and its floors."""
 
     name: str
     modes: tuple[str, ...]
-    shapes: tuple[str, ...] = MEASURED  # where nothing else is asked for
-    axes: tuple[str, ...] = ("rows", "vocab", "threads")  # along which it is worth a sweep
+    shapes: tuple[str, ...] = MEASURED  # unless others are asked for
+    axes: tuple[str, ...] = ("rows", "vocab", "threads")  # those that are worth a sweep
 
     def why_not(self, case: Case) -> str | None:
         """Why a case is left out, or None."""
@@ -108,49 +110,50 @@ class Op(ABC):
 
     @abstractmethod
     def work(self, case: Case) -> Work:
-        """What the case must move and compute."""
+        """The bytes that the case must move and the operations that it must compute."""
 
     @abstractmethod
     def make(self, case: Case, seed: int) -> Inputs:
-        """A set of random inputs on the case's device."""
+        """One set of random inputs on the case's device."""
 
     @abstractmethod
     def expected(self, case: Case, inputs: Inputs, names: Sequence[str], dtype: torch.dtype) -> Values:
-        """The values of these names by the plain PyTorch reference in a dtype: the truth if it is float64.
+        """The named values by the plain PyTorch reference. In float64 they are the truth.
 
-        float32 and half precision mean the inputs as they are, which is what eager code makes of them.
+        With ``dtype`` float32 or a half precision the inputs stay as they are, as in eager code.
         """
 
     @abstractmethod
     def ours(self, case: Case) -> list[Variant]:
-        """Our variants; ratios are to the first of them."""
+        """Our variants. Ratios are relative to the first of them."""
 
     def floors(self, case: Case, inputs: Inputs) -> list[Variant]:
-        """What is measured beside the variants, to say how far they are from what the machine can do."""
+        """Floors, measured beside the variants: how fast the machine can move or multiply the same data."""
         return []
 
     def bounds(self, case: Case) -> dict[str, tuple[str, ...]]:
-        """Sums of floors by name. The first is the one that a variant's time is given in percent of."""
+        """Sums of floors by name. A variant's percentage is relative to the first."""
         return {}
 
 
 def random(case: Case, seed: int) -> torch.Generator:
-    """The generator of a set's random numbers."""
+    """The generator of the random numbers of one set."""
     return torch.Generator(device=case.device).manual_seed(seed)
 
 
 def normal(case: Case, generator: torch.Generator, *shape: int, scale: float = 2.0) -> Tensor:
-    """Normal numbers of this deviation in the case's dtype: nothing is timed on zeros."""
+    """Normal numbers with standard deviation ``scale`` in the case's dtype: nothing is timed on zeros."""
     values = torch.randn(*shape, generator=generator, device=case.device)
     return values.mul_(scale).to(case.torch_dtype)
 
 
 def make_tokens(case: Case, generator: torch.Generator, *shape: int) -> Tensor:
+    """Random tokens of the case's vocabulary."""
     return torch.randint(0, case.shape.vocab, shape, generator=generator, device=case.device)
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The floating-point tensors in float64 if that is asked for, else as they are."""
+    """The inputs with their floating-point tensors in float64 if ``dtype`` is that, else the inputs themselves."""
     if dtype != torch.float64:
         return inputs
     return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}

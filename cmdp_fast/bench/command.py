@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,12 +31,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help="operations (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--shapes", help="of these, comma-separated (default: each operation's own)")
+    parser.add_argument("--shapes", help="comma-separated (default: each operation's own)")
     parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, float16, comma-separated")
-    parser.add_argument("--peers", default=",".join(PEERS), help="to measure beside ours (default: all), or none")
+    parser.add_argument("--peers", default=",".join(PEERS), help="peers to measure beside ours (default: all), or none")
     parser.add_argument("--repeat", type=int, default=9, help="rounds (default: 9)")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out memory, which takes a process a variant")
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory (a process per variant)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what has changed since that run")
     parser.add_argument("--sweep", help=f"instead of cases, scaling along one of {', '.join(AXES)}")
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs what the arguments ask for. Raises InputError for what cannot be, before any work."""
+    """Runs the command. Raises InputError for arguments that cannot be used, before any work is done."""
     options = parser().parse_args(arguments)
     plan = plan_of(options)
     old = results.read(options.compare) if options.compare else None
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
             raise InputError(f"{path}: there is no folder {path.parent}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    run = results.Run(
+    run = results.BenchmarkRun(
         command=shlex.join(["cmdp-fast", "bench", *arguments]),
         machine=machine.describe(plan.device),
         settings={"repeat": plan.repeat, "threads": torch.get_num_threads()},
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     screen = show.Screen()
     screen.lines(show.header(run))
     for _ in _sweep(plan, options.sweep, run, screen) if options.sweep else _cases(plan, run, screen):
-        if options.json:  # after every case: an interrupted run leaves what it has
+        if options.json:  # after every case, so that an interrupted run leaves its cases so far
             run.write(options.json)
     if old is not None:
         screen.table(f"changes since {options.compare}", compare.changes(old, run))
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """What is to be measured. Raises InputError for names and numbers that cannot be."""
+    """The plan that the options describe. Raises InputError for unknown names and impossible numbers."""
     ops = tuple(dict.fromkeys(options.ops)) or tuple(OPS)
     _among("operation", ops, OPS)
     shapes = _names("--shapes", options.shapes, SHAPES) if options.shapes is not None else ()
@@ -92,7 +92,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     return Plan(ops, shapes, dtypes, peers, options.device, options.repeat, memory=not options.no_memory)
 
 
-def _names(option: str, given: str, known: Sequence[str] | dict) -> tuple[str, ...]:
+def _names(option: str, given: str, known: Collection[str]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
     if not names:
         raise InputError(f"{option} is empty; expected some of {', '.join(known)}")
@@ -100,13 +100,13 @@ def _names(option: str, given: str, known: Sequence[str] | dict) -> tuple[str, .
     return names
 
 
-def _among(what: str, names: Sequence[str], known: Sequence[str] | dict) -> None:
+def _among(option: str, names: Sequence[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
-            raise InputError(f"{what} {name!r} is unknown; expected {', '.join(known)}")
+            raise InputError(f"{option} {name!r} is unknown; expected {', '.join(known)}")
 
 
-def _cases(plan: Plan, run: results.Run, screen: show.Screen) -> Iterator[None]:
+def _cases(plan: Plan, run: results.BenchmarkRun, screen: show.Screen) -> Iterator[None]:
     for case in plan.cases():
         if reason := OPS[case.op].why_not(case):
             run.left_out[case.label] = reason
@@ -120,7 +120,7 @@ def _cases(plan: Plan, run: results.Run, screen: show.Screen) -> Iterator[None]:
         raise InputError("nothing is left to be measured, see above")
 
 
-def _sweep(plan: Plan, axis: str, run: results.Run, screen: show.Screen) -> Iterator[None]:
+def _sweep(plan: Plan, axis: str, run: results.BenchmarkRun, screen: show.Screen) -> Iterator[None]:
     for sweep in sweeps(plan, axis, screen.say):
         run.sweeps.append(sweep)
         screen.sweep(sweep)
@@ -128,7 +128,7 @@ def _sweep(plan: Plan, axis: str, run: results.Run, screen: show.Screen) -> Iter
 
 
 def entry(arguments: Sequence[str]) -> int:
-    """`cmdp-fast bench`; returns the exit code."""
+    """Runs `cmdp-fast bench` and returns the exit code."""
     try:
         main(arguments)
     except InputError as error:

@@ -1,17 +1,17 @@
-"""What has changed between two runs, case by case.
+"""The changes between two runs, case by case.
 
-Times of two runs differ by whatever else the machine did; the share of the floors, which each run measured beside its
-variants, is the figure to trust.
+Times of two runs also differ because the machine did other work. The share of the floors is the figure to trust: each
+run measured its floors beside its variants.
 """
 
 from __future__ import annotations
 
-from cmdp_fast.bench.results import CaseResult, Measured, Run
-from cmdp_fast.bench.show import MIB, Rows, milliseconds
+from cmdp_fast.bench.results import BenchmarkRun, CaseResult, Measured
+from cmdp_fast.bench.show import MIB, TableCells, milliseconds
 
 
-def changes(old: Run, new: Run) -> Rows:
-    """Header and rows: every variant of every case that either run has."""
+def changes(old: BenchmarkRun, new: BenchmarkRun) -> TableCells:
+    """A table with a header: every variant of every case of either run."""
     rows = [["case", "implementation", "ms before", "ms now", "change", "% of floor", "ratio", "extra MiB"]]
     before = {case.key: case for case in old.cases}
     for case in new.cases:
@@ -23,7 +23,7 @@ def changes(old: Run, new: Run) -> Rows:
     return rows
 
 
-def _case(old: CaseResult | None, new: CaseResult) -> Rows:
+def _case(old: CaseResult | None, new: CaseResult) -> TableCells:
     rows = []
     before = {v.name: v for v in old.variants} if old is not None else {}
     for now in new.variants:

@@ -1,16 +1,15 @@
-"""What the machine can do: the floors below which no variant can be, measured in the same rounds.
+"""Floors: the times that the machine needs for the unavoidable part of a case, measured in the same rounds.
 
-Read floor: summing every input. Copy floor: adding two inputs into memory that has been touched. GEMM floor: the bare
-products that an operation cannot avoid, `torch.mm(..., out=)` into memory that has been touched; with recomputation the
-projections come twice, which is the price of not keeping the logits. On a GPU a copy on the device and a large product
-in half precision are measured once a run, for its header.
+The read floor sums every input. The copy floor adds two inputs into memory that has been touched before. The GEMM floor
+is the bare products that an operation cannot avoid: `torch.mm(..., out=)` into memory that has been touched before.
+With recomputation the projections come twice, which is the price of not keeping the logits. On a GPU, a copy on the
+device and a large product in half precision are measured once per run, for its header.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,25 +24,26 @@ GEMM_TILED = "the same products in our tiles"
 
 
 def as_float32(t: Tensor) -> Tensor:
-    """The same bytes as float32 numbers, where their count allows: no conversion is to be timed."""
+    """The same bytes as float32 numbers, where their count allows, so that no conversion is timed."""
     return t if t.dtype == torch.float32 or t.numel() % 2 else t.view(-1).view(torch.float32)
 
 
 def read_floor(names: Sequence[str]) -> Variant:
-    """Sums the inputs of these names."""
+    """A floor that sums the named inputs."""
     return Variant(READ, lambda inputs: {name: as_float32(inputs[name]).sum() for name in names})
 
 
 def copy_floor(names: tuple[str, str], like: Inputs) -> Variant:
-    """Adds two inputs into a third place that has been written before."""
+    """A floor that adds two inputs into memory that has been written before."""
     out = torch.ones_like(as_float32(like[names[0]]))
     return Variant(COPY, lambda inputs: {"sum": torch.add(*(as_float32(inputs[name]) for name in names), out=out)})
 
 
 def gemm_floors(inputs: Inputs, backward: bool) -> list[Variant]:
-    """The products of two projections, and those of the student's two gradients if there is a backward pass.
+    """Floors from the products of two projections, and of the student's two gradients if there is a backward pass.
 
-    Factors are what the operation multiplies: on a CPU half precision is widened first (`ops/gemm.py`), not timed here.
+    The factors have the dtype in which the operation multiplies. On a CPU half precision is widened first
+    (`ops/gemm.py`); that is not timed here.
     """
     names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
     dtype = gemm.input_dtype(inputs["student_hidden"], inputs["student_weight"])
@@ -76,7 +76,7 @@ def gemm_floors(inputs: Inputs, backward: bool) -> list[Variant]:
                         grad_h[r].addmm_(a, w[columns])
                         grad_w[columns].addmm_(a.t(), h[r], beta=1 if top else 0)
 
-    def floor(name: str, *parts: Any) -> Variant:
+    def floor(name: str, *parts: Callable[[], None]) -> Variant:
         def run(_: Inputs) -> dict[str, Tensor]:
             for part in parts:
                 part()
@@ -94,14 +94,14 @@ def gemm_floors(inputs: Inputs, backward: bool) -> list[Variant]:
 
 
 def device_limits(repeat: int) -> dict[str, float]:
-    """What the GPU reaches: bytes a second of a copy of 1 GiB, operations a second of a bfloat16 product of 8192^3."""
+    """The GPU's rates: bytes per second of a copy of 1 GiB, operations per second of a bfloat16 product of 8192^3."""
     source = torch.ones(2**28, device="cuda")
     target = torch.empty_like(source)
     side = 8192
     a, b = (torch.randn(side, side, device="cuda").bfloat16() for _ in range(2))
     out = torch.empty_like(a)
 
-    def best(function: Any) -> float:
+    def best(function: Callable[[], object]) -> float:
         function()
         return statistics.median(elapsed(function, "cuda") for _ in range(repeat))
 

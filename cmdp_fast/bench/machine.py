@@ -1,4 +1,4 @@
-"""What a run ran on: processor, caches, device, versions, threads and kernel variant."""
+"""The machine of a run: processor, caches, device, versions, threads and kernel variant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ASSUMED_CACHE = 64 * 2**20  # bytes, where the system does not tell
 
 
 def describe(device: str) -> dict[str, Any]:
-    """The header of a run."""
+    """The machine as a dictionary, for the header of a run."""
     described: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
@@ -44,7 +44,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def text(machine: dict[str, Any]) -> list[str]:
-    """The header as lines."""
+    """The machine as lines of text."""
     levels = ", ".join(f"{name} {size // 1024} KiB" for name, size in machine["caches"].items()) or "caches unknown"
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {levels}, {machine['system']}",
@@ -57,7 +57,7 @@ def text(machine: dict[str, Any]) -> list[str]:
 
 
 def last_level_cache(device: str) -> int:
-    """Bytes that a benchmark has to push out of the way to read from memory."""
+    """The bytes that a benchmark has to push out of the way to read from memory."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     return max(caches().values(), default=ASSUMED_CACHE)
@@ -65,7 +65,7 @@ def last_level_cache(device: str) -> int:
 
 @functools.cache
 def caches() -> dict[str, int]:
-    """Bytes of each data cache that the first core reaches, by name (Linux)."""
+    """The size in bytes of each data cache of the first core, by name (Linux)."""
     found = {}
     for index in sorted(CACHES.glob("index*")):
         try:

@@ -1,9 +1,10 @@
-"""Time: every variant once a round, all in turn, so that a ratio compares neighbours within one round.
+"""Time: every variant runs once per round, all in turn, so that a ratio compares neighbours within one round.
 
-Machines drift: clocks change, neighbours come and go. A ratio of two medians takes that in, the median of the ratios
-within a round does not. Inputs are random; where a set of them would fit in the last-level cache there are as many as
-do not, and every call takes the next. Where a variant has something to prepare, which leaves its inputs in the cache,
-the cache is swept before the clock starts. What lasts less than `SHORTEST` is repeated, and the mean taken.
+Machines drift: clocks change, neighbours come and go. That drift is part of a ratio of two medians. It is no part of
+the median of the ratios within a round. Inputs are random. Where one set of inputs would fit in the last-level cache,
+there are as many sets as do not fit, and every call takes the next. A variant that prepares something leaves its inputs
+in the cache, so the cache is swept before the clock starts. A call shorter than `SHORTEST` is repeated, and the mean is
+taken.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ MOST_SETS = 256
 
 
 def nbytes(inputs: Inputs) -> int:
+    """The size of a set of inputs in bytes."""
     return sum(t.nbytes for t in inputs.values())
 
 
 def make_sets(make: Callable[[int], Inputs], device: str) -> list[Inputs]:
-    """Sets of inputs, twice what the last-level cache holds together, or one if that alone is more."""
+    """As many sets of inputs as fill the last-level cache twice, or one set if it alone is larger."""
     first = make(0)
     wanted = math.ceil(2 * last_level_cache(device) / max(1, nbytes(first)))
     return [first, *(make(seed) for seed in range(1, min(wanted, MOST_SETS)))]
@@ -37,7 +39,7 @@ def make_sets(make: Callable[[int], Inputs], device: str) -> list[Inputs]:
 
 def measure(variants: Sequence[Variant], sets: Sequence[Inputs], repeat: int, device: str) -> dict[str, list[float]]:
     """Milliseconds of each variant in each round."""
-    sweep = _Sweep(device) if any(variant.prepare is not None for variant in variants) else None
+    sweep = _CacheSweep(device) if any(variant.prepare is not None for variant in variants) else None
     turns = {variant.name: _Turn(variant, sets, device, sweep) for variant in variants}
     for turn in turns.values():
         turn.warm_up()
@@ -49,9 +51,9 @@ def measure(variants: Sequence[Variant], sets: Sequence[Inputs], repeat: int, de
 
 
 class _Turn:
-    """One variant, whenever it is its turn."""
+    """The turns of one variant."""
 
-    def __init__(self, variant: Variant, sets: Sequence[Inputs], device: str, sweep: _Sweep | None) -> None:
+    def __init__(self, variant: Variant, sets: Sequence[Inputs], device: str, sweep: _CacheSweep | None) -> None:
         self.variant = variant
         self.sets = itertools.cycle(sets)
         self.device = device
@@ -59,14 +61,14 @@ class _Turn:
         self.sweep = None if variant.prepare is None else sweep
 
     def warm_up(self) -> None:
-        """Compiles, pages in, and finds how many calls make a measurement."""
+        """Compiles, touches memory, and finds how many calls make a measurement."""
         self._once()
         took = self._once()
         if self.variant.prepare is None:
             self.calls = max(1, math.ceil(SHORTEST / max(took, 1e-7)))
 
     def seconds(self) -> float:
-        """Of one call."""
+        """The time of one call."""
         if self.calls == 1:
             return self._once()
         states = [next(self.sets) for _ in range(self.calls)]
@@ -79,8 +81,8 @@ class _Turn:
         return elapsed(lambda: self.variant.run(state), self.device)
 
 
-class _Sweep:
-    """Reads and writes twice what the cache holds."""
+class _CacheSweep:
+    """Reads and writes twice the size of the cache."""
 
     def __init__(self, device: str) -> None:
         self.memory: Tensor = torch.zeros(2 * last_level_cache(device) // 4, device=device)
@@ -90,12 +92,12 @@ class _Sweep:
 
 
 def elapsed(function: Callable[[], object], device: str) -> float:
-    """Seconds of a call; on a GPU between two events of its stream, with nothing before them under way."""
+    """Seconds of a call. On a GPU: between two events of its stream, with no earlier work under way."""
     if device != "cuda":
         start = time.perf_counter()
         result = function()
         took = time.perf_counter() - start
-        del result  # memory is given back after the clock has stopped, for all alike
+        del result  # memory is given back after the clock has stopped, for all variants alike
         return took
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()

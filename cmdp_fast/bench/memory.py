@@ -1,11 +1,11 @@
-"""Memory: how far a run of a variant raises the peak, measured in a fresh process for each.
+"""Memory: how far a run of a variant raises the peak, measured in a fresh process per variant.
 
 On Linux the process resets its peak resident size (5 into /proc/self/clear_refs) right before the run and reads it
-afterwards (VmHWM). It has run the variant once before, so that what is allocated once for good (threads, compiled code)
-is not counted; malloc is told to hand every block of 64 KiB or more back to the system, so that what that run has left
-behind does not hide what this one needs. On a GPU it is PyTorch's own peak. The method is tried on an allocation of
-known size each time. What a run returns is counted apart: the extra memory is the growth less the outputs, and can be a
-little below 0 where an output took memory that was there.
+afterwards (VmHWM). It has run the variant once before, so memory that is allocated once for good (threads, compiled
+code) is not counted. malloc is told to hand every block of 64 KiB or more back to the system; otherwise blocks left
+over from the first run would hide the need of the second. On a GPU it is PyTorch's own peak. The method is tried on an
+allocation of known size each time. The outputs of a run are counted apart: the extra memory is the growth less the
+outputs, and can be a little below 0 where an output took memory that was there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cmdp_fast.bench.case import Case, Shape
-from cmdp_fast.bench.results import KNOWN, Memory
+from cmdp_fast.bench.implementations import variants_of
+from cmdp_fast.bench.results import KNOWN, PeakGrowth
 from cmdp_fast.bench.variant import Absent, Variant
 from cmdp_fast.children import command
 
@@ -37,8 +39,8 @@ def unavailable(device: str) -> str | None:
     return f"this system has no {CLEAR_REFS}: the peak resident size cannot be reset"
 
 
-def measure_memory(case: Case, variant: Variant) -> Memory:
-    """The growth of a variant's run, in a process of its own. Raises Absent with the reason where that fails."""
+def measure_memory(case: Case, variant: Variant) -> PeakGrowth:
+    """The growth of the peak in a variant's run, in a process of its own. Raises Absent with the reason if it fails."""
     request = asdict(case) | {"variant": variant.name, "peer": variant.peer, "threads": torch.get_num_threads()}
     environment = os.environ | RETURN_BLOCKS | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     run = command("cmdp_fast.bench.memory", json.dumps(request))
@@ -46,11 +48,11 @@ def measure_memory(case: Case, variant: Variant) -> Memory:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise Absent(f"the process that measures memory failed: {last[0]}")
-    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+    return PeakGrowth(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def growth(function: Callable[[], object], device: str) -> tuple[int, object]:
-    """(bytes by which a call raises the peak, what it returns)."""
+    """(the bytes by which a call raises the peak, the value that it returns)."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -70,9 +72,7 @@ def _peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _child(request: dict) -> Memory:
-    from cmdp_fast.bench.suite import variants_of
-
+def _child(request: dict[str, Any]) -> PeakGrowth:
     name, peer, threads = (request.pop(key) for key in ("variant", "peer", "threads"))
     torch.set_num_threads(threads)
     case = Case(**(request | {"shape": Shape(**request["shape"])}))
@@ -88,7 +88,7 @@ def _child(request: dict) -> Memory:
     outputs = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in variant.values(result).values()}
     if isinstance(state, dict):
         kept |= {t.untyped_storage().data_ptr() for t in state.values()}
-    return Memory(growth=grown, outputs=sum(n for at, n in outputs.items() if at not in kept), known=known)
+    return PeakGrowth(growth=grown, outputs=sum(n for at, n in outputs.items() if at not in kept), known=known)
 
 
 if __name__ == "__main__":

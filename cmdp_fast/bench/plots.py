@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmdp_fast.bench.results import CaseResult, Run, Sweep
+from cmdp_fast.bench.results import BenchmarkRun, CaseResult, Sweep
 from cmdp_fast.bench.show import MIB
 
 NOTHING = 0.01  # MiB
-PREFIXES = ("rates.", "ratios.", "sweep-", "memory-")  # of the files' names
+PREFIXES = ("rates.", "ratios.", "sweep-", "memory-")  # of the file names
 
 
-def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Every plot that the runs have figures for; a file appears whole or not at all."""
+def draw(runs: Sequence[BenchmarkRun], folder: Path) -> list[Path]:
+    """Draws every plot that the runs have figures for. A file appears whole or not at all."""
     cases = [case for run in runs for case in run.cases]
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -52,7 +52,7 @@ def _short(case: CaseResult) -> str:
 
 
 def _rates(figure: Any, cases: list[CaseResult]) -> None:
-    """What our variant moves or computes a second, and what its floors would, in this run."""
+    """The work per second of our variant, and that of its floors in the same rounds."""
     units = sorted({rate[1] for case in cases if (rate := case.rate(1.0))})
     for axes, unit in zip(figure.subplots(1, len(units), squeeze=False)[0], units, strict=True):
         some = [case for case in cases if (rate := case.rate(1.0)) and rate[1] == unit]
@@ -80,7 +80,7 @@ def _bounded(cases: list[CaseResult]) -> list[tuple[int, CaseResult]]:
 
 
 def _ratios(figure: Any, cases: list[CaseResult]) -> None:
-    """Each variant's time over that of our first."""
+    """Each variant's time relative to that of our first variant."""
     axes = figure.subplots()
     names = list(dict.fromkeys(v.name for case in cases for v in case.variants[1:]))
     for name in names:
@@ -96,7 +96,7 @@ def _ratios(figure: Any, cases: list[CaseResult]) -> None:
 
 
 def _memory(figure: Any, sweep: Sweep) -> None:
-    """Extra memory over the axis; nothing is drawn as `NOTHING`, since it has no logarithm."""
+    """Extra memory over the axis. 0 has no logarithm and is drawn as `NOTHING`."""
     axes = figure.subplots()
     for name, memory in sweep.memory.items():
         axes.plot(sweep.points, [max(m.extra / MIB, NOTHING) for m in memory], "o-", ms=4, lw=1, label=name)

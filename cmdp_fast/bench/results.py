@@ -1,12 +1,13 @@
-"""What a run has found, as it goes into JSON and comes back, and the figures that are made of it.
+"""The results of a run, as they go into JSON and come back, and the figures that are made of them.
 
-Every round's times are kept; medians, ratios and shares are computed from them wherever they are shown, here only.
+The times of every round are kept. Medians, ratios and shares are computed from them, and only here.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,36 +20,39 @@ from cmdp_fast.files import write_json
 
 FORMAT = 1
 KNOWN = 64 * 2**20  # bytes of the allocation on which the method of measuring memory is tried
-OFF = 0.05  # how far it may be off there
+OFF = 0.05  # relative error that is allowed there
+OUTPUTS = ("--json", "--plots")  # options that name a file or folder to be written
 
 
 @dataclass
-class Memory:
-    """Bytes: what the peak grew by, how much of that is returned, and what 64 MiB came to by the same method."""
+class PeakGrowth:
+    """Bytes by which a run raised the peak of the memory."""
 
     growth: int
-    outputs: int
-    known: int
+    outputs: int  # the part of it that the run returns
+    known: int  # the growth of an allocation of `KNOWN` bytes, measured in the same way
 
     @property
     def extra(self) -> int:
+        """The growth beyond the outputs."""
         return self.growth - self.outputs
 
     @property
     def trusted(self) -> bool:
+        """Whether the method came to the known size on a known allocation."""
         return abs(self.known - KNOWN) <= OFF * KNOWN
 
 
 @dataclass
 class Measured:
-    """A variant: milliseconds a round, errors against float64 relative to the largest value, memory, phases."""
+    """A variant: milliseconds per round, errors against float64 relative to the largest value, memory, phases."""
 
     name: str
     peer: str
     lacks: str
     ms: list[float]
     error: dict[str, float] = field(default_factory=dict)
-    memory: Memory | None = None
+    memory: PeakGrowth | None = None
     memory_note: str = ""  # why there is none
     phases: dict[str, float] = field(default_factory=dict)  # shares of one run
 
@@ -67,7 +71,7 @@ class Measured:
 
 @dataclass
 class CaseResult:
-    """A case: its variants, ours first, its floors in the same rounds, and the peers that are absent."""
+    """A case: its variants (ours first), its floors in the same rounds, and the absent peers with the reasons."""
 
     op: str
     mode: str
@@ -94,7 +98,7 @@ class CaseResult:
         return self.variants[0]
 
     def ratio(self, variant: Measured) -> float:
-        """A variant's time over that of our first variant: the median over rounds of the ratio within a round."""
+        """A variant's time relative to our first variant's: the median over rounds of the ratio within a round."""
         return paired(variant.ms, self.ours.ms)
 
     def bound(self, name: str) -> list[float]:
@@ -102,13 +106,13 @@ class CaseResult:
         return [sum(parts) for parts in zip(*(self.floors[floor] for floor in self.bounds[name]), strict=True)]
 
     def share(self, variant: Measured, name: str | None = None) -> float | None:
-        """The part of a variant's time that a bound (None: the first) takes, paired as ratios are."""
+        """A bound's time relative to a variant's, paired within rounds as ratios are. None: the first bound."""
         if not self.bounds:
             return None
         return paired(self.bound(name or next(iter(self.bounds))), variant.ms)
 
     def rate(self, milliseconds: float) -> tuple[float, str] | None:
-        """What must be moved or computed, a second."""
+        """The case's work per second, and its unit."""
         if self.work.flops:
             return self.work.flops / milliseconds / 1e9, "TFLOP/s"
         if self.work.bytes:
@@ -118,7 +122,7 @@ class CaseResult:
 
 @dataclass
 class Sweep:
-    """A case at several sizes along one axis. ``ms[variant][i]`` are the rounds at ``points[i]``."""
+    """A case at several sizes along one axis. ``ms[variant][i]`` holds the rounds at ``points[i]``."""
 
     op: str
     mode: str
@@ -128,7 +132,7 @@ class Sweep:
     device: str
     points: list[int]
     ms: dict[str, list[list[float]]]
-    memory: dict[str, list[Memory]] = field(default_factory=dict)  # a variant's at every point, along rows
+    memory: dict[str, list[PeakGrowth]] = field(default_factory=dict)  # per variant at every point, along rows
 
     @property
     def label(self) -> str:
@@ -138,21 +142,21 @@ class Sweep:
         return [statistics.median(rounds) for rounds in self.ms[variant]]
 
     def slope(self, variant: str) -> float:
-        """The exponent with which time grows: the slope of the straight line through its logarithm."""
+        """The exponent with which time grows: the slope of a straight line through the logarithms."""
         return statistics.linear_regression(*_logs(self.points, self.medians(variant))).slope
 
     def growth(self, variant: str) -> float:
-        """Time at the last point over that at the first, paired within rounds; a unit, hence 1 where time is linear.
+        """Time per unit at the last point relative to the first, paired within rounds: 1 where time is linear.
 
-        Threads are no work: of them it is the time itself.
+        Threads are no work, so along them it is the ratio of the times themselves.
         """
         first, last = self.ms[variant][0], self.ms[variant][-1]
         return paired(last, first) / (1 if self.axis == "threads" else self.points[-1] / self.points[0])
 
 
 @dataclass
-class Run:
-    """Everything that one call of `cmdp-fast bench` has found."""
+class BenchmarkRun:
+    """All results of one call of `cmdp-fast bench`."""
 
     command: str
     machine: dict[str, Any]
@@ -163,26 +167,38 @@ class Run:
     left_out: dict[str, str] = field(default_factory=dict)  # cases, and why
     format: int = FORMAT
 
+    @property
+    def measured_by(self) -> str:
+        """The command that measures the same, without the options that say where its files went."""
+        words, kept = iter(shlex.split(self.command)), []
+        for word in words:
+            if word in OUTPUTS:
+                next(words, None)
+            else:
+                kept.append(word)
+        return shlex.join(kept)
+
     def write(self, path: Path) -> None:
+        """Writes the run as JSON, from which `read` makes it again."""
         write_json(path, asdict(self))
 
 
-def read(path: Path) -> Run:
-    """A run from its JSON. Raises InputError for anything else."""
+def read(path: Path) -> BenchmarkRun:
+    """A run from its JSON. Raises InputError for any other file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise InputError(f"{path}: expected the JSON of cmdp-fast bench, format {FORMAT}")
         found["cases"] = [_case(case) for case in found["cases"]]
         found["sweeps"] = [_sweep(sweep) for sweep in found["sweeps"]]
-        return Run(**found)
+        return BenchmarkRun(**found)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the JSON of cmdp-fast bench: {first_line(error)}") from error
 
 
 def _case(found: dict[str, Any]) -> CaseResult:
     variants = [
-        Measured(**(variant | {"memory": variant["memory"] and Memory(**variant["memory"])}))
+        Measured(**(variant | {"memory": variant["memory"] and PeakGrowth(**variant["memory"])}))
         for variant in found["variants"]
     ]
     return CaseResult(
@@ -191,7 +207,7 @@ def _case(found: dict[str, Any]) -> CaseResult:
 
 
 def _sweep(found: dict[str, Any]) -> Sweep:
-    memory = {name: [Memory(**at) for at in points] for name, points in found["memory"].items()}
+    memory = {name: [PeakGrowth(**at) for at in points] for name, points in found["memory"].items()}
     return Sweep(**(found | {"shape": Shape(**found["shape"]), "memory": memory}))
 
 

@@ -7,24 +7,24 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from cmdp_fast.bench import machine
-from cmdp_fast.bench.results import CaseResult, Measured, Run, Sweep
+from cmdp_fast.bench.results import BenchmarkRun, CaseResult, Measured, Sweep
 
-Rows = list[list[str]]
+TableCells = list[list[str]]  # rows of a table, the header first
 MIB = 2**20
 
 
 def milliseconds(ms: float) -> str:
-    """Three digits, in ms."""
+    """Milliseconds in three digits."""
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def mebibytes(size: int) -> str:
-    """One digit after the point, and no minus before 0.0."""
+    """Bytes in MiB with one digit after the point, and no minus before 0.0."""
     return f"{round(size / MIB, 1) + 0.0:.1f}"
 
 
-def case_table(case: CaseResult) -> Rows:
-    """Header and rows: floors first, then our variants, then the peers."""
+def case_table(case: CaseResult) -> TableCells:
+    """A table with a header: the floors, then our variants, then the peers."""
     bound = next(iter(case.bounds), None)
     header = ["implementation", "ms", "spread", "rate", f"% of {bound}" if bound else "", "ratio", "extra MiB"]
     rows = [[*header, "error", "does not compute"]]
@@ -42,7 +42,7 @@ def case_table(case: CaseResult) -> Rows:
 
 
 def case_notes(case: CaseResult) -> list[str]:
-    """What stands below a case's table: absent peers, phases, why there is no memory."""
+    """The notes below a case's table: absent peers, phases, and the reason where memory is missing."""
     lines = [f"absent: {peer} ({reason})" for peer, reason in case.absent.items()]
     for v in case.variants:
         if v.phases:
@@ -54,8 +54,8 @@ def case_notes(case: CaseResult) -> list[str]:
     return lines + [f"no memory: {note}" for note in sorted(notes)]
 
 
-def sweep_table(sweep: Sweep) -> Rows:
-    """Milliseconds at every point, the slope of time over the axis in logarithms, time at the last over the first."""
+def sweep_table(sweep: Sweep) -> TableCells:
+    """Milliseconds at every point, the slope of time in logarithms, and the growth from the first point to the last."""
     last = "last / first" if sweep.axis == "threads" else "last / first, a unit"
     rows = [["implementation", *(f"{point}" for point in sweep.points), "slope", last]]
     for name in sweep.ms:
@@ -65,14 +65,14 @@ def sweep_table(sweep: Sweep) -> Rows:
     return rows
 
 
-def sweep_memory_table(sweep: Sweep) -> Rows:
+def sweep_memory_table(sweep: Sweep) -> TableCells:
     """Extra MiB at every point."""
     rows = [["implementation", *(f"{point}" for point in sweep.points)]]
     return rows + [[name, *(mebibytes(m.extra) for m in memory)] for name, memory in sweep.memory.items()]
 
 
-def header(run: Run) -> list[str]:
-    """What a run ran on, and how."""
+def header(run: BenchmarkRun) -> list[str]:
+    """The machine of a run, and how it measured."""
     lines = machine.text(run.machine)
     if run.limits:
         copy, product = (run.limits[name] for name in ("copy_bytes_per_second", "bfloat16_flops_per_second"))
@@ -96,11 +96,11 @@ def _extra(v: Measured) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# How rows become text
+# How tables become text
 
 
-def plain(rows: Rows) -> str:
-    """Columns side by side; columns without a word are left out."""
+def plain(rows: TableCells) -> str:
+    """A table in aligned columns. Empty columns are left out."""
     rows = _used(rows)
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
@@ -110,14 +110,14 @@ def plain(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def markdown(rows: Rows) -> str:
-    """The same as a Markdown table."""
+def markdown(rows: TableCells) -> str:
+    """The same table in Markdown."""
     head, *body = _used(rows)
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _used(rows: Rows) -> Rows:
+def _used(rows: TableCells) -> TableCells:
     keep = [any(row[i] for row in rows[1:]) for i in range(len(rows[0]))]
     return [[cell for cell, kept in zip(row, keep, strict=True) if kept] for row in rows]
 
@@ -127,7 +127,7 @@ def _with(row: list[str], widths: Sequence[int]) -> Iterator[tuple[int, tuple[st
 
 
 class Screen:
-    """Where tables go. Quiet unless standard output is a terminal and CI is not set."""
+    """The terminal or pipe that tables go to. Progress is shown only in a terminal, and not if CI is set."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -136,22 +136,22 @@ class Screen:
         self.console = None if in_ci or not sys.stdout.isatty() else Console()
 
     def say(self, text: str) -> None:
-        """What is being done, in a terminal: on one line that the next takes. Nothing moves while the clock runs."""
+        """Shows progress in a terminal, on a line that the next text overwrites. Nothing moves while the clock runs."""
         if self.console is not None:
             width = self.console.width - 1
             line = text[:width].ljust(width)
             self.console.print(line, end="\r", style="dim", markup=False, highlight=False)
 
     def lines(self, lines: Sequence[str]) -> None:
-        """Lines as they are."""
+        """Prints lines as they are."""
         for line in lines:
             if self.console is None:
                 print(line, flush=True)
             else:
                 self.console.print(line, markup=False, highlight=False)
 
-    def table(self, title: str, rows: Rows) -> None:
-        """A titled table."""
+    def table(self, title: str, rows: TableCells) -> None:
+        """Prints a table with a title."""
         self.say("")
         if self.console is None:
             print(f"\n{title}\n{plain(rows)}", flush=True)
@@ -168,12 +168,12 @@ class Screen:
         self.console.print(table)
 
     def case(self, case: CaseResult) -> None:
-        """A case with what is to be said about it."""
+        """Prints a case: its table and its notes."""
         self.table(case.label, case_table(case))
         self.lines([f"  {line}" for line in case_notes(case)])
 
     def sweep(self, sweep: Sweep) -> None:
-        """A sweep."""
+        """Prints a sweep: its times and, where there are any, its memory."""
         self.table(f"{sweep.label}, ms", sweep_table(sweep))
         if sweep.memory:
             self.table(f"{sweep.label}, extra MiB", sweep_memory_table(sweep))

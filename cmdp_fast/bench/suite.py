@@ -12,23 +12,23 @@ from torch import Tensor
 
 from cmdp_fast.bench import memory
 from cmdp_fast.bench.case import SHAPES, Case, Op
+from cmdp_fast.bench.implementations import variants_of
 from cmdp_fast.bench.measure import elapsed, make_sets, measure
 from cmdp_fast.bench.ops import OPS
-from cmdp_fast.bench.peers import serves
-from cmdp_fast.bench.peers import variants_of as peer_variants
 from cmdp_fast.bench.results import CaseResult, Measured
 from cmdp_fast.bench.variant import Absent, Inputs, Variant
 from cmdp_fast.errors import first_line
 
-ALLOWED = 2.0  # times the error that plain PyTorch makes in the same dtype
-ROUNDING = {"float32": 16, "half": 2}  # and so many units of the value's dtype, where that happens to be exact
+ALLOWED = 2.0  # times plain PyTorch's error in the same dtype
+# plus so many units of the value's dtype, for values that plain PyTorch happens to get exact
+ROUNDING = {"float32": 16, "half": 2}
 
 Say = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The operations, shapes, dtypes and peers that a run measures."""
 
     ops: tuple[str, ...]
     shapes: tuple[str, ...]  # empty: each operation's own
@@ -39,6 +39,7 @@ class Plan:
     memory: bool = True
 
     def cases(self) -> Iterator[Case]:
+        """Every case of the plan, operation by operation."""
         for name in self.ops:
             op = OPS[name]
             for shape in self.shapes or op.shapes:
@@ -47,23 +48,10 @@ class Plan:
                         yield Case(name, mode, SHAPES[shape], dtype, self.device)
 
 
-def variants_of(case: Case, peers: Sequence[str]) -> tuple[Op, list[Variant], dict[str, str]]:
-    """(the operation, our variants and the peers', the peers that are absent and why)."""
-    op = OPS[case.op]
-    variants, absent = op.ours(case), {}
-    for peer in peers:
-        if serves(peer, case.op):
-            try:
-                variants += peer_variants(peer, case)
-            except Absent as reason:
-                absent[peer] = str(reason)
-    return op, variants, absent
-
-
 def check(op: Op, case: Case, variant: Variant, inputs: Inputs) -> dict[str, float]:
-    """The error of each value against float64, relative to its largest.
+    """The error of each value against float64, relative to the largest value.
 
-    Raises Absent if it is more than twice what plain PyTorch makes in the same dtype, rounding aside.
+    Raises Absent if an error is more than twice that of plain PyTorch in the same dtype, rounding aside.
     """
     found = variant.values(variant.run(variant.state(inputs)))
     exact = op.expected(case, inputs, list(found), torch.float64)
@@ -77,7 +65,7 @@ def check(op: Op, case: Case, variant: Variant, inputs: Inputs) -> dict[str, flo
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """A peer that gives its values in half precision is not blamed for what that dtype cannot hold."""
+    """The allowance for rounding: a peer that returns half precision is not blamed for the digits it cannot hold."""
     half = dtype in (torch.bfloat16, torch.float16)
     return ROUNDING["half"] * torch.finfo(dtype).eps if half else ROUNDING["float32"] * torch.finfo(torch.float32).eps
 
@@ -88,8 +76,10 @@ def _error(value: Tensor, exact: Tensor) -> float:
     return float((value.double().reshape(exact.shape) - exact).abs().max()) / (largest or 1.0)
 
 
-def checked_variants(case: Case, peers: Sequence[str], say: Say) -> tuple[list[Variant], dict, dict[str, str]]:
-    """(the variants that passed, their errors by name, the absent peers). A failure of our own is raised."""
+def checked_variants(
+    case: Case, peers: Sequence[str], say: Say
+) -> tuple[list[Variant], dict[str, dict[str, float]], dict[str, str]]:
+    """(the variants that passed, their errors by name, the absent peers and why). A failure of our own is raised."""
     small = case.reduced()
     op, variants, absent = variants_of(small, peers)
     inputs = op.make(small, 0)
@@ -98,7 +88,7 @@ def checked_variants(case: Case, peers: Sequence[str], say: Say) -> tuple[list[V
         say(f"{case.label}: checking {variant.name}")
         try:
             errors[variant.name] = check(op, small, variant, inputs)
-        except Exception as error:  # a peer is somebody else's code: whatever it raises, it is listed as absent with it
+        except Exception as error:  # a peer is foreign code: it is listed as absent with any error that it raises
             if not variant.peer:
                 raise
             absent[variant.peer] = first_line(error) if isinstance(error, Absent) else f"fails: {first_line(error)}"
@@ -107,7 +97,7 @@ def checked_variants(case: Case, peers: Sequence[str], say: Say) -> tuple[list[V
 
 
 def run_case(case: Case, plan: Plan, say: Say) -> CaseResult:
-    """Checks, times and weighs one case."""
+    """Checks and times the variants of one case, and measures their memory."""
     op = OPS[case.op]
     variants, errors, absent = checked_variants(case, plan.peers, say)
     sets = make_sets(lambda seed: op.make(case, seed), case.device)
@@ -126,7 +116,7 @@ def run_case(case: Case, plan: Plan, say: Say) -> CaseResult:
         result.phases = phases[variant.name]
         if plan.memory:
             say(f"{case.label}: memory of {variant.name}")
-            _weigh(case, variant, result)
+            _add_memory(case, variant, result)
         measured.append(result)
     bounds = {name: list(parts) for name, parts in op.bounds(case).items()}
     return CaseResult(
@@ -144,7 +134,7 @@ def run_case(case: Case, plan: Plan, say: Say) -> CaseResult:
 
 
 def _phases(variant: Variant, inputs: Inputs, device: str) -> dict[str, float]:
-    """The shares of the parts in one more run, where a variant tells."""
+    """The share of each phase in one more run, of a variant that has phases."""
     if variant.phases is None:
         return {}
     state = variant.state(inputs)
@@ -152,7 +142,7 @@ def _phases(variant: Variant, inputs: Inputs, device: str) -> dict[str, float]:
     return {name: seconds / whole for name, seconds in variant.phases(state).items()}
 
 
-def _weigh(case: Case, variant: Variant, result: Measured) -> None:
+def _add_memory(case: Case, variant: Variant, result: Measured) -> None:
     if reason := memory.unavailable(case.device):
         result.memory_note = reason
         return

@@ -1,4 +1,4 @@
-"""Scaling: our variant and its peers at sizes along one axis, all of them in turn, so that the growth is paired too."""
+"""Scaling: our variant and its peers at several sizes along one axis, all in turn, so that the growth is paired too."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from dataclasses import replace
 import torch
 
 from cmdp_fast.bench.case import SHAPES, Case
+from cmdp_fast.bench.implementations import variants_of
 from cmdp_fast.bench.measure import measure
 from cmdp_fast.bench.memory import measure_memory, unavailable
 from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.results import Sweep
-from cmdp_fast.bench.suite import Plan, Say, checked_variants, variants_of
+from cmdp_fast.bench.suite import Plan, Say, checked_variants
 from cmdp_fast.bench.variant import Absent, Inputs, Variant
 
 AXES = ("rows", "vocab", "hidden", "threads")
-# A sweep covers a factor of 16: rows from a quarter of a shape to its fourfold, the others up to the shape itself.
+# A sweep covers a factor of 16: rows from a quarter of a shape to four times the shape, other sizes up to the shape.
 SIXTEENTHS = {"rows": (4, 8, 16, 32, 64), "vocab": (1, 2, 4, 8, 16), "hidden": (1, 2, 4, 8, 16)}
 
 
 def points_of(case: Case, axis: str) -> list[int]:
-    """The sizes along an axis; threads from 1 to as many as PyTorch has been given, doubling."""
+    """The sizes along an axis. Threads double from 1 up to the number that PyTorch has been given."""
     if axis == "threads":
         most = torch.get_num_threads()
         return sorted({*(2**i for i in range(most.bit_length())), most})
@@ -31,7 +32,7 @@ def points_of(case: Case, axis: str) -> list[int]:
 
 
 def sweeps(plan: Plan, axis: str, say: Say) -> Iterator[Sweep]:
-    """One for each operation, mode and dtype that has this axis, at the first shape asked for."""
+    """One sweep per operation, mode and dtype that has this axis, at the first shape of the plan."""
     for name in plan.ops:
         op = OPS[name]
         if axis not in op.axes:
@@ -45,7 +46,7 @@ def sweeps(plan: Plan, axis: str, say: Say) -> Iterator[Sweep]:
 
 
 def run_sweep(case: Case, axis: str, plan: Plan, say: Say) -> Sweep:
-    """Times every variant that passes its check at every point, in turn."""
+    """Times every variant that passes its check, at every point, all in turn."""
     op, points, threads = OPS[case.op], points_of(case, axis), torch.get_num_threads()
     names = [variant.name for variant in checked_variants(case, plan.peers, say)[0]]
     entries: dict[tuple[str, int], Variant] = {}
@@ -82,7 +83,7 @@ def _at(case: Case, axis: str, point: int) -> Case:
 
 
 def _placed(variant: Variant, inputs: Inputs, name: str, threads: int) -> Variant:
-    """The variant with inputs of its own, on so many threads; it is prepared, hence the cache is swept for it."""
+    """The variant with inputs of its own, on so many threads. It prepares, so the cache is swept before each run."""
 
     def prepare(_: Inputs) -> object:
         torch.set_num_threads(threads)

@@ -1,8 +1,8 @@
-"""A variant: one implementation of a case. How functions of tensors become variants that can be timed and checked.
+"""A variant is one implementation of a case. Functions of tensors become variants here, which can be timed and checked.
 
-The values that a variant gives are named, so that they can be held against the truth and against one another:
-``reverse_kl`` for a statistic [rows], ``mean reverse_kl`` for its mean, ``gradient of logprob + reverse_kl`` for what a
-backward pass from a sum leaves in the logits (``hidden gradient of``, ``head gradient of`` for other leaves).
+The values of a variant are named, so that they can be compared with the truth and with one another. ``reverse_kl`` is
+a statistic [rows], ``mean reverse_kl`` its mean, and ``gradient of logprob + reverse_kl`` the gradient that a backward
+pass from that sum gives the logits (``hidden gradient of`` and ``head gradient of`` for other leaves).
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ class Absent(Exception):
 class Variant:
     """One implementation.
 
-    ``run`` is what is timed, on what ``prepare`` made of the inputs (None: on the inputs themselves) right before it;
-    neither changes the inputs, which all variants share.
-    ``values`` of what it returns are checked, and counted as its outputs. ``phases`` are seconds within the last run.
+    ``run`` is timed. It takes the result of ``prepare``, which is called right before it (None: the inputs themselves).
+    Neither changes the inputs, which all variants share. ``values`` picks the named values from the output of ``run``;
+    they are checked, and counted as its outputs. ``phases`` gives the seconds of the parts of the last run.
     """
 
     name: str
     run: Callable[[Any], Any]
     prepare: Callable[[Inputs], Any] | None = None
     values: Callable[[Any], Values] = lambda output: output
-    lacks: str = ""  # what it does not compute
-    peer: str = ""  # whose it is; empty: ours
+    lacks: str = ""  # the values that it does not compute, in words
+    peer: str = ""  # the name of its peer; empty: ours
     phases: Callable[[Any], dict[str, float]] | None = None
 
     def state(self, inputs: Inputs) -> Any:
+        """The argument of ``run``."""
         return inputs if self.prepare is None else self.prepare(inputs)
 
 
@@ -57,10 +58,10 @@ def differentiable(
     lacks: str = "",
     peer: str = "",
 ) -> Variant:
-    """A function of the inputs as a variant of a mode; a backward pass starts from the sum of its ``terms``.
+    """A variant that runs a function of the inputs in a mode. A backward pass starts from the sum of ``terms``.
 
-    forward: without a gradient. backward: what follows a forward pass that is not timed. both: the two. inplace: as
-    both, on logits made for this run alone, since the gradient may take their memory.
+    forward: without a gradient. backward: the backward pass alone, after a forward pass that is not timed. both: the
+    two. inplace: as both, on logits made for this run alone, since the gradient may take their memory.
     """
 
     def forward(inputs: Inputs) -> tuple[Inputs, Values]:

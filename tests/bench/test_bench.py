@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from cmdp_fast.bench import measure, memory, suite
+from cmdp_fast.bench import implementations, measure, memory, suite
 from cmdp_fast.bench.case import MEASURED, SHAPES, Case, Work
 from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.peers import PEERS, eager, kl_div
@@ -86,7 +86,7 @@ def test_no_variant_changes_its_inputs():
     for case in cases():
         inputs = OPS[case.op].make(case, 0)
         before = {name: t.clone() for name, t in inputs.items()}
-        for variant in suite.variants_of(case, QUICK)[1]:
+        for variant in implementations.variants_of(case, QUICK)[1]:
             variant.run(variant.state(inputs))
             assert all(torch.equal(inputs[name], before[name]) for name in inputs), (case.label, variant.name)
 
@@ -160,7 +160,7 @@ def test_memory_of_a_variant_in_a_fresh_process():
     matrix = 256 * 16384 * 4
     found = {}
     for peers in ((), ("eager",)):
-        variant = suite.variants_of(case, peers)[1][-1]
+        variant = implementations.variants_of(case, peers)[1][-1]
         found[variant.name] = memory.measure_memory(case, variant)
     assert all(m.trusted for m in found.values())
     assert found["token_stats"].extra < 2**20 and found["token_stats"].outputs == 6 * 256 * 4

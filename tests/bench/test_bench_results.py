@@ -1,5 +1,7 @@
 """What the benchmark makes of its times: medians, ratios, tables, files, pages, plots."""
 
+import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,12 @@ from bench_results import result, run_of
 
 from cmdp_fast.bench import compare, page, plots, results, show
 from cmdp_fast.bench.case import SHAPES, Work
-from cmdp_fast.bench.results import Measured, Memory, Sweep
+from cmdp_fast.bench.results import Measured, PeakGrowth, Sweep
 from cmdp_fast.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+CPU = RESULTS / "cpu"
 
 
 def test_ratios_and_shares_are_medians_within_rounds():
@@ -44,7 +47,7 @@ def test_table_tells_everything():
 
 def test_json_round_trip(tmp_path):
     scaling = Sweep("token_stats", "both", "rows", SHAPES["tiny"], "float32", "cpu", [1, 2], {"ours": [[1.0], [2.0]]})
-    scaling.memory = {"ours": [Memory(1, 2, 3), Memory(4, 5, 6)]}
+    scaling.memory = {"ours": [PeakGrowth(1, 2, 3), PeakGrowth(4, 5, 6)]}
     run = run_of(result(), sweeps=[scaling], left_out={"a": "b"})
     run.write(tmp_path / "run.json")
     assert results.read(tmp_path / "run.json") == run
@@ -83,9 +86,12 @@ def test_readme_section_is_replaced_whole_and_found_stale():
     fresh = page.replaced(text, [run])
     assert fresh.startswith("before\n") and fresh.endswith("\nafter\n") and "old" not in fresh
     assert page.stale(text, [run]) and not page.stale(fresh, [run])
-    assert "`token_stats` both, 32 x 1536 float32" in fresh and "peer 3" in fresh and "- peer: entropy" in fresh
+    assert "| `token_stats` both, 32 x 1536 | 2 ms | 38% (both floors) | 3 | 1.0, -, - |" in fresh
+    assert "- eager for `token_stats`: entropy" in fresh
     slower = run_of(result(variants=[Measured("ours", "", "", [9.0, 9.0, 9.0])]))
     assert page.stale(fresh, [slower])
+    with pytest.raises(InputError, match="at least one of the cases"):
+        page.section([run_of(result(mode="inplace"))])
     for broken in ("nothing", page.BEGIN, f"{page.END} {page.BEGIN}", text + text):
         with pytest.raises(InputError, match="once each"):
             page.replaced(broken, [run])
@@ -94,10 +100,13 @@ def test_readme_section_is_replaced_whole_and_found_stale():
 def test_page_command(tmp_path):
     run_of(result()).write(tmp_path / "run.json")
     (tmp_path / "readme.md").write_text(f"{page.BEGIN}\n{page.END}\n")
-    places = ("--page", f"{tmp_path}/p.md", "--readme", f"{tmp_path}/readme.md", "--plots", f"{tmp_path}")
+    places = ("--page", f"{tmp_path}/p.md", "--readme", f"{tmp_path}/readme.md", "--plots", f"{tmp_path}/plots")
     assert page.main([f"{tmp_path}/run.json", *places]) == 0
     made = (tmp_path / "p.md").read_text()
-    assert "![rates.png](rates.png)" in made and "absent: compile (no compiler)" in made and "cmdp-fast bench" in made
+    assert "![rates.png](plots/rates.png)" in made and "absent: compile (no compiler)" in made
+    assert "## `cmdp-fast bench`" in made
+    assert "| `token_stats` both, 32 x 1536 float32 | 2 ms | 38% (both floors) | peer 3 | 1.0 |" in made
+    assert "- peer for `token_stats`: entropy" in made
     assert not page.stale((tmp_path / "readme.md").read_text(), [results.read(tmp_path / "run.json")])
     assert page.main([f"{tmp_path}/absent.json", "--page", f"{tmp_path}/q.md"]) == 2
     assert not (tmp_path / "q.md").exists()
@@ -105,16 +114,39 @@ def test_page_command(tmp_path):
 
 def test_the_pages_that_are_committed_say_what_their_json_says():
     """How to make them anew stands in the docstring of cmdp_fast/bench/page.py."""
-    runs = [results.read(path) for path in sorted(RESULTS.glob("cpu-*.json"))]
+    runs = [results.read(path) for path in sorted(CPU.glob("*.json"))]
     assert runs
-    drawn = page.drawn_in(RESULTS)
-    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page.page(runs, drawn)
+    drawn = page.drawn_beside(CPU / "README.md")
+    assert drawn == sorted(path.name for path in (CPU / "plots").iterdir())
+    assert (CPU / "README.md").read_text(encoding="utf-8") == page.page(runs, drawn)
     assert not page.stale((ROOT / "README.md").read_text(encoding="utf-8"), runs)
+    shown = page.section(runs).splitlines()
+    assert sum(line.startswith("| `") for line in shown) == len(page.IN_README)
+
+
+def test_the_static_page_says_what_its_json_says(tmp_path):
+    spec = importlib.util.spec_from_file_location("static_page", ROOT / "benchmarks" / "static_page.py")
+    static_page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(static_page)
+    reports = json.loads((RESULTS / "gpu-static" / "static_gpu.json").read_text(encoding="utf-8"))
+    made = static_page.page(reports)
+    assert (RESULTS / "gpu-static" / "README.md").read_text(encoding="utf-8") == made
+    assert made.count("\n| ") == len(reports) + sum(len(r["predicted"]) for r in reports) + 4  # two heads of two lines
+    limits = {"memory": 2.0, "issue": 1.0, "exponentials": 3.0, "bound": "issue"}
+    other = static_page.page([reports[0] | {"predicted": {"A100": limits}}])
+    assert "| A100 | 2.00 | 1.00 | 3.00 | issue | 0.156 |" in other  # 1024 x 151936 columns at 10^12 a second
+    static_page.draw(tmp_path / "plots" / "bounds.png", reports)
+    assert (tmp_path / "plots" / "bounds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_is_shown_without_its_files():
+    run = replace(run_of(), command="cmdp-fast bench token_stats --json a/b.json --repeat 7 --plots 'a b'")
+    assert run.measured_by == "cmdp-fast bench token_stats --repeat 7"
 
 
 def test_plots(tmp_path):
     scaling = Sweep("token_stats", "both", "rows", SHAPES["tiny"], "float32", "cpu", [1, 2], {"ours": [[1.0], [2.0]]})
-    scaling.memory = {"ours": [Memory(0, 0, 1), Memory(2**22, 0, 1)]}
+    scaling.memory = {"ours": [PeakGrowth(0, 0, 1), PeakGrowth(2**22, 0, 1)]}
     flops = result(work=Work(flops=10**9), dtype="bfloat16")
     others = run_of(flops, result(work=Work(), bounds={}), sweeps=[scaling])
     drawn = plots.draw([run_of(result()), others], tmp_path / "new")

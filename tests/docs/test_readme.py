@@ -1,4 +1,4 @@
-"""Every Python block of README.md runs, and every link to a file of the repository leads somewhere.
+"""Every Python block of the README and of the guides runs, and every link to a file of the repository leads somewhere.
 
 How a block is run stands after `python` in its fence. Nothing: by itself. `given=NAME`: with what `readme_given.NAME()`
 returns. `torchrun=2`: by torchrun with that many processes. `requires=NAME`: only where that package is installed.
@@ -17,17 +17,22 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "cmdp_fast" / "trainer" / "README.md", *(ROOT / "benchmarks" / "results").rglob("*.md")]
+OPERATIONS = ROOT / "cmdp_fast" / "ops" / "README.md"
+FOLDERS = (ROOT / "cmdp_fast", ROOT / "benchmarks", ROOT / ".github")
+PAGES = [README, *(page for folder in FOLDERS for page in sorted(folder.rglob("*.md")))]
 OPTIONS = {"given", "torchrun", "requires"}
+LONGEST = 350  # lines of the README: more belongs into a guide
 
 
 class Block(NamedTuple):
+    page: Path
     title: str
     options: dict[str, str]
     code: str  # with as many empty lines before it as there are lines in the page: errors name the page's line
 
 
 def blocks(page: Path) -> list[Block]:
+    """The Python blocks of a page, each with the title above it."""
     found, title, fence, start = [], "", None, 0
     lines = page.read_text(encoding="utf-8").splitlines()
     for i, line in enumerate(lines):
@@ -37,7 +42,7 @@ def blocks(page: Path) -> list[Block]:
             if fence[:1] == ["python"]:
                 options = dict(word.partition("=")[::2] for word in fence[1:])
                 assert options.keys() <= OPTIONS, f"{page.name}:{start}: {line}"
-                found.append(Block(title, options, "\n" * start + "\n".join(lines[start:i]) + "\n"))
+                found.append(Block(page, title, options, "\n" * start + "\n".join(lines[start:i]) + "\n"))
             fence = None
         elif fence is None and line.startswith("#"):
             title = line.lstrip("# ")
@@ -45,20 +50,20 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-BLOCKS = blocks(README)
+BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
-def named(title: str) -> Block:
-    (block,) = [block for block in BLOCKS if block.title == title]
+def named(page: Path, title: str) -> Block:
+    (block,) = [block for block in BLOCKS if (block.page, block.title) == (page, title)]
     return block
 
 
-def run(block: Block) -> dict:
-    """Runs a block in this process; what it has defined."""
+def run(block: Block, **settings) -> dict:
+    """Runs a block in this process and returns its namespace. ``settings`` go to the function of `readme_given`."""
     namespace = {"__name__": "readme"}
     if given := block.options.get("given"):
-        namespace |= getattr(readme_given, given)()
-    exec(compile(block.code, str(README), "exec"), namespace)
+        namespace |= getattr(readme_given, given)(**settings)
+    exec(compile(block.code, str(block.page), "exec"), namespace)
     return namespace
 
 
@@ -72,7 +77,7 @@ def somewhere_else(tmp_path, monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.title)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page.parent.name}: {block.title}")
 def test_block(block, tmp_path):
     needed = block.options.get("requires")
     if needed is not None:
@@ -95,14 +100,24 @@ def test_block(block, tmp_path):
 
 
 def test_the_loop_learns_and_keeps_the_budget():
-    got = run(named("Plain PyTorch"))
+    got = run(named(OPERATIONS, "A training loop in plain PyTorch"))
     assert got["out"].trace.violated[:, -1].float().mean() < 0.25
     rewarded = got["task_reward"][:, -1].mean()
     assert rewarded > 0.3, "a random student has 0.25"
 
 
-def test_the_halves_of_a_model_give_its_statistics():
-    got = run(named("A causal language model, without its logits"))
+FAMILIES = {
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 0.25},
+    "phi": {},  # a bias
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ten_lines_are_right_for_every_model(family):
+    """Those of a softcap, a scale or a bias too: the statistics are those of the model's own logits."""
+    got = run(named(README, "Ten lines of use"), family=family, **FAMILIES[family])
     cf, ids, mask = got["cf"], got["ids"], got["attention_mask"]
     logits, teacher = (got[name](ids, mask).logits[:, :-1] for name in ("student", "teacher"))
     expected = cf.constrained_reward(
@@ -110,6 +125,25 @@ def test_the_halves_of_a_model_give_its_statistics():
     )
     torch.testing.assert_close(got["out"], expected)
     assert expected.stats.reverse_kl.any()
+
+
+def test_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+VARIABLE = re.compile(r"""(?:environ(?:\.get\(|\[)|ENV\{)["']?([A-Z][A-Z_]+)""")
+
+
+def test_every_environment_variable_is_in_the_table():
+    table = README.read_text(encoding="utf-8").partition("## Environment variables")[2].partition("\n## ")[0]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    folders = (ROOT / "cmdp_fast", ROOT / "csrc")
+    files = [ROOT / "setup.py", ROOT / "tests" / "support" / "hosted.py"]
+    files += [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cmake", ".txt")]
+    read = {name for path in files for name in VARIABLE.findall(path.read_text(encoding="utf-8"))}
+    assert len(read) > 8
+    assert read <= listed, read - listed
+    assert listed - read <= {"OMP_NUM_THREADS"}, listed - read  # PyTorch reads it
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,4 +1,5 @@
-"""What Python blocks of README.md take as given: `given=NAME` after `python` names the function here that has it."""
+"""The names that Python blocks of the README and the guides take as given: `given=NAME` after `python` names a function
+of this file."""
 
 from __future__ import annotations
 
@@ -8,11 +9,9 @@ from typing import Any
 import torch
 
 
-def models() -> dict[str, Any]:
+def models(family: str = "llama", **settings: Any) -> dict[str, Any]:
     """A student and a teacher with another width, four sequences with prompts of two tokens, and their rewards."""
     from tiny_models import tiny
-
-    import cmdp_fast as cf
 
     ids = torch.randint(3, 101, (4, 9), generator=torch.Generator().manual_seed(0))
     attention_mask = torch.ones_like(ids)
@@ -20,10 +19,8 @@ def models() -> dict[str, Any]:
     completion_mask = attention_mask[:, 1:].bool()
     completion_mask[:, 0] = False
     return {
-        "cf": cf,
-        "torch": torch,
-        "student": tiny().train(),
-        "teacher": tiny(seed=1, hidden_size=32),
+        "student": tiny(family, **settings).train(),
+        "teacher": tiny(family, seed=1, hidden_size=32, **settings),
         "ids": ids,
         "attention_mask": attention_mask,
         "completion_mask": completion_mask,

@@ -1,22 +1,22 @@
-"""`budget_trace`: the account of each completion's budget, a scan over its tokens' costs.
+"""`budget_trace`: the account of each completion's budget, a scan over the costs of its tokens.
 
 A case has as many completions as its shape has rows, of `LENGTH` tokens each; it has no vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 import cmdp_fast as cf
-from cmdp_fast import reference
+from cmdp_fast import BudgetTrace, reference
 from cmdp_fast.bench.case import Case, Op, Work, cast, random
 from cmdp_fast.bench.floors import COPY
-from cmdp_fast.bench.variant import Inputs, Values, Variant
+from cmdp_fast.bench.variant import Function, Inputs, Values, Variant
 
 LENGTH = 512
-BUDGET = 20.0  # about half of what a completion costs
+BUDGET = 20.0  # about half the cost of a completion
 
 
 class BudgetTraceOp(Op):
@@ -60,8 +60,8 @@ class BudgetTraceOp(Op):
         return {"copy floor": (COPY,)}
 
 
-def trace_by(operation):
-    """What a budget's trace says, by name, of an operation with the signature of `cmdp_fast.budget_trace`."""
+def trace_by(operation: Callable[..., BudgetTrace]) -> Function:
+    """The fields of the trace by name. ``operation`` has the signature of `cmdp_fast.budget_trace`."""
 
     def function(inputs: Inputs) -> Values:
         return operation(inputs["cost"], BUDGET, mask=inputs["mask"])._asdict()

@@ -28,7 +28,7 @@ class ConstrainedRewardOp(LogitsOp):
         inputs = {name: t.unflatten(0, shape) for name, t in inputs.items()}
         reward = torch.zeros(shape, device=case.device)
         reward[:, -1] = 1.0
-        # Every row counts: what a mask saves is not what is measured here.
+        # Every row counts: the saving of a mask is not measured here.
         return inputs | {"reward": reward, "mask": torch.ones(shape, dtype=torch.bool, device=case.device)}
 
     def expected(self, case: Case, inputs: Inputs, names: Sequence[str], dtype: torch.dtype) -> Values:
@@ -44,7 +44,7 @@ class ConstrainedRewardOp(LogitsOp):
 
 
 def budget(inputs: Inputs) -> float:
-    """The budget of each completion."""
+    """The budget of each completion in nats."""
     return BUDGET_A_TOKEN * inputs["tokens"].shape[-1]
 
 

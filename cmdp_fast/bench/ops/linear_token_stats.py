@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 import cmdp_fast as cf
-from cmdp_fast import reference
+from cmdp_fast import TokenStats, reference
 from cmdp_fast.bench.case import Case, Op, Work, cast, make_tokens, normal, random
 from cmdp_fast.bench.floors import GEMM, GEMM_AGAIN, GEMM_TILED, gemm_floors
 from cmdp_fast.bench.ops.token_stats import TERMS
-from cmdp_fast.bench.variant import HIDDEN_AND_HEAD, Inputs, Values, Variant, differentiable, evaluate
+from cmdp_fast.bench.variant import HIDDEN_AND_HEAD, Function, Inputs, Values, Variant, differentiable, evaluate
 
 LINEAR = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
 
@@ -19,7 +20,7 @@ LINEAR = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight"
 class LinearTokenStatsOp(Op):
     name = "linear_token_stats"
     modes = ("forward", "both")
-    shapes = ("smollm2", "qwen2.5")  # the others take minutes a round on a CPU
+    shapes = ("smollm2", "qwen2.5")  # the others take minutes per round on a CPU
     axes = ("rows", "vocab", "hidden", "threads")
 
     def why_not(self, case: Case) -> str | None:
@@ -47,8 +48,8 @@ class LinearTokenStatsOp(Op):
     def ours(self, case: Case) -> list[Variant]:
         variants = [_variant(case, "linear_token_stats", linear_by(cf.linear_token_stats))]
         if case.mode == "both":
-            kept = linear_by(cf.linear_token_stats, saved="tiles")
-            variants.append(_variant(case, "linear_token_stats, saved=tiles", kept))
+            function = linear_by(cf.linear_token_stats, saved="tiles")
+            variants.append(_variant(case, "linear_token_stats, saved=tiles", function))
         return [*variants, _variant(case, "logits in full, token_stats", _in_full)]
 
     def floors(self, case: Case, inputs: Inputs) -> list[Variant]:
@@ -59,12 +60,12 @@ class LinearTokenStatsOp(Op):
         return {name: (name,) for name in names}
 
 
-def _variant(case: Case, name: str, function) -> Variant:
+def _variant(case: Case, name: str, function: Function) -> Variant:
     return differentiable(case.mode, name, function, TERMS, HIDDEN_AND_HEAD)
 
 
-def linear_by(operation, **settings):
-    """The six statistics by name, of an operation with the signature of `cmdp_fast.linear_token_stats`."""
+def linear_by(operation: Callable[..., TokenStats], **settings: Any) -> Function:
+    """The six statistics by name. ``operation`` has the signature of `cmdp_fast.linear_token_stats`."""
 
     def function(inputs: Inputs) -> Values:
         return operation(*(inputs[name] for name in LINEAR), inputs["tokens"], **settings)._asdict()
@@ -73,7 +74,7 @@ def linear_by(operation, **settings):
 
 
 def both_logits(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits that `linear_token_stats` does without, student's and teacher's."""
+    """The student's and the teacher's logits, which `linear_token_stats` does without."""
     student_hidden, student_weight, teacher_hidden, teacher_weight = (inputs[name] for name in LINEAR)
     with torch.no_grad():
         teacher = teacher_hidden @ teacher_weight.t()

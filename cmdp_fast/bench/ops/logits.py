@@ -1,4 +1,4 @@
-"""What the operations on two models' logits have in common: inputs, bytes, floors."""
+"""The common part of the operations on two models' logits: inputs, bytes, floors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOUNDS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class LogitsOp(Op):
-    """An operation that reads both rows of logits, and writes a gradient as large as one in a backward pass."""
+    """An operation that reads both rows of logits. Its backward pass writes a gradient as large as one of them."""
 
     modes: tuple[str, ...] = ("forward", "both")
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 import cmdp_fast as cf
-from cmdp_fast import reference
+from cmdp_fast import TokenStats, reference
 from cmdp_fast.bench.case import Case, cast
 from cmdp_fast.bench.ops.logits import LOGITS, LogitsOp
-from cmdp_fast.bench.variant import Inputs, Values, Variant, differentiable, evaluate
+from cmdp_fast.bench.variant import Function, Inputs, Values, Variant, differentiable, evaluate
 
-TERMS = ("logprob", "reverse_kl")  # what a step of PPO differentiates
+TERMS = ("logprob", "reverse_kl")  # the two that a step of PPO differentiates
 
 
 class TokenStatsOp(LogitsOp):
@@ -43,11 +44,12 @@ def _widened(case: Case) -> bool:
 
 
 def wide_inputs(inputs: Inputs) -> Inputs:
+    """The same inputs with logits in float32."""
     return {name: inputs[f"wide {name}"] for name in LOGITS} | {"tokens": inputs["tokens"]}
 
 
-def statistics_by(operation, **settings):
-    """The six statistics by name, of an operation with the signature of `cmdp_fast.token_stats`."""
+def statistics_by(operation: Callable[..., TokenStats], **settings: Any) -> Function:
+    """The six statistics by name. ``operation`` has the signature of `cmdp_fast.token_stats`."""
 
     def function(inputs: Inputs) -> Values:
         return operation(inputs["student"], inputs["teacher"], inputs["tokens"], **settings)._asdict()

@@ -1,7 +1,7 @@
-"""A step of the trainer, and its parts: the rollout, and scoring and update of completions that are given.
+"""A step of the trainer, and its parts: the rollout, and scoring and update of given completions.
 
-Student and teacher are Llamas with random weights in a shape's hidden size and vocabulary but with four layers; the
-rows of a shape are tokens of its completions. What is drawn changes neither memory nor time.
+Student and teacher are Llamas with random weights. They have the hidden size and vocabulary of a shape, but four
+layers. The rows of a shape are the tokens of its completions. The random numbers change neither memory nor time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cmdp_fast.bench.variant import Inputs, Values, Variant
 
 LAYERS = 4
 PROMPT = 16  # tokens
-GROUP = 4  # completions of a prompt
+GROUP = 4  # completions per prompt
 NEEDED = ("transformers", "accelerate", "tyro")
 
 
@@ -64,7 +64,7 @@ class TrainerStepOp(Op):
 def make_variant(
     case: Case, name: str, logits: str, function: Callable[[Any, Inputs], Any], **settings: Any
 ) -> Variant:
-    """A function of a `PPO` and the inputs; the models are made once, with the first inputs."""
+    """A variant that runs a function of a `PPO` and the inputs. The models are made once, with the first inputs."""
     made: list[Any] = []
 
     def prepare(inputs: Inputs) -> tuple[Any, Inputs]:
@@ -78,7 +78,7 @@ def make_variant(
 
 
 def _values(output: Any) -> Values:
-    """What can be checked: nothing of a rollout, which is random."""
+    """The values that can be checked. A rollout is random and has none."""
     return output if isinstance(output, dict) else {}
 
 
@@ -87,7 +87,7 @@ def _phases(state: tuple[Any, Inputs]) -> dict[str, float]:
 
 
 def make_ppo(case: Case, logits: str, dtype: torch.dtype) -> Any:
-    """A step's `PPO` with random models of the case's sizes."""
+    """The trainer's `PPO`, with random models of the case's sizes."""
     from accelerate import Accelerator
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,7 +142,7 @@ def _parity(completion_ids: Sequence[list[int]], **_: Any) -> list[float]:
 
 
 def roll_out(ppo: Any, inputs: Inputs) -> Any:
-    """Completions by the trainer, each of a group's for itself."""
+    """Completions by the trainer's rollout; each completion of a group is sampled for itself."""
     from cmdp_fast.trainer.rollout import generate
 
     with torch.no_grad():
@@ -150,7 +150,7 @@ def roll_out(ppo: Any, inputs: Inputs) -> Any:
 
 
 def score_and_update(ppo: Any, inputs: Inputs) -> Values:
-    """Scores the given completions and makes an update from them."""
+    """Scores the given completions and makes one update from them."""
     from cmdp_fast.trainer.experience import Completions
     from cmdp_fast.trainer.rollout import Rollout
 

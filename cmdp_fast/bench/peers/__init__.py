@@ -1,7 +1,7 @@
-"""Peers: other implementations of what our operations do, or of a part of it, each behind a small adapter.
+"""Peers: other implementations of our operations, or of a part of them, each behind a small adapter.
 
-A peer's module says in `OPS` which operations it is a peer for, and `variants(case)` gives its variants: none for a
-mode in which it is no peer, `Absent` or ImportError where it cannot have any here. An adapter is held against float64
+A peer's module names in `OPS` the operations for which it is a peer. `variants(case)` gives its variants: none for a
+mode in which it is no peer; it raises `Absent` or ImportError where it cannot run. An adapter is compared with float64
 before it is timed.
 """
 
@@ -30,7 +30,7 @@ PEERS = (
 
 
 def serves(peer: str, op: str) -> bool:
-    """Whether a peer does what an operation does, or a part of it."""
+    """Whether a peer implements an operation, or a part of it."""
     return op in _module(peer).OPS
 
 

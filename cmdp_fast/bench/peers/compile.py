@@ -1,4 +1,4 @@
-"""torch.compile (Inductor) of the eager code, for the very shape of a case."""
+"""torch.compile (Inductor) of the eager code, for the exact shape of a case."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NAME = "torch.compile"
 def compiled(function: Function) -> Function:
     """A function of tensors by name, compiled for static shapes and the present number of threads.
 
-    torch.compile keeps its graphs with the function's code: a copy of the code starts without those of other cases,
-    which would be used again for another number of threads, and whose number is limited.
+    torch.compile keeps its graphs with the function's code. A copy of the code starts without the graphs of other
+    cases: they would be used again for another number of threads, and their number is limited.
     """
     assert isinstance(function, types.FunctionType)
     copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)

@@ -1,4 +1,4 @@
-"""Eager PyTorch: what one writes with `log_softmax`."""
+"""Eager PyTorch: the formulas written with `log_softmax`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def budget_trace(inputs: Inputs) -> Values:
 
 
 def constrained_reward(inputs: Inputs) -> Values:
-    """The default modified reward and what it is made of, in float32."""
+    """The default modified reward and its ingredients, in float32."""
     p, w = (torch.log_softmax(inputs[name].float(), -1) for name in ("student", "teacher"))
     logprob = p.gather(-1, inputs["tokens"].unsqueeze(-1)).squeeze(-1)
     cost = torch.where(inputs["mask"], (p.exp() * (p - w)).sum(-1), 0.0)

@@ -1,4 +1,4 @@
-"""`generate` of transformers as it stands: what the trainer's rollout may not be slower than."""
+"""`generate` of transformers as it stands. The trainer's rollout may not be slower."""
 
 from __future__ import annotations
 

@@ -34,5 +34,5 @@ def variants(case: Case) -> list[Variant]:
 
 
 def checked(output: Values) -> Values:
-    """What has a counterpart in ours."""
+    """The values that have a counterpart in ours."""
     return {name: value for name, value in output.items() if name != "penalised"}

@@ -1,9 +1,9 @@
 """verl's way from logits to a reward with a KL penalty, padded, no budget: our equivalent, modelled on verl 0.9.1.
 
-After `logprobs_from_logits_v2`, `entropy_from_logits` and `apply_kl_penalty`: a log-sum-exp a completion in a loop
-(half precision: a log-softmax), a softmax for the entropy, the difference of log-probabilities subtracted from the
-reward at each token. On a GPU verl takes log-probabilities from flash-attn's cross-entropy where that is installed;
-here they are always PyTorch's.
+After `logprobs_from_logits_v2`, `entropy_from_logits` and `apply_kl_penalty`: one log-sum-exp per completion in a loop
+(half precision: a log-softmax), a softmax for the entropy, and the difference of log-probabilities, by which the
+reward at each token is reduced. On a GPU verl takes log-probabilities from flash-attn's cross-entropy where that is
+installed; here they are always PyTorch's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OPS = ("constrained_reward",)
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p(a) [B, T] of logits [B, T, V], a completion at a time."""
+    """log p(a) [B, T] of logits [B, T, V], one completion at a time."""
     index = tokens.unsqueeze(-1)
     if logits.dtype in (torch.float32, torch.float64):
         normalizer = torch.stack([torch.logsumexp(row, dim=-1) for row in logits])
@@ -29,6 +29,7 @@ def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def entropy_of(logits: Tensor) -> Tensor:
+    """The entropy [B, T] of logits [B, T, V], in nats."""
     return torch.logsumexp(logits, -1) - (torch.softmax(logits, -1) * logits).sum(-1)
 
 
