@@ -1,5 +1,5 @@
-// What both Python modules make of the numbers that Python hands them: pointers, matrices, rules. Every argument is checked
-// before it is used: a wrong call raises, it does not read a stray address.
+// What both Python modules make of the numbers that Python hands them: pointers, matrices, rules. Every argument is
+// checked before it is used: a wrong call raises, it does not read a stray address.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,13 @@ inline Logits make_logits(const Matrix& student, const Matrix& teacher, uintptr_
   if (!(temperature > 0)) fail("the temperature must be positive");
   if (first_column < 0) fail("first_column is negative");
   const bool needed = needs_tokens && student.rows > 0;
-  return {student, teacher, pointer<const int64_t>(tokens, "tokens", needed),
-          pointer<const uint8_t>(mask, "mask", false), vocab, temperature, first_column};
+  return {student,
+          teacher,
+          pointer<const int64_t>(tokens, "tokens", needed),
+          pointer<const uint8_t>(mask, "mask", false),
+          vocab,
+          temperature,
+          first_column};
 }
 
 inline void check_output(const Matrix& out, const Matrix& student) {
@@ -89,7 +94,7 @@ inline RewardKind reward_kind(const std::string& kind) {
   fail("reward kind '" + kind + "' is unknown");
 }
 
-using BudgetArgs = std::tuple<double, bool, bool>;                                  // gamma, mean, inclusive
+using BudgetArgs = std::tuple<double, bool, bool>;                                 // gamma, mean, inclusive
 using RewardArgs = std::tuple<std::string, bool, double, double, double, double>;  // as in RewardRule
 
 inline BudgetRule make_rule(const BudgetArgs& args) {

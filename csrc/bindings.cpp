@@ -162,7 +162,8 @@ void mixture_backward(const Matrix& student, const Matrix& teacher, uintptr_t ma
   checked_threads(threads);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
-  for_rows(student, threads, [&](int64_t row) { table.mixture_backward(in, row, mix, scalars, means[row], g[row], out); });
+  for_rows(student, threads,
+           [&](int64_t row) { table.mixture_backward(in, row, mix, scalars, means[row], g[row], out); });
 }
 
 // Folds a tile of columns [first_column, first_column + width) into the states of all rows that the mask keeps.
@@ -324,7 +325,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("variant", [] { return std::string(kernels().name); });
   module.def("set_variant", [](const std::string& name) { active = variant_named(name); });
   module.def("cpu_features", &cpu_features);
-  module.attr("SOURCES") = CMDP_SOURCES;       // a hash of the files that it was built from
+  module.attr("SOURCES") = CMDP_SOURCES;      // a hash of the files that it was built from
   module.attr("CUDA_NOTE") = CMDP_CUDA_NOTE;  // why cmdp_fast._cuda was not built with it; empty if it was
 #ifdef _OPENMP
   module.attr("OPENMP") = true;

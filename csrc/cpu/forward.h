@@ -58,8 +58,8 @@ struct BlockSums {
 // columns far below the reference.
 template <bool kExcluded, class X, class Y>
 static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float scale, float m, float n) {
-  Floats z{}, u{}, a{}, b{}, h{}, k{};                                     // of the run
-  Floats run_z{}, run_u{}, run_a{}, run_b{}, run_h{}, run_k{};             // of the runs before it
+  Floats z{}, u{}, a{}, b{}, h{}, k{};                          // of the run
+  Floats run_z{}, run_u{}, run_a{}, run_b{}, run_h{}, run_k{};  // of the runs before it
   Floats only_x{}, only_y{}, extreme{}, top = splat(-3e38f);
   Words seen{};
   const Floats factor = splat(scale), minus_m = splat(-m), minus_n = splat(-n);
@@ -126,9 +126,15 @@ static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float 
     step.template operator()<true>(static_cast<const float*>(tail_x), static_cast<const float*>(tail_y));
     end_run();
   }
-  BlockSums sums{sum_of_lanes(run_z), sum_of_lanes(run_u), sum_of_lanes(run_a),
-                 sum_of_lanes(run_b), sum_of_lanes(run_h), sum_of_lanes(run_k),
-                 false,               sum_of_lanes(only_x), sum_of_lanes(only_y)};
+  BlockSums sums{sum_of_lanes(run_z),
+                 sum_of_lanes(run_u),
+                 sum_of_lanes(run_a),
+                 sum_of_lanes(run_b),
+                 sum_of_lanes(run_h),
+                 sum_of_lanes(run_k),
+                 false,
+                 sum_of_lanes(only_x),
+                 sum_of_lanes(only_y)};
   // Not usable if a sum is NaN or infinite, or if some t is so large that it has lost digits.
   sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) &&
                 (kExcluded || (sums.z < kHeavy && sums.u < kHeavy)) && finite(sums.z) && finite(sums.u) &&
@@ -271,8 +277,8 @@ static void update(const Logits& in, int64_t row, double* states) {
   TokenState state;
   std::memcpy(&state, states, sizeof state);
   bool exact;
-  TokenState tile = fold_columns(in, row_of(in.student, row), row_of(in.teacher, row), 0, in.vocab,
-                                 references_of(state), exact);
+  TokenState tile =
+      fold_columns(in, row_of(in.student, row), row_of(in.teacher, row), 0, in.vocab, references_of(state), exact);
   const int64_t own = own_column(in, row);
   if (own >= 0) label(tile, in, row, own);
   state.merge(tile);

@@ -36,7 +36,7 @@ struct Logits {
   const uint8_t* mask;    // [rows], 0 = do not read the row; or null
   int64_t vocab;          // columns that count; the rest is -inf for both models
   double temperature;
-  int64_t first_column;   // of the vocabulary: nonzero for a tile of a wider row
+  int64_t first_column;  // of the vocabulary: nonzero for a tile of a wider row
 };
 
 // Where the token's own column lies within the row, or -1 if another tile holds it.

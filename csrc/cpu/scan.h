@@ -74,7 +74,7 @@ inline void modify_rewards(const Sequences& sequences, const Values& cost, const
         continue;
       }
       const bool violated = trace.violated[i] != 0;
-      const RewardInput line{cost[i],   trace.cumulative[i], trace.remaining[i], trace.excess[i],
+      const RewardInput line{cost[i],  trace.cumulative[i], trace.remaining[i], trace.excess[i],
                              violated, violated && !before};
       before = violated;
       reward.set(i, rewards.push(task_reward[i], line, rule));

@@ -120,7 +120,8 @@ static inline float max_of_lanes(Floats v) {
 // float arithmetic) among those that are 1 at 0. A power of two in the coefficients costs nothing and rounds nothing.
 template <int lowered>
 static inline Floats exp2_fraction(Floats f) {
-  constexpr float unit = 1.0f / static_cast<float>(uint64_t{1} << lowered / 2) / static_cast<float>(uint64_t{1} << (lowered - lowered / 2));
+  constexpr float unit = 1.0f / static_cast<float>(uint64_t{1} << lowered / 2) /
+                         static_cast<float>(uint64_t{1} << (lowered - lowered / 2));
   Floats p = f * (unit * 0x1.5bba14p-10f) + unit * 0x1.3cea88p-7f;
   p = p * f + unit * 0x1.c6b752p-5f;
   p = p * f + unit * 0x1.ebf9bcp-3f;

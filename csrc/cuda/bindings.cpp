@@ -48,8 +48,7 @@ void token_stats(const Matrix& student, const Matrix& teacher, uintptr_t tokens,
 void token_stats_backward(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
                           double temperature, const std::array<uintptr_t, 4>& upstream, uintptr_t saved,
                           const Matrix& out, int64_t first_column, uintptr_t stream) {
-  const Logits in =
-      make_logits(student, teacher, tokens, mask, vocab, temperature, upstream[0] != 0, first_column);
+  const Logits in = make_logits(student, teacher, tokens, mask, vocab, temperature, upstream[0] != 0, first_column);
   check_output(out, student);
   cuda::Upstream flowing{};
   for (int i = 0; i < 4; ++i) flowing.g[i] = pointer<const float>(upstream[i], "an upstream gradient", false);
@@ -119,8 +118,8 @@ void constrained_reward(const Matrix& student, const Matrix& teacher, uintptr_t 
   const BudgetRule account = make_rule(budget_rule);
   const RewardRule rule = make_rule(reward_rule);
   const py::gil_scoped_release release;
-  check(cuda::constrained_reward(in, out, which, sequences, budget, account, rule, outcome, scratch,
-                                 stream_at(stream)));
+  check(
+      cuda::constrained_reward(in, out, which, sequences, budget, account, rule, outcome, scratch, stream_at(stream)));
 }
 
 void budget_trace(uintptr_t cost, bool wide, uintptr_t mask, const SequenceArgs& layout, uintptr_t limits,

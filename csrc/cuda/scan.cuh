@@ -197,12 +197,9 @@ __global__ void __launch_bounds__(kThreads)
       rewards.started = started || first_kept < i;
       rewards.inside = inside && outside >= i;
       rewards.remaining_before = earlier ? number(to.remaining, at - 1) : 0;
-      const RewardInput line{cost[at],
-                             number(to.cumulative, at),
-                             remaining,
-                             number(to.excess, at),
-                             violated,
-                             violated && !(earlier && to.violated[at - 1] != 0)};
+      const RewardInput line{cost[at],  number(to.cumulative, at),
+                             remaining, number(to.excess, at),
+                             violated,  violated && !(earlier && to.violated[at - 1] != 0)};
       set(to.reward, at, keep ? rewards.push(number(to.task_reward, at), line, a.reward) : 0);
     }
     started = started || first_kept < kThreads;
