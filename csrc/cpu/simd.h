@@ -1,7 +1,7 @@
 // A vector of floats as wide as the instruction set, and the few operations that the kernels need on it.
 //
 // The compiler's vector types give + - * / and lane access; intrinsics appear only where the language has no word
-// (max without a NaN detour, half-precision conversion). Compiled once an instruction set, see CMakeLists.txt.
+// (max without a NaN detour, half-precision conversion). Compiled once per instruction set, see CMakeLists.txt.
 #pragma once
 
 #include <bit>
@@ -14,9 +14,7 @@
 #include <arm_neon.h>
 #endif
 
-#ifndef CMDP_ISA
-#define CMDP_ISA portable
-#endif
+#include "../logits.h"  // CMDP_ISA, conversions of one 16-bit float
 
 namespace cmdp {
 inline namespace CMDP_ISA {
@@ -42,13 +40,13 @@ static inline Floats load(const float* from) {
   return v;
 }
 
-// A bfloat16 is the upper half of a float: widening it while loading costs two instructions and no memory.
+// Widening a bfloat16 while loading it costs two instructions and no memory.
 struct BFloat16 {
   uint16_t bits;
 };
 
 static inline float widen(float value) { return value; }
-static inline float widen(BFloat16 value) { return std::bit_cast<float>(uint32_t{value.bits} << 16); }
+static inline float widen(BFloat16 value) { return from_bfloat16(value.bits); }
 
 static inline Floats load(const BFloat16* from) {
 #if defined(__AVX512F__)  // GCC 12 would widen two halves and join them
@@ -62,7 +60,7 @@ static inline Floats load(const BFloat16* from) {
 
 static inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
-// Round to nearest, ties to even; a NaN stays a NaN.
+// Rounds as to_bfloat16 does.
 static inline void store(BFloat16* to, Floats v) {
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
