@@ -154,7 +154,7 @@ PYBIND11_MODULE(_C, module) {
       .def_readonly("rows", &Matrix::rows)
       .def_readonly("width", &Matrix::width);
 
-  // The state's algebra itself, for tests and for those who read.
+  // The state's algebra itself, for tests and for readers.
   py::class_<TokenState>(module, "TokenState", "The mergeable state of one token (csrc/token_state.h).")
       .def(py::init(&TokenState::empty))
       .def("push", &TokenState::push)

@@ -50,7 +50,7 @@ struct BudgetState {
     return {total, limit - total, excess, violated, crossing};
   }
 
-  // What a masked token reports: the account as it stands.
+  // The step of a masked token: the account as it stands.
   CMDP_HD BudgetStep carry(const BudgetRule& rule) const {
     const double total = cumulative(rule);
     return {total, limit - total, 0, violated, false};
@@ -68,7 +68,7 @@ struct RewardRule {
   double barrier_slope;       // price of a unit of cost outside the barrier
 };
 
-// What the reward of a token may depend on, besides the task's reward: its cost and its line of the trace.
+// Everything that the reward of a token may depend on, besides the task's reward: its cost and its line of the trace.
 struct RewardInput {
   double cost, cumulative, remaining, excess;
   bool violated, crossing;

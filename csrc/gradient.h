@@ -1,10 +1,10 @@
-// What the forward pass saves of a row for the backward pass, and the gradient: one expression per column for the four
-// upstream gradients g_l, g_H, g_R, g_F (method: the table of gradients in cmdp_fast/reference.py):
+// The numbers that the forward pass saves of a row for the backward pass, and the gradient: one expression per column
+// for the four upstream gradients g_l, g_H, g_R, g_F (method: the table of gradients in cmdp_fast/reference.py):
 //
 //   dx = [ g_l (1[v=a] - p) - g_H p (log p + H) + g_R p (log p - log w - R) + g_F (p - w) ] / temperature.
 //
-// In powers of two, with t = L x - M and s = L y - N where M, N are the normalisers rounded to float and r, q what the
-// rounding left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of the row fold into a few coefficients:
+// In powers of two, with t = L x - M and s = L y - N where M, N are the normalisers rounded to float and r, q the rest
+// that the rounding left, p = 2^t 2^-r and w = 2^s 2^-q. All constants of the row fold into a few coefficients:
 //
 //   dx = 2^t (constant + per_t t + per_difference ((t - s) - center)) - per_w 2^s,      center = R in octaves.
 //
@@ -34,7 +34,8 @@ CMDP_HD static inline SavedRow saved_row(const TokenState& state, const TokenSta
   };
 }
 
-// The normalisers of a row as the forward pass saved them, and in octaves: a float, and what its rounding left.
+// The normalisers of a row as the forward pass saved them, and in octaves: a float, and the rest that its rounding
+// left.
 struct RowNormalizers {
   double m_exact, n_exact, log_z, log_u;
   float m, n;
@@ -50,7 +51,7 @@ struct RowNormalizers {
   CMDP_HD double log_w(double y) const { return (y - n_exact) - log_u; }
 };
 
-// What the gradient of a row's columns depends on, besides its normalisers.
+// The numbers that the gradient of a row's columns depends on, besides its normalisers.
 struct RowGradient {
   double g_l, g_h, g_r, g_f;  // upstream; g_r is 0 where R is infinite: its true gradient is, and would poison the step
   double h, r;                // H and R
@@ -93,7 +94,7 @@ CMDP_HD static inline Coefficients coefficients_of(const RowGradient& g, const R
   const double per_t = -g.g_h * kLn2, per_difference = g.g_r * kLn2;
   Coefficients out;
   out.center = static_cast<float>(g.r * kLog2e);
-  // What the float center and the float normalisers left of t - s - R.
+  // The part of t - s - R that the float center and the float normalisers left.
   const double off_center = out.center - g.r * kLog2e + norm.q - norm.r;
   const double constant = -g.g_l - g.g_h * g.h + g.g_f - per_t * norm.r + per_difference * off_center;
   out.constant = static_cast<float>(weight * constant);

@@ -1,5 +1,5 @@
-// What the CPU and the CUDA side share about logits: element types, where rows lie in memory, and what a row has beside
-// its logits: a mask, a token, statistics, saved numbers, upstream gradients.
+// Logits as the CPU and the CUDA side both see them: element types, the place of rows in memory, and everything that
+// belongs to a row: mask, token, statistics, saved numbers, upstream gradients.
 //
 // Plain structures in namespace cmdp: the bindings, every variant of the CPU kernels and the CUDA launchers see the
 // same ones. Functions that depend on the instruction set stand in its namespace.
@@ -55,8 +55,8 @@ static inline int64_t own_column(const Logits& in, int64_t row) {
   return column < static_cast<uint64_t>(in.vocab) ? static_cast<int64_t>(column) : -1;
 }
 
-// What the backward pass needs of a row, as Python keeps it: [rows, kSaved] doubles. The log-normalisers are m + log z
-// and n + log u; the parts are kept apart because m may be too large for the sum.
+// The numbers of a row that the backward pass needs, as Python keeps them: [rows, kSaved] doubles. The log-normalisers
+// are m + log z and n + log u; the parts are kept apart because m may be too large for the sum.
 struct SavedRow {
   double m, n, log_z, log_u;
   double entropy, reverse_kl;

@@ -1,4 +1,4 @@
-// The state of one token: everything that six statistics need to know of the columns seen so far.
+// The state of one token: everything that the six statistics need of the columns seen so far.
 //
 // For logits x (student) and y (teacher), already divided by the temperature, over the columns v seen:
 //
@@ -54,8 +54,7 @@ CMDP_HD static inline double multiply_add(double a, double b, double c) { return
 CMDP_HD static inline float multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
 
 // Raises the references of six sums, in any unit of logits and any precision: the student's by -drop = new m - old m,
-// the teacher's by -teacher_drop. `shrink` and `teacher_shrink` are what the weights e^(x-m) and e^(y-n) are multiplied
-// by.
+// the teacher's by -teacher_drop. `shrink` and `teacher_shrink` are the factors of the weights e^(x-m) and e^(y-n).
 template <class Sums, class Real>
 CMDP_HD static inline void shrink_sums(Sums& s, Real drop, Real teacher_drop, Real shrink, Real teacher_shrink) {
   const Real apart = drop - teacher_drop;
@@ -81,7 +80,7 @@ struct TokenState {
     return {-inf, -inf, 0, 0, 0, 0, 0, 0, -inf, -inf, 0, 0};
   }
 
-  // One column. Excluded columns (-inf) weigh nothing, whatever the other model says there: 0 * anything = 0.
+  // One column. Excluded columns (-inf) weigh nothing, with any logit of the other model there: 0 * anything = 0.
   CMDP_HD void push(double x, double y) { push_block(&x, &y, 1); }
 
   // Columns x[0..count), y[0..count). NaN and +inf make the sums NaN or infinite, which finish() turns into NaN.

@@ -1,4 +1,4 @@
-// What a compiled variant of the kernels offers to the module: a table of functions, each of one row.
+// The face of a compiled variant of the kernels: a table of functions, each of one row.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,12 @@ struct Mixture {
   double b, c_teacher, c_student;
 };
 
-// A row's divergence with a mixture, and what its gradient needs: sum p G (mixture.h).
+// A row's divergence with a mixture, and the number that its gradient needs: sum p G (mixture.h).
 struct MixtureValue {
   double value, mean;
 };
 
-// What the gradient of that divergence depends on: sum p G, and the upstream gradient.
+// The numbers that the gradient of that divergence depends on: sum p G, and the upstream gradient.
 struct MixtureGradient {
   double mean, upstream;
 };

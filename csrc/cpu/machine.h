@@ -1,4 +1,4 @@
-// What the module asks of the machine it runs on.
+// The module's questions to the machine it runs on.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace cmdp {
 
-// What the processor offers, for `cmdp-fast info`.
+// The processor's instruction sets, for `cmdp-fast info`.
 inline std::vector<std::string> cpu_features() {
   std::vector<std::string> features;
 #if defined(__x86_64__)

@@ -60,7 +60,7 @@ inline void token_stats_backward(const KernelTable& table, const Logits& in, con
   for_rows(in.student, threads, [&](int64_t row) { table.backward(in, row, upstream, saved, out); });
 }
 
-// The divergence of each row with a mixture, and what its gradient needs: [rows] each. 0 of masked rows.
+// The divergence of each row with a mixture, and the number that its gradient needs: [rows] each. 0 of masked rows.
 struct MixtureOut {
   double *value, *mean;
 };
@@ -74,7 +74,7 @@ inline void mixture(const KernelTable& table, const Logits& in, const Mixture& m
   });
 }
 
-// What the backward pass of a mixture has of each row: [rows] each.
+// The arrays that the backward pass of a mixture reads: [rows] each.
 struct MixtureUpstream {
   const double *mean, *upstream;
 };

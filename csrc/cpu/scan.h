@@ -33,7 +33,7 @@ struct Reward {
 };
 
 // The trace of every sequence, and in the same scan, if `reward` is given, the modified reward. The reward is computed
-// from the trace as it was written, so that it equals what modify_rewards() makes of that trace.
+// from the trace as it was written, so that it equals the result of modify_rewards() on that trace.
 inline void trace_budgets(const Sequences& sequences, const Spending& spending, const TraceArrays& out,
                           const Reward* reward) {
   for (int64_t s = 0; s < sequences.count; ++s) {

@@ -87,7 +87,7 @@ static inline Floats max(Floats a, Floats b) {
 }
 
 // a b + c with one rounding, wherever the expression stands: the compiler's own contraction stops at basic blocks, and
-// a logit times the scale, rounded before the reference comes off, would lose what the difference needs.
+// a logit times the scale, rounded before the reference comes off, would lose the digits that the difference needs.
 static inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -154,9 +154,9 @@ static inline Floats exp2(Floats t) {
   return (Floats)((Words)exp2_fraction<0>(f) + ((Words)shifted << 23));
 }
 
-// 2^t for t in [-104, 23], without a clamp: two integer operations in place of two comparisons. Whether every t was in
-// the range is told by `seen`, which collects what stands beside the bits of 1.5 * 2^23 in the shifted sums: biased by
-// 104 the integers fit in seven bits, and anything else, infinities and NaNs included, changes a bit above those.
+// 2^t for t in [-104, 23], without a clamp: two integer operations in place of two comparisons. `seen` tells whether
+// every t was in the range: it collects the bits that the shifted sums have beside those of 1.5 * 2^23. Biased by 104
+// the integers fit in seven bits, and any other value, infinities and NaNs included, changes a bit above those.
 constexpr int kExponentBias = 104;
 constexpr uint32_t kMagicBits = 0x4b400000;
 

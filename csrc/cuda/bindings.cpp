@@ -16,7 +16,7 @@ using namespace cmdp;
 
 namespace {
 
-// A launcher returns what was wrong, or nothing.
+// A launcher returns a message about its problem, or nothing.
 void check(const char* problem) {
   if (problem != nullptr) throw std::runtime_error(problem);
 }

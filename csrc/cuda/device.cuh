@@ -1,6 +1,6 @@
-// What the kernels need of the machine, in functions with one-word jobs. Each has a host alternative of the same
-// meaning, so that the kernels' own source can be compiled and run on a processor (launch.h lists what has to stand in
-// for CUDA there).
+// The machine as the kernels need it, in functions with one-word jobs. Each has a host alternative of the same
+// meaning, so that the kernels' own source can be compiled and run on a processor (launch.h lists the names that have
+// to stand in for CUDA there).
 #pragma once
 
 #include <bit>

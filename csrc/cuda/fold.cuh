@@ -176,7 +176,7 @@ __device__ __forceinline__ TokenState fold(const Segment<X, Y>& segment, const S
     x_at += tile, y_at += tile;
   }
 #pragma unroll 1
-  for (int piece = 0; piece < S::kPieces; ++piece) {  // what is left, with fewer registers
+  for (int piece = 0; piece < S::kPieces; ++piece) {  // the rest, with fewer registers
     const int64_t first = start + int64_t{tiles} * tile + first_column<S>() + piece * S::kHop;
     if (first >= stop) break;
     const int count = static_cast<int>(stop - first);

@@ -15,7 +15,7 @@
 
 namespace cmdp::cuda {
 
-// What a segment of a row leaves behind: its TokenState but for the token's logits, and 1 if it was folded exactly,
+// A folded segment of a row: its TokenState but for the token's logits, and 1 if it was folded exactly,
 // else 0. As Python allots it: kPartial doubles.
 struct PartialState {
   double m, n, z, u, a, b, h, k, r_inf, f_inf;
@@ -54,7 +54,7 @@ struct Sequences {
   const uint8_t* mask;  // [tokens], 0 = does not count; or null
 };
 
-// What a scan does with the costs of a sequence, and where the trace and the modified reward of each token go.
+// How a scan treats the costs of a sequence, and where the trace and the modified reward of each token go.
 struct Scan {
   BudgetRule budget;
   RewardRule reward;

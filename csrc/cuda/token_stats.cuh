@@ -2,8 +2,8 @@
 //
 // One block folds one segment of a row; into how many segments a row is cut depends on its width alone. The last block
 // of a row to arrive merges the states of its segments, in a fixed order, and finishes the row; the last row of a
-// sequence to arrive lets its block scan the sequence. Who is last differs from run to run, what it computes does not:
-// the same row gives bitwise the same result in every run and every batch.
+// sequence to arrive lets its block scan the sequence. Which block is last differs from run to run, its result does
+// not: the same row gives bitwise the same result in every run and every batch.
 //
 // Arrivals: a block writes what others will read, makes it visible (__threadfence) and counts itself with atomicInc,
 // which wraps to zero at the last arrival, so that the counters are as they were when the kernel ends. The last one to

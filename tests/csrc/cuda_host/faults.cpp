@@ -76,7 +76,7 @@ __global__ void half_at_a_barrier(float*) {
   __syncwarp();
 }
 
-// What has returned takes no part in a barrier.
+// A thread that has returned takes no part in a barrier.
 __global__ void early_return(float* out) {
   if (threadIdx.x >= 10) return;
   __shared__ float value;

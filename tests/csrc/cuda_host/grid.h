@@ -91,7 +91,7 @@ struct Block {
 
 class Grid {
  public:
-  // What is drawn from now on. 0: nothing.
+  // The seed of all draws from now on. 0: nothing is drawn.
   void seed(uint64_t value) { random_ = value; }
 
   uint64_t launches() const { return launches_; }
@@ -117,7 +117,7 @@ class Grid {
     if (!fault_.empty()) throw Fault(fault_);
   }
 
-  // --- What threads call
+  // --- Called by threads
 
   void barrier(Site site) { pause(Wait::barrier, site); }
 
@@ -136,7 +136,7 @@ class Grid {
     if (global && !fenced()) fail("an atomic on global memory without a __threadfence before it", site);
     pause(Wait::nothing, site);
     thread_->owes_fence = thread_->owes_fence || global;
-    // What the block has not done yet, others may have to do without.
+    // Other blocks may have to do without the work that this block has not done yet.
     block_->asleep = global && random_ != 0 && draw(2) == 0;
   }
 
