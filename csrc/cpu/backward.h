@@ -6,21 +6,21 @@
 namespace cmdp {
 inline namespace CMDP_ISA {
 
+// `k` is a copy, which no store to `out` can change.
 template <bool kTeacher, bool kForwardKl, class X, class Y>
-static inline void gradient_block(const Block<X, Y>& block, X* out, const Octaves& octaves, const Coefficients& k) {
+static inline void gradient_block(const Block<X, Y>& block, X* out, const Octaves& octaves, Coefficients k) {
   const auto [x, y, count] = block;
   const Floats per_octave = splat(octaves.scale), minus_m = splat(-octaves.m), minus_n = splat(-octaves.n);
-  const auto [constant, per_t, per_difference, per_w, center, modest] = k;
   const auto step = [&](const auto* xs, const auto* ys, auto* to) {
     Floats t = multiply_add(load(xs), per_octave, minus_m);
     // An excluded column is clamped to where its weight is exactly zero.
     t = max(t, splat(kWeightless));
-    Floats factor = t * per_t + constant, value;
+    Floats factor = t * k.per_t + k.constant, value;
     if constexpr (kTeacher) {
       const Floats s = max(multiply_add(load(ys), per_octave, minus_n), splat(-1e30f));
-      factor = ((t - s) - center) * per_difference + factor;
+      factor = ((t - s) - k.center) * k.per_difference + factor;
       value = exp2(t) * factor;
-      if constexpr (kForwardKl) value = value - exp2(s) * per_w;
+      if constexpr (kForwardKl) value = value - exp2(s) * k.per_w;
     } else {
       value = exp2(t) * factor;
     }
