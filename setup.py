@@ -2,7 +2,7 @@
 else is in pyproject.toml.
 
 The library works without the native module (the plain PyTorch backend serves), so a missing compiler does not fail the
-installation. The reason is written beside the place of the module, since pip shows nothing of what is printed here, and
+installation. The reason is written beside the place of the module, since pip shows nothing that is printed here, and
 `cmdp-fast info` and a warning tell it. Set CMDP_FAST_REQUIRE_NATIVE=1 to make it fail instead. Likewise the CUDA
 kernels, which are built where there are an nvcc and an NVIDIA GPU; CMDP_FAST_CUDA=1 builds them anywhere or fails, 0
 leaves them out.
@@ -39,7 +39,7 @@ def run(command: list[str]) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Why a build failed, in one line: what a compiler or CMake said from its first error on."""
+    """Why a build failed, in one line: the words of a compiler or CMake from its first error on."""
     output = getattr(error, "output", None) or str(error)
     if "No CMAKE_CXX_COMPILER could be found" in output:
         return "no C++ compiler was found"
@@ -52,7 +52,7 @@ def reason(error: Exception) -> str:
 
 
 class CleanBuild(build):
-    """A build from nothing: what an earlier one left, modules since deleted for instance, would be packed again."""
+    """A build from nothing: the files of an earlier one, modules since deleted for instance, would be packed again."""
 
     def run(self) -> None:
         earlier = Path(self.build_lib) / "cmdp_fast"
@@ -84,7 +84,7 @@ class CMakeBuild(build_ext):
             self.extensions = []
 
     def copy_extensions_to_source(self) -> None:
-        """What this build made, and nothing of an earlier one: an editable installation imports it there."""
+        """The modules that this build made, none of an earlier one: an editable installation imports them there."""
         source = Path(self.get_finalized_command("build_py").get_package_dir("cmdp_fast"))
         for built in self._built():
             target = source / built.name
@@ -96,7 +96,7 @@ class CMakeBuild(build_ext):
                 self._remove([target])
 
     def _built(self) -> list[Path]:
-        """The files that a build can make: both modules, and the word of its failure."""
+        """The files that a build can make: both modules, and the reason of its failure."""
         modules = (self.get_ext_filename(f"cmdp_fast.{name}") for name in ("_C", "_cuda"))
         folder = Path(self.build_lib).resolve()
         return [folder / module for module in modules] + [folder / "cmdp_fast" / native_module["FAILURE"]]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SAVED = 7  # numbers per row that the backward pass needs: kSaved in csrc/cpu/kernels.h
+SAVED = 7  # numbers per row that the backward pass needs: SavedRow in csrc/logits.h
 
 
 class Pair(NamedTuple):

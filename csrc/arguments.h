@@ -1,15 +1,17 @@
-// What both Python modules make of the numbers that Python hands them: pointers, matrices, rules. Every argument is checked
-// before it is used: a wrong call raises, it does not read a stray address.
+// The arguments of both Python modules: from Python's numbers to pointers, matrices, arrays and rules. Every argument
+// is checked before it is used: a wrong call raises, it does not read a stray address.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "arrays.h"
 #include "budget.h"
-#include "cpu/kernels.h"
+#include "logits.h"
 
 namespace cmdp {
 
@@ -63,21 +65,79 @@ inline Matrix make_matrix(uintptr_t address, const std::string& dtype, const std
   return matrix;
 }
 
-inline Logits make_logits(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
-                          double temperature, bool needs_tokens, int64_t first_column = 0) {
+// As in Logits.
+struct LogitsArgs {
+  const Matrix &student, &teacher;
+  uintptr_t tokens, mask;
+  int64_t vocab;
+  double temperature;
+  int64_t first_column = 0;
+};
+
+inline Logits make_logits(const LogitsArgs& args, bool needs_tokens) {
+  const auto& [student, teacher, tokens, mask, vocab, temperature, first_column] = args;
   if (student.rows != teacher.rows) fail("student and teacher have different numbers of rows");
   if (vocab < 1 || vocab > student.width || vocab > teacher.width) fail("vocab is outside the width of the logits");
   if (!(temperature > 0)) fail("the temperature must be positive");
   if (first_column < 0) fail("first_column is negative");
   const bool needed = needs_tokens && student.rows > 0;
-  return {student, teacher, pointer<const int64_t>(tokens, "tokens", needed),
-          pointer<const uint8_t>(mask, "mask", false), vocab, temperature, first_column};
+  return {student,
+          teacher,
+          pointer<const int64_t>(tokens, "tokens", needed),
+          pointer<const uint8_t>(mask, "mask", false),
+          vocab,
+          temperature,
+          first_column};
+}
+
+// An address per statistic, in the order of Statistic; all null if only the saved rows are wanted.
+using StatisticArgs = std::array<uintptr_t, kStatistics>;
+
+inline bool wanted(const StatisticArgs& statistics) { return statistics[kLogprob] != 0; }
+
+inline StatsOut make_statistics(const StatisticArgs& statistics, bool wide, uintptr_t saved, int64_t rows) {
+  const bool any = rows > 0, needed = any && wanted(statistics);
+  StatsOut out{{}, wide, pointer<SavedRow>(saved, "saved", any)};
+  for (int i = 0; i < kStatistics; ++i) {
+    out.statistics[i] = wide ? static_cast<void*>(pointer<double>(statistics[i], "a statistic", needed))
+                             : static_cast<void*>(pointer<float>(statistics[i], "a statistic", needed));
+  }
+  return out;
+}
+
+using UpstreamArgs = std::array<uintptr_t, 4>;  // as in Upstream
+
+template <class Real>
+Upstream<Real> make_upstream(const UpstreamArgs& args) {
+  const auto at = [](uintptr_t address) { return pointer<const Real>(address, "an upstream gradient", false); };
+  const auto [logprob, entropy, reverse_kl, forward_kl] = args;
+  return {at(logprob), at(entropy), at(reverse_kl), at(forward_kl)};
 }
 
 inline void check_output(const Matrix& out, const Matrix& student) {
   if (out.rows != student.rows || out.width != student.width || out.dtype != student.dtype) {
     fail("the gradient must have the rows, width and dtype of the student's logits");
   }
+}
+
+inline Numbers make_numbers(uintptr_t address, bool wide, const char* name, bool needed) {
+  if (wide) return {pointer<double>(address, name, needed), true};
+  return {pointer<float>(address, name, needed), false};
+}
+
+using TraceArgs = std::array<uintptr_t, 5>;  // cumulative, remaining, violated, first_violation, excess
+
+// `sequences`: for how many first_violation is needed.
+inline TraceArrays make_trace(const TraceArgs& args, bool wide, int64_t tokens, int64_t sequences) {
+  const auto [cumulative, remaining, violated, first_violation, excess] = args;
+  const bool any = tokens > 0;
+  return {make_numbers(cumulative, wide, "cumulative", any), make_numbers(remaining, wide, "remaining", any),
+          make_numbers(excess, wide, "excess", any), pointer<uint8_t>(violated, "violated", any),
+          pointer<int64_t>(first_violation, "first_violation", sequences > 0)};
+}
+
+inline RewardArrays make_rewards(uintptr_t task_reward, uintptr_t reward, bool wide, bool needed) {
+  return {make_numbers(task_reward, wide, "task_reward", needed), make_numbers(reward, wide, "reward", needed)};
 }
 
 inline RewardKind reward_kind(const std::string& kind) {
@@ -89,7 +149,7 @@ inline RewardKind reward_kind(const std::string& kind) {
   fail("reward kind '" + kind + "' is unknown");
 }
 
-using BudgetArgs = std::tuple<double, bool, bool>;                                  // gamma, mean, inclusive
+using BudgetArgs = std::tuple<double, bool, bool>;                                 // gamma, mean, inclusive
 using RewardArgs = std::tuple<std::string, bool, double, double, double, double>;  // as in RewardRule
 
 inline BudgetRule make_rule(const BudgetArgs& args) {

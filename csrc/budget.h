@@ -11,9 +11,9 @@ namespace cmdp {
 inline namespace CMDP_ISA {
 
 struct BudgetRule {
-  double gamma;      // discount of the cost, 1 = plain sum
-  bool mean;         // prefix mean instead of sum
-  bool inclusive;    // a spent budget (C = d) already violates: Saute's own convention
+  double gamma;    // discount of the cost, 1 = plain sum
+  bool mean;       // prefix mean instead of sum
+  bool inclusive;  // a spent budget (C = d) already violates: Saute's own convention
 };
 
 struct BudgetStep {
@@ -50,7 +50,7 @@ struct BudgetState {
     return {total, limit - total, excess, violated, crossing};
   }
 
-  // What a masked token reports: the account as it stands.
+  // The step of a masked token: the account as it stands.
   CMDP_HD BudgetStep carry(const BudgetRule& rule) const {
     const double total = cumulative(rule);
     return {total, limit - total, 0, violated, false};
@@ -61,14 +61,14 @@ enum class RewardKind : int { cmdp, hinge, saute, lagrangian, barrier };
 
 struct RewardRule {
   RewardKind kind;
-  bool penalty_at_crossing;  // else at every violating token
-  double penalty;            // n
-  double discrepancy_weight; // beta
-  double coefficient;        // lambda, or kappa of the barrier
-  double barrier_slope;      // price of a unit of cost outside the barrier
+  bool penalty_at_crossing;   // else at every violating token
+  double penalty;             // n
+  double discrepancy_weight;  // beta
+  double coefficient;         // lambda, or kappa of the barrier
+  double barrier_slope;       // price of a unit of cost outside the barrier
 };
 
-// What the reward of a token may depend on, besides the task's reward: its cost and its line of the trace.
+// Everything that the reward of a token may depend on, besides the task's reward: its cost and its line of the trace.
 struct RewardInput {
   double cost, cumulative, remaining, excess;
   bool violated, crossing;

@@ -1,4 +1,4 @@
-// What kernels multiply logits by, and the small arithmetic that every backend has to do alike.
+// The factor that kernels multiply logits by, and the small arithmetic that every backend has to do alike.
 #pragma once
 
 #include <bit>
@@ -13,7 +13,7 @@ inline namespace CMDP_ISA {
 constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr double kLog2e = 1.44269504088896340735992468100;
 
-// log2(e)/temperature as the kernels multiply by it, and what that factor is in natural units.
+// log2(e)/temperature as the kernels multiply by it, and that same factor in natural units.
 struct Scale {
   float per_octave;
   double natural;

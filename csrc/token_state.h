@@ -1,4 +1,4 @@
-// The state of one token: everything that six statistics need to know of the columns seen so far.
+// The state of one token: everything that the six statistics need of the columns seen so far.
 //
 // For logits x (student) and y (teacher), already divided by the temperature, over the columns v seen:
 //
@@ -16,6 +16,7 @@
 // Header-only, free of any framework, double throughout. CMDP_HD makes it host and device code under nvcc.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -27,18 +28,43 @@
 #define CMDP_HD
 #endif
 #endif
-// One namespace an instruction set: the linker must never merge an AVX-512 copy of an inline function into code
-// that runs elsewhere.
+// One namespace per instruction set: the linker must never merge an AVX-512 copy of an inline function into code that
+// runs elsewhere.
 #ifndef CMDP_ISA
 #define CMDP_ISA portable
 #endif
 
 namespace cmdp {
+
+// The order of the six statistics, wherever there is one array for each.
+enum Statistic : int { kLogprob, kTeacherLogprob, kEntropy, kTeacherEntropy, kReverseKl, kForwardKl, kStatistics };
+
 inline namespace CMDP_ISA {
 
 struct TokenStats {
   double logprob, teacher_logprob, entropy, teacher_entropy, reverse_kl, forward_kl;
+
+  CMDP_HD std::array<double, kStatistics> in_order() const {
+    return {logprob, teacher_logprob, entropy, teacher_entropy, reverse_kl, forward_kl};
+  }
 };
+
+// a b + c. In double the compiler may fuse it or not; in float it is one rounding.
+CMDP_HD static inline double multiply_add(double a, double b, double c) { return a * b + c; }
+CMDP_HD static inline float multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
+
+// Raises the references of six sums, in any unit of logits and any precision: the student's by -drop = new m - old m,
+// the teacher's by -teacher_drop. `shrink` and `teacher_shrink` are the factors of the weights e^(x-m) and e^(y-n).
+template <class Sums, class Real>
+CMDP_HD static inline void shrink_sums(Sums& s, Real drop, Real teacher_drop, Real shrink, Real teacher_shrink) {
+  const Real apart = drop - teacher_drop;
+  s.a = multiply_add(apart, s.z, s.a) * shrink;
+  s.b = multiply_add(-apart, s.u, s.b) * teacher_shrink;
+  s.h = multiply_add(drop, s.z, s.h) * shrink;
+  s.k = multiply_add(teacher_drop, s.u, s.k) * teacher_shrink;
+  s.z *= shrink;
+  s.u *= teacher_shrink;
+}
 
 struct TokenState {
   double m, n;              // references of student and teacher
@@ -54,7 +80,7 @@ struct TokenState {
     return {-inf, -inf, 0, 0, 0, 0, 0, 0, -inf, -inf, 0, 0};
   }
 
-  // One column. Excluded columns (-inf) weigh nothing, whatever the other model says there: 0 * anything = 0.
+  // One column. Excluded columns (-inf) weigh nothing, with any logit of the other model there: 0 * anything = 0.
   CMDP_HD void push(double x, double y) { push_block(&x, &y, 1); }
 
   // Columns x[0..count), y[0..count). NaN and +inf make the sums NaN or infinite, which finish() turns into NaN.
@@ -95,16 +121,9 @@ struct TokenState {
 
   // Moves the references up. An empty side (z = 0) has nothing to scale and only takes the new reference.
   CMDP_HD void raise(double new_m, double new_n) {
-    const double r = new_m != m && z != 0 ? new_m - m : 0, q = new_n != n && u != 0 ? new_n - n : 0;
-    if (r != 0 || q != 0) {
-      const double scale_x = std::exp(-r), scale_y = std::exp(-q);
-      a = scale_x * (a - (r - q) * z);
-      b = scale_y * (b - (q - r) * u);
-      h = scale_x * (h - r * z);
-      k = scale_y * (k - q * u);
-      z *= scale_x;
-      u *= scale_y;
-    }
+    const double drop = new_m != m && z != 0 ? m - new_m : 0;
+    const double teacher_drop = new_n != n && u != 0 ? n - new_n : 0;
+    if (drop != 0 || teacher_drop != 0) shrink_sums(*this, drop, teacher_drop, std::exp(drop), std::exp(teacher_drop));
     m = new_m;
     n = new_n;
   }

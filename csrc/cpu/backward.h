@@ -1,4 +1,4 @@
-// Backward pass: the gradient of a row (gradient.h), vector by vector.
+// Backward pass: the gradient of a row (gradient.h), a vector at a time.
 #pragma once
 
 #include "forward.h"
@@ -6,25 +6,21 @@
 namespace cmdp {
 inline namespace CMDP_ISA {
 
-static inline RowGradient row_gradient(const Logits& in, int64_t row, const Upstream& up, const double* saved) {
-  const auto g = [&](int i) { return up.g[i] != nullptr ? up.g[i][row] : 0.0; };
-  return row_gradient(g(0), g(1), g(2), g(3), saved, natural_scale(in));
-}
-
+// `k` is a copy, which no store to `out` can change.
 template <bool kTeacher, bool kForwardKl, class X, class Y>
-static inline void gradient_block(const X* x, const Y* y, X* out, int64_t count, float scale, float m, float n,
-                                  float center, const float (&c)[4]) {
-  const Floats per_octave = splat(scale), minus_m = splat(-m), minus_n = splat(-n);
+static inline void gradient_block(const Block<X, Y>& block, X* out, const Octaves& octaves, Coefficients k) {
+  const auto [x, y, count] = block;
+  const Floats per_octave = splat(octaves.scale), minus_m = splat(-octaves.m), minus_n = splat(-octaves.n);
   const auto step = [&](const auto* xs, const auto* ys, auto* to) {
     Floats t = multiply_add(load(xs), per_octave, minus_m);
     // An excluded column is clamped to where its weight is exactly zero.
     t = max(t, splat(kWeightless));
-    Floats factor = t * c[1] + c[0], value;
+    Floats factor = t * k.per_t + k.constant, value;
     if constexpr (kTeacher) {
       const Floats s = max(multiply_add(load(ys), per_octave, minus_n), splat(-1e30f));
-      factor = ((t - s) - center) * c[2] + factor;
+      factor = ((t - s) - k.center) * k.per_difference + factor;
       value = exp2(t) * factor;
-      if constexpr (kForwardKl) value = value - exp2(s) * c[3];
+      if constexpr (kForwardKl) value = value - exp2(s) * k.per_w;
     } else {
       value = exp2(t) * factor;
     }
@@ -49,64 +45,64 @@ static inline void zero_columns(const Matrix& matrix, void* row, int64_t from) {
   }
 }
 
-// Applies `block(x, y, out, count)` to the float blocks of a row, converting from and to the element type.
-template <class Block>
-static inline void map_blocks(const Logits& in, const void* x, const void* y, bool reads_teacher, void* out,
-                              const Block& block) {
+// Applies `body(block, out)` to the blocks of a row's first `vocab` columns as floats, converting from and to the
+// element type. Without reads_teacher the block's y is its x.
+template <class Body>
+static inline void map_blocks(const RowPair& rows, int64_t vocab, bool reads_teacher, const OutRow& out,
+                              const Body& body) {
   alignas(64) float buffer_x[kBlock], buffer_y[kBlock], buffer_out[kBlock];
-  const DType dtype = in.student.dtype;
-  for (int64_t start = 0; start < in.vocab; start += kBlock) {
-    const int64_t count = std::min(kBlock, in.vocab - start);
-    const float* bx = as_floats(x, dtype, start, count, buffer_x);
-    const float* by = reads_teacher ? as_floats(y, in.teacher.dtype, start, count, buffer_y) : bx;
-    float* to = dtype == DType::float32 ? static_cast<float*>(out) + start : buffer_out;
-    block(bx, by, to, count);
-    if (dtype != DType::float32) from_floats(buffer_out, out, dtype, start, count);
+  const bool in_place = out.dtype == DType::float32;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t count = std::min(kBlock, vocab - start);
+    const float* x = rows.x.floats(start, count, buffer_x);
+    const float* y = reads_teacher ? rows.y.floats(start, count, buffer_y) : x;
+    float* to = in_place ? static_cast<float*>(out.data) + start : buffer_out;
+    body(Block<float, float>{x, y, count}, to);
+    if (!in_place) out.set_halves(buffer_out, start, count);
   }
 }
 
-static void backward(const Logits& in, int64_t row, const Upstream& up, const double* saved, const Matrix& out) {
-  void* to = row_of(out, row);
-  if (in.mask != nullptr && in.mask[row] == 0) {
-    zero_columns(out, to, 0);
+static void backward(const Logits& in, int64_t row, const Upstream<double>& upstream, const SavedRow* saved_rows,
+                     const Matrix& out) {
+  const OutRow to{row_of(out, row), out.dtype};
+  if (!unmasked(in.mask, row)) {
+    zero_columns(out, to.data, 0);
     return;
   }
-  const void* x = row_of(in.student, row);
-  const void* y = row_of(in.teacher, row);
-  saved += kSaved * row;
-  const RowGradient g = row_gradient(in, row, up, saved);
+  const RowPair rows(in, row);
+  const SavedRow& saved = saved_rows[row];
+  const RowGradient g = row_gradient(upstream, row, saved, natural_scale(in));
   const RowNormalizers norm(saved);
-  const auto column = [&](int64_t i, bool own) {
-    return column_gradient(g, norm, element(x, in.student.dtype, i), element(y, in.teacher.dtype, i), own);
-  };
+  const auto column = [&](int64_t i, bool own) { return column_gradient(g, norm, rows.x[i], rows.y[i], own); };
   const int64_t token = own_column(in, row);
   // Before anything is written: the output may be the logits themselves.
   const double own = token >= 0 ? column(token, true) : 0;
 
   const Coefficients k = coefficients_of(g, norm);
-  const bool fast = saved[6] == 0 && k.modest;
-  if (fast) {
-    const float scale = scale_of(in.temperature).per_octave;
-    const bool forward_kl = k.c[3] != 0, teacher = forward_kl || k.c[2] != 0;
-    const auto block = [&](const auto* bx, const auto* by, auto* dx, int64_t count) {
+  if (saved.exact == 0 && k.modest) {
+    const Octaves octaves{scale_of(in.temperature).per_octave, norm.m, norm.n};
+    const bool forward_kl = k.per_w != 0, teacher = forward_kl || k.per_difference != 0;
+    const auto body = [&](const auto& block, auto* dx) {
       if (forward_kl) {
-        gradient_block<true, true>(bx, by, dx, count, scale, norm.m, norm.n, k.center, k.c);
+        gradient_block<true, true>(block, dx, octaves, k);
       } else if (teacher) {
-        gradient_block<true, false>(bx, by, dx, count, scale, norm.m, norm.n, k.center, k.c);
+        gradient_block<true, false>(block, dx, octaves, k);
       } else {
-        gradient_block<false, false>(bx, by, dx, count, scale, norm.m, norm.n, k.center, k.c);
+        gradient_block<false, false>(block, dx, octaves, k);
       }
     };
-    if (in.student.dtype == DType::bfloat16 && (!teacher || in.teacher.dtype == DType::bfloat16)) {
-      block(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), static_cast<BFloat16*>(to), in.vocab);
+    if (rows.x.dtype == DType::bfloat16 && (!teacher || rows.y.dtype == DType::bfloat16)) {
+      const auto* x = static_cast<const BFloat16*>(rows.x.data);
+      const auto* y = static_cast<const BFloat16*>(rows.y.data);
+      body(Block<BFloat16, BFloat16>{x, y, in.vocab}, static_cast<BFloat16*>(to.data));
     } else {
-      map_blocks(in, x, y, teacher, to, block);
+      map_blocks(rows, in.vocab, teacher, to, body);
     }
   } else {
-    for (int64_t i = 0; i < in.vocab; ++i) set_element(to, in.student.dtype, i, column(i, false));
+    for (int64_t i = 0; i < in.vocab; ++i) to.set(i, column(i, false));
   }
-  if (token >= 0) set_element(to, in.student.dtype, token, own);
-  zero_columns(out, to, in.vocab);
+  if (token >= 0) to.set(token, own);
+  zero_columns(out, to.data, in.vocab);
 }
 
 }  // namespace CMDP_ISA

@@ -1,14 +1,14 @@
-// Forward pass: feeds the columns of a row, a block at a time, to the state of token_state.h.
+// Forward pass: folds the columns of a row, a block at a time, into the state of token_state.h.
 //
 // Within a block everything is float32 and in powers of two. With L = log2(e)/temperature (rounded to float) and
 // block-wide references M, N, each column has t = L x - M and s = L y - N, one fused multiply-add each, and
 //
 //   z += 2^t    u += 2^s    a += 2^t (t - s)    b += 2^s (s - t)    h += 2^t t    k += 2^s s.
 //
-// What L x means as a logit is exact: the state of the block is that of the logits (L ln 2) x with reference M ln 2,
-// and L ln 2 differs from 1/temperature by less than 6e-8 relatively, the same for all columns and for the
-// backward pass. Differences t - s are taken relative to the references, so that a common shift of one model's
-// logits costs no precision. Across blocks the sums are double.
+// L x stands for an exact logit: the state of the block is that of the logits (L ln 2) x with reference M ln 2. L ln 2
+// differs from 1/temperature by less than 6e-8 relatively, the same for all columns and for the backward pass.
+// Differences t - s are taken relative to the references, so that a common shift of one model's logits costs no
+// precision. Across blocks the sums are double.
 //
 // The reference of a row's segment is the maximum of its first block; a block that exceeds it by 2^23 gets its own.
 // Maxima are therefore looked for in one block of a segment only, and memory is read once.
@@ -17,15 +17,17 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../arrays.h"
 #include "../gradient.h"
 #include "../scale.h"
 #include "../token_state.h"
 #include "dtype.h"
+#include "kernels.h"
 
 namespace cmdp {
 inline namespace CMDP_ISA {
 
-constexpr int kUnroll = 3;  // vectors a step and model: independent chains that hide the latency of the polynomial
+constexpr int kUnroll = 3;  // vectors per step and model: independent chains that hide the latency of the polynomial
 constexpr int64_t kStep = kUnroll * kLanes;
 // Float sums are kept in two levels, a run of 11 steps and a block of 8 runs, so that no lane makes more than some 40
 // additions before its sum goes on in double. The buffers of a block stay in the L1 cache.
@@ -35,10 +37,31 @@ constexpr int64_t kBlock = 8 * kRun;
 constexpr int64_t kSegment = 8 * kBlock;
 constexpr int64_t kAhead = 2048;  // columns between reading and prefetching
 
-// The factor by which raw logits are multiplied: 1/temperature for float64, Scale::natural otherwise.
+// Folded columns, and whether they needed the exact way: a StoredState with names.
+struct SegmentState {
+  TokenState state;
+  double exact;
+};
+static_assert(sizeof(SegmentState) == sizeof(StoredState) && StoredState::kNumbers == TokenState::kFields + 1);
+
+// How a kernel in float32 sees raw logits: t = scale x - m, s = scale y - n.
+struct Octaves {
+  float scale, m, n;
+};
+
+// A block of columns of both models.
+template <class X, class Y>
+struct Block {
+  const X* x;
+  const Y* y;
+  int64_t count;
+};
+
 static inline bool is_wide(const Logits& in) {
   return in.student.dtype == DType::float64 || in.teacher.dtype == DType::float64;
 }
+
+// The factor by which raw logits are multiplied: 1/temperature for float64, Scale::natural otherwise.
 static inline double natural_scale(const Logits& in) {
   return is_wide(in) ? 1.0 / in.temperature : scale_of(in.temperature).natural;
 }
@@ -52,18 +75,19 @@ struct BlockSums {
   float only_x, only_y;  // > 0 if a column is excluded by the teacher alone (by the student alone)
 };
 
-// The six sums of one block, `count` columns. The plain version takes logits up to about 16 nats above the reference
-// (further up t has lost digits) and, without AVX-512, 72 nats below it, which is all that a language model says, and
-// reports anything else as not usable. With kExcluded, columns of -inf weigh zero instead of 0 * inf = NaN, and so do
-// columns far below the reference.
+// The six sums of one block. The plain version takes logits up to about 16 nats above the reference (further up t has
+// lost digits) and, without AVX-512, 72 nats below it: everything that a language model says. It reports any other
+// block as not usable. With kExcluded, columns of -inf weigh zero instead of 0 * inf = NaN, and so do columns far below
+// the reference.
 template <bool kExcluded, class X, class Y>
-static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float scale, float m, float n) {
-  Floats z{}, u{}, a{}, b{}, h{}, k{};                                     // of the run
-  Floats run_z{}, run_u{}, run_a{}, run_b{}, run_h{}, run_k{};             // of the runs before it
+static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octaves) {
+  const auto [x, y, count] = block;
+  Floats z{}, u{}, a{}, b{}, h{}, k{};                          // of the run
+  Floats run_z{}, run_u{}, run_a{}, run_b{}, run_h{}, run_k{};  // of the runs before it
   Floats only_x{}, only_y{}, extreme{}, top = splat(-3e38f);
   Words seen{};
-  const Floats factor = splat(scale), minus_m = splat(-m), minus_n = splat(-n);
-  const auto step = [&]<bool kCareful>(const auto* xs, const auto* ys) {
+  const Floats factor = splat(octaves.scale), minus_m = splat(-octaves.m), minus_n = splat(-octaves.n);
+  const auto step = [&]<bool kWithExcluded>(const auto* xs, const auto* ys) {
     Floats t[kUnroll], s[kUnroll], et[kUnroll], es[kUnroll];
     Ints both[kUnroll];
     for (int j = 0; j < kUnroll; ++j) {
@@ -71,7 +95,7 @@ static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float 
       s[j] = multiply_add(load(ys + j * kLanes), factor, minus_n);
     }
     for (int j = 0; j < kUnroll; ++j) {
-      if constexpr (kCareful) {
+      if constexpr (kWithExcluded) {
         const Floats gone = splat(-__builtin_inff()), bottom = splat(-1e30f);
         const Ints one = (Ints)splat(1.0f);
         const Ints has_x = load(xs + j * kLanes) != gone, has_y = load(ys + j * kLanes) != gone;
@@ -91,7 +115,7 @@ static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float 
     }
     for (int j = 0; j < kUnroll; ++j) {
       Floats difference = t[j] - s[j];
-      if constexpr (kCareful) difference = (Floats)((Ints)difference & both[j]);
+      if constexpr (kWithExcluded) difference = (Floats)((Ints)difference & both[j]);
       a += et[j] * difference;
       b -= es[j] * difference;
     }
@@ -126,9 +150,15 @@ static inline BlockSums block_sums(const X* x, const Y* y, int64_t count, float 
     step.template operator()<true>(static_cast<const float*>(tail_x), static_cast<const float*>(tail_y));
     end_run();
   }
-  BlockSums sums{sum_of_lanes(run_z), sum_of_lanes(run_u), sum_of_lanes(run_a),
-                 sum_of_lanes(run_b), sum_of_lanes(run_h), sum_of_lanes(run_k),
-                 false,               sum_of_lanes(only_x), sum_of_lanes(only_y)};
+  BlockSums sums{sum_of_lanes(run_z),
+                 sum_of_lanes(run_u),
+                 sum_of_lanes(run_a),
+                 sum_of_lanes(run_b),
+                 sum_of_lanes(run_h),
+                 sum_of_lanes(run_k),
+                 false,
+                 sum_of_lanes(only_x),
+                 sum_of_lanes(only_y)};
   // Not usable if a sum is NaN or infinite, or if some t is so large that it has lost digits.
   sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) &&
                 (kExcluded || (sums.z < kHeavy && sums.u < kHeavy)) && finite(sums.z) && finite(sums.u) &&
@@ -162,18 +192,14 @@ static inline TokenState block_state(const BlockSums& sums, double m, double n) 
           sums.only_y > 0 ? 1.0 : 0.0};
 }
 
-// The exact, slow way for a block: double throughout, every special value as token_state.h says.
-static inline void push_exactly(TokenState& state, const Logits& in, const void* x, const void* y, int64_t from,
-                                int64_t count) {
+// The exact, slow way for columns [from, to): double throughout, every special value as token_state.h says.
+static inline void push_exactly(TokenState& state, const RowPair& rows, int64_t from, int64_t to, double scale) {
   constexpr int64_t kPiece = 512;
-  double bx[kPiece], by[kPiece];
-  const double scale = natural_scale(in);
-  for (int64_t done = 0; done < count; done += kPiece) {
-    const int64_t piece = std::min(kPiece, count - done);
-    as_doubles(x, in.student.dtype, from + done, piece, bx);
-    as_doubles(y, in.teacher.dtype, from + done, piece, by);
-    for (int64_t i = 0; i < piece; ++i) bx[i] = scaled(bx[i], scale), by[i] = scaled(by[i], scale);
-    state.push_block(bx, by, piece);
+  double x[kPiece], y[kPiece];
+  for (; from < to; from += kPiece) {
+    const int64_t count = std::min(kPiece, to - from);
+    for (int64_t i = 0; i < count; ++i) x[i] = scaled(rows.x[from + i], scale), y[i] = scaled(rows.y[from + i], scale);
+    state.push_block(x, y, count);
   }
 }
 
@@ -183,26 +209,26 @@ struct References {
   bool known = false;
 };
 
-// One block in float. False if it holds what float arithmetic cannot do (NaN, +inf, an abyss): push it exactly.
+// One block in float. False if it holds a value beyond float arithmetic (NaN, +inf, an abyss): push it exactly.
 template <class X, class Y>
-static inline bool push_floats(TokenState& state, References& ref, const X* x, const Y* y, int64_t count, float scale) {
+static inline bool push_floats(TokenState& state, References& ref, const Block<X, Y>& block, float scale) {
   if (ref.known) {
-    const BlockSums sums = block_sums<false>(x, y, count, scale, ref.m, ref.n);
+    const BlockSums sums = block_sums<false>(block, {scale, ref.m, ref.n});
     if (sums.usable) {
       state.merge(block_state(sums, ref.m, ref.n));
       return true;
     }
   }
   const float none = -__builtin_inff();
-  const float top_x = block_max(x, count) * scale, top_y = block_max(y, count) * scale;
+  const float top_x = block_max(block.x, block.count) * scale, top_y = block_max(block.y, block.count) * scale;
   // A block that a model excludes altogether has no maximum; any reference serves, and none is kept.
   const float m = top_x == none ? 0 : ref.known ? std::max(ref.m, top_x) : top_x;
   const float n = top_y == none ? 0 : ref.known ? std::max(ref.n, top_y) : top_y;
   // A larger reference may be rounded by more than an octave, and then even the maximum weighs anything or nothing.
   if (!(std::fabs(m) < kLargestReference && std::fabs(n) < kLargestReference)) return false;
   if (top_x != none && top_y != none) ref = {m, n, true};
-  BlockSums sums = block_sums<false>(x, y, count, scale, m, n);
-  if (!sums.usable) sums = block_sums<true>(x, y, count, scale, m, n);
+  BlockSums sums = block_sums<false>(block, {scale, m, n});
+  if (!sums.usable) sums = block_sums<true>(block, {scale, m, n});
   if (!sums.usable) return false;
   state.merge(block_state(sums, m, n));
   return true;
@@ -210,54 +236,48 @@ static inline bool push_floats(TokenState& state, References& ref, const X* x, c
 
 // Columns [from, to) of a row, folded into a state. Float32 and bfloat16 pairs are read where they lie; other dtypes
 // and mixtures are converted a block at a time. `ref`: references to begin with, if any are known.
-// `exact` tells whether any block needed the exact way.
-static inline TokenState fold_columns(const Logits& in, const void* x, const void* y, int64_t from, int64_t to,
-                                      References ref, bool& exact) {
+static inline SegmentState fold_columns(const Logits& in, const RowPair& rows, int64_t from, int64_t to,
+                                        References ref) {
   TokenState state = TokenState::empty();
-  exact = is_wide(in);
+  const double natural = natural_scale(in);
+  bool exact = is_wide(in);
   if (exact) {
-    push_exactly(state, in, x, y, from, to - from);
-    return state;
+    push_exactly(state, rows, from, to, natural);
+    return {state, 1};
   }
   const float scale = scale_of(in.temperature).per_octave;
-  const bool brains = in.student.dtype == DType::bfloat16 && in.teacher.dtype == DType::bfloat16;
+  const bool brains = rows.are(DType::bfloat16);
   alignas(64) float buffer_x[kBlock], buffer_y[kBlock];
   for (int64_t start = from; start < to; start += kBlock) {
     const int64_t count = std::min(kBlock, to - start);
     bool done;
     if (brains) {
-      const auto* bx = static_cast<const BFloat16*>(x) + start;
-      const auto* by = static_cast<const BFloat16*>(y) + start;
-      done = push_floats(state, ref, bx, by, count, scale);
+      const auto* x = static_cast<const BFloat16*>(rows.x.data) + start;
+      const auto* y = static_cast<const BFloat16*>(rows.y.data) + start;
+      done = push_floats(state, ref, Block<BFloat16, BFloat16>{x, y, count}, scale);
     } else {
-      const float* bx = as_floats(x, in.student.dtype, start, count, buffer_x);
-      const float* by = as_floats(y, in.teacher.dtype, start, count, buffer_y);
-      done = push_floats(state, ref, bx, by, count, scale);
+      const float* x = rows.x.floats(start, count, buffer_x);
+      const float* y = rows.y.floats(start, count, buffer_y);
+      done = push_floats(state, ref, Block<float, float>{x, y, count}, scale);
     }
-    if (!done) push_exactly(state, in, x, y, start, count);
+    if (!done) push_exactly(state, rows, start, start + count, natural);
     exact = exact || !done;
   }
-  return state;
+  return {state, exact ? 1.0 : 0.0};
 }
 
 static int64_t segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 
-static void fold(const Logits& in, int64_t row, int64_t first, int64_t last, double* states) {
-  const void* x = row_of(in.student, row);
-  const void* y = row_of(in.teacher, row);
+static void fold(const Logits& in, int64_t row, int64_t first, int64_t last, StoredState* states) {
+  const RowPair rows(in, row);
   for (int64_t segment = first; segment < last; ++segment) {
     const int64_t from = segment * kSegment, to = std::min(in.vocab, from + kSegment);
-    bool exact;
-    const TokenState state = fold_columns(in, x, y, from, to, {}, exact);
-    std::memcpy(states + segment * kSegmentState, &state, sizeof state);
-    states[segment * kSegmentState + TokenState::kFields] = exact;
+    states[segment] = std::bit_cast<StoredState>(fold_columns(in, rows, from, to, {}));
   }
 }
 
-static inline void label(TokenState& state, const Logits& in, int64_t row, int64_t column) {
-  const double scale = natural_scale(in);
-  state.label(scaled(element(row_of(in.student, row), in.student.dtype, column), scale),
-              scaled(element(row_of(in.teacher, row), in.teacher.dtype, column), scale));
+static inline void label(TokenState& state, const RowPair& rows, int64_t column, double scale) {
+  state.label(scaled(rows.x[column], scale), scaled(rows.y[column], scale));
 }
 
 // The references of earlier columns serve a tile as well as its own maxima would: it is then read once, and merging
@@ -267,51 +287,40 @@ static inline References references_of(const TokenState& state) {
   return {m, n, finite(m) && finite(n)};
 }
 
-static void update(const Logits& in, int64_t row, double* states) {
-  TokenState state;
-  std::memcpy(&state, states, sizeof state);
-  bool exact;
-  TokenState tile = fold_columns(in, row_of(in.student, row), row_of(in.teacher, row), 0, in.vocab,
-                                 references_of(state), exact);
+static void update(const Logits& in, int64_t row, StoredState& stored) {
+  const RowPair rows(in, row);
+  auto [state, exact] = std::bit_cast<SegmentState>(stored);
+  SegmentState tile = fold_columns(in, rows, 0, in.vocab, references_of(state));
   const int64_t own = own_column(in, row);
-  if (own >= 0) label(tile, in, row, own);
-  state.merge(tile);
-  std::memcpy(states, &state, sizeof state);
-  if (exact) states[TokenState::kFields] = 1;
+  if (own >= 0) label(tile.state, rows, own, natural_scale(in));
+  state.merge(tile.state);
+  stored = std::bit_cast<StoredState>(SegmentState{state, tile.exact != 0 ? 1.0 : exact});
 }
 
 static inline void write_statistics(const TokenStats& stats, const StatsOut& out, int64_t row) {
-  const double values[6] = {stats.logprob,         stats.teacher_logprob, stats.entropy,
-                            stats.teacher_entropy, stats.reverse_kl,      stats.forward_kl};
-  for (int i = 0; i < 6; ++i) {
-    if (out.statistics[i] == nullptr) continue;
-    if (out.wide) {
-      static_cast<double*>(out.statistics[i])[row] = values[i];
-    } else {
-      static_cast<float*>(out.statistics[i])[row] = static_cast<float>(values[i]);
-    }
+  const auto values = stats.in_order();
+  for (int i = 0; i < kStatistics; ++i) {
+    if (out.statistics[i] != nullptr) Numbers{out.statistics[i], out.wide}.set(row, values[i]);
   }
 }
 
-static void finish(const Logits& in, int64_t row, const double* states, int64_t count, const StatsOut& out) {
-  double* saved = out.saved + kSaved * row;
-  if (in.mask != nullptr && in.mask[row] == 0) {
-    write_statistics({0, 0, 0, 0, 0, 0}, out, row);
-    std::fill(saved, saved + kSaved, 0.0);
+static void finish(const Logits& in, int64_t row, const StoredState* states, int64_t count, const StatsOut& out) {
+  if (!unmasked(in.mask, row)) {
+    write_statistics({}, out, row);
+    out.saved[row] = {};
     return;
   }
   TokenState state = TokenState::empty();
   bool exact = false;
   for (int64_t i = 0; i < count; ++i) {
-    TokenState part;
-    std::memcpy(&part, states + i * kSegmentState, sizeof part);
-    state.merge(part);
-    exact = exact || states[i * kSegmentState + TokenState::kFields] != 0;
+    const auto segment = std::bit_cast<SegmentState>(states[i]);
+    state.merge(segment.state);
+    exact = exact || segment.exact != 0;
   }
-  if (in.tokens != nullptr) label(state, in, row, in.tokens[row]);
+  if (in.tokens != nullptr) label(state, RowPair(in, row), in.tokens[row], natural_scale(in));
   const TokenStats stats = state.finish();
   write_statistics(stats, out, row);
-  save_row(state, stats, exact, saved);
+  out.saved[row] = saved_row(state, stats, exact);
 }
 
 }  // namespace CMDP_ISA

@@ -1,4 +1,4 @@
-// One variant of the kernels. Compiled once an instruction set: CMDP_ISA names the variant and its namespace.
+// One variant of the kernels. Compiled once per instruction set: CMDP_ISA names the variant and its namespace.
 #include "kernels.h"
 
 #include "mixture.h"

@@ -5,8 +5,8 @@
 
 namespace cmdp {
 
-// Calls body(i) for i in [0, items). Items are handed out `grain` at a time, so that a thread that is slowed down by
-// something else does not hold up the others. No result may depend on which thread did what.
+// Calls body(i) for i in [0, items). Items are handed out `grain` at a time, so that a thread that another process
+// slows down does not hold up the others. No result may depend on which thread did which item.
 template <class Body>
 void parallel_for(int64_t items, int threads, int64_t grain, const Body& body) {
 #ifdef _OPENMP

@@ -1,7 +1,7 @@
 // A vector of floats as wide as the instruction set, and the few operations that the kernels need on it.
 //
 // The compiler's vector types give + - * / and lane access; intrinsics appear only where the language has no word
-// (max without a NaN detour, half-precision conversion). Compiled once an instruction set, see CMakeLists.txt.
+// (max without a NaN detour, half-precision conversion). Compiled once per instruction set, see CMakeLists.txt.
 #pragma once
 
 #include <bit>
@@ -14,9 +14,7 @@
 #include <arm_neon.h>
 #endif
 
-#ifndef CMDP_ISA
-#define CMDP_ISA portable
-#endif
+#include "../logits.h"  // CMDP_ISA, conversions of one 16-bit float
 
 namespace cmdp {
 inline namespace CMDP_ISA {
@@ -42,13 +40,13 @@ static inline Floats load(const float* from) {
   return v;
 }
 
-// A bfloat16 is the upper half of a float: widening it while loading costs two instructions and no memory.
+// Widening a bfloat16 while loading it costs two instructions and no memory.
 struct BFloat16 {
   uint16_t bits;
 };
 
 static inline float widen(float value) { return value; }
-static inline float widen(BFloat16 value) { return std::bit_cast<float>(uint32_t{value.bits} << 16); }
+static inline float widen(BFloat16 value) { return from_bfloat16(value.bits); }
 
 static inline Floats load(const BFloat16* from) {
 #if defined(__AVX512F__)  // GCC 12 would widen two halves and join them
@@ -62,7 +60,7 @@ static inline Floats load(const BFloat16* from) {
 
 static inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
-// Round to nearest, ties to even; a NaN stays a NaN.
+// Rounds as to_bfloat16 does.
 static inline void store(BFloat16* to, Floats v) {
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -89,7 +87,7 @@ static inline Floats max(Floats a, Floats b) {
 }
 
 // a b + c with one rounding, wherever the expression stands: the compiler's own contraction stops at basic blocks, and
-// a logit times the scale, rounded before the reference comes off, would lose what the difference needs.
+// a logit times the scale, rounded before the reference comes off, would lose the digits that the difference needs.
 static inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -120,7 +118,8 @@ static inline float max_of_lanes(Floats v) {
 // float arithmetic) among those that are 1 at 0. A power of two in the coefficients costs nothing and rounds nothing.
 template <int lowered>
 static inline Floats exp2_fraction(Floats f) {
-  constexpr float unit = 1.0f / static_cast<float>(uint64_t{1} << lowered / 2) / static_cast<float>(uint64_t{1} << (lowered - lowered / 2));
+  constexpr float unit = 1.0f / static_cast<float>(uint64_t{1} << lowered / 2) /
+                         static_cast<float>(uint64_t{1} << (lowered - lowered / 2));
   Floats p = f * (unit * 0x1.5bba14p-10f) + unit * 0x1.3cea88p-7f;
   p = p * f + unit * 0x1.c6b752p-5f;
   p = p * f + unit * 0x1.ebf9bcp-3f;
@@ -155,9 +154,9 @@ static inline Floats exp2(Floats t) {
   return (Floats)((Words)exp2_fraction<0>(f) + ((Words)shifted << 23));
 }
 
-// 2^t for t in [-104, 23], without a clamp: two integer operations in place of two comparisons. Whether every t was in
-// the range is told by `seen`, which collects what stands beside the bits of 1.5 * 2^23 in the shifted sums: biased by
-// 104 the integers fit in seven bits, and anything else, infinities and NaNs included, changes a bit above those.
+// 2^t for t in [-104, 23], without a clamp: two integer operations in place of two comparisons. `seen` tells whether
+// every t was in the range: it collects the bits that the shifted sums have beside those of 1.5 * 2^23. Biased by 104
+// the integers fit in seven bits, and any other value, infinities and NaNs included, changes a bit above those.
 constexpr int kExponentBias = 104;
 constexpr uint32_t kMagicBits = 0x4b400000;
 

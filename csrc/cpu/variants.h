@@ -51,4 +51,12 @@ inline const KernelTable* variant_named(const std::string& name) {
   throw std::invalid_argument("no kernel variant named '" + name + "'");
 }
 
+// The variant that runs; the best one until another is chosen.
+inline const KernelTable* active_variant = best_variant();
+
+inline const KernelTable& kernels() {
+  if (active_variant == nullptr) throw std::runtime_error("no compiled kernel variant runs on this processor");
+  return *active_variant;
+}
+
 }  // namespace cmdp

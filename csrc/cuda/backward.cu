@@ -5,22 +5,20 @@
 
 namespace cmdp::cuda {
 
-const char* token_stats_backward(const Logits& in, const Upstream& upstream, const double* saved, const Matrix& out,
-                                 void* stream) {
+const char* token_stats_backward(const Logits& in, const Upstream<float>& upstream, const SavedRow* saved,
+                                 const Matrix& out, void* stream) {
   BackwardArguments a{};
   if (const char* problem = rows_of(in.student, a.x)) return problem;
   if (const char* problem = rows_of(in.teacher, a.y)) return problem;
   if (const char* problem = rows_of(out, a.out)) return problem;
-  a.tokens = in.tokens, a.mask = in.mask, a.saved = saved;
-  for (int i = 0; i < 4; ++i) a.upstream[i] = upstream.g[i];
+  a.tokens = in.tokens, a.mask = in.mask, a.saved = saved, a.upstream = upstream;
   a.vocab = in.vocab, a.width = out.width, a.first_column = in.first_column;
   a.spans = static_cast<int>((out.width + kSpan - 1) / kSpan);
-  const Scale scale = scale_of(in.temperature);
-  a.per_octave = scale.per_octave, a.natural = scale.natural;
+  a.scale = scale_of(in.temperature);
   if (out.rows * a.spans > kMaxGrid) return "there are more rows than a grid has blocks";
   if (out.rows * a.spans == 0) return nullptr;
   const int threads = out.width < 1024 ? kWarp : kThreads;
-  const bool teacher = upstream.g[2] != nullptr || upstream.g[3] != nullptr;
+  const bool teacher = upstream.reverse_kl != nullptr || upstream.forward_kl != nullptr;
   const auto run = [&]<class X, class Y, bool kTeacher>(X, Y, std::bool_constant<kTeacher>) {
     constexpr int kVector = Shape<X, Y>::kVector;
     const bool aligned =

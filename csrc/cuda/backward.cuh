@@ -1,4 +1,4 @@
-// Gradient of the student's logits: one expression a column (gradient.h), one pass.
+// Gradient of the student's logits: one expression per column (gradient.h), one pass.
 //
 // One block does kSpan columns of a row. Its first thread computes the row's coefficients and the gradient of the
 // token's own column, in double, before anything is written: the output may be the logits themselves. Each thread then
@@ -20,40 +20,31 @@ struct BackwardArguments {
   Rows x, y, out;
   const int64_t* tokens;
   const uint8_t* mask;
-  const double* saved;
-  const float* upstream[4];
+  const SavedRow* saved;
+  Upstream<float> upstream;
   int64_t vocab, width, first_column;
   int spans;  // of a row
-  float per_octave;
-  double natural;
+  Scale scale;
 };
 
 // What the threads of a block share of a row.
 struct RowTask {
   Coefficients k;
   float m, n;
-  bool careful;
+  bool exact;  // the row needs the exact way
 };
-
-// Upstream gradients of a row, in double.
-template <bool kTeacher>
-__device__ __forceinline__ RowGradient upstream_of(const BackwardArguments& a, uint32_t row) {
-  const auto g = [&](int i) { return a.upstream[i] != nullptr ? static_cast<double>(a.upstream[i][row]) : 0.0; };
-  const double* saved = a.saved + int64_t{row} * kSaved;
-  return row_gradient(g(0), g(1), kTeacher ? g(2) : 0.0, kTeacher ? g(3) : 0.0, saved, a.natural);
-}
 
 template <bool kTeacher>
 __device__ __forceinline__ float gradient(const RowTask& task, float x, float y, float scale) {
   const float t = fmaf(x, scale, -task.m), p = ex2(t);
-  float factor = fmaf(t, task.k.c[1], task.k.c[0]), s = 0;
+  float factor = fmaf(t, task.k.per_t, task.k.constant), s = 0;
   if constexpr (kTeacher) {
     s = fmaf(y, scale, -task.n);
-    factor = fmaf((t - s) - task.k.center, task.k.c[2], factor);
+    factor = fmaf((t - s) - task.k.center, task.k.per_difference, factor);
   }
   // Where p is 0 the bracket may overflow, and 0 * anything = 0.
   const float value = p * (p == 0 ? 0.0f : factor);
-  return kTeacher ? fmaf(ex2(s), -task.k.c[3], value) : value;
+  return kTeacher ? fmaf(ex2(s), -task.k.per_w, value) : value;
 }
 
 template <class T, class S, bool kAligned>
@@ -70,13 +61,6 @@ __device__ __forceinline__ void zero(typename T::Element* row, int64_t start, in
     }
   }
   for (int64_t i = start + threadIdx.x; i < stop; i += blockDim.x) row[i] = 0;
-}
-
-template <class X, class Y, bool kTeacher>
-__device__ __forceinline__ double gradient_in_double(const typename X::Element* x, const typename Y::Element* y,
-                                                     int64_t i, const RowGradient& g, const RowNormalizers& norm,
-                                                     bool own) {
-  return column_gradient(g, norm, column<X>(x, i), kTeacher ? column<Y>(y, i) : 0.0f, own);
 }
 
 // kVector columns, as words.
@@ -111,34 +95,35 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
   const int64_t stop = start + kSpan < a.width ? start + kSpan : a.width;
   const int64_t end = stop < a.vocab ? stop : a.vocab;  // columns that count
   auto* to = a.out.row<X>(row);
-  if (a.mask != nullptr && a.mask[row] == 0) {
+  if (!unmasked(a.mask, row)) {
     zero<X, S, kAligned>(to, start, stop);
     return;
   }
   const auto* x = a.x.row<X>(row);
   const auto* y = kTeacher ? a.y.row<Y>(row) : nullptr;
-  const double* saved = a.saved + int64_t{row} * kSaved;
-  const int64_t token = a.upstream[0] != nullptr ? a.tokens[row] - a.first_column : -1;
+  const int64_t token = a.upstream.logprob != nullptr ? a.tokens[row] - a.first_column : -1;
   const bool own_here = start <= token && token < end;
+  const auto exactly = [&](const RowGradient& g, const RowNormalizers& norm, int64_t i, bool is_own) {
+    return narrow<X>(
+        static_cast<float>(column_gradient(g, norm, column<X>(x, i), kTeacher ? column<Y>(y, i) : 0.0f, is_own)));
+  };
   if (threadIdx.x == 0) {
-    const RowGradient g = upstream_of<kTeacher>(a, row);
+    const SavedRow saved = a.saved[row];
+    const RowGradient g = row_gradient<kTeacher>(a.upstream, row, saved, a.scale.natural);
     const RowNormalizers norm(saved);
     shared.k = coefficients_of(g, norm);
     shared.m = norm.m, shared.n = norm.n;
-    shared.careful = saved[6] != 0 || !shared.k.modest;
-    if (own_here) {
-      own = narrow<X>(static_cast<float>(gradient_in_double<X, Y, kTeacher>(x, y, token, g, norm, true)));
-    }
+    shared.exact = saved.exact != 0 || !shared.k.modest;
+    if (own_here) own = exactly(g, norm, token, true);
   }
   __syncthreads();
   const RowTask task = shared;
-  if (task.careful) {
-    const RowGradient g = upstream_of<kTeacher>(a, row);
+  if (task.exact) {
+    const SavedRow saved = a.saved[row];
+    const RowGradient g = row_gradient<kTeacher>(a.upstream, row, saved, a.scale.natural);
     const RowNormalizers norm(saved);
 #pragma unroll 1
-    for (int64_t i = start + threadIdx.x; i < end; i += blockDim.x) {
-      to[i] = narrow<X>(static_cast<float>(gradient_in_double<X, Y, kTeacher>(x, y, i, g, norm, false)));
-    }
+    for (int64_t i = start + threadIdx.x; i < end; i += blockDim.x) to[i] = exactly(g, norm, i, false);
   } else if constexpr (kAligned) {
     const int tile = static_cast<int>(blockDim.x) * S::kStep;
     int64_t at = start + first_column<S>();
@@ -149,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
       if constexpr (kTeacher) read<Y, S, true>(y + at, ys);
 #pragma unroll
       for (int piece = 0; piece < S::kPieces; ++piece) {
-        gradient_piece<X, Y, S, kTeacher>(xs + piece * kWordsX, ys + piece * kWordsY, task, a.per_octave, out);
+        gradient_piece<X, Y, S, kTeacher>(xs + piece * kWordsX, ys + piece * kWordsY, task, a.scale.per_octave, out);
         store<X, kWordsX>(to + at + piece * S::kHop, out);
       }
     }
@@ -158,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
 #pragma unroll 1
       for (int64_t i = at; i < end && i < at + S::kVector; ++i) {
         const float other = kTeacher ? column<Y>(y, i) : 0.0f;
-        to[i] = narrow<X>(gradient<kTeacher>(task, column<X>(x, i), other, a.per_octave));
+        to[i] = narrow<X>(gradient<kTeacher>(task, column<X>(x, i), other, a.scale.per_octave));
       }
     }
   } else {
@@ -170,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int64_t at = base + i * blockDim.x < end ? base + i * blockDim.x : base;
-        values[i] = gradient<kTeacher>(task, column<X>(x, at), kTeacher ? column<Y>(y, at) : 0.0f, a.per_octave);
+        values[i] = gradient<kTeacher>(task, column<X>(x, at), kTeacher ? column<Y>(y, at) : 0.0f, a.scale.per_octave);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {

@@ -16,51 +16,37 @@ using namespace cmdp;
 
 namespace {
 
-// A launcher's message is an error.
+// A launcher returns a message about its problem, or nothing.
 void check(const char* problem) {
   if (problem != nullptr) throw std::runtime_error(problem);
 }
 
 void* stream_at(uintptr_t stream) { return reinterpret_cast<void*>(stream); }
 
-StatsOut make_statistics(const std::array<uintptr_t, 6>& statistics, uintptr_t saved, bool any) {
-  const bool wanted = statistics[0] != 0;
-  StatsOut out{{}, false, pointer<double>(saved, "saved", any)};
-  for (int i = 0; i < 6; ++i) out.statistics[i] = pointer<float>(statistics[i], "a statistic", any && wanted);
-  return out;
-}
-
-cuda::Scratch make_scratch(uintptr_t partial, uintptr_t arrived, bool any) {
-  return {pointer<double>(partial, "partial", any), pointer<uint32_t>(arrived, "arrived", any)};
+cuda::Scratch make_scratch(uintptr_t partial, uintptr_t arrived, int64_t rows) {
+  return {pointer<cuda::PartialState>(partial, "partial", rows > 0), pointer<uint32_t>(arrived, "arrived", rows > 0)};
 }
 
 void token_stats(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
-                 double temperature, const std::array<uintptr_t, 6>& statistics, uintptr_t saved, uintptr_t partial,
+                 double temperature, const StatisticArgs& statistics, uintptr_t saved, uintptr_t partial,
                  uintptr_t arrived, uintptr_t stream) {
-  const bool any = student.rows > 0;
-  const Logits in = make_logits(student, teacher, tokens, mask, vocab, temperature, statistics[0] != 0);
-  const StatsOut out = make_statistics(statistics, saved, any);
-  const cuda::Scratch scratch = make_scratch(partial, arrived, any);
+  const Logits in = make_logits({student, teacher, tokens, mask, vocab, temperature}, wanted(statistics));
+  const StatsOut out = make_statistics(statistics, false, saved, student.rows);
+  const cuda::Scratch scratch = make_scratch(partial, arrived, student.rows);
   const py::gil_scoped_release release;
   check(cuda::token_stats(in, out, scratch, stream_at(stream)));
 }
 
 void token_stats_backward(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
-                          double temperature, const std::array<uintptr_t, 4>& upstream, uintptr_t saved,
-                          const Matrix& out, int64_t first_column, uintptr_t stream) {
-  const Logits in =
-      make_logits(student, teacher, tokens, mask, vocab, temperature, upstream[0] != 0, first_column);
+                          double temperature, const UpstreamArgs& upstream, uintptr_t saved, const Matrix& out,
+                          int64_t first_column, uintptr_t stream) {
+  const bool needs_tokens = upstream.front() != 0;  // logprob's
+  const Logits in = make_logits({student, teacher, tokens, mask, vocab, temperature, first_column}, needs_tokens);
   check_output(out, student);
-  cuda::Upstream flowing{};
-  for (int i = 0; i < 4; ++i) flowing.g[i] = pointer<const float>(upstream[i], "an upstream gradient", false);
-  const auto* scalars = pointer<const double>(saved, "saved", student.rows > 0);
+  const Upstream<float> gradients = make_upstream<float>(upstream);
+  const auto* rows = pointer<const SavedRow>(saved, "saved", student.rows > 0);
   const py::gil_scoped_release release;
-  check(cuda::token_stats_backward(in, flowing, scalars, out, stream_at(stream)));
-}
-
-cuda::Numbers make_numbers(uintptr_t address, bool wide, const char* name, bool needed) {
-  if (wide) return {pointer<double>(address, name, needed), true};
-  return {pointer<float>(address, name, needed), false};
+  check(cuda::token_stats_backward(in, gradients, rows, out, stream_at(stream)));
 }
 
 using SequenceArgs = std::tuple<uintptr_t, bool, int64_t, int64_t, int64_t>;  // as in cuda::Sequences, without the mask
@@ -74,22 +60,6 @@ cuda::Sequences make_sequences(const SequenceArgs& args, uintptr_t mask) {
   return {start, wide, count, width, tokens, pointer<const uint8_t>(mask, "mask", false)};
 }
 
-// cumulative, remaining, violated, first_violation, excess
-using TraceArgs = std::array<uintptr_t, 5>;
-
-// Without a reward rule there is no reward.
-cuda::Outcome make_outcome(const TraceArgs& trace, uintptr_t task_reward, uintptr_t reward, bool rewarded, bool wide,
-                           const cuda::Sequences& sequences, bool needs_first) {
-  const bool any = sequences.tokens > 0, paid = any && rewarded;
-  return {make_numbers(trace[0], wide, "cumulative", any),
-          make_numbers(trace[1], wide, "remaining", any),
-          make_numbers(trace[4], wide, "excess", any),
-          pointer<uint8_t>(trace[2], "violated", any),
-          pointer<int64_t>(trace[3], "first_violation", needs_first && sequences.count > 0),
-          make_numbers(rewarded ? task_reward : 0, wide, "task_reward", paid),
-          make_numbers(rewarded ? reward : 0, wide, "reward", paid)};
-}
-
 cuda::Cost cost_named(const std::string& name) {
   if (name == "reverse_kl") return cuda::Cost::reverse_kl;
   if (name == "forward_kl") return cuda::Cost::forward_kl;
@@ -101,50 +71,51 @@ cuda::Cost cost_named(const std::string& name) {
 using LimitArgs = std::tuple<uintptr_t, bool, int64_t, double, bool>;  // as in cuda::Budget
 
 void constrained_reward(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
-                        double temperature, const std::array<uintptr_t, 6>& statistics, uintptr_t saved,
-                        uintptr_t partial, uintptr_t arrived, const std::string& cost, const SequenceArgs& layout,
-                        const LimitArgs& limits, const BudgetArgs& budget_rule, const RewardArgs& reward_rule,
-                        const TraceArgs& trace, uintptr_t task_reward, uintptr_t reward, uintptr_t stream) {
-  const bool any = student.rows > 0;
-  const Logits in = make_logits(student, teacher, tokens, mask, vocab, temperature, true);
-  if (any && statistics[0] == 0) fail("the statistics are null pointers");
-  const StatsOut out = make_statistics(statistics, saved, any);
-  const cuda::Scratch scratch = make_scratch(partial, arrived, any);
+                        double temperature, const StatisticArgs& statistics, uintptr_t saved, uintptr_t partial,
+                        uintptr_t arrived, const std::string& cost, const SequenceArgs& layout, const LimitArgs& limits,
+                        const BudgetArgs& budget_rule, const RewardArgs& reward_rule, const TraceArgs& trace,
+                        uintptr_t task_reward, uintptr_t reward, uintptr_t stream) {
+  const Logits in = make_logits({student, teacher, tokens, mask, vocab, temperature}, true);
+  if (student.rows > 0 && !wanted(statistics)) fail("the statistics are null pointers");
+  const StatsOut out = make_statistics(statistics, false, saved, student.rows);
+  const cuda::Scratch scratch = make_scratch(partial, arrived, student.rows);
   const cuda::Sequences sequences = make_sequences(layout, mask);
   if (sequences.tokens != student.rows) fail("there must be as many tokens as rows");
   const auto [each, wide, stride, all, per_token] = limits;
   const cuda::Budget budget{make_numbers(each, wide, "budget", false), stride, all, per_token};
-  const cuda::Outcome outcome = make_outcome(trace, task_reward, reward, true, false, sequences, true);
+  const TraceArrays lines = make_trace(trace, false, sequences.tokens, sequences.count);
+  const RewardArrays rewards = make_rewards(task_reward, reward, false, sequences.tokens > 0);
   const cuda::Cost which = cost_named(cost);
-  const BudgetRule account = make_rule(budget_rule);
-  const RewardRule rule = make_rule(reward_rule);
+  const cuda::Scan scan{make_rule(budget_rule), make_rule(reward_rule), lines, rewards};
   const py::gil_scoped_release release;
-  check(cuda::constrained_reward(in, out, which, sequences, budget, account, rule, outcome, scratch,
-                                 stream_at(stream)));
+  check(cuda::constrained_reward(in, out, scratch, {sequences, budget, which, scan}, stream_at(stream)));
 }
 
 void budget_trace(uintptr_t cost, bool wide, uintptr_t mask, const SequenceArgs& layout, uintptr_t limits,
                   const BudgetArgs& budget_rule, const TraceArgs& trace, const std::optional<RewardArgs>& reward_rule,
                   uintptr_t task_reward, uintptr_t reward, uintptr_t stream) {
   const cuda::Sequences sequences = make_sequences(layout, mask);
-  const cuda::Numbers costs = make_numbers(cost, wide, "cost", sequences.tokens > 0);
+  const Numbers costs = make_numbers(cost, wide, "cost", sequences.tokens > 0);
   const auto* limit = pointer<const double>(limits, "limits", sequences.count > 0);
-  const cuda::Outcome outcome =
-      make_outcome(trace, task_reward, reward, reward_rule.has_value(), wide, sequences, true);
-  const BudgetRule account = make_rule(budget_rule);
-  const RewardRule rule = reward_rule ? make_rule(*reward_rule) : RewardRule{};
+  const TraceArrays lines = make_trace(trace, wide, sequences.tokens, sequences.count);
+  cuda::Scan scan{make_rule(budget_rule), {}, lines, {}};
+  if (reward_rule) {  // without one there is no reward
+    scan.rewards = make_rewards(task_reward, reward, wide, sequences.tokens > 0);
+    scan.reward = make_rule(*reward_rule);
+  }
   const py::gil_scoped_release release;
-  check(cuda::budget_trace(sequences, costs, limit, account, rule, outcome, stream_at(stream)));
+  check(cuda::budget_trace(sequences, costs, limit, scan, stream_at(stream)));
 }
 
 void modified_reward(uintptr_t cost, bool wide, uintptr_t mask, const SequenceArgs& layout, const TraceArgs& trace,
                      const RewardArgs& reward_rule, uintptr_t task_reward, uintptr_t reward, uintptr_t stream) {
   const cuda::Sequences sequences = make_sequences(layout, mask);
-  const cuda::Numbers costs = make_numbers(cost, wide, "cost", sequences.tokens > 0);
-  const cuda::Outcome outcome = make_outcome(trace, task_reward, reward, true, wide, sequences, false);
-  const RewardRule rule = make_rule(reward_rule);
+  const Numbers costs = make_numbers(cost, wide, "cost", sequences.tokens > 0);
+  const TraceArrays lines = make_trace(trace, wide, sequences.tokens, 0);
+  const RewardArrays rewards = make_rewards(task_reward, reward, wide, sequences.tokens > 0);
+  const cuda::Scan scan{{}, make_rule(reward_rule), lines, rewards};
   const py::gil_scoped_release release;
-  check(cuda::modified_reward(sequences, costs, rule, outcome, stream_at(stream)));
+  check(cuda::modified_reward(sequences, costs, scan, stream_at(stream)));
 }
 
 }  // namespace

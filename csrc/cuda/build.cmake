@@ -20,24 +20,24 @@ endif()
 set(cuda_note "")  # why the kernels are not built; empty if they are
 if(CMDP_FAST_CUDA STREQUAL "0")
   set(cuda_note "not built: CMDP_FAST_CUDA=0")
-  if(CMDP_FAST_CUDA_NOTE)  # whoever chose 0 may know better
+  if(CMDP_FAST_CUDA_NOTE)  # setup.py, having chosen 0, gives the true reason
     set(cuda_note "${CMDP_FAST_CUDA_NOTE}")
   endif()
 endif()
-# First what takes no time: to look for nvcc takes seconds.
+# First the check that takes no time: to look for nvcc takes seconds.
 if(NOT cuda_note AND CMDP_FAST_CUDA STREQUAL "auto" AND NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(found "")
+  set(capabilities "")
   find_program(nvidia_smi nvidia-smi)
   if(nvidia_smi)
     execute_process(COMMAND ${nvidia_smi} --query-gpu=compute_cap --format=csv,noheader
-                    OUTPUT_VARIABLE found ERROR_QUIET)
+                    OUTPUT_VARIABLE capabilities ERROR_QUIET)
   endif()
-  string(REGEX MATCHALL "[0-9]+\\.[0-9]" found "${found}")
-  string(REPLACE "." "" found "${found}")
-  list(FILTER found EXCLUDE REGEX "^[1-7].$")  # older than 8.0: no bfloat16 arithmetic
-  list(REMOVE_DUPLICATES found)
-  if(found)
-    set(CMAKE_CUDA_ARCHITECTURES ${found})
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${capabilities}")
+  string(REPLACE "." "" capabilities "${capabilities}")
+  list(FILTER capabilities EXCLUDE REGEX "^[1-7].$")  # older than 8.0: no bfloat16 arithmetic
+  list(REMOVE_DUPLICATES capabilities)
+  if(capabilities)
+    set(CMAKE_CUDA_ARCHITECTURES ${capabilities})
   else()
     set(cuda_note "not built: no NVIDIA GPU of compute capability 8.0 or later was found (CMDP_FAST_CUDA=1 builds all)")
   endif()
@@ -51,7 +51,7 @@ if(NOT cuda_note)
 endif()
 if(NOT cuda_note)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    # Machine code for each, and PTX that the driver compiles for whatever else there is or will be.
+    # Machine code for each, and PTX that the driver compiles for any other GPU.
     set(CMAKE_CUDA_ARCHITECTURES 80 86-real 89-real 90-real 100-real 120-real)
   endif()
   enable_language(CUDA)

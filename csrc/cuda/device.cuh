@@ -1,6 +1,6 @@
-// What the kernels need of the machine, in functions with one-word jobs. Each has a host alternative of the same
-// meaning, so that the kernels' own source can be compiled and run on a processor (what has to stand in for CUDA there
-// is said in launch.h).
+// The machine as the kernels need it, in functions with one-word jobs. Each has a host alternative of the same
+// meaning, so that the kernels' own source can be compiled and run on a processor (launch.h lists the names that have
+// to stand in for CUDA there).
 #pragma once
 
 #include <bit>
@@ -8,12 +8,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../logits.h"
 #include "../token_state.h"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
-#else
-#include "../cpu/dtype.h"
 #endif
 
 namespace cmdp::cuda {
@@ -203,7 +202,7 @@ __device__ __forceinline__ void store(typename T::Element* to, const uint32_t* w
   }
 }
 
-// The words of one step, by 128-bit loads (64-bit ones of the narrower of two dtypes) or a column a load.
+// The words of one step, by 128-bit loads (64-bit ones of the narrower of two dtypes) or one load per column.
 template <class T, class S, bool kAligned>
 __device__ __forceinline__ void read(const typename T::Element* at, uint32_t (&words)[S::kStep / T::kColumns]) {
   constexpr int kWords = S::kVector / T::kColumns;
@@ -221,8 +220,8 @@ __device__ __forceinline__ void read(const typename T::Element* at, uint32_t (&w
   }
 }
 
-// One piece of which only `count` columns may exist, a column a load. The last one stands in for what is beyond the
-// end.
+// One piece of which only `count` columns may exist, by one load per column. The last one stands in for columns beyond
+// the end.
 template <class T, int kWords>
 __device__ __forceinline__ void read_some(const typename T::Element* at, int count, uint32_t (&words)[kWords]) {
   const auto before = [count](int i) { return i < count ? i : count - 1; };

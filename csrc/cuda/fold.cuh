@@ -9,7 +9,8 @@
 // common shift of one model's logits costs no precision.
 //
 // The loop takes logits as a language model says them. -inf, NaN, infinities or an abyss such as finfo.min show up as a
-// sum that is not finite (0 * inf); the block then folds its segment again, in double and with every special value.
+// sum that is not finite (0 * inf); the block then folds its segment again, exactly: in double, with every special
+// value.
 #pragma once
 
 #include "../scale.h"
@@ -19,7 +20,7 @@ namespace cmdp::cuda {
 
 constexpr float kSlack = 8.0f;
 // The reference of a thread that has seen no column. Finite, so that the first rise multiplies zeros by a number; a row
-// whose every logit lies below it is folded carefully.
+// whose every logit lies below it is folded exactly.
 constexpr float kNowhere = -1e30f;
 
 // A TokenState in octaves and float32, without the token's own logits.
@@ -29,21 +30,16 @@ struct Sums {
   __device__ __forceinline__ static Sums empty() { return {kNowhere, kNowhere, 0, 0, 0, 0, 0, 0}; }
 
   __device__ __forceinline__ void raise(float new_m, float new_n) {
-    const float drop = m - new_m, teacher_drop = n - new_n, apart = drop - teacher_drop;
-    const float shrink = ex2(drop), teacher_shrink = ex2(teacher_drop);
-    a = fmaf(apart, z, a) * shrink;
-    b = fmaf(-apart, u, b) * teacher_shrink;
-    h = fmaf(drop, z, h) * shrink;
-    k = fmaf(teacher_drop, u, k) * teacher_shrink;
-    z *= shrink, u *= teacher_shrink;
+    const float drop = m - new_m, teacher_drop = n - new_n;
+    shrink_sums(*this, drop, teacher_drop, ex2(drop), ex2(teacher_drop));
     m = new_m, n = new_n;
   }
 
-  template <bool kPartial>
+  template <bool kTail>
   __device__ __forceinline__ void push(float x, float y, float scale, bool counts) {
     const float t = fmaf(x, scale, -m), s = fmaf(y, scale, -n);
     float p = ex2(t), w = ex2(s);
-    if constexpr (kPartial) p = counts ? p : 0.0f, w = counts ? w : 0.0f;
+    if constexpr (kTail) p = counts ? p : 0.0f, w = counts ? w : 0.0f;
     const float difference = t - s;
     z += p;
     u += w;
@@ -53,8 +49,8 @@ struct Sums {
     k = fmaf(w, s, k);
   }
 
-  // Columns that a thread has loaded together. kPartial: only the first `count` of them count.
-  template <class X, class Y, bool kPartial, int kWordsX, int kWordsY>
+  // Columns that a thread has loaded together. kTail: only the first `count` of them count.
+  template <class X, class Y, bool kTail, int kWordsX, int kWordsY>
   __device__ __forceinline__ void push_columns(const uint32_t (&xs)[kWordsX], const uint32_t (&ys)[kWordsY],
                                                float scale, int count) {
     const float top = highest<X>(xs) * scale, teacher_top = highest<Y>(ys) * scale;
@@ -63,7 +59,7 @@ struct Sums {
     for (int i = 0; i < kWordsX * X::kColumns; ++i) {
       const float x = widen<X>(xs[i / X::kColumns], i % X::kColumns);
       const float y = widen<Y>(ys[i / Y::kColumns], i % Y::kColumns);
-      push<kPartial>(x, y, scale, i < count);
+      push<kTail>(x, y, scale, i < count);
     }
   }
 
@@ -122,18 +118,26 @@ __device__ __forceinline__ float top_of(const typename T::Element* row, int64_t 
     if (value > best && value < INFINITY) best = value;
   }
   best = max_of_lanes(best);
-  __syncthreads();  // whoever read `shared` before is done
+  __syncthreads();  // every thread that read `shared` before is done
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = best;
   __syncthreads();
   for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) best = fmaxf(best, shared[warp]);
   return best;
 }
 
+// The part of a pair of rows that a block folds: columns [start, stop).
+template <class X, class Y>
+struct Segment {
+  const typename X::Element* x;
+  const typename Y::Element* y;
+  int64_t start, stop;
+};
+
 // The segment in double, through token_state.h. The state is that of thread 0.
 template <class X, class Y>
-__device__ __forceinline__ TokenState fold_carefully(const typename X::Element* x, const typename Y::Element* y,
-                                                     int64_t start, int64_t stop, double scale, float* shared,
-                                                     TokenState* shared_states) {
+__device__ __forceinline__ TokenState fold_exactly(const Segment<X, Y>& segment, double scale, float* shared,
+                                                   TokenState* shared_states) {
+  const auto [x, y, start, stop] = segment;
   TokenState state = TokenState::empty();
   // From the common maxima on nothing has to be raised, neither by a column nor for merging threads.
   const double top = top_of<X>(x, start, stop, shared), teacher_top = top_of<Y>(y, start, stop, shared);
@@ -152,13 +156,13 @@ __device__ __forceinline__ TokenState fold_carefully(const typename X::Element* 
   return state;
 }
 
-// Columns [start, stop) of a row: the state, which is that of thread 0, and whether it was folded carefully.
+// The state of a segment, which is that of thread 0, and whether it was folded exactly.
 template <class X, class Y, bool kAligned>
-__device__ __forceinline__ TokenState fold(const typename X::Element* x, const typename Y::Element* y, int64_t start,
-                                           int64_t stop, float per_octave, double natural, bool& careful) {
+__device__ __forceinline__ TokenState fold(const Segment<X, Y>& segment, const Scale& scale, bool& exact) {
   using S = Shape<X, Y>;
+  const auto [x, y, start, stop] = segment;
   __shared__ Sums warps[kWarps];
-  __shared__ TokenState careful_warps[kWarps];
+  __shared__ TokenState exact_warps[kWarps];
   Sums sums = Sums::empty();
   const int tile = static_cast<int>(blockDim.x) * S::kStep, tiles = static_cast<int>(stop - start) / tile;
   const auto* x_at = x + start + first_column<S>();
@@ -168,18 +172,18 @@ __device__ __forceinline__ TokenState fold(const typename X::Element* x, const t
     uint32_t xs[S::kStep / X::kColumns], ys[S::kStep / Y::kColumns];
     read<X, S, kAligned>(x_at, xs);
     read<Y, S, kAligned>(y_at, ys);
-    sums.template push_columns<X, Y, false>(xs, ys, per_octave, S::kStep);
+    sums.template push_columns<X, Y, false>(xs, ys, scale.per_octave, S::kStep);
     x_at += tile, y_at += tile;
   }
 #pragma unroll 1
-  for (int piece = 0; piece < S::kPieces; ++piece) {  // what is left, with fewer registers
+  for (int piece = 0; piece < S::kPieces; ++piece) {  // the rest, with fewer registers
     const int64_t first = start + int64_t{tiles} * tile + first_column<S>() + piece * S::kHop;
     if (first >= stop) break;
     const int count = static_cast<int>(stop - first);
     uint32_t xs[S::kVector / X::kColumns], ys[S::kVector / Y::kColumns];
     read_some<X>(x + first, count, xs);
     read_some<Y>(y + first, count, ys);
-    sums.template push_columns<X, Y, true>(xs, ys, per_octave, count);
+    sums.template push_columns<X, Y, true>(xs, ys, scale.per_octave, count);
   }
   sums.template merge_lanes<kWarp>();
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sums;
@@ -188,9 +192,9 @@ __device__ __forceinline__ TokenState fold(const typename X::Element* x, const t
   const int warp = threadIdx.x % kWarps;
   sums = warp < static_cast<int>(blockDim.x) / kWarp ? warps[warp] : Sums::empty();
   sums.template merge_lanes<kWarps>();
-  careful = !sums.usable();
-  if (!careful) return sums.state();
-  return fold_carefully<X, Y>(x, y, start, stop, natural, &warps[0].m, careful_warps);
+  exact = !sums.usable();
+  if (!exact) return sums.state();
+  return fold_exactly(segment, scale.natural, &warps[0].m, exact_warps);
 }
 
 }  // namespace cmdp::cuda

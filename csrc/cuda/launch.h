@@ -9,40 +9,41 @@
 
 #include <cstdint>
 
+#include "../arrays.h"
 #include "../budget.h"
-#include "../cpu/kernels.h"
+#include "../logits.h"
 
 namespace cmdp::cuda {
 
-// Doubles a segment of a row leaves behind: the fields of its TokenState but for the token's logits, and whether it was
-// folded carefully.
-constexpr int kPartial = 11;
+// A folded segment of a row: its TokenState but for the token's logits, and 1 if it was folded exactly,
+// else 0. As Python allots it: kPartial doubles.
+struct PartialState {
+  double m, n, z, u, a, b, h, k, r_inf, f_inf;
+  double exact;
+};
+constexpr int kPartial = sizeof(PartialState) / sizeof(double);
+static_assert(kPartial == 11);
 
 // Into how many segments a row is cut. Depends on the width alone, so that a row's result does not depend on the batch.
 int64_t segments(int64_t vocab);
 
-// Scratch memory of the forward pass. `partial` [rows, segments(vocab), kPartial] may hold anything. `arrived` [rows,
-// and for constrained_reward sequences + 1 more] must hold zeros and holds zeros again when the kernel is done, so that
-// it can serve launch after launch and replay after replay; launches that may overlap must not share it.
+// Scratch memory of the forward pass. `partial` [rows, segments(vocab)] may hold anything. `arrived` [rows, and for
+// constrained_reward sequences + 1 more] must hold zeros and holds zeros again when the kernel is done, so that it can
+// serve launch after launch and replay after replay; launches that may overlap must not share it.
 struct Scratch {
-  double* partial;
+  PartialState* partial;
   uint32_t* arrived;
 };
 
-// Statistics [rows] float32 (all null if only `saved` is wanted; `out.wide` must be false) and `saved` [rows, kSaved].
-// A token outside the vocabulary makes its two log-probabilities NaN.
+// Statistics [rows] float32 (all null if only `saved` is wanted; `out.wide` must be false) and `saved` [rows]. A token
+// outside the vocabulary makes its two log-probabilities NaN.
 const char* token_stats(const Logits& in, const StatsOut& out, const Scratch& scratch, void* stream);
-
-// Upstream gradients of logprob, entropy, reverse_kl, forward_kl: [rows] float32 each, or null where there is none.
-struct Upstream {
-  const float* g[4];
-};
 
 // Gradient of the student's logits, written to `out` (of their dtype and width), which may be the logits themselves.
 // The teacher is read only if reverse_kl or forward_kl has an upstream gradient, tokens only if logprob has.
-// `in.first_column`: nonzero for a tile of wider rows, of which `saved` tells.
-const char* token_stats_backward(const Logits& in, const Upstream& upstream, const double* saved, const Matrix& out,
-                                 void* stream);
+// `in.first_column`: nonzero for a tile of wider rows, which `saved` describes.
+const char* token_stats_backward(const Logits& in, const Upstream<float>& upstream, const SavedRow* saved,
+                                 const Matrix& out, void* stream);
 
 // Sequences of tokens, one after another: padded ([count, width], offsets null) or packed. Offsets that nobody has
 // checked lead nowhere outside of `tokens`.
@@ -53,18 +54,12 @@ struct Sequences {
   const uint8_t* mask;  // [tokens], 0 = does not count; or null
 };
 
-// Float64 if `wide`, else float32.
-struct Numbers {
-  void* data;
-  bool wide;
-};
-
-// Where the trace of every token goes, and the modified reward; `reward` is null if it is not wanted.
-struct Outcome {
-  Numbers cumulative, remaining, excess;  // [tokens]
-  uint8_t* violated;                      // [tokens]
-  int64_t* first_violation;               // [count]
-  Numbers task_reward, reward;            // [tokens]
+// How a scan treats the costs of a sequence, and where the trace and the modified reward of each token go.
+struct Scan {
+  BudgetRule budget;
+  RewardRule reward;
+  TraceArrays trace;
+  RewardArrays rewards;
 };
 
 enum class Cost : int { reverse_kl, forward_kl, k1, nll };
@@ -78,25 +73,30 @@ struct Budget {
   bool per_token;
 };
 
-// Statistics, budget and modified reward in one launch. Outcome arrays are float32; sequences.tokens = rows,
+// The whole method but for its statistics: whose budget, of which cost, and the scan.
+struct Method {
+  Sequences sequences;
+  Budget budget;
+  Cost cost;
+  Scan scan;
+};
+
+// Statistics, budget and modified reward in one launch. The scan's arrays are float32; sequences.tokens = rows,
 // sequences.mask = in.mask.
-const char* constrained_reward(const Logits& in, const StatsOut& out, Cost cost, const Sequences& sequences,
-                               const Budget& budget, const BudgetRule& budget_rule, const RewardRule& reward_rule,
-                               const Outcome& outcome, const Scratch& scratch, void* stream);
+const char* constrained_reward(const Logits& in, const StatsOut& out, const Scratch& scratch, const Method& method,
+                               void* stream);
 
 // The trace of costs [tokens], and the reward if it is wanted. All Numbers are alike wide; limits [count].
-const char* budget_trace(const Sequences& sequences, const Numbers& cost, const double* limits,
-                         const BudgetRule& budget_rule, const RewardRule& reward_rule, const Outcome& outcome,
+const char* budget_trace(const Sequences& sequences, const Numbers& cost, const double* limits, const Scan& scan,
                          void* stream);
 
-// The modified reward from a trace that exists already (outcome.first_violation is not used).
-const char* modified_reward(const Sequences& sequences, const Numbers& cost, const RewardRule& reward_rule,
-                            const Outcome& outcome, void* stream);
+// The modified reward from a trace that exists already (scan.budget and trace.first_violation are not used).
+const char* modified_reward(const Sequences& sequences, const Numbers& cost, const Scan& scan, void* stream);
 
 }  // namespace cmdp::cuda
 
-// For whoever compiles csrc/cuda/*.cu and *.cuh with a host compiler (tests do): where __CUDACC__ is not defined, the
-// header that stands in for CUDA must come first (-include) and give
+// To compile csrc/cuda/*.cu and *.cuh with a host compiler, as tests do: where __CUDACC__ is not defined, the header
+// that stands in for CUDA must come first (-include) and give
 //   __global__ __device__ __host__ __forceinline__ __launch_bounds__(...) __grid_constant__ __shared__ (static only)
 //   threadIdx.x blockIdx.x blockDim.x gridDim.x, uint4 {x, y, z, w}, make_uint4, uint2 {x, y}, make_uint2
 //   __syncthreads __syncwarp __shfl_xor_sync (float, double, int) __shfl_sync __any_sync atomicInc(unsigned*, unsigned)

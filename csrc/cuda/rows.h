@@ -1,4 +1,4 @@
-// What launchers share: matrices as the kernels address them, and the choice of a kernel by dtype and alignment.
+// Shared by the launchers: matrices as the kernels address them, and the choice of a kernel by dtype and alignment.
 #pragma once
 
 #include "device.cuh"
@@ -11,20 +11,24 @@ constexpr int64_t kMaxGrid = 2147483647;
 // Rows over at most two axes, and why a matrix has no such rows.
 inline const char* rows_of(const Matrix& matrix, Rows& rows) {
   if (matrix.rows > kMaxGrid) return "there are more rows than a grid has blocks";
-  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};  // inner, outer
+  struct Axis {
+    int64_t size = 1, stride = 0;
+  } inner, outer;
   int axes = 0;
   for (int d = matrix.dims - 1; d >= 0; --d) {
-    if (matrix.sizes[d] == 1) continue;
-    if (axes > 0 && matrix.strides[d] == sizes[axes - 1] * strides[axes - 1]) {
-      sizes[axes - 1] *= matrix.sizes[d];
+    const Axis axis{matrix.sizes[d], matrix.strides[d]};
+    if (axis.size == 1) continue;
+    Axis& last = axes < 2 ? inner : outer;
+    if (axes > 0 && axis.stride == last.size * last.stride) {
+      last.size *= axis.size;
     } else if (axes == 2) {
       return "a matrix has rows of more than two strides; copy it first";
     } else {
-      sizes[axes] = matrix.sizes[d], strides[axes] = matrix.strides[d];
+      (axes == 0 ? inner : outer) = axis;
       ++axes;
     }
   }
-  rows = {matrix.data, static_cast<uint32_t>(sizes[0] > 0 ? sizes[0] : 1), strides[0], strides[1]};
+  rows = {matrix.data, static_cast<uint32_t>(inner.size > 0 ? inner.size : 1), inner.stride, outer.stride};
   return nullptr;
 }
 

@@ -31,14 +31,13 @@ const char* prepare(const Logits& in, const StatsOut& out, const Scratch& scratc
   if (out.wide) return "the CUDA kernels write float32 statistics";
   if (const char* problem = rows_of(in.student, a.x)) return problem;
   if (const char* problem = rows_of(in.teacher, a.y)) return problem;
-  a.tokens = out.statistics[0] == nullptr ? nullptr : in.tokens;
+  a.tokens = out.statistics[kLogprob] == nullptr ? nullptr : in.tokens;
   a.mask = in.mask;
   a.vocab = in.vocab;
   a.segment = settings_of(in.vocab).segment;
   a.segments = static_cast<int>(segments(in.vocab));
-  const Scale scale = scale_of(in.temperature);
-  a.per_octave = scale.per_octave, a.natural = scale.natural;
-  for (int i = 0; i < 6; ++i) a.statistics[i] = static_cast<float*>(out.statistics[i]);
+  a.scale = scale_of(in.temperature);
+  for (int i = 0; i < kStatistics; ++i) a.statistics[i] = static_cast<float*>(out.statistics[i]);
   a.saved = out.saved;
   a.scratch = scratch;
   a.rows = in.student.rows;
@@ -63,33 +62,28 @@ const char* token_stats(const Logits& in, const StatsOut& out, const Scratch& sc
   });
 }
 
-const char* constrained_reward(const Logits& in, const StatsOut& out, Cost cost, const Sequences& sequences,
-                               const Budget& budget, const BudgetRule& budget_rule, const RewardRule& reward_rule,
-                               const Outcome& outcome, const Scratch& scratch, void* stream) {
-  ConstrainedArguments a{{}, sequences, budget, cost, {budget_rule, reward_rule, outcome}};
+const char* constrained_reward(const Logits& in, const StatsOut& out, const Scratch& scratch, const Method& method,
+                               void* stream) {
+  ConstrainedArguments a{{}, method};
   if (const char* problem = prepare(in, out, scratch, a.fold)) return problem;
-  if (sequences.count == 0) return nullptr;
+  if (method.sequences.count == 0) return nullptr;
   return with_types(in.student.dtype, in.teacher.dtype, [&]<class X, class Y>(X, Y) {
     const auto kernel = aligned<X, Y>(a.fold) ? constrained_kernel<X, Y, true> : constrained_kernel<X, Y, false>;
     return launch(kernel, a.fold.rows * a.fold.segments + 1, settings_of(a.fold.vocab).threads, stream, a);
   });
 }
 
-const char* budget_trace(const Sequences& sequences, const Numbers& cost, const double* limits,
-                         const BudgetRule& budget_rule, const RewardRule& reward_rule, const Outcome& outcome,
+const char* budget_trace(const Sequences& sequences, const Numbers& cost, const double* limits, const Scan& scan,
                          void* stream) {
   if (sequences.count == 0) return nullptr;
   if (sequences.count > kMaxGrid) return "there are more sequences than a grid has blocks";
-  return launch(trace_kernel, sequences.count, kThreads, stream, sequences, NumberCost{cost}, limits,
-                ScanArguments{budget_rule, reward_rule, outcome});
+  return launch(trace_kernel, sequences.count, kThreads, stream, sequences, cost, limits, scan);
 }
 
-const char* modified_reward(const Sequences& sequences, const Numbers& cost, const RewardRule& reward_rule,
-                            const Outcome& outcome, void* stream) {
+const char* modified_reward(const Sequences& sequences, const Numbers& cost, const Scan& scan, void* stream) {
   if (sequences.count == 0) return nullptr;
   if (sequences.count > kMaxGrid) return "there are more sequences than a grid has blocks";
-  return launch(reward_kernel, sequences.count, kThreads, stream, sequences, NumberCost{cost},
-                ScanArguments{{}, reward_rule, outcome});
+  return launch(reward_kernel, sequences.count, kThreads, stream, sequences, cost, scan);
 }
 
 }  // namespace cmdp::cuda

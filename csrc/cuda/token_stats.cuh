@@ -2,12 +2,12 @@
 //
 // One block folds one segment of a row; into how many segments a row is cut depends on its width alone. The last block
 // of a row to arrive merges the states of its segments, in a fixed order, and finishes the row; the last row of a
-// sequence to arrive lets its block scan the sequence. Who is last differs from run to run, what it computes does not:
-// the same row gives bitwise the same result in every run and every batch.
+// sequence to arrive lets its block scan the sequence. Which block is last differs from run to run, its result does
+// not: the same row gives bitwise the same result in every run and every batch.
 //
 // Arrivals: a block writes what others will read, makes it visible (__threadfence) and counts itself with atomicInc,
-// which wraps to zero at the last arrival, so that the counters are as they were when the kernel ends. Whoever was last
-// issues a fence of its own before it reads; a barrier hands both on to the other threads of the block.
+// which wraps to zero at the last arrival, so that the counters are as they were when the kernel ends. The last one to
+// arrive issues a fence of its own before it reads; a barrier hands both on to the other threads of the block.
 #pragma once
 
 #include "../gradient.h"
@@ -24,10 +24,9 @@ struct FoldArguments {
   int64_t vocab;
   int64_t segment;  // columns of a segment
   int segments;     // of a row, at most kWarp
-  float per_octave;
-  double natural;
-  float* statistics[6];
-  double* saved;
+  Scale scale;
+  float* statistics[kStatistics];
+  SavedRow* saved;
   Scratch scratch;
   int64_t rows;
 };
@@ -40,80 +39,75 @@ __device__ __forceinline__ bool arrive(uint32_t* counter, uint32_t count) {
   return last;
 }
 
-// Statistics and saved scalars of a row, by one thread.
-__device__ __forceinline__ void write_row(const FoldArguments& a, uint32_t row, const TokenStats& stats) {
-  const double values[6] = {stats.logprob,         stats.teacher_logprob, stats.entropy,
-                            stats.teacher_entropy, stats.reverse_kl,      stats.forward_kl};
+// The statistics of a row, by one thread.
+__device__ __forceinline__ void write_statistics(const FoldArguments& a, uint32_t row, const TokenStats& stats) {
+  const auto values = stats.in_order();
 #pragma unroll
-  for (int i = 0; i < 6; ++i) {
+  for (int i = 0; i < kStatistics; ++i) {
     if (a.statistics[i] != nullptr) a.statistics[i][row] = static_cast<float>(values[i]);
   }
 }
 
 template <class X, class Y>
-__device__ __forceinline__ void finish_row(const FoldArguments& a, uint32_t row, TokenState& state, bool careful) {
+__device__ __forceinline__ void finish_row(const FoldArguments& a, uint32_t row, TokenState& state, bool exact) {
   if (a.tokens != nullptr) {
     const int64_t token = a.tokens[row];
     // A token outside the vocabulary has no logit: NaN. The host cannot look without stalling the device.
     double x = NAN, y = NAN;
     if (token >= 0 && token < a.vocab) {
-      x = scaled(column<X>(a.x.row<X>(row), token), a.natural);
-      y = scaled(column<Y>(a.y.row<Y>(row), token), a.natural);
+      x = scaled(column<X>(a.x.row<X>(row), token), a.scale.natural);
+      y = scaled(column<Y>(a.y.row<Y>(row), token), a.scale.natural);
     }
     state.label(x, y);
   }
   const TokenStats stats = state.finish();
-  write_row(a, row, stats);
-  save_row(state, stats, careful, a.saved + int64_t{row} * kSaved);
+  write_statistics(a, row, stats);
+  a.saved[row] = saved_row(state, stats, exact);
 }
 
 // The states of the at most kWarp segments of a row, merged: that of lane 0 of the warp.
-__device__ __forceinline__ TokenState merge_segments(const double* partial, int segments, bool& careful) {
+__device__ __forceinline__ TokenState merge_segments(const PartialState* partial, int segments, bool& exact) {
   TokenState state = TokenState::empty();
   const int lane = threadIdx.x;
   if (lane < segments) {
-    const double* p = partial + lane * kPartial;
-    state.m = p[0], state.n = p[1], state.z = p[2], state.u = p[3], state.a = p[4], state.b = p[5];
-    state.h = p[6], state.k = p[7], state.r_inf = p[8], state.f_inf = p[9];
-    careful = p[10] != 0;
+    const PartialState& p = partial[lane];
+    state.m = p.m, state.n = p.n, state.z = p.z, state.u = p.u, state.a = p.a, state.b = p.b;
+    state.h = p.h, state.k = p.k, state.r_inf = p.r_inf, state.f_inf = p.f_inf;
+    exact = p.exact != 0;
   }
   merge_lanes(state, segments);
-  careful = __any_sync(kAll, careful);
+  exact = __any_sync(kAll, exact);
   return state;
 }
 
 // Folds this block's segment, and finishes the row if it was the last. True, for threads of the first warp, once the
 // row is finished.
 template <class X, class Y, bool kAligned>
-__device__ __forceinline__ bool fold_segment(const FoldArguments& a, uint32_t row, int segment) {
-  if (a.mask != nullptr && a.mask[row] == 0) {
-    if (segment == 0 && threadIdx.x == 0) {
-      write_row(a, row, {0, 0, 0, 0, 0, 0});
-      for (int i = 0; i < kSaved; ++i) a.saved[int64_t{row} * kSaved + i] = 0;
-    }
+__device__ __forceinline__ bool fold_segment(const FoldArguments& a, uint32_t row, uint32_t segment) {
+  if (!unmasked(a.mask, row)) {
+    if (segment == 0 && threadIdx.x == 0) write_statistics(a, row, {}), a.saved[row] = {};
     return segment == 0;
   }
-  const int64_t start = segment * a.segment;
+  const int64_t start = int64_t{segment} * a.segment;
   const int64_t stop = start + a.segment < a.vocab ? start + a.segment : a.vocab;
-  bool careful;
-  TokenState state =
-      fold<X, Y, kAligned>(a.x.row<X>(row), a.y.row<Y>(row), start, stop, a.per_octave, a.natural, careful);
+  bool exact;
+  const Segment<X, Y> columns{a.x.row<X>(row), a.y.row<Y>(row), start, stop};
+  TokenState state = fold<X, Y, kAligned>(columns, a.scale, exact);
   if (threadIdx.x >= kWarp) return false;
   if (a.segments > 1) {
-    double* partial = a.scratch.partial + int64_t{row} * a.segments * kPartial;
+    PartialState* partial = a.scratch.partial + row * a.segments;  // fits 32 bits: there are fewer blocks
     bool last = false;
     if (threadIdx.x == 0) {
-      double* p = partial + segment * kPartial;
-      p[0] = state.m, p[1] = state.n, p[2] = state.z, p[3] = state.u, p[4] = state.a, p[5] = state.b;
-      p[6] = state.h, p[7] = state.k, p[8] = state.r_inf, p[9] = state.f_inf, p[10] = careful;
+      partial[segment] = {state.m, state.n, state.z,     state.u,     state.a,          state.b,
+                          state.h, state.k, state.r_inf, state.f_inf, exact ? 1.0 : 0.0};
       last = arrive(a.scratch.arrived + row, a.segments);
     }
     if (!__any_sync(kAll, last)) return false;
     __syncwarp();
-    careful = false;
-    state = merge_segments(partial, a.segments, careful);
+    exact = false;
+    state = merge_segments(partial, a.segments, exact);
   }
-  if (threadIdx.x == 0) finish_row<X, Y>(a, row, state, careful);
+  if (threadIdx.x == 0) finish_row<X, Y>(a, row, state, exact);
   return true;
 }
 
@@ -126,10 +120,7 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
 
 struct ConstrainedArguments {
   FoldArguments fold;
-  Sequences sequences;
-  Budget budget;
-  Cost cost;
-  ScanArguments scan;
+  Method method;
 };
 
 // The cost of a token, as the operations on their own round it: a statistic, or the difference of two.
@@ -145,28 +136,28 @@ struct StatisticCost {
 __device__ __forceinline__ StatisticCost cost_of(const FoldArguments& a, Cost cost) {
   switch (cost) {
     case Cost::reverse_kl:
-      return {a.statistics[4], nullptr};
+      return {a.statistics[kReverseKl], nullptr};
     case Cost::forward_kl:
-      return {a.statistics[5], nullptr};
+      return {a.statistics[kForwardKl], nullptr};
     case Cost::k1:
-      return {a.statistics[0], a.statistics[1]};
+      return {a.statistics[kLogprob], a.statistics[kTeacherLogprob]};
     default:
-      return {nullptr, a.statistics[1]};
+      return {nullptr, a.statistics[kTeacherLogprob]};
   }
 }
 
 // All threads of the block.
 __device__ __forceinline__ double limit_of(const Budget& budget, const Sequences& sequences, int64_t sequence,
-                                           int64_t begin, int64_t stop) {
-  double limit = budget.each.data == nullptr ? budget.all : number(budget.each, sequence * budget.stride);
+                                           const Span& span) {
+  double limit = budget.each.data == nullptr ? budget.all : budget.each[sequence * budget.stride];
   if (budget.per_token) {
-    const int64_t count = count_kept(sequences.mask, begin, stop);
+    const int64_t count = count_unmasked(sequences.mask, span);
     limit = count > 0 ? limit * count : 0.0;
   }
   return static_cast<float>(limit);  // as the costs are rounded: a cost of 0.3 is within a budget of 0.3
 }
 
-// Sequences without tokens have no row that would settle them.
+// A sequence without tokens has no row that would settle it.
 __device__ __forceinline__ void settle_empty(const Sequences& sequences, int64_t* first_violation) {
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < sequences.count; i += blockDim.x) {
@@ -175,13 +166,14 @@ __device__ __forceinline__ void settle_empty(const Sequences& sequences, int64_t
   }
 }
 
-// One block a segment of a row, and one more for sequences without tokens.
+// One block per segment of a row, and one more for sequences without tokens.
 template <class X, class Y, bool kAligned>
 __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
     constrained_kernel(const __grid_constant__ ConstrainedArguments a) {
+  const Sequences& sequences = a.method.sequences;
   const uint32_t row = blockIdx.x / a.fold.segments;
   if (row >= a.fold.rows) {
-    settle_empty(a.sequences, a.scan.outcome.first_violation);
+    settle_empty(sequences, a.method.scan.trace.first_violation);
     return;
   }
   __shared__ int64_t settles;  // the sequence whose last row this was, or -1
@@ -190,23 +182,23 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
     settles = -1;
     if (finished) {
       uint32_t* arrived = a.fold.scratch.arrived + a.fold.rows;
-      const int64_t sequence = sequence_of(a.sequences, row);
+      const int64_t sequence = sequence_of(sequences, row);
       if (sequence >= 0) {
-        const Span span = span_of(a.sequences, sequence);
+        const Span span = span_of(sequences, sequence);
         if (arrive(arrived + sequence, span.stop - span.begin)) settles = sequence;
       }
       // Offsets that are no offsets may leave counters behind; the last row of all clears them.
-      if (a.sequences.offsets != nullptr && arrive(arrived + a.sequences.count, a.fold.rows)) {
+      if (sequences.offsets != nullptr && arrive(arrived + sequences.count, a.fold.rows)) {
 #pragma unroll 1
-        for (int64_t i = 0; i < a.sequences.count; ++i) arrived[i] = 0;
+        for (int64_t i = 0; i < sequences.count; ++i) arrived[i] = 0;
       }
     }
   }
   __syncthreads();
   if (settles < 0) return;
-  const Span span = span_of(a.sequences, settles);
-  const double limit = limit_of(a.budget, a.sequences, settles, span.begin, span.stop);
-  scan_sequence(a.scan, cost_of(a.fold, a.cost), a.sequences.mask, settles, span, limit);
+  const Span span = span_of(sequences, settles);
+  const double limit = limit_of(a.method.budget, sequences, settles, span);
+  scan_sequence(a.method.scan, cost_of(a.fold, a.method.cost), sequences.mask, settles, span, limit);
 }
 
 }  // namespace cmdp::cuda

@@ -1,4 +1,9 @@
 // Small kernels for the tests of grid.h: right ones, and ones with the faults that it has to find.
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <string>
+
 #include "cuda.h"
 
 namespace {
@@ -71,7 +76,7 @@ __global__ void half_at_a_barrier(float*) {
   __syncwarp();
 }
 
-// What has returned takes no part in a barrier.
+// A thread that has returned takes no part in a barrier.
 __global__ void early_return(float* out) {
   if (threadIdx.x >= 10) return;
   __shared__ float value;
@@ -117,37 +122,41 @@ void run(void (*kernel)(float*, P...), float* out, A... more) {
   launch(kernel, kBlocks, kThreads, nullptr, out, more...);
 }
 
+const std::map<std::string, std::function<void(float*)>> kernels{
+    {"neighbours", [](float* out) { run(neighbours<true>, out); }},
+    {"missing barrier", [](float* out) { run(neighbours<false>, out); }},
+    {"lanes", [](float* out) { run(lanes<true>, out); }},
+    {"missing warp barrier", [](float* out) { run(lanes<false>, out); }},
+    {"sum", [](float* out) { run(sum, out); }},
+    {"order", [](float* out) { run(order, out); }},
+    {"last", [](float* out) { run(last<true, true, true>, out, parts, &counter); }},
+    {"last without a barrier", [](float* out) { run(last<false, true, true>, out, parts, &counter); }},
+    {"last without a fence before", [](float* out) { run(last<true, false, true>, out, parts, &counter); }},
+    {"last without a fence after", [](float* out) { run(last<true, true, false>, out, parts, &counter); }},
+    {"divergent barriers", [](float* out) { run(divergent_barriers, out); }},
+    {"half at a barrier", [](float* out) { run(half_at_a_barrier, out); }},
+    {"early return", [](float* out) { run(early_return, out); }},
+    {"a lane has returned", [](float* out) { run(a_lane_has_returned, out); }},
+    {"different masks", [](float* out) { run(different_masks, out); }},
+    {"lane outside the mask", [](float* out) { run(lane_outside_the_mask, out); }},
+    {"uninitialised", [](float* out) { run(uninitialised, out); }},
+    {"aligned load", [](float* out) { run(wide_load<0>, out); }},
+    {"misaligned load", [](float* out) { run(wide_load<1>, out); }},
+    {"misaligned store", [](float* out) { run(wide_store<2>, out); }},
+};
+
 }  // namespace
 
-// Runs a kernel by name with out [kBlocks * kThreads]; returns what the fault said, or nothing.
+// Runs a kernel by name with out [kBlocks * kThreads]. Returns the fault's message, or nothing.
 extern "C" const char* run_kernel(const char* name, uint64_t seed, float* out) {
   static std::string message;
-  const std::string which = name;
+  const auto kernel = kernels.find(name);
+  if (kernel == kernels.end()) return "no such kernel";
   cuda_host::grid.seed(seed);
   std::fill(parts, parts + kBlocks * kThreads, 0.0f);
   counter = 0;
   try {
-    if (which == "neighbours") run(neighbours<true>, out);
-    else if (which == "missing barrier") run(neighbours<false>, out);
-    else if (which == "lanes") run(lanes<true>, out);
-    else if (which == "missing warp barrier") run(lanes<false>, out);
-    else if (which == "sum") run(sum, out);
-    else if (which == "order") run(order, out);
-    else if (which == "last") run(last<true, true, true>, out, parts, &counter);
-    else if (which == "last without a barrier") run(last<false, true, true>, out, parts, &counter);
-    else if (which == "last without a fence before") run(last<true, false, true>, out, parts, &counter);
-    else if (which == "last without a fence after") run(last<true, true, false>, out, parts, &counter);
-    else if (which == "divergent barriers") run(divergent_barriers, out);
-    else if (which == "half at a barrier") run(half_at_a_barrier, out);
-    else if (which == "early return") run(early_return, out);
-    else if (which == "a lane has returned") run(a_lane_has_returned, out);
-    else if (which == "different masks") run(different_masks, out);
-    else if (which == "lane outside the mask") run(lane_outside_the_mask, out);
-    else if (which == "uninitialised") run(uninitialised, out);
-    else if (which == "aligned load") run(wide_load<0>, out);
-    else if (which == "misaligned load") run(wide_load<1>, out);
-    else if (which == "misaligned store") run(wide_store<2>, out);
-    else return "no such kernel";
+    kernel->second(out);
   } catch (const cuda_host::Fault& fault) {
     message = fault.what();
     return message.c_str();

@@ -1,19 +1,19 @@
 // Runs a CUDA grid on the host, for tests: every thread of a block is a fiber, which runs until it waits.
 //
-// What waits really waits: a barrier for the threads of its block that have not returned, a warp's operation for all
-// lanes of its mask, which then exchange their values at once. Between two waits a thread runs alone. Which thread goes
-// next, in which order the blocks come, how many are under way at once and when one gives way to another is drawn from a
-// seed, so that a missing barrier and a result that depends on an order show as a result that changes. Seed 0 draws
-// nothing: one block after another, one thread after another.
+// A thread that waits really waits: at a barrier for the threads of its block that have not returned, at a warp's
+// operation for all lanes of its mask, which then exchange their values at once. Between two waits a thread runs alone.
+// A seed draws which thread goes next, the order of the blocks, how many are under way at once and when one gives way
+// to another. A missing barrier, or a result that depends on an order, therefore shows as a result that changes. Seed 0
+// draws nothing: one block after another, one thread after another.
 //
-// A launch ends with a Fault that says where, if
+// A launch ends with a Fault that names the place, if
 //   - threads of a block wait at different barriers, or some at a barrier and some for another lane;
-//   - lanes of a warp wait with different masks or at different places, a mask names a lane that has returned or does not
-//     exist, or a lane asks for the value of one that the mask does not name;
+//   - lanes of a warp wait with different masks or at different places, a mask names a lane that has returned or does
+//     not exist, or a lane asks for the value of one that the mask does not name;
 //   - memory is accessed 64 or 128 bits at a time at an address that is not a multiple of that (cuda.h);
-//   - an atomic on global memory has no __threadfence before it, after what the block has written (other blocks might see
-//     the one without the other), or none after it before its thread waits or returns (it might read what was there
-//     before).
+//   - an atomic on global memory has no __threadfence between the block's writes and itself (other blocks might see the
+//     one without the other), or none between itself and the next wait or return of its thread (the thread might read
+//     values from before).
 // Shared memory is filled with 0xff before every block: NaN as a number, -1 as an integer.
 #pragma once
 
@@ -91,7 +91,7 @@ struct Block {
 
 class Grid {
  public:
-  // What is drawn from now on. 0: nothing.
+  // The seed of all draws from now on. 0: nothing is drawn.
   void seed(uint64_t value) { random_ = value; }
 
   uint64_t launches() const { return launches_; }
@@ -117,7 +117,7 @@ class Grid {
     if (!fault_.empty()) throw Fault(fault_);
   }
 
-  // --- What threads call
+  // --- Called by threads
 
   void barrier(Site site) { pause(Wait::barrier, site); }
 
@@ -136,7 +136,7 @@ class Grid {
     if (global && !fenced()) fail("an atomic on global memory without a __threadfence before it", site);
     pause(Wait::nothing, site);
     thread_->owes_fence = thread_->owes_fence || global;
-    // What the block has not done yet, others may have to do without.
+    // Other blocks may have to do without the work that this block has not done yet.
     block_->asleep = global && random_ != 0 && draw(2) == 0;
   }
 
@@ -305,7 +305,9 @@ class Grid {
       if ((mask >> i & 1) == 0) continue;
       Thread& lane = threads[first + i];
       const int source = lane.exchange.source;
-      if (source != Exchange::kAll && (mask >> source & 1) == 0) return refuse("a lane asks for one that the mask does not name");
+      if (source != Exchange::kAll && (mask >> source & 1) == 0) {
+        return refuse("a lane asks for one that the mask does not name");
+      }
       lane.result = source == Exchange::kAll ? all : threads[first + source].exchange.value;
     }
     for (int i = warpSize - 1; i >= 0; --i) {

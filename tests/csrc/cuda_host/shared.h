@@ -2,7 +2,7 @@
 //
 // `__shared__` stands for `static __thread`: such variables lie together, in a range that the dynamic linker knows, and
 // all threads of a grid run in one system thread. A launch may therefore fill the range before every block and exchange
-// it when another block goes on. What else lies there (pybind11's own) is put back when the launch ends.
+// it when another block goes on. Other variables that lie there (pybind11's own) are put back when the launch ends.
 #pragma once
 
 #include <link.h>
@@ -24,22 +24,22 @@ inline __thread char shared_marker;
 
 inline Range shared_range() {
   *const_cast<volatile char*>(&shared_marker) = 0;  // the storage is made when it is first touched
-  Range found;
+  Range range;
   dl_iterate_phdr(
-      [](dl_phdr_info* module, size_t, void* range) {
+      [](dl_phdr_info* module, size_t, void* result) {
         const char* begin = static_cast<const char*>(module->dlpi_tls_data);
         for (int i = 0; i < module->dlpi_phnum; ++i) {
           const size_t size = module->dlpi_phdr[i].p_memsz;
           if (module->dlpi_phdr[i].p_type != PT_TLS || begin == nullptr) continue;
           if (&shared_marker < begin || &shared_marker >= begin + size) continue;
-          *static_cast<Range*>(range) = {static_cast<char*>(module->dlpi_tls_data), size};
+          *static_cast<Range*>(result) = {static_cast<char*>(module->dlpi_tls_data), size};
           return 1;
         }
         return 0;
       },
-      &found);
-  if (found.data == nullptr) throw std::runtime_error("the shared variables of this module were not found");
-  return found;
+      &range);
+  if (range.data == nullptr) throw std::runtime_error("the shared variables of this module were not found");
+  return range;
 }
 
 }  // namespace cuda_host
