@@ -23,7 +23,7 @@ or +inf in either row of logits (or a row that is -inf throughout) makes all six
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,7 +168,7 @@ def linear_token_stats(
     teacher_softcap: float | None = None,
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
-    **settings,
+    **settings: Any,
 ) -> TokenStats:
     """`token_stats` of logits that are made in full; arguments and returns as `cmdp_fast.linear_token_stats`."""
     student = _project(student_hidden, student_weight, student_bias, student_scale, student_softcap)
