@@ -48,9 +48,9 @@ def linear_constrained_reward(
         constraint: a `Constraint`, in place of the budget and of the keywords of its fields.
         cost: as `constrained_reward`, but for ``jsd``, which takes a second pass over the logits.
         student_weight, teacher_weight: a `Head`, from `head_of`, or ``[V, H]``, its weight alone.
-        student_bias, teacher_bias, student_softcap, teacher_softcap, student_scale, teacher_scale, temperature,
-            vocab_size: as `linear_token_stats`.
-        process_group, first_column, reduce_hidden_grad, saved, backend: as `linear_token_stats`.
+        student_bias, teacher_bias, student_softcap, teacher_softcap: as `linear_token_stats`.
+        student_scale, teacher_scale, temperature, vocab_size, process_group, first_column: as `linear_token_stats`.
+        reduce_hidden_grad, saved, backend: as `linear_token_stats`.
         Everything else: as `constrained_reward`.
 
     Returns:
