@@ -48,11 +48,11 @@ def check_sharding(accelerator: Any, config: TrainConfig) -> None:
         raise InputError("of FSDP only version 2 is supported: set fsdp_version: 2 in accelerate's configuration")
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):  # what it writes otherwise is read with pickle
         raise InputError("FSDP checkpoints need fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration")
-    if config.baseline == "gae" and config.algorithm == "ppo":
+    if config.has_value_head:
         raise InputError("--baseline gae does not work with FSDP, whose optimizer has the student's parameters alone")
     if config.lora_rank:
         raise InputError("--lora-rank does not work with FSDP: an adapter is small, DDP serves it")
-    if config.algorithm == "minillm" and config.teacher_mix:
+    if config.mixes_teacher:
         raise InputError("minillm with --teacher-mix does not work with FSDP: the teacher would have to keep step")
 
 

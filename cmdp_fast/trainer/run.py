@@ -20,10 +20,10 @@ from .distributed import any_process, main_first, make_accelerator, on_device, p
 from .experience import Collector
 from .interrupts import Interrupts
 from .material import Material, load
-from .methods import METHODS
-from .methods.ppo import PPO
+from .methods.method import method_named
 from .models.value_head import ValueHead
 from .records.checkpoint import remove_checkpoints
+from .records.clock import Clock
 from .records.lock import alone_in
 from .records.metrics_log import check_trackers
 from .records.report import Report
@@ -33,6 +33,7 @@ from .records.trust import code_of
 from .rollout import Sampling, end_tokens
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
+from .step import Learner
 from .training import Training
 
 
@@ -61,18 +62,18 @@ def train(config: TrainConfig) -> Path:
             report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
             return Path(config.resume)
         material = main_first(lambda: load(config, report), accelerator)
-        ppo = make_ppo(config, accelerator, material)
+        learner = make_learner(config, accelerator, material)
         report.say(
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
             f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
         )
-        training = Training(config, ppo, material, report, code)
+        training = Training(config, learner, material, report, code)
         training.begin(held)
         training.finish(interrupts)
     return training.folder
 
 
-def make_ppo(config: TrainConfig, accelerator: Any, material: Material) -> PPO:
+def make_learner(config: TrainConfig, accelerator: Any, material: Material) -> Learner:
     """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
     from transformers import get_scheduler
@@ -82,7 +83,7 @@ def make_ppo(config: TrainConfig, accelerator: Any, material: Material) -> PPO:
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     groups = [{"params": trained, "lr": config.learning_rate}]
     value_head = None
-    if config.algorithm == "ppo" and config.baseline == "gae":
+    if config.has_value_head:
         value_head = ValueHead(student.config.get_text_config().hidden_size).to(accelerator.device)
         groups.append({"params": list(value_head.parameters()), "lr": config.value_learning_rate})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
@@ -90,8 +91,8 @@ def make_ppo(config: TrainConfig, accelerator: Any, material: Material) -> PPO:
     student, optimizer = prepare_student(student, optimizer, accelerator)
     value_head = value_head and accelerator.prepare(value_head)
     collector = make_collector(config, accelerator, student, material)
-    method = METHODS[config.algorithm]
-    return method(collector, optimizer=optimizer, scheduler=scheduler, value_head=value_head)
+    method = method_named(config.algorithm)(collector, Clock(accelerator.device), value_head)
+    return Learner(method, optimizer=optimizer, scheduler=scheduler)
 
 
 def make_collector(config: TrainConfig, accelerator: Any, student: Any, material: Material) -> Collector:

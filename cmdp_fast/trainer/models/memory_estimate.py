@@ -54,7 +54,7 @@ class MemoryEstimate:
 def estimate_memory(config: TrainConfig, student: Any, teacher: Any, prompt_length: int) -> MemoryEstimate:
     """The memory of a training with these models, loaded on the CPU, and prompts of up to ``prompt_length`` tokens."""
     value_head = []
-    if config.algorithm == "ppo" and config.baseline == "gae":
+    if config.has_value_head:
         value_head = list(ValueHead(student.config.get_text_config().hidden_size).parameters())
     ours, theirs = list(student.parameters()), list(teacher.parameters())
     trained = [p for p in ours if p.requires_grad] + value_head
