@@ -14,13 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from cmdp_fast.errors import InputError
 
+from .models.causal_lm import CausalLM
 from .settings.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 T = TypeVar("T")
 
@@ -28,7 +34,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 
 
-def make_accelerator(config: TrainConfig) -> Any:
+def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of the run; several processes meet here. Raises InputError for what the trainer cannot do."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -41,7 +47,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     return accelerator
 
 
-def check_sharding(accelerator: Any, config: TrainConfig) -> None:
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     """Raises InputError unless the trainer can work with models that are sharded as accelerate was told to."""
     plugin = accelerator.state.fsdp_plugin
     if not accelerator.is_fsdp2:
@@ -56,14 +62,14 @@ def check_sharding(accelerator: Any, config: TrainConfig) -> None:
         raise InputError("minillm with --teacher-mix does not work with FSDP: the teacher would have to keep step")
 
 
-def share(items: Sequence[T], accelerator: Any) -> list[T]:
+def share(items: Sequence[T], accelerator: Accelerator) -> list[T]:
     """This process's slice of the items, as long as any other's; if they do not go round, some appear twice."""
     processes, size = accelerator.num_processes, -(-len(items) // accelerator.num_processes)
     padded = [items[i % len(items)] for i in range(size * processes)]
     return padded[accelerator.process_index * size :][:size]
 
 
-def whole(shares: Sequence[T], count: int, accelerator: Any) -> list[T]:
+def whole(shares: Sequence[T], count: int, accelerator: Accelerator) -> list[T]:
     """What all processes made of their `share` of `count` items, in order and once each; any Python objects."""
     from accelerate.utils import gather_object
 
@@ -71,7 +77,7 @@ def whole(shares: Sequence[T], count: int, accelerator: Any) -> list[T]:
 
 
 @contextmanager
-def together(accelerator: Any) -> Iterator[None]:
+def together(accelerator: Accelerator) -> Iterator[None]:
     """An InputError of one process in the body becomes an InputError of all of them, with the same message.
 
     Every process must come here. The body must not wait for other processes where an InputError can keep one away.
@@ -91,14 +97,14 @@ def together(accelerator: Any) -> Iterator[None]:
         raise error
 
 
-def any_process(flag: bool, accelerator: Any) -> bool:
+def any_process(flag: bool, accelerator: Accelerator) -> bool:
     """Whether the flag is set in any process; the same in all."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
-def main_first(function: Callable[[], T], accelerator: Any) -> T:
+def main_first(function: Callable[[], T], accelerator: Accelerator) -> T:
     """The function's result. The first process of each machine calls it alone, then the others: they find a full cache.
 
     If it fails in one with an InputError, it fails in all, and is called by no further one.
@@ -111,7 +117,7 @@ def main_first(function: Callable[[], T], accelerator: Any) -> T:
     return result[0]
 
 
-def whole_student(student: Any, accelerator: Any) -> tuple[Any, dict[str, Any] | None]:
+def whole_student(student: nn.Module, accelerator: Accelerator) -> tuple[CausalLM, dict[str, Any] | None]:
     """(the model without what accelerate put around it, its weights if it does not hold all of them itself).
 
     Every process must call this; with FSDP only the main process gets the weights.
@@ -120,7 +126,7 @@ def whole_student(student: Any, accelerator: Any) -> tuple[Any, dict[str, Any] |
     return model, accelerator.get_state_dict(student) if accelerator.distributed_type == "FSDP" else None
 
 
-def reshard(student: Any) -> None:
+def reshard(student: nn.Module) -> None:
     """Has FSDP spread again what a forward pass has left together, the head: weights are loaded into shards."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -129,18 +135,20 @@ def reshard(student: Any) -> None:
             module.reshard()
 
 
-def prepare_student(student: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
+def prepare_student(
+    student: CausalLM, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Student and optimizer as accelerate runs and checkpoints them: on their device, replicated or sharded.
 
     Without the copy of every output to float32 that accelerate adds under mixed precision: the kernels read bfloat16
     logits as they are, and the trainer has the autocast where it wants it.
     """
-    student, optimizer = accelerator.prepare(student, optimizer)
-    accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    return student, optimizer
+    prepared, optimizer = accelerator.prepare(student, optimizer)
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    return prepared, optimizer
 
 
-def on_device(model: Any, accelerator: Any) -> Any:
+def on_device(model: CausalLM, accelerator: Accelerator) -> nn.Module:
     """A model that is not trained, on its device; with FSDP sharded like the student."""
     if accelerator.distributed_type != "FSDP":
         return model.to(accelerator.device)

@@ -28,6 +28,7 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     check_trackers(config)
     check_run_folder(config)
     material = load(config, report)
+    assert material.teacher is not None  # a valid configuration names one
     models = (material.student, material.teacher)
     make_scoring(config.logits, models, common_vocabulary(*models), config.temperature)
     if config.rollout:

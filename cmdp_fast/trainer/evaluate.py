@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from .distributed import share, whole
 from .experience import Collector, Completions, Experience, joined
@@ -41,7 +42,7 @@ FIGURES = {
 
 def evaluate(
     collector: Collector,
-    policy: Any,
+    policy: nn.Module,
     rows: list[Problem],
     clock: Clock,
     report: Report | None = None,

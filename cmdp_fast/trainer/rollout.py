@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cmdp_fast.errors import InputError
 
+from .models.causal_lm import CausalLM
 from .records.report import Report
 from .tasks.data import Problem, Problems
 
@@ -80,7 +81,7 @@ class Sampling:
     batch_size: int = 0  # prompts at once; 0: all
 
 
-def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def end_tokens(model: CausalLM, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a completion: the tokenizer's, and those that the model's generation settings name."""
     configured = model.generation_config.eos_token_id
     configured = [] if configured is None else configured if isinstance(configured, list) else [configured]
@@ -126,7 +127,7 @@ def drop_long_prompts(problems: Problems, tokenizer: Any, limit: int, report: Re
 
 
 def generate(
-    policy: Any,
+    policy: CausalLM,
     prompts: Sequence[list[int]],
     sampling: Sampling,
     *,
@@ -171,7 +172,7 @@ def assemble(
 
 
 def call_rollout(
-    function: RolloutFunction, name: str, prompts: list[list[int]], sampling: Sampling, policy: Any
+    function: RolloutFunction, name: str, prompts: list[list[int]], sampling: Sampling, policy: CausalLM
 ) -> Rollout:
     """The completions that a function of the user's samples. Raises InputError for anything that it may not return."""
     result = function(prompts=prompts, sampling=sampling, policy=policy)
@@ -207,7 +208,7 @@ def completion_mask(tokens: Tensor, eos: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def _generate(
-    prompts: Sequence[list[int]], policy: Any, sampling: Sampling, mixed_with: Any, synced_gpus: bool
+    prompts: Sequence[list[int]], policy: CausalLM, sampling: Sampling, mixed_with: Any, synced_gpus: bool
 ) -> list[list[int]]:
     from transformers import LogitsProcessorList
 
@@ -237,7 +238,7 @@ def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -
 
 
 @contextmanager
-def _plain_sampling(policy: Any, sampling: Sampling) -> Iterator[None]:
+def _plain_sampling(policy: CausalLM, sampling: Sampling) -> Iterator[None]:
     """Generation settings under which nothing happens to the softmax but what `sampling` says.
 
     `generate` fills whatever a call leaves open from the model's own settings, and many models come with a top-p, a

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from cmdp_fast.imports import import_function
 from cmdp_fast.vocabulary import common_vocabulary
@@ -35,6 +36,9 @@ from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
 from .step import Learner
 from .training import Training
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def train(config: TrainConfig) -> Path:
@@ -73,29 +77,28 @@ def train(config: TrainConfig) -> Path:
     return training.folder
 
 
-def make_learner(config: TrainConfig, accelerator: Any, material: Material) -> Learner:
+def make_learner(config: TrainConfig, accelerator: Accelerator, material: Material) -> Learner:
     """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
     from transformers import get_scheduler
 
     set_seed(config.seed, device_specific=accelerator.num_processes > 1)
-    student = material.student
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in material.student.parameters() if parameter.requires_grad]
     groups = [{"params": trained, "lr": config.learning_rate}]
     value_head = None
     if config.has_value_head:
-        value_head = ValueHead(student.config.get_text_config().hidden_size).to(accelerator.device)
+        value_head = ValueHead(material.student.config.get_text_config().hidden_size).to(accelerator.device)
         groups.append({"params": list(value_head.parameters()), "lr": config.value_learning_rate})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     scheduler = get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
-    student, optimizer = prepare_student(student, optimizer, accelerator)
+    student, prepared = prepare_student(material.student, optimizer, accelerator)
     value_head = value_head and accelerator.prepare(value_head)
     collector = make_collector(config, accelerator, student, material)
     method = method_named(config.algorithm)(collector, Clock(accelerator.device), value_head)
-    return Learner(method, optimizer=optimizer, scheduler=scheduler)
+    return Learner(method, optimizer=prepared, scheduler=scheduler)
 
 
-def make_collector(config: TrainConfig, accelerator: Any, student: Any, material: Material) -> Collector:
+def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Module, material: Material) -> Collector:
     """What samples from the material's student, which accelerate has on its device by now, and scores it."""
     model, teacher, tokenizer = accelerator.unwrap_model(student), material.teacher, material.tokenizer
     models = (model,) if teacher is None else (model, teacher)

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.files import write_text
@@ -166,11 +168,11 @@ class Training:
             save_checkpoint(self.accelerator, self.folder, done, self._state())
             self.saved = done
 
-    def _evaluated(self, policy: Any, who: str = "") -> Any:
+    def _evaluated(self, policy: nn.Module, who: str = "") -> Any:
         report = self.report if who else None
         return evaluate(self.learner.collector, policy, self.material.held_out, self.learner.clock, report, who)
 
-    def _evaluate(self, who: str, policy: Any) -> None:
+    def _evaluate(self, who: str, policy: nn.Module) -> None:
         self.results[who], self.samples[who] = self._evaluated(policy, who)
         self.report.say(f"{who:<15}{_describe(self.results[who])}")
 
@@ -191,10 +193,7 @@ class Training:
                 f"{what} after step {done}; "
                 + (f"to go on from {kept[-1].name}: cmdp-fast train --resume {folder}" if kept else "no checkpoint yet")
             )
-        weights, model = None, self.learner.student
         whole = self.accelerator.num_processes == 1 or isinstance(error, (InputError, KeyboardInterrupt, type(None)))
-        if whole:  # otherwise the other processes are elsewhere, and cannot help to put the student together
-            model, weights = whole_student(model, self.accelerator)
         shown = ((who, some[:: c.eval_generations][:SAMPLES]) for who, some in self.samples.items())
         constraint, accuracy = evaluation_constraint(c), self.results["teacher"]["accuracy"]
         writes: list[Callable[[], None]] = [
@@ -203,7 +202,8 @@ class Training:
             lambda: write_text(folder / "samples.txt", samples_text(shown)),
             lambda: plot_curves(folder / "curves.png", self.log, constraint, accuracy),
         ]
-        if whole:
+        if whole:  # otherwise the other processes are elsewhere, and cannot help to put the student together
+            model, weights = whole_student(self.learner.student, self.accelerator)
             writes.append(lambda: save_student(model, self.material.tokenizer, folder, weights))
         failures: list[InputError] = []
         ended = [error]  # or by the first file that cannot be written

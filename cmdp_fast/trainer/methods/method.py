@@ -40,6 +40,7 @@ class Method(ABC):
     def __init__(self, collector: Collector, clock: Clock, value_head: nn.Module | None = None) -> None:
         self.collector, self.clock, self.value_head = collector, clock, value_head
         self.config, self.accelerator = collector.config, collector.accelerator
+        assert collector.teacher is not None  # which an evaluation alone may lack
         self.student, self.teacher, self.scoring = collector.student, collector.teacher, collector.scoring
 
     def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:

@@ -26,6 +26,7 @@ from cmdp_fast import objective
 from cmdp_fast.constraint import Constraint
 
 from ..experience import Experience
+from ..models.causal_lm import CausalLM
 from ..tasks.data import Problem
 from .method import Loss, Method, Targets
 
@@ -90,7 +91,7 @@ class TeacherMixture:
     It runs the teacher beside the student, with a cache of its own, so it serves one call of `generate`.
     """
 
-    def __init__(self, teacher: Any, prompt_mask: Tensor, mix: float, temperature: float) -> None:
+    def __init__(self, teacher: CausalLM, prompt_mask: Tensor, mix: float, temperature: float) -> None:
         self.teacher, self.mix, self.temperature = teacher, mix, temperature
         self.attention = prompt_mask.long()
         self.cache: Any = None

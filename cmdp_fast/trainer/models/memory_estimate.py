@@ -6,6 +6,7 @@ and the kernels add is not in them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import cmdp_fast as cf
 
 from ..settings.config import TrainConfig
+from .causal_lm import CausalLM
 from .value_head import ValueHead
 
 FLOAT32 = 4
@@ -51,7 +53,7 @@ class MemoryEstimate:
         return self.at_rest + self.gradients + self.teacher_outputs + (self.activations or 0) + self.outputs
 
 
-def estimate_memory(config: TrainConfig, student: Any, teacher: Any, prompt_length: int) -> MemoryEstimate:
+def estimate_memory(config: TrainConfig, student: CausalLM, teacher: CausalLM, prompt_length: int) -> MemoryEstimate:
     """The memory of a training with these models, loaded on the CPU, and prompts of up to ``prompt_length`` tokens."""
     value_head = []
     if config.has_value_head:
@@ -78,7 +80,7 @@ def estimate_memory(config: TrainConfig, student: Any, teacher: Any, prompt_leng
     )
 
 
-def activations(config: TrainConfig, student: Any, rows: int, length: int) -> int | None:
+def activations(config: TrainConfig, student: CausalLM, rows: int, length: int) -> int | None:
     """Bytes that the student keeps for the backward pass of ``rows`` sequences of ``length`` tokens.
 
     Its forward pass is run on shapes alone, without numbers or memory for them, and what it saves is added up; under
@@ -125,21 +127,21 @@ def activations(config: TrainConfig, student: Any, rows: int, length: int) -> in
             layer.gradient_checkpointing = config.gradient_checkpointing
 
 
-def _count(parameters: list[torch.Tensor]) -> int:
+def _count(parameters: Sequence[torch.Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _bytes(parameters: list[torch.Tensor]) -> int:
+def _bytes(parameters: Sequence[torch.Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _output_width(model: Any, logits: str) -> int:
+def _output_width(model: CausalLM, logits: str) -> int:
     """Numbers that the trainer has of a token from a model: its logits, or the hidden state they are made from."""
     vocabulary, hidden = model.get_output_embeddings().weight.shape
     return vocabulary if logits == "full" else hidden
 
 
-def _cache_width(model: Any) -> int:
+def _cache_width(model: CausalLM) -> int:
     """Keys and values of a token, in all layers."""
     c = model.config.get_text_config()
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads

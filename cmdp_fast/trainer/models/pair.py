@@ -16,11 +16,12 @@ from ..settings.config import TrainConfig
 from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
 from .builtin import builtin_folder
+from .causal_lm import CausalLM
 from .recompute import recompute_layers
 from .smollm2 import smollm2_folder
 
 
-def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> tuple[Any, Any, Any]:
+def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> tuple[CausalLM, CausalLM | None, Any]:
     """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none.
 
     The weights that are trained are float32: all of the student's, or those of its adapter. A teacher that is the

@@ -15,9 +15,10 @@ import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.files import sync, sync_folder, writing
@@ -25,6 +26,10 @@ from cmdp_fast.files import sync, sync_folder, writing
 from ..distributed import reshard, together
 from .digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from .report import Report
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 KEPT = 2
 MANIFEST = "run.json"
@@ -56,7 +61,7 @@ def remove_checkpoints(run: Path) -> None:
         remove_checkpoint(folder)
 
 
-def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(accelerator: Accelerator, run: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes the checkpoint of a step, with `state` (JSON) in it; every process must call this.
 
     Raises InputError if it cannot be written: the checkpoints that there are stay as they are.
@@ -88,7 +93,7 @@ def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any
     return target
 
 
-def load_checkpoint(accelerator: Any, student: Any, run: Path, report: Report) -> dict[str, Any]:
+def load_checkpoint(accelerator: Accelerator, student: nn.Module, run: Path, report: Report) -> dict[str, Any]:
     """Puts back what the accelerator has prepared, and returns the `state`; every process must call this.
 
     If the last checkpoint is not as it was written, says so and takes the one before; later ones are removed, for they
@@ -116,7 +121,7 @@ def load_checkpoint(accelerator: Any, student: Any, run: Path, report: Report) -
     raise InputError(f"{run} has no checkpoint that can be used; {failures[0]}")
 
 
-def _manifest(accelerator: Any, folder: Path) -> dict[str, Any]:
+def _manifest(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     """The checkpoint's `state`. Raises InputError unless its files are as they were written; the main process looks."""
     try:
         state = read_sealed(folder / MANIFEST)
@@ -136,7 +141,7 @@ def _manifest(accelerator: Any, folder: Path) -> dict[str, Any]:
     return state
 
 
-def _load(accelerator: Any, folder: Path) -> None:
+def _load(accelerator: Accelerator, folder: Path) -> None:
     try:
         accelerator.load_state(folder)
         _check_random_numbers(folder / f"random_states_{accelerator.process_index}.pkl")

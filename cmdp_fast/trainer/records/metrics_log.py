@@ -7,12 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json, sync, write_text, writing
 
 from ..settings.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class MetricsLog:
@@ -25,7 +28,7 @@ class MetricsLog:
     def __init__(
         self,
         folder: Path,
-        accelerator: Any,
+        accelerator: Accelerator,
         config: TrainConfig,
         steps: Sequence[dict[str, Any]] = (),
         evaluations: Sequence[dict[str, Any]] = (),
@@ -71,7 +74,7 @@ def check_trackers(config: TrainConfig) -> None:
             raise InputError(f"--trackers {name}: it is not installed (pip install {name})")
 
 
-def _start_trackers(accelerator: Any, config: TrainConfig, folder: Path, step: int) -> None:
+def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path, step: int) -> None:
     """The trackers under the run's name; TensorBoard forgets what it has of later steps than this."""
     from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
