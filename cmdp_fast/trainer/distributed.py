@@ -1,4 +1,4 @@
-"""Several processes that run as one: the share of each, what they agree on, and how an error of one ends all.
+"""Several processes that run as one: the share of each, their agreement, and the end of all by an error of one.
 
 Under `accelerate launch` (or torchrun) every process runs the same program on its own share of a global batch. A step
 of P processes with `prompts_per_step` prompts each is the step that one process would take with P times as many.
@@ -21,7 +21,7 @@ from torch import nn
 
 from cmdp_fast.errors import InputError
 
-from .models.causal_lm import CausalLM
+from .causal_lm import CausalLM
 from .settings.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ PATIENCE = timedelta(minutes=30)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of the run; several processes meet here. Raises InputError for what the trainer cannot do."""
+    """The accelerator of the run; several processes meet here. Raises InputError for a set-up that the trainer does not
+    support."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -52,7 +53,7 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     plugin = accelerator.state.fsdp_plugin
     if not accelerator.is_fsdp2:
         raise InputError("of FSDP only version 2 is supported: set fsdp_version: 2 in accelerate's configuration")
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):  # what it writes otherwise is read with pickle
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):  # other files of its are read with pickle
         raise InputError("FSDP checkpoints need fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration")
     if config.has_value_head:
         raise InputError("--baseline gae does not work with FSDP, whose optimizer has the student's parameters alone")
@@ -70,7 +71,7 @@ def share(items: Sequence[T], accelerator: Accelerator) -> list[T]:
 
 
 def whole(shares: Sequence[T], count: int, accelerator: Accelerator) -> list[T]:
-    """What all processes made of their `share` of `count` items, in order and once each; any Python objects."""
+    """The results of all processes for their `share` of `count` items, in order and once each; any Python objects."""
     from accelerate.utils import gather_object
 
     return list(shares) if accelerator.num_processes == 1 else gather_object(list(shares))[:count]
@@ -118,7 +119,7 @@ def main_first(function: Callable[[], T], accelerator: Accelerator) -> T:
 
 
 def whole_student(student: nn.Module, accelerator: Accelerator) -> tuple[CausalLM, dict[str, Any] | None]:
-    """(the model without what accelerate put around it, its weights if it does not hold all of them itself).
+    """(the model without accelerate's wrapper, its weights if it does not hold all of them itself).
 
     Every process must call this; with FSDP only the main process gets the weights.
     """
@@ -127,7 +128,7 @@ def whole_student(student: nn.Module, accelerator: Accelerator) -> tuple[CausalL
 
 
 def reshard(student: nn.Module) -> None:
-    """Has FSDP spread again what a forward pass has left together, the head: weights are loaded into shards."""
+    """Has FSDP spread the head again, which a forward pass leaves together: weights are loaded into shards."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in student.modules():

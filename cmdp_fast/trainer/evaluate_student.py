@@ -62,7 +62,7 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, float]:
 
 
 def print_figures(config: EvaluateConfig, figures: dict[str, float]) -> None:
-    """A line a figure."""
+    """A line per figure."""
     from rich.console import Console
     from rich.table import Table
 

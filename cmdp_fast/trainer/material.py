@@ -1,4 +1,4 @@
-"""What a run or an evaluation is made from: problems, models, rewards; loaded and checked before anything is done."""
+"""The material of a run or an evaluation: problems, models, rewards; loaded and checked before anything is done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from cmdp_fast.errors import InputError
 
-from .models.causal_lm import CausalLM
+from .causal_lm import CausalLM
 from .models.pair import load_pair
 from .records.report import Report
 from .rollout import drop_long_prompts, encode_prompts
@@ -32,7 +32,7 @@ class Material:
 
 
 def load(config: TrainConfig, report: Report) -> Material:
-    """Everything, the models on the CPU. Raises InputError for what cannot be used."""
+    """Everything, the models on the CPU. Raises InputError for material that cannot be used."""
     problems = load_problems(config)
     rewards = load_rewards(config, problems.train[0])
     verifier = load_step_verifier(config, problems.train[0])

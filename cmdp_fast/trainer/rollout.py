@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cmdp_fast.errors import InputError
 
-from .models.causal_lm import CausalLM
+from .causal_lm import CausalLM
 from .records.report import Report
 from .tasks.data import Problem, Problems
 
@@ -41,7 +41,7 @@ class Rollout:
     tokens: Tensor
     mask: Tensor
     finished: Tensor  # [B]: has an end-of-sequence token
-    sampler_logprob: Tensor | None = None  # [B, T], where the sampler says what it drew with
+    sampler_logprob: Tensor | None = None  # [B, T], where the sampler reports it
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -106,7 +106,7 @@ def encode_prompts(rows: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
 
 
 def drop_long_prompts(problems: Problems, tokenizer: Any, limit: int, report: Report) -> Problems:
-    """The problems whose prompt has at most `limit` tokens (0: all); says how many were left out.
+    """The problems whose prompt has at most `limit` tokens (0: all); prints how many were left out.
 
     Raises InputError if none are left to train or to evaluate on.
     """
@@ -239,10 +239,10 @@ def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -
 
 @contextmanager
 def _plain_sampling(policy: CausalLM, sampling: Sampling) -> Iterator[None]:
-    """Generation settings under which nothing happens to the softmax but what `sampling` says.
+    """Generation settings under which `sampling` alone changes the softmax.
 
-    `generate` fills whatever a call leaves open from the model's own settings, and many models come with a top-p, a
-    top-k or a repetition penalty; so those are put aside while it runs.
+    `generate` takes a setting that a call leaves open from the model's own, and many models come with a top-p, a top-k
+    or a repetition penalty. So the model's own are put aside while it runs.
     """
     from transformers import GenerationConfig
 

@@ -1,8 +1,8 @@
 """A run from beginning to end: load, look at the student before, train, look at it after, save.
 
-The folder of a run can be resumed from the first step on, whatever stops it: Ctrl-C and SIGTERM let the step at hand
-end and write a checkpoint; an error leaves the last one, as does a kill. `distributed.py` says how several processes
-run, `records/checkpoint.py` what a checkpoint is.
+The folder of a run can be resumed from the first step on, after any stop: Ctrl-C and SIGTERM let the step at hand
+end and write a checkpoint; an error leaves the last one, as does a kill. `distributed.py` describes several processes,
+`records/checkpoint.py` a checkpoint.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> Path:
     """Trains as the configuration says and returns the run's folder.
 
     Raises InputError for anything that cannot be used, before the folder is made, if another process is at work in the
-    folder of a run to be resumed, and for what makes it impossible to go on, with everything saved so far.
+    folder of a run to be resumed, and if it is impossible to go on, with everything saved so far.
     An interrupt (Ctrl-C, SIGTERM) once the training has begun ends it after the step at hand with a checkpoint, and
     KeyboardInterrupt is raised.
     """
@@ -99,7 +99,7 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, material: Materi
 
 
 def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Module, material: Material) -> Collector:
-    """What samples from the material's student, which accelerate has on its device by now, and scores it."""
+    """The collector of the material's student, which accelerate has on its device by now."""
     model, teacher, tokenizer = accelerator.unwrap_model(student), material.teacher, material.tokenizer
     models = (model,) if teacher is None else (model, teacher)
     vocab_size = common_vocabulary(*models)

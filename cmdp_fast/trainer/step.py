@@ -1,13 +1,13 @@
 """One step of training, to be read from top to bottom.
 
 roll out   a method samples a group of completions of each prompt, from the student in most
-score      teacher and student read them; `constrained_reward` turns what both say into costs, the account of the
+score      teacher and student read them; `constrained_reward` turns their logits into costs, the account of the
            budget and the modified reward, in one pass over the vocabulary, without holding logits (`experience.py`)
-target     the method says what each token is worth; for PPO that is its advantage (`methods/ppo.py`)
+target     the method weighs each token; for PPO that is its advantage (`methods/ppo.py`)
 update     some epochs over minibatches with the method's loss
 
-The methods (`methods/`) differ in where completions come from, in what a token is worth, or in the loss, and in nothing
-else.
+The methods (`methods/`) differ in the source of the completions, in the weights of the tokens, or in the loss, and in
+nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .tasks.data import Problem
 
 
 class Learner:
-    """A student with the method that it learns by, and what makes one step after another of it."""
+    """A student, the method by which it learns, and the optimizer: one step after another."""
 
     def __init__(self, method: Method, *, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
         self.method, self.optimizer, self.scheduler = method, optimizer, scheduler
@@ -46,7 +46,7 @@ class Learner:
         self.tokens_seen = 0
 
     def step(self, problems: list[Problem], prompts: list[list[int]]) -> Metrics:
-        """Improves the student on some problems, this process's share; returns what is logged, of all processes."""
+        """Improves the student on some problems, this process's share; returns the metrics of all processes."""
         start = self.clock.now()
         group = self.config.num_generations
         constraint = self.constraint()
@@ -70,7 +70,7 @@ class Learner:
         return self.accelerator.num_processes
 
     def constraint(self) -> Constraint:
-        """What holds in this step."""
+        """The constraint of this step."""
         coefficient = {
             "lagrangian": self.config.coefficient,
             "barrier": self.config.coefficient,
@@ -94,7 +94,7 @@ class Learner:
     def _accumulate(
         self, experience: Experience, targets: Targets, constraint: Constraint, minibatch: Tensor
     ) -> dict[str, Tensor]:
-        """The gradient of a minibatch, a part after another; returns this process's metrics of it."""
+        """The gradient of a minibatch, one part after another; returns this process's metrics of it."""
         tokens = self._mean({"tokens": experience.rollout.mask[minibatch].sum()})["tokens"]
         over = len(minibatch) if self.method.mean_over == "completions" else tokens
         metrics: dict[str, Tensor] = {}
@@ -142,10 +142,10 @@ class Learner:
         together = torch.tensor(list(here.values()), device=self.accelerator.device)
         return dict(zip(here, self.accelerator.reduce(together, "mean").tolist(), strict=True))
 
-    # ------------------------------------------------------------------------------------- what a checkpoint holds
+    # ------------------------------------------------------------------------------------- for a checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the models, the optimizer and the schedule; plain numbers."""
+        """The state beside that of the models, the optimizer and the schedule; plain numbers."""
         return {"steps_done": self.steps_done, "tokens_seen": self.tokens_seen, "pid": self.pid.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ SAMPLES = 20
 
 
 class Training:
-    """A training in its folder, from where it stands to its end. `code` is what `code_of` says of its configuration."""
+    """A training in its folder, from where it stands to its end. `code` is that of its configuration (`code_of`)."""
 
     folder: Path
     log: MetricsLog
@@ -83,7 +83,7 @@ class Training:
         return Path(broadcast_object_list(folder)[0])
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the models, the optimizer and the random numbers."""
+        """The state in a checkpoint beside the models, the optimizer and the random numbers."""
         return {
             "ppo": self.learner.state_dict(),
             "schedule": self.learner.scheduler.state_dict(),
@@ -134,7 +134,7 @@ class Training:
             remove_checkpoints(self.folder)
 
     def _checkpoint_of_the_end(self) -> None:
-        """Also where none is asked for: whatever stops what follows, it is made again from here."""
+        """Also where none is asked for: if the end of the run is stopped, it is made again from here."""
         try:
             self._checkpoint()
         except KeyboardInterrupt:
@@ -241,7 +241,7 @@ def _check_records(state: dict[str, Any]) -> None:
 def summary(
     config: TrainConfig, learner: Learner, results: dict[str, Any], steps: int, error: BaseException | None
 ) -> dict[str, Any]:
-    """What `summary.json` holds. `kernels` are the seconds of scoring and update inside the token statistics."""
+    """The contents of `summary.json`. `kernels` are the seconds of scoring and update inside the token statistics."""
     phases = ("rollout", "scoring", "update", "evaluation", "kernels")
     seconds = {phase: round(learner.clock.seconds.get(phase, 0.0), 3) for phase in phases}
     step = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
@@ -260,7 +260,7 @@ def summary(
 
 
 def _status(metrics: dict[str, float], constraint: Constraint) -> str:
-    """What stands beside the progress: budget use is the mean cumulative cost as a share of the budget."""
+    """The text beside the progress: budget use is the mean cumulative cost as a share of the budget."""
     budget = constraint.budget * (metrics["completions/mean_length"] if constraint.per_token else 1.0)
     return (
         f"reward {metrics['reward']:.2f}  KL {metrics['cmdp/cumulative_kl']:.2f}  "

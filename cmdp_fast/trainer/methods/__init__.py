@@ -1,4 +1,4 @@
-"""What a student is trained by: `METHODS`, the table of the methods, and a module for each.
+"""The methods by which a student is trained: `METHODS`, the table of them, and a module for each.
 
 The settings take their choices from the table and check themselves against it; `method.method_named` finds the class.
 So the table is data and imports no method: the methods read settings, and stand above them.
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 
 class MethodEntry(NamedTuple):
-    """Where a method is, and which settings it reads."""
+    """The place of a method, and the settings that it reads."""
 
     implementation: str
     """Its module here and its class, as ``module:class``."""
     compares: bool = False
     """Whether it compares completions as ``--baseline`` says: within a group, or with a value head's prediction."""
     groups: bool = False
-    """Whether it compares the completions of a group, whatever ``--baseline`` says."""
+    """Whether it compares the completions of a group, with any ``--baseline``."""
     diverges: bool = False
     """Whether its loss is the divergence with ``--jsd-beta``."""
     mixes: bool = False

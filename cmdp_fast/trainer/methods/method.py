@@ -1,4 +1,5 @@
-"""A method: where completions come from, what a token is worth, and the loss. The step around it is in `step.py`."""
+"""A method: the source of the completions, the weights of their tokens, and the loss. `step.py` is the step around
+it."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ class Loss(NamedTuple):
 
 
 class Method(ABC):
-    """What a student learns from its teacher by; the defaults are those of a method on the student's own text.
+    """A way to learn from a teacher; the defaults are those of a method on the student's own text.
 
     A step calls `collect`, `targets` once, `loss` for each part of each minibatch, and `explained` at its end.
     """
 
     mean_over: ClassVar[Literal["completions", "tokens"]] = "tokens"
-    """What a loss is a mean over."""
+    """A loss is the mean over these."""
 
     def __init__(self, collector: Collector, clock: Clock, value_head: nn.Module | None = None) -> None:
         self.collector, self.clock, self.value_head = collector, clock, value_head
@@ -50,7 +51,7 @@ class Method(ABC):
         )
 
     def targets(self, experience: Experience, constraint: Constraint) -> Targets:
-        """What the loss is told of each token, [B, T] each, from all completions of the step."""
+        """The numbers that the loss needs of each token, [B, T] each, from all completions of the step."""
         return {}
 
     @abstractmethod

@@ -25,8 +25,8 @@ from torch import Tensor
 from cmdp_fast import objective
 from cmdp_fast.constraint import Constraint
 
+from ..causal_lm import CausalLM
 from ..experience import Experience
-from ..models.causal_lm import CausalLM
 from ..tasks.data import Problem
 from .method import Loss, Method, Targets
 

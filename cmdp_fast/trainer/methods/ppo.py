@@ -1,6 +1,6 @@
 """Constrained PPO: the modified reward by policy gradient, and the gradient through the divergence beside it.
 
-advantage  what each token is worth, compared with the group's other completions or with a value head's prediction
+advantage  the worth of each token, compared with the group's other completions or with a value head's prediction
 loss       PPO's clipped term with the advantages, and the direct term: the cost of each token with its coefficient
 """
 
@@ -17,13 +17,13 @@ from .method import Loss, Method, Targets
 
 
 class PPO(Method):
-    """What the paper does about a budget, and its soft relaxations: see the settings ``kind`` and ``baseline``."""
+    """The method for a budget, and its soft relaxations: see the settings ``kind`` and ``baseline``."""
 
     mean_over = "completions"  # the objective is a sum over a completion's tokens and a mean over completions
 
     def targets(self, experience: Experience, constraint: Constraint) -> Targets:
-        """``advantage``, what the score term weighs a token with; ``direct``, what the direct term weighs its cost
-        with, divided by what the advantages were divided by; with a value head, the ``value`` it should have given."""
+        """``advantage``, the weight of a token in the score term; ``direct``, the weight of its cost in the direct
+        term, divided by the divisor of the advantages; with a value head, ``value``, its target."""
         c, mask = self.config, experience.rollout.mask
         direct = objective.direct_coefficient(experience.trace, constraint, mask=mask)
         if c.baseline == "gae":

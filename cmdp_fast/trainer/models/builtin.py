@@ -34,7 +34,7 @@ from .cache import cache_dir, made_once
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # raise it when what this file makes changes, so that old caches are left alone
+FORMAT = 1  # raise it when the models made here change, so that old caches are left alone
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ MANIFEST = "run.json"
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    complete = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -50,7 +50,7 @@ def remove_checkpoint(folder: Path) -> None:
     with writing(folder):
         shutil.rmtree(part, ignore_errors=True)
         os.rename(folder, part)
-    shutil.rmtree(part, ignore_errors=True)  # what stays is removed with the next checkpoint
+    shutil.rmtree(part, ignore_errors=True)  # a rest of it is removed with the next checkpoint
     with suppress(OSError):
         folder.parent.rmdir()
 
@@ -94,7 +94,7 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, state: dict[
 
 
 def load_checkpoint(accelerator: Accelerator, student: nn.Module, run: Path, report: Report) -> dict[str, Any]:
-    """Puts back what the accelerator has prepared, and returns the `state`; every process must call this.
+    """Loads into all that the accelerator has prepared, and returns the `state`; every process must call this.
 
     If the last checkpoint is not as it was written, says so and takes the one before; later ones are removed, for they
     belong to another future. Raises InputError, which names them, if there is none that can be read.
@@ -145,7 +145,7 @@ def _load(accelerator: Accelerator, folder: Path) -> None:
     try:
         accelerator.load_state(folder)
         _check_random_numbers(folder / f"random_states_{accelerator.process_index}.pkl")
-    except Exception as error:  # each library has its own for what it cannot read
+    except Exception as error:  # each library has errors of its own for a file that it cannot read
         raise InputError(f"{folder} cannot be read: {first_line(error)}") from error
 
 

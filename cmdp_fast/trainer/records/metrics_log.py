@@ -1,4 +1,4 @@
-"""A line of metrics a step, and the same numbers for the trackers."""
+"""A line of metrics per step, and the same numbers for the trackers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, a line a step, and the same numbers for the trackers; the main process writes.
+    """`metrics.jsonl`, a line per step, and the same numbers for the trackers; the main process writes.
 
-    A run that goes on begins with the `steps` and `evaluations` that its checkpoint knows; what the file has beyond
-    them is cut off.
+    A run that goes on begins with the `steps` and `evaluations` that its checkpoint knows; lines of the file beyond
+    them are cut off.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class MetricsLog:
                 self._accelerator.log({f"eval/{name}": value for name, value in result.items()}, step=step)
 
     def close(self) -> None:
-        """Has the disk keep what was written, and ends the trackers."""
+        """Has the disk keep the file, and ends the trackers."""
         if self._accelerator.is_main_process:
             with writing(self._path):
                 sync(self._path)
@@ -75,7 +75,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path, step: int) -> None:
-    """The trackers under the run's name; TensorBoard forgets what it has of later steps than this."""
+    """The trackers under the run's name; TensorBoard forgets its events of later steps than this."""
     from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
     makers = {

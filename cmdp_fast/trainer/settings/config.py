@@ -1,4 +1,4 @@
-"""What a run is made of: one typed field a choice, filled by `parse.py`.
+"""The settings of a run: one typed field per choice, with the range of its numbers; `parse.py` fills them.
 
 `validate` looks at every number and name before a model is loaded.
 """
@@ -45,8 +45,8 @@ class TrainConfig:
     recipe: str = "quickstart"
     """Where the defaults of this run come from: a recipe of the package by name, or a path to a TOML file."""
     method: str = ""
-    """What is done about the budget: a method of the package by name (cmdp, hinge, saute, worst_case, lagrangian, pid,
-    barrier, grpo, gkd, minillm, sft, kd), or a path to a TOML file. Its settings go over the recipe's."""
+    """The way to deal with the budget: a method of the package by name (cmdp, hinge, saute, worst_case, lagrangian,
+    pid, barrier, grpo, gkd, minillm, sft, kd), or a path to a TOML file. Its settings go over the recipe's."""
     name: str = ""
     """Folder of the run inside `output_dir`, which must not exist yet. Empty: the recipe's name, numbered if taken."""
     output_dir: str = "runs"
@@ -56,7 +56,7 @@ class TrainConfig:
     `config.json`; only `steps`, `checkpoint_every`, `eval_every` and `trackers` may be changed. Code that it names
     runs only if you name it again, in the same words."""
     checkpoint_every: Annotated[int, NOT_NEGATIVE] = 0
-    """Write a checkpoint each so many steps and after the last one; the last two are kept. 0: only when interrupted,
+    """Write a checkpoint every so many steps and after the last one; the last two are kept. 0: only when interrupted,
     and one for the time that the end of the run takes."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself."""
@@ -73,7 +73,7 @@ class TrainConfig:
     """Hub id or folder of the causal language model to stay close to, or `builtin:arithmetic-teacher`,
     `builtin:smollm2-teacher`."""
     trust_remote_code: bool = False
-    """Run code that comes with a model. Weights are read from safetensors files only, whatever this says."""
+    """Run code that comes with a model. Weights are read from safetensors files only, with either value."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: the student runs under autocast and weights that are not trained, the teacher's or those under an adapter,
     are held in bfloat16 (for GPUs)."""
@@ -81,7 +81,7 @@ class TrainConfig:
     """Train an adapter of this rank and leave the student's own weights as they are. If the teacher is the same model,
     its weights are shared. `student/` gets the merged model, `student/adapter` the adapter. 0: train all weights."""
     lora_alpha: Annotated[float, POSITIVE] = 32.0
-    """What the adapter adds is multiplied by this over the rank."""
+    """The adapter's part of the output is multiplied by this over the rank."""
     lora_target: tuple[str, ...] = ("all-linear",)
     """Ends of the names of the modules that get an adapter, such as `q_proj v_proj`. `all-linear`: every linear layer
     but the head."""
@@ -116,11 +116,11 @@ class TrainConfig:
     prompt_template: str = ""
     """A format string over the columns that makes the prompt, such as `{prompt} Think step by step.`"""
     chat: bool = False
-    """The prompt is what a user says: it goes through the student's chat template."""
+    """The prompt is a user's message: it goes through the student's chat template."""
     system_prompt: str = ""
-    """What the system says before it (with `chat`)."""
+    """The system's message before it (with `chat`)."""
     max_prompt_length: Annotated[int, NOT_NEGATIVE] = 0
-    """Problems with a prompt of more tokens are left out, and how many is said. 0: none may be too long."""
+    """Problems with a prompt of more tokens are left out, and their number is printed. 0: none may be too long."""
     holdout_fraction: Annotated[float, BETWEEN_0_AND_1] = 0.2
     """Share of the problems that are never trained on; which ones depends on a hash of the prompt alone."""
 
@@ -133,35 +133,35 @@ class TrainConfig:
     whole completion is the answer, in which `math_verify` looks for one: it takes a sum that is only repeated for its
     result."""
     judge_timeout: Annotated[float, POSITIVE] = 3.0
-    """Seconds that `math_verify` or `reasoning_gym` may take for a completion. One that takes longer has no reward from
+    """Seconds that `math_verify` or `reasoning_gym` may take per completion. One that takes longer has no reward from
     it, as where the judge raises or dies: counted as `rewards/…/failed`."""
     unisolated_judges: bool = False
     """Run the judges of `reasoning_gym` where they cannot be isolated (they are on Linux, with Landlock and
-    libseccomp). Many of them evaluate an answer as Python, so a completion can then do whatever you can."""
+    libseccomp). Many of them evaluate an answer as Python, so a completion can then do all that you can."""
     correct_at: float = 1.0
     """A completion counts as right in `accuracy` when its reward is at least this."""
     step_verifier: str = ""
-    """What checks the steps of a solution, for `reasoning_success`: `arithmetic_chain` (the built-in models' sums),
+    """The checker of a solution's steps, for `reasoning_success`: `arithmetic_chain` (the built-in models' sums),
     `equations` (every equation between numbers in free text), or your function as for `rewards`. Empty: nothing."""
 
     # ---------------------------------------------------------------------------------------------- the budget
     budget: Annotated[float, POSITIVE] = 2.0
-    """What a completion may spend: nats of cumulative cost."""
+    """The cumulative cost that a completion may have, in nats."""
     budget_per_token: bool = False
-    """The budget is nats a token of the completion, so that a long one may spend more."""
+    """The budget is in nats per token of the completion, so that a long one may spend more."""
     budget_start: Annotated[float, NOT_NEGATIVE] = 0.0
     """The budget at the first step, from which it goes to `budget` in a straight line over `budget_steps`."""
     budget_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Length of that schedule. 0: the budget is `budget` from the beginning. Evaluations always use `budget`."""
     prefix_budget: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Nats a token that the teacher's mean negative log-likelihood may reach over any prefix of a completion: what
-    `worst_case` bounds, and `prefix_satisfaction` reports. 0: neither."""
+    """The bound, in nats per token, on the teacher's mean negative log-likelihood over any prefix of a completion.
+    `worst_case` keeps to it, and `prefix_satisfaction` reports it. 0: neither."""
     cost: Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"] = "reverse_kl"
     """Cost of a token. The first three are exact divergences with a direct gradient; `jsd` needs `--logits full`."""
     jsd_beta: Annotated[float, FROM_0_TO_1] = 0.5
     """Beta of the cost `jsd` and of the loss of `gkd`: 0 is forward KL, 1 reverse KL."""
     kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = "cmdp"
-    """Which modified reward: how being over the budget is paid for."""
+    """The modified reward: the price of being over the budget."""
     penalty: Annotated[float, NOT_NEGATIVE] = 1.0
     """Paid for crossing the budget (cmdp: once; saute, worst_case: at each token from there on)."""
     discrepancy_weight: Annotated[float, NOT_NEGATIVE] = 1.0
@@ -179,9 +179,9 @@ class TrainConfig:
     steps: Annotated[int, POSITIVE] = 200
     """How many times to roll out and update."""
     prompts_per_step: Annotated[int, POSITIVE] = 16
-    """Prompts rolled out a step, by each process."""
+    """Prompts rolled out per step, by each process."""
     num_generations: int = 8
-    """Completions a prompt: the group whose members are compared with one another."""
+    """Completions per prompt: the group whose members are compared with one another."""
     max_new_tokens: Annotated[int, POSITIVE] = 256
     """Longest completion in tokens; the end-of-sequence token counts. One without it is counted as clipped."""
     temperature: Annotated[float, POSITIVE] = 1.0
@@ -196,9 +196,9 @@ class TrainConfig:
     rollout_batch_size: Annotated[int, NOT_NEGATIVE] = 0
     """Prompts that are sampled at once, sorted by length. 0: all of a step."""
     baseline: Literal["rloo", "grpo", "position_rloo", "gae"] = "rloo"
-    """What an action is compared with: the mean return of the group's other completions (`rloo`; `position_rloo`
-    compares the returns-to-go at each position), or of the whole group and in units of its deviation (`grpo`), or what
-    a value head predicts (`gae`)."""
+    """The comparison that an action's advantage comes from: with the mean return of the group's other completions
+    (`rloo`; `position_rloo` compares the returns-to-go at each position), or of the whole group and in units of its
+    deviation (`grpo`), or with the prediction of a value head (`gae`)."""
     gae_lambda: Annotated[float, FROM_0_TO_1] = 0.95
     """Lambda of generalised advantage estimation: 1 trusts the returns, 0 the value head."""
     value_learning_rate: Annotated[float, POSITIVE] = 1e-3
@@ -210,7 +210,7 @@ class TrainConfig:
     epochs: Annotated[int, POSITIVE] = 2
     """PPO passes over the completions of a step."""
     minibatch_size: Annotated[int, POSITIVE] = 32
-    """Completions an optimizer step, of each process."""
+    """Completions per optimizer step, of each process."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
     """Completions that go through a model at once; gradients of a minibatch are accumulated over them."""
     teacher_cache_mb: Annotated[int, NOT_NEGATIVE] = 512
@@ -236,11 +236,11 @@ class TrainConfig:
 
     # ---------------------------------------------------------------------------------------------- evaluation
     eval_prompts: Annotated[int, POSITIVE] = 256
-    """Held-out problems an evaluation; all of them if there are fewer."""
+    """Held-out problems per evaluation; all of them if there are fewer."""
     eval_generations: Annotated[int, POSITIVE] = 1
-    """Completions a held-out problem, sampled as in training."""
+    """Completions per held-out problem, sampled as in training."""
     eval_every: Annotated[int, NOT_NEGATIVE] = 0
-    """Evaluate each so many steps for the curves. 0: only before and after."""
+    """Evaluate every so many steps for the curves. 0: only before and after."""
 
     def validate(self) -> None:
         """Raises InputError on the first value that cannot work; no model or dataset is touched."""
@@ -298,7 +298,7 @@ class TrainConfig:
 
     @property
     def has_value_head(self) -> bool:
-        """Whether a value head predicts what completions are compared with."""
+        """Whether completions are compared with the prediction of a value head."""
         return self.entry.compares and self.baseline == "gae"
 
     @property
@@ -313,7 +313,7 @@ class TrainConfig:
 
     @property
     def batch_size(self) -> int:
-        """Completions a step, of each process."""
+        """Completions per step, of each process."""
         return self.prompts_per_step * self.num_generations
 
 

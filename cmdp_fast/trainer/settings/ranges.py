@@ -1,4 +1,4 @@
-"""Which numbers a setting may have: ``Annotated[float, POSITIVE]`` beside the field."""
+"""The numbers that a setting may have: ``Annotated[float, POSITIVE]`` beside the field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cmdp_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers that a condition holds for, and how a message goes on about one that is not among them."""
+    """The finite numbers for which a condition holds, and the words between the option and a number outside."""
 
     holds: Callable[[float], bool]
     says: str
