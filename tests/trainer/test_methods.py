@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import get_args, get_type_hints
 
 import pytest
@@ -15,10 +16,13 @@ from cmdp_fast.constraint import KINDS
 from cmdp_fast.errors import InputError
 from cmdp_fast.reference import COSTS
 from cmdp_fast.scoring import completion_logits
+from cmdp_fast.trainer.methods import METHODS
+from cmdp_fast.trainer.methods.method import Method, method_named
 from cmdp_fast.trainer.methods.minillm import TeacherMixture, mean_of_later
 from cmdp_fast.trainer.models.value_head import ValueHead, explained_variance
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.constraint import budget_at, training_constraint
+from cmdp_fast.trainer.settings.ranges import Range
 
 ALGORITHMS = {
     "gkd": {"logits": "full", "jsd_beta": 0.3},
@@ -293,3 +297,26 @@ def test_costs_and_kinds_are_all_offered():
     offered = get_type_hints(TrainConfig)
     assert get_args(offered["cost"]) == tuple(COSTS)
     assert set(get_args(offered["kind"])) == set(KINDS)
+
+
+def test_the_table_of_methods_is_the_choices_and_the_classes():
+    for name in METHODS:
+        method = method_named(name)
+        assert issubclass(method, Method) and not method.__abstractmethods__
+    with pytest.raises(InputError, match=f"--algorithm must be one of {', '.join(METHODS)}, not dpo"):
+        dataclasses.replace(TrainConfig(student="s", teacher="t", task="t"), algorithm="dpo").validate()
+
+
+def ranges() -> dict[str, Range]:
+    hints = get_type_hints(TrainConfig, include_extras=True)
+    extras = {name: getattr(kind, "__metadata__", ()) for name, kind in hints.items()}
+    return {name: extra for name, some in extras.items() for extra in some if isinstance(extra, Range)}
+
+
+@pytest.mark.parametrize("name", ranges())
+def test_a_number_outside_its_range_is_refused(name):
+    option = f"--{name.replace('_', '-')}"
+    for value in (-1, math.nan, math.inf):
+        config = dataclasses.replace(TrainConfig(student="s", teacher="t", task="t"), **{name: value})
+        with pytest.raises(InputError, match=rf"^{option} {re.escape(ranges()[name].says)} {value}$"):
+            config.validate()
