@@ -92,7 +92,7 @@ def summarise(results: Sequence[Result]) -> list[TableRow]:
 
 
 def _known(figures: dict[str, Any]) -> dict[str, float]:
-    """The figures that are there: JSON has null for what is not a number."""
+    """The figures that are there: JSON has null in the place of NaN."""
     return {name: value for name, value in figures.items() if value is not None}
 
 
