@@ -39,6 +39,7 @@ class Method(ABC):
     """A loss is the mean over these."""
 
     def __init__(self, collector: Collector, clock: Clock, value_head: nn.Module | None = None) -> None:
+        """``collector`` samples and scores, ``clock`` books the time; ``value_head`` where one predicts the returns."""
         self.collector, self.clock, self.value_head = collector, clock, value_head
         self.config, self.accelerator = collector.config, collector.accelerator
         assert collector.teacher is not None  # which an evaluation alone may lack
