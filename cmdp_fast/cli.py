@@ -25,7 +25,7 @@ All but bench and info need the extra: pip install 'cmdp_fast[train]'.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code.
 
-    0, 1 for a comparison of which a run failed, 2 for what the user has to change, 130 for an interrupt.
+    0, 1 for a comparison of which a run failed, 2 for an input that the user has to change, 130 for an interrupt.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     if command in ("-h", "--help"):
@@ -82,7 +82,7 @@ def _say(message: str) -> None:
 
 
 def _runner(command: str) -> Callable[[Sequence[str]], int]:
-    """What runs a command with its arguments and returns the exit code."""
+    """The function that runs a command with its arguments and returns the exit code."""
     if command == "compare":
         from .trainer.comparison.compare import compare
         from .trainer.comparison.plan import parse_compare

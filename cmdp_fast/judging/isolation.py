@@ -1,4 +1,5 @@
-"""What a process gives up before it judges: Landlock for files, seccomp for all other calls, limits for the rest.
+"""The rights that a process gives up before it judges: Landlock for files, seccomp for all other calls, limits for the
+rest.
 
 The process has no way back. Everything here is the standard library, `landlock` and `pyseccomp` (Linux only), so that
 the process which judges need not import more.
@@ -18,7 +19,7 @@ import sysconfig
 from collections.abc import Iterable
 from typing import Any
 
-# What a computation in Python needs: memory, time, its open files, and to read the modules that it imports late.
+# The needs of a computation in Python: memory, time, its open files, and to read the modules that it imports late.
 CALLS = (
     *("read", "readv", "pread64", "write", "writev", "lseek", "close", "poll", "ppoll", "select", "pselect6"),
     *("stat", "fstat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2"),
@@ -30,7 +31,7 @@ CALLS = (
     *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "sigreturn"),
     *("getpid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getrandom", "exit", "exit_group"),
 )
-# Of what `fcntl` can do: F_SETOWN would have the kernel send signals to any process of the user's.
+# Of the commands of `fcntl`: F_SETOWN would have the kernel send signals to any process of the user's.
 CONTROLS = (fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC)
 # How a file is not opened: but for reading, or to be emptied, which Landlock lets readers do before Linux 6.2.
 CHANGES = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | 0x400000  # O_TMPFILE's own bit
@@ -44,7 +45,7 @@ def close_files(packages: Iterable[str]) -> None:
     and write nothing that they have not open already. Raises OSError or ImportError where it cannot be done."""
     from landlock import FSAccess, Ruleset
 
-    ctypes.set_errno(0)  # landlock takes what an earlier call left behind for an error of its own
+    ctypes.set_errno(0)  # landlock takes the error number of an earlier call for its own
     rules = Ruleset()
     installed = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     installed += [os.path.join(prefix, "lib") for prefix in (sys.prefix, sys.base_prefix)]  # conda's shared libraries
@@ -81,7 +82,7 @@ def call_filter() -> Any:
 def limit(seconds: float, space: int | None) -> None:
     """Limits of processor time and, where `space` says so, of the address space in bytes. No core files, and no file
     grows."""
-    cpu = int(seconds) + 2  # the wall clock, which who forked this process looks at, comes first
+    cpu = int(seconds) + 2  # the wall clock, which the parent of this process watches, comes first
     limits = {resource.RLIMIT_CPU: cpu, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
     if space is not None:
         limits[resource.RLIMIT_AS] = space
@@ -111,8 +112,8 @@ def die_with(parent: int) -> None:
 
 
 def breaches() -> list[str]:
-    """What this process can still do and should not, by trying it: [] where the isolation holds."""
-    found = []
+    """The things that this process can still do and should not, by trying them: [] where the isolation holds."""
+    possible = []
     for name, attempt in _ATTEMPTS.items():
         try:
             attempt()
@@ -120,8 +121,8 @@ def breaches() -> list[str]:
             continue
         except OSError as error:
             name = f"{name} ({error})"
-        found.append(name)
-    return found
+        possible.append(name)
+    return possible
 
 
 def _child() -> None:
@@ -134,7 +135,7 @@ def _run() -> None:
 
 
 _ATTEMPTS = {
-    "read a file": lambda: open("/proc/self/status", "rb").close(),  # there for everybody, whatever /proc hides
+    "read a file": lambda: open("/proc/self/status", "rb").close(),  # there for everybody, even where /proc hides much
     "list a folder": lambda: os.listdir("/"),
     "write a file": lambda: os.close(os.open(os.devnull, os.O_WRONLY)),
     "empty a file": lambda: os.close(os.open(os.devnull, os.O_RDONLY | os.O_TRUNC)),

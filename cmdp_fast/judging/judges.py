@@ -14,7 +14,7 @@ def math_verify() -> Judge:
     """1 if an expression in `given` equals the reference `answer`, 0 if not, None for an unreadable reference."""
     from math_verify import parse, verify
 
-    verify(parse(r"$\frac{1}{2}$"), parse("0.5"))  # what the first call loads and builds is then there for all children
+    verify(parse(r"$\frac{1}{2}$"), parse("0.5"))  # loads and builds, once for all children
 
     def judge(answer: str, given: str | None) -> float | None:
         gold = parse(answer, parsing_timeout=None)  # its own time-outs would say "wrong" where ours says nothing
@@ -26,7 +26,7 @@ def math_verify() -> Judge:
 
 
 def reasoning_gym() -> Judge:
-    """What the task named in the `metadata` says of the final answer, between 0 and 1."""
+    """The score of the task named in the `metadata` for the final answer, between 0 and 1."""
     from reasoning_gym import get_score_answer_fn
 
     def judge(answer: Any, given: str | None, metadata: dict[str, Any]) -> float:

@@ -22,11 +22,11 @@ from typing import Any
 from cmdp_fast.errors import InputError
 
 HERE = Path(__file__).parent
-MEMORY = 1 << 30  # bytes that a completion may take beside what the judge itself takes
+MEMORY = 1 << 30  # bytes that a completion may take beside those of the judge itself
 WORKERS = 8  # at once, with as many processors
 LOADING = 120.0  # seconds that importing the judge may take
 KINDS = 20  # of failures that are told of
-# What a judge's packages look at as they are imported; nobody's secrets.
+# The variables that a judge's packages read as they are imported; none is a secret.
 ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "MPLCONFIGDIR", "PATH", "TMPDIR", "XDG_CACHE_HOME")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge scored, None where it has no opinion or there is a `failure`: it raised, ended, hung or died."""
+    """A judge's score, None where it has no opinion or there is a `failure`: it raised, ended, hung or died."""
 
     score: float | None
     failure: str = ""
@@ -49,8 +49,8 @@ class Judges:
     """A judge of judges.py that is asked in processes of its own, isolated unless `isolated` says otherwise.
 
     Raises InputError, which names ``option``, if the judge cannot be imported, IsolationError if it cannot be isolated;
-    ``insist`` is what the user can say to have it all the same. In a process that was forked from this one, it starts
-    a process of its own.
+    ``insist`` is the option with which the user can have it all the same. In a process that was forked from this one,
+    it starts a process of its own.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Judges:
         with self._lock:
             try:
                 verdicts = self._connect().ask(requests, self._patience(len(requests)))
-            except BaseException as error:  # an interrupt too: what is still on its way belongs to no later question
+            except BaseException as error:  # an interrupt too: an answer still on its way belongs to no later question
                 if self._connection is not None:
                     self._connection.close()
                 if not isinstance(error, OSError | InputError):  # InputError: it could not be started again

@@ -2,15 +2,15 @@
 
     python -I process.py ANSWERS        ANSWERS: the file descriptor to answer on
 
-It reads pickles on its standard input, which who started it makes of its own objects: a judge of reasoning-gym's tells
-a tuple from a list, JSON does not. The first says what to be, ``{"judge": [file, function, arguments], "path": [...],
-"isolated": bool, "workers": N, "seconds": S, "memory": bytes}``, and is answered by ``{"ready": true}`` or
+It reads pickles on its standard input, which its parent makes of its own objects: a judge of reasoning-gym's tells
+a tuple from a list, JSON does not. The first describes the process, ``{"judge": [file, function, arguments], "path":
+[...], "isolated": bool, "workers": N, "seconds": S, "memory": bytes}``, and is answered by ``{"ready": true}`` or
 ``{"error": why, "isolation": bool}``. Every further one is a list of requests, each a pickle of the judge's keyword
 arguments, and is answered by a line of JSON for each, ``{"batch": n, "index": i, "score": number or null}`` or
 ``{"batch": n, "index": i, "error": why}``, in the order in which they are ready.
 
-The judge runs in a child that is forked for one request, gives up what isolation.py says and is killed at its time.
-This process hands a completion on without unpickling it. At the end of its input it ends.
+The judge runs in a child that is forked for one request, gives up the rights that isolation.py names and is killed at
+its time. This process hands a completion on without unpickling it. At the end of its input it ends.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Child:
 
 @dataclass
 class Zygote:
-    """The judge, and what its children are told."""
+    """The judge, and the limits of its children."""
 
     judge: Callable[..., Any]
     calls: Any  # the filter of system calls, None where nothing is isolated
@@ -130,7 +130,7 @@ class Zygote:
                 self.calls.load()
             answer = {"score": self.judge(**pickle.loads(request))}
             data = json.dumps(answer)
-        except BaseException as error:  # SystemExit and what else a completion may raise
+        except BaseException as error:  # SystemExit and anything else that a completion may raise
             data = json.dumps({"error": described(error)})
         os.write(ANSWER, data.encode())
         os._exit(0)
@@ -146,7 +146,7 @@ class Zygote:
             self.end(descriptor, None)
 
     def end(self, descriptor: int, verdict: dict[str, Any] | None) -> None:
-        """Passes on what a child said, unless there is a verdict about the child itself, and buries it."""
+        """Passes on the answer of a child, unless there is a verdict about the child itself, and buries it."""
         child = self.running.pop(descriptor)
         os.close(descriptor)
         # How a child ended is asked where it has said nothing, and soon: it may have closed its answer and go on.
@@ -175,7 +175,7 @@ def bury(pid: int, patience: float) -> int:
 
 
 def understood(answer: bytes, status: int) -> dict[str, Any]:
-    """What a child answered, or why that is not an answer. It may be anything: the child has run what it was given."""
+    """The answer of a child, or why it is none. It may be anything: the child has run the completion."""
     if not answer:
         return {"error": f"killed by {signal_name(-status)}" if status < 0 else f"ended with exit code {status}"}
     try:
@@ -186,7 +186,7 @@ def understood(answer: bytes, status: int) -> dict[str, Any]:
         if score is None or (isinstance(score, int | float) and math.isfinite(score)):
             return {"score": None if score is None else float(score)}
         return {"error": f"scored {str(score)[:50]}, which is no number"}
-    except Exception:  # whatever it takes to mislead a parser
+    except Exception:  # a parser may be misled by anything
         return {"error": "the answer makes no sense"}
 
 
@@ -213,20 +213,20 @@ def refuse(answers: int, why: str, isolation: bool = False) -> None:
 
 def packages() -> set[str]:
     """The folders of the packages that are loaded, and those that packages are installed in."""
-    found: set[str] = set()
+    folders: set[str] = set()
     for module in list(sys.modules.values()):
         if "." not in module.__name__ and getattr(module, "__file__", None):  # else any folder of that name
-            found.update(str(path) for path in getattr(module, "__path__", ()))
-    return found | {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
+            folders.update(str(path) for path in getattr(module, "__path__", ()))
+    return folders | {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
 
 
 def prepare(about: dict[str, Any], answers: int) -> Zygote:
-    """Loads the judge, and gives up the files; a first child tries what a judge must not be able to do."""
+    """Loads the judge, and gives up the files; a first child tries the things that a judge must not be able to do."""
     sys.path += [path for path in about["path"] if path not in sys.path]
     file, function, arguments = about["judge"]
     try:
         judge = getattr(load(file), function)(**arguments)
-    except Exception as error:  # of a package that is not ours: whatever it raises is why it cannot be loaded
+    except Exception as error:  # of a package that is not ours: any error is why it cannot be loaded
         refuse(answers, described(error))
     used, calls = isolation.address_space(), None
     space = None if used is None else used + about["memory"]
@@ -269,7 +269,7 @@ def main() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     descriptors = DESCRIPTORS if most == resource.RLIM_INFINITY else min(DESCRIPTORS, most)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who starts the training may ignore it, and children go unnoticed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent of the training may ignore it, and children go unnoticed
     os.chdir("/")
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, rather a judge than the training

@@ -11,7 +11,7 @@ from .pool import IsolationError, Judges
 class JudgedReward:
     """``reward(prompts, completions, **columns) -> list[float | None]``, TRL's signature.
 
-    ``requests`` makes what the judge is asked about each completion from the arguments of the call. After a call
+    ``requests`` makes the judge's arguments for each completion from those of the call. After a call
     ``failures`` says for each completion why there is no verdict on it, "" where there is one. ``isolated=None``:
     where the machine can.
     """

@@ -1,4 +1,4 @@
-"""`cmdp-fast train`: a minimal constrained PPO trainer. Start with `methods/ppo.py`, the step, and `run.py`, the job.
+"""`cmdp-fast train`: a minimal constrained PPO trainer. Start with `step.py`, one step, and `run.py`, the job.
 
-Methods, settings, the files of a run and what to do about memory: README.md, beside this file.
+Methods, settings, the files of a run, memory, and the order of the modules: README.md, beside this file.
 """

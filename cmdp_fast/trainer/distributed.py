@@ -1,4 +1,4 @@
-"""Several processes that run as one: the share of each, what they agree on, and how an error of one ends all.
+"""Several processes that run as one: the share of each, their agreement, and the end of all by an error of one.
 
 Under `accelerate launch` (or torchrun) every process runs the same program on its own share of a global batch. A step
 of P processes with `prompts_per_step` prompts each is the step that one process would take with P times as many.
@@ -14,13 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from cmdp_fast.errors import InputError
 
+from .causal_lm import CausalLM
 from .settings.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 T = TypeVar("T")
 
@@ -28,8 +34,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 
 
-def make_accelerator(config: TrainConfig) -> Any:
-    """The accelerator of the run; several processes meet here. Raises InputError for what the trainer cannot do."""
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of the run; several processes meet here. Raises InputError for a set-up that the trainer does not
+    support."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -41,37 +48,37 @@ def make_accelerator(config: TrainConfig) -> Any:
     return accelerator
 
 
-def check_sharding(accelerator: Any, config: TrainConfig) -> None:
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     """Raises InputError unless the trainer can work with models that are sharded as accelerate was told to."""
     plugin = accelerator.state.fsdp_plugin
     if not accelerator.is_fsdp2:
         raise InputError("of FSDP only version 2 is supported: set fsdp_version: 2 in accelerate's configuration")
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):  # what it writes otherwise is read with pickle
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):  # other files of its are read with pickle
         raise InputError("FSDP checkpoints need fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration")
-    if config.baseline == "gae" and config.algorithm == "ppo":
+    if config.has_value_head:
         raise InputError("--baseline gae does not work with FSDP, whose optimizer has the student's parameters alone")
     if config.lora_rank:
         raise InputError("--lora-rank does not work with FSDP: an adapter is small, DDP serves it")
-    if config.algorithm == "minillm" and config.teacher_mix:
+    if config.mixes_teacher:
         raise InputError("minillm with --teacher-mix does not work with FSDP: the teacher would have to keep step")
 
 
-def share(items: Sequence[T], accelerator: Any) -> list[T]:
+def share(items: Sequence[T], accelerator: Accelerator) -> list[T]:
     """This process's slice of the items, as long as any other's; if they do not go round, some appear twice."""
     processes, size = accelerator.num_processes, -(-len(items) // accelerator.num_processes)
     padded = [items[i % len(items)] for i in range(size * processes)]
     return padded[accelerator.process_index * size :][:size]
 
 
-def whole(shares: Sequence[T], count: int, accelerator: Any) -> list[T]:
-    """What all processes made of their `share` of `count` items, in order and once each; any Python objects."""
+def whole(shares: Sequence[T], count: int, accelerator: Accelerator) -> list[T]:
+    """The results of all processes for their `share` of `count` items, in order and once each; any Python objects."""
     from accelerate.utils import gather_object
 
     return list(shares) if accelerator.num_processes == 1 else gather_object(list(shares))[:count]
 
 
 @contextmanager
-def together(accelerator: Any) -> Iterator[None]:
+def together(accelerator: Accelerator) -> Iterator[None]:
     """An InputError of one process in the body becomes an InputError of all of them, with the same message.
 
     Every process must come here. The body must not wait for other processes where an InputError can keep one away.
@@ -91,14 +98,14 @@ def together(accelerator: Any) -> Iterator[None]:
         raise error
 
 
-def any_process(flag: bool, accelerator: Any) -> bool:
+def any_process(flag: bool, accelerator: Accelerator) -> bool:
     """Whether the flag is set in any process; the same in all."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
-def main_first(function: Callable[[], T], accelerator: Any) -> T:
+def main_first(function: Callable[[], T], accelerator: Accelerator) -> T:
     """The function's result. The first process of each machine calls it alone, then the others: they find a full cache.
 
     If it fails in one with an InputError, it fails in all, and is called by no further one.
@@ -111,8 +118,8 @@ def main_first(function: Callable[[], T], accelerator: Any) -> T:
     return result[0]
 
 
-def whole_student(student: Any, accelerator: Any) -> tuple[Any, dict[str, Any] | None]:
-    """(the model without what accelerate put around it, its weights if it does not hold all of them itself).
+def whole_student(student: nn.Module, accelerator: Accelerator) -> tuple[CausalLM, dict[str, Any] | None]:
+    """(the model without accelerate's wrapper, its weights if it does not hold all of them itself).
 
     Every process must call this; with FSDP only the main process gets the weights.
     """
@@ -120,8 +127,8 @@ def whole_student(student: Any, accelerator: Any) -> tuple[Any, dict[str, Any] |
     return model, accelerator.get_state_dict(student) if accelerator.distributed_type == "FSDP" else None
 
 
-def reshard(student: Any) -> None:
-    """Has FSDP spread again what a forward pass has left together, the head: weights are loaded into shards."""
+def reshard(student: nn.Module) -> None:
+    """Has FSDP spread the head again, which a forward pass leaves together: weights are loaded into shards."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in student.modules():
@@ -129,18 +136,20 @@ def reshard(student: Any) -> None:
             module.reshard()
 
 
-def prepare_student(student: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
+def prepare_student(
+    student: CausalLM, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Student and optimizer as accelerate runs and checkpoints them: on their device, replicated or sharded.
 
     Without the copy of every output to float32 that accelerate adds under mixed precision: the kernels read bfloat16
     logits as they are, and the trainer has the autocast where it wants it.
     """
-    student, optimizer = accelerator.prepare(student, optimizer)
-    accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    return student, optimizer
+    prepared, optimizer = accelerator.prepare(student, optimizer)
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    return prepared, optimizer
 
 
-def on_device(model: Any, accelerator: Any) -> Any:
+def on_device(model: CausalLM, accelerator: Accelerator) -> nn.Module:
     """A model that is not trained, on its device; with FSDP sharded like the student."""
     if accelerator.distributed_type != "FSDP":
         return model.to(accelerator.device)

@@ -1,4 +1,4 @@
-"""`cmdp-fast train --dry-run`: everything that can fail before the first step, and what the training would take."""
+"""`cmdp-fast train --dry-run`: everything that can fail before the first step, and the memory of the training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     """Loads and checks models and data, prints the settings and an estimate of the memory, and returns the latter.
 
     Nothing is sampled or trained and no run folder is made; the models that the package makes for itself are made.
-    Raises InputError for what `train` raises it for.
+    Raises InputError in the cases in which `train` does.
     """
     report = Report()
     check_trackers(config)
     check_run_folder(config)
     material = load(config, report)
+    assert material.teacher is not None  # a valid configuration names one
     models = (material.student, material.teacher)
     make_scoring(config.logits, models, common_vocabulary(*models), config.temperature)
     if config.rollout:
@@ -57,7 +58,7 @@ def _toml(value: Any) -> str:
 
 
 def print_memory(config: TrainConfig, memory: MemoryEstimate) -> None:
-    """A line a kind of tensor."""
+    """A line per kind of tensor."""
     from rich.console import Console
     from rich.table import Table
 
@@ -87,7 +88,7 @@ def print_memory(config: TrainConfig, memory: MemoryEstimate) -> None:
 
 
 def readable(size: int) -> str:
-    """Bytes in the largest binary unit of which there is one."""
+    """Bytes in the largest binary unit of which there is at least one."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size >= 2**power:
             return f"{size / 2**power:.1f} {unit}"

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from .distributed import share, whole
 from .experience import Collector, Completions, Experience, joined
@@ -15,7 +16,7 @@ from .rollout import encode_prompts
 from .settings.constraint import evaluation_constraint
 from .tasks.data import Problem
 
-EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, whatever the run's seed
+EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, for any seed of the run
 
 # The figures of an evaluation, from the metrics of all its completions together; those that do not apply are absent.
 FIGURES = {
@@ -41,7 +42,7 @@ FIGURES = {
 
 def evaluate(
     collector: Collector,
-    policy: Any,
+    policy: nn.Module,
     rows: list[Problem],
     clock: Clock,
     report: Report | None = None,
@@ -60,7 +61,7 @@ def evaluate(
     ``examples`` is how many completions there were. The teacher's divergence from itself is 0, so it satisfies any
     budget. For a collector without a teacher all that compares with one is absent.
 
-    A sample is what one completion contributes to these. Several processes evaluate a share each. The random state of
+    A sample is one completion's part of these. Several processes evaluate a share each. The random state of
     the training is left as it was. With a `report` there is a progress bar.
     """
     config, constraint = collector.config, evaluation_constraint(collector.config)
@@ -86,7 +87,7 @@ def evaluate(
 
 
 def _samples(part: Completions, rows: list[Problem], correct_at: float) -> list[dict[str, Any]]:
-    """A dict a completion."""
+    """A dict per completion."""
     length = part.rollout.mask.sum(1)
     columns: dict[str, list[Any]] = {
         "prompt": [row["prompt"] for row in rows],

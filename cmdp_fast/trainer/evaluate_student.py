@@ -34,7 +34,7 @@ def parse_evaluate(args: Sequence[str], prog: str = "cmdp-fast evaluate") -> Eva
     """The configuration that the command line asks for, validated; see `parse_as`."""
     description = (
         "Measure a student on held-out problems. A recipe gives task, teacher and budget; settings of the training "
-        "have no effect. With an empty --teacher= what compares with a teacher is left out."
+        "have no effect. With an empty --teacher= the figures that compare with one are left out."
     )
     return parse_as(EvaluateConfig, args, prog, description)
 
@@ -62,7 +62,7 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, float]:
 
 
 def print_figures(config: EvaluateConfig, figures: dict[str, float]) -> None:
-    """A line a figure."""
+    """A line per figure."""
     from rich.console import Console
     from rich.table import Table
 

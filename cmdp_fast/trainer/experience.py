@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cmdp_fast as cf
 from cmdp_fast import batches, objective, scoring
@@ -80,8 +80,8 @@ class Collector:
         config: TrainConfig,
         *,
         accelerator: Accelerator,
-        student: Any,
-        teacher: Any,
+        student: nn.Module,
+        teacher: nn.Module | None,
         tokenizer: Any,
         sampling: Sampling,
         vocab_size: int,
@@ -105,7 +105,7 @@ class Collector:
 
     def complete(
         self,
-        policy: Any,
+        policy: nn.Module,
         rows: list[Problem],
         prompts: list[list[int]],
         clock: Clock,
@@ -135,13 +135,13 @@ class Collector:
 
     def collect(
         self,
-        policy: Any,
+        policy: nn.Module,
         rows: list[Problem],
         prompts: list[list[int]],
         constraint: Constraint,
         clock: Clock,
         *,
-        sampler: Any = None,
+        sampler: nn.Module | None = None,
         mixed_with: Callable[[Tensor], Any] | None = None,
         **options: Any,
     ) -> Experience:
@@ -156,23 +156,24 @@ class Collector:
     def score(
         self,
         completions: Completions,
-        policy: Any,
+        policy: nn.Module,
         constraint: Constraint,
         clock: Clock,
         *,
         keep_outputs: bool = False,
-        value_head: Any = None,
+        value_head: nn.Module | None = None,
     ) -> Experience:
         """Statistics, account and modified reward of each token; the teacher's outputs too if they fit in the cache."""
-        rollout, values = completions.rollout, []
+        rollout, teacher, values = completions.rollout, self.teacher, list[Tensor]()
+        assert teacher is not None
         last_reward = at_last_token(completions.task_reward, rollout.mask)
 
         def settle(index: slice) -> tuple[cf.ConstrainedReward, Tensor]:
             part = rollout.rows(index)
-            outputs = (self.outputs(policy, part), self.outputs(self.teacher, part))
+            outputs = (self.outputs(policy, part), self.outputs(teacher, part))
             with clock.phase("kernels"):
                 settled = self.scoring.constrained_reward(
-                    *((policy, self.teacher), outputs, part.tokens, last_reward[index]),
+                    *((policy, teacher), outputs, part.tokens, last_reward[index]),
                     mask=part.mask,
                     constraint=constraint,
                 )
@@ -189,7 +190,7 @@ class Collector:
             value=torch.cat(values) if values else None,
         )
 
-    def outputs(self, model: Any, rollout: Rollout) -> Tensor:
+    def outputs(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """A model's outputs at each token of the completions, [B, T, ...]: hidden states or logits."""
         with self.accelerator.autocast():
             return self.scoring.outputs(model, rollout)

@@ -11,8 +11,8 @@ from typing import Any
 class Interrupts:
     """While it is entered, both signals raise KeyboardInterrupt, or set `received` where `deferred`.
 
-    A step is not left in its middle, where nothing could be resumed. Somebody who cannot wait for its end repeats the
-    signal; not so with several processes, whose launcher repeats it by itself.
+    A step is not left in its middle, where nothing could be resumed. A user in a hurry repeats the signal. With
+    several processes a second signal changes nothing: their launcher sends it by itself.
     """
 
     def __init__(self, patient: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What a run or an evaluation is made from: problems, models, rewards; loaded and checked before anything is done."""
+"""The material of a run or an evaluation: problems, models, rewards; loaded and checked before anything is done."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from cmdp_fast.errors import InputError
 
+from .causal_lm import CausalLM
 from .models.pair import load_pair
 from .records.report import Report
 from .rollout import drop_long_prompts, encode_prompts
@@ -20,8 +21,8 @@ from .tasks.step_verifiers import StepVerifier, load_step_verifier
 class Material:
     """Models (the teacher None where there is none), how completions are judged, and the problems."""
 
-    student: Any
-    teacher: Any
+    student: CausalLM
+    teacher: CausalLM | None
     tokenizer: Any
     rewards: dict[str, RewardFunction]
     verifier: StepVerifier | None = None
@@ -31,7 +32,7 @@ class Material:
 
 
 def load(config: TrainConfig, report: Report) -> Material:
-    """Everything, the models on the CPU. Raises InputError for what cannot be used."""
+    """Everything, the models on the CPU. Raises InputError for material that cannot be used."""
     problems = load_problems(config)
     rewards = load_rewards(config, problems.train[0])
     verifier = load_step_verifier(config, problems.train[0])
@@ -52,7 +53,7 @@ def load(config: TrainConfig, report: Report) -> Material:
     return material
 
 
-def _check_lengths(config: TrainConfig, models: list[Any], prompts: list[list[int]]) -> None:
+def _check_lengths(config: TrainConfig, models: list[CausalLM], prompts: list[list[int]]) -> None:
     """Raises InputError if a prompt and its completion may not fit into a model's positions."""
     longest = max(len(ids) for ids in prompts)
     for model in models:

@@ -1,8 +1,8 @@
 """From a recipe, a method and the command line to a configuration.
 
-Precedence, lowest first: the defaults of `TrainConfig`, the recipe (models, task, budget), the method (what is done
-about the budget), the command line. With `--resume` the run's own configuration takes the place of all but the last,
-where code that it names has to be named again (`records/trust.py`).
+Precedence, lowest first: the defaults of `TrainConfig`, the recipe (models, task, budget), the method (the way
+to deal with the budget), the command line. With `--resume` the run's own configuration takes the place of all but the
+last, where code that it names has to be named again (`records/trust.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parse(args: Sequence[str], prog: str = "cmdp-fast train") -> TrainConfig:
 def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: str) -> Config:
     """The configuration that the command line asks for, validated.
 
-    Raises InputError for what cannot work; tyro itself exits with code 2 on options that do not exist.
+    Raises InputError for settings that cannot work; tyro itself exits with code 2 on options that do not exist.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="quickstart")

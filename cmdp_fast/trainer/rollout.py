@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cmdp_fast.errors import InputError
 
+from .causal_lm import CausalLM
 from .records.report import Report
 from .tasks.data import Problem, Problems
 
@@ -40,7 +41,7 @@ class Rollout:
     tokens: Tensor
     mask: Tensor
     finished: Tensor  # [B]: has an end-of-sequence token
-    sampler_logprob: Tensor | None = None  # [B, T], where the sampler says what it drew with
+    sampler_logprob: Tensor | None = None  # [B, T], where the sampler reports it
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -80,7 +81,7 @@ class Sampling:
     batch_size: int = 0  # prompts at once; 0: all
 
 
-def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def end_tokens(model: CausalLM, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a completion: the tokenizer's, and those that the model's generation settings name."""
     configured = model.generation_config.eos_token_id
     configured = [] if configured is None else configured if isinstance(configured, list) else [configured]
@@ -105,7 +106,7 @@ def encode_prompts(rows: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
 
 
 def drop_long_prompts(problems: Problems, tokenizer: Any, limit: int, report: Report) -> Problems:
-    """The problems whose prompt has at most `limit` tokens (0: all); says how many were left out.
+    """The problems whose prompt has at most `limit` tokens (0: all); prints how many were left out.
 
     Raises InputError if none are left to train or to evaluate on.
     """
@@ -126,7 +127,7 @@ def drop_long_prompts(problems: Problems, tokenizer: Any, limit: int, report: Re
 
 
 def generate(
-    policy: Any,
+    policy: CausalLM,
     prompts: Sequence[list[int]],
     sampling: Sampling,
     *,
@@ -171,7 +172,7 @@ def assemble(
 
 
 def call_rollout(
-    function: RolloutFunction, name: str, prompts: list[list[int]], sampling: Sampling, policy: Any
+    function: RolloutFunction, name: str, prompts: list[list[int]], sampling: Sampling, policy: CausalLM
 ) -> Rollout:
     """The completions that a function of the user's samples. Raises InputError for anything that it may not return."""
     result = function(prompts=prompts, sampling=sampling, policy=policy)
@@ -207,7 +208,7 @@ def completion_mask(tokens: Tensor, eos: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def _generate(
-    prompts: Sequence[list[int]], policy: Any, sampling: Sampling, mixed_with: Any, synced_gpus: bool
+    prompts: Sequence[list[int]], policy: CausalLM, sampling: Sampling, mixed_with: Any, synced_gpus: bool
 ) -> list[list[int]]:
     from transformers import LogitsProcessorList
 
@@ -237,11 +238,11 @@ def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -
 
 
 @contextmanager
-def _plain_sampling(policy: Any, sampling: Sampling) -> Iterator[None]:
-    """Generation settings under which nothing happens to the softmax but what `sampling` says.
+def _plain_sampling(policy: CausalLM, sampling: Sampling) -> Iterator[None]:
+    """Generation settings under which `sampling` alone changes the softmax.
 
-    `generate` fills whatever a call leaves open from the model's own settings, and many models come with a top-p, a
-    top-k or a repetition penalty; so those are put aside while it runs.
+    `generate` takes a setting that a call leaves open from the model's own, and many models come with a top-p, a top-k
+    or a repetition penalty. So the model's own are put aside while it runs.
     """
     from transformers import GenerationConfig
 

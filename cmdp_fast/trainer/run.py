@@ -1,17 +1,18 @@
 """A run from beginning to end: load, look at the student before, train, look at it after, save.
 
-The folder of a run can be resumed from the first step on, whatever stops it: Ctrl-C and SIGTERM let the step at hand
-end and write a checkpoint; an error leaves the last one, as does a kill. `distributed.py` says how several processes
-run, `records/checkpoint.py` what a checkpoint is.
+The folder of a run can be resumed from the first step on, after any stop: Ctrl-C and SIGTERM let the step at hand
+end and write a checkpoint; an error leaves the last one, as does a kill. `distributed.py` describes several processes,
+`records/checkpoint.py` a checkpoint.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from cmdp_fast.imports import import_function
 from cmdp_fast.vocabulary import common_vocabulary
@@ -20,10 +21,10 @@ from .distributed import any_process, main_first, make_accelerator, on_device, p
 from .experience import Collector
 from .interrupts import Interrupts
 from .material import Material, load
-from .methods import METHODS
-from .methods.ppo import PPO
+from .methods.method import method_named
 from .models.value_head import ValueHead
 from .records.checkpoint import remove_checkpoints
+from .records.clock import Clock
 from .records.lock import alone_in
 from .records.metrics_log import check_trackers
 from .records.report import Report
@@ -33,14 +34,18 @@ from .records.trust import code_of
 from .rollout import Sampling, end_tokens
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
+from .step import Learner
 from .training import Training
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def train(config: TrainConfig) -> Path:
     """Trains as the configuration says and returns the run's folder.
 
     Raises InputError for anything that cannot be used, before the folder is made, if another process is at work in the
-    folder of a run to be resumed, and for what makes it impossible to go on, with everything saved so far.
+    folder of a run to be resumed, and if it is impossible to go on, with everything saved so far.
     An interrupt (Ctrl-C, SIGTERM) once the training has begun ends it after the step at hand with a checkpoint, and
     KeyboardInterrupt is raised.
     """
@@ -61,41 +66,40 @@ def train(config: TrainConfig) -> Path:
             report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
             return Path(config.resume)
         material = main_first(lambda: load(config, report), accelerator)
-        ppo = make_ppo(config, accelerator, material)
+        learner = make_learner(config, accelerator, material)
         report.say(
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
             f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
         )
-        training = Training(config, ppo, material, report, code)
+        training = Training(config, learner, material, report, code)
         training.begin(held)
         training.finish(interrupts)
     return training.folder
 
 
-def make_ppo(config: TrainConfig, accelerator: Any, material: Material) -> PPO:
+def make_learner(config: TrainConfig, accelerator: Accelerator, material: Material) -> Learner:
     """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
     from transformers import get_scheduler
 
     set_seed(config.seed, device_specific=accelerator.num_processes > 1)
-    student = material.student
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in material.student.parameters() if parameter.requires_grad]
     groups = [{"params": trained, "lr": config.learning_rate}]
     value_head = None
-    if config.algorithm == "ppo" and config.baseline == "gae":
-        value_head = ValueHead(student.config.get_text_config().hidden_size).to(accelerator.device)
+    if config.has_value_head:
+        value_head = ValueHead(material.student.config.get_text_config().hidden_size).to(accelerator.device)
         groups.append({"params": list(value_head.parameters()), "lr": config.value_learning_rate})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     scheduler = get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
-    student, optimizer = prepare_student(student, optimizer, accelerator)
+    student, prepared = prepare_student(material.student, optimizer, accelerator)
     value_head = value_head and accelerator.prepare(value_head)
     collector = make_collector(config, accelerator, student, material)
-    method = METHODS[config.algorithm]
-    return method(collector, optimizer=optimizer, scheduler=scheduler, value_head=value_head)
+    method = method_named(config.algorithm)(collector, Clock(accelerator.device), value_head)
+    return Learner(method, optimizer=prepared, scheduler=scheduler)
 
 
-def make_collector(config: TrainConfig, accelerator: Any, student: Any, material: Material) -> Collector:
-    """What samples from the material's student, which accelerate has on its device by now, and scores it."""
+def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Module, material: Material) -> Collector:
+    """The collector of the material's student, which accelerate has on its device by now."""
     model, teacher, tokenizer = accelerator.unwrap_model(student), material.teacher, material.tokenizer
     models = (model,) if teacher is None else (model, teacher)
     vocab_size = common_vocabulary(*models)

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.files import write_text
@@ -16,7 +18,6 @@ from .distributed import any_process, share, together, whole_student
 from .evaluate import evaluate
 from .interrupts import Interrupts
 from .material import Material
-from .methods.ppo import PPO
 from .models.saving import save_student
 from .records.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
 from .records.curves import plot_curves
@@ -27,20 +28,23 @@ from .records.run_folder import make_run_folder, write_config
 from .records.samples import samples_text, write_samples
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
+from .step import Learner
 from .tasks.data import shuffled
 
 SAMPLES = 20
 
 
 class Training:
-    """A training in its folder, from where it stands to its end. `code` is what `code_of` says of its configuration."""
+    """A training in its folder, from where it stands to its end. `code` is that of its configuration (`code_of`)."""
 
     folder: Path
     log: MetricsLog
 
-    def __init__(self, config: TrainConfig, ppo: PPO, material: Material, report: Report, code: dict[str, str]) -> None:
-        self.config, self.ppo, self.material, self.report, self.code = config, ppo, material, report, code
-        self.accelerator = ppo.accelerator
+    def __init__(
+        self, config: TrainConfig, learner: Learner, material: Material, report: Report, code: dict[str, str]
+    ) -> None:
+        self.config, self.learner, self.material, self.report, self.code = config, learner, material, report, code
+        self.accelerator = learner.accelerator
         self.saved = 0  # the step of the last checkpoint
         self.results: dict[str, Any] = {}
         self.samples: dict[str, Any] = {}
@@ -54,9 +58,9 @@ class Training:
         """
         if self.config.resume and checkpoints(Path(self.config.resume)):
             self.folder = Path(self.config.resume)
-            self._restore(load_checkpoint(self.accelerator, self.ppo.student, self.folder, self.report))
+            self._restore(load_checkpoint(self.accelerator, self.learner.student, self.folder, self.report))
         else:
-            for who, policy in (("teacher", self.ppo.teacher), ("student_before", self.ppo.student)):
+            for who, policy in (("teacher", self.learner.teacher), ("student_before", self.learner.student)):
                 self._evaluate(who, policy)
             self.folder = self._make_folder(held)
             with together(self.accelerator):
@@ -79,11 +83,11 @@ class Training:
         return Path(broadcast_object_list(folder)[0])
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the models, the optimizer and the random numbers."""
+        """The state in a checkpoint beside the models, the optimizer and the random numbers."""
         return {
-            "ppo": self.ppo.state_dict(),
-            "schedule": self.ppo.scheduler.state_dict(),
-            "seconds": self.ppo.clock.seconds,
+            "ppo": self.learner.state_dict(),
+            "schedule": self.learner.scheduler.state_dict(),
+            "seconds": self.learner.clock.seconds,
             "metrics": self.log.steps,
             "evaluations": self.log.evaluations,
             "results": self.results,
@@ -92,14 +96,14 @@ class Training:
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            self.ppo.load_state_dict(state["ppo"])
-            self.ppo.scheduler.load_state_dict(state["schedule"])
-            self.ppo.clock.seconds.update(state["seconds"])
+            self.learner.load_state_dict(state["ppo"])
+            self.learner.scheduler.load_state_dict(state["schedule"])
+            self.learner.clock.seconds.update(state["seconds"])
             self.results, self.samples = state["results"], state["samples"]
             _check_records(state)
         except Exception as error:  # it is as it was written, and was not written by this program
             raise InputError(f"{self.folder}: its last checkpoint is not one of such a run: {error!r}") from error
-        done = self.saved = self.ppo.steps_done
+        done = self.saved = self.learner.steps_done
         if done > self.config.steps:
             raise InputError(f"--steps {self.config.steps}: {self.folder} has {done} behind it")
         with together(self.accelerator):
@@ -118,7 +122,7 @@ class Training:
             if any_process(interrupts.received, self.accelerator):
                 raise KeyboardInterrupt
             interrupts.deferred = self.accelerator.num_processes > 1  # they cannot leave each at its own time
-            self._evaluate("student_after", self.ppo.student)
+            self._evaluate("student_after", self.learner.student)
             self._log_evaluation(self.config.steps, self.results["student_after"])
         except BaseException as raised:
             error = raised
@@ -130,7 +134,7 @@ class Training:
             remove_checkpoints(self.folder)
 
     def _checkpoint_of_the_end(self) -> None:
-        """Also where none is asked for: whatever stops what follows, it is made again from here."""
+        """Also where none is asked for: if the end of the run is stopped, it is made again from here."""
         try:
             self._checkpoint()
         except KeyboardInterrupt:
@@ -142,33 +146,33 @@ class Training:
         c, material = self.config, self.material
         size = c.prompts_per_step * self.accelerator.num_processes
         batches = shuffled(len(material.problems), size, c.seed)
-        for _ in range(self.ppo.steps_done):
+        for _ in range(self.learner.steps_done):
             next(batches)
-        remaining = range(self.ppo.steps_done + 1, c.steps + 1)
+        remaining = range(self.learner.steps_done + 1, c.steps + 1)
         for step in self.report.track(remaining, f"training {self.folder}"):
-            chosen, constraint = share(next(batches), self.accelerator), self.ppo.constraint()
-            metrics = self.ppo.step([material.problems[i] for i in chosen], [material.prompts[i] for i in chosen])
+            chosen, constraint = share(next(batches), self.accelerator), self.learner.constraint()
+            metrics = self.learner.step([material.problems[i] for i in chosen], [material.prompts[i] for i in chosen])
             with together(self.accelerator):
                 self.log.step(step, metrics)
             self.report.status(_status(metrics, constraint))
             if step < c.steps and c.eval_every and step % c.eval_every == 0:
-                self._log_evaluation(step, self._evaluated(self.ppo.student)[0])
+                self._log_evaluation(step, self._evaluated(self.learner.student)[0])
             if any_process(interrupts.received, self.accelerator):
                 return
             if step < c.steps and c.checkpoint_every and step % c.checkpoint_every == 0:
                 self._checkpoint()
 
     def _checkpoint(self) -> None:
-        done = self.ppo.steps_done
+        done = self.learner.steps_done
         if done > self.saved:
             save_checkpoint(self.accelerator, self.folder, done, self._state())
             self.saved = done
 
-    def _evaluated(self, policy: Any, who: str = "") -> Any:
+    def _evaluated(self, policy: nn.Module, who: str = "") -> Any:
         report = self.report if who else None
-        return evaluate(self.ppo.collector, policy, self.material.held_out, self.ppo.clock, report, who)
+        return evaluate(self.learner.collector, policy, self.material.held_out, self.learner.clock, report, who)
 
-    def _evaluate(self, who: str, policy: Any) -> None:
+    def _evaluate(self, who: str, policy: nn.Module) -> None:
         self.results[who], self.samples[who] = self._evaluated(policy, who)
         self.report.say(f"{who:<15}{_describe(self.results[who])}")
 
@@ -181,7 +185,7 @@ class Training:
     def _write(self, error: BaseException | None) -> None:
         """Everything into the folder, as far as it has come, and `summary.json` last. A file that cannot be written
         keeps no other away, and does not hide the error that ended the run."""
-        c, folder, done = self.config, self.folder, self.ppo.steps_done
+        c, folder, done = self.config, self.folder, self.learner.steps_done
         if error is not None:
             kept = checkpoints(folder)
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
@@ -189,10 +193,7 @@ class Training:
                 f"{what} after step {done}; "
                 + (f"to go on from {kept[-1].name}: cmdp-fast train --resume {folder}" if kept else "no checkpoint yet")
             )
-        weights, model = None, self.ppo.student
         whole = self.accelerator.num_processes == 1 or isinstance(error, (InputError, KeyboardInterrupt, type(None)))
-        if whole:  # otherwise the other processes are elsewhere, and cannot help to put the student together
-            model, weights = whole_student(model, self.accelerator)
         shown = ((who, some[:: c.eval_generations][:SAMPLES]) for who, some in self.samples.items())
         constraint, accuracy = evaluation_constraint(c), self.results["teacher"]["accuracy"]
         writes: list[Callable[[], None]] = [
@@ -201,11 +202,12 @@ class Training:
             lambda: write_text(folder / "samples.txt", samples_text(shown)),
             lambda: plot_curves(folder / "curves.png", self.log, constraint, accuracy),
         ]
-        if whole:
+        if whole:  # otherwise the other processes are elsewhere, and cannot help to put the student together
+            model, weights = whole_student(self.learner.student, self.accelerator)
             writes.append(lambda: save_student(model, self.material.tokenizer, folder, weights))
         failures: list[InputError] = []
         ended = [error]  # or by the first file that cannot be written
-        writes.append(lambda: write_summary(folder, summary(c, self.ppo, self.results, done, ended[0])))
+        writes.append(lambda: write_summary(folder, summary(c, self.learner, self.results, done, ended[0])))
         for write in writes if self.accelerator.is_main_process else []:
             try:
                 write()
@@ -237,11 +239,11 @@ def _check_records(state: dict[str, Any]) -> None:
 
 
 def summary(
-    config: TrainConfig, ppo: PPO, results: dict[str, Any], steps: int, error: BaseException | None
+    config: TrainConfig, learner: Learner, results: dict[str, Any], steps: int, error: BaseException | None
 ) -> dict[str, Any]:
-    """What `summary.json` holds. `kernels` are the seconds of scoring and update inside the token statistics."""
+    """The contents of `summary.json`. `kernels` are the seconds of scoring and update inside the token statistics."""
     phases = ("rollout", "scoring", "update", "evaluation", "kernels")
-    seconds = {phase: round(ppo.clock.seconds.get(phase, 0.0), 3) for phase in phases}
+    seconds = {phase: round(learner.clock.seconds.get(phase, 0.0), 3) for phase in phases}
     step = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
     interrupted = isinstance(error, KeyboardInterrupt)
     return {
@@ -252,13 +254,13 @@ def summary(
         "error": None if error is None or interrupted else first_line(error),
         "seconds": seconds,
         "kernel_share_of_step": round(seconds["kernels"] / step, 4) if step else None,
-        "pid": ppo.pid.state_dict() if config.kind == "pid" else None,
+        "pid": learner.pid.state_dict() if config.kind == "pid" else None,
         "config": asdict(replace(config, resume="")),
     }
 
 
 def _status(metrics: dict[str, float], constraint: Constraint) -> str:
-    """What stands beside the progress: budget use is the mean cumulative cost as a share of the budget."""
+    """The text beside the progress: budget use is the mean cumulative cost as a share of the budget."""
     budget = constraint.budget * (metrics["completions/mean_length"] if constraint.per_token else 1.0)
     return (
         f"reward {metrics['reward']:.2f}  KL {metrics['cmdp/cumulative_kl']:.2f}  "

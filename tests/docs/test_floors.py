@@ -131,6 +131,18 @@ def test_imports_lead_downwards(imports: Imports, floors: Floors) -> None:
     assert not upward(imports, floors)
 
 
+def test_the_trainers_imports_lead_downwards(imports: Imports) -> None:
+    """Between the floors that the trainer's README lists."""
+    floors = read_floors((PACKAGE / "trainer" / "README.md").read_text(encoding="utf-8"))
+    inside = {
+        module.removeprefix("trainer/"): {t.removeprefix("trainer/") for t in targets if t.startswith("trainer/")}
+        for module, targets in imports.items()
+        if module.startswith("trainer/")
+    }
+    assert not off_the_list(inside, floors)
+    assert not upward(inside, floors)
+
+
 def test_no_cycle(imports: Imports) -> None:
     assert not cycles(imports)
 

@@ -21,9 +21,9 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, Pre
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cmdp_fast.trainer.material import Material
-from cmdp_fast.trainer.methods.ppo import PPO
-from cmdp_fast.trainer.run import make_ppo
+from cmdp_fast.trainer.run import make_learner
 from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.step import Learner
 
 
 class TableConfig(PreTrainedConfig):
@@ -150,7 +150,7 @@ def settings(setting: Setting, **changes: Any) -> TrainConfig:
     return config
 
 
-def ppo_of(problem: Problem, config: TrainConfig, start: Tensor | None = None) -> PPO:
+def learner_of(problem: Problem, config: TrainConfig, start: Tensor | None = None) -> Learner:
     """The trainer with a student that starts from these logits (None: the teacher's)."""
     steps, actions = problem.tokens.shape[1], problem.teacher.shape[1]
     rewards = dict(zip(map(tuple, problem.tokens.tolist()), problem.reward.sum(1).tolist(), strict=True))
@@ -169,17 +169,17 @@ def ppo_of(problem: Problem, config: TrainConfig, start: Tensor | None = None) -
         tokenizer=tokenizer,
         rewards={"path": path_reward},
     )
-    return make_ppo(dataclasses.replace(config, max_new_tokens=steps), Accelerator(), material)
+    return make_learner(dataclasses.replace(config, max_new_tokens=steps), Accelerator(), material)
 
 
-def step(ppo: PPO) -> dict[str, float]:
+def step(learner: Learner) -> dict[str, float]:
     """One step of the trainer; its metrics."""
-    return ppo.step([{"prompt": "<start>"}], [[ppo.student.config.bos_token_id]])
+    return learner.step([{"prompt": "<start>"}], [[learner.student.config.bos_token_id]])
 
 
 def train(problem: Problem, config: TrainConfig, start: Tensor | None = None) -> Tensor:
     """Trains as the configuration says; the logits [S, V] that it ends with, in float64."""
-    ppo = ppo_of(problem, config, start)
+    learner = learner_of(problem, config, start)
     for _ in range(config.steps):
-        step(ppo)
-    return ppo.student.logits
+        step(learner)
+    return learner.student.logits

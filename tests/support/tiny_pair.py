@@ -11,13 +11,13 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cmdp_fast.trainer.material import Material
-from cmdp_fast.trainer.methods.ppo import PPO
 from cmdp_fast.trainer.models import builtin
 from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.rollout import encode_prompts
-from cmdp_fast.trainer.run import make_ppo
+from cmdp_fast.trainer.run import make_learner
 from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.step import Learner
 from cmdp_fast.trainer.tasks import data, rewards
 
 PROBLEMS = [{"prompt": f"{i}+{9 - i}=", "answer": "9", "note": i} for i in range(10)]
@@ -99,15 +99,15 @@ def arguments(pair: dict[str, str], output: Path, **changes) -> list[str]:
     return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
 
 
-def ppo_of(config: TrainConfig, **reward_functions) -> tuple[PPO, list, list]:
+def learner_of(config: TrainConfig, **reward_functions) -> tuple[Learner, list, list]:
     problems = data.load_problems(config)
     student, teacher, tokenizer = load_pair(config, problems.train, Report())
     functions = reward_functions or rewards.load_rewards(config, problems.train[0])
     AcceleratorState._reset_state(reset_partial_state=True)  # or the first precision of the process would stay
     material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards=functions)
-    ppo = make_ppo(config, Accelerator(mixed_precision=config.mixed_precision), material)
+    learner = make_learner(config, Accelerator(mixed_precision=config.mixed_precision), material)
     rows = problems.train[: config.prompts_per_step]
-    return ppo, rows, encode_prompts(rows, tokenizer)
+    return learner, rows, encode_prompts(rows, tokenizer)
 
 
 def untimed(metrics: dict) -> dict:

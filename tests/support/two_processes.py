@@ -22,13 +22,13 @@ from cmdp_fast.cli import main
 from cmdp_fast.trainer.distributed import share, whole_student
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.material import Material
-from cmdp_fast.trainer.methods.ppo import PPO
 from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records import checkpoint as run_checkpoints
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.rollout import encode_prompts
-from cmdp_fast.trainer.run import make_ppo
+from cmdp_fast.trainer.run import make_learner
+from cmdp_fast.trainer.step import Learner
 from cmdp_fast.trainer.tasks import data
 
 PROCESSES = 2
@@ -77,8 +77,8 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
     return [len(set(text)) / 4 for text in completions]
 
 
-def make(pair: dict[str, str], accelerator: Any, changes: dict[str, Any]) -> tuple[PPO, data.Problems]:
-    """A PPO whose minibatch is the whole batch, of eight completions a step in all."""
+def make(pair: dict[str, str], accelerator: Any, changes: dict[str, Any]) -> tuple[Learner, data.Problems]:
+    """A learner whose minibatch is the whole batch, of eight completions a step in all."""
     prompts = 4 // accelerator.num_processes
     config = settings(
         pair,
@@ -93,29 +93,29 @@ def make(pair: dict[str, str], accelerator: Any, changes: dict[str, Any]) -> tup
     problems = data.load_problems(config)
     student, teacher, tokenizer = load_pair(config, problems.train, Report())
     material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards={"mine": reward})
-    return make_ppo(config, accelerator, material), problems
+    return make_learner(config, accelerator, material), problems
 
 
-def steps(ppo: PPO, problems: data.Problems, first: int = 0) -> list[dict[str, float]]:
+def steps(learner: Learner, problems: data.Problems, first: int = 0) -> list[dict[str, float]]:
     """Metrics of the steps, the same problems whatever the number of processes."""
-    prompts = encode_prompts(problems.train, ppo.collector.tokenizer)
+    prompts = encode_prompts(problems.train, learner.collector.tokenizer)
     batches = data.shuffled(len(problems.train), 4, seed=0)
     found = []
     for step in range(STEPS):
-        chosen = share(next(batches), ppo.accelerator)
+        chosen = share(next(batches), learner.accelerator)
         if step >= first:
-            found.append(untimed(ppo.step([problems.train[i] for i in chosen], [prompts[i] for i in chosen])))
+            found.append(untimed(learner.step([problems.train[i] for i in chosen], [prompts[i] for i in chosen])))
     return found
 
 
 def take_steps(pair: dict[str, str], changes: dict[str, Any]) -> tuple[list[dict[str, float]], dict, dict]:
     """(metrics, figures of an evaluation, weights)."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    ppo, problems = make(pair, Accelerator(cpu=True), changes)
-    metrics = steps(ppo, problems)
-    figures, samples = evaluate(ppo.collector, ppo.student, problems.held_out, Clock())
+    learner, problems = make(pair, Accelerator(cpu=True), changes)
+    metrics = steps(learner, problems)
+    figures, samples = evaluate(learner.collector, learner.student, problems.held_out, Clock())
     assert len(samples) == figures["examples"] == len(problems.held_out)
-    model, _ = whole_student(ppo.student, ppo.accelerator)
+    model, _ = whole_student(learner.student, learner.accelerator)
     return metrics, figures, {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
@@ -162,21 +162,23 @@ def sharding_accelerator() -> Any:
 
 def same_steps_sharded(cases: list[tuple[dict[str, str], dict[str, Any], Any]], folder: Path) -> None:
     for number, (pair, changes, (metrics, _, weights)) in enumerate(cases):
-        ppo, problems = make(pair, sharding_accelerator(), changes)
-        for model in (ppo.student, ppo.teacher):  # the head's group stays together after a forward pass
+        learner, problems = make(pair, sharding_accelerator(), changes)
+        for model in (learner.student, learner.teacher):  # the head's group stays together after a forward pass
             assert all(isinstance(parameter, DTensor) for parameter in model.model.layers.parameters())
-        prompts = encode_prompts(problems.train, ppo.collector.tokenizer)
+        prompts = encode_prompts(problems.train, learner.collector.tokenizer)
         batches = data.shuffled(len(problems.train), 4, seed=0)
         for step in range(STEPS):
-            chosen = share(next(batches), ppo.accelerator)
-            found = ppo.step([problems.train[i] for i in chosen], [prompts[i] for i in chosen])
+            chosen = share(next(batches), learner.accelerator)
+            found = learner.step([problems.train[i] for i in chosen], [prompts[i] for i in chosen])
             close(untimed(found), metrics[step])
             if step == 1:
-                evaluate(ppo.collector, ppo.student, problems.held_out, Clock())  # leaves the head together
-                run_checkpoints.save_checkpoint(ppo.accelerator, folder / str(number), 2, {"ppo": ppo.state_dict()})
-        evaluate(ppo.collector, ppo.student, problems.held_out, Clock())
-        _, ours = whole_student(ppo.student, ppo.accelerator)
-        if ppo.accelerator.is_main_process:
+                evaluate(learner.collector, learner.student, problems.held_out, Clock())  # leaves the head together
+                run_checkpoints.save_checkpoint(
+                    learner.accelerator, folder / str(number), 2, {"ppo": learner.state_dict()}
+                )
+        evaluate(learner.collector, learner.student, problems.held_out, Clock())
+        _, ours = whole_student(learner.student, learner.accelerator)
+        if learner.accelerator.is_main_process:
             close(ours, weights)
 
         again, problems = make(pair, sharding_accelerator(), changes)

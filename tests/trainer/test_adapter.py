@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny_pair import arguments, ppo_of, settings, tiny_model, untimed
+from tiny_pair import arguments, learner_of, settings, tiny_model, untimed
 
 import cmdp_fast as cf
 from cmdp_fast.cli import main
@@ -32,7 +32,7 @@ def short(completion_ids, **_) -> list[float]:
 
 
 def prepared(pair, **changes):
-    return ppo_of(settings(pair, **{"lora_rank": 4, **changes}), short=short)
+    return learner_of(settings(pair, **{"lora_rank": 4, **changes}), short=short)
 
 
 def trained(model) -> dict[str, torch.Tensor]:
@@ -44,44 +44,44 @@ def frozen(model) -> dict[str, torch.Tensor]:
 
 
 def test_teacher_is_the_student_without_its_adapter(same):
-    ppo, rows, prompts = prepared(same)
+    learner, rows, prompts = prepared(same)
     original = AutoModelForCausalLM.from_pretrained(same["teacher"]).eval()
-    assert isinstance(ppo.teacher, FrozenBase) and not list(ppo.teacher.parameters())
-    assert not ppo.teacher.state_dict() and not list(ppo.teacher.children())
+    assert isinstance(learner.teacher, FrozenBase) and not list(learner.teacher.parameters())
+    assert not learner.teacher.state_dict() and not list(learner.teacher.children())
     for _ in range(2):
-        ppo.step(rows, prompts)
+        learner.step(rows, prompts)
     with torch.no_grad():
         expected = original(IDS).logits
-        assert torch.equal(ppo.teacher(IDS).logits, expected)
-        assert torch.equal(cf.last_hidden_state(ppo.teacher, IDS), cf.last_hidden_state(original, IDS))
-        assert torch.equal(cf.head_of(ppo.teacher).weight, cf.head_of(original).weight)
-        assert (ppo.student(IDS).logits - expected).abs().max() > 1e-3
+        assert torch.equal(learner.teacher(IDS).logits, expected)
+        assert torch.equal(cf.last_hidden_state(learner.teacher, IDS), cf.last_hidden_state(original, IDS))
+        assert torch.equal(cf.head_of(learner.teacher).weight, cf.head_of(original).weight)
+        assert (learner.student(IDS).logits - expected).abs().max() > 1e-3
         drawn = [
             model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False)
-            for model in (ppo.teacher, original)
+            for model in (learner.teacher, original)
         ]
     assert torch.equal(*drawn)
-    assert trained(ppo.student), "the adapter is to be trained again once the teacher has been asked"
+    assert trained(learner.student), "the adapter is to be trained again once the teacher has been asked"
 
 
 def test_adapter_comes_back_after_an_error(same):
-    ppo, _, _ = prepared(same)
+    learner, _, _ = prepared(same)
     with pytest.raises(ValueError, match="input_ids"):
-        ppo.teacher()
-    assert trained(ppo.student)
+        learner.teacher()
+    assert trained(learner.student)
 
 
 def test_only_the_adapter_is_trained(same):
-    ppo, rows, prompts = prepared(same)
-    before, base = trained(ppo.student), frozen(ppo.student)
+    learner, rows, prompts = prepared(same)
+    before, base = trained(learner.student), frozen(learner.student)
     assert before and all(".lora_" in name for name in before)
-    first = ppo.step(rows, prompts)
-    second = ppo.step(rows, prompts)
+    first = learner.step(rows, prompts)
+    second = learner.step(rows, prompts)
     assert first["cmdp/cumulative_kl"] == 0.0 and second["cmdp/cumulative_kl"] > 0.0
-    assert all(torch.equal(base[name], value) for name, value in frozen(ppo.student).items())
-    assert all(not torch.equal(before[name], value) for name, value in trained(ppo.student).items())
-    held = {id(p) for group in ppo.optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in ppo.student.parameters() if p.requires_grad}
+    assert all(torch.equal(base[name], value) for name, value in frozen(learner.student).items())
+    assert all(not torch.equal(before[name], value) for name, value in trained(learner.student).items())
+    held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in learner.student.parameters() if p.requires_grad}
 
 
 def test_shared_weights_give_what_a_second_copy_gives(same, tmp_path):
@@ -89,29 +89,29 @@ def test_shared_weights_give_what_a_second_copy_gives(same, tmp_path):
     shared, rows, prompts = prepared(same)
     apart, _, _ = prepared({**same, "teacher": copy})
     assert not isinstance(apart.teacher, FrozenBase)
-    for ppo in (shared, apart):
+    for learner in (shared, apart):
         torch.manual_seed(0)
-        ppo.metrics = [untimed(ppo.step(rows, prompts)) for _ in range(2)]
+        learner.metrics = [untimed(learner.step(rows, prompts)) for _ in range(2)]
     assert shared.metrics == apart.metrics
     assert shared.metrics[1]["cmdp/cumulative_kl"] > 0
 
 
 @pytest.mark.parametrize("method", ["gkd", "minillm", "kd"])
 def test_methods_without_a_reward_share_as_well(same, method):
-    ppo, rows, prompts = prepared(same, algorithm=method, jsd_beta=1.0, teacher_cache_mb=0)
-    for name, parameter in ppo.student.named_parameters():
+    learner, rows, prompts = prepared(same, algorithm=method, jsd_beta=1.0, teacher_cache_mb=0)
+    for name, parameter in learner.student.named_parameters():
         if ".lora_B" in name:  # 0 until trained: a student that is its teacher has nothing to learn
             torch.nn.init.normal_(parameter, std=0.1)
-    before = trained(ppo.student)
-    metrics = [ppo.step(rows, prompts) for _ in range(2)]
+    before = trained(learner.student)
+    metrics = [learner.step(rows, prompts) for _ in range(2)]
     assert all(torch.tensor([m["loss"], m["grad_norm"]]).isfinite().all() for m in metrics)
-    assert all(not torch.equal(before[name], value) for name, value in trained(ppo.student).items())
+    assert all(not torch.equal(before[name], value) for name, value in trained(learner.student).items())
 
 
 def test_bf16_keeps_the_adapter_in_float32(same):
-    ppo, _, _ = prepared(same, mixed_precision="bf16")
-    assert {p.dtype for p in trained(ppo.student).values()} == {torch.float32}
-    assert {p.dtype for p in frozen(ppo.student).values()} == {torch.bfloat16}
+    learner, _, _ = prepared(same, mixed_precision="bf16")
+    assert {p.dtype for p in trained(learner.student).values()} == {torch.float32}
+    assert {p.dtype for p in frozen(learner.student).values()} == {torch.bfloat16}
 
 
 def test_same_adapter_for_the_same_seed(same):
@@ -130,23 +130,23 @@ def test_saved_student_is_merged_and_its_adapter_beside_it(family, pair, tmp_pat
         tied.config.tie_word_embeddings = True
         tied.tie_weights()
         tied.save_pretrained(model)
-    ppo, rows, prompts = prepared({**pair, "student": model, "teacher": model})
-    ppo.step(rows, prompts)
-    weights = {name: value.clone() for name, value in ppo.student.state_dict().items()}
-    save_student(ppo.student, ppo.collector.tokenizer, tmp_path)
-    assert all(torch.equal(weights[name], value) for name, value in ppo.student.state_dict().items())
+    learner, rows, prompts = prepared({**pair, "student": model, "teacher": model})
+    learner.step(rows, prompts)
+    weights = {name: value.clone() for name, value in learner.student.state_dict().items()}
+    save_student(learner.student, learner.collector.tokenizer, tmp_path)
+    assert all(torch.equal(weights[name], value) for name, value in learner.student.state_dict().items())
 
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(merged) is type(ppo.student) and not hasattr(merged, "peft_config")
-    assert merged.generation_config.to_dict() == ppo.student.generation_config.to_dict()
+    assert type(merged) is type(learner.student) and not hasattr(merged, "peft_config")
+    assert merged.generation_config.to_dict() == learner.student.generation_config.to_dict()
     base = AutoModelForCausalLM.from_pretrained(model)
     adapted = PeftModel.from_pretrained(base, tmp_path / "student" / "adapter")
     with torch.no_grad():
-        expected = ppo.student(IDS).logits
+        expected = learner.student(IDS).logits
         torch.testing.assert_close(merged.eval()(IDS).logits, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(adapted.eval()(IDS).logits, expected)
-        assert (ppo.teacher(IDS).logits - expected).abs().max() > 1e-3
+        assert (learner.teacher(IDS).logits - expected).abs().max() > 1e-3
 
 
 def test_run_and_evaluation_of_what_it_saved(same, tmp_path):

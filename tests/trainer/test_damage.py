@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_pair import arguments, ppo_of, settings
+from tiny_pair import arguments, learner_of, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
@@ -35,14 +35,14 @@ def run(pair, tmp_path_factory, one_thread) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ppo(pair, one_thread):
-    return ppo_of(settings(pair))[0]
+def learner(pair, one_thread):
+    return learner_of(settings(pair))[0]
 
 
-def check_taken_before(ppo, folder: Path, named: str, capsys) -> None:
+def check_taken_before(learner, folder: Path, named: str, capsys) -> None:
     """The last checkpoint of the folder is refused, the file named, and the one before loaded."""
     capsys.readouterr()
-    loaded = run_checkpoints.load_checkpoint(ppo.accelerator, ppo.student, folder, Report())
+    loaded = run_checkpoints.load_checkpoint(learner.accelerator, learner.student, folder, Report())
     shown = capsys.readouterr().out.splitlines()
     assert loaded["step"] == 1 and len(shown) == 2
     assert "step-000002 cannot be read: " in shown[0] and named in shown[0] and "step-000001" in shown[1]
@@ -70,7 +70,7 @@ def grow(content: bytearray, chance: random.Random) -> None:
     content += chance.randbytes(chance.choice((1, 4096)))
 
 
-def test_no_damage_of_a_checkpoint_is_read(run, ppo, tmp_path, capsys):
+def test_no_damage_of_a_checkpoint_is_read(run, learner, tmp_path, capsys):
     files = sorted(path.name for path in (run / "checkpoints" / "step-000002").iterdir())
     assert {"model.safetensors", "optimizer.bin", "random_states_0.pkl", MANIFEST} <= set(files)
     for name in files:
@@ -82,17 +82,17 @@ def test_no_damage_of_a_checkpoint_is_read(run, ppo, tmp_path, capsys):
             damage(content, random.Random(number))
             assert content != path.read_bytes()
             path.write_bytes(content)
-            check_taken_before(ppo, folder, name, capsys)
+            check_taken_before(learner, folder, name, capsys)
 
 
-def test_no_file_of_another_checkpoint_is_read(run, ppo, tmp_path, capsys):
+def test_no_file_of_another_checkpoint_is_read(run, learner, tmp_path, capsys):
     for name in sorted(path.name for path in (run / "checkpoints" / "step-000002").iterdir()):
         folder = tmp_path / name
         shutil.copytree(run, folder)
         of_one, of_two = (folder / "checkpoints" / step / name for step in ("step-000001", "step-000002"))
         assert of_one.read_bytes() != of_two.read_bytes()
         shutil.copy(of_one, of_two)
-        check_taken_before(ppo, folder, name, capsys)
+        check_taken_before(learner, folder, name, capsys)
 
 
 CONTENTS = {
@@ -110,7 +110,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("case", CONTENTS)
-def test_whatever_stands_in_a_manifest(case, run, ppo, tmp_path, capsys):
+def test_whatever_stands_in_a_manifest(case, run, learner, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "r")
     path = tmp_path / "r" / "checkpoints" / "step-000002" / MANIFEST
     path.unlink()
@@ -119,7 +119,7 @@ def test_whatever_stands_in_a_manifest(case, run, ppo, tmp_path, capsys):
         path.mkdir()
     else:
         path.write_bytes(content)
-    check_taken_before(ppo, tmp_path / "r", MANIFEST, capsys)
+    check_taken_before(learner, tmp_path / "r", MANIFEST, capsys)
 
 
 SEALED = {
@@ -137,7 +137,7 @@ SEALED = {
 
 
 @pytest.mark.parametrize("case", SEALED)
-def test_a_manifest_that_somebody_wrote(case, run, ppo, tmp_path, capsys):
+def test_a_manifest_that_somebody_wrote(case, run, learner, tmp_path, capsys):
     """With the right sha256 of itself: anybody can compute that."""
     shutil.copytree(run, tmp_path / "r")
     path = tmp_path / "r" / "checkpoints" / "step-000002" / MANIFEST
@@ -145,7 +145,7 @@ def test_a_manifest_that_somebody_wrote(case, run, ppo, tmp_path, capsys):
     change, expected = SEALED[case]
     change(about)
     digest.write_sealed(path, about)
-    check_taken_before(ppo, tmp_path / "r", expected, capsys)
+    check_taken_before(learner, tmp_path / "r", expected, capsys)
 
 
 @pytest.mark.parametrize(
@@ -174,20 +174,20 @@ def test_a_state_that_somebody_wrote(changes, run, pair, tmp_path, capsys):
     assert "not one of such a run" in error and error.count("\n") == 1
 
 
-def test_what_lies_beside_or_behind_a_link_is_not_read(run, ppo, tmp_path, capsys):
+def test_what_lies_beside_or_behind_a_link_is_not_read(run, learner, tmp_path, capsys):
     for name in ("pytorch_model.bin", "more/model.safetensors"):
         folder = tmp_path / name.replace("/", "-")
         shutil.copytree(run, folder)
         path = folder / "checkpoints" / "step-000002" / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-        check_taken_before(ppo, folder, f"{name} does not belong there", capsys)
+        check_taken_before(learner, folder, f"{name} does not belong there", capsys)
     folder = tmp_path / "linked"
     shutil.copytree(run, folder)
     path = folder / "checkpoints" / "step-000002" / "model.safetensors"
     path.rename(tmp_path / "model.safetensors")
     path.symlink_to(tmp_path / "model.safetensors")
-    check_taken_before(ppo, folder, "model.safetensors does not belong there", capsys)
+    check_taken_before(learner, folder, "model.safetensors does not belong there", capsys)
 
 
 @pytest.mark.parametrize("link", [".config.json", ".lock", "metrics.jsonl", "student", "checkpoints"])

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 import torch
-from tiny_pair import arguments, ppo_of, settings
+from tiny_pair import arguments, learner_of, settings
 
 import cmdp_fast as cf
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import parse
 from cmdp_fast.trainer.dry_run import readable, settings_text
-from cmdp_fast.trainer.methods.ppo import PPO
 from cmdp_fast.trainer.models.memory_estimate import activations, estimate_memory
 from cmdp_fast.trainer.settings.values import typed
+from cmdp_fast.trainer.step import Learner
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,12 +27,12 @@ PROMPT = 4  # tokens of the tiny pair's prompts
 
 def estimate(pair, **changes):
     """(the estimate, the same models ready to be trained)"""
-    ppo, rows, prompts = ppo_of(settings(pair, **changes))
-    return estimate_memory(ppo.config, ppo.student, ppo.teacher, PROMPT), ppo, rows, prompts
+    learner, rows, prompts = learner_of(settings(pair, **changes))
+    return estimate_memory(learner.config, learner.student, learner.teacher, PROMPT), learner, rows, prompts
 
 
 def test_prints_and_leaves_nothing(pair, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(PPO, "step", lambda *_: pytest.fail("a dry run must not train"))
+    monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("a dry run must not train"))
     monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: pytest.fail("a dry run needs no optimizer"))
     command = [*arguments(pair, tmp_path / "runs", task_args='{"a": [1, 2.5]}'), "--dry-run"]
     expected = dataclasses.asdict(parse.parse(command[1:]))
@@ -64,36 +64,36 @@ def test_counts_are_those_of_a_step(changes, pair):
     if "lora_rank" in changes:
         pytest.importorskip("peft")
         pair = {**pair, "teacher": pair["student"]}
-    memory, ppo, rows, prompts = estimate(pair, **changes)
-    ppo.descend = lambda: {}  # keep the gradients
-    ppo.step(rows, prompts)
-    modules = [ppo.student] + ([ppo.value_head] if ppo.value_head else [])
+    memory, learner, rows, prompts = estimate(pair, **changes)
+    learner.descend = lambda: {}  # keep the gradients
+    learner.step(rows, prompts)
+    modules = [learner.student] + ([learner.method.value_head] if learner.method.value_head else [])
     parameters = [p for module in modules for p in module.parameters()]
     gradients = [p.grad for p in parameters if p.grad is not None]
     assert memory.gradients == sum(g.nbytes for g in gradients)
     assert memory.trained_parameters == sum(g.numel() for g in gradients)
     assert memory.weights == sum(p.nbytes for p in parameters)
-    assert memory.teacher_weights == sum(p.nbytes for p in ppo.teacher.parameters())
+    assert memory.teacher_weights == sum(p.nbytes for p in learner.teacher.parameters())
     assert (memory.teacher_weights == 0) == ("lora_rank" in changes)
-    ppo.optimizer.step()
-    moments = [v for state in ppo.optimizer.state.values() for v in state.values() if v.dim()]
+    learner.optimizer.step()
+    moments = [v for state in learner.optimizer.state.values() for v in state.values() if v.dim()]
     assert memory.optimizer == sum(v.nbytes for v in moments)
 
 
 @pytest.mark.parametrize("logits", ["tiled", "full"])
 def test_cached_teacher_outputs(logits, pair):
-    memory, ppo, rows, prompts = estimate(pair, logits=logits, max_new_tokens=3)
+    memory, learner, rows, prompts = estimate(pair, logits=logits, max_new_tokens=3)
     group = [row for row in rows for _ in range(4)], [ids for ids in prompts for _ in range(4)]
-    experience = ppo.collect(*group, ppo.constraint())
+    experience = learner.method.collect(*group, learner.constraint())
     assert experience.rollout.tokens.shape[1] == 3  # somebody reaches the limit
     assert memory.teacher_outputs == experience.teacher_outputs.nbytes
     assert estimate(pair, logits=logits, teacher_cache_mb=0)[0].teacher_outputs == 0
 
 
 def test_cache_of_a_generation(pair):
-    memory, ppo, _, _ = estimate(pair, rollout_batch_size=2)
+    memory, learner, _, _ = estimate(pair, rollout_batch_size=2)
     ids = torch.ones(2, PROMPT + 6, dtype=torch.long)
-    layers = ppo.student(ids, use_cache=True).past_key_values.layers
+    layers = learner.student(ids, use_cache=True).past_key_values.layers
     assert memory.cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
@@ -102,8 +102,8 @@ def test_activations_are_near_what_is_kept(changes, pair):
     """Counted on real tensors, without a layer that is computed again."""
     if "lora_rank" in changes:
         pytest.importorskip("peft")
-    ppo, _, _ = ppo_of(settings({**pair, "student": pair["teacher"]}, **changes))
-    weights = {p.untyped_storage().data_ptr() for p in ppo.student.parameters()}
+    learner, _, _ = learner_of(settings({**pair, "student": pair["teacher"]}, **changes))
+    weights = {p.untyped_storage().data_ptr() for p in learner.student.parameters()}
     kept = {}
 
     def keep(tensor):
@@ -113,23 +113,25 @@ def test_activations_are_near_what_is_kept(changes, pair):
 
     ids = torch.ones(5, 20, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        cf.last_hidden_state(ppo.student, ids, position_ids=torch.arange(20).expand(5, 20))
+        cf.last_hidden_state(learner.student, ids, position_ids=torch.arange(20).expand(5, 20))
     real = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
-    before = {name: value.clone() for name, value in ppo.student.state_dict().items()}
-    found = activations(ppo.config, ppo.student, 5, 20)
+    before = {name: value.clone() for name, value in learner.student.state_dict().items()}
+    found = activations(learner.config, learner.student, 5, 20)
     if "gradient_checkpointing" in changes:
-        plain = activations(dataclasses.replace(ppo.config, gradient_checkpointing=False), ppo.student, 5, 20)
+        plain = activations(dataclasses.replace(learner.config, gradient_checkpointing=False), learner.student, 5, 20)
         assert real < found < plain  # two layers: the inputs, and one of them whole
     else:
         assert real * 0.7 < found < real * 1.4
-    assert activations(ppo.config, ppo.student, 10, 20) == pytest.approx(2 * found, rel=0.01)
-    assert all(torch.equal(before[name], value) for name, value in ppo.student.state_dict().items())
+    assert activations(learner.config, learner.student, 10, 20) == pytest.approx(2 * found, rel=0.01)
+    assert all(torch.equal(before[name], value) for name, value in learner.student.state_dict().items())
 
 
 def test_activations_of_a_model_whose_shapes_depend_on_numbers(pair):
-    memory, ppo, _, _ = estimate(pair)
-    ppo.student.register_forward_pre_hook(lambda _, args, kwargs: kwargs["input_ids"].sum().item(), with_kwargs=True)
-    without = estimate_memory(ppo.config, ppo.student, ppo.teacher, PROMPT)
+    memory, learner, _, _ = estimate(pair)
+    learner.student.register_forward_pre_hook(
+        lambda _, args, kwargs: kwargs["input_ids"].sum().item(), with_kwargs=True
+    )
+    without = estimate_memory(learner.config, learner.student, learner.teacher, PROMPT)
     assert without.activations is None
     assert memory.update - without.update == memory.activations > 0
 

@@ -246,7 +246,7 @@ def test_stopped_before_the_first_checkpoint_it_begins_again(how, pair, tmp_path
 
     with monkeypatch.context() as patch:
         if how == "two interrupts":
-            patch.setattr(training.PPO, "step", lambda *_: interrupt())
+            patch.setattr(training.Learner, "step", lambda *_: interrupt())
         else:
             patch.setattr(training, "save_checkpoint", full)
         assert main(words) == (130 if how == "two interrupts" else 2)

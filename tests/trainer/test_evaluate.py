@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny_pair import arguments, ppo_of, settings
+from tiny_pair import arguments, learner_of, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.trainer.evaluate import FIGURES, evaluate
@@ -21,10 +21,10 @@ def collector(pair):
     config = settings(
         pair, holdout_fraction=0.9, prefix_budget=4.0, step_verifier="equations", correct_at=0.5, num_generations=3
     )
-    ppo, _, _ = ppo_of(config, random=lambda completions, **_: [len(c) % 2 for c in completions])
-    ppo.collector.step_verifier = lambda prompt, completion, **_: None if "A" in completion else len(completion) > 4
-    ppo.collector.config = dataclasses.replace(config, num_generations=5)
-    return ppo.collector
+    learner, _, _ = learner_of(config, random=lambda completions, **_: [len(c) % 2 for c in completions])
+    learner.collector.step_verifier = lambda prompt, completion, **_: None if "A" in completion else len(completion) > 4
+    learner.collector.config = dataclasses.replace(config, num_generations=5)
+    return learner.collector
 
 
 def test_figures_are_those_of_all_completions_together(collector):

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from tiny_pair import ppo_of, settings, tiny_model
+from tiny_pair import learner_of, settings, tiny_model
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
@@ -150,9 +150,9 @@ def test_refused_where_it_cannot_be_isolated(pair, tmp_path, monkeypatch, capsys
     rows.write_text("".join(json.dumps({"prompt": f"{i}+{9 - i}=", **row}) + "\n" for i in range(10)))
     task = {**pair, "dataset": str(rows), "rewards": ("reasoning_gym",)}
     with pytest.raises(InputError, match="--unisolated-judges runs it"):
-        ppo_of(settings(task))
-    ppo, problems, prompts = ppo_of(settings(task, unisolated_judges=True))
-    assert ppo.step(problems, prompts)["rewards/reasoning_gym/failed"] == 0.0
+        learner_of(settings(task))
+    learner, problems, prompts = learner_of(settings(task, unisolated_judges=True))
+    assert learner.step(problems, prompts)["rewards/reasoning_gym/failed"] == 0.0
     assert rewards.math_verify(EVERYTHING, 10.0)(completions=["$9$"], answer=["9"]) == [1.0]  # runs no code
 
 

@@ -22,6 +22,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import training
 from cmdp_fast.trainer.methods.ppo import PPO
 from cmdp_fast.trainer.records.lock import alone_in
+from cmdp_fast.trainer.step import Learner
 
 HOLDER = "import sys, fcntl; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcntl.LOCK_EX); print(); input()"
 
@@ -94,7 +95,7 @@ def test_a_killed_process_leaves_no_lock(pair, tmp_path):
             return original(*args)
 
         PPO.collect = with_a_child
-        kill_at(PPO, "descend", 2)()
+        kill_at(Learner, "descend", 2)()
         main(arguments(pair, tmp_path, steps=1))
 
     process = os.fork()

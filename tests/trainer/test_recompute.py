@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_pair import ppo_of, settings, tiny_model, untimed
+from tiny_pair import learner_of, settings, tiny_model, untimed
 from transformers import AutoModelForCausalLM
 
 import cmdp_fast as cf
@@ -77,8 +77,8 @@ def test_generation_uses_its_cache(family, tmp_path):
 def test_steps_are_the_same(pair):
     histories = []
     for on in (False, True):
-        ppo, rows, prompts = ppo_of(settings(pair, gradient_checkpointing=on))
-        histories.append([untimed(ppo.step(rows, prompts)) for _ in range(2)])
+        learner, rows, prompts = learner_of(settings(pair, gradient_checkpointing=on))
+        histories.append([untimed(learner.step(rows, prompts)) for _ in range(2)])
     assert histories[0] == histories[1]
 
 
@@ -87,8 +87,8 @@ def test_with_an_adapter(pair):
     histories = []
     for on in (False, True):
         same = {**pair, "teacher": pair["student"]}
-        ppo, rows, prompts = ppo_of(settings(same, gradient_checkpointing=on, lora_rank=4, teacher_cache_mb=0))
-        histories.append([untimed(ppo.step(rows, prompts)) for _ in range(2)])
+        learner, rows, prompts = learner_of(settings(same, gradient_checkpointing=on, lora_rank=4, teacher_cache_mb=0))
+        histories.append([untimed(learner.step(rows, prompts)) for _ in range(2)])
     assert histories[0] == histories[1]
 
 

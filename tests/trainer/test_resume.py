@@ -24,6 +24,7 @@ from cmdp_fast.trainer import training
 from cmdp_fast.trainer.methods.ppo import PPO
 from cmdp_fast.trainer.records import checkpoint as run_checkpoints
 from cmdp_fast.trainer.records import digest, metrics_log
+from cmdp_fast.trainer.step import Learner
 
 STEPS = 6
 VARIANTS = {
@@ -109,7 +110,7 @@ def kill_at(owner, name: str, call: int, after: bool = False):
 
 MOMENTS = {
     "sampling": (PPO, "collect", 4, False),
-    "between two minibatches": (PPO, "descend", 11, True),
+    "between two minibatches": (Learner, "descend", 11, True),
     "metrics written": (metrics_log.MetricsLog, "step", 5, True),
     "checkpoint begun": (run_checkpoints, "write_sealed", 2, False),
     "checkpoint whole, the old not removed": (os, "rename", 3, True),
@@ -127,7 +128,7 @@ def test_killed_at(moment, pair, tmp_path, uninterrupted):
 
 @pytest.mark.parametrize("variant", ["gae", "pid", "lora"])
 def test_value_head_schedules_lambda_and_adapter_go_on(variant, pair, tmp_path, uninterrupted):
-    killed(kill_at(PPO, "descend", 20), command(pair, tmp_path, variant))
+    killed(kill_at(Learner, "descend", 20), command(pair, tmp_path, variant))
     check_goes_on(tmp_path / "r", uninterrupted, variant)
 
 
@@ -148,7 +149,7 @@ def test_killed_from_outside_and_more_than_once(pair, tmp_path, uninterrupted):
     process.kill()
     process.wait()
     if not (folder / "summary.json").exists():
-        killed(kill_at(PPO, "descend", 3), ["train", f"--resume={folder}"])
+        killed(kill_at(Learner, "descend", 3), ["train", f"--resume={folder}"])
     check_goes_on(folder, uninterrupted)
 
 
@@ -157,7 +158,7 @@ def test_killed_from_outside_and_more_than_once(pair, tmp_path, uninterrupted):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(number, pair, tmp_path, uninterrupted, monkeypatch):
-    original, calls = PPO.descend, 0
+    original, calls = Learner.descend, 0
 
     def interrupted(self):
         nonlocal calls
@@ -166,7 +167,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(number, pair, tmp_path, 
             signal.raise_signal(number)
         return original(self)
 
-    monkeypatch.setattr(PPO, "descend", interrupted)
+    monkeypatch.setattr(Learner, "descend", interrupted)
     assert main(command(pair, tmp_path, checkpoint_every=0)) == 130
     folder = tmp_path / "r"
     assert summary(folder)["interrupted"] and summary(folder)["steps"] == 3 == len(metrics(folder))
@@ -291,14 +292,14 @@ def test_a_checkpoint_holds_no_pickle_that_is_run(pair, tmp_path, capsys):
 
 
 def test_a_gradient_that_is_not_finite(pair, tmp_path, monkeypatch, capsys):
-    original, calls = PPO.backward, 0
+    original, calls = Learner.backward, 0
 
     def broken(self, loss, outputs):
         nonlocal calls
         calls += 1
         original(self, loss * float("nan") if calls == 20 else loss, outputs)
 
-    monkeypatch.setattr(PPO, "backward", broken)
+    monkeypatch.setattr(Learner, "backward", broken)
     assert main(command(pair, tmp_path)) == 2
     folder = tmp_path / "r"
     assert "the gradient is not finite" in capsys.readouterr().err

@@ -10,11 +10,11 @@ from __future__ import annotations
 import pytest
 import torch
 from exact import Problem, Rollout, Setting, bandit, exact_loss, roll_out, tree, vectors
-from tabular import collapsed, methods, ppo_of, settings, step, table, train
+from tabular import collapsed, learner_of, methods, settings, step, table, train
 from torch import Tensor
 
 from cmdp_fast.trainer.experience import Completions
-from cmdp_fast.trainer.methods.ppo import PPO
+from cmdp_fast.trainer.step import Learner
 
 TREE = vectors("tree")
 BUDGET = TREE["budget"]
@@ -36,17 +36,17 @@ def student() -> Tensor:
 # The model
 
 
-def sampled(problem: Problem, ppo: PPO, count: int) -> Completions:
-    rows, start = [{"prompt": "<start>"}] * count, ppo.student.config.bos_token_id
-    return ppo.collector.complete(ppo.student, rows, [[start]] * count, ppo.clock)
+def sampled(problem: Problem, learner: Learner, count: int) -> Completions:
+    rows, start = [{"prompt": "<start>"}] * count, learner.student.config.bos_token_id
+    return learner.collector.complete(learner.student, rows, [[start]] * count, learner.clock)
 
 
 def test_the_table_is_sampled_and_scored_as_it_says():
     """Paths come with their probability, and the trainer's account of each is exact.py's."""
     problem, count = tree(), 4000
-    ppo = ppo_of(problem, settings(METHODS["hinge"]), student())
-    completions = sampled(problem, ppo, count)
-    experience = ppo.collector.score(completions, ppo.student, ppo.constraint(), ppo.clock)
+    learner = learner_of(problem, settings(METHODS["hinge"]), student())
+    completions = sampled(problem, learner, count)
+    experience = learner.collector.score(completions, learner.student, learner.constraint(), learner.clock)
     path = 3 * completions.rollout.tokens[:, 0] + completions.rollout.tokens[:, 1]
     expected, _ = accounts(problem, student())
     for ours, exact in (
@@ -78,8 +78,8 @@ GRADIENTS = [
 @pytest.fixture(scope="module")
 def batches() -> list[Completions]:
     problem = tree()
-    ppo = ppo_of(problem, settings(METHODS["hinge"]), student())
-    return [sampled(problem, ppo, 4096) for _ in range(24)]
+    learner = learner_of(problem, settings(METHODS["hinge"]), student())
+    return [sampled(problem, learner, 4096) for _ in range(24)]
 
 
 @pytest.mark.parametrize("baseline", ["rloo", "position_rloo"])
@@ -87,15 +87,17 @@ def batches() -> list[Completions]:
 def test_the_sampled_gradient_is_the_exact_one_on_average(setting, baseline, batches):
     """Each batch gives an independent, unbiased estimate, so their spread says how far their mean may be off."""
     problem = tree()
-    ppo = ppo_of(problem, settings(setting, num_generations=4096, baseline=baseline), student())
+    learner = learner_of(problem, settings(setting, num_generations=4096, baseline=baseline), student())
     estimates = []
     for completions in batches:
-        constraint = ppo.constraint()
-        experience = ppo.collector.score(completions, ppo.student, constraint, ppo.clock)
-        loss, _, outputs = ppo.loss(experience, ppo.targets(experience, constraint), len(completions.rollout))
-        ppo.backward(loss, outputs)
-        estimates.append(ppo.student.rows.weight.grad.double())
-        ppo.student.zero_grad()
+        constraint = learner.constraint()
+        experience = learner.collector.score(completions, learner.student, constraint, learner.clock)
+        loss, _, outputs = learner.method.loss(
+            experience, learner.method.targets(experience, constraint), constraint, len(completions.rollout)
+        )
+        learner.backward(loss, outputs)
+        estimates.append(learner.student.rows.weight.grad.double())
+        learner.student.zero_grad()
     estimate = torch.stack(estimates)
     mean, error = estimate.mean(0), estimate.std(0) / len(estimate) ** 0.5
 
@@ -197,11 +199,11 @@ def test_worst_case_with_the_smaller_budget():
 def test_saute_from_the_teacher_crosses_and_stays():
     """It climbs until every path has crossed, and then has no gradient: Adam's momentum alone carries it further."""
     problem = tree()
-    ppo = ppo_of(problem, settings(METHODS["saute"]))
-    for _ in range(ppo.config.steps):
-        metrics = step(ppo)
+    learner = learner_of(problem, settings(METHODS["saute"]))
+    for _ in range(learner.config.steps):
+        metrics = step(learner)
     assert metrics["grad_norm"] == 0
-    assert accounts(problem, ppo.student.logits)[0].totals.min() > BUDGET
+    assert accounts(problem, learner.student.logits)[0].totals.min() > BUDGET
 
 
 @pytest.mark.slow

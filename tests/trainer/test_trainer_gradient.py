@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_pair import ppo_of, settings, tiny_model
+from tiny_pair import learner_of, settings, tiny_model
 
 from cmdp_fast.trainer.rollout import encode_prompts
 from cmdp_fast.trainer.settings.config import TrainConfig
@@ -32,27 +32,27 @@ def family_pair(request, pair, tmp_path) -> dict[str, str]:
 
 def experience_of(config: TrainConfig, repeat: int = 4):
     """A step's experience on prompts of several lengths."""
-    ppo, rows, _ = ppo_of(config)
+    learner, rows, _ = learner_of(config)
     rows = [row for row in rows for _ in range(config.num_generations)] * repeat
-    prompts = [ids * (1 + i % 3) for i, ids in enumerate(encode_prompts(rows, ppo.collector.tokenizer))]
-    experience = ppo.collect(rows, prompts, ppo.constraint())
+    prompts = [ids * (1 + i % 3) for i, ids in enumerate(encode_prompts(rows, learner.collector.tokenizer))]
+    experience = learner.method.collect(rows, prompts, learner.constraint())
     lengths = experience.rollout.mask.sum(1).tolist()
     assert len(set(lengths)) > 1 and experience.rollout.finished.any()
     completions = [tokens[:n] for tokens, n in zip(experience.rollout.tokens, lengths, strict=True)]
-    return ppo, experience, prompts, completions
+    return learner, experience, prompts, completions
 
 
 @pytest.mark.parametrize("temperature, logits", [(1.0, "tiled"), (0.7, "tiled"), (0.7, "full")])
 def test_scores_are_the_models_own(temperature, logits, family_pair):
     """Padding on both sides and batching change nothing: a completion alone has the same log-probabilities."""
     config = settings(family_pair, temperature=temperature, max_new_tokens=12, logits=logits)
-    ppo, experience, prompts, completions = experience_of(config)
+    learner, experience, prompts, completions = experience_of(config)
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         n = len(completion)
         with torch.no_grad():
             p, w = (
-                alone(model, prompt, completion, ppo.scoring.vocab_size, temperature).double()
-                for model in (ppo.student, ppo.teacher)
+                alone(model, prompt, completion, learner.method.scoring.vocab_size, temperature).double()
+                for model in (learner.student, learner.teacher)
             )
         # float32 logits of size about 10 that went through another order of sums: some 10 roundings of 1e-6
         for ours, theirs in (
@@ -70,23 +70,25 @@ def test_scores_are_the_models_own(temperature, logits, family_pair):
 def test_gradient_of_a_step(logits, family_pair):
     """The update's gradient against the formula, written out for each completion alone."""
     config = settings(family_pair, max_new_tokens=12, kind="hinge", temperature=0.9, budget=0.5, logits=logits)
-    ppo, experience, prompts, completions = experience_of(config)
+    learner, experience, prompts, completions = experience_of(config)
     size = len(prompts)
     torch.manual_seed(0)
     advantage, direct = torch.randn(experience.rollout.mask.shape), torch.rand(experience.rollout.mask.shape)
-    loss, _, outputs = ppo.loss(experience, {"advantage": advantage, "direct": direct}, size)
-    ppo.backward(loss, outputs)
-    ours = {name: p.grad.clone() for name, p in ppo.student.named_parameters() if p.grad is not None}
-    ppo.student.zero_grad()
+    loss, _, outputs = learner.method.loss(
+        experience, {"advantage": advantage, "direct": direct}, learner.constraint(), size
+    )
+    learner.backward(loss, outputs)
+    ours = {name: p.grad.clone() for name, p in learner.student.named_parameters() if p.grad is not None}
+    learner.student.zero_grad()
     expected = torch.zeros(())
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         n = len(completion)
-        p = alone(ppo.student, prompt, completion, ppo.scoring.vocab_size, 0.9)
-        w = alone(ppo.teacher, prompt, completion, ppo.scoring.vocab_size, 0.9)
+        p = alone(learner.student, prompt, completion, learner.method.scoring.vocab_size, 0.9)
+        w = alone(learner.teacher, prompt, completion, learner.method.scoring.vocab_size, 0.9)
         score = (p.gather(1, completion[:, None])[:, 0] * advantage[i, :n]).sum()
         expected = expected - score + (direct[i, :n] * (p.exp() * (p - w)).sum(1)).sum()
     (expected / size).backward()
-    theirs = {name: p.grad for name, p in ppo.student.named_parameters() if p.grad is not None}
+    theirs = {name: p.grad for name, p in learner.student.named_parameters() if p.grad is not None}
     assert ours.keys() == theirs.keys()
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     for name in ours:  # float32 sums over some 400 tokens, and ratios that are 1 up to rounding

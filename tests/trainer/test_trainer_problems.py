@@ -9,7 +9,7 @@ import re
 import shutil
 
 import pytest
-from tiny_pair import PROBLEMS, ppo_of, settings
+from tiny_pair import PROBLEMS, learner_of, settings
 from transformers import AutoTokenizer
 
 from cmdp_fast.cli import main
@@ -71,8 +71,8 @@ def test_reward_gets_the_arguments_of_trl(pair):
         return [0.5] * len(completions)
 
     config = settings(pair)
-    ppo, rows, prompts = ppo_of(config, odd=odd, half=half)
-    metrics = ppo.step(rows, prompts)
+    learner, rows, prompts = learner_of(config, odd=odd, half=half)
+    metrics = learner.step(rows, prompts)
     size = config.prompts_per_step * config.num_generations
     assert seen["prompts"] == [row["prompt"] for row in rows for _ in range(4)]
     assert seen["columns"] == {
@@ -80,7 +80,7 @@ def test_reward_gets_the_arguments_of_trl(pair):
         "note": [row["note"] for row in rows for _ in range(4)],
     }
     for text, ids in zip(seen["completions"], seen["completion_ids"], strict=True):
-        assert text == ppo.collector.tokenizer.decode(ids, skip_special_tokens=True) and 1 <= len(ids) <= 6
+        assert text == learner.collector.tokenizer.decode(ids, skip_special_tokens=True) and 1 <= len(ids) <= 6
     odd_share = sum(row["note"] % 2 for row in rows) / len(rows)
     assert 0 < odd_share < 1  # or the test would show nothing
     assert metrics["rewards/odd/mean"] == 1.0 and metrics["rewards/half/mean"] == 0.5
@@ -99,23 +99,23 @@ def test_chat_prompts(pair, tmp_path):
         return [0.0] * len(completions)
 
     with pytest.raises(InputError, match="no chat template"):
-        ppo_of(settings(pair, dataset=str(chat)), remember=remember)
+        learner_of(settings(pair, dataset=str(chat)), remember=remember)
     tokenizer = AutoTokenizer.from_pretrained(pair["student"])
     tokenizer.chat_template = "{% for m in messages %}A{{ m['content'] }}{% endfor %}{{ ';' if add_generation_prompt }}"
     student = tmp_path / "student"
     shutil.copytree(pair["student"], student)
     tokenizer.save_pretrained(student)
-    ppo, rows, prompts = ppo_of(settings(pair, dataset=str(chat), student=str(student)), remember=remember)
-    ppo.step(rows, prompts)
+    learner, rows, prompts = learner_of(settings(pair, dataset=str(chat), student=str(student)), remember=remember)
+    learner.step(rows, prompts)
     assert prompts[0] == tokenizer(f"A{rows[0]['prompt'][0]['content']};")["input_ids"]
     assert seen["prompts"][0] == rows[0]["prompt"]
     assert [message["role"] for message in seen["completions"][0]] == ["assistant"]
 
 
 def test_reward_of_the_wrong_length(pair):
-    ppo, rows, prompts = ppo_of(settings(pair), short=lambda **_: [1.0])
+    learner, rows, prompts = learner_of(settings(pair), short=lambda **_: [1.0])
     with pytest.raises(InputError, match="short returned 1 rewards for 12 completions"):
-        ppo.step(rows, prompts)
+        learner.step(rows, prompts)
 
 
 def test_built_in_rewards():

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_pair import arguments, ppo_of, settings
+from tiny_pair import arguments, learner_of, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
@@ -15,15 +15,15 @@ from cmdp_fast.trainer.rollout import call_rollout, generate
 
 def test_batches_of_like_length_come_back_in_order(pair):
     """With one candidate a token, a completion depends on its prompt alone: neither on its batch nor on padding."""
-    ppo, _, prompts = ppo_of(settings(pair))
+    learner, _, prompts = learner_of(settings(pair))
     prompts = [ids * repeat for repeat in (5, 1, 3) for ids in prompts]
-    greedy = dataclasses.replace(ppo.collector.sampling, top_k=1)
-    alone = [generate(ppo.student, [ids], greedy).completion_ids()[0] for ids in prompts]
+    greedy = dataclasses.replace(learner.collector.sampling, top_k=1)
+    alone = [generate(learner.student, [ids], greedy).completion_ids()[0] for ids in prompts]
     assert len(set(map(tuple, alone))) > 2
     shapes = []
-    embed = ppo.student.get_input_embeddings()
+    embed = learner.student.get_input_embeddings()
     handle = embed.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    together = generate(ppo.student, prompts, dataclasses.replace(greedy, batch_size=4))
+    together = generate(learner.student, prompts, dataclasses.replace(greedy, batch_size=4))
     handle.remove()
     assert together.completion_ids() == alone
     assert [ids[mask].tolist() for ids, mask in zip(together.prompt_ids, together.prompt_mask, strict=True)] == prompts
@@ -32,23 +32,23 @@ def test_batches_of_like_length_come_back_in_order(pair):
 
 
 def test_generation_keeps_a_cache(pair):
-    ppo, _, prompts = ppo_of(settings(pair))
+    learner, _, prompts = learner_of(settings(pair))
     widths = []
-    embed = ppo.student.get_input_embeddings()
+    embed = learner.student.get_input_embeddings()
     handle = embed.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
-    rollout = generate(ppo.student, prompts, ppo.collector.sampling)
+    rollout = generate(learner.student, prompts, learner.collector.sampling)
     handle.remove()
     assert widths == [rollout.prompt_ids.shape[1]] + [1] * (rollout.tokens.shape[1] - 1)
 
 
 def test_top_p_draws_from_the_likely_tokens_only(pair):
-    ppo, _, prompts = ppo_of(settings(pair, top_p=0.5))
-    assert ppo.collector.sampling.top_p == 0.5
+    learner, _, prompts = learner_of(settings(pair, top_p=0.5))
+    assert learner.collector.sampling.top_p == 0.5
     with torch.no_grad():
-        p = ppo.student(torch.tensor(prompts[:1])).logits[0, -1].softmax(-1)
+        p = learner.student(torch.tensor(prompts[:1])).logits[0, -1].softmax(-1)
     ranked, order = p.sort(descending=True)
     nucleus = set(order[ranked.cumsum(0) - ranked < 0.5].tolist())
-    drawn = set(generate(ppo.student, prompts[:1] * 500, ppo.collector.sampling).tokens[:, 0].tolist())
+    drawn = set(generate(learner.student, prompts[:1] * 500, learner.collector.sampling).tokens[:, 0].tolist())
     assert drawn == nucleus and len(nucleus) < len(p)
 
 
@@ -62,19 +62,19 @@ def rollout(prompts, sampling, policy):
 def test_a_rollout_of_the_users_own_is_scored_again(pair, tmp_path):
     (tmp_path / "server.py").write_text(SERVER)
     spec = f"{tmp_path / 'server.py'}:rollout"
-    ppo, rows, prompts = ppo_of(settings(pair, rollout=spec))
+    learner, rows, prompts = learner_of(settings(pair, rollout=spec))
     rows, prompts = ([item for item in items for _ in range(4)] for items in (rows, prompts))
-    experience = ppo.collect(rows, prompts, ppo.constraint())
-    eos = ppo.collector.sampling.eos[0]
+    experience = learner.method.collect(rows, prompts, learner.constraint())
+    eos = learner.collector.sampling.eos[0]
     assert experience.rollout.completion_ids()[:2] == [[prompts[0][0]], [prompts[1][0], prompts[1][-1], eos]]
     assert experience.rollout.finished.tolist() == [False, True] * 6
     mask = experience.rollout.mask
     off = (experience.stats.logprob + 2.0).abs()[mask]
-    metrics = ppo.collector.measure(experience, ppo.constraint())
+    metrics = learner.collector.measure(experience, learner.constraint())
     assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(off.mean().item(), rel=1e-5)
     assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(off.max().item(), rel=1e-5)
     assert metrics["completions/clipped_ratio"] == 0.5
-    teachers = ppo.collector.collect(ppo.teacher, rows, prompts, ppo.constraint(), ppo.clock)
+    teachers = learner.collector.collect(learner.teacher, rows, prompts, learner.constraint(), learner.clock)
     assert teachers.rollout.sampler_logprob is None  # the function samples for the student alone
     assert main(arguments(pair, tmp_path, rollout=spec)) == 0
 
@@ -91,7 +91,7 @@ def test_a_rollout_of_the_users_own_is_scored_again(pair, tmp_path):
     ],
 )
 def test_what_a_rollout_may_not_return(result, expected, pair):
-    ppo, _, prompts = ppo_of(settings(pair))
-    assert ppo.collector.sampling.eos == (2,)
+    learner, _, prompts = learner_of(settings(pair))
+    assert learner.collector.sampling.eos == (2,)
     with pytest.raises(InputError, match=expected):
-        call_rollout(lambda **_: result, "mine", prompts[:2], ppo.collector.sampling, ppo.student)
+        call_rollout(lambda **_: result, "mine", prompts[:2], learner.collector.sampling, learner.student)

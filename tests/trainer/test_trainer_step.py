@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from tiny_pair import ppo_of, settings, tiny_model, untimed
+from tiny_pair import learner_of, settings, tiny_model, untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cmdp_fast as cf
@@ -49,8 +49,8 @@ def test_shuffled_visits_everything_equally():
 @pytest.mark.parametrize("keeps", [True, False])
 def test_completion_hidden_is_what_the_head_turns_into_completion_logits(pair, family, keeps, tmp_path):
     """For prompts of different lengths, and for a model that knows no logits_to_keep."""
-    ppo, _, prompts = ppo_of(settings(pair))
-    rollout = generate(ppo.student, [prompts[0], prompts[1] * 2, prompts[2][:1]], ppo.collector.sampling)
+    learner, _, prompts = learner_of(settings(pair))
+    rollout = generate(learner.student, [prompts[0], prompts[1] * 2, prompts[2][:1]], learner.collector.sampling)
     assert not rollout.prompt_mask.all()
     model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, seed=3, family=family))
     if not keeps:
@@ -66,28 +66,30 @@ def test_rollout_samples_the_whole_softmax(pair):
 
     The vocabulary is wider than the 50 columns to which `generate` restricts itself if nothing is said.
     """
-    ppo, _, prompts = ppo_of(settings(pair))
-    ppo.student.resize_token_embeddings(120, mean_resizing=False)
-    own = ppo.student.generation_config
+    learner, _, prompts = learner_of(settings(pair))
+    learner.student.resize_token_embeddings(120, mean_resizing=False)
+    own = learner.student.generation_config
     own.top_k, own.repetition_penalty, own.do_sample = 1, 3.0, True
     torch.manual_seed(0)
-    rollout = generate(ppo.student, prompts[:1] * 8000, dataclasses.replace(ppo.collector.sampling, max_new_tokens=1))
-    assert ppo.student.generation_config is own and own.top_k == 1
+    rollout = generate(
+        learner.student, prompts[:1] * 8000, dataclasses.replace(learner.collector.sampling, max_new_tokens=1)
+    )
+    assert learner.student.generation_config is own and own.top_k == 1
     counts = torch.bincount(rollout.tokens[:, 0], minlength=120)
     with torch.no_grad():
-        p = ppo.student(torch.tensor(prompts[:1])).logits[0, -1].softmax(-1)
+        p = learner.student(torch.tensor(prompts[:1])).logits[0, -1].softmax(-1)
     assert p.sort(descending=True).values[50:].sum() > 0.05  # or a top-k of 50 would not show
     # counts are binomial: 5 deviations at each column
     assert ((counts - 8000 * p).abs() <= 5 * (8000 * p * (1 - p)).sqrt() + 1).all()
 
 
 def test_columns_that_the_teacher_lacks_are_not_sampled(pair):
-    ppo, _, prompts = ppo_of(settings(pair))
-    ppo.student.resize_token_embeddings(40, mean_resizing=False)
+    learner, _, prompts = learner_of(settings(pair))
+    learner.student.resize_token_embeddings(40, mean_resizing=False)
     with torch.no_grad():
-        ppo.student.get_output_embeddings().weight[20:] = ppo.student.get_output_embeddings().weight[5]
-    sampling = dataclasses.replace(ppo.collector.sampling, suppress=tuple(range(20, 40)))
-    assert generate(ppo.student, prompts * 50, sampling).tokens.max() < 20
+        learner.student.get_output_embeddings().weight[20:] = learner.student.get_output_embeddings().weight[5]
+    sampling = dataclasses.replace(learner.collector.sampling, suppress=tuple(range(20, 40)))
+    assert generate(learner.student, prompts * 50, sampling).tokens.max() < 20
 
 
 @pytest.mark.parametrize(
@@ -107,33 +109,33 @@ def test_columns_that_the_teacher_lacks_are_not_sampled(pair):
     ],
 )
 def test_a_step_of_every_kind(kind, changes, pair):
-    ppo, rows, prompts = ppo_of(settings(pair, kind=kind, **changes))
-    before = [p.clone() for p in ppo.student.parameters()]
-    metrics = ppo.step(rows, prompts)
+    learner, rows, prompts = learner_of(settings(pair, kind=kind, **changes))
+    before = [p.clone() for p in learner.student.parameters()]
+    metrics = learner.step(rows, prompts)
     assert all(math.isfinite(value) for value in metrics.values())
-    assert any(not torch.equal(a, b) for a, b in zip(before, ppo.student.parameters(), strict=True))
-    assert all(p.grad is None for p in ppo.teacher.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, learner.student.parameters(), strict=True))
+    assert all(p.grad is None for p in learner.teacher.parameters())
     direct = metrics["loss/direct"]
     assert direct > 0 if kind in ("cmdp", "hinge", "lagrangian", "barrier") and "k1" not in changes.values() else True
-    if ppo.constraint().action_dependent:
+    if learner.constraint().action_dependent:
         assert direct == 0
     assert ("cmdp/lambda" in metrics) == (kind in ("lagrangian", "pid"))
     assert ("cmdp/prefix_satisfaction" in metrics) == (kind == "worst_case")
 
 
 def test_pid_moves_its_multiplier(pair):
-    ppo, rows, prompts = ppo_of(settings(pair, kind="pid", coefficient=0.1, budget=0.5))
-    metrics = ppo.step(rows, prompts)
+    learner, rows, prompts = learner_of(settings(pair, kind="pid", coefficient=0.1, budget=0.5))
+    metrics = learner.step(rows, prompts)
     assert metrics["cmdp/lambda"] == pytest.approx(0.1) and metrics["cmdp/mean_cumulative"] > 0.5
-    assert ppo.pid.coefficient > 0.1 and ppo.constraint().coefficient == ppo.pid.coefficient
+    assert learner.pid.coefficient > 0.1 and learner.constraint().coefficient == learner.pid.coefficient
 
 
 def test_direct_term_is_divided_like_the_advantage(pair):
-    ppo, rows, prompts = ppo_of(settings(pair, kind="lagrangian", coefficient=0.5, baseline="grpo", epochs=1))
+    learner, rows, prompts = learner_of(settings(pair, kind="lagrangian", coefficient=0.5, baseline="grpo", epochs=1))
     rows, prompts = ([item for item in items for _ in range(4)] for items in (rows, prompts))
-    constraint = ppo.constraint()
-    experience = ppo.collect(rows, prompts, constraint)
-    targets = ppo.targets(experience, constraint)
+    constraint = learner.constraint()
+    experience = learner.method.collect(rows, prompts, constraint)
+    targets = learner.method.targets(experience, constraint)
     returns = experience.reward.sum(1).view(3, 4)
     deviation = returns.std(1, keepdim=True) + 1e-4
     scale = deviation.expand(3, 4).reshape(-1)
@@ -144,17 +146,17 @@ def test_direct_term_is_divided_like_the_advantage(pair):
 
 
 def test_failed_save_keeps_the_earlier_student(pair, tmp_path):
-    ppo, _, _ = ppo_of(settings(pair))
-    save_student(ppo.student, ppo.collector.tokenizer, tmp_path)
+    learner, _, _ = learner_of(settings(pair))
+    save_student(learner.student, learner.collector.tokenizer, tmp_path)
 
     class Broken:
         def save_pretrained(self, _):
             raise OSError("disk full")
 
     with pytest.raises(InputError, match="student could not be written: disk full"):
-        save_student(ppo.student, Broken(), tmp_path)
+        save_student(learner.student, Broken(), tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path / "student").eos_token == "."
-    save_student(ppo.student, ppo.collector.tokenizer, tmp_path)
+    save_student(learner.student, learner.collector.tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -167,8 +169,8 @@ def test_json_has_no_nan():
 
 def test_first_pass_has_ratio_one(pair):
     """Scoring and update see the same policy: were dropout or a cache in the way, the ratio would show it."""
-    ppo, rows, prompts = ppo_of(settings(pair, epochs=1, minibatch_size=12, clip_low=1e-4, clip_high=1e-4))
-    metrics = ppo.step(rows, prompts)
+    learner, rows, prompts = learner_of(settings(pair, epochs=1, minibatch_size=12, clip_low=1e-4, clip_high=1e-4))
+    metrics = learner.step(rows, prompts)
     assert metrics["approx_kl"] < 1e-9  # half the square of a log-ratio that is rounding alone
     assert metrics["clip_ratio/region_mean"] == 0
 
@@ -176,8 +178,8 @@ def test_first_pass_has_ratio_one(pair):
 def test_seed_reaches_the_sampling(pair):
     tokens = []
     for seed in (0, 0, 1):
-        ppo, _, prompts = ppo_of(settings(pair, seed=seed))
-        tokens.append(generate(ppo.student, prompts * 8, ppo.collector.sampling).completion_ids())
+        learner, _, prompts = learner_of(settings(pair, seed=seed))
+        tokens.append(generate(learner.student, prompts * 8, learner.collector.sampling).completion_ids())
     assert tokens[0] == tokens[1] != tokens[2]
 
 
@@ -190,8 +192,8 @@ def test_memory_settings_change_no_result(change, pair):
     results = []
     for changes in ({"micro_batch_size": 12}, change):
         config = settings(pair, epochs=1, minibatch_size=12, **changes)
-        ppo, rows, prompts = ppo_of(config)  # seeds the random numbers
-        results.append(untimed(ppo.step(rows, prompts)))
+        learner, rows, prompts = learner_of(config)  # seeds the random numbers
+        results.append(untimed(learner.step(rows, prompts)))
     first, second = results
     assert first.keys() == second.keys() and first["grad_norm"] > 0.1
     for name in first:
@@ -202,13 +204,14 @@ def test_metrics_are_means_over_tokens_however_they_are_split(pair):
     """With ratios other than 1, and completions of different lengths in the parts."""
     results = []
     for size in (12, 1):
-        ppo, rows, prompts = ppo_of(settings(pair, epochs=1, minibatch_size=12, micro_batch_size=size))
+        learner, rows, prompts = learner_of(settings(pair, epochs=1, minibatch_size=12, micro_batch_size=size))
         group = ([item for item in items for _ in range(4)] for items in (rows, prompts))
-        experience = ppo.collect(*group, ppo.constraint())
+        experience = learner.method.collect(*group, learner.constraint())
         assert len(set(experience.rollout.mask.sum(1).tolist())) > 1
         noise = 0.4 * torch.randn(experience.stats.logprob.shape, generator=torch.Generator().manual_seed(0))
         experience.stats = experience.stats._replace(logprob=experience.stats.logprob + noise)
-        results.append(ppo.update(experience, ppo.targets(experience, ppo.constraint())))
+        constraint = learner.constraint()
+        results.append(learner.update(experience, learner.method.targets(experience, constraint), constraint))
     whole, split = results
     assert whole["approx_kl"] > 0.01 and whole["clip_ratio/region_mean"] > 0
     for name in whole:
@@ -216,12 +219,12 @@ def test_metrics_are_means_over_tokens_however_they_are_split(pair):
 
 
 def test_evaluation_leaves_the_random_state_alone(pair):
-    ppo, rows, _ = ppo_of(settings(pair))
+    learner, rows, _ = learner_of(settings(pair))
     state = torch.get_rng_state()
     clock = Clock()
-    first, _ = evaluate(ppo.collector, ppo.student, rows, clock)
+    first, _ = evaluate(learner.collector, learner.student, rows, clock)
     assert torch.equal(state, torch.get_rng_state())
-    assert evaluate(ppo.collector, ppo.student, rows, clock)[0] == first
+    assert evaluate(learner.collector, learner.student, rows, clock)[0] == first
     assert clock.seconds.keys() == {"evaluation"}
 
 
@@ -230,6 +233,6 @@ def test_pure_divergence_loss_brings_the_student_closer(pair):
     config = settings(
         pair, kind="lagrangian", coefficient=1.0, steps=20, num_generations=16, minibatch_size=48, micro_batch_size=48
     )
-    ppo, rows, prompts = ppo_of(config, nothing=lambda completions, **_: [0.0] * len(completions))
-    kl = [ppo.step(rows, prompts)["cmdp/cumulative_kl"] for _ in range(20)]
+    learner, rows, prompts = learner_of(config, nothing=lambda completions, **_: [0.0] * len(completions))
+    kl = [learner.step(rows, prompts)["cmdp/cumulative_kl"] for _ in range(20)]
     assert sum(kl[-3:]) < 0.6 * sum(kl[:3])

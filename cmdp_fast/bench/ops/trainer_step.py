@@ -44,7 +44,7 @@ class TrainerStepOp(Op):
         }
 
     def expected(self, case: Case, inputs: Inputs, names: Sequence[str], dtype: torch.dtype) -> Values:
-        found = score_and_update(make_ppo(case, "full", dtype), inputs)
+        found = score_and_update(make_learner(case, "full", dtype), inputs)
         return {name: found[name] for name in names}
 
     def ours(self, case: Case) -> list[Variant]:
@@ -64,12 +64,12 @@ class TrainerStepOp(Op):
 def make_variant(
     case: Case, name: str, logits: str, function: Callable[[Any, Inputs], Any], **settings: Any
 ) -> Variant:
-    """A variant that runs a function of a `PPO` and the inputs. The models are made once, with the first inputs."""
+    """A variant that runs a function of a `Learner` and the inputs. The models are made once, with the first inputs."""
     made: list[Any] = []
 
     def prepare(inputs: Inputs) -> tuple[Any, Inputs]:
         if not made:
-            made.append(make_ppo(case, logits, case.torch_dtype))
+            made.append(make_learner(case, logits, case.torch_dtype))
         made[0].clock.seconds.clear()
         torch.manual_seed(0)  # every variant and round draws the same
         return made[0], inputs
@@ -86,15 +86,17 @@ def _phases(state: tuple[Any, Inputs]) -> dict[str, float]:
     return dict(state[0].clock.seconds)
 
 
-def make_ppo(case: Case, logits: str, dtype: torch.dtype) -> Any:
-    """The trainer's `PPO`, with random models of the case's sizes."""
+def make_learner(case: Case, logits: str, dtype: torch.dtype) -> Any:
+    """A `Learner` by PPO with random models of the case's sizes."""
     from accelerate import Accelerator
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from cmdp_fast.trainer.experience import Collector
     from cmdp_fast.trainer.methods.ppo import PPO
+    from cmdp_fast.trainer.records.clock import Clock
     from cmdp_fast.trainer.rollout import Sampling
     from cmdp_fast.trainer.settings.config import TrainConfig
+    from cmdp_fast.trainer.step import Learner
 
     shape, accelerator = case.shape, Accelerator(cpu=case.device == "cpu")
 
@@ -133,23 +135,23 @@ def make_ppo(case: Case, logits: str, dtype: torch.dtype) -> Any:
         rewards={"parity": _parity},
     )
     optimizer = accelerator.prepare(torch.optim.AdamW(student.parameters(), lr=1e-6))
-    scheduler = SimpleNamespace(get_last_lr=lambda: [0.0], step=lambda: None)
-    return PPO(collector, optimizer=optimizer, scheduler=scheduler)
+    scheduler: Any = SimpleNamespace(get_last_lr=lambda: [0.0], step=lambda: None)
+    return Learner(PPO(collector, Clock(accelerator.device)), optimizer=optimizer, scheduler=scheduler)
 
 
 def _parity(completion_ids: Sequence[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-def roll_out(ppo: Any, inputs: Inputs) -> Any:
+def roll_out(learner: Any, inputs: Inputs) -> Any:
     """Completions by the trainer's rollout; each completion of a group is sampled for itself."""
     from cmdp_fast.trainer.rollout import generate
 
     with torch.no_grad():
-        return generate(ppo.student, _repeated(inputs), ppo.collector.sampling)
+        return generate(learner.student, _repeated(inputs), learner.collector.sampling)
 
 
-def score_and_update(ppo: Any, inputs: Inputs) -> Values:
+def score_and_update(learner: Any, inputs: Inputs) -> Values:
     """Scores the given completions and makes one update from them."""
     from cmdp_fast.trainer.experience import Completions
     from cmdp_fast.trainer.rollout import Rollout
@@ -158,17 +160,17 @@ def score_and_update(ppo: Any, inputs: Inputs) -> Values:
     whole = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     rollout = Rollout(prompts, torch.ones_like(prompts) > 0, tokens, torch.ones_like(tokens) > 0, whole)
     reward = torch.tensor(_parity(tokens.tolist()), device=tokens.device)
-    constraint = ppo.constraint()
+    constraint = learner.constraint()
     completions = Completions(rollout, [], reward, named_rewards={}, failed={}, sound=None)
-    experience = ppo.collector.score(completions, ppo.student, constraint, ppo.clock, keep_outputs=True)
-    metrics = ppo.update(experience, ppo.targets(experience, constraint))
+    experience = learner.collector.score(completions, learner.student, constraint, learner.clock, keep_outputs=True)
+    metrics = learner.update(experience, learner.method.targets(experience, constraint), constraint)
     return {"reverse_kl": experience.stats.reverse_kl, "gradient norm": torch.tensor(metrics["grad_norm"])}
 
 
-def whole_step(ppo: Any, inputs: Inputs) -> Any:
+def whole_step(learner: Any, inputs: Inputs) -> Any:
     """Rollout, rewards, scoring, update."""
     prompts = inputs["prompts"].tolist()
-    ppo.step([{"prompt": ""} for _ in prompts], prompts)
+    learner.step([{"prompt": ""} for _ in prompts], prompts)
 
 
 def _repeated(inputs: Inputs) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""A set of methods on one task, several seeds of each: every run a process of its own, then tables and plots.
+"""A set of methods on one task, several seeds of each: every run in a process of its own, then tables and plots.
 
 A run that fails costs itself alone and is reported. A run that is finished is not run again, so a comparison that was
 killed goes on where it was; the folder of a run that is not finished is made anew.
@@ -31,10 +31,10 @@ from .table import csv_of_results, csv_of_rows, markdown, print_rows, summarise
 
 
 def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
-    """Runs what is not yet finished, writes tables and plots; returns whether every run succeeded.
+    """Runs those that are not yet finished, writes tables and plots; returns whether every run succeeded.
 
     ``arguments`` are the words of the command line, which the table quotes. Raises InputError, before anything is run,
-    for what cannot be used.
+    for settings that cannot be used.
     """
     report = Report()
     runs = plan(config)
@@ -104,13 +104,13 @@ def run_all(todo: list[SeededRun], jobs: int, logs: Path, lock: int, report: Rep
 
 
 def _remove(folder: Path, report: Report) -> None:
-    """Removes what a run left that was killed. Raises InputError if somebody is going on with it just now."""
+    """Removes the folder of a run that was killed. Raises InputError if another process is going on with it."""
     if folder.is_dir():
         with alone_in(folder, report.say), writing(folder):
             shutil.rmtree(folder)
 
 
-# ---------------------------------------------------------------------------------------------------- what came of it
+# ---------------------------------------------------------------------------------------------------- the results
 
 
 def judged(results: list[Result], judge: Judge, against: str, report: Report) -> list[Result]:
@@ -135,15 +135,15 @@ def judged(results: list[Result], judge: Judge, against: str, report: Report) ->
 
 def samples_of(run: SeededRun, who: str) -> dict[tuple[str, int], str]:
     """The completions in a run's `samples.jsonl` by prompt and their number among those of the prompt."""
-    found: dict[tuple[str, int], str] = {}
+    completions: dict[tuple[str, int], str] = {}
     with open(run.folder / "samples.jsonl", encoding="utf-8") as lines:
         for sample in map(json.loads, lines):
             if sample["who"] == who:
                 prompt, number = json.dumps(sample["prompt"]), 0
-                while (prompt, number) in found:
+                while (prompt, number) in completions:
                     number += 1
-                found[prompt, number] = sample["completion"]
-    return found
+                completions[prompt, number] = sample["completion"]
+    return completions
 
 
 def write(folder: Path, results: list[Result], command: list[str], report: Report) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison is made of: methods with what they change, a run for each seed, and what came of it."""
+"""The plan of a comparison: methods with the settings that they change, a run for each seed, and its result."""
 
 from __future__ import annotations
 
@@ -35,24 +35,26 @@ class CompareConfig:
     recipe: str = "tempting"
     """The task: a recipe of the package by name, or a path to a TOML file."""
     methods: tuple[str, ...] = DEFAULT_METHODS
-    """Methods as `train --method` takes them, each followed by what it changes in the recipe if it does:
+    """Methods as `train --method` takes them, each followed by the settings that it changes in the recipe, if any:
     `cmdp`, `lagrangian:coefficient=0.05`, `cmdp:budget=1.0,penalty=2`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the training; every method is run with each."""
     jobs: int = 0
-    """Runs at a time, between which the processors are divided. 0: one a processor, or one where there is a GPU."""
+    """Runs at a time, between which the processors are divided. 0: one per processor, or one where there is a GPU."""
     output_dir: str = ""
     """Folder of the results and of the runs. Empty: `comparisons/` and the recipe's name."""
     judge: str = ""
-    """Who compares completions of the same held-out problems in pairs: `programmatic` (the right answer first, then
-    sound steps, then brevity), or your function as `module:function` or `path/file.py:function`. Empty: nobody."""
+    """The judge that compares completions of the same held-out problems in pairs: `programmatic` (the right answer
+    first, then sound steps, then brevity), or your function as `module:function` or `path/file.py:function`. Empty:
+    none."""
     judge_against: str = "teacher"
-    """Whose completions the judge compares a method's with: `teacher`, `student_before`, or one of `methods`."""
+    """The completions that the judge compares a method's with: those of `teacher`, `student_before`, or one of
+    `methods`."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with what it changes: the settings of its runs, but for the seed and the folder."""
+    """A method with its changes: the settings of its runs, but for the seed and the folder."""
 
     label: str
     method: str
@@ -82,7 +84,7 @@ class SeededRun:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run: its `summary.json`, or why there is none; what a judge said."""
+    """The result of a run: its `summary.json`, or the reason why there is none, and a judge's rates."""
 
     run: SeededRun
     summary: dict[str, Any] | None
@@ -102,7 +104,7 @@ def folder_of(config: CompareConfig) -> Path:
 
 
 def plan(config: CompareConfig) -> list[SeededRun]:
-    """All runs, a seed of every method before the next seed. Raises InputError for what could not be run."""
+    """All runs, a seed of every method before the next seed. Raises InputError for one that could not be run."""
     for name in ("methods", "seeds"):
         given = getattr(config, name)
         if not given or len(set(given)) < len(given):
@@ -122,7 +124,7 @@ def plan(config: CompareConfig) -> list[SeededRun]:
 
 
 def variant(spec: str, recipe: str) -> Variant:
-    """What ``method`` or ``method:key=value,key=value`` stands for on a recipe. Raises InputError if nothing."""
+    """The variant that ``method`` or ``method:key=value,key=value`` names, on a recipe. Raises InputError if none."""
     method, _, changes = spec.partition(":")
     source = f"--methods {spec}"
     if not method:
@@ -166,11 +168,11 @@ def summary_of(run: SeededRun) -> dict[str, Any] | None:
         raise InputError(f"{run.folder}: {error}: {remove}") from error
     if summary is None:
         return None
-    found, wanted = summary["config"], json.loads(as_json(asdict(run.config)))
-    if different := [key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)]:
+    past, wanted = summary["config"], json.loads(as_json(asdict(run.config)))
+    if different := [key for key in wanted.keys() | past.keys() if wanted.get(key) != past.get(key)]:
         key = sorted(different)[0]
         raise InputError(
-            f"{run.folder} was run with other settings ({key} was {found.get(key)!r} and is {wanted.get(key)!r}): "
+            f"{run.folder} was run with other settings ({key} was {past.get(key)!r} and is {wanted.get(key)!r}): "
             f"{remove}"
         )
     return summary

@@ -18,7 +18,7 @@ MARKERS = "osD^v<>Pphd8X"
 
 
 def plot_bars(path: Path, rows: Sequence[TableRow]) -> None:
-    """A panel a figure, a bar a method with its standard error; teacher and student before among them."""
+    """A panel per figure, a bar per method with its standard error; teacher and student before among them."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     panels = [c for c in COLUMNS if c.name in BARS and any(c.name in row.figures for row in rows)]
@@ -44,7 +44,7 @@ def plot_bars(path: Path, rows: Sequence[TableRow]) -> None:
 
 
 def plot_pareto(path: Path, rows: Sequence[TableRow]) -> None:
-    """Accuracy against cumulative KL, a marker a method, the sweep of a soft multiplier joined to a curve.
+    """Accuracy against cumulative KL, a marker per method, the sweep of a soft multiplier joined to a curve.
 
     Names stand in a legend, where they cannot cover one another. The axis of KL is linear near 0, where the teacher is,
     and logarithmic beyond.
@@ -126,12 +126,12 @@ def sweeps(rows: Sequence[TableRow], setting: str, wanted: Callable[[TableRow], 
         if row.variant is not None and wanted(row):
             others = {key: value for key, value in row.variant.overrides.items() if key != setting}
             groups.setdefault((row.variant.method, repr(sorted(others.items()))), []).append(row)
-    found = [sorted(group, key=lambda row: getattr(row.config, setting)) for group in groups.values()]
-    return [group for group in found if len({getattr(row.config, setting) for row in group}) > 1]
+    ordered = [sorted(group, key=lambda row: getattr(row.config, setting)) for group in groups.values()]
+    return [group for group in ordered if len({getattr(row.config, setting) for row in group}) > 1]
 
 
 def _name(curve: Sequence[TableRow], setting: str) -> str:
-    """What the rows of a sweep over a setting have in common."""
+    """The common part of the rows of a sweep over a setting."""
     variant = curve[0].variant
     assert variant is not None
     others = ",".join(f"{key}={value}" for key, value in variant.overrides.items() if key != setting)

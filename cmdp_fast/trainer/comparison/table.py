@@ -18,7 +18,7 @@ from .plan import Result, Variant
 
 
 class Column(NamedTuple):
-    """A figure of the table: its name in `summary.json`, what it is called, and whether it is a share."""
+    """A figure of the table: its name in `summary.json`, its title, and whether it is a share."""
 
     name: str
     title: str
@@ -84,15 +84,15 @@ def summarise(results: Sequence[Result]) -> list[TableRow]:
     for result in finished:
         by_label.setdefault(result.run.variant.label, []).append(result)
     for label, some in by_label.items():
-        found = [_known(figures_of(result)) for result in some]
-        names = [c.name for c in COLUMNS if all(c.name in figures for figures in found)]
-        figures = {name: estimate([f[name] for f in found]) for name in names}
+        by_run = [_known(figures_of(result)) for result in some]
+        names = [c.name for c in COLUMNS if all(c.name in figures for figures in by_run)]
+        figures = {name: estimate([f[name] for f in by_run]) for name in names}
         rows.append(TableRow(label, len(some), some[0].run.config, figures, some[0].run.variant))
     return rows
 
 
 def _known(figures: dict[str, Any]) -> dict[str, float]:
-    """The figures that are there: JSON has null for what is not a number."""
+    """The figures that are there: JSON has null in the place of NaN."""
     return {name: value for name, value in figures.items() if value is not None}
 
 
@@ -143,7 +143,7 @@ def print_rows(rows: Sequence[TableRow]) -> None:
 
 
 def caption(rows: Sequence[TableRow]) -> str:
-    """What the table shows."""
+    """The caption of the table."""
     config = rows[0].config
     per = " a token" if config.budget_per_token else ""
     prefix = f", prefix budget {config.prefix_budget:g} nats a token" if config.prefix_budget else ""
@@ -170,7 +170,7 @@ def markdown(rows: Sequence[TableRow], command: str) -> str:
 
 
 def csv_of_rows(rows: Sequence[TableRow]) -> str:
-    """The same with full precision: a mean and a standard error a column."""
+    """The same with full precision: a mean and a standard error per column."""
     columns = columns_of(rows)
     table: list[list[Any]] = [
         ["method", "runs", "budget", *(f"{c.name}{end}" for c in columns for end in ("", "_stderr"))]
@@ -178,18 +178,18 @@ def csv_of_rows(rows: Sequence[TableRow]) -> str:
     for row in rows:
         values: list[Any] = []
         for column in columns:
-            found = row.figures.get(column.name)
-            values += ["", ""] if found is None else [found.mean, "" if math.isnan(found.error) else found.error]
+            figure = row.figures.get(column.name)
+            values += ["", ""] if figure is None else [figure.mean, "" if math.isnan(figure.error) else figure.error]
         table.append([row.label, row.runs, row.config.budget, *values])
     return _csv(table)
 
 
 def csv_of_results(results: Sequence[Result]) -> str:
-    """A line a run, those that failed included."""
-    found = [_known(figures_of(r)) if r.summary is not None else {} for r in results]
-    names = list(dict.fromkeys(name for figures in found for name in figures))
+    """A line per run, those that failed included."""
+    by_run = [_known(figures_of(r)) if r.summary is not None else {} for r in results]
+    names = list(dict.fromkeys(name for figures in by_run for name in figures))
     table: list[list[Any]] = [["method", "changes", "seed", "run", "failure", "budget", *names]]
-    for result, figures in zip(results, found, strict=True):
+    for result, figures in zip(results, by_run, strict=True):
         run = result.run
         about = [run.config.method, as_json(run.variant.overrides), run.config.seed, run.config.name, result.failure]
         table.append([*about, run.config.budget, *(figures.get(name, "") for name in names)])

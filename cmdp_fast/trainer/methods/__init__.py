@@ -1,10 +1,33 @@
-"""What a student is trained by, by the name that the setting `algorithm` has for it."""
+"""The methods by which a student is trained: `METHODS`, the table of them, and a module for each.
+
+The settings take their choices from the table and check themselves against it; `method.method_named` finds the class.
+So the table is data and imports no method: the methods read settings, and stand above them.
+"""
 
 from __future__ import annotations
 
-from .gkd import GKD
-from .minillm import MiniLLM
-from .off_policy import OffPolicy
-from .ppo import PPO
+from typing import NamedTuple
 
-METHODS: dict[str, type[PPO]] = {"ppo": PPO, "gkd": GKD, "minillm": MiniLLM, "sft": OffPolicy, "kd": OffPolicy}
+
+class MethodEntry(NamedTuple):
+    """The place of a method, and the settings that it reads."""
+
+    implementation: str
+    """Its module here and its class, as ``module:class``."""
+    compares: bool = False
+    """Whether it compares completions as ``--baseline`` says: within a group, or with a value head's prediction."""
+    groups: bool = False
+    """Whether it compares the completions of a group, with any ``--baseline``."""
+    diverges: bool = False
+    """Whether its loss is the divergence with ``--jsd-beta``."""
+    mixes: bool = False
+    """Whether it samples from a mixture with ``--teacher-mix`` of the teacher."""
+
+
+METHODS: dict[str, MethodEntry] = {
+    "ppo": MethodEntry("ppo:PPO", compares=True),
+    "gkd": MethodEntry("gkd:GKD", diverges=True),
+    "minillm": MethodEntry("minillm:MiniLLM", groups=True, mixes=True),
+    "sft": MethodEntry("off_policy:SequenceLevel"),
+    "kd": MethodEntry("off_policy:WordLevel"),
+}

@@ -6,26 +6,17 @@ the sampling is not differentiated.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from cmdp_fast.constraint import Constraint
 
 from ..experience import Experience
-from .ppo import PPO, Targets
+from .method import Loss, Method, Targets
 
 
-class GKD(PPO):
-    """PPO's step with the loss replaced by JSD(beta): 0 is forward KL, 1 reverse KL."""
+class GKD(Method):
+    """JSD(beta) on the student's own text: 0 is forward KL, 1 reverse KL."""
 
-    mean_over = "tokens"
-
-    def targets(self, experience: Experience, constraint: Constraint) -> Targets:
-        return {}
-
-    def loss(self, part: Experience, target: Targets, over: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        outputs = self.outputs(part)
+    def loss(self, part: Experience, target: Targets, constraint: Constraint, over: float) -> Loss:
+        models, outputs = (self.student, self.teacher), self.outputs(part)
         with self.clock.phase("kernels"):
-            value = self.scoring.divergence(
-                (self.student, self.teacher), outputs, part.rollout.mask, self.config.jsd_beta
-            )
-        return value.sum() / over, {}, outputs[0]
+            value = self.scoring.divergence(models, outputs, part.rollout.mask, self.config.jsd_beta)
+        return Loss(value.sum() / over, {}, outputs[0])

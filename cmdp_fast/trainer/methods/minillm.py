@@ -25,21 +25,20 @@ from torch import Tensor
 from cmdp_fast import objective
 from cmdp_fast.constraint import Constraint
 
+from ..causal_lm import CausalLM
 from ..experience import Experience
 from ..tasks.data import Problem
-from .ppo import PPO, Targets
+from .method import Loss, Method, Targets
 
 
-class MiniLLM(PPO):
-    """PPO's step with samples from a mixture, length-normalised returns, and the exact single-step part."""
+class MiniLLM(Method):
+    """Samples from a mixture, length-normalised returns in PPO's clipped loss, and the exact single-step part."""
 
-    mean_over = "tokens"
-
-    def collect(self, rows: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
+    def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
         mix = self.config.teacher_mix
         return self.collector.collect(
             self.student,
-            rows,
+            problems,
             prompts,
             constraint,
             self.clock,
@@ -62,8 +61,8 @@ class MiniLLM(PPO):
         weight = torch.where(mask, (stats.logprob - behaviour).exp(), 0.0)
         return {"advantage": long_term, "direct": weight, "behaviour": behaviour}
 
-    def loss(self, part: Experience, target: Targets, over: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        stats, outputs, _ = self.statistics(part, self.constraint())
+    def loss(self, part: Experience, target: Targets, constraint: Constraint, over: float) -> Loss:
+        stats, outputs, _ = self.statistics(part, constraint)
         loss, metrics = objective.ppo_loss(
             stats.logprob,
             target["behaviour"],
@@ -75,7 +74,7 @@ class MiniLLM(PPO):
             direct=target["direct"],
             normalizer=over,
         )
-        return loss, metrics, outputs[0]
+        return Loss(loss, metrics, outputs[0])
 
 
 def mean_of_later(reward: Tensor, mask: Tensor) -> Tensor:
@@ -92,7 +91,7 @@ class TeacherMixture:
     It runs the teacher beside the student, with a cache of its own, so it serves one call of `generate`.
     """
 
-    def __init__(self, teacher: Any, prompt_mask: Tensor, mix: float, temperature: float) -> None:
+    def __init__(self, teacher: CausalLM, prompt_mask: Tensor, mix: float, temperature: float) -> None:
         self.teacher, self.mix, self.temperature = teacher, mix, temperature
         self.attention = prompt_mask.long()
         self.cache: Any = None
@@ -110,9 +109,8 @@ class TeacherMixture:
             use_cache=True,
         )
         self.cache = output.past_key_values
-        width = min(
-            scores.shape[-1], output.logits.shape[-1]
-        )  # models of a family may pad their vocabulary differently
+        # Models of a family may pad their vocabulary differently.
+        width = min(scores.shape[-1], output.logits.shape[-1])
         student, teacher = (
             torch.log_softmax(logits[:, :width].float() / self.temperature, -1)
             for logits in (scores, output.logits[:, -1])

@@ -9,30 +9,45 @@ step are of those completions, so its accuracy is the teacher's. Evaluations sam
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
+import cmdp_fast as cf
 from cmdp_fast.constraint import Constraint
 
 from ..experience import Experience
 from ..tasks.data import Problem
-from .ppo import PPO, Targets
+from .method import Loss, Method, Targets
 
 
-class OffPolicy(PPO):
-    """PPO's step on the teacher's completions, with a supervised loss."""
+class OffPolicy(Method):
+    """A supervised loss on the teacher's completions."""
 
-    mean_over = "tokens"
-
-    def collect(self, rows: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
+    def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
         return self.collector.collect(
-            self.student, rows, prompts, constraint, self.clock, sampler=self.teacher, keep_outputs=True
+            self.student, problems, prompts, constraint, self.clock, sampler=self.teacher, keep_outputs=True
         )
 
-    def targets(self, experience: Experience, constraint: Constraint) -> Targets:
-        return {}
+    def loss(self, part: Experience, target: Targets, constraint: Constraint, over: float) -> Loss:
+        stats, outputs, _ = self.statistics(part, constraint)
+        return Loss(torch.where(part.rollout.mask, self.of_token(stats), 0.0).sum() / over, {}, outputs[0])
 
-    def loss(self, part: Experience, target: Targets, over: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        stats, outputs, _ = self.statistics(part, self.constraint())
-        value = -stats.logprob if self.config.algorithm == "sft" else stats.forward_kl
-        return torch.where(part.rollout.mask, value, 0.0).sum() / over, {}, outputs[0]
+    @abstractmethod
+    def of_token(self, stats: cf.TokenStats) -> Tensor:
+        """The loss of each token [B, T]."""
+
+
+class SequenceLevel(OffPolicy):
+    """`sft`: the negative log-likelihood."""
+
+    def of_token(self, stats: cf.TokenStats) -> Tensor:
+        return -stats.logprob
+
+
+class WordLevel(OffPolicy):
+    """`kd`: forward KL."""
+
+    def of_token(self, stats: cf.TokenStats) -> Tensor:
+        return stats.forward_kl

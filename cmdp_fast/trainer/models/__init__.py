@@ -1,1 +1,1 @@
-"""Student and teacher: how the pair is loaded (`pair.py`) or made, what is added to a model, and how it is saved."""
+"""Student and teacher: loading the pair (`pair.py`) or making it, the parts added to a model, and saving it."""

@@ -23,7 +23,7 @@ from ..settings.config import TrainConfig
 def add_adapter(student: Any, config: TrainConfig) -> None:
     """Freezes a transformers model and puts a trainable adapter into it, in place.
 
-    The adapter is float32 whatever the model is, depends on `config.seed` alone, and changes nothing before it is
+    The adapter is float32 with a model of any dtype, depends on `config.seed` alone, and changes nothing before it is
     trained. Raises InputError if peft is missing, or if the model has no such modules or is not to have them changed.
     """
     if importlib.util.find_spec("peft") is None:
@@ -63,7 +63,7 @@ def save_adapted(student: Any, folder: Path) -> None:
     The weights in memory stay as they are: merging them and taking the adapter out again would round them.
     """
     with torch.device("meta"):
-        shell = type(student)(student.config)  # what knows how to save such a model, without weights
+        shell = type(student)(student.config)  # knows how to save such a model, and has no weights
     shell.generation_config = student.generation_config
     shell.save_pretrained(folder, state_dict=merged_weights(student))
     student.save_pretrained(folder / "adapter")

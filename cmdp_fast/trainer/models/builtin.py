@@ -19,6 +19,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,7 +31,10 @@ from ..tasks.data import Problem
 from ..tasks.sums import worked_solution
 from .cache import cache_dir, made_once
 
-FORMAT = 1  # raise it when what this file makes changes, so that old caches are left alone
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1  # raise it when the models made here change, so that old caches are left alone
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def builtin_folder(name: str, config: TrainConfig, train: Sequence[Problem], rep
     return made_once(folder, make, report.say)
 
 
-def _tokenizer(texts: Sequence[str]):
+def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """One token a character, spaces dropped; "." ends a solution."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

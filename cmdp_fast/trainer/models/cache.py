@@ -24,8 +24,8 @@ def cache_dir() -> Path:
 def made_once(folder: Path, make: Callable[[Path], None], say: Callable[[str], None]) -> Path:
     """The folder, filled by `make` now if it is not there or no longer as it was made, which is said.
 
-    A process that is killed leaves nothing under that name, and what it leaves is removed by the next that makes one.
-    One process makes at a time; others wait, and find what it made.
+    A process that is killed leaves nothing under that name, and the next one that makes the folder removes the rest.
+    One process makes it at a time; others wait, and find it made.
     """
     if damage(folder) is None:
         return folder
@@ -53,7 +53,7 @@ def made_once(folder: Path, make: Callable[[Path], None], say: Callable[[str], N
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that `made_once` has made, None if nothing is."""
+    """The damage to a folder that `made_once` has made, None if there is none."""
     try:
         files = read_sealed(folder / FILES).get("files", {})
         check_digests(folder, files)

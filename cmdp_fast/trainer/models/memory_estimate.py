@@ -1,11 +1,12 @@
-"""How much memory a training will take: what its tensors hold is counted, what the layers keep is estimated.
+"""The memory of a training: its tensors are counted, the activations that the layers keep are estimated.
 
-The figures are bytes on one process that holds all of both models, each kind of tensor by itself. What the allocator
-and the kernels add is not in them.
+The figures are bytes on one process that holds all of both models, each kind of tensor by itself. Those that the
+allocator and the kernels add are not in them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 import cmdp_fast as cf
 
+from ..causal_lm import CausalLM
 from ..settings.config import TrainConfig
 from .value_head import ValueHead
 
@@ -31,13 +33,13 @@ class MemoryEstimate:
     gradients: int
     optimizer: int  # AdamW's two moments
     teacher_outputs: int  # kept from scoring to update; 0 if they do not fit --teacher-cache-mb
-    activations: int | None  # estimate: what the layers keep of a micro-batch for the backward pass; None: not known
+    activations: int | None  # estimate: kept by the layers for the backward pass of a micro-batch; None: not known
     outputs: int  # hidden states or logits of both models for a micro-batch
     cache: int  # estimate: keys and values of the completions that are sampled at once
 
     @property
     def at_rest(self) -> int:
-        """What stays throughout."""
+        """Held throughout."""
         return self.weights + self.teacher_weights + self.optimizer
 
     @property
@@ -51,14 +53,14 @@ class MemoryEstimate:
         return self.at_rest + self.gradients + self.teacher_outputs + (self.activations or 0) + self.outputs
 
 
-def estimate_memory(config: TrainConfig, student: Any, teacher: Any, prompt_length: int) -> MemoryEstimate:
+def estimate_memory(config: TrainConfig, student: CausalLM, teacher: CausalLM, prompt_length: int) -> MemoryEstimate:
     """The memory of a training with these models, loaded on the CPU, and prompts of up to ``prompt_length`` tokens."""
     value_head = []
-    if config.algorithm == "ppo" and config.baseline == "gae":
+    if config.has_value_head:
         value_head = list(ValueHead(student.config.get_text_config().hidden_size).parameters())
     ours, theirs = list(student.parameters()), list(teacher.parameters())
     trained = [p for p in ours if p.requires_grad] + value_head
-    number = 2 if config.mixed_precision == "bf16" else FLOAT32  # bytes of what is computed
+    number = 2 if config.mixed_precision == "bf16" else FLOAT32  # bytes of a computed number
     rows, length = min(config.micro_batch_size, config.minibatch_size, config.batch_size), config.max_new_tokens
     student_width, teacher_width = (_output_width(model, config.logits) for model in (student, teacher))
     cached = config.batch_size * length * teacher_width * number
@@ -78,11 +80,12 @@ def estimate_memory(config: TrainConfig, student: Any, teacher: Any, prompt_leng
     )
 
 
-def activations(config: TrainConfig, student: Any, rows: int, length: int) -> int | None:
+def activations(config: TrainConfig, student: CausalLM, rows: int, length: int) -> int | None:
     """Bytes that the student keeps for the backward pass of ``rows`` sequences of ``length`` tokens.
 
-    Its forward pass is run on shapes alone, without numbers or memory for them, and what it saves is added up; under
-    gradient checkpointing, with the layer that is computed again. None for a model whose shapes depend on numbers.
+    Its forward pass is run on shapes alone, without numbers or memory for them, and the tensors that it saves are added
+    up; under gradient checkpointing, with the layer that is computed again. None for a model whose shapes depend on
+    numbers.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -125,22 +128,22 @@ def activations(config: TrainConfig, student: Any, rows: int, length: int) -> in
             layer.gradient_checkpointing = config.gradient_checkpointing
 
 
-def _count(parameters: list[torch.Tensor]) -> int:
+def _count(parameters: Sequence[torch.Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _bytes(parameters: list[torch.Tensor]) -> int:
+def _bytes(parameters: Sequence[torch.Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _output_width(model: Any, logits: str) -> int:
-    """Numbers that the trainer has of a token from a model: its logits, or the hidden state they are made from."""
+def _output_width(model: CausalLM, logits: str) -> int:
+    """Numbers per token that the trainer has from a model: its logits, or the hidden state that they are made from."""
     vocabulary, hidden = model.get_output_embeddings().weight.shape
     return vocabulary if logits == "full" else hidden
 
 
-def _cache_width(model: Any) -> int:
-    """Keys and values of a token, in all layers."""
+def _cache_width(model: CausalLM) -> int:
+    """Keys and values per token, in all layers."""
     c = model.config.get_text_config()
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

@@ -11,6 +11,7 @@ import torch
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.vocabulary import check_tokenizers
 
+from ..causal_lm import CausalLM
 from ..records.report import Report
 from ..settings.config import TrainConfig
 from ..tasks.data import Problem
@@ -20,7 +21,7 @@ from .recompute import recompute_layers
 from .smollm2 import smollm2_folder
 
 
-def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> tuple[Any, Any, Any]:
+def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> tuple[CausalLM, CausalLM | None, Any]:
     """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none.
 
     The weights that are trained are float32: all of the student's, or those of its adapter. A teacher that is the
@@ -90,14 +91,14 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
         return auto.from_pretrained(name, trust_remote_code=trusted, **options)
     except (OSError, ValueError, KeyError) as error:
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
-        what = first_line(error)
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
             ) from error
-        if options.get("use_safetensors") and "safetensors" in what:
+        if options.get("use_safetensors") and "safetensors" in reason:
             raise InputError(
                 f"--{role} {name}: no safetensors in this {kind}. Other files are pickles, which can run code as they "
                 "are read; convert them with save_pretrained where you trust them"
             ) from error
-        raise InputError(f"--{role} {name}: no causal language model in this {kind}: {what}") from error
+        raise InputError(f"--{role} {name}: no causal language model in this {kind}: {reason}") from error

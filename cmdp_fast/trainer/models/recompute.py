@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cmdp_fast.errors import InputError
 
 
-def recompute_layers(model: Any) -> None:
+def recompute_layers(model: nn.Module) -> None:
     """Switches gradient checkpointing on in a transformers model, in place, for every call that records a gradient.
 
     Calls without gradient, generation among them, are as before. Raises InputError for a model that has no layers of

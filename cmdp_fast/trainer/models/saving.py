@@ -42,7 +42,7 @@ def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, 
 
 
 def _clear(target: Path, part: Path, old: Path) -> None:
-    """Removes what an exchange of folders leaves, after having put the old one back if it was stopped in between."""
+    """Removes the rest of an exchange of folders, and first puts the old one back if it was stopped in between."""
     if old.exists() and not target.exists():
         os.rename(old, target)
     for leftover in (part, old):

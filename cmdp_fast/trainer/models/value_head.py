@@ -1,4 +1,4 @@
-"""The value head of ``baseline="gae"``: what a linear layer on the student's hidden states predicts of the return."""
+"""The value head of ``baseline="gae"``: a linear layer on the student's hidden states that predicts the return."""
 
 from __future__ import annotations
 

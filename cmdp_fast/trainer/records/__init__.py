@@ -1,2 +1,2 @@
-"""What a run leaves, and how another begins from it: console, clock and metrics, checkpoints and the files of the end,
-each known again by its sha256 (`digest.py`)."""
+"""The records of a run, from which it can be resumed: console, clock and metrics, checkpoints and the files of its end,
+each with its sha256 (`digest.py`)."""

@@ -15,9 +15,10 @@ import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.files import sync, sync_folder, writing
@@ -26,14 +27,18 @@ from ..distributed import reshard, together
 from .digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from .report import Report
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
 KEPT = 2
 MANIFEST = "run.json"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    complete = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -45,7 +50,7 @@ def remove_checkpoint(folder: Path) -> None:
     with writing(folder):
         shutil.rmtree(part, ignore_errors=True)
         os.rename(folder, part)
-    shutil.rmtree(part, ignore_errors=True)  # what stays is removed with the next checkpoint
+    shutil.rmtree(part, ignore_errors=True)  # a rest of it is removed with the next checkpoint
     with suppress(OSError):
         folder.parent.rmdir()
 
@@ -56,7 +61,7 @@ def remove_checkpoints(run: Path) -> None:
         remove_checkpoint(folder)
 
 
-def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(accelerator: Accelerator, run: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes the checkpoint of a step, with `state` (JSON) in it; every process must call this.
 
     Raises InputError if it cannot be written: the checkpoints that there are stay as they are.
@@ -88,8 +93,8 @@ def save_checkpoint(accelerator: Any, run: Path, step: int, state: dict[str, Any
     return target
 
 
-def load_checkpoint(accelerator: Any, student: Any, run: Path, report: Report) -> dict[str, Any]:
-    """Puts back what the accelerator has prepared, and returns the `state`; every process must call this.
+def load_checkpoint(accelerator: Accelerator, student: nn.Module, run: Path, report: Report) -> dict[str, Any]:
+    """Loads into all that the accelerator has prepared, and returns the `state`; every process must call this.
 
     If the last checkpoint is not as it was written, says so and takes the one before; later ones are removed, for they
     belong to another future. Raises InputError, which names them, if there is none that can be read.
@@ -116,7 +121,7 @@ def load_checkpoint(accelerator: Any, student: Any, run: Path, report: Report) -
     raise InputError(f"{run} has no checkpoint that can be used; {failures[0]}")
 
 
-def _manifest(accelerator: Any, folder: Path) -> dict[str, Any]:
+def _manifest(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     """The checkpoint's `state`. Raises InputError unless its files are as they were written; the main process looks."""
     try:
         state = read_sealed(folder / MANIFEST)
@@ -136,11 +141,11 @@ def _manifest(accelerator: Any, folder: Path) -> dict[str, Any]:
     return state
 
 
-def _load(accelerator: Any, folder: Path) -> None:
+def _load(accelerator: Accelerator, folder: Path) -> None:
     try:
         accelerator.load_state(folder)
         _check_random_numbers(folder / f"random_states_{accelerator.process_index}.pkl")
-    except Exception as error:  # each library has its own for what it cannot read
+    except Exception as error:  # each library has errors of its own for a file that it cannot read
         raise InputError(f"{folder} cannot be read: {first_line(error)}") from error
 
 

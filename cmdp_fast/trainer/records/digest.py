@@ -1,7 +1,7 @@
 """Files known again: the sha256 of each file in a folder, and JSON that carries its own.
 
-They show what a disk, a copy or a hand has changed. They are no signature: who changes a file on purpose can change its
-sha256 as well.
+They show that a disk, a copy or a hand has changed a file. They are no signature: a person who changes a file on
+purpose can change its sha256 as well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK = 1 << 20  # bytes that are read at once
 
 
 class Damaged(ValueError):
-    """A file is not what was written. The message is one line that names it."""
+    """A file is not as it was written. The message is one line that names it."""
 
 
 def sha256(path: Path) -> str:
@@ -34,12 +34,12 @@ def sha256(path: Path) -> str:
 
 def digests(folder: Path, names: Iterable[str] = (".",)) -> dict[str, str]:
     """The sha256 of these files of a folder, and of every file in those that are folders, by name inside the folder."""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for name in names:
         path = folder / name
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        found |= {file.relative_to(folder).as_posix(): sha256(file) for file in sorted(files)}
-    return found
+        by_name |= {file.relative_to(folder).as_posix(): sha256(file) for file in sorted(files)}
+    return by_name
 
 
 def check_digests(folder: Path, expected: Any) -> None:
@@ -51,11 +51,11 @@ def check_digests(folder: Path, expected: Any) -> None:
         if inside.is_absolute() or ".." in inside.parts:
             raise Damaged(f"{name!r} is not a file inside the folder")
         try:
-            found = sha256(path)
+            present = sha256(path)
         except (OSError, ValueError) as error:
             raise Damaged(f"{name} is not there, or cannot be read ({first_line(error)})") from error
-        if found != digest:
-            raise Damaged(f"{name} is not as it was written (its sha256 begins {found[:12]}, not {str(digest)[:12]})")
+        if present != digest:
+            raise Damaged(f"{name} is not as it was written (its sha256 begins {present[:12]}, not {str(digest)[:12]})")
 
 
 def check_nothing_else(folder: Path, expected: Iterable[str]) -> None:
@@ -75,7 +75,7 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises Damaged if the file holds anything else, down to the last byte."""
+    """The value that `write_sealed` wrote. Raises Damaged if the file holds anything else, down to the last byte."""
     try:
         text = path.read_bytes().decode()
         value = json.loads(text)
@@ -83,7 +83,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         fits = text == _sealed(value)
     except FileNotFoundError as error:
         raise Damaged(f"{path.name} is not there") from error
-    except Exception as error:  # whatever stands in it
+    except Exception as error:  # the file may hold anything
         raise Damaged(f"{path.name} cannot be read: {first_line(error)}") from error
     if written is None:
         raise Damaged(f"{path.name} lacks its own sha256: an earlier version of cmdp_fast wrote it, or somebody else")

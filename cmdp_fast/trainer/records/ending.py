@@ -23,7 +23,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 def finished_summary(folder: Path) -> dict[str, Any] | None:
     """The summary of a run that has come to its end, with all that it left still as it was; None if it has not yet.
 
-    Raises Damaged, which names it, if one of the files is gone or no longer what was written.
+    Raises Damaged, which names it, if one of the files is gone or no longer as it was written.
     """
     path = folder / SUMMARY
     if not path.exists():

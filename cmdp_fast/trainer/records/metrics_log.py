@@ -1,4 +1,4 @@
-"""A line of metrics a step, and the same numbers for the trackers."""
+"""A line of metrics per step, and the same numbers for the trackers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json, sync, write_text, writing
 
 from ..settings.config import TrainConfig
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 class MetricsLog:
-    """`metrics.jsonl`, a line a step, and the same numbers for the trackers; the main process writes.
+    """`metrics.jsonl`, a line per step, and the same numbers for the trackers; the main process writes.
 
-    A run that goes on begins with the `steps` and `evaluations` that its checkpoint knows; what the file has beyond
-    them is cut off.
+    A run that goes on begins with the `steps` and `evaluations` that its checkpoint knows; lines of the file beyond
+    them are cut off.
     """
 
     def __init__(
         self,
         folder: Path,
-        accelerator: Any,
+        accelerator: Accelerator,
         config: TrainConfig,
         steps: Sequence[dict[str, Any]] = (),
         evaluations: Sequence[dict[str, Any]] = (),
@@ -55,7 +58,7 @@ class MetricsLog:
                 self._accelerator.log({f"eval/{name}": value for name, value in result.items()}, step=step)
 
     def close(self) -> None:
-        """Has the disk keep what was written, and ends the trackers."""
+        """Has the disk keep the file, and ends the trackers."""
         if self._accelerator.is_main_process:
             with writing(self._path):
                 sync(self._path)
@@ -71,8 +74,8 @@ def check_trackers(config: TrainConfig) -> None:
             raise InputError(f"--trackers {name}: it is not installed (pip install {name})")
 
 
-def _start_trackers(accelerator: Any, config: TrainConfig, folder: Path, step: int) -> None:
-    """The trackers under the run's name; TensorBoard forgets what it has of later steps than this."""
+def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path, step: int) -> None:
+    """The trackers under the run's name; TensorBoard forgets its events of later steps than this."""
     from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
     makers = {

@@ -1,4 +1,4 @@
-"""What a run shows on the console: lines, and progress with the time left."""
+"""The console of a run: lines, and progress with the time left."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Report:
             print(without_controls(line), flush=True)
 
     def status(self, text: str) -> None:
-        """Sets what stands beside the bar that is running."""
+        """Sets the text beside the bar that is running."""
         self._status = text
 
     def track(self, items: Sequence[T], description: str) -> Iterator[T]:

@@ -1,4 +1,4 @@
-"""Going on with a run that stopped: its configuration, and what of it may be changed."""
+"""Going on with a run that stopped: its configuration, and the settings of it that may be changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHANGEABLE = ("resume", "dry_run", "steps", "checkpoint_every", "eval_every", "t
 def read_config(run: Path) -> tuple[TrainConfig, dict[str, str]]:
     """The configuration that a run began with, and the sha256 of the code that it names.
 
-    Nothing is run, whatever stands there. Raises InputError if the folder holds none, or one that cannot be used.
+    Nothing that stands there is run. Raises InputError if the folder holds none, or one that cannot be used.
     """
     _check_links(run)
     try:
@@ -76,8 +76,8 @@ def is_finished(config: TrainConfig, say: Callable[[str], None]) -> bool:
 
 
 def _check_links(run: Path) -> None:
-    """Raises InputError if something in the run's folder is a link: what a run writes must stay inside. Those that
-    wandb makes lie in its own folder."""
+    """Raises InputError if something in the run's folder is a link: a run must write inside it alone. The links
+    that wandb makes lie in its own folder."""
     for parent, folders, files in os.walk(run):
         for name in folders + files:
             if (Path(parent) / name).is_symlink():

@@ -1,4 +1,4 @@
-"""The folder of a run: a name that nobody else has, and what the run began with in `config.json`."""
+"""The folder of a run: a name of its own, and in `config.json` the settings with which the run began."""
 
 from __future__ import annotations
 

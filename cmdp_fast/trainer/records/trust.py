@@ -1,8 +1,8 @@
-"""Whose code runs: that which the command line names. A run's folder names code too, and does not have it run.
+"""Code runs that the command line names. A run's folder names code too, and does not have it run.
 
 A run records the sha256 of the files that its functions are in. To go on with it, its code is named again with the same
 options, and the files must be those of the beginning. A function's own file is compared, and those of the packages that
-it is in, not what these files import, and nothing of a model's code.
+it is in, but not the files that these import, nor a model's code.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def check_unchanged(now: TrainConfig, recorded: dict[str, str]) -> None:
     """Raises InputError if a function that a run's configuration names is in another file than at its beginning."""
     for name in CODE:
         for spec in _functions(getattr(now, name)):
-            found, expected = _sha256(name, spec), recorded.get(spec)
-            if found != expected:
+            present, expected = _sha256(name, spec), recorded.get(spec)
+            if present != expected:
                 file, *above = [*map(str, source_files(spec)[::-1])] or ["its module"]
                 of = ", or a package that it is in has changed" if above else ""
                 raise InputError(
                     f"--{name.replace('_', '-')} {spec}: {file} is not the file that {now.resume} began with{of} "
-                    f"(sha256 {found or 'none'}, recorded {expected or 'none'}): put that back, or begin another run"
+                    f"(sha256 {present or 'none'}, recorded {expected or 'none'}): put that back, or begin another run"
                 )
 
 
@@ -69,7 +69,7 @@ def _naming_code(config: TrainConfig) -> list[str]:
 
 
 def _functions(value: Any) -> list[str]:
-    """The functions of the user's among a setting's values: what is built in has no colon."""
+    """The functions of the user's among a setting's values: a built-in one has no colon."""
     if isinstance(value, bool):
         return []
     return [spec for spec in ((value,) if isinstance(value, str) else value) if ":" in spec]

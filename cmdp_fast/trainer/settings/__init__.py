@@ -1,2 +1,2 @@
-"""What a run is told: its settings (`config.py`), where their defaults come from (`recipe.py`), and what they say of a
-step (`constraint.py`)."""
+"""The settings of a run (`config.py`), the files with their defaults (`recipe.py`), and the constraint of a step that
+follows from them (`constraint.py`)."""

@@ -1,4 +1,4 @@
-"""What a run is made of: one typed field a choice, filled by `parse.py`.
+"""The settings of a run: one typed field per choice, with the range of its numbers; `parse.py` fills them.
 
 `validate` looks at every number and name before a model is loaded.
 """
@@ -6,31 +6,33 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import regex
 import tyro
 
 from cmdp_fast.errors import InputError
 
+from ..methods import METHODS, MethodEntry
+from .ranges import (
+    ABOVE_0_UP_TO_1,
+    BETWEEN_0_AND_1,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Range,
+)
+
 Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
-
-_POSITIVE = (
-    *("budget", "temperature", "steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatch_size"),
-    *("micro_batch_size", "learning_rate", "max_grad_norm", "clip_low", "clip_high", "task_size"),
-    *("value_learning_rate", "lora_alpha", "judge_timeout"),
-    *("eval_prompts", "eval_generations"),
-)
-_NOT_NEGATIVE = (
-    *("penalty", "discrepancy_weight", "coefficient", "weight_decay", "lr_warmup_steps", "teacher_cache_mb"),
-    *("eval_every", "checkpoint_every", "prefix_budget", "budget_start", "budget_steps", "top_k", "rollout_batch_size"),
-    *("max_rows", "max_prompt_length", "lora_rank"),
-)
+if TYPE_CHECKING:
+    Algorithm = str  # a type checker reads no choices out of a table
+else:
+    Algorithm = Literal[tuple(METHODS)]
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class TrainConfig:
     recipe: str = "quickstart"
     """Where the defaults of this run come from: a recipe of the package by name, or a path to a TOML file."""
     method: str = ""
-    """What is done about the budget: a method of the package by name (cmdp, hinge, saute, worst_case, lagrangian, pid,
-    barrier, grpo, gkd, minillm, sft, kd), or a path to a TOML file. Its settings go over the recipe's."""
+    """The way to deal with the budget: a method of the package by name (cmdp, hinge, saute, worst_case, lagrangian,
+    pid, barrier, grpo, gkd, minillm, sft, kd), or a path to a TOML file. Its settings go over the recipe's."""
     name: str = ""
     """Folder of the run inside `output_dir`, which must not exist yet. Empty: the recipe's name, numbered if taken."""
     output_dir: str = "runs"
@@ -53,8 +55,8 @@ class TrainConfig:
     """Folder of a run that stopped, to be finished from its last checkpoint. Its settings are those of its
     `config.json`; only `steps`, `checkpoint_every`, `eval_every` and `trackers` may be changed. Code that it names
     runs only if you name it again, in the same words."""
-    checkpoint_every: int = 0
-    """Write a checkpoint each so many steps and after the last one; the last two are kept. 0: only when interrupted,
+    checkpoint_every: Annotated[int, NOT_NEGATIVE] = 0
+    """Write a checkpoint every so many steps and after the last one; the last two are kept. 0: only when interrupted,
     and one for the time that the end of the run takes."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself."""
@@ -71,15 +73,15 @@ class TrainConfig:
     """Hub id or folder of the causal language model to stay close to, or `builtin:arithmetic-teacher`,
     `builtin:smollm2-teacher`."""
     trust_remote_code: bool = False
-    """Run code that comes with a model. Weights are read from safetensors files only, whatever this says."""
+    """Run code that comes with a model. Weights are read from safetensors files only, with either value."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: the student runs under autocast and weights that are not trained, the teacher's or those under an adapter,
     are held in bfloat16 (for GPUs)."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Train an adapter of this rank and leave the student's own weights as they are. If the teacher is the same model,
     its weights are shared. `student/` gets the merged model, `student/adapter` the adapter. 0: train all weights."""
-    lora_alpha: float = 32.0
-    """What the adapter adds is multiplied by this over the rank."""
+    lora_alpha: Annotated[float, POSITIVE] = 32.0
+    """The adapter's part of the output is multiplied by this over the rank."""
     lora_target: tuple[str, ...] = ("all-linear",)
     """Ends of the names of the modules that get an adapter, such as `q_proj v_proj`. `all-linear`: every linear layer
     but the head."""
@@ -91,7 +93,7 @@ class TrainConfig:
     """Name of a reasoning-gym task, which makes its own problems. Either this or `dataset`."""
     task_args: Json = field(default_factory=dict)
     """Arguments of the reasoning-gym task, on the command line as JSON."""
-    task_size: int = 4000
+    task_size: Annotated[int, POSITIVE] = 4000
     """How many problems reasoning-gym is asked for; repeated ones are dropped."""
     dataset: str = ""
     """Hub id, or a JSON, JSONL, CSV or Parquet file, or a folder: a dataset with a prompt and an answer column."""
@@ -101,7 +103,7 @@ class TrainConfig:
     """Split to train on."""
     streaming: bool = False
     """Read the dataset from where it is, row by row, instead of downloading all of it; needs `max_rows`."""
-    max_rows: int = 0
+    max_rows: Annotated[int, NOT_NEGATIVE] = 0
     """Take the first so many rows of each split. 0: all."""
     eval_split: str = ""
     """Split to evaluate on. Empty: a part of the training split is held out, see `holdout_fraction`."""
@@ -114,12 +116,12 @@ class TrainConfig:
     prompt_template: str = ""
     """A format string over the columns that makes the prompt, such as `{prompt} Think step by step.`"""
     chat: bool = False
-    """The prompt is what a user says: it goes through the student's chat template."""
+    """The prompt is a user's message: it goes through the student's chat template."""
     system_prompt: str = ""
-    """What the system says before it (with `chat`)."""
-    max_prompt_length: int = 0
-    """Problems with a prompt of more tokens are left out, and how many is said. 0: none may be too long."""
-    holdout_fraction: float = 0.2
+    """The system's message before it (with `chat`)."""
+    max_prompt_length: Annotated[int, NOT_NEGATIVE] = 0
+    """Problems with a prompt of more tokens are left out, and their number is printed. 0: none may be too long."""
+    holdout_fraction: Annotated[float, BETWEEN_0_AND_1] = 0.2
     """Share of the problems that are never trained on; which ones depends on a hash of the prompt alone."""
 
     # ---------------------------------------------------------------------------------------------- the reward
@@ -130,150 +132,138 @@ class TrainConfig:
     """Regular expression whose first group is the final answer; the last match in the completion counts. Empty: the
     whole completion is the answer, in which `math_verify` looks for one: it takes a sum that is only repeated for its
     result."""
-    judge_timeout: float = 3.0
-    """Seconds that `math_verify` or `reasoning_gym` may take for a completion. One that takes longer has no reward from
+    judge_timeout: Annotated[float, POSITIVE] = 3.0
+    """Seconds that `math_verify` or `reasoning_gym` may take per completion. One that takes longer has no reward from
     it, as where the judge raises or dies: counted as `rewards/…/failed`."""
     unisolated_judges: bool = False
     """Run the judges of `reasoning_gym` where they cannot be isolated (they are on Linux, with Landlock and
-    libseccomp). Many of them evaluate an answer as Python, so a completion can then do whatever you can."""
+    libseccomp). Many of them evaluate an answer as Python, so a completion can then do all that you can."""
     correct_at: float = 1.0
     """A completion counts as right in `accuracy` when its reward is at least this."""
     step_verifier: str = ""
-    """What checks the steps of a solution, for `reasoning_success`: `arithmetic_chain` (the built-in models' sums),
+    """The checker of a solution's steps, for `reasoning_success`: `arithmetic_chain` (the built-in models' sums),
     `equations` (every equation between numbers in free text), or your function as for `rewards`. Empty: nothing."""
 
     # ---------------------------------------------------------------------------------------------- the budget
-    budget: float = 2.0
-    """What a completion may spend: nats of cumulative cost."""
+    budget: Annotated[float, POSITIVE] = 2.0
+    """The cumulative cost that a completion may have, in nats."""
     budget_per_token: bool = False
-    """The budget is nats a token of the completion, so that a long one may spend more."""
-    budget_start: float = 0.0
+    """The budget is in nats per token of the completion, so that a long one may spend more."""
+    budget_start: Annotated[float, NOT_NEGATIVE] = 0.0
     """The budget at the first step, from which it goes to `budget` in a straight line over `budget_steps`."""
-    budget_steps: int = 0
+    budget_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Length of that schedule. 0: the budget is `budget` from the beginning. Evaluations always use `budget`."""
-    prefix_budget: float = 0.0
-    """Nats a token that the teacher's mean negative log-likelihood may reach over any prefix of a completion: what
-    `worst_case` bounds, and `prefix_satisfaction` reports. 0: neither."""
+    prefix_budget: Annotated[float, NOT_NEGATIVE] = 0.0
+    """The bound, in nats per token, on the teacher's mean negative log-likelihood over any prefix of a completion.
+    `worst_case` keeps to it, and `prefix_satisfaction` reports it. 0: neither."""
     cost: Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"] = "reverse_kl"
     """Cost of a token. The first three are exact divergences with a direct gradient; `jsd` needs `--logits full`."""
-    jsd_beta: float = 0.5
+    jsd_beta: Annotated[float, FROM_0_TO_1] = 0.5
     """Beta of the cost `jsd` and of the loss of `gkd`: 0 is forward KL, 1 reverse KL."""
     kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = "cmdp"
-    """Which modified reward: how being over the budget is paid for."""
-    penalty: float = 1.0
+    """The modified reward: the price of being over the budget."""
+    penalty: Annotated[float, NOT_NEGATIVE] = 1.0
     """Paid for crossing the budget (cmdp: once; saute, worst_case: at each token from there on)."""
-    discrepancy_weight: float = 1.0
+    discrepancy_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the excess cost (cmdp, hinge)."""
-    coefficient: float = 0.0
+    coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
     """The multiplier of lagrangian (0: the task's reward alone), the first one of pid, or the weight of the barrier."""
     pid_gains: tuple[float, float, float] = (0.1, 0.01, 0.01)
     """Proportional, integral and derivative gain of the pid controller."""
 
     # ---------------------------------------------------------------------------------------------- a step
-    algorithm: Literal["ppo", "gkd", "minillm", "sft", "kd"] = "ppo"
+    algorithm: Algorithm = "ppo"
     """ppo: the modified reward, by policy gradient and through the divergence; the others distil without a reward: gkd
     by a divergence on the student's own text, minillm by the policy gradient of reverse KL, sft and kd on the
     teacher's text by likelihood and by forward KL."""
-    steps: int = 200
+    steps: Annotated[int, POSITIVE] = 200
     """How many times to roll out and update."""
-    prompts_per_step: int = 16
-    """Prompts rolled out a step, by each process."""
+    prompts_per_step: Annotated[int, POSITIVE] = 16
+    """Prompts rolled out per step, by each process."""
     num_generations: int = 8
-    """Completions a prompt: the group whose members are compared with one another."""
-    max_new_tokens: int = 256
+    """Completions per prompt: the group whose members are compared with one another."""
+    max_new_tokens: Annotated[int, POSITIVE] = 256
     """Longest completion in tokens; the end-of-sequence token counts. One without it is counted as clipped."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """Temperature of the policy that is sampled, trained, measured and evaluated."""
-    top_k: int = 0
+    top_k: Annotated[int, NOT_NEGATIVE] = 0
     """Sample from the so many most likely tokens. 0: from all. Anything but the whole softmax is sampled off-policy."""
-    top_p: float = 1.0
+    top_p: Annotated[float, ABOVE_0_UP_TO_1] = 1.0
     """Sample from the most likely tokens of this total probability. The same warning holds."""
     rollout: str = ""
     """A function of yours that samples instead of `generate`, as `module:function` or `path/file.py:function`; see
     rollout.py. Its log-probabilities are computed again and the difference is logged."""
-    rollout_batch_size: int = 0
+    rollout_batch_size: Annotated[int, NOT_NEGATIVE] = 0
     """Prompts that are sampled at once, sorted by length. 0: all of a step."""
     baseline: Literal["rloo", "grpo", "position_rloo", "gae"] = "rloo"
-    """What an action is compared with: the mean return of the group's other completions (`rloo`; `position_rloo`
-    compares the returns-to-go at each position), or of the whole group and in units of its deviation (`grpo`), or what
-    a value head predicts (`gae`)."""
-    gae_lambda: float = 0.95
+    """The comparison that an action's advantage comes from: with the mean return of the group's other completions
+    (`rloo`; `position_rloo` compares the returns-to-go at each position), or of the whole group and in units of its
+    deviation (`grpo`), or with the prediction of a value head (`gae`)."""
+    gae_lambda: Annotated[float, FROM_0_TO_1] = 0.95
     """Lambda of generalised advantage estimation: 1 trusts the returns, 0 the value head."""
-    value_learning_rate: float = 1e-3
+    value_learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Learning rate of the value head, a linear layer on the student's hidden states (which it does not change)."""
-    teacher_mix: float = 0.2
+    teacher_mix: Annotated[float, FROM_0_BELOW_1] = 0.2
     """Share of the teacher in the policy that minillm samples from."""
-    gamma: float = 1.0
+    gamma: Annotated[float, ABOVE_0_UP_TO_1] = 1.0
     """Discount of the modified reward."""
-    epochs: int = 2
+    epochs: Annotated[int, POSITIVE] = 2
     """PPO passes over the completions of a step."""
-    minibatch_size: int = 32
-    """Completions an optimizer step, of each process."""
-    micro_batch_size: int = 32
+    minibatch_size: Annotated[int, POSITIVE] = 32
+    """Completions per optimizer step, of each process."""
+    micro_batch_size: Annotated[int, POSITIVE] = 32
     """Completions that go through a model at once; gradients of a minibatch are accumulated over them."""
-    teacher_cache_mb: int = 512
+    teacher_cache_mb: Annotated[int, NOT_NEGATIVE] = 512
     """The teacher's hidden states (or logits) are kept from scoring to update if they fit in this, otherwise computed
     again."""
     logits: Literal["tiled", "full"] = "tiled"
     """tiled: scoring and update go from hidden states to statistics a tile of the vocabulary at a time, and hold no
     logits; full: both models' logits are made in full, for a model whose head is not a plain linear layer."""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, POSITIVE] = 0.2
     """PPO's clip below 1."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, POSITIVE] = 0.2
     """PPO's clip above 1."""
-    learning_rate: float = 1e-6
+    learning_rate: Annotated[float, POSITIVE] = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after `lr_warmup_steps`; linear and cosine end at 0."""
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """The gradient is scaled down to this norm."""
 
     # ---------------------------------------------------------------------------------------------- evaluation
-    eval_prompts: int = 256
-    """Held-out problems an evaluation; all of them if there are fewer."""
-    eval_generations: int = 1
-    """Completions a held-out problem, sampled as in training."""
-    eval_every: int = 0
-    """Evaluate each so many steps for the curves. 0: only before and after."""
+    eval_prompts: Annotated[int, POSITIVE] = 256
+    """Held-out problems per evaluation; all of them if there are fewer."""
+    eval_generations: Annotated[int, POSITIVE] = 1
+    """Completions per held-out problem, sampled as in training."""
+    eval_every: Annotated[int, NOT_NEGATIVE] = 0
+    """Evaluate every so many steps for the curves. 0: only before and after."""
 
     def validate(self) -> None:
         """Raises InputError on the first value that cannot work; no model or dataset is touched."""
         for name in self.REQUIRED_MODELS:
             _check(getattr(self, name), f"--{name} is missing: give a hub id, a folder or a builtin:… model")
         _check(bool(self.task) != bool(self.dataset), "give exactly one of --task and --dataset")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            _check(value > 0 and math.isfinite(value), f"--{_flag(name)} must be a positive number, not {value}")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            _check(value >= 0 and math.isfinite(value), f"--{_flag(name)} must not be negative, it is {value}")
-        _check(0 < self.gamma <= 1, f"--gamma must be in (0, 1], not {self.gamma}")
-        _check(
-            0 < self.holdout_fraction < 1, f"--holdout-fraction must be between 0 and 1, not {self.holdout_fraction}"
-        )
+        check_ranges(self)
         _check(not self.streaming or self.max_rows > 0, "--streaming needs to know how much to read: --max-rows")
         _check(
             not self.streaming or self.dataset, "--streaming reads a --dataset, reasoning-gym makes its own problems"
         )
         _check(self.chat or not self.system_prompt, "--system-prompt is part of a chat: add --chat")
-        _check(0 < self.top_p <= 1, f"--top-p must be in (0, 1], not {self.top_p}")
-        _check(0 <= self.jsd_beta <= 1, f"--jsd-beta must be in [0, 1], not {self.jsd_beta}")
-        _check(0 <= self.gae_lambda <= 1, f"--gae-lambda must be in [0, 1], not {self.gae_lambda}")
-        _check(0 <= self.teacher_mix < 1, f"--teacher-mix must be in [0, 1), not {self.teacher_mix}")
+        check_choices(self)
+        least = 2 if self.grouped else 1
         _check(
-            self.num_generations >= (2 if self.grouped else 1),
-            f"--num-generations must be at least {2 if self.grouped else 1} to compare, not {self.num_generations}",
+            self.num_generations >= least,
+            f"--num-generations must be at least {least} to compare, not {self.num_generations}",
         )
         _check(len(self.rewards) > 0, "--rewards names no reward function")
         for name in ("answer_pattern", "reference_pattern"):
             _check_pattern(f"--{_flag(name)}", getattr(self, name))
         _check(len(self.lora_target) > 0, "--lora-target names no module")
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
-        check_choices(self)
         if self.kind == "worst_case":
             _check(
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"
@@ -285,8 +275,11 @@ class TrainConfig:
             _check(self.budget_start > 0, "--budget-steps needs the budget to start from: --budget-start")
         if self.logits == "tiled":
             _check(self.cost != "jsd", "--cost jsd reads the logits twice: it needs --logits full")
-            whole = self.algorithm != "gkd" or self.jsd_beta in (0.0, 1.0)
-            _check(whole, "gkd with a --jsd-beta between 0 and 1 reads the logits twice: it needs --logits full")
+            whole = not self.entry.diverges or self.jsd_beta in (0.0, 1.0)
+            _check(
+                whole,
+                f"{self.algorithm} with a --jsd-beta between 0 and 1 reads the logits twice: it needs --logits full",
+            )
         else:
             _check(self.baseline != "gae", "--baseline gae reads hidden states: it needs --logits tiled")
         _check(
@@ -299,13 +292,28 @@ class TrainConfig:
         return self.name or Path(self.recipe).name.removesuffix(".toml")
 
     @property
+    def entry(self) -> MethodEntry:
+        """The entry of the algorithm in the table of methods."""
+        return METHODS[self.algorithm]
+
+    @property
+    def has_value_head(self) -> bool:
+        """Whether completions are compared with the prediction of a value head."""
+        return self.entry.compares and self.baseline == "gae"
+
+    @property
     def grouped(self) -> bool:
         """Whether completions of a prompt are compared with one another."""
-        return self.algorithm == "minillm" or (self.algorithm == "ppo" and self.baseline != "gae")
+        return self.entry.groups or (self.entry.compares and self.baseline != "gae")
+
+    @property
+    def mixes_teacher(self) -> bool:
+        """Whether completions are sampled from a mixture of student and teacher."""
+        return self.entry.mixes and self.teacher_mix > 0
 
     @property
     def batch_size(self) -> int:
-        """Completions a step, of each process."""
+        """Completions per step, of each process."""
         return self.prompts_per_step * self.num_generations
 
 
@@ -325,6 +333,13 @@ def _check_pattern(option: str, pattern: str) -> None:
     except (re.error, regex.error) as error:
         raise InputError(f"{option} {pattern!r}: {error}") from error
     _check(groups or not pattern, f"{option} {pattern!r} has no group to mark the answer")
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Raises InputError for a number outside the range that stands beside its field."""
+    for name, kind in get_type_hints(type(config), include_extras=True).items():
+        for range_ in (extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Range)):
+            range_.check(f"--{_flag(name)}", getattr(config, name))
 
 
 def check_choices(config: TrainConfig) -> None:

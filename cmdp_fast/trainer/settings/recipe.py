@@ -1,4 +1,4 @@
-"""A recipe (models, task, budget) and a method (what is done about the budget), read from their TOML files."""
+"""A recipe (models, task, budget) and a method (the way to deal with the budget), read from their TOML files."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a run learns from: the problems (`data.py`), and what judges completions: rewards, step verifiers, judges."""
+"""The task of a run: its problems (`data.py`), and the rewards, step verifiers and judges of completions."""

@@ -1,7 +1,7 @@
-"""Where the problems come from: a reasoning-gym task by name, or any dataset with a prompt and an answer column.
+"""The source of the problems: a reasoning-gym task by name, or any dataset with a prompt and an answer column.
 
-A problem is a dict with `prompt` (a text, or a list of chat messages), usually `answer`, and whatever other columns
-its source has; all but the prompt are passed on to the reward functions.
+A problem is a dict with `prompt` (a text, or a list of chat messages), usually `answer`, and the other columns of
+its source; all but the prompt are passed on to the reward functions.
 
 Training and held-out problems never overlap: a problem is held out if a hash of its prompt says so. The hash knows
 neither the seed nor the order, so that a model warmed up on training problems (`models/builtin.py`) has seen none that
@@ -37,7 +37,7 @@ _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 
 
 class Problems(NamedTuple):
-    """What to train on and what to evaluate on; no prompt is in both."""
+    """Those to train on and those to evaluate on; no prompt is in both."""
 
     train: list[Problem]
     held_out: list[Problem]
@@ -105,7 +105,7 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Problem]:
     if path.is_file() and path.suffix not in _LOADERS:
         raise InputError(f"--dataset {name}: a file must end in {', '.join(_LOADERS)}")
     if not path.exists() and name in packaged_modules._PACKAGED_DATASETS_MODULES:
-        # To `datasets` a way of reading whatever lies in the working directory, for older versions pickles too.
+        # To `datasets` a way of reading any file in the working directory, for older versions pickles too.
         raise InputError(f"--dataset {name}: that is a format, not a dataset; give a hub id, a file or a folder")
     quiet = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
@@ -142,26 +142,26 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Problem]:
 
 
 def _with_reference(row: Problem, config: TrainConfig) -> Problem:
-    """The row with what the pattern finds in the answer in place of the whole of it."""
+    """The row with the pattern's match in the answer in place of the whole of it."""
     text = str(row.get("answer", ""))
-    found = last_group(re.compile(config.reference_pattern), text)
-    if found is None:
+    reference = last_group(re.compile(config.reference_pattern), text)
+    if reference is None:
         raise InputError(
             f"--reference-pattern {config.reference_pattern!r} finds nothing in the answer {text[-80:]!r} of "
             f"--dataset {config.dataset}"
         )
-    return {**row, "answer": found}
+    return {**row, "answer": reference}
 
 
 def last_group(pattern: re.Pattern[str], text: str) -> str | None:
     """The first group of the last match, without spaces at its ends; None where the pattern does not match, or the
     search has not ended after `SEARCH` seconds: with many a pattern a text can be made to take forever."""
     try:
-        found = [match.group(1) for match in regex.finditer(pattern.pattern, text, timeout=SEARCH)]
+        groups = [match.group(1) for match in regex.finditer(pattern.pattern, text, timeout=SEARCH)]
     except (TimeoutError, MemoryError):
         _tell_of(pattern.pattern)
         return None
-    return found[-1].strip() if found and found[-1] is not None else None
+    return groups[-1].strip() if groups and groups[-1] is not None else None
 
 
 @cache

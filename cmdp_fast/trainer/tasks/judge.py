@@ -1,9 +1,9 @@
-"""A pairwise judge: which of two completions of a prompt is better, asked in both orders.
+"""A pairwise judge: the better of two completions of a prompt, asked for in both orders.
 
     judge(prompt, first, second, **columns) -> "first" | "second" | "tie"
 
-Whoever stands first is favoured by many a judge, a language model above all. So each pair is shown in both orders, and
-only a preference that survives the exchange counts; anything else is a tie.
+Many a judge, a language model above all, favours the completion that stands first. So each pair is shown in both
+orders, and only a preference that survives the exchange counts; anything else is a tie.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def load_judge(spec: str, config: TrainConfig, example: Problem) -> Judge:
 def programmatic(config: TrainConfig, example: Problem) -> Judge:
     """The judge that needs no model: the right answer first, then sound steps, then brevity.
 
-    Right and sound are what the configuration's rewards and step verifier say (without a verifier, and where it finds
-    nothing to check, nobody is sound); the shorter text wins where both are equal in these. Rewards are shown the texts
-    and no token ids.
+    The configuration's rewards say whether a completion is right, its step verifier whether it is sound (without a
+    verifier, and where it finds nothing to check, none is); the shorter text wins where both are equal in these.
+    Rewards are shown the texts and no token ids.
     """
     rewards, verifier = load_rewards(config, example), load_step_verifier(config, example)
 
@@ -69,7 +69,7 @@ def programmatic(config: TrainConfig, example: Problem) -> Judge:
 
 
 def compare_pairs(judge: Judge, rows: Sequence[Problem], ours: Sequence[str], theirs: Sequence[str]) -> Preferences:
-    """How often ``judge`` prefers our completion of a problem to theirs; texts, one a row each.
+    """How often ``judge`` prefers our completion of a problem to theirs; texts, one per row each.
 
     Raises InputError for a verdict that is not one.
     """

@@ -3,11 +3,11 @@
     reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
 `prompts` and `completions` are texts, or lists of chat messages where the dataset's prompts are; `completion_ids`
-lists of token ids without padding; `columns` the other columns of the dataset, a value a completion. None means that
+lists of token ids without padding; `columns` the other columns of the dataset, a value per completion. None means that
 the function has no opinion: such a completion earns nothing from it.
 
-A completion is hostile input. What is not ours and parses it, math-verify and the judges of reasoning-gym, is asked in
-processes of their own (`cmdp_fast.judging`). A function of the user's runs here, as the user's code.
+A completion is hostile input. Judges of other packages that parse it, math-verify and those of reasoning-gym, are asked
+in processes of their own (`cmdp_fast.judging`). A function of the user's runs here, as the user's code.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def math_verify(pattern: re.Pattern[str], seconds: float) -> RewardFunction:
 
 
 def reasoning_gym_judge(pattern: re.Pattern[str], seconds: float, isolated: bool = True) -> RewardFunction:
-    """What the reasoning-gym task itself says of the final answer, between 0 and 1; None if its judge raises or does
-    not say within `seconds`.
+    """The score of the reasoning-gym task itself for the final answer, between 0 and 1; None if its judge raises or
+    does not say within `seconds`.
 
     Many of them evaluate the answer as Python. Which one is asked stands in the row's metadata, which may come from
     somebody else's file, so all of them are isolated. Raises InputError where that cannot be, unless told not to.
@@ -132,8 +132,8 @@ def final_answer(text: str, pattern: re.Pattern[str]) -> str | None:
 def call_rewards(
     functions: dict[str, RewardFunction], rows: Sequence[Problem], texts: Sequence[str], completion_ids: list[list[int]]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Calls each function once for all completions. Returns two values a completion by name: the reward, NaN for None,
-    and, of functions that ask a judge elsewhere, 1 where it failed to say anything."""
+    """Calls each function once for all completions. Returns two values per completion by name: the reward, NaN for
+    None, and, of functions that ask a judge elsewhere, 1 where it failed to say anything."""
     prompts = [row["prompt"] for row in rows]
     completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}

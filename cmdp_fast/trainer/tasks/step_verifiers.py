@@ -2,7 +2,7 @@
 
     verifier(prompt, completion, **columns) -> bool | None
 
-`prompt` and `completion` are what a reward function is given, one of each; `columns` the other columns of the problem.
+`prompt` and `completion` are those of a reward function, one of each; `columns` the other columns of the problem.
 True: there are steps and all of them are right. None: there is nothing to check. `reasoning_success` is the share of
 True among the completions with something to check.
 """
@@ -31,7 +31,7 @@ StepVerifier = Callable[..., "bool | None"]
 def arithmetic_chain(prompt: Any, completion: Any, metadata: dict[str, Any], **_: Any) -> bool:
     """Whether a sum is worked out as the built-in teacher does it, ``3+4=7;7+2=9;A9``.
 
-    Every term of the problem's expression is used, in order, one equation a term; every equation is right and goes on
+    Every term of the problem's expression is used, in order, one equation per term; every equation is right and goes on
     from the result of the last one; the answer is the last result. There is exactly one such text, spaces aside, so it
     is enough to compare with it. The answer alone fails.
     """
@@ -70,8 +70,8 @@ def equations(prompt: Any, completion: Any, **_: Any) -> bool | None:
             continue
         line = " ".join(_DIVIDED.sub("/", _TIMES.sub("*", _MARKUP.sub("", line))).split())
         verdicts += [_holds(match.group()) for match in _EQUATION.finditer(line)]
-    found = [verdict for verdict in verdicts if verdict is not None]
-    return all(found) if found else None
+    checked = [verdict for verdict in verdicts if verdict is not None]
+    return all(checked) if checked else None
 
 
 def _holds(equation: str) -> bool | None:

@@ -1,4 +1,4 @@
-"""Sums worked out in steps: what the built-in teacher writes, and what its steps are checked against."""
+"""Sums worked out in steps: the text that the built-in teacher writes, and the standard for its steps."""
 
 from __future__ import annotations
 

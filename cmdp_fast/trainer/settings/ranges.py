@@ -1,0 +1,30 @@
+"""The numbers that a setting may have: ``Annotated[float, POSITIVE]`` beside the field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cmdp_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers for which a condition holds, and the words between the option and a number outside."""
+
+    holds: Callable[[float], bool]
+    says: str
+
+    def check(self, option: str, value: float) -> None:
+        """Raises InputError, which names the option, for a number outside."""
+        if not (math.isfinite(value) and self.holds(value)):
+            raise InputError(f"{option} {self.says} {value}")
+
+
+POSITIVE = Range(lambda value: value > 0, "must be a positive number, not")
+NOT_NEGATIVE = Range(lambda value: value >= 0, "must not be negative, it is")
+ABOVE_0_UP_TO_1 = Range(lambda value: 0 < value <= 1, "must be in (0, 1], not")
+FROM_0_TO_1 = Range(lambda value: 0 <= value <= 1, "must be in [0, 1], not")
+FROM_0_BELOW_1 = Range(lambda value: 0 <= value < 1, "must be in [0, 1), not")
+BETWEEN_0_AND_1 = Range(lambda value: 0 < value < 1, "must be between 0 and 1, not")
