@@ -111,6 +111,7 @@ class Rise(NamedTuple):
 
 @triton.jit
 def rise_by(student, teacher):
+    """The `Rise` of both references by so many nats."""
     return Rise(student, teacher, tl.exp2(-student * PER_NAT), tl.exp2(-teacher * PER_NAT))
 
 
