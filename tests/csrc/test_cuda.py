@@ -11,6 +11,7 @@ from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
+from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.backends import cuda
 
@@ -171,17 +172,18 @@ def test_offsets_nobody_has_checked_lead_nowhere_and_leave_no_counter_behind():
     room = [torch.full((8,), 7.0, device=DEVICE) for _ in range(5)]
     lines = [t[2:6] for t in room]
     violated, first = torch.zeros(4, dtype=torch.bool, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    trace = (lines[0], lines[1], violated, first, lines[2])
-    rules = ((1.0, False, False), ("cmdp", True, 1.0, 1.0, 0.0, 0.0))
+    trace = Trace(lines[0], lines[1], violated, first, lines[2])
+    rule, paid = BudgetRule(1.0, False, False), RewardRule("cmdp", True, 1.0, 1.0, 0.0, 0.0)
+    pair = Pair(x, y, tokens, None, 1.0, 50)
+    rewarding = Rewarding(paid, lines[3], lines[4])
     for order in ORDERS:
         hosted.seed(order)
         for offsets in ([-3, 2, 900], [3, 1, 2], [0, 4, 4], [0, 0, 0], [9, -9, 9]):
             cu = torch.tensor(offsets, device=DEVICE)
-            arguments = (x, y, tokens, None, lines[3], cu, 1.5, 1.0, 50, "reverse_kl", False)
-            cuda.constrained_pass(*arguments, *rules, trace, lines[4])
+            cuda.constrained_pass(pair, Settlement("reverse_kl", cu, 1.5, False, rule, trace, rewarding))
             counters_are_clear()
             limits = torch.full((2,), 1.5, dtype=torch.float64, device=DEVICE)
-            cuda.trace_budgets(lines[3], None, cu, limits, rules[0], trace, rules[1], lines[3], lines[4])
+            cuda.trace_budgets(Account(lines[3], None, cu), limits, rule, trace, rewarding)
         assert all(t[:2].eq(7.0).all() and t[6:].eq(7.0).all() for t in room)
 
 
@@ -190,8 +192,8 @@ def test_a_token_outside_the_vocabulary_reads_nothing():
     """On the CPU it is an error; on a GPU nobody looks, and its log-probabilities are NaN."""
     x, y, tokens = batch(3, 40)
     tokens[1], tokens[2] = 40, -1
-    saved = cuda.token_stats(x, y, tokens, None, 1.0, 40)[0]
-    for name, value in zip(cf.TokenStats._fields, saved, strict=True):
+    statistics, _ = cuda.token_stats(Pair(x, y, tokens, None, 1.0, 40))
+    for name, value in zip(cf.TokenStats._fields, statistics, strict=True):
         assert value.isnan().tolist() == [False, *[name.endswith("logprob")] * 2], name
 
 
