@@ -11,7 +11,7 @@ from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
-from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement
+from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement, Trace
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.backends import cuda
 

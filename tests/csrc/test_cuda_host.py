@@ -1,4 +1,4 @@
-"""The stand-in for CUDA on the host (csrc/cuda_host) finds what it has to find in kernels, and nothing in right ones."""
+"""The stand-in for CUDA (tests/csrc/cuda_host) finds what it has to find in kernels, and nothing in right ones."""
 
 import ctypes
 import re
