@@ -247,9 +247,11 @@ class Collector:
         )
         if self.config.prefix_budget:
             likelihood = cf.token_cost(e.stats, "nll")
-            found = objective.constraint_metrics(likelihood, e.trace, mask=mask, mean_budget=self.config.prefix_budget)
-            ours["prefix_satisfaction"] = found["prefix_satisfaction"]
-        if constraint.kind in ("lagrangian", "pid"):
+            of_prefixes = objective.constraint_metrics(
+                likelihood, e.trace, mask=mask, mean_budget=self.config.prefix_budget
+            )
+            ours["prefix_satisfaction"] = of_prefixes["prefix_satisfaction"]
+        if constraint.is_a.coefficient == "lambda":
             ours["lambda"] = torch.tensor(constraint.coefficient)
         return metrics | {f"cmdp/{name}": value for name, value in ours.items()}
 

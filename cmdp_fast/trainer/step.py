@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from cmdp_fast import objective
-from cmdp_fast.constraint import Constraint
+from cmdp_fast.constraint import KINDS, Constraint
 from cmdp_fast.errors import InputError
 from cmdp_fast.metrics import as_numbers
 
@@ -71,12 +71,9 @@ class Learner:
 
     def constraint(self) -> Constraint:
         """The constraint of this step."""
-        coefficient = {
-            "lagrangian": self.config.coefficient,
-            "barrier": self.config.coefficient,
-            "pid": self.pid.coefficient,
-        }.get(self.config.kind)
-        return training_constraint(self.config, self.steps_done, coefficient)
+        coefficient = self.pid.coefficient if self.config.kind == "pid" else self.config.coefficient
+        has_one = KINDS[self.config.kind].coefficient is not None
+        return training_constraint(self.config, self.steps_done, coefficient if has_one else None)
 
     def update(self, experience: Experience, targets: Targets, constraint: Constraint) -> Metrics:
         """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""
