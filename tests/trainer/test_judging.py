@@ -196,9 +196,11 @@ def test_the_process_of_the_judges_may_die(evaluating):
 
 def test_an_interrupt_leaves_no_answer_for_the_next_question(evaluating):
     main_thread = threading.main_thread().ident
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Timer(0.3, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         ask(evaluating, "time.sleep(1) or 5", "6")
+    signal.signal(signal.SIGINT, before)
     assert ask(evaluating, "7", "8") == [pool.Verdict(7.0), pool.Verdict(8.0)]
 
 
