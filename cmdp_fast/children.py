@@ -1,4 +1,4 @@
-"""Commands for processes that run this very package, whatever the working directory is."""
+"""Commands for processes that run this very package from any working directory."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
 _OF_KIND: Any = None  # the default of a field that the kind tells
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Constraint:
     """A cost, its budget and the modified reward that holds a completion to it. Checked once, when it is made.
 
@@ -70,7 +70,9 @@ class Constraint:
         per_token: the budget of a sequence is d times its number of unmasked tokens.
         beta: of the cost ``jsd``, in [0, 1].
 
-    Another value of a field: ``dataclasses.replace(constraint, budget=3.0)``.
+    Another value of a field: ``dataclasses.replace(constraint, budget=3.0)``. Together with ``kind`` give ``cost=None,
+    reduction=None`` too, for the new kind's own: a default that has been filled in is a value like any other. Two
+    constraints are equal if all fields are, tensors number by number.
 
     Raises:
         TypeError, ValueError: a value that is not allowed, or that its kind does not have.
@@ -108,15 +110,27 @@ class Constraint:
             checks.number("budget", self.budget)
             if not self.budget >= 0:
                 raise ValueError(f"budget must be at least 0, got {self.budget}")
+        elif self.budget.is_complex():
+            raise TypeError(f"budget must be real, got {checks.describe(self.budget)}")
         self._check_account()
         self._check_reward()
-        if self.cost == "jsd":
-            checks.share("beta", self.beta)
+        checks.share("beta", self.beta)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Constraint):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    def __hash__(self) -> int:
+        values = (getattr(self, f.name) for f in fields(self))
+        return hash(tuple(tuple(value.shape) if isinstance(value, Tensor) else value for value in values))
 
     def _check_account(self) -> None:
         checks.number("gamma", self.gamma)
         checks.choice("reduction", self.reduction, ("sum", "mean"))
         checks.choice("edge", self.edge, ("strict", "saute"))
+        if not isinstance(self.per_token, bool):
+            raise TypeError(f"per_token must be a bool, got {checks.describe(self.per_token)}")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must lie in (0, 1], got {self.gamma}")
         if self.reduction == "mean" and self.gamma != 1:
@@ -182,6 +196,12 @@ class Constraint:
             )
 
 
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.device == other.device and torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
+
+
 def _sum_or_mean(worst_case: bool) -> str:
     return "mean" if worst_case else "sum"
 
@@ -225,21 +245,21 @@ def constraint_of(
     constraint: Constraint | None,
     settings: Mapping[str, Any],
     allowed: Iterable[str] = ConstraintSettings.__annotations__,
+    **budget: float | Tensor | None,
 ) -> Constraint:
-    """The constraint that an operation was given, as such or as keywords (the budget among them).
+    """The constraint that an operation was given, as such or as keywords.
 
-    Raises TypeError for both, for neither, and for a keyword that the operation does not have.
+    ``budget``: what was given as that, by an operation that has it; None for nothing. Raises TypeError for both a
+    constraint and keywords, for neither, and for a keyword that the operation does not have.
     """
-    unknown = sorted(set(settings) - {"budget", *allowed})
-    if unknown:
-        raise TypeError(f"{operation}() got an unexpected keyword argument {unknown[0]!r}")
-    given = {name: value for name, value in settings.items() if name != "budget" or value is not None}
+    for name in settings:
+        if name not in allowed:
+            raise TypeError(f"{operation}() got an unexpected keyword argument {name!r}")
+    given = {**settings, **{name: value for name, value in budget.items() if value is not None}}
     if constraint is None:
-        if "budget" in settings and "budget" not in given:
+        if "budget" in budget and "budget" not in given:
             raise TypeError(f"{operation}() needs a budget, or constraint=")
-        return Constraint(
-            **({"budget": 0.0} | given)
-        )  # a budget that has been accounted for already is not asked again
+        return Constraint(**({"budget": 0.0} | given))  # a reward needs no budget: its trace has accounted for it
     if given:
         repeated = ", ".join(f.name for f in fields(Constraint) if f.name in given)
         raise TypeError(f"{operation}() got constraint= and, of its fields, also {repeated}; expected one or the other")

@@ -27,7 +27,7 @@ from cmdp_fast.layout import (
     flat,
     matrix_of,
 )
-from cmdp_fast.reference import compute_dtype
+from cmdp_fast.reference import TokenStats, compute_dtype
 
 native, PROBLEM, CURE = native_module.load()
 
@@ -49,7 +49,7 @@ def in_huge_pages(t: Tensor) -> Tensor:
 def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
     """The six statistics ``[...]``, float32 or float64, and the saved scalars ``[..., SAVED]`` float64."""
     shape, dtype = pair.student.shape[:-1], compute_dtype(pair.student, pair.teacher)
-    statistics = [torch.empty(shape, dtype=dtype) for _ in range(6)]
+    statistics = [torch.empty(shape, dtype=dtype) for _ in TokenStats._fields]
     saved = torch.empty((*shape, SAVED), dtype=torch.float64)
     index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
     native.token_stats(
@@ -114,7 +114,7 @@ def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
     value, mean = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
     counted = flat(pair.mask, torch.bool)
     matrices = matrix(pair.student), matrix(pair.teacher)
-    no_tokens, no_statistics = 0, [0] * 6
+    no_tokens, no_statistics = 0, [0] * len(TokenStats._fields)
     rows = (address(counted), pair.width, pair.temperature)
     native.token_stats(*matrices, no_tokens, *rows, no_statistics, True, address(saved), _threads())
     native.mixture(*matrices, *rows, *weights, address(saved), address(value), address(mean), _threads())

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmdp_fast.reference import TokenStats
+
 SAVED = 7  # numbers per row that the backward pass needs: SavedRow in csrc/logits.h
 
 
@@ -145,7 +147,7 @@ def empty_statistics(student: Tensor, packed: bool = False) -> tuple[list[Tensor
     ``packed``: they are made sequence by sequence. On a GPU the offsets are not checked: a row of no sequence is 0.
     """
     shape, room = student.shape[:-1], student.new_zeros if packed else student.new_empty
-    statistics = [room(shape, dtype=torch.float32) for _ in range(6)]
+    statistics = [room(shape, dtype=torch.float32) for _ in TokenStats._fields]
     return statistics, room((*shape, SAVED), dtype=torch.float64)
 
 

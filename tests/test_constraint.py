@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -62,7 +64,10 @@ def test_both_a_constraint_and_one_of_its_fields_is_an_error() -> None:
             with pytest.raises(TypeError, match=rf"{name}\(\) got constraint= and, of its fields, also {field};"):
                 call(constraint=HELD, **{field: KEYWORDS[field] or 1.0})
         with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'penalti'"):
-            call(budget=1.0, penalti=2.0)
+            call(penalti=2.0)
+        if not budget:  # its trace has been kept against one
+            with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'budget'"):
+                call(budget=1.0)
         with pytest.raises(TypeError, match=r"constraint must be a cmdp_fast\.Constraint, got float 1.0"):
             call(constraint=1.0)
         if budget:
@@ -96,7 +101,9 @@ def test_the_fields_are_those_of_the_keywords() -> None:
         ({"gamma": 0.9, "reduction": "mean"}, ValueError, "reduction='mean' takes no discount, got gamma=0.9"),
         ({"reduction": "max"}, ValueError, "reduction='max' is unknown; expected one of sum, mean"),
         ({"edge": "soft"}, ValueError, "edge='soft' is unknown; expected one of strict, saute"),
-        ({"cost": "jsd", "beta": 2.0}, ValueError, r"beta must lie in \[0, 1\], got 2.0"),
+        ({"beta": 2.0}, ValueError, r"beta must lie in \[0, 1\], got 2.0"),
+        ({"per_token": "no"}, TypeError, "per_token must be a bool, got str 'no'"),
+        ({"budget": torch.zeros(2, dtype=torch.complex64)}, TypeError, "budget must be real, got complex64"),
         ({"kind": "worst_case", "cost": "k1"}, ValueError, "defined for cost='nll' and reduction='mean', got 'k1'"),
     ],
 )
@@ -117,6 +124,21 @@ def test_what_a_kind_tells() -> None:
     assert cf.Constraint(budget=1.0, penalty_at="every").at_crossing is False
     assert HELD.budget_rule == BudgetRule(0.5, False, True)
     assert HELD.reward_rule == RewardRule("cmdp", True, 0.5, 2.0, 0.0, 10.0)
+
+
+def test_constraints_are_equal_where_their_fields_are() -> None:
+    each = [cf.Constraint(budget=torch.tensor([1.0, 2.0])) for _ in range(2)]
+    assert each[0] == each[1] and hash(each[0]) == hash(each[1]) and copy.deepcopy(each[0]) == each[0]
+    assert each[0] != cf.Constraint(budget=torch.tensor([1.0, 3.0])) and each[0] != cf.Constraint(budget=1.0)
+    assert cf.Constraint(**KEYWORDS) == HELD and dataclasses.replace(HELD, gamma=0.25) != HELD
+    assert HELD in [each[0], HELD] and HELD != "cmdp" and pickle.loads(pickle.dumps(HELD)) == HELD
+
+
+def test_another_kind_takes_its_own_cost_where_it_is_asked_to() -> None:
+    worst = dataclasses.replace(cf.Constraint(budget=1.0), kind="worst_case", cost=None, reduction=None)
+    assert (worst.cost, worst.reduction) == ("nll", "mean")
+    with pytest.raises(ValueError, match="defined for cost='nll' and reduction='mean', got 'reverse_kl' and 'sum'"):
+        dataclasses.replace(cf.Constraint(budget=1.0), kind="worst_case")
 
 
 @pytest.mark.parametrize("kind", KINDS)

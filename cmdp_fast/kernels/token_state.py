@@ -1,6 +1,6 @@
 """Columns of a tile folded into the states of its rows: `fold_rows`, and one small kernel that merges.
 
-The fields of a state are those of `cmdp_fast/ops/token_state.py`, in nats and in double.
+The fields of a state are those of `cmdp_fast/states.py`, in nats and in double.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmdp_fast import states
 from cmdp_fast.kernels import finish, launch
 from cmdp_fast.kernels.finish import kept, merged_parts
 from cmdp_fast.kernels.shapes import State
@@ -16,7 +17,8 @@ from cmdp_fast.kernels.shared import locate, natural, raised_in_nats, rise_by, s
 from cmdp_fast.kernels.token_stats import fold_rows, parts
 from cmdp_fast.layout import Pair
 
-FIELDS = tl.constexpr(13)  # m, n, z, u, a, b, h, k, xa, ya, r_inf, f_inf, exact
+FIELDS = tl.constexpr(len(states.FIELDS))
+M, N, Z, U, A, B, H, K, XA, YA, R_INF, F_INF, EXACT = (tl.constexpr(place) for place in range(len(states.FIELDS)))
 
 
 @triton.jit
@@ -35,14 +37,14 @@ def update_kernel(rows, folded, fields, first_column, ROWS: tl.constexpr, PARTS:
     tile, only_student, only_teacher, careful = merged_parts(folded, row, inside, PARTS)
     m, n = tl.where(tile.z == 0, float("-inf"), tile.m), tl.where(tile.u == 0, float("-inf"), tile.n)
     to = fields + row * FIELDS
-    m_old, n_old = tl.load(to, mask=inside, other=0.0), tl.load(to + 1, mask=inside, other=0.0)
-    z_old, u_old = tl.load(to + 2, mask=inside, other=0.0), tl.load(to + 3, mask=inside, other=0.0)
+    m_old, n_old = tl.load(to + M, mask=inside, other=0.0), tl.load(to + N, mask=inside, other=0.0)
+    z_old, u_old = tl.load(to + Z, mask=inside, other=0.0), tl.load(to + U, mask=inside, other=0.0)
     top, teacher_top = tl.maximum(m, m_old), tl.maximum(n, n_old)
     rise = rise_to(top, teacher_top, m, n, tile.z, tile.u)
     rise_old = rise_to(top, teacher_top, m_old, n_old, z_old, u_old)
     # Loaded after the exponentials: held during them, these sums took 154 registers in place of 128.
-    a_old, b_old = tl.load(to + 4, mask=inside, other=0.0), tl.load(to + 5, mask=inside, other=0.0)
-    h_old, k_old = tl.load(to + 6, mask=inside, other=0.0), tl.load(to + 7, mask=inside, other=0.0)
+    a_old, b_old = tl.load(to + A, mask=inside, other=0.0), tl.load(to + B, mask=inside, other=0.0)
+    h_old, k_old = tl.load(to + H, mask=inside, other=0.0), tl.load(to + K, mask=inside, other=0.0)
     tl.debug_barrier()  # several threads may hold the same row: all have read it before one of them writes
     z, u, a, b, h, k = raised_in_nats(tile, rise)
     old = State(m_old, n_old, z_old, u_old, a_old, b_old, h_old, k_old)
@@ -54,11 +56,11 @@ def update_kernel(rows, folded, fields, first_column, ROWS: tl.constexpr, PARTS:
     own = inside & (column >= 0) & (column < logits.width)
     x = tl.load(logits.student + locate(row, logits.student_rows) + column, mask=own, other=0.0)
     y = tl.load(logits.teacher + locate(row, logits.teacher_rows) + column, mask=own, other=0.0)
-    tl.store(to + 8, x.to(tl.float64) * natural(logits.scale), mask=own)
-    tl.store(to + 9, y.to(tl.float64) * natural(logits.scale), mask=own)
-    tl.store(to + 10, 1.0, mask=inside & (only_student > 0))
-    tl.store(to + 11, 1.0, mask=inside & (only_teacher > 0))
-    tl.store(to + 12, 1.0, mask=inside & (careful > 0))
+    tl.store(to + XA, x.to(tl.float64) * natural(logits.scale), mask=own)
+    tl.store(to + YA, y.to(tl.float64) * natural(logits.scale), mask=own)
+    tl.store(to + R_INF, 1.0, mask=inside & (only_student > 0))
+    tl.store(to + F_INF, 1.0, mask=inside & (only_teacher > 0))
+    tl.store(to + EXACT, 1.0, mask=inside & (careful > 0))
 
 
 def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:

@@ -144,7 +144,10 @@ def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
         if device == "cpu" and cpu.native is None:
             _warn_of_fallback()
         candidates = {"cpu": ("cpu",), "cuda": _gpu_backends(operation)}.get(device, ())
-        return next((name for name in candidates if _BACKENDS[name] is None and _takes(name, tensor)), "torch")
+        for name in candidates:  # a loop: the graphs of older versions of torch know no `next` with a default
+            if _BACKENDS[name] is None and _takes(name, tensor):
+                return name
+        return "torch"
     if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; expected None or one of {', '.join(_BACKENDS)}")
     if _BACKENDS[backend] is not None:

@@ -44,7 +44,7 @@ def budget_trace(
         mask: bool like ``cost``, False = the token does not count (padding, prompt).
         cu_seqlens: ``[B+1]`` integers, 0 = first, N = last, not decreasing: where each packed sequence begins.
         gamma: discount of the cost, in (0, 1]; 1 for a plain sum. Not with ``reduction="mean"``.
-        reduction: ``sum``, or ``mean``: the prefix mean m_t = (1/t) sum_{i<=t} c_i takes the place of C_t.
+        reduction: ``sum`` (also None), or ``mean``: the prefix mean m_t = (1/t) sum_{i<=t} c_i takes the place of C_t.
         edge: ``strict``: C_t = d is feasible; ``saute``: a spent budget (C_t >= d) is a violation, as in Sauté RL.
         per_token: the budget of a sequence is d times its number of unmasked tokens.
         backend: None chooses (``cpu`` for CPU tensors, ``triton`` or ``cuda`` on a GPU, else ``torch``); a name forces
@@ -62,7 +62,7 @@ def budget_trace(
 
     Source: Sauté RL (Sootla et al. 2022) without its state; the excess is this project's discrepancy term.
     """
-    held = constraint_of("budget_trace", constraint, {"budget": budget, **settings}, AccountSettings.__annotations__)
+    held = constraint_of("budget_trace", constraint, settings, AccountSettings.__annotations__, budget=budget)
     offsets = check_cost(cost, mask, cu_seqlens)
     dtype = compute_dtype(cost)
     limits = sequence_limits(held.budget, held.per_token, cost, mask, offsets, dtype)

@@ -68,7 +68,7 @@ def constrained_reward(
 
     Source: after arXiv 2509.22921; the discrepancy term Phi is this project's definition (`modified_reward`).
     """
-    held = constraint_of("constrained_reward", constraint, {"budget": budget, **settings})
+    held = constraint_of("constrained_reward", constraint, settings, budget=budget)
     held.warn_of_a_penalty_without_gradient(stacklevel=2)
     vocab = checks.logits(student_logits, teacher_logits, vocab_size)
     check_completions(tokens, task_reward, held, mask, cu_seqlens)

@@ -150,8 +150,8 @@ def linear_token_stats(
     widths = student.head.weight.shape[0], teacher.head.weight.shape[0]
     width, vocab = parallel.columns(*widths, vocab_size, process_group, first_column, tokens, mask)
     batch = _Batch(
-        student._replace(head=_plain(student.head)),
-        teacher.detached()._replace(head=_plain(teacher.detached().head)),
+        student.settled(),
+        teacher.detached().settled(),
         tokens,
         mask,
         float(temperature),
@@ -161,10 +161,6 @@ def linear_token_stats(
     )
     group, stay = parallel.name_of(process_group), saved == "tiles" and torch.is_grad_enabled()
     return _linear_token_stats(_Given(batch, vocab, group, reduce_hidden_grad, stay)).scored.stats
-
-
-def _plain(head: Head) -> Head:
-    return head._replace(scale=float(head.scale))
 
 
 def _computed(student: Factors, teacher: Factors) -> torch.dtype:

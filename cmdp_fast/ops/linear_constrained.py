@@ -67,7 +67,7 @@ def linear_constrained_reward(
     """
     linear: Any = {name: value for name, value in settings.items() if name in LinearSettings.__annotations__}
     terms = {name: value for name, value in settings.items() if name not in linear}
-    held = constraint_of("linear_constrained_reward", constraint, {"budget": budget, **terms})
+    held = constraint_of("linear_constrained_reward", constraint, terms, budget=budget)
     checks.choice("cost", held.cost, FROM_STATISTICS)
     held.warn_of_a_penalty_without_gradient(stacklevel=2)
     check_completions(tokens, task_reward, held, mask, cu_seqlens)

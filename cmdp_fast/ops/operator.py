@@ -156,7 +156,7 @@ class Operator(Generic[Given, Made]):
             mutates_args=(mutates,) if mutates else (),
             schema=f"({declared}, str revision='') -> {'()' if returned == 'None' else returned}",
         )
-        _declared.append(f"{name}({declared})")
+        _declared.append(f"{name}({declared}) -> {returned}")
 
     def __call__(self, given: Given) -> Made:
         return self._named(self.registered(*flatten(given), REVISION))

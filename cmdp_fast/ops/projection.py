@@ -51,7 +51,12 @@ class Factors(NamedTuple):
     hidden: Tensor  # [..., H]
     head: Head  # weight [V, H], bias [V]
 
+    def settled(self) -> Factors:
+        """With the numbers that an operator takes: a scale of 2 is 2.0."""
+        return self._replace(head=self.head._replace(scale=float(self.head.scale)))
+
     def detached(self) -> Factors:
+        """Without a gradient."""
         bias = None if self.head.bias is None else self.head.bias.detach()
         return Factors(self.hidden.detach(), self.head._replace(weight=self.head.weight.detach(), bias=bias))
 

@@ -92,6 +92,7 @@ class TokenState:
             return self
         width = checks.logits(student_tile, teacher_tile, None)
         checks.tokens(tokens, student_tile)
+        checks.integer("first_column", first_column)
         if first_column < 0:
             raise ValueError(f"first_column must be at least 0, got {first_column}")
         checks.same_device("student_tile", student_tile, "the state", self.fields)

@@ -143,6 +143,12 @@ def test_the_trainers_imports_lead_downwards(imports: Imports) -> None:
     assert not upward(inside, floors)
 
 
+def test_no_integration_needs_the_trainer_of_the_command_line(imports: Imports) -> None:
+    """It stands below them, so that an import would lead downwards; what they share with it stands below both."""
+    wrong = [(module, t) for module, targets in imports.items() for t in targets if t.startswith("trainer/")]
+    assert not [pair for pair in wrong if pair[0].startswith("integrations/")]
+
+
 def test_no_cycle(imports: Imports) -> None:
     assert not cycles(imports)
 

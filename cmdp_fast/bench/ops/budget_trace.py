@@ -25,7 +25,7 @@ class BudgetTraceOp(Op):
     axes = ("rows", "threads")
 
     def why_not(self, case: Case) -> str | None:
-        return None if case.dtype == "float32" else "costs are float32 whatever the logits are"
+        return None if case.dtype == "float32" else "costs are float32 for logits of every dtype"
 
     def work(self, case: Case) -> Work:
         tokens = case.shape.rows * LENGTH
