@@ -149,7 +149,7 @@ def settle(
     cost = account.cost.detach().contiguous()
     task = task_reward.detach().to(cost.dtype).contiguous()
     rules = constraint.budget_rule, constraint.reward_rule
-    made = _constrained_scan(_Scan(account._replace(cost=cost), task, limits, *rules, backend))
+    made = _constrained_scan(_Scan(Account(cost, account.mask, account.offsets), task, limits, *rules, backend))
     return BudgetTrace(*made.trace), made.reward
 
 

@@ -53,12 +53,15 @@ class Factors(NamedTuple):
 
     def settled(self) -> Factors:
         """With the numbers that an operator takes: a scale of 2 is 2.0."""
-        return self._replace(head=self.head._replace(scale=float(self.head.scale)))
+        weight, bias, softcap, scale = self.head
+        return Factors(self.hidden, Head(weight, bias, softcap, float(scale)))
 
     def detached(self) -> Factors:
         """Without a gradient."""
-        bias = None if self.head.bias is None else self.head.bias.detach()
-        return Factors(self.hidden.detach(), self.head._replace(weight=self.head.weight.detach(), bias=bias))
+        weight, bias, softcap, scale = self.head
+        return Factors(
+            self.hidden.detach(), Head(weight.detach(), None if bias is None else bias.detach(), softcap, scale)
+        )
 
 
 class Projection:
