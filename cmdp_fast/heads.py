@@ -103,9 +103,9 @@ def head_of(model: Any) -> Head:
     inner = chain[-1]
     linear = _plain_linear(_output_embedding(inner), inner)
     candidates = _candidates(inner)
-    known = _found.get(inner)
+    known = _known.get(inner)
     if known is None or known[0] != candidates:
-        _found[inner] = known = candidates, _measured(chain, linear, candidates)
+        _known[inner] = known = candidates, _measured(chain, linear, candidates)
     softcap, scale = known[1]
     return Head(linear.weight, linear.bias, softcap, scale)
 
@@ -239,8 +239,8 @@ def _postprocessed(raw: Tensor, softcap: float | None, scale: float) -> Tensor:
     return out if softcap is None else torch.tanh(out / softcap) * softcap
 
 
-# What was found out about a model, for the candidates of its configuration
-_found: weakref.WeakKeyDictionary[nn.Module, tuple[Any, tuple[float | None, float]]] = weakref.WeakKeyDictionary()
+# What a model does with its logits, measured for the candidates of its configuration
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, tuple[float | None, float]]] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()

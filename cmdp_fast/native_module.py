@@ -91,15 +91,15 @@ def _source_tree() -> Path | None:
 
 def _installations() -> list[tuple[dict[str, Any], Path]]:
     """Where the package is installed on the search path: what pip noted of its origin (PEP 610), and the folder."""
-    found = []
+    installations = []
     for distribution in importlib.metadata.distributions(name="cmdp_fast"):
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         folder = Path(str(distribution.locate_file("")))
         if origin.get("dir_info", {}).get("editable"):
             folder = _path_of(origin["url"])
         if (folder / "cmdp_fast" / "__init__.py").is_file():
-            found.append((origin, folder.resolve()))
-    return found
+            installations.append((origin, folder.resolve()))
+    return installations
 
 
 def _path_of(url: str) -> Path:

@@ -18,12 +18,12 @@ def require(package: str, *, at_least: str, below: str, install: str) -> str:
     ``at_least`` <= version < ``below``."""
     expected = f"expected {package}>={at_least},<{below}: {install}"
     try:
-        found = version(package)
+        installed = version(package)
     except PackageNotFoundError as error:
         raise PackageError(f"{package} is not installed, {expected}") from error
-    if not _numbers(at_least) <= _numbers(found) < _numbers(below):
-        raise PackageError(f"{package} {found} is installed, which was not tested; {expected}")
-    return found
+    if not _numbers(at_least) <= _numbers(installed) < _numbers(below):
+        raise PackageError(f"{package} {installed} is installed, which was not tested; {expected}")
+    return installed
 
 
 def _numbers(release: str) -> tuple[int, ...]:

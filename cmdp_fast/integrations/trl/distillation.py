@@ -178,7 +178,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         assert self._seen is not None
         stats, cost, mask = self._seen
         self._seen, constraint = None, self.args.constraint
-        found = constraint_metrics(
+        figures = constraint_metrics(
             self.accelerator,
             stats,
             cost,
@@ -187,7 +187,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
             budget=self.args.budget,
             reward=inputs.get("modified_reward"),
         )
-        for name, value in found.items():
+        for name, value in figures.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
         return result
 

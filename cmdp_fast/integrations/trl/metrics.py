@@ -37,6 +37,6 @@ def constraint_metrics(
     here = (cost.detach(), trace, divergences(stats, mask), mask, None if reward is None else reward.detach().sum(1))
     cost, trace, divergence, everywhere, modified = batches.gathered(here, accelerator)
     limit = math.inf if budget is None else budget
-    found = budget_metrics(cost, trace, divergence, mask=everywhere, budget=limit, modified=modified)
+    figures = budget_metrics(cost, trace, divergence, mask=everywhere, budget=limit, modified=modified)
     left_out = OF_A_BUDGET if budget is None else () if math.isfinite(budget) else ("budget",)
-    return {f"cmdp/{name}": value for name, value in as_numbers(found).items() if name not in left_out}
+    return {f"cmdp/{name}": value for name, value in as_numbers(figures).items() if name not in left_out}

@@ -83,7 +83,7 @@ class ConstrainedTrainer(PPOTrainerSync):
         cost, mask = cost_of_rollouts(data, self.constraint), data["response_mask"].to_padded_tensor(0).bool()
         real = mask.any(1)  # verl fills a batch up with rows that have no token to train on
         trace = cf.budget_trace(cost[real].detach(), constraint=self.constraint, mask=mask[real])
-        found = objective.constraint_metrics(cost[real], trace, mask=mask[real])
-        metrics |= {f"cmdp/{name}": value for name, value in as_numbers(found).items()}
+        figures = objective.constraint_metrics(cost[real], trace, mask=mask[real])
+        metrics |= {f"cmdp/{name}": value for name, value in as_numbers(figures).items()}
         with cost_of_batch(cost):
             return super()._compute_advantage(batch, metrics)
