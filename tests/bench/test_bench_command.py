@@ -109,7 +109,7 @@ def test_no_gpu_is_one_line(capsys):
 def test_nothing_left_is_an_error(capsys):
     assert cli.main(["bench", "budget_trace", "--shapes", "tiny", "--dtype", "bfloat16", "--no-memory"]) == 2
     captured = capsys.readouterr()
-    assert "costs are float32 whatever the logits are" in captured.out and "nothing is left" in captured.err
+    assert "costs are float32 for logits of every dtype" in captured.out and "nothing is left" in captured.err
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib"])
