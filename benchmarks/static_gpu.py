@@ -53,9 +53,9 @@ from cmdp_fast.layout import (
     Rewarding,
     RewardRule,
     Settlement,
-    Trace,
     Upstream,
 )
+from cmdp_fast.reference import BudgetTrace
 
 TARGETS = {name: GPUTarget("cuda", int(name), 32) for name in ("80", "90", "100")} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
@@ -94,10 +94,10 @@ def _rewarding(*shape: int) -> Rewarding:
     return Rewarding(rule, torch.empty(shape), torch.empty(shape))
 
 
-def _trace(sequences: int, tokens: int) -> Trace:
+def _trace(sequences: int, tokens: int) -> BudgetTrace:
     cumulative, remaining, excess = (torch.empty(sequences, tokens) for _ in range(3))
     violated, first = torch.empty(sequences, tokens, dtype=torch.bool), torch.empty(sequences, dtype=torch.int64)
-    return Trace(cumulative, remaining, violated, first, excess)
+    return BudgetTrace(cumulative, remaining, violated, first, excess)
 
 
 def _budget(vocab: int, dtype: torch.dtype) -> None:

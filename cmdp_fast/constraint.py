@@ -97,7 +97,8 @@ class Constraint:
     def __post_init__(self) -> None:
         checks.choice("kind", self.kind, tuple(KINDS))
         worst_case = self.kind == "worst_case"
-        for name, default in (("cost", "nll" if worst_case else "reverse_kl"), ("reduction", _sum_or_mean(worst_case))):
+        defaults = {"cost": "nll", "reduction": "mean"} if worst_case else {"cost": "reverse_kl", "reduction": "sum"}
+        for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         checks.choice("cost", self.cost, COSTS)
@@ -200,10 +201,6 @@ def _same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.device == other.device and torch.equal(one, other)
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
-
-
-def _sum_or_mean(worst_case: bool) -> str:
-    return "mean" if worst_case else "sum"
 
 
 class AccountSettings(TypedDict, total=False):

@@ -21,13 +21,12 @@ from cmdp_fast.layout import (
     Pair,
     Rewarding,
     TokenTrace,
-    Trace,
     Upstream,
     address,
     flat,
     matrix_of,
 )
-from cmdp_fast.reference import TokenStats, compute_dtype
+from cmdp_fast.reference import BudgetTrace, TokenStats, compute_dtype
 
 native, PROBLEM, CURE = native_module.load()
 
@@ -140,7 +139,7 @@ def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, 
 
 
 def trace_budgets(
-    account: Account, limits: Tensor, rule: BudgetRule, trace: Trace, rewarding: Rewarding | None = None
+    account: Account, limits: Tensor, rule: BudgetRule, trace: BudgetTrace, rewarding: Rewarding | None = None
 ) -> None:
     """Writes the trace of costs against the limits ``[B]`` float64, and the modified reward if there is one."""
     paid, task, result = (None, None, None) if rewarding is None else rewarding

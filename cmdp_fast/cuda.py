@@ -34,7 +34,6 @@ from cmdp_fast.layout import (
     Rewarding,
     Settlement,
     TokenTrace,
-    Trace,
     Upstream,
     address,
     addressable,
@@ -42,6 +41,7 @@ from cmdp_fast.layout import (
     flat,
     matrix_of,
 )
+from cmdp_fast.reference import BudgetTrace
 
 DEVICE: str = _cuda.DEVICE  # "cuda"; "cpu" where tests have compiled the kernels for the host
 COSTS = ("reverse_kl", "forward_kl", "k1", "nll")  # those that the one launch scans; each is a difference of statistics
@@ -143,7 +143,7 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
 
 
 def trace_budgets(
-    account: Account, limits: Tensor, rule: BudgetRule, trace: Trace, rewarding: Rewarding | None = None
+    account: Account, limits: Tensor, rule: BudgetRule, trace: BudgetTrace, rewarding: Rewarding | None = None
 ) -> None:
     """Writes the trace of costs against the limits ``[B]`` float64, and the modified reward if there is one."""
     cost = account.cost

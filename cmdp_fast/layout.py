@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmdp_fast.reference import TokenStats
+from cmdp_fast.reference import BudgetTrace, TokenStats
 
 SAVED = 7  # numbers per row that the backward pass needs: SavedRow in csrc/logits.h
 
@@ -59,16 +59,6 @@ class RewardRule(NamedTuple):
     barrier_slope: float
 
 
-class Trace(NamedTuple):
-    """Where a scan writes the fields of a `BudgetTrace`, contiguous."""
-
-    cumulative: Tensor
-    remaining: Tensor
-    violated: Tensor
-    first_violation: Tensor
-    excess: Tensor
-
-
 class TokenTrace(NamedTuple):
     """The fields of a `BudgetTrace` that a modified reward looks at, contiguous and in the dtype of the cost."""
 
@@ -102,7 +92,7 @@ class Settlement(NamedTuple):
     budget: Tensor | float  # a number or [B]
     per_token: bool
     rule: BudgetRule
-    trace: Trace
+    trace: BudgetTrace  # room for it, contiguous; in any backend
     rewarding: Rewarding
 
 

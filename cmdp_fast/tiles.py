@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import reference, states
-from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, TokenTrace, Trace, Upstream
+from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, TokenTrace, Upstream
 from cmdp_fast.reference import BudgetTrace
 
 COSTS: tuple[str, ...] = ()  # there is no pass that does everything
@@ -93,7 +93,7 @@ def _gradient(pair: Pair, saved: Tensor, upstream: Upstream, first_column: int) 
 
 
 def trace_budgets(
-    account: Account, limits: Tensor, rule: BudgetRule, trace: Trace, rewarding: Rewarding | None = None
+    account: Account, limits: Tensor, rule: BudgetRule, trace: BudgetTrace, rewarding: Rewarding | None = None
 ) -> None:
     """Writes the trace of costs against the limits ``[B]``, and the modified reward if there is one."""
     made = reference.budget_trace(

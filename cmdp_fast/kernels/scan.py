@@ -18,7 +18,8 @@ from torch import Tensor
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.finish import kept
 from cmdp_fast.kernels.shapes import Lanes, Pointer, constants
-from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace, Trace
+from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace
+from cmdp_fast.reference import BudgetTrace
 
 CHUNK = 1024
 WARPS = 4
@@ -144,8 +145,8 @@ def scan_sequence(span, tokens, trace, reward, formula, gamma_octaves, amounts, 
     """Writes the trace of one sequence, and unless `reward` is None the reward, computed from the trace as it was
     rounded.
 
-    span: a `Span`. tokens: `Tokens`. trace: a `Trace` of pointers. reward: [tokens] or None. formula: a `Formula`, with
-    the discount in octaves and the `Amounts`.
+    span: a `Span`. tokens: `Tokens`. trace: a `BudgetTrace` of pointers. reward: [tokens] or None. formula: a
+    `Formula`, with the discount in octaves and the `Amounts`.
     """
     length, limit = span.length, span.limit
     total = tl.zeros([], tl.float64)
@@ -301,13 +302,13 @@ def amounts_of(rule: RewardRule) -> tuple[float, float, float, float]:
     return rule.penalty, rule.discrepancy_weight, rule.coefficient, rule.barrier_slope
 
 
-def in_bytes(trace: Trace | TokenTrace) -> Trace | TokenTrace:
+def in_bytes(trace: BudgetTrace | TokenTrace) -> BudgetTrace | TokenTrace:
     """A trace as the kernels see it: bools are bytes."""
     return trace._replace(violated=trace.violated.view(torch.uint8))
 
 
 def trace_budgets(
-    account: Account, limits: Tensor, rule: BudgetRule, trace: Trace, rewarding: Rewarding | None = None
+    account: Account, limits: Tensor, rule: BudgetRule, trace: BudgetTrace, rewarding: Rewarding | None = None
 ) -> None:
     """Writes the trace, and the modified reward if one is given. ``limits``: ``[B]`` float64."""
     sequences = account.offsets.shape[0] - 1

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import cpu, native_module, tiles
-from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, Settlement, TokenTrace, Trace, Upstream
+from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, Settlement, TokenTrace, Upstream
+from cmdp_fast.reference import BudgetTrace
 
 OLDEST_TRITON = (3, 4)  # whose `triton.knobs` and language the kernels use
 
@@ -59,7 +60,7 @@ class Backend(Protocol):
         """Writes its gradient into ``out``."""
 
     def trace_budgets(
-        self, account: Account, limits: Tensor, rule: BudgetRule, trace: Trace, rewarding: Rewarding | None = None
+        self, account: Account, limits: Tensor, rule: BudgetRule, trace: BudgetTrace, rewarding: Rewarding | None = None
     ) -> None:
         """Writes the trace of costs against the limits ``[B]`` float64, and the modified reward if there is one."""
 

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from cmdp_fast import checks
 from cmdp_fast.constraint import AccountSettings, Constraint, RewardSettings, constraint_of
-from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace, Trace, flat
+from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace, flat
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.sequences import check_cost, check_like, check_values, sequence_limits
@@ -68,7 +68,7 @@ def budget_trace(
     limits = sequence_limits(held.budget, held.per_token, cost, mask, offsets, dtype)
     chosen = backends.choose(backend, cost, "budget_trace")
     account = Account(cost.detach().to(dtype).contiguous(), flat(mask, torch.bool), offsets)
-    return BudgetTrace(*_budget_trace(_Given(account, limits, held.budget_rule, chosen)))
+    return _budget_trace(_Given(account, limits, held.budget_rule, chosen))
 
 
 def modified_reward(
@@ -150,7 +150,7 @@ def settle(
     task = task_reward.detach().to(cost.dtype).contiguous()
     rules = constraint.budget_rule, constraint.reward_rule
     made = _constrained_scan(_Scan(Account(cost, account.mask, account.offsets), task, limits, *rules, backend))
-    return BudgetTrace(*made.trace), made.reward
+    return made.trace, made.reward
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -166,13 +166,13 @@ def room(like: Tensor, dtype: torch.dtype, count: int | None = None) -> Tensor:
     return make(like.shape if count is None else count, dtype=dtype)
 
 
-def empty_trace(cost: Tensor, sequences: int) -> Trace:
+def empty_trace(cost: Tensor, sequences: int) -> BudgetTrace:
     """Room for the fields of a `BudgetTrace`."""
     cumulative, remaining, excess = (room(cost, cost.dtype) for _ in range(3))
-    return Trace(cumulative, remaining, room(cost, torch.bool), room(cost, torch.int64, sequences), excess)
+    return BudgetTrace(cumulative, remaining, room(cost, torch.bool), room(cost, torch.int64, sequences), excess)
 
 
-def _empty_trace(account: Account) -> Trace:
+def _empty_trace(account: Account) -> BudgetTrace:
     return empty_trace(account.cost, account.offsets.shape[0] - 1)
 
 
@@ -184,7 +184,7 @@ class _Given(NamedTuple):
 
 
 @operator("budget_trace")
-def _budget_trace(given: _Given) -> Trace:
+def _budget_trace(given: _Given) -> BudgetTrace:
     check_values(given.account.offsets, given.limits, given.account.cost)
     trace = _empty_trace(given.account)
     backends.get(given.backend).trace_budgets(given.account, given.limits, given.rule, trace)
@@ -192,7 +192,7 @@ def _budget_trace(given: _Given) -> Trace:
 
 
 @_budget_trace.shapes
-def _(given: _Given) -> Trace:
+def _(given: _Given) -> BudgetTrace:
     return _empty_trace(given.account)
 
 
@@ -208,7 +208,7 @@ class _Scan(NamedTuple):
 class Settled(NamedTuple):
     """What a scan writes."""
 
-    trace: Trace
+    trace: BudgetTrace
     reward: Tensor
 
 

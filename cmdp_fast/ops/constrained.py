@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from cmdp_fast import checks
 from cmdp_fast.constraint import Constraint, ConstraintSettings, constraint_of
-from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement, Trace, flat
+from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement, flat
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.budget import empty_trace, room, settle
 from cmdp_fast.ops.cost import token_cost
@@ -85,7 +85,7 @@ def constrained_reward(
         amounts = _Amounts(limit.detach(), 0.0) if isinstance(limit, Tensor) else _Amounts(None, float(limit))
         spending = _Spending(held.cost, held.per_token, held.budget_rule, held.reward_rule)
         made = _constrained_pass(_Given(pair, task_reward.detach(), cu_seqlens, amounts, spending, inplace, chosen))
-        return ConstrainedReward(made.scored.stats, BudgetTrace(*made.trace), made.reward)
+        return ConstrainedReward(made.scored.stats, made.trace, made.reward)
 
     offsets = sequence_offsets(tokens, cu_seqlens)
     limits = sequence_limits(held.budget, held.per_token, tokens, mask, offsets, computed)
@@ -146,7 +146,7 @@ class _Given(NamedTuple):
 
 class _Made(NamedTuple):
     scored: Scored
-    trace: Trace
+    trace: BudgetTrace
     reward: Tensor
 
 
@@ -168,7 +168,7 @@ def _constrained_pass(given: _Given) -> _Made:
     return _Made(scored(*backends.get(given.backend).constrained_pass(pair, settlement)), trace, reward)
 
 
-def _empty_outcome(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Trace, Tensor]:
+def _empty_outcome(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[BudgetTrace, Tensor]:
     reward = room(tokens, torch.float32)
     sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return empty_trace(reward, sequences), reward

@@ -11,9 +11,10 @@ from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
-from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement, Trace
+from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.backends import cuda
+from cmdp_fast.reference import BudgetTrace
 
 pytestmark = pytest.mark.cuda
 needs_cuda = pytest.mark.skipif(
@@ -172,7 +173,7 @@ def test_offsets_nobody_has_checked_lead_nowhere_and_leave_no_counter_behind():
     room = [torch.full((8,), 7.0, device=DEVICE) for _ in range(5)]
     lines = [t[2:6] for t in room]
     violated, first = torch.zeros(4, dtype=torch.bool, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    trace = Trace(lines[0], lines[1], violated, first, lines[2])
+    trace = BudgetTrace(lines[0], lines[1], violated, first, lines[2])
     rule, paid = BudgetRule(1.0, False, False), RewardRule("cmdp", True, 1.0, 1.0, 0.0, 0.0)
     pair = Pair(x, y, tokens, None, 1.0, 50)
     rewarding = Rewarding(paid, lines[3], lines[4])

@@ -10,9 +10,10 @@ from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
-from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, RewardRule, Trace, Upstream
+from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, RewardRule, Upstream
 from cmdp_fast.ops.backends import INTERPRETED, kernels
 from cmdp_fast.ops.operator import flatten
+from cmdp_fast.reference import BudgetTrace
 
 pytestmark = [
     pytest.mark.triton,
@@ -111,7 +112,7 @@ def test_unchecked_offsets_lead_nowhere():
     room = [torch.full((8,), 7.0, device=DEVICE) for _ in range(3)]
     lines = [t[2:6] for t in room]
     violated, first = torch.zeros(4, dtype=torch.bool, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    trace = Trace(lines[0], lines[1], violated, first, lines[2])
+    trace = BudgetTrace(lines[0], lines[1], violated, first, lines[2])
     rewarding = Rewarding(RewardRule("cmdp", True, 1.0, 1.0, 0.0, 0.0), cost, reward[2:6])
     kernels.trace_budgets(Account(cost, None, offsets), limits, BudgetRule(1.0, False, False), trace, rewarding)
     assert lines[0].tolist() == [1.0, 2.0, 1.0, 2.0] and first.tolist() == [1, 1]
