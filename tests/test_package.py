@@ -49,7 +49,7 @@ def test_the_torch_backend_serves_without_the_native_module():
     assert "backend='cpu' is not available here: the native module was not built" in done.stdout
     assert "native module  absent" in done.stdout and "backend torch  available" in done.stdout
     # One warning for all of these calls.
-    assert done.stderr.count("without its native kernels: the native module was not built for Python") == 1
+    assert done.stderr.count("without its native kernels: the native module was not built") == 1
     assert "circular" not in done.stdout + done.stderr
 
 
@@ -112,7 +112,7 @@ def test_a_triton_that_is_too_old_is_reported():
     command = [sys.executable, "-c", OLD_TRITON]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "Triton 3.3.1 is too old: the kernels need 3.4 or later\n"
+    assert done.stdout.startswith("Triton 3.3.1 is too old: the kernels need 3.4 or later: pip install ")
 
 
 WITHOUT_CUDA = """

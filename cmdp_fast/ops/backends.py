@@ -1,12 +1,18 @@
-"""The one interface of every backend, which backends work on this machine, and which one a call uses."""
+"""The one interface of every backend, which backends work on this machine, and which one a call uses.
+
+All of it is found out on first use. An import asks no driver: a process that has asked NVIDIA's cannot be forked any
+more by one that uses a GPU. A call with CPU tensors asks for the native module alone.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import sys
 import warnings
 from types import ModuleType
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +22,14 @@ from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, Sett
 from cmdp_fast.reference import BudgetTrace
 
 OLDEST_TRITON = (3, 4)  # whose `triton.knobs` and language the kernels use
+OLDEST_TORCH = (2, 8)  # the oldest whose builds for GPUs bring that Triton
+
+# Triton's own switch: its kernels run on CPU tensors, one numpy operation at a time.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+NAMES = ("cpu", "cuda", "triton", "torch")
+ON_GPU = ("cuda", "triton")
+NO_DEVICE = "no CUDA or ROCm device was found"
 
 # The operations that the CUDA C++ kernels serve; all others are Triton's on a GPU.
 OF_CUDA = ("token_stats", "constrained_reward", "budget_trace", "modified_reward")
@@ -71,57 +85,86 @@ class Backend(Protocol):
         """`token_stats`, and the trace and the reward of what they cost, with nothing in between."""
 
 
-def _load_cuda() -> tuple[ModuleType | None, str | None]:
-    """The CUDA kernels and None, or None and the reason why they cannot be used."""
+class _Loaded(NamedTuple):
+    """What was found of a backend: the module, or None and why it does not work here."""
+
+    module: ModuleType | None
+    problem: str | None = None
+
+
+@functools.cache
+def _loaded(name: str) -> _Loaded:
+    if name == "cpu":
+        return _Loaded(cpu, cpu.PROBLEM)
+    if name == "torch":
+        return _Loaded(tiles)
+    return _load_cuda() if name == "cuda" else _load_triton()
+
+
+def _load_cuda() -> _Loaded:
     try:
         from cmdp_fast import cuda
     except ImportError as error:
         note = "" if cpu.native is None else cpu.native.CUDA_NOTE
-        return None, f"the CUDA kernels were {note or f'not built ({error})'}"
+        return _Loaded(None, f"the CUDA kernels were {note or f'not built ({error})'}")
     if cpu.PROBLEM == native_module.OTHER_SOURCES:  # built with it
-        return None, cpu.PROBLEM
+        return _Loaded(None, cpu.PROBLEM)
     if cuda.DEVICE == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
-        return None, "no CUDA device was found"
-    return cuda, None
+        return _Loaded(None, "no CUDA device was found")
+    return _Loaded(cuda)
 
 
-def _load_kernels() -> tuple[ModuleType | None, str | None]:
-    """The Triton kernels and None, or None and the reason why they cannot be used."""
+def _load_triton() -> _Loaded:
     if not (INTERPRETED or torch.cuda.is_available()):
-        return None, "no CUDA or ROCm device was found (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+        return _Loaded(None, f"{NO_DEVICE} (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)")
+    # Interpreted kernels know no driver, and so need no build of torch for one.
+    if not INTERPRETED and _release(torch.__version__) < OLDEST_TORCH:
+        torch_needed, triton_needed = _dotted(OLDEST_TORCH), _dotted(OLDEST_TRITON)
+        return _Loaded(
+            None,
+            f"torch {torch.__version__} comes with a Triton older than {triton_needed}; the Triton kernels need torch "
+            f"{torch_needed} or later: pip install 'torch>={torch_needed}'",
+        )
     try:
         import triton
 
-        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-            oldest = ".".join(map(str, OLDEST_TRITON))
-            return None, f"Triton {triton.__version__} is too old: the kernels need {oldest} or later"
+        if _release(triton.__version__) < OLDEST_TRITON:
+            problem = f"Triton {triton.__version__} is too old: the kernels need {_dotted(OLDEST_TRITON)} or later"
+            return _Loaded(None, f"{problem}: pip install '{_fitting_triton()}'")
         from cmdp_fast import kernels
     except ImportError as error:
-        return None, f"triton cannot be imported ({error})"
-    return kernels, None
+        return _Loaded(None, f"triton cannot be imported ({error}): pip install '{_fitting_triton()}'")
+    return _Loaded(kernels)
 
 
-# Triton's own switch: its kernels run on CPU tensors, one numpy operation at a time.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+def _fitting_triton() -> str:
+    """What pip is asked for: the one Triton that this torch names, or any that will do."""
+    try:
+        required = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:  # used from where it was compiled
+        required = []
+    named = (requirement.partition(";")[0].strip() for requirement in required if "triton" in requirement)
+    return next(named, f"triton>={_dotted(OLDEST_TRITON)}")
 
-cuda, _cuda_problem = _load_cuda()
-kernels, _kernels_problem = _load_kernels()
 
-_MODULES: dict[str, ModuleType | None] = {"cpu": cpu, "cuda": cuda, "triton": kernels, "torch": tiles}
-ON_GPU = ("cuda", "triton")
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor: the rest may be anything, as in 2.8.0a0+gitba56102."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
-# Every backend, and None if it works here, else why it does not.
-_BACKENDS: dict[str, str | None] = {
-    "cpu": cpu.PROBLEM,
-    "cuda": _cuda_problem,
-    "triton": _kernels_problem,
-    "torch": None,
-}
+
+def _dotted(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
 
 
 def get(name: str) -> Backend:
     """The backend of a name that `choose` has returned."""
-    return cast(Backend, _MODULES[name])
+    return cast(Backend, _loaded(name).module)
+
+
+@torch.compiler.assume_constant_result  # a graph is traced through no import
+def scans(name: str, cost: str) -> bool:
+    """Whether a backend that `choose` has returned has the whole method in one pass for a cost."""
+    return cost in get(name).COSTS
 
 
 def available_backends() -> dict[str, str | None]:
@@ -129,9 +172,13 @@ def available_backends() -> dict[str, str | None]:
 
     ``cpu``: the native kernels, for CPU tensors. ``cuda``: CUDA C++ kernels of some operations, for NVIDIA GPUs of
     compute capability 8.0 and later, compiled when the package was. ``triton``: kernels of all operations, for
-    NVIDIA's and AMD's GPUs. ``torch``: plain PyTorch (`cmdp_fast.reference`), for any device.
+    NVIDIA's and AMD's GPUs; they need torch 2.8 and Triton 3.4 or later. ``torch``: plain PyTorch
+    (`cmdp_fast.reference`), for any device.
+
+    The first call asks for GPUs with ``torch.cuda.is_available()``, after which a process that uses one cannot be
+    forked any more, unless PYTORCH_NVML_BASED_CUDA_CHECK=1 is set for torch.
     """
-    return dict(_BACKENDS)
+    return {name: _loaded(name).problem for name in NAMES}
 
 
 def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
@@ -140,26 +187,51 @@ def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
     Raises ValueError for an unknown name, a backend that does not work here or has no kernel for the operation, or a
     tensor it cannot take.
     """
-    device = tensor.device.type
+    return _chosen(backend, tensor.device, operation, False)
+
+
+def choose_for_logits(backend: str | None, tensor: Tensor, computed: torch.dtype, operation: str) -> str:
+    """As `choose`, for statistics in the dtype ``computed``: the GPU kernels leave float64 to PyTorch."""
+    return _chosen(backend, tensor.device, operation, computed == torch.float64)
+
+
+@torch.compiler.assume_constant_result  # a graph is traced through no cache, and a warning is no part of it
+def _chosen(backend: str | None, device: torch.device, operation: str, float64: bool) -> str:
+    return _decided(backend, device, operation, float64)
+
+
+@functools.cache  # every call of an operation comes by
+def _decided(backend: str | None, device: torch.device, operation: str, float64: bool) -> str:
     if backend is None:
-        if device == "cpu" and cpu.native is None:
-            _warn_of_fallback()
-        candidates = {"cpu": ("cpu",), "cuda": _gpu_backends(operation)}.get(device, ())
-        for name in candidates:  # a loop: the graphs of older versions of torch know no `next` with a default
-            if _BACKENDS[name] is None and _takes(name, tensor):
-                return name
-        return "torch"
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; expected None or one of {', '.join(_BACKENDS)}")
-    if _BACKENDS[backend] is not None:
-        raise ValueError(f"backend={backend!r} is not available here: {_BACKENDS[backend]}")
+        return _best(device, operation, float64)
+    if backend not in NAMES:
+        raise ValueError(f"backend={backend!r} is unknown; expected None or one of {', '.join(NAMES)}")
+    problem = _loaded(backend).problem
+    if problem is not None:
+        raise ValueError(f"backend={backend!r} is not available here: {problem}")
     if backend == "cuda" and operation not in OF_CUDA:
         raise ValueError(
             f"backend='cuda' has no kernel for {operation}, only for {', '.join(OF_CUDA)}; use backend='triton'"
         )
-    if not _takes(backend, tensor):
-        raise ValueError(f"backend={backend!r} takes {_TAKES[backend]}, got one on {tensor.device}")
+    if not _takes(backend, device):
+        raise ValueError(f"backend={backend!r} takes {_TAKES[backend]}, got one on {device}")
+    if float64 and backend in ON_GPU:
+        raise ValueError(
+            f"backend={backend!r} takes float32, bfloat16 and float16 logits, got float64; use backend='torch'"
+        )
     return backend
+
+
+def _best(device: torch.device, operation: str, float64: bool) -> str:
+    """The backend that a call gets which names none."""
+    gpu = () if float64 else _gpu_backends(operation)
+    candidates = {"cpu": ("cpu",), "cuda": gpu}.get(device.type, ())
+    for name in candidates:
+        if _loaded(name).problem is None and _takes(name, device):
+            return name
+    if candidates:
+        _warn_of_fallback(device.type)
+    return "torch"
 
 
 def _gpu_backends(operation: str) -> tuple[str, ...]:
@@ -169,24 +241,27 @@ def _gpu_backends(operation: str) -> tuple[str, ...]:
     return PREFERRED_ON_GPU, "triton" if PREFERRED_ON_GPU == "cuda" else "cuda"
 
 
-_warned = False
+_warned: set[str] = set()
 
 
-@torch.compiler.assume_constant_result  # no part of a graph
-def _warn_of_fallback() -> None:
-    """Says once per process that CPU tensors are served by PyTorch, why, and until when."""
-    global _warned
-    if not _warned:
-        frame, level = sys._getframe(), 1
-        while frame.f_back and frame.f_code.co_filename.startswith(str(native_module.PACKAGE)):
-            frame, level = frame.f_back, level + 1  # to the caller of an operation
+def _warn_of_fallback(kind: str) -> None:
+    """Says once per process that the tensors of a kind of device are served by PyTorch, why, and until when."""
+    if kind == "cpu":
+        problem, tensors, kernels = cpu.PROBLEM, "CPU", "native"
         cure = f". To have them: {cpu.CURE}" if cpu.CURE else ""
-        warnings.warn(
-            f"cmdp_fast serves CPU tensors with plain PyTorch, without its native kernels: {cpu.PROBLEM}{cure}",
-            RuntimeWarning,
-            stacklevel=level,
-        )
-        _warned = True  # not before: where warnings are errors, each call says so
+    else:
+        problem, tensors, kernels, cure = _loaded("triton").problem, "GPU", "Triton", ""
+    if kind in _warned or (problem or "").startswith(NO_DEVICE):  # without a device it is no tensor, but a fake
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_code.co_filename.startswith(str(native_module.PACKAGE)):
+        frame, level = frame.f_back, level + 1  # to the caller of an operation
+    warnings.warn(
+        f"cmdp_fast serves {tensors} tensors with plain PyTorch, without its {kernels} kernels: {problem}{cure}",
+        RuntimeWarning,
+        stacklevel=level,
+    )
+    _warned.add(kind)  # not before: where warnings are errors, each call says so
 
 
 _TAKES = {
@@ -196,30 +271,16 @@ _TAKES = {
 }
 
 
-def _takes(backend: str, tensor: Tensor) -> bool:
-    """Whether a backend that works here takes tensors on this one's device."""
-    device = tensor.device.type
+def _takes(backend: str, device: torch.device) -> bool:
+    """Whether a backend that works here takes tensors on a device."""
     if backend == "cuda":
-        assert cuda is not None
-        return device == cuda.DEVICE and (device == "cpu" or _recent(tensor.device.index))
+        home = cast(ModuleType, _loaded("cuda").module).DEVICE
+        return device.type == home and (home == "cpu" or _recent(device.index))
     if backend == "triton":
-        return device == "cuda" or (INTERPRETED and device == "cpu")
-    return backend == "torch" or device == "cpu"
+        return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
+    return backend == "torch" or device.type == "cpu"
 
 
-@torch.compiler.assume_constant_result
 def _recent(index: int | None) -> bool:
     """Whether a device has what the CUDA kernels were compiled for."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= (8, 0)
-
-
-def choose_for_logits(backend: str | None, tensor: Tensor, computed: torch.dtype, operation: str) -> str:
-    """As `choose`, for statistics in the dtype ``computed``: the GPU kernels leave float64 to PyTorch."""
-    chosen = choose(backend, tensor, operation)
-    if chosen in ON_GPU and computed == torch.float64:
-        if backend is not None:
-            raise ValueError(
-                f"backend={backend!r} takes float32, bfloat16 and float16 logits, got float64; use backend='torch'"
-            )
-        return "torch"
-    return chosen

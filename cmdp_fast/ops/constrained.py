@@ -78,7 +78,7 @@ def constrained_reward(
     computed = compute_dtype(student_logits, teacher_logits)
     chosen = backends.choose_for_logits(backend, student_logits, computed, operation)
 
-    if held.cost in backends.get(chosen).COSTS:
+    if backends.scans(chosen, held.cost):
         student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)
         pair = Pair(student, teacher, tokens, mask, float(temperature), vocab)
         limit = held.budget

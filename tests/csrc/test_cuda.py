@@ -2,20 +2,18 @@
 blocks and threads come; one launch; counters that are left as they were found; and which calls they serve."""
 
 import math
-from types import SimpleNamespace
 
 import hosted
 import pytest
 import torch
 from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logits, make_tokens, weighted_sum
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
 from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement
 from cmdp_fast.ops import backends
-from cmdp_fast.ops.backends import cuda
 from cmdp_fast.reference import BudgetTrace
 
+cuda = backends.get("cuda")
 pytestmark = pytest.mark.cuda
 needs_cuda = pytest.mark.skipif(
     cf.available_backends()["cuda"] is not None, reason="the cuda backend does not work here"
@@ -269,50 +267,6 @@ def test_only_some_operations_have_a_cuda_kernel():
     stats = cf.token_stats(x, y, tokens, backend="cuda")
     assert torch.equal(cf.divergence(x, y, "forward_kl", backend="cuda"), stats.forward_kl)
     assert cf.constrained_reward(x[None], y[None], tokens[None], reward, 1.0, cost="k3", backend="cuda").reward.any()
-
-
-@pytest.mark.parametrize("built, triton, recent", [(b, t, r) for b in (0, 1) for t in (0, 1) for r in (0, 1)])
-@pytest.mark.parametrize("preferred", ["cuda", "triton"])
-def test_dispatch_of_tensors_on_a_gpu(built, triton, recent, preferred, monkeypatch):
-    """The preference decides where both work; what has no CUDA kernel, and a device too old, is triton's."""
-    monkeypatch.setattr(backends, "PREFERRED_ON_GPU", preferred)
-    monkeypatch.setattr(backends, "cuda", SimpleNamespace(DEVICE="cuda"))
-    monkeypatch.setattr(backends, "_recent", lambda index: bool(recent))
-    monkeypatch.setitem(backends._BACKENDS, "cuda", None if built else "not built")
-    monkeypatch.setitem(backends._BACKENDS, "triton", None if triton else "not there")
-    with FakeTensorMode():
-        x = torch.empty(2, 3, device="cuda")
-    works = {"cuda": built and recent, "triton": triton}
-    other = "triton" if preferred == "cuda" else "cuda"
-    expected = preferred if works[preferred] else other if works[other] else "torch"
-    assert backends.choose(None, x, "token_stats") == expected
-    assert backends.choose(None, x, "divergence") == ("triton" if triton else "torch")
-    assert backends.choose_for_logits(None, x, torch.float64, "token_stats") == "torch"
-    if built and not recent:
-        with pytest.raises(ValueError, match=r"of compute capability 8\.0 or later, got one on cuda"):
-            backends.choose("cuda", x, "token_stats")
-
-
-def test_the_choice_is_no_break_in_a_compiled_graph(monkeypatch):
-    monkeypatch.setattr(backends, "cuda", SimpleNamespace(DEVICE="cuda", COSTS=("reverse_kl",)))
-    monkeypatch.setitem(backends._MODULES, "cuda", backends.cuda)
-    monkeypatch.setitem(backends._BACKENDS, "cuda", None)
-    monkeypatch.setattr(backends, "PREFERRED_ON_GPU", "cuda")
-    chosen = []
-
-    def record(graph, inputs):
-        chosen.extend(node.args[-2] for node in graph.graph.nodes if "constrained_pass" in str(node.target))
-        return graph.forward
-
-    @torch.compile(fullgraph=True, backend=record)
-    def step(x, y, tokens, reward):
-        return cf.constrained_reward(x, y, tokens, reward, 1.0).reward
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x, y = (torch.empty(2, 3, 37, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        tokens, reward = torch.zeros(2, 3, dtype=torch.int64, device="cuda"), torch.zeros(2, 3, device="cuda")
-        assert step(x, y, tokens, reward).shape == (2, 3)
-    assert chosen == ["cuda"]
 
 
 @needs_cuda

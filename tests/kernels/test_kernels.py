@@ -11,10 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
 from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, RewardRule, Upstream
-from cmdp_fast.ops.backends import INTERPRETED, kernels
+from cmdp_fast.ops import backends
+from cmdp_fast.ops.backends import INTERPRETED
 from cmdp_fast.ops.operator import flatten
 from cmdp_fast.reference import BudgetTrace
 
+kernels = backends.get("triton")
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(kernels is None, reason="the triton backend does not work here"),
