@@ -5,7 +5,11 @@
 #   auto  (default) build them if there are both an nvcc and an NVIDIA GPU, and for the GPUs found only. What cannot run
 #         here costs an installation nothing.
 #   0     do not.
-# CMAKE_CUDA_ARCHITECTURES names other architectures.
+# CMAKE_CUDA_ARCHITECTURES, or CMake's own environment variable CUDAARCHS (90, or 90-real;100-real), names other
+# architectures.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT "$ENV{CUDAARCHS}" STREQUAL "")
+  set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}")
+endif()
 if(NOT DEFINED CMDP_FAST_CUDA)
   set(CMDP_FAST_CUDA "$ENV{CMDP_FAST_CUDA}")
 endif()
@@ -75,7 +79,8 @@ endif()
 # Multiplications and additions fuse only where a kernel says so: left to the compiler, the same formula could round
 # differently in two kernels whose results are promised to be the same.
 add_library(cuda_kernels OBJECT cuda/token_stats.cu cuda/backward.cu)
-set_target_properties(cuda_kernels PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
+set_target_properties(cuda_kernels PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF
+                      CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(cuda_kernels PRIVATE -fmad=false --expt-relaxed-constexpr -Xfatbin=-compress-all --threads=4)
 pybind11_add_module(_cuda MODULE cuda/bindings.cpp $<TARGET_OBJECTS:cuda_kernels>)
 set_target_properties(_cuda PROPERTIES LINKER_LANGUAGE CXX)

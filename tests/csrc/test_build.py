@@ -30,14 +30,28 @@ find_package(pybind11 CONFIG REQUIRED)
 pybind11_add_module(_C MODULE bindings.cpp)
 target_compile_definitions(_C PRIVATE CMDP_SOURCES="${CMDP_FAST_SOURCES}")
 """
+# Without pybind11's headers, which take most of the seconds.
 TINY_MODULE = """
-#include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C, module) {
-  module.attr("SOURCES") = CMDP_SOURCES;
-  module.attr("CUDA_NOTE") = "";
-  module.def("variant", [] { return "tiny"; });
+#include <Python.h>
+static PyObject* variant(PyObject*, PyObject*) { return PyUnicode_FromString("tiny"); }
+static PyMethodDef methods[] = {{"variant", variant, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddStringConstant(module, "SOURCES", CMDP_SOURCES);
+  PyModule_AddStringConstant(module, "CUDA_NOTE", "");
+  return module;
 }
 """
+TINY_CUDA = {
+    "token_stats.cu": "__global__ void nothing() {}\n",
+    "backward.cu": "__global__ void nothing_either() {}\n",
+    "bindings.cpp": """
+#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&definition); }
+""",
+}
 SHOW = "import cmdp_fast as cf; print(cf.available_backends()['cpu'])"
 USE = "import torch, cmdp_fast as cf; x = torch.randn(2, 3); cf.divergence(x, x); cf.divergence(x, x)"
 
@@ -125,6 +139,49 @@ def test_failures_and_successes_in_place(tree):
     assert done.returncode == 0, done.stderr
     assert f"removed cmdp_fast/{MODULE}, of an earlier build" in done.stderr
     assert not list(package.glob("*.so")) and "error: #error no such machine" in (package / FAILURE).read_text()
+
+
+WHERE = """
+import importlib.util, site
+from importlib.machinery import PathFinder
+site.addsitedir(home)  # .pth files count
+package = importlib.util.find_spec("cmdp_fast").submodule_search_locations
+print(*(PathFinder.find_spec(f"cmdp_fast.{name}", package).origin for name in ("_C", "_cuda")))
+"""
+WITH_CUDA = {  # how csrc/ comes to its second module: as it is, or without waiting for nvcc
+    "nvcc": "include(cuda/build.cmake)\n",
+    "c++": "if(CMDP_FAST_CUDA STREQUAL 1)\n  pybind11_add_module(_cuda MODULE cuda/bindings.cpp)\nendif()\n",
+}
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
+@pytest.mark.parametrize("way", ["build_ext", "editable", "pip"])
+@pytest.mark.parametrize("compiler", WITH_CUDA)
+def test_every_way_of_installing_keeps_the_cuda_kernels(compiler, way, tree, tmp_path):
+    for package in ("pip", "pybind11"):
+        pytest.importorskip(package)
+    if compiler == "nvcc" and shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    (tree / "csrc" / "CMakeLists.txt").write_text(TINY_CMAKE + WITH_CUDA[compiler])
+    (tree / "csrc" / "bindings.cpp").write_text(TINY_MODULE)
+    for name, source in TINY_CUDA.items():
+        (tree / "csrc" / "cuda" / name).write_text(source)
+    environment = {"CXX": os.environ.get("CXX") or "c++", "CMDP_FAST_CUDA": "1", "CUDAARCHS": "90-real"}
+    home = tree
+    if way == "build_ext":
+        done = setup(tree, "build_ext", "--inplace", **environment)
+    else:
+        command = [sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps", "--no-build-isolation"]
+        command += ["--prefix", str(tmp_path / "site"), *(["-e"] if way == "editable" else []), str(tree)]
+        environment = {**os.environ, **SILENT, **environment, "PIP_CONFIG_FILE": os.devnull}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        (home,) = {noted.parent for noted in (tmp_path / "site").rglob("cmdp_fast-*.dist-info")} or {None}
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert compiler != "nvcc" or "CUDA kernels for 90-real" in said
+    package = (home if way == "pip" else tree) / "cmdp_fast"
+    imported = python(tmp_path, f"home = {str(home)!r}\n{WHERE}", PYTHONPATH="")
+    assert imported.stdout.split() == [str(package / MODULE.replace("_C", name)) for name in ("_C", "_cuda")]
 
 
 def test_no_compiler_at_all_is_said_plainly(tree, tmp_path):
