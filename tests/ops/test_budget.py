@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import make_logits
+from helpers import here, make_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -244,7 +244,7 @@ def test_what_masked_tokens_report(reduction, gamma, backend):
 
 def test_tensors_that_are_not_contiguous(backend):
     shape, generator = (8, 6), torch.Generator().manual_seed(0)
-    cost, reward = torch.rand(shape, generator=generator).t(), torch.rand(shape, generator=generator).t()
+    cost, reward = (here(torch.rand(shape, generator=generator, device="cpu")).t() for _ in range(2))
     trace = cf.budget_trace(cost, 1.0, backend=backend)
     strided = cf.BudgetTrace(*(t.t().contiguous().t() if t.dim() == 2 else t for t in trace))
     assert not strided.violated.is_contiguous()

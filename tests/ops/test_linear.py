@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import DIFFERENTIABLE, DTYPES, assert_no_worse, make_logits, make_tokens, weighted_sum
+from helpers import DIFFERENTIABLE, DTYPES, assert_no_worse, here, make_logits, make_tokens, weighted_sum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_inputs import check, evaluate, make_inputs, perturbed
@@ -235,7 +235,7 @@ def test_with_an_identity_for_a_head_it_is_token_stats(tiny_tiles, backend):
 
 def test_a_masked_row_is_not_read_and_gets_no_gradient(tiny_tiles, backend):
     inputs = make_inputs(rows=(3, 4), vocab=50, biased=True)
-    mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(2)) > 0.4
+    mask = here(torch.rand(3, 4, generator=torch.Generator().manual_seed(2), device="cpu")) > 0.4
     stats, gradients = evaluate(cf.linear_token_stats, inputs, mask=mask, backend=backend)
     spoilt = perturbed(inputs, mask)
     again, gradients_again = evaluate(cf.linear_token_stats, spoilt, mask=mask, backend=backend)
