@@ -1,11 +1,34 @@
-"""Fixtures of the trainer's tests, which need the extra `train`."""
+"""Fixtures of the trainer's tests. Where a package of the extra `train` is missing, its files are skipped and say so."""
 
 from __future__ import annotations
 
-import pytest
-from pair_fixtures import one_thread, pair
+import importlib.util
+from pathlib import Path
+from typing import Any
 
-__all__ = ["isolation", "one_thread", "pair"]
+import pytest
+
+PACKAGES = (
+    *("transformers", "datasets", "accelerate", "tyro", "rich", "matplotlib", "tensorboard"),
+    *("reasoning_gym", "math_verify", "regex"),
+)
+MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+if not MISSING:
+    from pair_fixtures import one_thread, pair
+
+    __all__ = ["isolation", "one_thread", "pair"]
+
+
+class Skipped(pytest.Module):
+    """A file that is not imported: it could not be."""
+
+    def collect(self) -> Any:
+        pytest.skip(f"needs the extra `train`: there is no {', '.join(MISSING)}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return Skipped.from_parent(parent, path=module_path) if MISSING else None
 
 
 @pytest.fixture(scope="session")
