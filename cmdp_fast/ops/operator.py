@@ -17,18 +17,25 @@ which others may be nested, and read by name; the schema that torch sees is made
     def _(backward: Backward[Kept]) -> dict[str, Tensor]: ...   # by the name of the argument: {"pair_student": ...}
 
     _token_stats(Given(pair, "cpu"))
+
+A call in plain eager mode goes straight to its function, by way of an `autograd.Function` if an argument needs a
+gradient. One that somebody else takes part in (`onlookers`), such as torch.compile, goes through the registered operator,
+with the same results.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+
+from cmdp_fast.ops.onlookers import autograd_excluded, unobserved
 
 Given = TypeVar("Given", bound=tuple[Any, ...])  # a NamedTuple of arguments
 Made = TypeVar("Made")  # a NamedTuple of tensors, a tensor, or None
@@ -118,11 +125,11 @@ def seal() -> None:
 class Backward(Generic[Kept]):
     """What a backward pass is told."""
 
-    def __init__(self, context: Any, names: Sequence[str], upstream: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, context: Any, needed: set[str], upstream: tuple[Tensor | None, ...]) -> None:
         self.context = context  # survives from one backward pass through the same call to the next
         self.upstream = upstream
         """The gradients that arrive, in the order of ``of``; None for one that does not count. Not all are None."""
-        self.needed = {name for name, needs in zip(names, context.needs_input_grad, strict=False) if needs}
+        self.needed = needed
         """The names of the arguments that need a gradient. Not empty."""
 
     @property
@@ -133,6 +140,31 @@ class Backward(Generic[Kept]):
         return cast(Kept, self.context.record.rebuild(values))
 
 
+class _Gradient(NamedTuple):
+    """How the results of an operator are differentiated."""
+
+    outputs: tuple[int, ...]  # those that are differentiable
+    keep: Callable[[Any, Any], Any]
+    function: Callable[[Backward[Any]], dict[str, Tensor]]
+
+    def remember(self, context: Any, given: Any, made: Any, output: Sequence[Tensor]) -> None:
+        """What has to be done in a forward pass."""
+        context.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in self.outputs))
+        context.set_materialize_grads(False)
+        kept = self.keep(given, made)
+        flat = [(isinstance(value, Tensor), value) for value in flatten(kept)]
+        context.save_for_backward(*(value for is_tensor, value in flat if is_tensor))
+        context.kept = [(is_tensor, None if is_tensor else value) for is_tensor, value in flat]
+        context.record = _record(type(kept))
+
+    def back(self, context: Any, needed: set[str], upstream: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """The gradients of the arguments that need one, by name."""
+        arrived = tuple(upstream[i] for i in self.outputs)
+        if not needed or all(g is None for g in arrived):
+            return {}
+        return self.function(Backward(context, needed, arrived))
+
+
 class Operator(Generic[Given, Made]):
     """A function of one NamedTuple, registered with torch as an operator of its fields."""
 
@@ -140,9 +172,11 @@ class Operator(Generic[Given, Made]):
         hints = get_type_hints(function)
         made = hints.pop("return")
         (kind,) = hints.values()
+        self.name = name
         self.takes, self.makes = _record(kind), _record(made) if _is_record(made) else None
         arguments = list(leaves(kind))
         self.names = [leaf.name for leaf in arguments]
+        self.mutates = self.names.index(mutates) if mutates else None
         declared = ", ".join(
             f"{leaf.type.replace('Tensor', 'Tensor(a!)') if leaf.name == mutates else leaf.type} {leaf.name}"
             for leaf in arguments
@@ -150,6 +184,7 @@ class Operator(Generic[Given, Made]):
         self.made_names = [leaf.name for leaf in leaves(made)] if self.makes else []
         returned = f"({', '.join(['Tensor'] * len(self.made_names))})" if self.makes else _schema_type(made)
         self.function = function
+        self.differentiated: Any = None  # the function as one that autograd knows, if there is a gradient
         self.registered = torch.library.custom_op(
             f"cmdp_fast::{name}",
             self._run,
@@ -159,7 +194,45 @@ class Operator(Generic[Given, Made]):
         _declared.append(f"{name}({declared}) -> {returned}")
 
     def __call__(self, given: Given) -> Made:
-        return self._named(self.registered(*flatten(given), REVISION))
+        flat = flatten(given)
+        if not torch.compiler.is_compiling():  # torch.compile looks no further
+            needing = self._straight(flat)
+            if needing is not None:
+                call = self._call if "torch._dynamo" not in sys.modules else self._call_untraced
+                return cast(Made, call(given, flat, needing))
+        return self._named(self.registered(*flat, REVISION))
+
+    def _straight(self, flat: Sequence[Any]) -> dict[str, Tensor] | None:
+        """The arguments that need a gradient by name, or None if the call must go through the registered operator."""
+        if not unobserved([value for value in flat if isinstance(value, Tensor)]):
+            return None
+        if not torch.is_grad_enabled():
+            return {}
+        needing = {
+            name: value
+            for name, value in zip(self.names, flat, strict=True)
+            if isinstance(value, Tensor) and value.requires_grad
+        }
+        # Without a gradient of its own the registered operator says so, if somebody asks for it.
+        return None if needing and (self.differentiated is None or autograd_excluded()) else needing
+
+    def _call(self, given: Given, flat: Sequence[Any], needing: dict[str, Tensor]) -> Made:
+        if torch.autograd._profiler_enabled():
+            with torch.profiler.record_function(f"cmdp_fast::{self.name}"):
+                return self._compute(given, flat, needing)
+        return self._compute(given, flat, needing)
+
+    @functools.cached_property
+    def _call_untraced(self) -> Callable[..., Made]:
+        """`_call` where frames may be watched by torch.compile, which has left this one to plain Python."""
+        return cast(Callable[..., Made], torch.compiler.disable(self._call))
+
+    def _compute(self, given: Given, flat: Sequence[Any], needing: dict[str, Tensor]) -> Made:
+        if needing:
+            return self._named(self.differentiated.apply(given, tuple(needing), *needing.values()))
+        if self.mutates is not None and not flat[self.mutates].is_inference():
+            torch.autograd.graph.increment_version(flat[self.mutates])
+        return self.function(given)
 
     def _named(self, outcome: Any) -> Made:
         return cast(Made, outcome if self.makes is None else self.makes.rebuild(outcome))
@@ -189,28 +262,42 @@ class Operator(Generic[Given, Made]):
         ``of``: the outputs that are differentiable, by name. ``keep``: what the backward pass will need of arguments
         and results, as a NamedTuple. The function that is decorated returns gradients by the name of the argument.
         """
-        positions = [self.made_names.index(name) for name in of]
-
-        def remember(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-            ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in positions))
-            ctx.set_materialize_grads(False)
-            kept = keep(self._bound(inputs), self._named(output))
-            flat = [(isinstance(value, Tensor), value) for value in flatten(kept)]
-            ctx.save_for_backward(*(value for is_tensor, value in flat if is_tensor))
-            ctx.kept = [(is_tensor, None if is_tensor else value) for is_tensor, value in flat]
-            ctx.record = _record(type(kept))
+        outputs = tuple(self.made_names.index(name) for name in of)
 
         def register(function: Callable[[Backward[Kept]], dict[str, Tensor]]) -> None:
+            gradient = _Gradient(outputs, keep, function)
+
+            def remember(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+                gradient.remember(ctx, self._bound(inputs), self._named(output), output)
+
             def back(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-                arrived = tuple(upstream[i] for i in positions)
-                given = Backward[Kept](ctx, self.names, arrived)
-                counts = given.needed and any(g is not None for g in arrived)
-                gradients = function(given) if counts else {}
+                needed = {name for name, needs in zip(self.names, ctx.needs_input_grad, strict=False) if needs}
+                gradients = gradient.back(ctx, needed, upstream)
                 return (*(gradients.get(name) for name in self.names), None)  # none for the revision
 
             self.registered.register_autograd(back, setup_context=remember)
+            self.differentiated = self._function_of_autograd(gradient)
 
         return register
+
+    def _function_of_autograd(self, gradient: _Gradient) -> Any:
+        """The operator as an `autograd.Function` of its arguments, the names of those that need a gradient, and these
+        themselves."""
+
+        def forward(ctx: Any, given: Given, names: tuple[str, ...], *needing: Tensor) -> tuple[Tensor, ...]:
+            made = self.function(given)
+            output = self._flat(made)
+            ctx.needing = names
+            gradient.remember(ctx, given, made, output)
+            return cast(tuple[Tensor, ...], output)
+
+        def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            gradients = gradient.back(ctx, set(ctx.needing), upstream)
+            return (None, None, *(gradients.get(name) for name in ctx.needing))
+
+        # By the name that torch gives the one it makes of the registered operator: errors quote it.
+        name = f"GeneratedBackwardFor_cmdp_fast_{self.name}_default"
+        return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
 def operator(name: str, mutates: str = "") -> Callable[[Callable[[Given], Made]], Operator[Given, Made]]:
