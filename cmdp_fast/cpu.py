@@ -20,17 +20,20 @@ from cmdp_fast.layout import (
     Mixture,
     Pair,
     Rewarding,
+    Settlement,
     TokenTrace,
     Upstream,
     address,
+    alike,
     flat,
+    in_array,
     matrix_of,
 )
-from cmdp_fast.reference import BudgetTrace, TokenStats, compute_dtype
+from cmdp_fast.reference import BudgetTrace, TokenStats, compute_dtype, token_cost
 
 native, PROBLEM, CURE = native_module.load()
 
-COSTS: tuple[str, ...] = ()  # there is no pass that does everything: the scan is small beside the logits
+COSTS: tuple[str, ...] = ("reverse_kl", "forward_kl", "k1", "k3", "nll")  # all that follow from the statistics
 HUGE = 8 * 2**20  # bytes from which on fresh memory asks for huge pages, of 2 MiB where there are any
 
 
@@ -48,7 +51,7 @@ def in_huge_pages(t: Tensor) -> Tensor:
 def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
     """The six statistics ``[...]``, float32 or float64, and the saved scalars ``[..., SAVED]`` float64."""
     shape, dtype = pair.student.shape[:-1], compute_dtype(pair.student, pair.teacher)
-    statistics = [torch.empty(shape, dtype=dtype) for _ in TokenStats._fields]
+    statistics = alike(torch.empty(shape, dtype=dtype), len(TokenStats._fields))
     saved = torch.empty((*shape, SAVED), dtype=torch.float64)
     index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
     native.token_stats(
@@ -86,6 +89,19 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
         _threads(),
         first_column,
     )
+
+
+def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], Tensor]:
+    """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; trace and reward are written where they are given."""
+    assert settlement.offsets is not None and settlement.limits is not None
+    mask = flat(pair.mask, torch.bool)
+    rule, task_reward, reward = settlement.rewarding
+    rewarding = Rewarding(rule, in_array(task_reward, reward.dtype), reward)
+    statistics, saved = token_stats(pair._replace(mask=mask))
+    cost = token_cost(TokenStats(*statistics), settlement.cost)
+    account = Account(cost, mask, settlement.offsets)
+    trace_budgets(account, settlement.limits, settlement.rule, settlement.trace, rewarding)
+    return statistics, saved
 
 
 def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:

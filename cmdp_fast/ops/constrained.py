@@ -117,7 +117,7 @@ def constrained_reward(
 
 
 # --------------------------------------------------------------------------------------------------------------
-# The operator behind the GPU kernels: everything in two launches (triton) or one (cuda)
+# The operator behind the native kernels of every device: everything in one call
 
 
 class _Amounts(NamedTuple):
@@ -155,21 +155,30 @@ def _constrained_pass(given: _Given) -> _Made:
     pair, cu_seqlens, spending = given.pair, given.cu_seqlens, given.spending
     assert pair.tokens is not None
     budget = given.budget.number if given.budget.tensor is None else given.budget.tensor
+    dtype = compute_dtype(pair.student, pair.teacher)
+    offsets = limits = None
     if pair.tokens.device.type == "cpu":
-        checks.token_range(pair.tokens, pair.mask, pair.width)
         offsets = sequence_offsets(pair.tokens, cu_seqlens)
-        limits = sequence_limits(budget, spending.per_token, pair.tokens, pair.mask, offsets, torch.float32)
+        limits = sequence_limits(budget, spending.per_token, pair.tokens, pair.mask, offsets, dtype)
         check_values(offsets, limits, pair.tokens)
-    trace, reward = _empty_outcome(pair.tokens, cu_seqlens)
-    rewarding = Rewarding(spending.reward_rule, given.task_reward, reward)
+        checks.token_range(pair.tokens, pair.mask, pair.width)
+    trace, reward = _empty_outcome(pair.tokens, cu_seqlens, dtype)
     settlement = Settlement(
-        spending.cost, cu_seqlens, budget, spending.per_token, spending.budget_rule, trace, rewarding
+        spending.cost,
+        cu_seqlens,
+        budget,
+        spending.per_token,
+        spending.budget_rule,
+        trace,
+        Rewarding(spending.reward_rule, given.task_reward, reward),
+        offsets,
+        limits,
     )
     return _Made(scored(*backends.get(given.backend).constrained_pass(pair, settlement)), trace, reward)
 
 
-def _empty_outcome(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[BudgetTrace, Tensor]:
-    reward = room(tokens, torch.float32)
+def _empty_outcome(tokens: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> tuple[BudgetTrace, Tensor]:
+    reward = room(tokens, dtype)
     sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return empty_trace(reward, sequences), reward
 
@@ -177,7 +186,8 @@ def _empty_outcome(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[BudgetTra
 @_constrained_pass.shapes
 def _(given: _Given) -> _Made:
     assert given.pair.tokens is not None
-    return _Made(room_of(given.pair), *_empty_outcome(given.pair.tokens, given.cu_seqlens))
+    made = room_of(given.pair)
+    return _Made(made, *_empty_outcome(given.pair.tokens, given.cu_seqlens, made.stats.logprob.dtype))
 
 
 _constrained_pass.gradient(

@@ -38,7 +38,7 @@ _plain_threads: dict[int, bool] = {}
 _plain_tensors: dict[int, bool] = {}
 
 
-def unobserved(tensors: Iterable[Tensor]) -> bool:
+def unobserved(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a call with these tensors would reach its function by way of nothing but autograd."""
     included = torch._C._dispatch_tls_local_include_set()
     plain = _plain_threads.get(included.raw_repr())
@@ -46,17 +46,22 @@ def unobserved(tensors: Iterable[Tensor]) -> bool:
         plain = _plain_threads[included.raw_repr()] = _within(included, _OF_A_THREAD)
     if not plain or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
         return False
-    return all(_is_plain(t) for t in tensors)
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _CLASSES:
+            return False
+        bits = torch._C._dispatch_keys(t).raw_repr()
+        plain = _plain_tensors.get(bits)
+        if plain is None:
+            plain = _plain_tensors[bits] = _is_plain(t)
+        if not plain:
+            return False
+    return True
 
 
-def _is_plain(t: Tensor) -> bool:
-    if type(t) not in _CLASSES:
-        return False
-    keys = torch._C._dispatch_keys(t)
-    plain = _plain_tensors.get(keys.raw_repr())
-    if plain is None:  # the bits tell the device too
-        plain = _plain_tensors[keys.raw_repr()] = t.device.type in _DEVICES and _within(keys, _OF_A_TENSOR)
-    return plain
+def _is_plain(t: Tensor) -> bool:  # of all tensors with its keys, which tell the device too
+    return t.device.type in _DEVICES and _within(torch._C._dispatch_keys(t), _OF_A_TENSOR)
 
 
 def _within(keys: Any, allowed: Any) -> bool:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator as fields_of
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -48,16 +49,18 @@ class Leaf(NamedTuple):
     """An argument as torch sees it."""
 
     name: str  # the fields that lead to it, joined by underscores
+    path: str  # the same, joined by dots
     type: str  # as schemas write it
 
 
 def leaves(kind: Any, prefix: str = "") -> Iterator[Leaf]:
     """The arguments that a NamedTuple class stands for, in order."""
     for name, hint in get_type_hints(kind).items():
+        path = prefix + name
         if _is_record(hint):
-            yield from leaves(hint, f"{prefix}{name}_")
+            yield from leaves(hint, f"{path}.")
         else:
-            yield Leaf(prefix + name, _schema_type(hint))
+            yield Leaf(path.replace(".", "_"), path, _schema_type(hint))
 
 
 def _is_record(hint: Any) -> bool:
@@ -176,7 +179,10 @@ class Operator(Generic[Given, Made]):
         self.takes, self.makes = _record(kind), _record(made) if _is_record(made) else None
         arguments = list(leaves(kind))
         self.names = [leaf.name for leaf in arguments]
-        self.mutates = self.names.index(mutates) if mutates else None
+        self.mutates = mutates
+        tensors = [leaf for leaf in arguments if leaf.type.startswith("Tensor")]
+        self.tensor_names = tuple(leaf.name for leaf in tensors)
+        self._tensors_of = fields_of.attrgetter(*(leaf.path for leaf in tensors))
         declared = ", ".join(
             f"{leaf.type.replace('Tensor', 'Tensor(a!)') if leaf.name == mutates else leaf.type} {leaf.name}"
             for leaf in arguments
@@ -194,44 +200,45 @@ class Operator(Generic[Given, Made]):
         _declared.append(f"{name}({declared}) -> {returned}")
 
     def __call__(self, given: Given) -> Made:
-        flat = flatten(given)
         if not torch.compiler.is_compiling():  # torch.compile looks no further
-            needing = self._straight(flat)
-            if needing is not None:
-                call = self._call if "torch._dynamo" not in sys.modules else self._call_untraced
-                return cast(Made, call(given, flat, needing))
-        return self._named(self.registered(*flat, REVISION))
+            tensors = self.tensors_of(given)
+            if unobserved(tensors):
+                needing = self._needing(tensors) if torch.is_grad_enabled() else {}
+                # Without a gradient of its own the registered operator says so, if somebody asks for it.
+                if not needing or (self.differentiated is not None and not autograd_excluded()):
+                    call = self._call if "torch._dynamo" not in sys.modules else self._call_untraced
+                    return cast(Made, call(given, needing))
+        return self._named(self.registered(*flatten(given), REVISION))
 
-    def _straight(self, flat: Sequence[Any]) -> dict[str, Tensor] | None:
-        """The arguments that need a gradient by name, or None if the call must go through the registered operator."""
-        if not unobserved([value for value in flat if isinstance(value, Tensor)]):
-            return None
-        if not torch.is_grad_enabled():
-            return {}
-        needing = {
-            name: value
-            for name, value in zip(self.names, flat, strict=True)
-            if isinstance(value, Tensor) and value.requires_grad
+    def tensors_of(self, given: Given) -> tuple[Tensor | None, ...]:
+        """The arguments that are tensors, or None where one was left out, in the order of ``tensor_names``."""
+        tensors: Any = self._tensors_of(given)
+        return tensors if len(self.tensor_names) != 1 else (tensors,)
+
+    def _needing(self, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """The tensors that need a gradient, by name."""
+        return {
+            name: t for name, t in zip(self.tensor_names, tensors, strict=True) if t is not None and t.requires_grad
         }
-        # Without a gradient of its own the registered operator says so, if somebody asks for it.
-        return None if needing and (self.differentiated is None or autograd_excluded()) else needing
 
-    def _call(self, given: Given, flat: Sequence[Any], needing: dict[str, Tensor]) -> Made:
+    def _call(self, given: Given, needing: dict[str, Tensor]) -> Made:
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function(f"cmdp_fast::{self.name}"):
-                return self._compute(given, flat, needing)
-        return self._compute(given, flat, needing)
+                return self._compute(given, needing)
+        return self._compute(given, needing)
 
     @functools.cached_property
     def _call_untraced(self) -> Callable[..., Made]:
         """`_call` where frames may be watched by torch.compile, which has left this one to plain Python."""
         return cast(Callable[..., Made], torch.compiler.disable(self._call))
 
-    def _compute(self, given: Given, flat: Sequence[Any], needing: dict[str, Tensor]) -> Made:
+    def _compute(self, given: Given, needing: dict[str, Tensor]) -> Made:
         if needing:
             return self._named(self.differentiated.apply(given, tuple(needing), *needing.values()))
-        if self.mutates is not None and not flat[self.mutates].is_inference():
-            torch.autograd.graph.increment_version(flat[self.mutates])
+        if self.mutates:
+            overwritten = self.tensors_of(given)[self.tensor_names.index(self.mutates)]
+            if overwritten is not None and not overwritten.is_inference():
+                torch.autograd.graph.increment_version(overwritten)
         return self.function(given)
 
     def _named(self, outcome: Any) -> Made:
