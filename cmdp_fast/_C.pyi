@@ -102,6 +102,7 @@ def budget_trace(
     reward: tuple[str, bool, float, float, float, float] | None,
     task_reward: int,
     result: int,
+    threads: int,
 ) -> None: ...
 def modified_reward(
     task_reward: int,

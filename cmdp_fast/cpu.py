@@ -167,6 +167,7 @@ def trace_budgets(
         paid,
         address(task),
         address(result),
+        _threads(),
     )
 
 

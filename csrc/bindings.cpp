@@ -119,7 +119,7 @@ Sequences make_sequences(uintptr_t offsets, int64_t count, int64_t total, uintpt
 
 void budget_trace(uintptr_t cost, bool wide, uintptr_t mask, uintptr_t offsets, int64_t count, int64_t total,
                   uintptr_t limits, const BudgetArgs& budget, const TraceArgs& trace,
-                  const std::optional<RewardArgs>& reward, uintptr_t task_reward, uintptr_t result) {
+                  const std::optional<RewardArgs>& reward, uintptr_t task_reward, uintptr_t result, int threads) {
   const Sequences sequences = make_sequences(offsets, count, total, mask);
   const Numbers costs = make_numbers(cost, wide, "cost", total > 0);
   const auto* limit = pointer<const double>(limits, "limits", count > 0);
@@ -127,8 +127,9 @@ void budget_trace(uintptr_t cost, bool wide, uintptr_t mask, uintptr_t offsets, 
   const RewardArrays rewards = make_rewards(task_reward, result, wide, reward.has_value() && total > 0);
   const auto modified = reward ? std::optional<Reward>({make_rule(*reward), rewards}) : std::nullopt;
   const Spending spending{costs, limit, make_rule(budget)};
+  check_threads(threads);
   py::gil_scoped_release release;
-  trace_budgets(sequences, spending, out, modified ? &*modified : nullptr);
+  trace_budgets(sequences, spending, out, modified ? &*modified : nullptr, threads);
 }
 
 void modified_reward(uintptr_t task_reward, uintptr_t cost, bool wide, uintptr_t mask, uintptr_t offsets, int64_t count,

@@ -167,14 +167,21 @@ def room(like: Tensor, dtype: torch.dtype, count: int | None = None) -> Tensor:
     return make(like.shape if count is None else count, dtype=dtype)
 
 
-def empty_trace(cost: Tensor, sequences: int) -> BudgetTrace:
-    """Room for the fields of a `BudgetTrace`."""
-    cumulative, remaining, excess = alike(room(cost, cost.dtype), 3, zero=cost.dim() != 2)
-    return BudgetTrace(cumulative, remaining, room(cost, torch.bool), room(cost, torch.int64, sequences), excess)
+def empty_outcome(like: Tensor, dtype: torch.dtype, sequences: int) -> Settled:
+    """Room for a trace and a reward per token of ``like [B, T]`` or packed ``[N]``."""
+    reward, cumulative, remaining, excess = alike(room(like, dtype), 4, zero=like.dim() != 2)
+    return Settled(_trace(cumulative, remaining, excess, sequences), reward)
 
 
 def _empty_trace(account: Account) -> BudgetTrace:
-    return empty_trace(account.cost, account.offsets.shape[0] - 1)
+    cost = account.cost
+    amounts = alike(room(cost, cost.dtype), 3, zero=cost.dim() != 2)
+    return _trace(*amounts, account.offsets.shape[0] - 1)
+
+
+def _trace(cumulative: Tensor, remaining: Tensor, excess: Tensor, sequences: int) -> BudgetTrace:
+    violated = room(cumulative, torch.bool)
+    return BudgetTrace(cumulative, remaining, violated, room(cumulative, torch.int64, sequences), excess)
 
 
 class _Given(NamedTuple):
@@ -223,7 +230,8 @@ def _constrained_scan(given: _Scan) -> Settled:
 
 
 def _empty_settled(given: _Scan) -> Settled:
-    return Settled(_empty_trace(given.account), room(given.account.cost, given.account.cost.dtype))
+    cost, _, offsets = given.account
+    return empty_outcome(cost, cost.dtype, offsets.shape[0] - 1)
 
 
 _constrained_scan.shapes(_empty_settled)

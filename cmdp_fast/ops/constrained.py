@@ -12,7 +12,7 @@ from cmdp_fast import checks
 from cmdp_fast.constraint import Constraint, ConstraintSettings, constraint_of
 from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement, flat
 from cmdp_fast.ops import backends
-from cmdp_fast.ops.budget import empty_trace, room, settle
+from cmdp_fast.ops.budget import Settled, empty_outcome, settle
 from cmdp_fast.ops.cost import token_cost
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.operator import operator
@@ -162,7 +162,7 @@ def _constrained_pass(given: _Given) -> _Made:
         limits = sequence_limits(budget, spending.per_token, pair.tokens, pair.mask, offsets, dtype)
         check_values(offsets, limits, pair.tokens)
         checks.token_range(pair.tokens, pair.mask, pair.width)
-    trace, reward = _empty_outcome(pair.tokens, cu_seqlens, dtype)
+    trace, reward = _room(pair.tokens, cu_seqlens, dtype)
     settlement = Settlement(
         spending.cost,
         cu_seqlens,
@@ -177,17 +177,15 @@ def _constrained_pass(given: _Given) -> _Made:
     return _Made(scored(*backends.get(given.backend).constrained_pass(pair, settlement)), trace, reward)
 
 
-def _empty_outcome(tokens: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> tuple[BudgetTrace, Tensor]:
-    reward = room(tokens, dtype)
-    sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return empty_trace(reward, sequences), reward
+def _room(tokens: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Settled:
+    return empty_outcome(tokens, dtype, tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 @_constrained_pass.shapes
 def _(given: _Given) -> _Made:
     assert given.pair.tokens is not None
     made = room_of(given.pair)
-    return _Made(made, *_empty_outcome(given.pair.tokens, given.cu_seqlens, made.stats.logprob.dtype))
+    return _Made(made, *_room(given.pair.tokens, given.cu_seqlens, made.stats.logprob.dtype))
 
 
 _constrained_pass.gradient(

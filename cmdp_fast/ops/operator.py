@@ -94,10 +94,12 @@ class _Record(NamedTuple):
     kind: Any
     fields: tuple[Any, ...]  # of each field None, or its record
     size: int
+    nested: bool  # whether one of the fields is a record
+    tensors: tuple[int, ...]  # which of the arguments are tensors
 
     def rebuild(self, flat: Sequence[Any], start: int = 0) -> Any:
         """The NamedTuple that was flattened, from where its arguments begin."""
-        if not any(self.fields):  # none is nested; the common case
+        if not self.nested:  # the common case
             return self.kind(*flat[start : start + self.size])
         values = []
         for inner in self.fields:
@@ -109,7 +111,8 @@ class _Record(NamedTuple):
 @functools.cache
 def _record(kind: Any) -> _Record:
     inner = tuple(_record(hint) if _is_record(hint) else None for hint in get_type_hints(kind).values())
-    return _Record(kind, inner, sum(1 if record is None else record.size for record in inner))
+    tensors = tuple(i for i, leaf in enumerate(leaves(kind)) if leaf.type.startswith("Tensor"))
+    return _Record(kind, inner, sum(1 if record is None else record.size for record in inner), any(inner), tensors)
 
 
 # Every operator declared so far, and a hash of them all, which every call passes along: torch.compile keeps compiled
@@ -138,9 +141,10 @@ class Backward(Generic[Kept]):
     @property
     def kept(self) -> Kept:
         """What the forward pass kept. Raises RuntimeError if one of its tensors has been overwritten since."""
-        tensors = iter(self.context.saved_tensors)
-        values = [next(tensors) if is_tensor else value for is_tensor, value in self.context.kept]
-        return cast(Kept, self.context.record.rebuild(values))
+        record, values = self.context.record, list(self.context.kept)
+        for i, t in zip(record.tensors, self.context.saved_tensors, strict=True):
+            values[i] = t
+        return cast(Kept, record.rebuild(values))
 
 
 class _Gradient(NamedTuple):
@@ -155,10 +159,11 @@ class _Gradient(NamedTuple):
         context.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in self.outputs))
         context.set_materialize_grads(False)
         kept = self.keep(given, made)
-        flat = [(isinstance(value, Tensor), value) for value in flatten(kept)]
-        context.save_for_backward(*(value for is_tensor, value in flat if is_tensor))
-        context.kept = [(is_tensor, None if is_tensor else value) for is_tensor, value in flat]
-        context.record = _record(type(kept))
+        record, values = _record(type(kept)), flatten(kept)
+        context.save_for_backward(*(values[i] for i in record.tensors))  # None stays None
+        for i in record.tensors:
+            values[i] = None
+        context.kept, context.record = values, record
 
     def back(self, context: Any, needed: set[str], upstream: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """The gradients of the arguments that need one, by name."""
