@@ -115,17 +115,19 @@ def _record(kind: Any) -> _Record:
     return _Record(kind, inner, sum(1 if record is None else record.size for record in inner), any(inner), tensors)
 
 
-# Every operator declared so far, and a hash of them all, which every call passes along: torch.compile keeps compiled
-# graphs on disk and knows them by the calls of the forward pass. Were it not for the hash, a graph that an earlier
-# version of this package left there would go on calling a backward operator whose arguments have changed since.
-_declared: list[str] = []
+# Every operator declared so far by name, and a hash of them all, which every call of a registered one passes along:
+# torch.compile keeps compiled graphs on disk and knows them by the calls of the forward pass. Were it not for the hash,
+# a graph that an earlier version of this package left there would go on calling a backward operator whose arguments
+# have changed since.
+DECLARED: dict[str, Operator[Any, Any]] = {}
 REVISION = ""
 
 
 def seal() -> None:
     """Computes the hash; called once all operators of the package have been declared."""
     global REVISION
-    REVISION = hashlib.sha256("\n".join(sorted(_declared)).encode()).hexdigest()[:12]
+    declarations = sorted(operator.declaration for operator in DECLARED.values())
+    REVISION = hashlib.sha256("\n".join(declarations).encode()).hexdigest()[:12]
 
 
 class Backward(Generic[Kept]):
@@ -202,7 +204,8 @@ class Operator(Generic[Given, Made]):
             mutates_args=(mutates,) if mutates else (),
             schema=f"({declared}, str revision='') -> {'()' if returned == 'None' else returned}",
         )
-        _declared.append(f"{name}({declared}) -> {returned}")
+        self.declaration = f"{name}({declared}) -> {returned}"
+        DECLARED[name] = self
 
     def __call__(self, given: Given) -> Made:
         if not torch.compiler.is_compiling():  # torch.compile looks no further
@@ -213,6 +216,10 @@ class Operator(Generic[Given, Made]):
                 if not needing or (self.differentiated is not None and not autograd_excluded()):
                     call = self._call if "torch._dynamo" not in sys.modules else self._call_untraced
                     return cast(Made, call(given, needing))
+        return self.dispatched(given)
+
+    def dispatched(self, given: Given) -> Made:
+        """The call by way of the registered operator."""
         return self._named(self.registered(*flatten(given), REVISION))
 
     def tensors_of(self, given: Given) -> tuple[Tensor | None, ...]:
