@@ -2,12 +2,11 @@
 
     python benchmarks/call_cost.py [--device cuda] [--backend NAME] [--rounds N] [--json FILE]
 
-4 completions of 16 tokens and a vocabulary of 64: the work itself is nothing, and what is left is Python, checks,
-allocations and launches. The unit is a ``torch.add`` of two such small tensors into a third, timed in the same round:
-microseconds differ from machine to machine and from hour to hour, ratios hardly. Calls are timed in batches, all
-operations in turn, and the median of the rounds is shown. On a GPU the clock stops when the calls have been launched,
-not when they have run: a call that launches faster than the GPU works is not held up by the queue, which a batch does
-not fill.
+4 completions of 16 tokens and a vocabulary of 64: the work itself is next to nothing (on a CPU 20 us for the statistics),
+and what is left is Python, checks, allocations and launches. The unit is a ``torch.add`` of two such small tensors into
+a third, timed in the same round: microseconds differ from machine to machine and from hour to hour, ratios hardly. What
+counts is the CPU time of the process, with one thread of PyTorch's: other processes do not stretch it, nor does a GPU
+at work. Calls are timed in batches, all operations in turn, and the median of the rounds is shown.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import cmdp_fast as cf
 
 SEQUENCES, TOKENS, VOCAB, HIDDEN = 4, 16, 64, 16
 BATCH = 2e-3  # seconds that a batch of calls takes, about
-MOST_CALLS = 100  # in a batch: far fewer launches than a GPU's queue takes
+MOST_CALLS = 100  # in a batch: far fewer launches than a GPU's queue takes, so that none waits
 UNIT = "torch.add(out=)"
 
 Call = Callable[[], object]
@@ -109,16 +108,16 @@ def measure(timed: dict[str, Call], rounds: int, device: str) -> dict[str, list[
 
 def _calls_of_a_batch(call: Call, device: str) -> int:
     _batch(call, 3, device)  # compiles
-    return max(3, min(MOST_CALLS, round(BATCH / _batch(call, 10, device))))
+    return max(3, min(MOST_CALLS, round(BATCH / max(1e-6, _batch(call, 10, device)))))
 
 
 def _batch(call: Call, count: int, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(count):
         call()
-    return (time.perf_counter() - start) / count
+    return (time.process_time() - start) / count
 
 
 def main() -> None:
@@ -128,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write microseconds and units here")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     seconds = measure(
         {UNIT: unit(options.device), **calls(options.device, options.backend)}, options.rounds, options.device
     )

@@ -96,7 +96,7 @@ def budget_trace(
     offsets: int,
     count: int,
     total: int,
-    limits: int,
+    limits: int | float,
     budget: tuple[float, bool, bool],
     trace: Sequence[int],
     reward: tuple[str, bool, float, float, float, float] | None,

@@ -50,9 +50,18 @@ def in_huge_pages(t: Tensor) -> Tensor:
 
 def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
     """The six statistics ``[...]``, float32 or float64, and the saved scalars ``[..., SAVED]`` float64."""
+    statistics, saved = _room(pair)
+    _write_statistics(pair, statistics, saved)
+    return statistics, saved
+
+
+def _room(pair: Pair) -> tuple[list[Tensor], Tensor]:
     shape, dtype = pair.student.shape[:-1], compute_dtype(pair.student, pair.teacher)
     statistics = alike(torch.empty(shape, dtype=dtype), len(TokenStats._fields))
-    saved = torch.empty((*shape, SAVED), dtype=torch.float64)
+    return statistics, torch.empty((*shape, SAVED), dtype=torch.float64)
+
+
+def _write_statistics(pair: Pair, statistics: list[Tensor], saved: Tensor) -> None:
     index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
     native.token_stats(
         matrix(pair.student),
@@ -62,11 +71,10 @@ def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
         pair.width,
         pair.temperature,
         [address(s) for s in statistics],
-        dtype == torch.float64,
+        statistics[0].dtype == torch.float64,
         address(saved),
         _threads(),
     )
-    return statistics, saved
 
 
 def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Tensor, first_column: int = 0) -> None:
@@ -93,14 +101,28 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
 
 def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], Tensor]:
     """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; trace and reward are written where they are given."""
-    assert settlement.offsets is not None and settlement.limits is not None
-    mask = flat(pair.mask, torch.bool)
+    mask, limits, trace = flat(pair.mask, torch.bool), settlement.limits, settlement.trace
     rule, task_reward, reward = settlement.rewarding
-    rewarding = Rewarding(rule, in_array(task_reward, reward.dtype), reward)
-    statistics, saved = token_stats(pair._replace(mask=mask))
+    task_reward = in_array(task_reward, reward.dtype)
+    statistics, saved = _room(pair)
+    # The scan's arguments are put together before the logits are read, which leave nothing else in the cache.
+    budget = (
+        reward.dtype == torch.float64,
+        address(mask),
+        address(settlement.offsets),
+        trace.first_violation.shape[0],
+        reward.numel(),
+        address(limits) if isinstance(limits, Tensor) else limits,
+        settlement.rule,
+        [address(t) for t in trace],
+        rule,
+        address(task_reward),
+        address(reward),
+        _threads(),
+    )
+    _write_statistics(pair._replace(mask=mask), statistics, saved)
     cost = token_cost(TokenStats(*statistics), settlement.cost)
-    account = Account(cost, mask, settlement.offsets)
-    trace_budgets(account, settlement.limits, settlement.rule, settlement.trace, rewarding)
+    native.budget_trace(address(cost), *budget)
     return statistics, saved
 
 

@@ -100,8 +100,9 @@ class Settlement(NamedTuple):
     rule: BudgetRule
     trace: BudgetTrace  # room for it, contiguous; in any backend
     rewarding: Rewarding
-    offsets: Tensor | None = None  # [B+1] int64: where sequences begin; of tensors on a CPU, which have been looked at
-    limits: Tensor | None = None  # [B] float64: what each may spend; likewise
+    # Of tensors on a CPU, where values can be looked at; they have been.
+    offsets: Tensor | None = None  # [B+1] int64: where sequences begin; None if they are the rows of [B, T]
+    limits: Tensor | float | None = None  # [B] float64: what each may spend, or the number that all may
 
 
 def address(t: Tensor | None) -> int:

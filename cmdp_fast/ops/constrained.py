@@ -16,7 +16,7 @@ from cmdp_fast.ops.budget import Settled, empty_outcome, settle
 from cmdp_fast.ops.cost import token_cost
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.operator import operator
-from cmdp_fast.ops.sequences import check_completions, check_values, sequence_limits, sequence_offsets
+from cmdp_fast.ops.sequences import check_completions, check_values, rounded, sequence_limits, sequence_offsets
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored
 from cmdp_fast.ops.token_stats import kernel_memory, token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, compute_dtype
@@ -156,11 +156,9 @@ def _constrained_pass(given: _Given) -> _Made:
     assert pair.tokens is not None
     budget = given.budget.number if given.budget.tensor is None else given.budget.tensor
     dtype = compute_dtype(pair.student, pair.teacher)
-    offsets = limits = None
+    offsets, limits = None, None
     if pair.tokens.device.type == "cpu":
-        offsets = sequence_offsets(pair.tokens, cu_seqlens)
-        limits = sequence_limits(budget, spending.per_token, pair.tokens, pair.mask, offsets, dtype)
-        check_values(offsets, limits, pair.tokens)
+        offsets, limits = _checked_budget(given, dtype)
         checks.token_range(pair.tokens, pair.mask, pair.width)
     trace, reward = _room(pair.tokens, cu_seqlens, dtype)
     settlement = Settlement(
@@ -175,6 +173,19 @@ def _constrained_pass(given: _Given) -> _Made:
         limits,
     )
     return _Made(scored(*backends.get(given.backend).constrained_pass(pair, settlement)), trace, reward)
+
+
+def _checked_budget(given: _Given, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | float]:
+    """Offsets and limits, as a `Settlement` has them. Looks at values."""
+    tokens, amounts, per_token = given.pair.tokens, given.budget, given.spending.per_token
+    assert tokens is not None
+    if amounts.tensor is None and given.cu_seqlens is None and not per_token:
+        return None, rounded(amounts.number, dtype)  # nothing that could be wrong
+    offsets = sequence_offsets(tokens, given.cu_seqlens)
+    budget = amounts.number if amounts.tensor is None else amounts.tensor
+    limits = sequence_limits(budget, per_token, tokens, given.pair.mask, offsets, dtype)
+    check_values(offsets, limits, tokens)
+    return offsets, limits
 
 
 def _room(tokens: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Settled:

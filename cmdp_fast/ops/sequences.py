@@ -82,9 +82,8 @@ def sequence_limits(
     """The budget of every sequence, ``[B]`` float64, rounded to the dtype of the costs: a float32 cost of 0.3 has to
     be within a budget of 0.3."""
     count = offsets.shape[0] - 1
-    if not (per_token or isinstance(budget, Tensor) or torch.compiler.is_compiling()):  # rounded before it is a tensor
-        limit = ctypes.c_float(budget).value if dtype == torch.float32 else float(budget)
-        return torch.full((count,), limit, dtype=torch.float64, device=like.device)
+    if not (per_token or isinstance(budget, Tensor) or torch.compiler.is_compiling()):
+        return torch.full((count,), rounded(budget, dtype), dtype=torch.float64, device=like.device)
     check_budget(budget, like, count)
     if isinstance(budget, Tensor):
         limits = budget.detach().to(torch.float64).expand(count)
@@ -96,6 +95,11 @@ def sequence_limits(
         tokens = running[offsets[1:]] - running[offsets[:-1]]
         limits = torch.where(tokens > 0, limits * tokens, 0.0)
     return limits.to(dtype).to(torch.float64).contiguous()
+
+
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """A number as a float32 or float64 tensor holds it, without the tensor, which costs ten times as much."""
+    return ctypes.c_float(number).value if dtype == torch.float32 else float(number)
 
 
 def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:

@@ -8,21 +8,25 @@
 
 namespace cmdp {
 
-// Sequences lie one after another; offsets [count + 1] tell where each begins (the rows of a padded batch are sequences
-// of equal length).
+// Sequences lie one after another; offsets [count + 1] tell where each begins. Without offsets they are the rows of a
+// padded batch, of equal length.
 struct Sequences {
   const int64_t* offsets;
-  int64_t count;
-  const uint8_t* mask;  // 0 = masked; or null
+  int64_t count, width;  // the width is that of a row, where there are no offsets
+  const uint8_t* mask;   // 0 = masked; or null
 
-  int64_t tokens() const { return offsets[count]; }
+  int64_t begin(int64_t s) const { return offsets != nullptr ? offsets[s] : s * width; }
+  int64_t tokens() const { return begin(count); }
 };
 
-// The costs of all tokens, and per sequence the budget they count against.
+// The costs of all tokens, and the budget that each sequence has to itself or all have alike.
 struct Spending {
   Numbers cost;
-  const double* limits;  // [sequences]
+  const double* limits;  // [sequences], or null
+  double limit;
   BudgetRule rule;
+
+  double limit_of(int64_t s) const { return limits != nullptr ? limits[s] : limit; }
 };
 
 // How the task's reward is modified, and where.
@@ -52,7 +56,7 @@ struct Array {
 template <class Real, bool kRewarded>
 void trace_sequence(const Sequences& sequences, int64_t s, const Spending& spending, const TraceArrays& out,
                     const Reward* reward) {
-  const int64_t begin = sequences.offsets[s], end = sequences.offsets[s + 1];
+  const int64_t begin = sequences.begin(s), end = sequences.begin(s + 1);
   const uint8_t* const mask = sequences.mask;
   const BudgetRule rule = spending.rule;
   const Array<Real> costs(spending.cost), cumulative(out.cumulative), remaining(out.remaining), excess(out.excess);
@@ -62,7 +66,7 @@ void trace_sequence(const Sequences& sequences, int64_t s, const Spending& spend
   const Array<Real> rewards(kRewarded ? reward->arrays.reward : Numbers{});
   BudgetState account;
   RewardState state;
-  account.limit = spending.limits[s];
+  account.limit = spending.limit_of(s);
   int64_t first_violation = end - begin;
   for (int64_t i = begin; i < end; ++i) {
     const bool counts = unmasked(mask, i);
@@ -93,7 +97,7 @@ inline void modify_rewards(const Sequences& sequences, const Numbers& cost, cons
   for (int64_t s = 0; s < sequences.count; ++s) {
     RewardState rewards;
     bool before = false;
-    for (int64_t i = sequences.offsets[s]; i < sequences.offsets[s + 1]; ++i) {
+    for (int64_t i = sequences.begin(s); i < sequences.begin(s + 1); ++i) {
       if (!unmasked(sequences.mask, i)) {
         reward.arrays.reward.set(i, 0);
         continue;
