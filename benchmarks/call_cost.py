@@ -2,11 +2,11 @@
 
     python benchmarks/call_cost.py [--device cuda] [--backend NAME] [--rounds N] [--json FILE]
 
-4 completions of 16 tokens and a vocabulary of 64: the work itself is next to nothing (on a CPU 20 us for the statistics),
-and what is left is Python, checks, allocations and launches. The unit is a ``torch.add`` of two such small tensors into
-a third, timed in the same round: microseconds differ from machine to machine and from hour to hour, ratios hardly. What
-counts is the CPU time of the process, with one thread of PyTorch's: other processes do not stretch it, nor does a GPU
-at work. Calls are timed in batches, all operations in turn, and the median of the rounds is shown.
+4 completions of 16 tokens and a vocabulary of 64: the work itself is next to nothing, on a CPU 20 us for the
+statistics. What is left is Python, checks, allocations and launches. The unit is a ``torch.add`` of two such small
+tensors into a third, timed in the same round: microseconds differ from machine to machine and from hour to hour, ratios
+hardly. What counts is the CPU time of the process, with one thread of PyTorch's: other processes do not stretch it, nor
+does a GPU at work. Calls are timed in batches, all operations in turn, and the median of the rounds is shown.
 """
 
 from __future__ import annotations

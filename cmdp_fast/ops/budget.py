@@ -132,8 +132,7 @@ def modified_reward(
     chosen = backends.choose(backend, cost, "modified_reward")
     dtype = compute_dtype(cost)
     task, paid, cumulative, remaining, excess = (
-        in_array(t.detach(), dtype)
-        for t in (task_reward, cost, trace.cumulative, trace.remaining, trace.excess)
+        in_array(t.detach(), dtype) for t in (task_reward, cost, trace.cumulative, trace.remaining, trace.excess)
     )
     spent = TokenTrace(cumulative, remaining, trace.violated.contiguous(), excess)
     account = Account(paid, flat(mask, torch.bool), offsets)
@@ -169,19 +168,20 @@ def room(like: Tensor, dtype: torch.dtype, count: int | None = None) -> Tensor:
 
 def empty_outcome(like: Tensor, dtype: torch.dtype, sequences: int) -> Settled:
     """Room for a trace and a reward per token of ``like [B, T]`` or packed ``[N]``."""
-    reward, cumulative, remaining, excess = alike(room(like, dtype), 4, zero=like.dim() != 2)
-    return Settled(_trace(cumulative, remaining, excess, sequences), reward)
+    reward, *amounts = alike(room(like, dtype), 4, zero=like.dim() != 2)
+    return Settled(_trace(amounts, sequences), reward)
 
 
 def _empty_trace(account: Account) -> BudgetTrace:
     cost = account.cost
     amounts = alike(room(cost, cost.dtype), 3, zero=cost.dim() != 2)
-    return _trace(*amounts, account.offsets.shape[0] - 1)
+    return _trace(amounts, account.offsets.shape[0] - 1)
 
 
-def _trace(cumulative: Tensor, remaining: Tensor, excess: Tensor, sequences: int) -> BudgetTrace:
-    violated = room(cumulative, torch.bool)
-    return BudgetTrace(cumulative, remaining, violated, room(cumulative, torch.int64, sequences), excess)
+def _trace(amounts: list[Tensor], sequences: int) -> BudgetTrace:
+    cumulative, remaining, excess = amounts
+    violated, first_violation = room(cumulative, torch.bool), room(cumulative, torch.int64, sequences)
+    return BudgetTrace(cumulative, remaining, violated, first_violation, excess)
 
 
 class _Given(NamedTuple):

@@ -19,8 +19,8 @@ which others may be nested, and read by name; the schema that torch sees is made
     _token_stats(Given(pair, "cpu"))
 
 A call in plain eager mode goes straight to its function, by way of an `autograd.Function` if an argument needs a
-gradient. One that somebody else takes part in (`onlookers`), such as torch.compile, goes through the registered operator,
-with the same results.
+gradient. One that somebody else takes part in (`onlookers`), such as torch.compile, goes through the registered
+operator, with the same results.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ class _Gradient(NamedTuple):
         context.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in self.outputs))
         context.set_materialize_grads(False)
         kept = self.keep(given, made)
-        record, values = _record(type(kept)), flatten(kept)
+        kind: Any = type(kept)
+        record, values = _record(kind), flatten(kept)
         context.save_for_backward(*(values[i] for i in record.tensors))  # None stays None
         for i in record.tensors:
             values[i] = None
@@ -215,7 +216,7 @@ class Operator(Generic[Given, Made]):
                 # Without a gradient of its own the registered operator says so, if somebody asks for it.
                 if not needing or (self.differentiated is not None and not autograd_excluded()):
                     call = self._call if "torch._dynamo" not in sys.modules else self._call_untraced
-                    return cast(Made, call(given, needing))
+                    return call(given, needing)
         return self.dispatched(given)
 
     def dispatched(self, given: Given) -> Made:
@@ -316,7 +317,8 @@ class Operator(Generic[Given, Made]):
 
         # By the name that torch gives the one it makes of the registered operator: errors quote it.
         name = f"GeneratedBackwardFor_cmdp_fast_{self.name}_default"
-        return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(name, (torch.autograd.Function,), methods)
 
 
 def operator(name: str, mutates: str = "") -> Callable[[Callable[[Given], Made]], Operator[Given, Made]]:
