@@ -209,15 +209,22 @@ def test_tensors_that_are_more_than_numbers():
 
 
 @needs_native
-def test_a_call_between_two_graphs():
-    """torch.compile watches the frames that it has left to Python; it must not trace into a kernel's function."""
+def test_torch_compile_does_not_enter_a_function_that_was_called_straight(monkeypatch):
+    """It leaves a frame that it cannot compile to Python, and looks at those that are called in it."""
+    entered = []
+    function = DECLARED["token_stats"].function
 
-    def broken(x):
-        torch._dynamo.graph_break()
-        return statistics(x).reverse_kl.sum()
+    def watched(given):
+        entered.append(torch.compiler.is_compiling())
+        return function(given)
 
+    left_to_python = torch._dynamo.disable(Operator.__call__, recursive=False)
+    monkeypatch.setattr(Operator, "__call__", lambda operator, given: left_to_python(operator, given))
+    monkeypatch.setattr(DECLARED["token_stats"], "function", watched)
     with torch.no_grad():
-        assert torch.equal(torch.compile(broken, backend="eager")(X), broken(X))
+        found = torch.compile(statistics, backend="eager")(X)
+        assert entered == [False]
+        assert torch.equal(found.reverse_kl, statistics().reverse_kl)
 
 
 @needs_native
