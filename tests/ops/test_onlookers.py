@@ -136,6 +136,13 @@ def test_nobody_looks_on(monkeypatch):
             assert ways(statistics, monkeypatch) == {"straight"}
 
 
+@needs_native
+def test_inside_the_kernel_of_somebody_elses_operator_nothing_is_recorded(monkeypatch):
+    with torch._C._AutoDispatchBelowAutograd():
+        assert ways(statistics, monkeypatch) == {"dispatched"}
+        assert not statistics().entropy.requires_grad
+
+
 WATCHED = {
     "a mode of dispatch": Watched,
     "FlopCounterMode": lambda: FlopCounterMode(display=False),
