@@ -96,12 +96,13 @@ def budget_trace(
     offsets: int,
     count: int,
     total: int,
-    limits: int,
+    limits: int | float,
     budget: tuple[float, bool, bool],
     trace: Sequence[int],
     reward: tuple[str, bool, float, float, float, float] | None,
     task_reward: int,
     result: int,
+    threads: int,
 ) -> None: ...
 def modified_reward(
     task_reward: int,

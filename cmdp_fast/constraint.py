@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -230,6 +231,21 @@ class ConstraintSettings(AccountSettings, RewardSettings, total=False):
     beta: float
 
 
+def _made(values: Mapping[str, Any]) -> Constraint:
+    """A constraint of these fields; the same one if it has been made before. Nobody can change it."""
+    if torch.compiler.is_compiling() or not all(type(value) in _PLAIN for value in values.values()):
+        return Constraint(**values)
+    return _made_before(**values)
+
+
+_PLAIN = (float, int, str, bool, type(None))
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # typed: 1 and True are equal, and one of them is refused
+def _made_before(**values: Any) -> Constraint:
+    return Constraint(**values)
+
+
 def checked(constraint: object) -> Constraint:
     """The constraint itself. Raises TypeError for anything else, such as the name of a kind."""
     if not isinstance(constraint, Constraint):
@@ -252,11 +268,14 @@ def constraint_of(
     for name in settings:
         if name not in allowed:
             raise TypeError(f"{operation}() got an unexpected keyword argument {name!r}")
-    given = {**settings, **{name: value for name, value in budget.items() if value is not None}}
+    given = dict(settings)
+    for name, value in budget.items():
+        if value is not None:
+            given[name] = value
     if constraint is None:
         if "budget" in budget and "budget" not in given:
             raise TypeError(f"{operation}() needs a budget, or constraint=")
-        return Constraint(**({"budget": 0.0} | given))  # a reward needs no budget: its trace has accounted for it
+        return _made({"budget": 0.0} | given)  # a reward needs no budget: its trace has accounted for it
     if given:
         repeated = ", ".join(f.name for f in fields(Constraint) if f.name in given)
         raise TypeError(f"{operation}() got constraint= and, of its fields, also {repeated}; expected one or the other")

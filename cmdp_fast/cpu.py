@@ -20,17 +20,20 @@ from cmdp_fast.layout import (
     Mixture,
     Pair,
     Rewarding,
+    Settlement,
     TokenTrace,
     Upstream,
     address,
+    alike,
     flat,
+    in_array,
     matrix_of,
 )
-from cmdp_fast.reference import BudgetTrace, TokenStats, compute_dtype
+from cmdp_fast.reference import BudgetTrace, TokenStats, compute_dtype, token_cost
 
 native, PROBLEM, CURE = native_module.load()
 
-COSTS: tuple[str, ...] = ()  # there is no pass that does everything: the scan is small beside the logits
+COSTS: tuple[str, ...] = ("reverse_kl", "forward_kl", "k1", "k3", "nll")  # all that follow from the statistics
 HUGE = 8 * 2**20  # bytes from which on fresh memory asks for huge pages, of 2 MiB where there are any
 
 
@@ -47,9 +50,18 @@ def in_huge_pages(t: Tensor) -> Tensor:
 
 def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
     """The six statistics ``[...]``, float32 or float64, and the saved scalars ``[..., SAVED]`` float64."""
+    statistics, saved = _room(pair)
+    _write_statistics(pair, statistics, saved)
+    return statistics, saved
+
+
+def _room(pair: Pair) -> tuple[list[Tensor], Tensor]:
     shape, dtype = pair.student.shape[:-1], compute_dtype(pair.student, pair.teacher)
-    statistics = [torch.empty(shape, dtype=dtype) for _ in TokenStats._fields]
-    saved = torch.empty((*shape, SAVED), dtype=torch.float64)
+    statistics = alike(torch.empty(shape, dtype=dtype), len(TokenStats._fields))
+    return statistics, torch.empty((*shape, SAVED), dtype=torch.float64)
+
+
+def _write_statistics(pair: Pair, statistics: list[Tensor], saved: Tensor) -> None:
     index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
     native.token_stats(
         matrix(pair.student),
@@ -58,12 +70,11 @@ def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
         address(counted),
         pair.width,
         pair.temperature,
-        [address(s) for s in statistics],
-        dtype == torch.float64,
+        [s.data_ptr() for s in statistics],
+        statistics[0].dtype == torch.float64,
         address(saved),
         _threads(),
     )
-    return statistics, saved
 
 
 def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Tensor, first_column: int = 0) -> None:
@@ -86,6 +97,33 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
         _threads(),
         first_column,
     )
+
+
+def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], Tensor]:
+    """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; trace and reward are written where they are given."""
+    mask, limits, trace = flat(pair.mask, torch.bool), settlement.limits, settlement.trace
+    rule, task_reward, reward = settlement.rewarding
+    task_reward = in_array(task_reward, reward.dtype)
+    statistics, saved = _room(pair)
+    # The scan's arguments are put together before the logits are read, which leave nothing else in the cache.
+    budget = (
+        reward.dtype == torch.float64,
+        address(mask),
+        address(settlement.offsets),
+        trace.first_violation.shape[0],
+        reward.numel(),
+        address(limits) if isinstance(limits, Tensor) else limits,
+        settlement.rule,
+        [t.data_ptr() for t in trace],
+        rule,
+        address(task_reward),
+        address(reward),
+        _threads(),
+    )
+    _write_statistics(pair._replace(mask=mask), statistics, saved)
+    cost = token_cost(TokenStats(*statistics), settlement.cost)
+    native.budget_trace(address(cost), *budget)
+    return statistics, saved
 
 
 def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:
@@ -147,10 +185,11 @@ def trace_budgets(
         *_costs(account),
         address(limits),
         rule,
-        [address(t) for t in trace],
+        [t.data_ptr() for t in trace],
         paid,
         address(task),
         address(result),
+        _threads(),
     )
 
 
@@ -159,7 +198,7 @@ def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) ->
     native.modified_reward(
         address(rewarding.task_reward),
         *_costs(account),
-        [address(t) for t in trace],
+        [t.data_ptr() for t in trace],
         rewarding.rule,
         address(rewarding.reward),
     )

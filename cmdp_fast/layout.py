@@ -9,6 +9,12 @@ from torch import Tensor
 
 from cmdp_fast.reference import BudgetTrace, TokenStats
 
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 SAVED = 7  # numbers per row that the backward pass needs: SavedRow in csrc/logits.h
 
 
@@ -85,7 +91,7 @@ class Rewarding(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """The budget of a pass that does everything in one launch. Tokens are ``[B, T]``, or ``[N]`` with cu_seqlens."""
+    """The budget of a pass that does everything in one call. Tokens are ``[B, T]``, or ``[N]`` with cu_seqlens."""
 
     cost: str  # one of the backend's COSTS
     cu_seqlens: Tensor | None  # [B+1]
@@ -94,6 +100,9 @@ class Settlement(NamedTuple):
     rule: BudgetRule
     trace: BudgetTrace  # room for it, contiguous; in any backend
     rewarding: Rewarding
+    # Of tensors on a CPU, where values can be looked at; they have been.
+    offsets: Tensor | None = None  # [B+1] int64: where sequences begin; None if they are the rows of [B, T]
+    limits: Tensor | float | None = None  # [B] float64: what each may spend, or the number that all may
 
 
 def address(t: Tensor | None) -> int:
@@ -102,7 +111,12 @@ def address(t: Tensor | None) -> int:
 
 def flat(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A small per-token tensor as a contiguous array; keep a reference to it while the kernel runs."""
-    return None if t is None else t.to(dtype).contiguous()
+    return t if t is None else in_array(t, dtype)
+
+
+def in_array(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself if it is a contiguous array of a dtype, else a copy."""
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()  # `to` costs as much as an addition even so
 
 
 def row_axes(t: Tensor) -> list[tuple[int, int]]:
@@ -126,9 +140,12 @@ def addressable(t: Tensor) -> bool:
 def matrix_of(t: Tensor) -> tuple[int, str, list[int], list[int], int]:
     """The rows ``[..., V]`` of a tensor: address, dtype, leading sizes and strides, width (make_matrix in
     csrc/arguments.h)."""
+    width, dtype = t.shape[-1], DTYPE_NAMES[t.dtype]
+    count = t.numel()
+    if count > width > 0 and t.is_contiguous():  # one axis
+        return t.data_ptr(), dtype, [count // width], [width], width
     axes = row_axes(t)
-    dtype = str(t.dtype).removeprefix("torch.")
-    return t.data_ptr(), dtype, [size for size, _ in axes], [stride for _, stride in axes], t.shape[-1]
+    return t.data_ptr(), dtype, [size for size, _ in axes], [stride for _, stride in axes], width
 
 
 def empty_statistics(student: Tensor, packed: bool = False) -> tuple[list[Tensor], Tensor]:
@@ -137,8 +154,17 @@ def empty_statistics(student: Tensor, packed: bool = False) -> tuple[list[Tensor
     ``packed``: they are made sequence by sequence. On a GPU the offsets are not checked: a row of no sequence is 0.
     """
     shape, room = student.shape[:-1], student.new_zeros if packed else student.new_empty
-    statistics = [room(shape, dtype=torch.float32) for _ in TokenStats._fields]
+    statistics = alike(room(shape, dtype=torch.float32), len(TokenStats._fields), zero=packed)
     return statistics, room((*shape, SAVED), dtype=torch.float64)
+
+
+def alike(first: Tensor, count: int, zero: bool = False) -> list[Tensor]:
+    """Room for ``count`` tensors, the first and others like it.
+
+    A small tensor that is like another is made in less than half the time of one from a shape and a dtype.
+    """
+    make = torch.zeros_like if zero else torch.empty_like
+    return [first, *(make(first) for _ in range(count - 1))]
 
 
 def unit_stride(t: Tensor) -> Tensor:

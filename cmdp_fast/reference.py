@@ -78,7 +78,10 @@ class ConstrainedReward(NamedTuple):
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is float64, else float32: the dtype of statistics, costs and rewards."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "arguments.h"
@@ -106,29 +107,37 @@ void update_states(const Matrix& student, const Matrix& teacher, uintptr_t token
   cpu::update_states(table, in, stored, threads);
 }
 
-// Checks that the offsets rise from 0 to total, so that no sequence reaches outside the arrays.
+// Checks that the offsets rise from 0 to total, so that no sequence reaches outside the arrays. Without offsets the
+// sequences are of equal length.
 Sequences make_sequences(uintptr_t offsets, int64_t count, int64_t total, uintptr_t mask) {
   if (count < 0 || total < 0) fail("negative sizes");
-  const auto* begins = pointer<const int64_t>(offsets, "offsets", true);
+  const auto* begins = pointer<const int64_t>(offsets, "offsets", false);
+  if (begins == nullptr) {
+    const int64_t width = count > 0 ? total / count : 0;
+    if (count * width != total) fail("without offsets all sequences must have the same number of tokens");
+    return {nullptr, count, width, pointer<const uint8_t>(mask, "mask", false)};
+  }
   if (begins[0] != 0 || begins[count] != total) fail("offsets must begin with 0 and end with the number of tokens");
   for (int64_t i = 0; i < count; ++i) {
     if (begins[i + 1] < begins[i]) fail("offsets must not decrease");
   }
-  return {begins, count, pointer<const uint8_t>(mask, "mask", false)};
+  return {begins, count, 0, pointer<const uint8_t>(mask, "mask", false)};
 }
 
 void budget_trace(uintptr_t cost, bool wide, uintptr_t mask, uintptr_t offsets, int64_t count, int64_t total,
-                  uintptr_t limits, const BudgetArgs& budget, const TraceArgs& trace,
-                  const std::optional<RewardArgs>& reward, uintptr_t task_reward, uintptr_t result) {
+                  const std::variant<uintptr_t, double>& limits, const BudgetArgs& budget, const TraceArgs& trace,
+                  const std::optional<RewardArgs>& reward, uintptr_t task_reward, uintptr_t result, int threads) {
   const Sequences sequences = make_sequences(offsets, count, total, mask);
   const Numbers costs = make_numbers(cost, wide, "cost", total > 0);
-  const auto* limit = pointer<const double>(limits, "limits", count > 0);
+  const auto* number = std::get_if<double>(&limits);
+  const auto* own = number ? nullptr : pointer<const double>(std::get<uintptr_t>(limits), "limits", count > 0);
   const TraceArrays out = make_trace(trace, wide, total, count);
   const RewardArrays rewards = make_rewards(task_reward, result, wide, reward.has_value() && total > 0);
   const auto modified = reward ? std::optional<Reward>({make_rule(*reward), rewards}) : std::nullopt;
-  const Spending spending{costs, limit, make_rule(budget)};
+  const Spending spending{costs, own, number ? *number : 0, make_rule(budget)};
+  check_threads(threads);
   py::gil_scoped_release release;
-  trace_budgets(sequences, spending, out, modified ? &*modified : nullptr);
+  trace_budgets(sequences, spending, out, modified ? &*modified : nullptr, threads);
 }
 
 void modified_reward(uintptr_t task_reward, uintptr_t cost, bool wide, uintptr_t mask, uintptr_t offsets, int64_t count,

@@ -24,11 +24,12 @@ class Shape:
     vocab: int
     hidden: int
     teacher_hidden: int
+    completion: int | None = None  # tokens per completion; None: a quarter of the rows, 64 at most
 
     @property
     def length(self) -> int:
         """Tokens per completion, where the rows are the tokens of several completions."""
-        return min(64, max(1, self.rows // 4))
+        return min(64, max(1, self.rows // 4)) if self.completion is None else min(self.completion, max(1, self.rows))
 
     @property
     def sequences(self) -> int:
@@ -48,6 +49,12 @@ SHAPES = {
     )
 }
 MEASURED = tuple(name for name in SHAPES if name != "tiny")
+
+# 8192 tokens as one, some and many completions. The vocabulary is that with which they weigh as much as `qwen2.5`; a
+# GPU can do with a real one: `case.resized(vocab=151936)`.
+LAYOUTS = ("1x8192", "8x1024", "64x128")
+for _name in LAYOUTS:
+    SHAPES[_name] = Shape(_name, 8192, 4748, 64, 64, completion=int(_name.partition("x")[2]))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from cmdp_fast import checks
 from cmdp_fast.constraint import AccountSettings, Constraint, RewardSettings, constraint_of
-from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace, flat
+from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace, alike, flat, in_array
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.sequences import check_cost, check_like, check_values, sequence_limits
@@ -67,7 +67,7 @@ def budget_trace(
     dtype = compute_dtype(cost)
     limits = sequence_limits(held.budget, held.per_token, cost, mask, offsets, dtype)
     chosen = backends.choose(backend, cost, "budget_trace")
-    account = Account(cost.detach().to(dtype).contiguous(), flat(mask, torch.bool), offsets)
+    account = Account(in_array(cost.detach(), dtype), flat(mask, torch.bool), offsets)
     return _budget_trace(_Given(account, limits, held.budget_rule, chosen))
 
 
@@ -130,9 +130,9 @@ def modified_reward(
         if name != "first_violation":
             check_like(f"trace.{name}", field, "cost", cost)
     chosen = backends.choose(backend, cost, "modified_reward")
+    dtype = compute_dtype(cost)
     task, paid, cumulative, remaining, excess = (
-        t.detach().to(compute_dtype(cost)).contiguous()
-        for t in (task_reward, cost, trace.cumulative, trace.remaining, trace.excess)
+        in_array(t.detach(), dtype) for t in (task_reward, cost, trace.cumulative, trace.remaining, trace.excess)
     )
     spent = TokenTrace(cumulative, remaining, trace.violated.contiguous(), excess)
     account = Account(paid, flat(mask, torch.bool), offsets)
@@ -147,7 +147,7 @@ def settle(
     Nothing is differentiable; the cost may lie in any memory.
     """
     cost = account.cost.detach().contiguous()
-    task = task_reward.detach().to(cost.dtype).contiguous()
+    task = in_array(task_reward.detach(), cost.dtype)
     rules = constraint.budget_rule, constraint.reward_rule
     made = _constrained_scan(_Scan(Account(cost, account.mask, account.offsets), task, limits, *rules, backend))
     return made.trace, made.reward
@@ -166,14 +166,22 @@ def room(like: Tensor, dtype: torch.dtype, count: int | None = None) -> Tensor:
     return make(like.shape if count is None else count, dtype=dtype)
 
 
-def empty_trace(cost: Tensor, sequences: int) -> BudgetTrace:
-    """Room for the fields of a `BudgetTrace`."""
-    cumulative, remaining, excess = (room(cost, cost.dtype) for _ in range(3))
-    return BudgetTrace(cumulative, remaining, room(cost, torch.bool), room(cost, torch.int64, sequences), excess)
+def empty_outcome(like: Tensor, dtype: torch.dtype, sequences: int) -> Settled:
+    """Room for a trace and a reward per token of ``like [B, T]`` or packed ``[N]``."""
+    reward, *amounts = alike(room(like, dtype), 4, zero=like.dim() != 2)
+    return Settled(_trace(amounts, sequences), reward)
 
 
 def _empty_trace(account: Account) -> BudgetTrace:
-    return empty_trace(account.cost, account.offsets.shape[0] - 1)
+    cost = account.cost
+    amounts = alike(room(cost, cost.dtype), 3, zero=cost.dim() != 2)
+    return _trace(amounts, account.offsets.shape[0] - 1)
+
+
+def _trace(amounts: list[Tensor], sequences: int) -> BudgetTrace:
+    cumulative, remaining, excess = amounts
+    violated, first_violation = room(cumulative, torch.bool), room(cumulative, torch.int64, sequences)
+    return BudgetTrace(cumulative, remaining, violated, first_violation, excess)
 
 
 class _Given(NamedTuple):
@@ -222,7 +230,8 @@ def _constrained_scan(given: _Scan) -> Settled:
 
 
 def _empty_settled(given: _Scan) -> Settled:
-    return Settled(_empty_trace(given.account), room(given.account.cost, given.account.cost.dtype))
+    cost, _, offsets = given.account
+    return empty_outcome(cost, cost.dtype, offsets.shape[0] - 1)
 
 
 _constrained_scan.shapes(_empty_settled)

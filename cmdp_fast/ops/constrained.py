@@ -12,11 +12,11 @@ from cmdp_fast import checks
 from cmdp_fast.constraint import Constraint, ConstraintSettings, constraint_of
 from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, RewardRule, Settlement, flat
 from cmdp_fast.ops import backends
-from cmdp_fast.ops.budget import empty_trace, room, settle
+from cmdp_fast.ops.budget import Settled, empty_outcome, settle
 from cmdp_fast.ops.cost import token_cost
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.operator import operator
-from cmdp_fast.ops.sequences import check_completions, check_values, sequence_limits, sequence_offsets
+from cmdp_fast.ops.sequences import check_completions, check_values, rounded, sequence_limits, sequence_offsets
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored
 from cmdp_fast.ops.token_stats import kernel_memory, token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, compute_dtype
@@ -117,7 +117,7 @@ def constrained_reward(
 
 
 # --------------------------------------------------------------------------------------------------------------
-# The operator behind the GPU kernels: everything in two launches (triton) or one (cuda)
+# The operator behind the native kernels of every device: everything in one call
 
 
 class _Amounts(NamedTuple):
@@ -155,29 +155,48 @@ def _constrained_pass(given: _Given) -> _Made:
     pair, cu_seqlens, spending = given.pair, given.cu_seqlens, given.spending
     assert pair.tokens is not None
     budget = given.budget.number if given.budget.tensor is None else given.budget.tensor
+    dtype = compute_dtype(pair.student, pair.teacher)
+    offsets, limits = None, None
     if pair.tokens.device.type == "cpu":
+        offsets, limits = _checked_budget(given, dtype)
         checks.token_range(pair.tokens, pair.mask, pair.width)
-        offsets = sequence_offsets(pair.tokens, cu_seqlens)
-        limits = sequence_limits(budget, spending.per_token, pair.tokens, pair.mask, offsets, torch.float32)
-        check_values(offsets, limits, pair.tokens)
-    trace, reward = _empty_outcome(pair.tokens, cu_seqlens)
-    rewarding = Rewarding(spending.reward_rule, given.task_reward, reward)
+    trace, reward = _room(pair.tokens, cu_seqlens, dtype)
     settlement = Settlement(
-        spending.cost, cu_seqlens, budget, spending.per_token, spending.budget_rule, trace, rewarding
+        spending.cost,
+        cu_seqlens,
+        budget,
+        spending.per_token,
+        spending.budget_rule,
+        trace,
+        Rewarding(spending.reward_rule, given.task_reward, reward),
+        offsets,
+        limits,
     )
     return _Made(scored(*backends.get(given.backend).constrained_pass(pair, settlement)), trace, reward)
 
 
-def _empty_outcome(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[BudgetTrace, Tensor]:
-    reward = room(tokens, torch.float32)
-    sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return empty_trace(reward, sequences), reward
+def _checked_budget(given: _Given, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | float]:
+    """Offsets and limits, as a `Settlement` has them. Looks at values."""
+    tokens, amounts, per_token = given.pair.tokens, given.budget, given.spending.per_token
+    assert tokens is not None
+    if amounts.tensor is None and given.cu_seqlens is None and not per_token:
+        return None, rounded(amounts.number, dtype)  # nothing that could be wrong
+    offsets = sequence_offsets(tokens, given.cu_seqlens)
+    budget = amounts.number if amounts.tensor is None else amounts.tensor
+    limits = sequence_limits(budget, per_token, tokens, given.pair.mask, offsets, dtype)
+    check_values(offsets, limits, tokens)
+    return offsets, limits
+
+
+def _room(tokens: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Settled:
+    return empty_outcome(tokens, dtype, tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 @_constrained_pass.shapes
 def _(given: _Given) -> _Made:
     assert given.pair.tokens is not None
-    return _Made(room_of(given.pair), *_empty_outcome(given.pair.tokens, given.cu_seqlens))
+    made = room_of(given.pair)
+    return _Made(made, *_room(given.pair.tokens, given.cu_seqlens, made.stats.logprob.dtype))
 
 
 _constrained_pass.gradient(

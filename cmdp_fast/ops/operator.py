@@ -17,18 +17,26 @@ which others may be nested, and read by name; the schema that torch sees is made
     def _(backward: Backward[Kept]) -> dict[str, Tensor]: ...   # by the name of the argument: {"pair_student": ...}
 
     _token_stats(Given(pair, "cpu"))
+
+A call in plain eager mode goes straight to its function, by way of an `autograd.Function` if an argument needs a
+gradient. One that somebody else takes part in (`onlookers`), such as torch.compile, goes through the registered
+operator, with the same results.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import operator as fields_of
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+
+from cmdp_fast.ops.onlookers import autograd_excluded, unobserved
 
 Given = TypeVar("Given", bound=tuple[Any, ...])  # a NamedTuple of arguments
 Made = TypeVar("Made")  # a NamedTuple of tensors, a tensor, or None
@@ -41,16 +49,18 @@ class Leaf(NamedTuple):
     """An argument as torch sees it."""
 
     name: str  # the fields that lead to it, joined by underscores
+    path: str  # the same, joined by dots
     type: str  # as schemas write it
 
 
 def leaves(kind: Any, prefix: str = "") -> Iterator[Leaf]:
     """The arguments that a NamedTuple class stands for, in order."""
     for name, hint in get_type_hints(kind).items():
+        path = prefix + name
         if _is_record(hint):
-            yield from leaves(hint, f"{prefix}{name}_")
+            yield from leaves(hint, f"{path}.")
         else:
-            yield Leaf(prefix + name, _schema_type(hint))
+            yield Leaf(path.replace(".", "_"), path, _schema_type(hint))
 
 
 def _is_record(hint: Any) -> bool:
@@ -84,10 +94,12 @@ class _Record(NamedTuple):
     kind: Any
     fields: tuple[Any, ...]  # of each field None, or its record
     size: int
+    nested: bool  # whether one of the fields is a record
+    tensors: tuple[int, ...]  # which of the arguments are tensors
 
     def rebuild(self, flat: Sequence[Any], start: int = 0) -> Any:
         """The NamedTuple that was flattened, from where its arguments begin."""
-        if not any(self.fields):  # none is nested; the common case
+        if not self.nested:  # the common case
             return self.kind(*flat[start : start + self.size])
         values = []
         for inner in self.fields:
@@ -99,38 +111,69 @@ class _Record(NamedTuple):
 @functools.cache
 def _record(kind: Any) -> _Record:
     inner = tuple(_record(hint) if _is_record(hint) else None for hint in get_type_hints(kind).values())
-    return _Record(kind, inner, sum(1 if record is None else record.size for record in inner))
+    tensors = tuple(i for i, leaf in enumerate(leaves(kind)) if leaf.type.startswith("Tensor"))
+    return _Record(kind, inner, sum(1 if record is None else record.size for record in inner), any(inner), tensors)
 
 
-# Every operator declared so far, and a hash of them all, which every call passes along: torch.compile keeps compiled
-# graphs on disk and knows them by the calls of the forward pass. Were it not for the hash, a graph that an earlier
-# version of this package left there would go on calling a backward operator whose arguments have changed since.
-_declared: list[str] = []
+# Every operator declared so far by name, and a hash of them all, which every call of a registered one passes along:
+# torch.compile keeps compiled graphs on disk and knows them by the calls of the forward pass. Were it not for the hash,
+# a graph that an earlier version of this package left there would go on calling a backward operator whose arguments
+# have changed since.
+DECLARED: dict[str, Operator[Any, Any]] = {}
 REVISION = ""
 
 
 def seal() -> None:
     """Computes the hash; called once all operators of the package have been declared."""
     global REVISION
-    REVISION = hashlib.sha256("\n".join(sorted(_declared)).encode()).hexdigest()[:12]
+    declarations = sorted(operator.declaration for operator in DECLARED.values())
+    REVISION = hashlib.sha256("\n".join(declarations).encode()).hexdigest()[:12]
 
 
 class Backward(Generic[Kept]):
     """What a backward pass is told."""
 
-    def __init__(self, context: Any, names: Sequence[str], upstream: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, context: Any, needed: set[str], upstream: tuple[Tensor | None, ...]) -> None:
         self.context = context  # survives from one backward pass through the same call to the next
         self.upstream = upstream
         """The gradients that arrive, in the order of ``of``; None for one that does not count. Not all are None."""
-        self.needed = {name for name, needs in zip(names, context.needs_input_grad, strict=False) if needs}
+        self.needed = needed
         """The names of the arguments that need a gradient. Not empty."""
 
     @property
     def kept(self) -> Kept:
         """What the forward pass kept. Raises RuntimeError if one of its tensors has been overwritten since."""
-        tensors = iter(self.context.saved_tensors)
-        values = [next(tensors) if is_tensor else value for is_tensor, value in self.context.kept]
-        return cast(Kept, self.context.record.rebuild(values))
+        record, values = self.context.record, list(self.context.kept)
+        for i, t in zip(record.tensors, self.context.saved_tensors, strict=True):
+            values[i] = t
+        return cast(Kept, record.rebuild(values))
+
+
+class _Gradient(NamedTuple):
+    """How the results of an operator are differentiated."""
+
+    outputs: tuple[int, ...]  # those that are differentiable
+    keep: Callable[[Any, Any], Any]
+    function: Callable[[Backward[Any]], dict[str, Tensor]]
+
+    def remember(self, context: Any, given: Any, made: Any, output: Sequence[Tensor]) -> None:
+        """What has to be done in a forward pass."""
+        context.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in self.outputs))
+        context.set_materialize_grads(False)
+        kept = self.keep(given, made)
+        kind: Any = type(kept)
+        record, values = _record(kind), flatten(kept)
+        context.save_for_backward(*(values[i] for i in record.tensors))  # None stays None
+        for i in record.tensors:
+            values[i] = None
+        context.kept, context.record = values, record
+
+    def back(self, context: Any, needed: set[str], upstream: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """The gradients of the arguments that need one, by name."""
+        arrived = tuple(upstream[i] for i in self.outputs)
+        if not needed or all(g is None for g in arrived):
+            return {}
+        return self.function(Backward(context, needed, arrived))
 
 
 class Operator(Generic[Given, Made]):
@@ -140,9 +183,14 @@ class Operator(Generic[Given, Made]):
         hints = get_type_hints(function)
         made = hints.pop("return")
         (kind,) = hints.values()
+        self.name = name
         self.takes, self.makes = _record(kind), _record(made) if _is_record(made) else None
         arguments = list(leaves(kind))
         self.names = [leaf.name for leaf in arguments]
+        self.mutates = mutates
+        tensors = [leaf for leaf in arguments if leaf.type.startswith("Tensor")]
+        self.tensor_names = tuple(leaf.name for leaf in tensors)
+        self._tensors_of = fields_of.attrgetter(*(leaf.path for leaf in tensors))
         declared = ", ".join(
             f"{leaf.type.replace('Tensor', 'Tensor(a!)') if leaf.name == mutates else leaf.type} {leaf.name}"
             for leaf in arguments
@@ -150,16 +198,61 @@ class Operator(Generic[Given, Made]):
         self.made_names = [leaf.name for leaf in leaves(made)] if self.makes else []
         returned = f"({', '.join(['Tensor'] * len(self.made_names))})" if self.makes else _schema_type(made)
         self.function = function
+        self.differentiated: Any = None  # the function as one that autograd knows, if there is a gradient
         self.registered = torch.library.custom_op(
             f"cmdp_fast::{name}",
             self._run,
             mutates_args=(mutates,) if mutates else (),
             schema=f"({declared}, str revision='') -> {'()' if returned == 'None' else returned}",
         )
-        _declared.append(f"{name}({declared}) -> {returned}")
+        self.declaration = f"{name}({declared}) -> {returned}"
+        DECLARED[name] = self
 
     def __call__(self, given: Given) -> Made:
+        if not torch.compiler.is_compiling():  # torch.compile looks no further
+            tensors = self.tensors_of(given)
+            if unobserved(tensors):
+                needing = self._needing(tensors) if torch.is_grad_enabled() else {}
+                # Without a gradient of its own the registered operator says so, if somebody asks for it.
+                if not needing or (self.differentiated is not None and not autograd_excluded()):
+                    call = self._call if "torch._dynamo" not in sys.modules else self._call_untraced
+                    return call(given, needing)
+        return self.dispatched(given)
+
+    def dispatched(self, given: Given) -> Made:
+        """The call by way of the registered operator."""
         return self._named(self.registered(*flatten(given), REVISION))
+
+    def tensors_of(self, given: Given) -> tuple[Tensor | None, ...]:
+        """The arguments that are tensors, or None where one was left out, in the order of ``tensor_names``."""
+        tensors: Any = self._tensors_of(given)
+        return tensors if len(self.tensor_names) != 1 else (tensors,)
+
+    def _needing(self, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """The tensors that need a gradient, by name."""
+        return {
+            name: t for name, t in zip(self.tensor_names, tensors, strict=True) if t is not None and t.requires_grad
+        }
+
+    def _call(self, given: Given, needing: dict[str, Tensor]) -> Made:
+        if torch.autograd._profiler_enabled():
+            with torch.profiler.record_function(f"cmdp_fast::{self.name}"):
+                return self._compute(given, needing)
+        return self._compute(given, needing)
+
+    @functools.cached_property
+    def _call_untraced(self) -> Callable[..., Made]:
+        """`_call` where frames may be watched by torch.compile, which has left this one to plain Python."""
+        return cast(Callable[..., Made], torch.compiler.disable(self._call))
+
+    def _compute(self, given: Given, needing: dict[str, Tensor]) -> Made:
+        if needing:
+            return self._named(self.differentiated.apply(given, tuple(needing), *needing.values()))
+        if self.mutates:
+            overwritten = self.tensors_of(given)[self.tensor_names.index(self.mutates)]
+            if overwritten is not None and not overwritten.is_inference():
+                torch.autograd.graph.increment_version(overwritten)
+        return self.function(given)
 
     def _named(self, outcome: Any) -> Made:
         return cast(Made, outcome if self.makes is None else self.makes.rebuild(outcome))
@@ -189,28 +282,43 @@ class Operator(Generic[Given, Made]):
         ``of``: the outputs that are differentiable, by name. ``keep``: what the backward pass will need of arguments
         and results, as a NamedTuple. The function that is decorated returns gradients by the name of the argument.
         """
-        positions = [self.made_names.index(name) for name in of]
-
-        def remember(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-            ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in positions))
-            ctx.set_materialize_grads(False)
-            kept = keep(self._bound(inputs), self._named(output))
-            flat = [(isinstance(value, Tensor), value) for value in flatten(kept)]
-            ctx.save_for_backward(*(value for is_tensor, value in flat if is_tensor))
-            ctx.kept = [(is_tensor, None if is_tensor else value) for is_tensor, value in flat]
-            ctx.record = _record(type(kept))
+        outputs = tuple(self.made_names.index(name) for name in of)
 
         def register(function: Callable[[Backward[Kept]], dict[str, Tensor]]) -> None:
+            gradient = _Gradient(outputs, keep, function)
+
+            def remember(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+                gradient.remember(ctx, self._bound(inputs), self._named(output), output)
+
             def back(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-                arrived = tuple(upstream[i] for i in positions)
-                given = Backward[Kept](ctx, self.names, arrived)
-                counts = given.needed and any(g is not None for g in arrived)
-                gradients = function(given) if counts else {}
+                needed = {name for name, needs in zip(self.names, ctx.needs_input_grad, strict=False) if needs}
+                gradients = gradient.back(ctx, needed, upstream)
                 return (*(gradients.get(name) for name in self.names), None)  # none for the revision
 
             self.registered.register_autograd(back, setup_context=remember)
+            self.differentiated = self._function_of_autograd(gradient)
 
         return register
+
+    def _function_of_autograd(self, gradient: _Gradient) -> Any:
+        """The operator as an `autograd.Function` of its arguments, the names of those that need a gradient, and these
+        themselves."""
+
+        def forward(ctx: Any, given: Given, names: tuple[str, ...], *needing: Tensor) -> tuple[Tensor, ...]:
+            made = self.function(given)
+            output = self._flat(made)
+            ctx.needing = names
+            gradient.remember(ctx, given, made, output)
+            return cast(tuple[Tensor, ...], output)
+
+        def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            gradients = gradient.back(ctx, set(ctx.needing), upstream)
+            return (None, None, *(gradients.get(name) for name in ctx.needing))
+
+        # By the name that torch gives the one it makes of the registered operator: errors quote it.
+        name = f"GeneratedBackwardFor_cmdp_fast_{self.name}_default"
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(name, (torch.autograd.Function,), methods)
 
 
 def operator(name: str, mutates: str = "") -> Callable[[Callable[[Given], Made]], Operator[Given, Made]]:

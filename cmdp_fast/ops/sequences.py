@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -67,7 +69,10 @@ def check_budget(budget: float | Tensor, like: Tensor, sequences: int) -> None:
 def sequence_offsets(value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Where each sequence begins in a per-token tensor, flattened: ``[B+1]`` int64."""
     if cu_seqlens is None:
-        return torch.arange(value.shape[0] + 1, device=value.device) * value.shape[1]
+        count, width = value.shape
+        if torch.compiler.is_compiling() or width == 0:  # a graph would be made for one width alone
+            return torch.arange(count + 1, device=value.device) * width
+        return torch.arange(0, (count + 1) * width, width, device=value.device)
     return cu_seqlens.to(torch.int64).contiguous()
 
 
@@ -77,6 +82,8 @@ def sequence_limits(
     """The budget of every sequence, ``[B]`` float64, rounded to the dtype of the costs: a float32 cost of 0.3 has to
     be within a budget of 0.3."""
     count = offsets.shape[0] - 1
+    if not (per_token or isinstance(budget, Tensor) or torch.compiler.is_compiling()):
+        return torch.full((count,), rounded(budget, dtype), dtype=torch.float64, device=like.device)
     check_budget(budget, like, count)
     if isinstance(budget, Tensor):
         limits = budget.detach().to(torch.float64).expand(count)
@@ -88,6 +95,11 @@ def sequence_limits(
         tokens = running[offsets[1:]] - running[offsets[:-1]]
         limits = torch.where(tokens > 0, limits * tokens, 0.0)
     return limits.to(dtype).to(torch.float64).contiguous()
+
+
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """A number as a float32 or float64 tensor holds it, without the tensor, which costs ten times as much."""
+    return ctypes.c_float(number).value if dtype == torch.float32 else float(number)
 
 
 def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:

@@ -7,7 +7,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from cmdp_fast.bench import implementations, measure, memory, suite
-from cmdp_fast.bench.case import MEASURED, SHAPES, Case, Work
+from cmdp_fast.bench.case import CHECKED_ROWS, LAYOUTS, MEASURED, SHAPES, Case, Work
 from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.peers import PEERS, eager, kl_div
 from cmdp_fast.bench.variant import Absent, Variant
@@ -107,6 +107,15 @@ def test_every_measured_shape_can_be_padded_and_grouped():
     for name in (*MEASURED, "tiny"):
         shape = SHAPES[name]
         assert shape.sequences * shape.length == shape.rows and shape.sequences % 4 == 0
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_shape_can_say_how_long_a_completion_is(name):
+    case = Case("constrained_reward", "forward", SHAPES[name], "float32", "cpu").resized(vocab=8)
+    inputs = OPS["constrained_reward"].make(case, 0)
+    assert "x".join(map(str, inputs["tokens"].shape)) == name and inputs["student"].shape[-1] == 8
+    few = case.reduced().shape  # one short completion, or the beginning of one
+    assert few.sequences * few.length == few.rows == CHECKED_ROWS
 
 
 # --------------------------------------------------------------------------------------------------------------

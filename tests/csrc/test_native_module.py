@@ -112,6 +112,7 @@ def test_wrong_offsets_raise():
             None,
             0,
             0,
+            1,
         )
 
 

@@ -1,6 +1,7 @@
 """`constrained_reward`: the whole method, from both models' logits to the modified reward.
 
-The rows are the tokens of some completions (`Shape.length`), padded on the right as in a trainer's batch.
+The rows are the tokens of some completions (`Shape.length`), padded on the right as in a trainer's batch. How many
+tokens a completion has matters as well as how many there are: each is scanned from its first to its last.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 import cmdp_fast as cf
 from cmdp_fast import reference
-from cmdp_fast.bench.case import Case, cast
+from cmdp_fast.bench.case import LAYOUTS, MEASURED, Case, cast
 from cmdp_fast.bench.ops.logits import LogitsOp
 from cmdp_fast.bench.variant import Inputs, Values, Variant
 
@@ -21,6 +22,7 @@ BUDGET_A_TOKEN = 2.0  # nats; random logits cost about 4, so that a completion c
 class ConstrainedRewardOp(LogitsOp):
     name = "constrained_reward"
     modes = ("forward",)
+    shapes = (*MEASURED, *LAYOUTS)
 
     def make(self, case: Case, seed: int) -> Inputs:
         shape = (case.shape.sequences, case.shape.length)

@@ -1,0 +1,73 @@
+"""Whether anything but autograd would see a call of an operator.
+
+The dispatcher of torch is what lets others take part in a call: torch.compile and torch.export, modes such as
+FakeTensorMode, make_fx and FlopCounterMode, the transforms of torch.func, the tracer of torch.jit, subclasses of Tensor
+such as DTensor. It costs about 50 times a small addition, more than many a kernel. In plain eager mode nobody is there,
+and a call may go straight to its function.
+
+What the dispatcher would do is read from what it reads itself: the keys of the thread and those of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_Key = torch._C.DispatchKey
+
+
+def _keys(*names: str) -> torch._C.DispatchKeySet:
+    keys = torch._C.DispatchKeySet(_Key.Undefined)
+    for name in names:
+        keys = keys.add(getattr(_Key, name))
+    return keys
+
+
+# Keys under which an operator of ours does nothing beside its function and its gradient. It has no rule for autocast.
+_OF_A_THREAD = _keys("BackendSelect", "ADInplaceOrView")
+_OF_A_TENSOR = _keys("Dense", "AutogradFunctionality", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
+_DEVICES = ("cpu", "cuda")
+_CLASSES = (Tensor, torch.nn.Parameter)
+
+# Whether a set of keys is nothing beside those, by its bits: there are but few sets.
+_plain_threads: dict[int, bool] = {}
+_plain_tensors: dict[int, bool] = {}
+
+
+def unobserved(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call with these tensors would reach its function by way of nothing but autograd."""
+    included = torch._C._dispatch_tls_local_include_set()
+    plain = _plain_threads.get(included.raw_repr())
+    if plain is None:
+        plain = _plain_threads[included.raw_repr()] = _within(included, _OF_A_THREAD)
+    if not plain or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _CLASSES:
+            return False
+        bits = torch._C._dispatch_keys(t).raw_repr()
+        plain = _plain_tensors.get(bits)
+        if plain is None:
+            plain = _plain_tensors[bits] = _is_plain(t)
+        if not plain:
+            return False
+    return True
+
+
+def _is_plain(t: Tensor) -> bool:  # of all tensors with its keys, which tell the device too
+    return t.device.type in _DEVICES and _within(torch._C._dispatch_keys(t), _OF_A_TENSOR)
+
+
+def _within(keys: Any, allowed: Any) -> bool:
+    return (keys - allowed).highestPriorityTypeId() == _Key.Undefined
+
+
+def autograd_excluded() -> bool:
+    """Whether this thread is inside the kernel of an operator, where nothing is recorded for a gradient."""
+    return torch._C._dispatch_tls_local_exclude_set().has(_Key.AutogradFunctionality)
