@@ -24,13 +24,14 @@ from cmdp_fast import checks, states
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.heads import Head
 from cmdp_fast.layout import Pair, Upstream
-from cmdp_fast.ops import backends, parallel, projection
+from cmdp_fast.ops import backends, gemm, kept_logits, parallel, projection
 from cmdp_fast.ops.head_gradient import HeadGradient
+from cmdp_fast.ops.kept_logits import Logits
+from cmdp_fast.ops.linear_tiles import Batch, Tiles, computed_dtype, kept_dtypes, room_for_logits
 from cmdp_fast.ops.operator import Backward, operator
-from cmdp_fast.ops.projection import Factors, HeadSettings, Projection, head_given
+from cmdp_fast.ops.projection import Factors, HeadSettings, head_given
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Scored, room, scored
-from cmdp_fast.ops.tile_size import tile_shape
-from cmdp_fast.reference import TokenStats, compute_dtype
+from cmdp_fast.reference import TokenStats
 
 
 class LinearSettings(HeadSettings, total=False):
@@ -145,11 +146,11 @@ def linear_token_stats(
     checks.tokens(tokens, student_hidden, "student_hidden")
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    checks.choice("saved", saved, ("recompute", "tiles"))
-    chosen = backends.choose_for_logits(backend, student_hidden, _computed(student, teacher), "linear_token_stats")
+    checks.choice("saved", saved, (*kept_logits.SAVED, "auto"))
+    chosen = backends.choose_for_logits(backend, student_hidden, computed_dtype(student, teacher), "linear_token_stats")
     widths = student.head.weight.shape[0], teacher.head.weight.shape[0]
     width, vocab = parallel.columns(*widths, vocab_size, process_group, first_column, tokens, mask)
-    batch = _Batch(
+    batch = Batch(
         student.settled(),
         teacher.detached().settled(),
         tokens,
@@ -157,66 +158,15 @@ def linear_token_stats(
         float(temperature),
         width,
         first_column,
+        gemm.autocast_dtype(student_hidden.device),
+        saved if torch.is_grad_enabled() else "recompute",
         chosen,
     )
-    group, stay = parallel.name_of(process_group), saved == "tiles" and torch.is_grad_enabled()
-    return _linear_token_stats(_Given(batch, vocab, group, reduce_hidden_grad, stay)).scored.stats
-
-
-def _computed(student: Factors, teacher: Factors) -> torch.dtype:
-    return compute_dtype(student.hidden, student.head.weight, teacher.hidden, teacher.head.weight)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-class _Batch(NamedTuple):
-    """Rows of both models, in all that forward and backward pass need alike."""
-
-    student: Factors
-    teacher: Factors
-    tokens: Tensor
-    mask: Tensor | None
-    temperature: float
-    width: int  # columns here that count
-    first_column: int
-    backend: str
-
-
-class _Tiles:
-    """Both heads over the rows that count, and how they are cut into tiles."""
-
-    def __init__(self, batch: _Batch, all_logits: tuple[Tensor, Tensor] | None = None, known: bool = False) -> None:
-        """``all_logits``, ``known``: both models', as `Projection` takes them."""
-        tokens, mask, width = batch.tokens, batch.mask, batch.width
-        self.counted = None if mask is None else mask.flatten().nonzero()[:, 0]
-        self.shape = tokens.shape
-        self.tokens = self.compact(tokens).long().contiguous()
-        dtype = _computed(batch.student, batch.teacher)
-        self.student, self.teacher = (
-            Projection(self._of_these_rows(model, width), dtype, logits, known)
-            for model, logits in zip((batch.student, batch.teacher), all_logits or (None, None), strict=True)
-        )
-        pair = self.student.dtype.itemsize + self.teacher.dtype.itemsize
-        count = len(self.tokens)
-        height, breadth = tile_shape(count, width, pair, tokens.device)
-        self.rows = [slice(i, min(i + height, count)) for i in range(0, count, height)]
-        self.columns = [slice(i, min(i + breadth, width)) for i in range(0, width, breadth)]
-
-    def _of_these_rows(self, model: Factors, width: int) -> Factors:
-        return Factors(self.compact(model.hidden, 1), model.head._replace(weight=model.head.weight[:width]))
-
-    def compact(self, value: Tensor, trailing: int = 0) -> Tensor:
-        """``[..., *]`` to ``[rows that count, *]``, the last ``trailing`` axes as they are."""
-        rows = value.reshape((self.shape.numel(), *value.shape[value.dim() - trailing :]))
-        return rows if self.counted is None else rows[self.counted]
-
-    def spread(self, value: Tensor) -> Tensor:
-        """``[rows that count, *]`` to ``[..., *]``, zero elsewhere."""
-        if self.counted is not None:
-            value = value.new_zeros(self.shape.numel(), *value.shape[1:]).index_copy_(0, self.counted, value)
-        return value.reshape((*self.shape, *value.shape[1:]))
+    if batch.saved == "auto":
+        rows, dtypes = tokens.numel(), kept_dtypes(batch._replace(saved="teacher"))
+        batch = batch._replace(saved=kept_logits.choose(tokens.device, rows, width, *dtypes))
+    given = _Given(batch, vocab, parallel.name_of(process_group), reduce_hidden_grad)
+    return _linear_token_stats(given).scored.stats
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -224,37 +174,30 @@ class _Tiles:
 
 
 class _Given(NamedTuple):
-    batch: _Batch
+    batch: Batch
     vocab_size: int  # columns of all ranks
     group: str
     reduce_hidden_grad: bool
-    stay: bool  # both models' logits stay for the backward pass
-
-
-class _Logits(NamedTuple):
-    """Both models' logits ``[rows, width]``, or ``[rows, 0]`` where they do not stay."""
-
-    student: Tensor
-    teacher: Tensor
 
 
 class _Made(NamedTuple):
     scored: Scored
-    logits: _Logits
+    logits: Logits
 
 
 @operator("linear_token_stats")
 def _linear_token_stats(given: _Given) -> _Made:
     batch = given.batch
-    tokens, dtype = batch.tokens, _computed(batch.student, batch.teacher)
-    logits = _Logits(*(in_huge_pages(t) for t in _room(given)))
+    tokens, dtype = batch.tokens, computed_dtype(batch.student, batch.teacher)
+    logits = Logits(*(in_huge_pages(t) for t in room_for_logits(batch)))
     if tokens.device.type == "cpu":
         checks.token_range(tokens, batch.mask, given.vocab_size)
     with torch.autocast(tokens.device.type, enabled=False):
-        tiles = _Tiles(batch, logits if given.stay else None)
+        tiles = Tiles(batch, logits)
         student, teacher = tiles.student, tiles.teacher
         for t in logits:  # an operator's results must not hang on what happened to stand in memory
             t[len(tiles.tokens) :] = 0
+            t[:, batch.width :] = 0
         fields = states.empty(len(tiles.tokens), tokens.device)
         for columns in tiles.columns:
             student.select(columns)
@@ -271,25 +214,17 @@ def _linear_token_stats(given: _Given) -> _Made:
         return _Made(scored(values, tiles.spread(states.saved_scalars(fields, stats))), logits)
 
 
-def _room(given: _Given) -> _Logits:
-    """Room for logits that stay. Rows are not compacted: their number would depend on data."""
-    batch = given.batch
-    shape = (batch.tokens.numel(), batch.width if given.stay else 0)
-    dtype = _computed(batch.student, batch.teacher)
-    return _Logits(*(batch.student.hidden.new_empty(shape, dtype=dtype) for _ in _Logits._fields))
-
-
 @_linear_token_stats.shapes
 def _(given: _Given) -> _Made:
     batch = given.batch
-    dtype = _computed(batch.student, batch.teacher)
-    return _Made(room(batch.student.hidden, batch.tokens.shape, dtype), _room(given))
+    dtype = computed_dtype(batch.student, batch.teacher)
+    return _Made(room(batch.student.hidden, batch.tokens.shape, dtype), room_for_logits(batch))
 
 
 class _Kept(NamedTuple):
-    batch: _Batch
+    batch: Batch
     saved: Tensor
-    logits: _Logits
+    logits: Logits
     group: str  # that sums the gradient of the hidden states; empty for none
 
 
@@ -335,16 +270,16 @@ class _Upward(NamedTuple):
 @operator("linear_token_stats_backward")
 def _linear_token_stats_backward(given: _Upward) -> _Gradients:
     """Gradients of hidden states, head and bias. A group sums the first."""
-    (batch, saved, logits, group), upstream, needed = given
-    stay = logits.student.shape[1] > 0
+    (batch, scalars, logits, group), upstream, needed = given
     with torch.autocast(batch.tokens.device.type, enabled=False):
-        tiles = _Tiles(batch, logits if stay else None, known=True)
+        tiles = Tiles(batch, logits, known=True)
         student, teacher = tiles.student, tiles.teacher
         # Log-probability and entropy are the student's own affair: without the other two the teacher's tile is not
         # read and need not be made.
         alone = upstream.reverse_kl is None and upstream.forward_kl is None
-        scalars = tiles.compact(saved, 1).contiguous()
-        arriving = Upstream(*(None if g is None else tiles.compact(g).double() for g in upstream))
+        scalars = tiles.compact(scalars, 1).contiguous()
+        scale = student.upstream_scale
+        arriving = Upstream(*(None if g is None else scale * tiles.compact(g).double() for g in upstream))
         gradient = HeadGradient(student, batch.student.head.weight, needed)
         for columns in tiles.columns:
             student.select(columns)
@@ -358,8 +293,7 @@ def _linear_token_stats_backward(given: _Upward) -> _Gradients:
                 tile = Pair(x, y, tiles.tokens[rows], None, batch.temperature, width)
                 here = Upstream(*(None if g is None else g[rows] for g in arriving))
                 backends.get(batch.backend).token_stats_backward(tile, scalars[rows], here, out, first)
-                student.chain(out, x)
-                gradient.add(out, rows, columns)
+                gradient.add(student.chain(out, x), rows, columns)
             gradient.leave(columns)
         if group and needed.hidden:
             dist.all_reduce(gradient.hidden, group=parallel.group_named(group))
