@@ -8,7 +8,8 @@
 
 Columns are the outer loop, so that a piece of the head's gradient is complete, and can be cast and left, once the rows
 have passed: its float32 accumulator is never wider than a tile. One loop serves every device; tile_size.py says how
-large a tile is. The backward pass makes the logits again: keeping them would take the memory that is to be saved.
+large a tile is, gemm.py in what dtype it is multiplied, and kept_logits.py which logits the backward pass finds where
+the forward pass left them.
 """
 
 from __future__ import annotations
@@ -66,9 +67,14 @@ def linear_token_stats(
 
     A model's logits are ``scale * (hidden W^T + bias)``, then ``softcap * tanh(logits / softcap)`` if it has a softcap
     (the order of Cohere, Granite and Gemma in transformers), then divided by the temperature. They exist a tile at a
-    time, sized for the last-level cache (``CMDP_FAST_TILE_BYTES`` overrides the size), and are made again in the
-    backward pass: six products of rows x V x H instead of four, and memory that does not grow with rows x V. Where
-    there is memory for the logits, ``saved="tiles"`` keeps them and saves the two.
+    time, and are made again in the backward pass: six products of rows x V x H instead of four, and memory that does
+    not grow with rows x V. Where there is memory for logits, ``saved`` keeps the teacher's or both models' and saves
+    one product or two.
+
+    A pair of tiles is sized for the last-level cache of a CPU. On a GPU it takes up to 1 GiB, less than an eighth of
+    what is free, with the gradient's tile and the pieces of the heads less than half of it. ``CMDP_FAST_TILE_BYTES``
+    sets the bytes of a pair. The size changes results by no more than rounding. A GPU with less than 8 GiB free gets
+    smaller tiles, so set it where the last bits must not depend on what else is in memory.
 
     ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to ``student_hidden``,
     ``student_weight`` and ``student_bias``; what needs no gradient costs nothing. The teacher never receives one.
@@ -101,9 +107,15 @@ def linear_token_stats(
             part of it, and autograd expects the whole, hence True. False for hidden states that went through an
             operation whose backward pass sums them itself, such as Megatron's copy to the tensor-parallel region or
             the gather of a sequence-parallel region: they would be summed twice.
-        saved: what the backward pass has of the forward pass. ``recompute``: a few numbers per row; the logits are made
-            again. ``tiles``: both models' logits, rows x V numbers each, where there is the memory: two products of six
-            are saved, and the gradient still exists a tile at a time only.
+        saved: what the backward pass has of the forward pass. ``recompute``: a few numbers per row; both models' logits
+            are made again. ``teacher``: the teacher's logits, rows x V numbers of the dtype that its hidden states and
+            head are multiplied in (2 bytes in half precision on a GPU, 4 on a CPU). Both passes read these rounded
+            logits, so the gradient is that of the statistics returned. ``tiles``: both models' logits, 4 bytes each (8
+            in float64). ``auto``: the last of these that takes no more than half of the memory that is free at the
+            call (under ``torch.compile``: while the graph is made), ``recompute`` where the system does not tell; the
+            logger ``cmdp_fast`` says at level INFO what was chosen and why. The gradient of the logits exists a tile at
+            a time in any case. Nothing is kept where no gradient is asked for. Where neither divergence has an upstream
+            gradient, the backward pass neither makes nor reads the teacher's logits.
         backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` on a GPU (not float64), else ``torch``; a
             name forces it. GEMMs are PyTorch's.
 
@@ -111,8 +123,14 @@ def linear_token_stats(
         `TokenStats` of tensors ``[...]``: float32, or float64 if a hidden state or head is float64.
 
     Precision: products are summed in float32 (float64 if any of the above is float64) for inputs of every dtype, and so
-    are all gradients, which are cast once, at the end. On a CPU half-precision inputs are widened a piece at a time.
-    Autocast changes nothing here: cast hidden states and head to compute in half precision on a GPU.
+    are all gradients, which are cast once, at the end. On a CPU half-precision inputs are widened a piece at a time,
+    and autocast changes nothing. On a GPU hidden states and head are multiplied in their common dtype, or in that of
+    autocast where it is on, as eager PyTorch would (not float64); a float32 head is then converted a piece at a time
+    and its gradient summed in float32. The logits come out in float32; the gradient of a tile of them is rounded to the
+    factors' dtype once, by the kernel that writes it, a head's scale included (with a softcap: after its chain rule in
+    float32). Without autocast a float32 head makes the products of bfloat16 hidden states float32, which on a GPU are
+    12 to 15 times slower. PyTorch before 2.8, and devices without float32 products of half-precision factors, round
+    logits and every tile's share of a gradient to the factors' dtype; a RuntimeWarning says so.
 
     Special values: as `token_stats`, of the logits. NaN in a row of hidden states makes that row NaN, and the whole
     gradient of the head.
@@ -159,7 +177,7 @@ def linear_token_stats(
         width,
         first_column,
         gemm.autocast_dtype(student_hidden.device),
-        saved if torch.is_grad_enabled() else "recompute",
+        saved if _differentiates(student) else "recompute",
         chosen,
     )
     if batch.saved == "auto":
@@ -167,6 +185,13 @@ def linear_token_stats(
         batch = batch._replace(saved=kept_logits.choose(tokens.device, rows, width, *dtypes))
     given = _Given(batch, vocab, parallel.name_of(process_group), reduce_hidden_grad)
     return _linear_token_stats(given).scored.stats
+
+
+def _differentiates(student: Factors) -> bool:
+    """Whether there will be a backward pass."""
+    weight, bias = student.head.weight, student.head.bias
+    needs = student.hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return needs and torch.is_grad_enabled()
 
 
 # --------------------------------------------------------------------------------------------------------------

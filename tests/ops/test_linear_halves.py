@@ -11,9 +11,9 @@ from linear_inputs import check, evaluate, gradient_size, make_inputs, perturbed
 
 import cmdp_fast as cf
 from cmdp_fast import reference
-from cmdp_fast.ops import gemm, kept_logits, tile_size
+from cmdp_fast.ops import gemm, kept_logits
 
-pytestmark = pytest.mark.tiles
+pytestmark = [pytest.mark.tiles, pytest.mark.usefixtures("tiny_tiles")]
 HALVES = (torch.bfloat16, torch.float16)
 SAVED = ("recompute", "teacher", "tiles", "auto")
 OPTIONS = (
@@ -22,13 +22,6 @@ OPTIONS = (
     {"student_softcap": 3.0, "student_scale": 1.3},
     {"teacher_softcap": 3.0},
 )
-
-
-@pytest.fixture(autouse=True)
-def tiny_tiles(monkeypatch):
-    monkeypatch.setattr(tile_size, "ROWS", 4)
-    monkeypatch.setattr(tile_size, "COLUMNS", 16)
-    monkeypatch.setenv("CMDP_FAST_TILE_BYTES", "1")
 
 
 @pytest.fixture
