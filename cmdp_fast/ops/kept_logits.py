@@ -44,41 +44,40 @@ def room(saved: str, like: Tensor, rows: int, width: int, dtypes: Dtypes) -> Log
     return Logits(*(like.new_empty((rows, w), dtype=d) for w, d in zip(widths, dtypes, strict=True)))
 
 
-@torch.compiler.assume_constant_result  # a graph asks while it is made
-def choose(device: torch.device, rows: int, width: int, computed: torch.dtype, teacher_factors: torch.dtype) -> str:
+def choose(device: torch.device, rows: int, width: int, dtypes: Dtypes) -> str:
     """What ``saved="auto"`` stands for: as much as takes no more than half of the free memory.
 
-    ``recompute`` where the system does not tell how much is free. Says on the logger ``cmdp_fast`` (INFO) what is kept
-    and why, when the choice on a device is another than before.
+    ``dtypes``: of ``saved="teacher"``. ``recompute`` where the system does not tell how much is free. Says on the
+    logger ``cmdp_fast`` (INFO) what is kept and why, when the choice on a device is another than before.
     """
-    free = free_memory(device)
+    limit = _memory_for_logits(device)
     numbers = rows * width
-    sizes = {"tiles": 2 * numbers * computed.itemsize, "teacher": numbers * teacher_factors.itemsize}
-    limit = 0 if free is None else free // SHARE_OF_FREE
-    chosen = "recompute"
-    for saved, size in sizes.items():
-        if size <= limit:
-            chosen = saved
-            break
-    if _said.get(device) != chosen:
-        _said[device] = chosen
-        known = "an unknown number of bytes is" if free is None else f"{_gigabytes(free)} are"
-        _log.info(
-            'linear_token_stats(saved="auto") keeps %s of %d rows x %d columns for the backward pass: %s free on %s, '
-            "of which it takes up to half; both models' would take %s, the teacher's %s",
-            _KEEPS[chosen],
-            rows,
-            width,
-            known,
-            device,
-            _gigabytes(sizes["tiles"]),
-            _gigabytes(sizes["teacher"]),
-        )
+    if 2 * numbers * dtypes.student.itemsize <= limit:
+        chosen = "tiles"
+    elif numbers * dtypes.teacher.itemsize <= limit:
+        chosen = "teacher"
+    else:
+        chosen = "recompute"
+    _say(chosen, device, limit)
     return chosen
 
 
+# A graph asks and says while it is made; its sizes may be symbols, with which neither can be called.
+
+
+@torch.compiler.assume_constant_result
+def _memory_for_logits(device: torch.device) -> int:
+    free = free_memory(device)
+    return -1 if free is None else free // SHARE_OF_FREE
+
+
+@torch.compiler.assume_constant_result
+def _say(chosen: str, device: torch.device, limit: int) -> None:
+    if _said.get(device) != chosen:
+        _said[device] = chosen
+        room = f"{limit / 1e9:.3g} GB, half of what is free, is for logits" if limit >= 0 else "free memory is unknown"
+        what = _KEEPS[chosen]
+        _log.info('linear_token_stats(saved="auto") keeps %s for the backward pass on %s: %s', what, device, room)
+
+
 _said: dict[torch.device, str] = {}
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"

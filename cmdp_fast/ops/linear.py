@@ -181,8 +181,8 @@ def linear_token_stats(
         chosen,
     )
     if batch.saved == "auto":
-        rows, dtypes = tokens.numel(), kept_dtypes(batch._replace(saved="teacher"))
-        batch = batch._replace(saved=kept_logits.choose(tokens.device, rows, width, *dtypes))
+        dtypes = kept_dtypes(batch._replace(saved="teacher"))
+        batch = batch._replace(saved=kept_logits.choose(tokens.device, tokens.numel(), width, dtypes))
     given = _Given(batch, vocab, parallel.name_of(process_group), reduce_hidden_grad)
     return _linear_token_stats(given).scored.stats
 

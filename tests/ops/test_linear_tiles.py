@@ -126,10 +126,10 @@ def test_no_product_that_no_gradient_needs(present, saved, tiny_tiles, backend, 
 def test_a_choice_by_free_memory(rows, free, saved, monkeypatch):
     monkeypatch.setattr(kept_logits, "free_memory", lambda device: free)
     device = torch.device("cpu")
-    assert kept_logits.choose(device, rows, 5000, torch.float32, torch.float32) == saved
+    assert kept_logits.choose(device, rows, 5000, kept_logits.Dtypes(torch.float32, torch.float32)) == saved
     if saved == "teacher":  # two bytes a column: half the memory does
         monkeypatch.setattr(kept_logits, "free_memory", lambda device: 2 * rows * 5000 * 2)
-        assert kept_logits.choose(device, rows, 5000, torch.float32, torch.bfloat16) == saved
+        assert kept_logits.choose(device, rows, 5000, kept_logits.Dtypes(torch.float32, torch.bfloat16)) == saved
 
 
 def test_the_choice_is_said_when_it_changes(monkeypatch, caplog):
@@ -141,14 +141,33 @@ def test_the_choice_is_said_when_it_changes(monkeypatch, caplog):
             monkeypatch.setattr(kept_logits, "free_memory", lambda device, free=free: free)
             cf.linear_token_stats(**inputs, saved="auto")
     said = [record.getMessage() for record in caplog.records]
-    assert [text.split(" keeps ")[1].split(" of ")[0] for text in said] == [
-        "both models' logits",
-        "the teacher's logits",
-        "no logits",
-        "both models' logits",
+    start = 'linear_token_stats(saved="auto") keeps '
+    assert said == [
+        f"{start}both models' logits for the backward pass on cpu: 0.537 GB, half of what is free, is for logits",
+        f"{start}the teacher's logits for the backward pass on cpu: 2.5e-06 GB, half of what is free, is for logits",
+        f"{start}no logits for the backward pass on cpu: 5e-08 GB, half of what is free, is for logits",
+        f"{start}both models' logits for the backward pass on cpu: 0.537 GB, half of what is free, is for logits",
     ]
-    assert "of 10 rows x 50 columns" in said[0] and "1.07 GB are free on cpu" in said[0]
-    assert "both models' would take 4e-06 GB, the teacher's 2e-06 GB" in said[1]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_graph_chooses_while_it_is_made(dynamic, monkeypatch):
+    """Sizes that are symbols included: they are compared and need not be known."""
+    asked = []
+    monkeypatch.setattr(kept_logits, "free_memory", lambda device: asked.append(device) or GIB)
+
+    def loss(**inputs):
+        return cf.linear_token_stats(**inputs, saved="auto").reverse_kl.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for rows, vocab in ((6, 50), (7, 60), (8, 70), (9, 80)):
+        inputs = make_inputs(rows=(rows,), vocab=vocab)
+        inputs["student_hidden"].requires_grad_()
+        asked.clear()
+        value, shapes = kept_shapes(lambda inputs=inputs: compiled(**inputs))
+        graphs = len(asked)
+        assert torch.allclose(value, loss(**inputs)) and shapes.count((rows, vocab)) == 2
+    assert graphs == 0  # the last sizes needed none of their own
 
 
 @pytest.mark.parametrize("limit, expected", [("max", 5 * 2**20), ("3000000", 2 * 10**6), ("10", 0), (None, 5 * 2**20)])
