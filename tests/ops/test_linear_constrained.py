@@ -94,7 +94,7 @@ def test_worst_case_fills_in_its_cost_and_reduction():
 )
 def test_errors(change, error, message, monkeypatch):
     inputs, reward = completions()
-    monkeypatch.setattr(cf.ops.linear, "_Tiles", None)  # nothing is computed
+    monkeypatch.setattr(cf.ops.linear, "Tiles", None)  # nothing is computed
     with pytest.raises(error, match=message):
         cf.linear_constrained_reward(**{**inputs, "task_reward": reward, "budget": 1.0, **change})
 
