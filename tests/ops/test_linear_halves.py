@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from half_products import OFFERED, eager, keep_halves
-from helpers import DIFFERENTIABLE, assert_no_worse, make_tokens
+from helpers import DIFFERENTIABLE, assert_no_worse, make_logits, make_tokens
 from linear_inputs import check, evaluate, gradient_size, make_inputs, perturbed
 
 import cmdp_fast as cf
@@ -113,7 +113,7 @@ def test_a_common_prefix_and_no_rows(saved, halves, backend):
 @pytest.mark.parametrize("saved", SAVED)
 def test_a_masked_row_is_not_read(saved, halves, backend):
     inputs = make_inputs(rows=(3, 4), vocab=50, student=torch.bfloat16, teacher=torch.bfloat16, biased=True)
-    mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(2)) > 0.4
+    mask = make_logits(3, 4, scale=1.0, seed=2) > -0.3
     outcomes = [
         evaluate(cf.linear_token_stats, given, mask=mask, saved=saved, backend=backend)
         for given in (inputs, perturbed(inputs, mask))
