@@ -10,6 +10,7 @@ from torch import Tensor
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.ops import gemm
 from cmdp_fast.ops.projection import Projection
+from cmdp_fast.ops.workspace import Workspace
 
 
 class HeadGradient:
@@ -21,11 +22,11 @@ class HeadGradient:
 
     def __init__(self, head: Projection, weight: Tensor, needed: Sequence[bool]) -> None:
         """``weight`` is the whole head, ``head`` may stop at the last column that counts."""
-        self.head = head
+        self.head, self.workspace = head, Workspace(weight.device)
         self.dtype = torch.promote_types(head.hidden.dtype, torch.float32)
         columns, device = len(head.weight), weight.device
         self.needs_hidden, self.needs_weight, self.needs_bias = needed
-        self.hidden, self.weight, self.bias, self.piece = (torch.empty(0, device=device) for _ in range(4))
+        self.hidden, self.weight, self.bias = (torch.empty(0, device=device) for _ in range(3))
         if self.needs_hidden:
             self.hidden = torch.zeros(head.hidden.shape, dtype=self.dtype, device=device)
         if self.needs_weight:
@@ -35,13 +36,13 @@ class HeadGradient:
             self.bias = torch.zeros(len(weight), dtype=self.dtype, device=device)
 
     def add(self, gradient: Tensor, rows: slice, columns: slice) -> None:
-        """Adds a tile of the gradient of hidden W^T + bias; the head's selected columns are ``columns``."""
+        """Adds a tile of the gradient of hidden W^T + bias, in the factors' dtype; the head's selected columns are
+        ``columns``."""
         hidden = self.head.hidden[rows]
-        narrow = gradient.to(hidden.dtype)
         if self.needs_hidden:
-            gemm.accumulate(self.hidden[rows], narrow, self.head.piece)
+            gemm.accumulate(self.hidden[rows], gradient, self.head.piece, self.workspace)
         if self.needs_weight:
-            gemm.accumulate(self._piece(columns), narrow.t(), hidden, fresh=rows.start == 0)
+            gemm.accumulate(self._piece(columns), gradient.t(), hidden, self.workspace, fresh=rows.start == 0)
         if self.needs_bias:
             self.bias[columns] += gradient.sum(0, dtype=self.dtype)
 
@@ -54,6 +55,4 @@ class HeadGradient:
         target = self.weight[columns]
         if target.dtype == self.dtype:
             return target
-        if len(self.piece) < len(target):
-            self.piece = torch.empty(target.shape, dtype=self.dtype, device=target.device)
-        return self.piece[: len(target)]
+        return self.workspace.matrix("piece", target.shape, self.dtype)

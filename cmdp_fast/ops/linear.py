@@ -8,7 +8,8 @@
 
 Columns are the outer loop, so that a piece of the head's gradient is complete, and can be cast and left, once the rows
 have passed: its float32 accumulator is never wider than a tile. One loop serves every device; tile_size.py says how
-large a tile is. The backward pass makes the logits again: keeping them would take the memory that is to be saved.
+large a tile is, gemm.py in what dtype it is multiplied, and kept_logits.py which logits the backward pass finds where
+the forward pass left them.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from cmdp_fast import checks, states
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.heads import Head
 from cmdp_fast.layout import Pair, Upstream
-from cmdp_fast.ops import backends, parallel, projection
+from cmdp_fast.ops import backends, gemm, kept_logits, parallel, projection
 from cmdp_fast.ops.head_gradient import HeadGradient
+from cmdp_fast.ops.kept_logits import Logits
+from cmdp_fast.ops.linear_tiles import Batch, Tiles, computed_dtype, kept_dtypes, room_for_logits
 from cmdp_fast.ops.operator import Backward, operator
-from cmdp_fast.ops.projection import Factors, HeadSettings, Projection, head_given
+from cmdp_fast.ops.projection import Factors, HeadSettings, head_given
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Scored, room, scored
-from cmdp_fast.ops.tile_size import tile_shape
-from cmdp_fast.reference import TokenStats, compute_dtype
+from cmdp_fast.reference import TokenStats
 
 
 class LinearSettings(HeadSettings, total=False):
@@ -65,9 +67,14 @@ def linear_token_stats(
 
     A model's logits are ``scale * (hidden W^T + bias)``, then ``softcap * tanh(logits / softcap)`` if it has a softcap
     (the order of Cohere, Granite and Gemma in transformers), then divided by the temperature. They exist a tile at a
-    time, sized for the last-level cache (``CMDP_FAST_TILE_BYTES`` overrides the size), and are made again in the
-    backward pass: six products of rows x V x H instead of four, and memory that does not grow with rows x V. Where
-    there is memory for the logits, ``saved="tiles"`` keeps them and saves the two.
+    time, and are made again in the backward pass: six products of rows x V x H instead of four, and memory that does
+    not grow with rows x V. Where there is memory for logits, ``saved`` keeps the teacher's or both models' and saves
+    one product or two.
+
+    A pair of tiles is sized for the last-level cache of a CPU. On a GPU it takes up to 1 GiB, less than an eighth of
+    what is free, with the gradient's tile and the pieces of the heads less than half of it. ``CMDP_FAST_TILE_BYTES``
+    sets the bytes of a pair. The size changes results by no more than rounding. A GPU with less than 8 GiB free gets
+    smaller tiles, so set it where the last bits must not depend on what else is in memory.
 
     ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to ``student_hidden``,
     ``student_weight`` and ``student_bias``; what needs no gradient costs nothing. The teacher never receives one.
@@ -100,9 +107,15 @@ def linear_token_stats(
             part of it, and autograd expects the whole, hence True. False for hidden states that went through an
             operation whose backward pass sums them itself, such as Megatron's copy to the tensor-parallel region or
             the gather of a sequence-parallel region: they would be summed twice.
-        saved: what the backward pass has of the forward pass. ``recompute``: a few numbers per row; the logits are made
-            again. ``tiles``: both models' logits, rows x V numbers each, where there is the memory: two products of six
-            are saved, and the gradient still exists a tile at a time only.
+        saved: what the backward pass has of the forward pass. ``recompute``: a few numbers per row; both models' logits
+            are made again. ``teacher``: the teacher's logits, rows x V numbers of the dtype that its hidden states and
+            head are multiplied in (2 bytes in half precision on a GPU, 4 on a CPU). Both passes read these rounded
+            logits, so the gradient is that of the statistics returned. ``tiles``: both models' logits, 4 bytes each (8
+            in float64). ``auto``: the last of these that takes no more than half of the memory that is free at the
+            call (under ``torch.compile``: while the graph is made), ``recompute`` where the system does not tell; the
+            logger ``cmdp_fast`` says at level INFO what was chosen and why. The gradient of the logits exists a tile at
+            a time in any case. Nothing is kept where no gradient is asked for. Where neither divergence has an upstream
+            gradient, the backward pass neither makes nor reads the teacher's logits.
         backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` on a GPU (not float64), else ``torch``; a
             name forces it. GEMMs are PyTorch's.
 
@@ -110,8 +123,14 @@ def linear_token_stats(
         `TokenStats` of tensors ``[...]``: float32, or float64 if a hidden state or head is float64.
 
     Precision: products are summed in float32 (float64 if any of the above is float64) for inputs of every dtype, and so
-    are all gradients, which are cast once, at the end. On a CPU half-precision inputs are widened a piece at a time.
-    Autocast changes nothing here: cast hidden states and head to compute in half precision on a GPU.
+    are all gradients, which are cast once, at the end. On a CPU half-precision inputs are widened a piece at a time,
+    and autocast changes nothing. On a GPU hidden states and head are multiplied in their common dtype, or in that of
+    autocast where it is on, as eager PyTorch would (not float64); a float32 head is then converted a piece at a time
+    and its gradient summed in float32. The logits come out in float32; the gradient of a tile of them is rounded to the
+    factors' dtype once, by the kernel that writes it, a head's scale included (with a softcap: after its chain rule in
+    float32). Without autocast a float32 head makes the products of bfloat16 hidden states float32, which on a GPU are
+    12 to 15 times slower. PyTorch before 2.8, and devices without float32 products of half-precision factors, round
+    logits and every tile's share of a gradient to the factors' dtype; a RuntimeWarning says so.
 
     Special values: as `token_stats`, of the logits. NaN in a row of hidden states makes that row NaN, and the whole
     gradient of the head.
@@ -145,11 +164,11 @@ def linear_token_stats(
     checks.tokens(tokens, student_hidden, "student_hidden")
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    checks.choice("saved", saved, ("recompute", "tiles"))
-    chosen = backends.choose_for_logits(backend, student_hidden, _computed(student, teacher), "linear_token_stats")
+    checks.choice("saved", saved, (*kept_logits.SAVED, "auto"))
+    chosen = backends.choose_for_logits(backend, student_hidden, computed_dtype(student, teacher), "linear_token_stats")
     widths = student.head.weight.shape[0], teacher.head.weight.shape[0]
     width, vocab = parallel.columns(*widths, vocab_size, process_group, first_column, tokens, mask)
-    batch = _Batch(
+    batch = Batch(
         student.settled(),
         teacher.detached().settled(),
         tokens,
@@ -157,66 +176,22 @@ def linear_token_stats(
         float(temperature),
         width,
         first_column,
+        gemm.autocast_dtype(student_hidden.device),
+        saved if _differentiates(student) else "recompute",
         chosen,
     )
-    group, stay = parallel.name_of(process_group), saved == "tiles" and torch.is_grad_enabled()
-    return _linear_token_stats(_Given(batch, vocab, group, reduce_hidden_grad, stay)).scored.stats
+    if batch.saved == "auto":
+        dtypes = kept_dtypes(batch._replace(saved="teacher"))
+        batch = batch._replace(saved=kept_logits.choose(tokens.device, tokens.numel(), width, dtypes))
+    given = _Given(batch, vocab, parallel.name_of(process_group), reduce_hidden_grad)
+    return _linear_token_stats(given).scored.stats
 
 
-def _computed(student: Factors, teacher: Factors) -> torch.dtype:
-    return compute_dtype(student.hidden, student.head.weight, teacher.hidden, teacher.head.weight)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-class _Batch(NamedTuple):
-    """Rows of both models, in all that forward and backward pass need alike."""
-
-    student: Factors
-    teacher: Factors
-    tokens: Tensor
-    mask: Tensor | None
-    temperature: float
-    width: int  # columns here that count
-    first_column: int
-    backend: str
-
-
-class _Tiles:
-    """Both heads over the rows that count, and how they are cut into tiles."""
-
-    def __init__(self, batch: _Batch, all_logits: tuple[Tensor, Tensor] | None = None, known: bool = False) -> None:
-        """``all_logits``, ``known``: both models', as `Projection` takes them."""
-        tokens, mask, width = batch.tokens, batch.mask, batch.width
-        self.counted = None if mask is None else mask.flatten().nonzero()[:, 0]
-        self.shape = tokens.shape
-        self.tokens = self.compact(tokens).long().contiguous()
-        dtype = _computed(batch.student, batch.teacher)
-        self.student, self.teacher = (
-            Projection(self._of_these_rows(model, width), dtype, logits, known)
-            for model, logits in zip((batch.student, batch.teacher), all_logits or (None, None), strict=True)
-        )
-        pair = self.student.dtype.itemsize + self.teacher.dtype.itemsize
-        count = len(self.tokens)
-        height, breadth = tile_shape(count, width, pair, tokens.device)
-        self.rows = [slice(i, min(i + height, count)) for i in range(0, count, height)]
-        self.columns = [slice(i, min(i + breadth, width)) for i in range(0, width, breadth)]
-
-    def _of_these_rows(self, model: Factors, width: int) -> Factors:
-        return Factors(self.compact(model.hidden, 1), model.head._replace(weight=model.head.weight[:width]))
-
-    def compact(self, value: Tensor, trailing: int = 0) -> Tensor:
-        """``[..., *]`` to ``[rows that count, *]``, the last ``trailing`` axes as they are."""
-        rows = value.reshape((self.shape.numel(), *value.shape[value.dim() - trailing :]))
-        return rows if self.counted is None else rows[self.counted]
-
-    def spread(self, value: Tensor) -> Tensor:
-        """``[rows that count, *]`` to ``[..., *]``, zero elsewhere."""
-        if self.counted is not None:
-            value = value.new_zeros(self.shape.numel(), *value.shape[1:]).index_copy_(0, self.counted, value)
-        return value.reshape((*self.shape, *value.shape[1:]))
+def _differentiates(student: Factors) -> bool:
+    """Whether there will be a backward pass."""
+    weight, bias = student.head.weight, student.head.bias
+    needs = student.hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return needs and torch.is_grad_enabled()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -224,37 +199,30 @@ class _Tiles:
 
 
 class _Given(NamedTuple):
-    batch: _Batch
+    batch: Batch
     vocab_size: int  # columns of all ranks
     group: str
     reduce_hidden_grad: bool
-    stay: bool  # both models' logits stay for the backward pass
-
-
-class _Logits(NamedTuple):
-    """Both models' logits ``[rows, width]``, or ``[rows, 0]`` where they do not stay."""
-
-    student: Tensor
-    teacher: Tensor
 
 
 class _Made(NamedTuple):
     scored: Scored
-    logits: _Logits
+    logits: Logits
 
 
 @operator("linear_token_stats")
 def _linear_token_stats(given: _Given) -> _Made:
     batch = given.batch
-    tokens, dtype = batch.tokens, _computed(batch.student, batch.teacher)
-    logits = _Logits(*(in_huge_pages(t) for t in _room(given)))
+    tokens, dtype = batch.tokens, computed_dtype(batch.student, batch.teacher)
+    logits = Logits(*(in_huge_pages(t) for t in room_for_logits(batch)))
     if tokens.device.type == "cpu":
         checks.token_range(tokens, batch.mask, given.vocab_size)
     with torch.autocast(tokens.device.type, enabled=False):
-        tiles = _Tiles(batch, logits if given.stay else None)
+        tiles = Tiles(batch, logits)
         student, teacher = tiles.student, tiles.teacher
         for t in logits:  # an operator's results must not hang on what happened to stand in memory
             t[len(tiles.tokens) :] = 0
+            t[:, batch.width :] = 0
         fields = states.empty(len(tiles.tokens), tokens.device)
         for columns in tiles.columns:
             student.select(columns)
@@ -271,25 +239,17 @@ def _linear_token_stats(given: _Given) -> _Made:
         return _Made(scored(values, tiles.spread(states.saved_scalars(fields, stats))), logits)
 
 
-def _room(given: _Given) -> _Logits:
-    """Room for logits that stay. Rows are not compacted: their number would depend on data."""
-    batch = given.batch
-    shape = (batch.tokens.numel(), batch.width if given.stay else 0)
-    dtype = _computed(batch.student, batch.teacher)
-    return _Logits(*(batch.student.hidden.new_empty(shape, dtype=dtype) for _ in _Logits._fields))
-
-
 @_linear_token_stats.shapes
 def _(given: _Given) -> _Made:
     batch = given.batch
-    dtype = _computed(batch.student, batch.teacher)
-    return _Made(room(batch.student.hidden, batch.tokens.shape, dtype), _room(given))
+    dtype = computed_dtype(batch.student, batch.teacher)
+    return _Made(room(batch.student.hidden, batch.tokens.shape, dtype), room_for_logits(batch))
 
 
 class _Kept(NamedTuple):
-    batch: _Batch
+    batch: Batch
     saved: Tensor
-    logits: _Logits
+    logits: Logits
     group: str  # that sums the gradient of the hidden states; empty for none
 
 
@@ -335,16 +295,16 @@ class _Upward(NamedTuple):
 @operator("linear_token_stats_backward")
 def _linear_token_stats_backward(given: _Upward) -> _Gradients:
     """Gradients of hidden states, head and bias. A group sums the first."""
-    (batch, saved, logits, group), upstream, needed = given
-    stay = logits.student.shape[1] > 0
+    (batch, scalars, logits, group), upstream, needed = given
     with torch.autocast(batch.tokens.device.type, enabled=False):
-        tiles = _Tiles(batch, logits if stay else None, known=True)
+        tiles = Tiles(batch, logits, known=True)
         student, teacher = tiles.student, tiles.teacher
         # Log-probability and entropy are the student's own affair: without the other two the teacher's tile is not
         # read and need not be made.
         alone = upstream.reverse_kl is None and upstream.forward_kl is None
-        scalars = tiles.compact(saved, 1).contiguous()
-        arriving = Upstream(*(None if g is None else tiles.compact(g).double() for g in upstream))
+        scalars = tiles.compact(scalars, 1).contiguous()
+        scale = student.upstream_scale
+        arriving = Upstream(*(None if g is None else scale * tiles.compact(g).double() for g in upstream))
         gradient = HeadGradient(student, batch.student.head.weight, needed)
         for columns in tiles.columns:
             student.select(columns)
@@ -358,8 +318,7 @@ def _linear_token_stats_backward(given: _Upward) -> _Gradients:
                 tile = Pair(x, y, tiles.tokens[rows], None, batch.temperature, width)
                 here = Upstream(*(None if g is None else g[rows] for g in arriving))
                 backends.get(batch.backend).token_stats_backward(tile, scalars[rows], here, out, first)
-                student.chain(out, x)
-                gradient.add(out, rows, columns)
+                gradient.add(student.chain(out, x), rows, columns)
             gradient.leave(columns)
         if group and needed.hidden:
             dist.all_reduce(gradient.hidden, group=parallel.group_named(group))

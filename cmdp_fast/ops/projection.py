@@ -9,7 +9,7 @@ by its own, and Gemma 2 and 3 cap what the head gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from cmdp_fast import checks
 from cmdp_fast.heads import Head
 from cmdp_fast.ops import gemm
+from cmdp_fast.ops.workspace import Workspace
 
 
 class HeadSettings(TypedDict, total=False):
@@ -67,21 +68,35 @@ class Factors(NamedTuple):
 class Projection:
     """A model's logits by the tile, in memory that is used again; the hidden states are ``[rows, H]``."""
 
-    def __init__(
-        self, model: Factors, computed: torch.dtype, all_logits: Tensor | None = None, known: bool = False
-    ) -> None:
-        """``computed``: the dtype of the statistics. If it is float64 both models are projected in float64.
+    def __init__(self, model: Factors, factors: torch.dtype, kept: Tensor | None = None, known: bool = False) -> None:
+        """``factors``: what hidden states and head are multiplied in, `factors_dtype`.
 
-        ``all_logits [rows, V]``, of that dtype: where the logits stay, if they are to; ``known``: they stand there.
+        ``kept [rows, V or more]``: where the logits stay, if they are to, in their dtype or in that of the factors;
+        ``known``: they stand there.
         """
         hidden, (self.weight, self.bias, self.softcap, self.scale) = model
-        factors = torch.float64 if computed == torch.float64 else gemm.input_dtype(hidden, self.weight)
         self.hidden = hidden.to(factors)
         self.dtype = gemm.output_dtype(factors, hidden.device)
-        self.all_logits, self.known = all_logits, known
+        self.workspace = Workspace(hidden.device)
+        self.kept, self.known = kept, known
+        self.plain = self.bias is None and self.softcap is None and self.scale == 1.0
         self.columns = slice(0)
         self._piece: Tensor | None = None
-        self._memory: dict[str, Tensor] = {}
+
+    @property
+    def upstream_scale(self) -> float:
+        """What the gradient that arrives is multiplied by in place of the scale of a head in half precision.
+
+        The gradient of its logits is rounded once, where the kernel writes it. Scaled afterwards it would be rounded
+        twice.
+        """
+        return self.scale if self.softcap is None and self.hidden.dtype in gemm.HALVES else 1.0
+
+    @property
+    def column_bytes(self) -> int:
+        """What a column of a tile takes beside the logits: the head's piece, where it is converted."""
+        converted = self.weight.dtype != self.hidden.dtype
+        return self.hidden.shape[1] * self.hidden.element_size() if converted else 0
 
     def select(self, columns: slice) -> None:
         """Which columns of the vocabulary `logits` gives."""
@@ -94,21 +109,23 @@ class Projection:
         if self._piece is None:
             piece = self.weight[self.columns]
             if piece.dtype != self.hidden.dtype:
-                piece = self._reuse("piece", piece.shape, self.hidden.dtype).copy_(piece)
+                piece = self._memory("piece", piece, self.hidden.dtype).copy_(piece)
             self._piece = piece
         return self._piece
 
     def logits(self, rows: slice) -> Tensor:
         """The tile ``[R, C]`` of some rows and the selected columns. It lives until the next call, or stays."""
-        place = None if self.all_logits is None else self.all_logits[rows, self.columns]
+        place = None if self.kept is None else self.kept[rows, self.columns]
         if place is not None and self.known:
             return place
-        hidden = self.hidden[rows]
-        if place is not None and place.dtype == self.dtype:
+        hidden, head = self.hidden[rows], self.piece.t()
+        # A product that is the logits may be rounded to the factors' dtype where it is written.
+        here = () if place is None else (self.dtype, hidden.dtype) if self.plain else (self.dtype,)
+        if place is not None and place.dtype in here:
             tile = place
         else:
-            tile = self._reuse("logits", (len(hidden), len(self.piece)), self.dtype)
-        gemm.multiply(hidden, self.piece.t(), out=tile)
+            tile = self.workspace.matrix("logits", (len(hidden), head.shape[1]), self.dtype)
+        gemm.multiply(hidden, head, out=tile)
         if self.bias is not None:
             tile.add_(self.bias[self.columns])
         if self.softcap is not None:
@@ -118,24 +135,35 @@ class Projection:
         return tile if place is None or place is tile else place.copy_(tile)
 
     def gradient_tile(self, logits: Tensor) -> Tensor:
-        """Where the gradient of the logits goes: over the logits, unless they stay or `chain` needs them."""
-        in_place = self.softcap is None and self.all_logits is None
-        return logits if in_place else self._reuse("gradient", logits.shape, logits.dtype)
-
-    def chain(self, gradient: Tensor, logits: Tensor) -> None:
-        """Turns the gradient of the logits into that of hidden W^T + bias, in place. Overwrites logits not to stay."""
+        """Where the gradient of the logits goes: over the logits, unless they stay, `chain` needs them, or it is
+        narrower than they are."""
         if self.softcap is not None:
-            inner = (logits.clone() if self.all_logits is not None else logits).mul_(1 / self.softcap)
-            gradient.mul_(inner.square_().neg_().add_(1.0).mul_(self.scale))
-        elif self.scale != 1.0:
-            gradient.mul_(self.scale)
+            return self._memory("gradient", logits, logits.dtype)
+        in_place = self.kept is None and logits.dtype == self.hidden.dtype
+        return logits if in_place else self._memory("gradient", logits, self.hidden.dtype)
 
-    def _reuse(self, what: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory for a contiguous tensor, the same as the last time. The first use must be the largest."""
-        size = math.prod(shape)
-        if what not in self._memory:
-            self._memory[what] = torch.empty(size, dtype=dtype, device=self.hidden.device)
-        return self._memory[what][:size].view(*shape)
+    def chain(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of hidden W^T + bias, in the factors' dtype, from that of the logits, which `upstream_scale`
+        has scaled. Overwrites the gradient, and logits that are not to stay."""
+        if self.softcap is None:
+            return gradient if self.scale == self.upstream_scale else gradient.mul_(self.scale)
+        inner = logits if self.kept is None else self._memory("inner", logits, logits.dtype).copy_(logits)
+        inner.mul_(1 / self.softcap)
+        inner.square_().neg_().add_(1.0).mul_(self.scale)
+        if gradient.dtype == self.hidden.dtype:
+            return gradient.mul_(inner)
+        return torch.mul(gradient, inner, out=self._memory("narrow gradient", logits, self.hidden.dtype))
+
+    def _memory(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.workspace.matrix(name, like.shape, dtype)
+
+
+def factors_dtype(model: Factors, computed: torch.dtype, autocast: str) -> torch.dtype:
+    """What a model's hidden states and head are multiplied in.
+
+    ``computed``: the dtype of the statistics. If it is float64 both models are projected in float64.
+    """
+    return torch.float64 if computed == torch.float64 else gemm.input_dtype(model.hidden, model.head.weight, autocast)
 
 
 def check(name: str, model: Factors) -> None:

@@ -1,14 +1,29 @@
-"""How large a tile of logits is, so that it is still in the cache when the statistics read what a GEMM has written.
+"""How large a tile of logits is: on a CPU it stays in the cache, on a GPU it fills the device for a while.
 
 A tile is R rows by C columns of both models' logits. A GEMM writes it once for every block of its inner dimension, the
-statistics read it, the backward pass overwrites it and two more GEMMs read it. The head and the hidden states stream
-past it meanwhile and need their own part of the last-level cache, hence the pair of tiles gets an eighth of it. (Pairs
-from a twentieth to three quarters of the cache were timed on one CPU: the small ones were 4 % faster than the large at
-hidden size 576, and 12 % at 1536 and 3584.) Within that area rows come first, up to `ROWS`: every tile of rows reads
-the piece of the head again, and R is the inner dimension of the head's gradient.
+statistics read it, the backward pass overwrites it and two more GEMMs read it. The size changes speed and memory, and
+results by no more than rounding. ``CMDP_FAST_TILE_BYTES`` overrides the bytes of a pair of tiles, for caches that the
+system reports wrongly (virtual machines) and for memory that is short.
 
-The size changes speed and memory, and results by no more than rounding. ``CMDP_FAST_TILE_BYTES`` overrides the area,
-for caches that the system reports wrongly (virtual machines) and for memory that is short.
+On a CPU the statistics are to find in the last-level cache what a GEMM has written. The head and the hidden states
+stream past the tile meanwhile and need their own part, hence the pair of tiles gets an eighth of the cache. (Pairs
+from a twentieth to three quarters were timed on one CPU: the small ones were 4 % faster than the large at hidden size
+576, and 12 % at 1536 and 3584.) Within that area rows come first, up to `ROWS`: every tile of rows reads the piece of
+the head again, and R is the inner dimension of the head's gradient.
+
+On a GPU no tile that fits the L2 cache fills the multiprocessors: 1024 x 4608 are 144 blocks of 128 x 256 for the 132
+of an H100, two waves where 1.1 would do, and hundreds of launches. So a pair takes up to `PAIR`, 8192 x 16384 columns
+of float32: some thirty waves, and ten tiles for a vocabulary of 151936. Rows come first here too. R is the inner
+dimension of the head's gradient, whose float32 sum is read and written once per tile of rows: 8 bytes for every 2 R
+operations, which at 3 TB/s and 800 TFLOP/s take as long as the product at R = 1067 and an eighth of it at 8192. C is
+the inner dimension of the hidden states' gradient, likewise, and wide enough when R is. Few rows are not made up for by
+more than `WIDEST` columns: the head's piece in float32 grows with them. (Predictions; no GPU has timed them.)
+
+A pair takes no more than 1 / `SHARE_OF_FREE` of the free memory. With the tile of its gradient (in half precision a
+quarter more, with a softcap three quarters) and the pieces of the heads, each of which gets no more than a pair, all of
+it stays below half. The limit is rounded down to a power of two, and so is the same from run to run while at least
+8 GiB are free; below that the last bits of a result may differ between runs that find less memory. Set
+``CMDP_FAST_TILE_BYTES`` where they must not.
 """
 
 from __future__ import annotations
@@ -19,19 +34,46 @@ from pathlib import Path
 
 import torch
 
+from cmdp_fast.ops.free_memory import free_memory
+
+# On a CPU
 ROWS = 1024
 COLUMNS = 768  # C is a multiple of this: whole vectors and whole steps of the native kernels, whole blocks of a GEMM
 SHARE = 8  # a pair of tiles takes this part of the cache
 UNKNOWN_CACHE = 4 * 2**20  # a thread's share where the system does not tell
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
+# On a GPU
+GPU_ROWS = 8192  # R is a multiple of 128 where there are more: whole blocks of a GEMM
+GPU_COLUMNS = 256  # C is a multiple of this, likewise
+WIDEST = 32768
+PAIR = 2**30
+SHARE_OF_FREE = 8
 
-def tile_shape(rows: int, columns: int, element_size: int, device: torch.device) -> tuple[int, int]:
-    """(R, C) for ``rows`` x ``columns`` logits of both models that take ``element_size`` bytes a pair."""
-    tiles = -(-rows // ROWS)
-    height = max(1, -(-rows // max(1, tiles)))  # rows are dealt out evenly
-    width = tile_bytes(device) // (height * element_size) // COLUMNS * COLUMNS
-    return height, min(max(width, COLUMNS), max(1, columns))
+
+def tile_shape(
+    rows: int, columns: int, element_size: int, device: torch.device, column_bytes: int = 0
+) -> tuple[int, int]:
+    """(R, C) for ``rows`` x ``columns`` logits of both models that take ``element_size`` bytes a pair.
+
+    ``column_bytes``: what a GPU holds beside the pair for every column of it, whatever the rows.
+    """
+    most, unit = (ROWS, COLUMNS) if device.type == "cpu" else (GPU_ROWS, GPU_COLUMNS)
+    height = max(1, _dealt(rows, most))
+    area = tile_bytes(device)
+    if device.type == "cpu":
+        width = area // (height * element_size) // unit * unit
+        return height, min(max(width, unit), max(1, columns))
+    if height < rows:
+        height = min(most, -(-height // 128) * 128)
+    width = min(area // (height * element_size), area // max(1, column_bytes), WIDEST)
+    width = max(width // unit * unit, unit)
+    return height, min(-(-_dealt(columns, width) // unit) * unit, max(1, columns))
+
+
+def _dealt(count: int, most: int) -> int:
+    """The size of equal parts of a count, none of which is larger than ``most``."""
+    return -(-count // max(1, -(-count // most)))
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -41,10 +83,11 @@ def tile_bytes(device: torch.device) -> int:
         if not given.isdecimal() or int(given) == 0:
             raise ValueError(f"CMDP_FAST_TILE_BYTES must be a positive number of bytes, got {given!r}")
         return int(given)
-    if device.type == "cuda":
-        # A product of two small tiles would not fill the device, nor last as long as launching it takes.
-        return torch.cuda.get_device_properties(device).L2_cache_size * 3 // 4
-    return _cache_of_a_core() * torch.get_num_threads() // SHARE
+    if device.type == "cpu":
+        return _cache_of_a_core() * torch.get_num_threads() // SHARE
+    free = free_memory(device)
+    share = PAIR if free is None else max(1, free // SHARE_OF_FREE)
+    return min(PAIR, 1 << (share.bit_length() - 1))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import cmdp_fast as cf
 from cmdp_fast.ops import budget, constrained
 from cmdp_fast.reference import DIVERGENCES
 
-SAVED = ("recompute", "tiles")
+SAVED = ("recompute", "teacher", "tiles")
 # Head and hidden states: those whose gradient is summed in a wider type than the head's, and the one that is not.
 DTYPES = {
     "bfloat16": (torch.bfloat16, torch.bfloat16),
@@ -102,9 +102,9 @@ def test_one_row_of_many(name, saved, backend, monkeypatch):
     if backend == "cuda":
         pytest.skip("the cuda backend leaves this operation to triton")
     only_float64(name, backend)
-    from cmdp_fast.ops import linear
+    from cmdp_fast.ops import linear_tiles
 
-    monkeypatch.setattr(linear, "tile_shape", lambda *_: (2, 3))
+    monkeypatch.setattr(linear_tiles, "tile_shape", lambda *_: (2, 3))
     x, w, b, (teacher, teacher_head), tokens = head_inputs(DTYPES[name], (7,))
     mask = torch.arange(7) == 6
     options = {"student_bias": b, "saved": saved, "backend": backend}

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from half_products import keep_halves
 from helpers import DIFFERENTIABLE, make_logits, poisoned_memory, weighted_sum
 from linear_inputs import evaluate, make_inputs
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,6 +38,7 @@ def check(group, rank: int, world: int) -> None:
             state(group, first, end, backend)
             common_prefix(group, first, end, backend)
             no_rows(group, first, end, backend)
+    halves(group, first, end)
     sharded_head(world)
     gathered_head(rank, world)
     refusals(group, rank, first, end)
@@ -79,6 +81,23 @@ def linear(group, first, end, backend) -> None:
             torch.testing.assert_close(hidden, expected["student_hidden"], **close)
             for name in ("student_weight", "student_bias"):
                 torch.testing.assert_close(gradients[name], expected[name][first:end], **close)
+
+
+def halves(group, first, end) -> None:
+    """As on a GPU, where half-precision factors are not widened: the gradient of hidden states is summed in float32."""
+    inputs, mask = model(torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        keep_halves(patch)
+        for saved in ("recompute", "teacher", "tiles"):
+            options = {"mask": mask, "saved": saved, "backend": "torch"}
+            whole, expected = evaluate(cf.linear_token_stats, inputs, **options)
+            stats, gradients = evaluate(
+                cf.linear_token_stats, shard(inputs, first, end), process_group=group, first_column=first, **options
+            )
+            same(stats, whole)
+            for name, gradient in gradients.items():
+                mine = expected[name] if name in ROWS else expected[name][first:end]
+                torch.testing.assert_close(gradient, mine, rtol=2**-7, atol=2**-9, msg=f"{saved}, {name}")
 
 
 def logits(group, first, end, backend) -> None:

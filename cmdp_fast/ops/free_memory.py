@@ -1,0 +1,41 @@
+"""How much memory a device has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")  # of a container: its limit is not that of the machine
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that could be allocated on a device; None where the system does not tell.
+
+    On a GPU what the driver has left and what PyTorch's allocator holds unused, a part of which may be in pieces too
+    small for use. None while a graph is captured, which no question to the driver may disturb.
+    """
+    if device.type == "cpu":
+        return _free_on_the_host()
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    try:
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    except RuntimeError:  # an allocator that was plugged in and keeps no statistics
+        return free
+
+
+def _free_on_the_host() -> int | None:
+    """What the kernel calls available, and what the container's limit leaves of it."""
+    try:
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no such limit: the file is absent or says "max"
+        return free
