@@ -119,17 +119,8 @@ def ordinary(state):
 
 
 @triton.jit
-def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
-    """One program per segment of a row, whose state goes to `folded.partial`.
-
-    folded: a `Folded`. settings: a `launch.Forward` of constants. ALIGNED, PTX: as `fold`.
-    """
-    program = tl.program_id(0)
-    row, segment = program // folded.segments, program % folded.segments
-    logits = folded.logits
-    if logits.mask is not None:
-        if tl.load(logits.mask + row) == 0:
-            return
+def fold_segment(row, logits, segment, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
+    """The state of one segment of a row, in nats and in double, and 1.0 if it was folded carefully, else 0.0."""
     if ALIGNED:
         pair = aligned_row_of(row, logits, settings.vector)
     else:
@@ -142,6 +133,22 @@ def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     if not ordinary(lanes):
         careful += 1
         state = fold_carefully(pair, start, stop, settings.lanes)
+    return state, careful
+
+
+@triton.jit
+def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
+    """One program per segment of a row, whose state goes to `folded.partial`.
+
+    folded: a `Folded`. settings: a `launch.Forward` of constants. ALIGNED, PTX: as `fold`.
+    """
+    program = tl.program_id(0)
+    row, segment = program // folded.segments, program % folded.segments
+    logits = folded.logits
+    if logits.mask is not None:
+        if tl.load(logits.mask + row) == 0:
+            return
+    state, careful = fold_segment(row, logits, segment, settings, ALIGNED, PTX)
     to = folded.partial + program.to(tl.int64) * STATE_FIELDS
     store_state(to, state, None)
     tl.store(to + 8, careful)
