@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import finish, launch, scan
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import finish_rows, kept
 from cmdp_fast.kernels.scan import Amounts, Sequences, Span, Tokens, bounds, scan_sequence
 from cmdp_fast.kernels.shapes import Pointer, Results, constants
@@ -47,6 +48,7 @@ class Settings(NamedTuple):
 # If the compiler knew that every sequence begins at a multiple of 16 tokens, it would give a thread 8 of them, and the
 # scan would add in another order than that of packed sequences and of `scan.trace_kernel`. So `width` stands alone and
 # is not specialised; `budget` and the amounts stand alone because they are doubles.
+@direct
 @triton.jit(do_not_specialize=["width"])
 def sequence_kernel(
     folded,

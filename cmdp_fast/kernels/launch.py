@@ -6,22 +6,27 @@ way in every batch, which makes its result bitwise the same in every batch.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from cmdp_fast.kernels.shapes import Logits, Rows
-from cmdp_fast.layout import Pair, addressable, row_axes
+from cmdp_fast.layout import Pair, row_axes
 
 # Asked for by hand only: a choice at run time may change the order of additions from one run to the next.
 AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
+
+
+MOST_ROWS = 2**31 - 1  # as programs of a grid
 
 
 class Forward(NamedTuple):
@@ -52,8 +57,12 @@ def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
     48; 32 save one more, but their 80 registers leave a third of the warps. Float32 columns need twice the registers
     and half the speed: 8 a step.
     """
-    vector, step = (4, 8) if torch.float32 in dtypes else (8, 16)
-    warp = warp_size()
+    return _forward_settings(vocab, torch.float32 in dtypes, warp_size())
+
+
+@functools.cache
+def _forward_settings(vocab: int, wide: bool, warp: int) -> Forward:
+    vector, step = (4, 8) if wide else (8, 16)
     if vocab < 1024:  # a narrow row: one warp, so that lanes without columns do not outnumber the others
         return Forward(warp, vector, step, 1024, 1)
     if vocab < 16384:  # a few tiles per row: fewer warps leave more programs to hide latency behind
@@ -101,6 +110,7 @@ def segments(vocab: int, settings: Forward) -> int:
     return -(-vocab // settings.segment)
 
 
+@functools.lru_cache(maxsize=64)
 def scale_of(temperature: float) -> float:
     """log2(e)/temperature rounded to float32: the kernels multiply logits by it.
 
@@ -126,22 +136,47 @@ def speaks_ptx() -> bool:
     two numbers at once); neither AMD's compiler nor the interpreter takes its assembly."""
     if knobs.runtime.interpret:
         return False
-    target = driver.active.get_current_target()
+    target = _target()
     return target.backend == "cuda" and int(target.arch) >= 80
 
 
 def warp_size() -> int:
     """Threads of a warp: 64 on AMD's data centre GPUs."""
-    return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
+    return 32 if knobs.runtime.interpret else _target().warp_size
+
+
+def _target() -> GPUTarget:
+    gpu = driver.active
+    return _target_of(gpu, gpu.get_current_device())
+
+
+@functools.lru_cache(maxsize=64)
+def _target_of(gpu: Any, device: object) -> GPUTarget:
+    """What a driver says of its current device: it asks the device for its properties each time."""
+    return gpu.get_current_target()
 
 
 def rows_of(t: Tensor) -> tuple[Tensor, Rows]:
     """A tensor and where its rows begin; one with more than two strides is copied."""
-    if not addressable(t):
+    rows = _rows(t.shape, t.stride())
+    if rows is None:
         t = t.contiguous()
-    axes = row_axes(t)
-    (_, outer_stride), (inner, stride) = [(1, 0), (1, 0), *axes][-2:]
-    return t, Rows(inner, stride, outer_stride)
+        rows = _rows(t.shape, t.stride())
+        assert rows is not None
+    return t, rows
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows(shape: torch.Size, strides: tuple[int, ...]) -> Rows | None:
+    """Where the rows of a tensor begin, or None if it takes more than two strides to say so."""
+    axes = row_axes(torch.empty_strided(shape, strides, device="meta"))
+    if len(axes) > 2:
+        return None
+    if len(axes) == 2:
+        (_, outer_stride), (inner, stride) = axes
+        return Rows(inner, stride, outer_stride)
+    # One axis, of any length: kernels are not compiled again for another number of rows.
+    return Rows(MOST_ROWS, axes[0][1] if axes else 0, 0)
 
 
 def logits_of(pair: Pair) -> Logits:

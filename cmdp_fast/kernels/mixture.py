@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.fold import places, read, widened
 from cmdp_fast.kernels.shapes import Folded, constants
 from cmdp_fast.kernels.shared import (
@@ -89,6 +90,7 @@ def careful_terms(x, y, scale, saved, weights):
     return value, p, slope
 
 
+@direct
 @triton.jit
 def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
     """One program per segment of a row, which is read as the statistics' loop reads it.
@@ -160,6 +162,7 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
     tl.store(to + 1, tl.sum(mean, 0).to(tl.float64))
 
 
+@direct
 @triton.jit
 def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
     """One program per row: adds its segments, in double and in a fixed order."""
@@ -175,6 +178,7 @@ def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
     tl.store(mean + row, tl.sum(tl.load(at + 1, mask=present, other=0.0), 0))
 
 
+@direct
 @triton.jit
 def backward_kernel(logits, saved, upstream, target, weights, settings):
     """One program per `span` columns of a row, which it does a `tile` at a time.

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import kept
 from cmdp_fast.kernels.shapes import Lanes, Pointer, constants
 from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace
@@ -213,6 +214,7 @@ def scan_sequence(span, tokens, trace, reward, formula, gamma_octaves, amounts, 
 
 
 # The amounts stand alone because they are doubles.
+@direct
 @triton.jit
 def trace_kernel(
     sequences,
@@ -239,6 +241,7 @@ def trace_kernel(
     scan_sequence(span, tokens, trace, reward, formula, gamma_octaves, amounts, CHUNK)
 
 
+@direct
 @triton.jit
 def reward_kernel(
     sequences,

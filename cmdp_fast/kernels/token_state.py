@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmdp_fast import states
 from cmdp_fast.kernels import finish, launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import kept, merged_parts
 from cmdp_fast.kernels.shapes import State
 from cmdp_fast.kernels.shared import locate, natural, raised_in_nats, rise_by, store_state
@@ -27,6 +28,7 @@ def rise_to(top, teacher_top, m, n, z, u):
     return rise_by(tl.where(z == 0, 0.0, top - m), tl.where(u == 0, 0.0, teacher_top - n))
 
 
+@direct
 @triton.jit
 def update_kernel(rows, folded, fields, first_column, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """One program for ROWS rows: the `Folded` states of a tile go into `fields` [rows, FIELDS]. The state of a masked

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import finish, launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import finish_rows
 from cmdp_fast.kernels.fold import fold
 from cmdp_fast.kernels.shapes import Folded, Logits, Results, State, constants
@@ -118,6 +119,7 @@ def ordinary(state):
     return sums & (state.z > 0) & (state.u > 0)
 
 
+@direct
 @triton.jit
 def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     """One program per segment of a row, whose state goes to `folded.partial`.
@@ -147,6 +149,7 @@ def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     tl.store(to + 8, careful)
 
 
+@direct
 @triton.jit
 def finish_kernel(rows, folded, results, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """One program for ROWS of the rows; see `finish_rows`."""
@@ -156,7 +159,7 @@ def finish_kernel(rows, folded, results, ROWS: tl.constexpr, PARTS: tl.constexpr
 
 def parts(folded: Folded) -> int:
     """Segments per row, rounded up to a power of two: a tile of that width holds them all."""
-    return triton.next_power_of_2(folded.segments)
+    return 1 << (folded.segments - 1).bit_length()
 
 
 def fold_rows(pair: Pair, logits: Logits) -> Folded:
@@ -195,7 +198,7 @@ def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
         return statistics, saved
     with launch.on(pair.student):
         folded = fold_rows(pair, launch.logits_of(pair))
-        finish_kernel[(triton.cdiv(rows, finish.ROWS),)](
+        finish_kernel[(-(-rows // finish.ROWS),)](
             rows,
             folded,
             Results(tuple(statistics), saved),

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.shapes import Lanes, Pointer, Rows, constants
 from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, row_of, saved_row, taken, zero
 from cmdp_fast.layout import Pair, Upstream
@@ -142,6 +143,7 @@ def tile_gradient(row, columns, inside, slopes, upstream):
     return value
 
 
+@direct
 @triton.jit
 def backward_kernel(logits, saved, upstream, target, first_column, settings):
     """One program per `span` columns of a row, which it does a `tile` at a time. `target.out` may be the student's
