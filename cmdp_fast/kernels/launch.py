@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton
@@ -50,6 +50,9 @@ class Columns(NamedTuple):
     warps: int
 
 
+Chosen = TypeVar("Chosen", Forward, Columns)
+
+
 def forward_settings(vocab: int, *dtypes: torch.dtype) -> Forward:
     """One lane per thread. ``vector`` columns of the wider dtype are 128 bits, which one thread loads at once.
 
@@ -72,32 +75,90 @@ def _forward_settings(vocab: int, wide: bool, warp: int) -> Forward:
     return Forward(256, vector, step, 32768, 256 // warp)
 
 
-_fastest: dict[tuple[object, ...], Forward] = {}
-
-
-def tuned(settings: Forward, key: tuple[object, ...], run: Callable[[Forward], object]) -> Forward:
-    """The settings of the table; under CMDP_FAST_AUTOTUNE=1 the fastest of a few around them, measured once per key.
-
-    The first call with a key must not be captured in a graph. Segments stay as they are: memory depends on them.
-    """
-    if not AUTOTUNE:
-        return settings
-    if key not in _fastest:
-        steps = (s for s in (settings.step // 2, settings.step, settings.step * 2) if s >= settings.vector)
-        choices = [
-            settings._replace(step=s, lanes=settings.lanes // n, warps=settings.warps // n)
-            for s in steps
-            for n in (1, 2)
-            if settings.warps >= n
-        ]
-        _fastest[key] = min(choices, key=lambda choice: triton.testing.do_bench(lambda: run(choice)))
-    return _fastest[key]
-
-
 def column_settings(vocab: int) -> Columns:
     """16 columns per thread and tile: two to four independent 128-bit loads of each model in flight. Four tiles per
     program share the row's coefficients, whose double arithmetic would otherwise cost as much as a tile."""
     return Columns(512, 512, 32, 1) if vocab < 1024 else Columns(2048, 8192, 128, 4)
+
+
+def forward_choices(settings: Forward, vocab: int) -> list[Forward]:
+    """Settings around those of the table, which come first: half and twice the segment and the step, half the warps."""
+    by_pieces: dict[int, int] = {}
+    for segment in (settings.segment, settings.segment // 2, settings.segment * 2):
+        by_pieces.setdefault(segments(vocab, settings._replace(segment=segment)), segment)
+    steps = [s for s in (settings.step, settings.step // 2, settings.step * 2) if s >= settings.vector]
+    return [
+        settings._replace(lanes=settings.lanes // n, step=step, segment=segment, warps=settings.warps // n)
+        for segment in by_pieces.values()
+        for step in steps
+        for n in (1, 2)
+        if settings.warps >= n
+    ]
+
+
+def column_choices(settings: Columns) -> list[Columns]:
+    """Settings around those of the table, which come first: half and twice the tile, twice the warps and the span."""
+    return [
+        Columns(tile, span, settings.careful, warps)
+        for span in (settings.span, 2 * settings.span)
+        for tile in (settings.tile, settings.tile // 2, settings.tile * 2)
+        for warps in (settings.warps, 2 * settings.warps)
+        if tile <= span
+    ]
+
+
+_chosen: dict[str, Forward | Columns] = {}
+
+
+def choices() -> dict[str, Forward | Columns]:
+    """What CMDP_FAST_AUTOTUNE=1 has chosen so far in this process, by kernel, columns, dtypes and device."""
+    return dict(_chosen)
+
+
+def tuned(
+    table: list[Chosen], key: tuple[object, ...], logits: Tensor, prepared: Callable[[Chosen], Callable[[], object]]
+) -> Chosen:
+    """The fastest of a few settings, measured once per key and device; the first of them wins where they are equal.
+
+    ``key`` has neither the number of rows nor their alignment: a row's result may not depend on them.
+    ``prepared(settings)`` is a launch that can be repeated: it writes to nothing that the caller reads.
+
+    Raises RuntimeError where a graph is being captured and the key is new: a measurement cannot be captured, and with
+    the settings of the table the graph would round otherwise than the calls before and after it.
+    """
+    name = " ".join(str(part).removeprefix("torch.") for part in (*key, logits.device))
+    if name not in _chosen:
+        if capturing(logits):
+            raise RuntimeError(
+                f"CMDP_FAST_AUTOTUNE=1 has not measured {name!r} yet and cannot while a CUDA graph is being captured; "
+                "run the step once before it is captured, or unset CMDP_FAST_AUTOTUNE"
+            )
+        times = [triton.testing.do_bench(prepared(settings)) for settings in table]
+        _chosen[name] = table[times.index(min(times))]
+    return cast(Chosen, _chosen[name])
+
+
+def capturing(t: Tensor) -> bool:
+    """Whether what is launched on a tensor's device goes into a graph."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class Scratch(NamedTuple):
+    """Memory for a measurement that stands for the first rows of a matrix."""
+
+    out: Tensor
+    rows: Rows
+    count: int  # rows that there is room for
+
+
+def scratch_for(out: Tensor, rows: Rows, count: int) -> Scratch:
+    """Room for the first of ``count`` rows, aligned as those of ``out`` are: 128 MiB of them are enough to occupy any
+    device, and the whole gradient might not fit beside the logits."""
+    width, size = out.shape[-1], out.element_size()
+    stride = width + (rows.stride - width) % 16
+    count = min(count, max(1, 2**27 // (stride * size)))
+    begin = out.data_ptr() % 16 // size
+    return Scratch(out.new_empty(begin + count * stride)[begin:], Rows(MOST_ROWS, stride, 0), count)
 
 
 def compiled_for(warps: int) -> dict[str, object]:

@@ -22,6 +22,7 @@ errors in (tests/kernels/test_mixture_error.py).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.fold import places, read, widened
-from cmdp_fast.kernels.shapes import Folded, Lanes, constants
+from cmdp_fast.kernels.shapes import Folded, Lanes, Rows, constants
 from cmdp_fast.kernels.shared import (
     LN2,
     PER_NAT,
@@ -46,7 +47,7 @@ from cmdp_fast.kernels.shared import (
     taken,
     zero,
 )
-from cmdp_fast.kernels.token_stats import parts, token_stats
+from cmdp_fast.kernels.token_stats import parts, room_of, token_stats
 from cmdp_fast.kernels.token_stats_backward import MODEST, Target, log_probabilities, normalisers_of
 from cmdp_fast.layout import Mixture, Pair
 
@@ -163,12 +164,10 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr, PTX:
     else:
         pair = row_of(row, logits)
     at = saved + row.to(tl.int64) * SAVED
-    numbers = saved_row(at)
-    normalisers = normalisers_of(numbers)
     start = segment * settings.segment
     stop = tl.minimum(start + settings.segment, logits.width)
     to = folded.partial + program.to(tl.int64) * 2
-    if numbers.careful != 0:
+    if saved_row(at).careful != 0:
         total = tl.zeros([LANES], tl.float64)
         slopes = tl.zeros([LANES], tl.float64)
         for first in range(start, stop, LANES):
@@ -182,6 +181,7 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr, PTX:
         tl.store(to, tl.sum(total, 0))
         tl.store(to + 1, tl.sum(slopes, 0))
         return
+    normalisers = normalisers_of(saved_row(at))
     X: tl.constexpr = pair.student.dtype.element_ty
     Y: tl.constexpr = pair.teacher.dtype.element_ty
     x_halves: tl.constexpr = 2 if ALIGNED and X.primitive_bitwidth == 16 else 1
@@ -312,23 +312,40 @@ def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
     if rows == 0:
         return value, saved, mean
     with launch.on(pair.student):
-        settings = launch.forward_settings(pair.width, pair.student.dtype, pair.teacher.dtype)
-        segments = launch.segments(pair.width, settings)
-        partial = pair.student.new_empty((rows, segments, 2), dtype=torch.float64)
-        folded = Folded(launch.logits_of(pair), partial, segments)
-        mixture_kernel[(rows * segments,)](
-            folded,
-            saved,
-            weights,
-            constants(settings),
-            ALIGNED=launch.aligned(folded.logits, settings.vector),
-            PTX=launch.speaks_ptx(),
-            **launch.compiled_for(settings.warps),
-        )
+        logits, dtypes = launch.logits_of(pair), (pair.student.dtype, pair.teacher.dtype)
+        settings = launch.forward_settings(pair.width, *dtypes)
+        wide_loads = launch.aligned(logits, settings.vector)
+
+        def run(settings: launch.Forward, folded: Folded) -> None:
+            mixture_kernel[(rows * folded.segments,)](
+                folded,
+                saved,
+                weights,
+                constants(settings),
+                ALIGNED=wide_loads,
+                PTX=launch.speaks_ptx(),
+                **launch.compiled_for(settings.warps),
+            )
+
+        if launch.AUTOTUNE:
+            key = ("mixture", pair.width, *dtypes)
+            # It takes `vector` columns a step.
+            table = [choice for choice in launch.forward_choices(settings, pair.width) if choice.step == settings.step]
+            settings = launch.tuned(
+                table, key, pair.student, lambda choice: partial(run, choice, room_of(pair, logits, choice, 2))
+            )
+        folded = room_of(pair, logits, settings, 2)
+        run(settings, folded)
         finish_kernel[(rows,)](
-            folded.logits.mask, partial, value, mean, segments, PARTS=parts(folded), **launch.compiled_for(1)
+            logits.mask, folded.partial, value, mean, folded.segments, PARTS=parts(folded), **launch.compiled_for(1)
         )
     return value, saved, mean
+
+
+def columns_of(width: int) -> launch.Columns:
+    """8 columns per thread and tile: with 16 it takes up to 168 registers where rows are not aligned."""
+    settings = launch.column_settings(width)
+    return settings._replace(tile=settings.tile // 2)
 
 
 def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, weights: Mixture, out: Tensor) -> None:
@@ -337,16 +354,28 @@ def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, 
     rows, width = launch.count_rows(pair.student), pair.student.shape[-1]
     if rows == 0:
         return
-    settings = launch.column_settings(width)
-    blocks = -(-width // settings.span)
     with launch.on(pair.student):
-        backward_kernel[(rows * blocks,)](
-            launch.logits_of(pair._replace(tokens=None)),
-            Saved(saved, mean),
-            upstream.contiguous(),
-            Target(*launch.rows_of(out), width, blocks),
-            weights,
-            constants(settings),
-            PTX=launch.speaks_ptx(),
-            **launch.compiled_for(settings.warps),
-        )
+        logits = launch.logits_of(pair._replace(tokens=None))
+        upstream = upstream.contiguous()
+
+        def run(settings: launch.Columns, out: Tensor, out_rows: Rows, rows: int) -> None:
+            blocks = -(-width // settings.span)
+            backward_kernel[(rows * blocks,)](
+                logits,
+                Saved(saved, mean),
+                upstream,
+                Target(out, out_rows, width, blocks),
+                weights,
+                constants(settings),
+                PTX=launch.speaks_ptx(),
+                **launch.compiled_for(settings.warps),
+            )
+
+        settings = columns_of(width)
+        _, out_rows = launch.rows_of(out)
+        if launch.AUTOTUNE:
+            key = ("mixture_backward", width, pair.student.dtype, pair.teacher.dtype, out.dtype)
+            scratch = launch.scratch_for(out, out_rows, rows)
+            table = launch.column_choices(settings)
+            settings = launch.tuned(table, key, pair.student, lambda choice: partial(run, choice, *scratch))
+        run(settings, out, out_rows, rows)

@@ -16,6 +16,7 @@ A row with special values, or with coefficients so large that float32 may overfl
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import triton
@@ -235,18 +236,30 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
     rows, width = launch.count_rows(pair.student), pair.student.shape[-1]
     if rows == 0:
         return
-    settings = launch.column_settings(width)
-    blocks = -(-width // settings.span)
     target, out_rows = launch.rows_of(out)
     if target is not out:
         raise ValueError(f"the gradient must be writable with at most two strides, got strides {out.stride()}")
     with launch.on(pair.student):
-        backward_kernel[(rows * blocks,)](
-            launch.logits_of(pair),
-            saved,
-            Upstream(*(None if g is None else g.contiguous() for g in upstream)),
-            Target(out, out_rows, width, blocks),
-            first_column,
-            constants(settings),
-            **launch.compiled_for(settings.warps),
-        )
+        logits = launch.logits_of(pair)
+        flow = Upstream(*(None if g is None else g.contiguous() for g in upstream))
+
+        def run(settings: launch.Columns, out: Tensor, out_rows: Rows, rows: int) -> None:
+            blocks = -(-width // settings.span)
+            backward_kernel[(rows * blocks,)](
+                logits,
+                saved,
+                flow,
+                Target(out, out_rows, width, blocks),
+                first_column,
+                constants(settings),
+                **launch.compiled_for(settings.warps),
+            )
+
+        settings = launch.column_settings(width)
+        if launch.AUTOTUNE:
+            arrived = "".join("0" if g is None else "1" for g in upstream)
+            key = ("token_stats_backward", width, pair.student.dtype, pair.teacher.dtype, out.dtype, arrived)
+            scratch = launch.scratch_for(out, out_rows, rows)
+            table = launch.column_choices(settings)
+            settings = launch.tuned(table, key, pair.student, lambda choice: partial(run, choice, *scratch))
+        run(settings, out, out_rows, rows)
