@@ -27,6 +27,7 @@ AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
 
 
 MOST_ROWS = 2**31 - 1  # as programs of a grid
+KNOWN = 16  # what Triton knows of a number: whether it is divisible by it
 
 
 class Forward(NamedTuple):
@@ -161,6 +162,12 @@ def scratch_for(out: Tensor, rows: Rows, count: int) -> Scratch:
     return Scratch(out.new_empty(begin + count * stride)[begin:], Rows(MOST_ROWS, stride, 0), count)
 
 
+def halved(settings: Columns) -> Columns:
+    """8 columns per thread and tile: of rows that are not aligned, each of them a load, 16 take up to 146 registers
+    (token_stats_backward, Triton 3.6, sm_90; 8 take 56)."""
+    return settings._replace(tile=settings.tile // 2)
+
+
 def compiled_for(warps: int) -> dict[str, object]:
     """How a kernel is compiled. Multiplications and additions fuse only where a kernel says so: left to the compiler,
     the same formula could round differently in two kernels whose results are promised to be the same."""
@@ -184,11 +191,11 @@ def scale_of(temperature: float) -> float:
 def aligned(logits: Logits, vector: int) -> bool:
     """Whether every row of both models begins where ``vector`` columns can be loaded at once, at a multiple of their
     size."""
-    student = _aligned(logits.student, logits.student_rows, vector)
-    return student and _aligned(logits.teacher, logits.teacher_rows, vector)
+    student = aligned_rows(logits.student, logits.student_rows, vector)
+    return student and aligned_rows(logits.teacher, logits.teacher_rows, vector)
 
 
-def _aligned(t: Tensor, rows: Rows, vector: int) -> bool:
+def aligned_rows(t: Tensor, rows: Rows, vector: int) -> bool:
     return t.data_ptr() % 16 == 0 and rows.stride % vector == 0 and rows.outer_stride % vector == 0
 
 

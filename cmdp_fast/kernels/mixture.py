@@ -342,12 +342,6 @@ def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
     return value, saved, mean
 
 
-def columns_of(width: int) -> launch.Columns:
-    """8 columns per thread and tile: with 16 it takes up to 168 registers where rows are not aligned."""
-    settings = launch.column_settings(width)
-    return settings._replace(tile=settings.tile // 2)
-
-
 def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, weights: Mixture, out: Tensor) -> None:
     """Writes the gradient of the student's logits into ``out``, contiguous ``[..., V]``. Columns from ``pair.width`` on
     get 0."""
@@ -371,7 +365,7 @@ def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, 
                 **launch.compiled_for(settings.warps),
             )
 
-        settings = columns_of(width)
+        settings = launch.halved(launch.column_settings(width))  # 16 columns per thread take 72 registers and more
         _, out_rows = launch.rows_of(out)
         if launch.AUTOTUNE:
             key = ("mixture_backward", width, pair.student.dtype, pair.teacher.dtype, out.dtype)

@@ -256,9 +256,12 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
             )
 
         settings = launch.column_settings(width)
+        wide = launch.aligned(logits, launch.KNOWN) and launch.aligned_rows(out, out_rows, launch.KNOWN)
+        if not wide:
+            settings = launch.halved(settings)
         if launch.AUTOTUNE:
             arrived = "".join("0" if g is None else "1" for g in upstream)
-            key = ("token_stats_backward", width, pair.student.dtype, pair.teacher.dtype, out.dtype, arrived)
+            key = ("token_stats_backward", width, pair.student.dtype, pair.teacher.dtype, out.dtype, arrived, wide)
             scratch = launch.scratch_for(out, out_rows, rows)
             table = launch.column_choices(settings)
             settings = launch.tuned(table, key, pair.student, lambda choice: partial(run, choice, *scratch))
