@@ -1,10 +1,10 @@
 """What the host does for a call of the Triton backend, measured without a GPU.
 
-    python benchmarks/host_cost.py [--arch 90] [--rounds 15] [--json FILE]
+    python benchmarks/host_cost.py [--arch 90] [--rounds 15] [--calls 200] [--json FILE]
 
 The launchers of `cmdp_fast.kernels` are called on tensors of the CPU with a driver that names a GPU and whose launcher
-does nothing: Triton specialises the arguments, looks the compiled kernel up and flattens everything for the launcher of
-the driver, as it would there. What is missing is that launcher, in C: some 0.1 us per pointer and 2 to 5 us per launch.
+does nothing: all is done in Python as it would be there, up to that launcher. What is missing is the launcher, in C,
+which looks at every pointer, and the driver's own part of a launch.
 
 A time alone says as much about the machine as about the code, so it is also given in units of `torch.add(out=)` of one
 number on the CPU, measured in turn with it: the least that any call of PyTorch costs. The figures are medians.
@@ -33,7 +33,6 @@ from cmdp_fast import kernels
 from cmdp_fast.layout import SAVED, Account, BudgetRule, Mixture, Settlement, Upstream
 
 ROWS, VOCAB, DTYPE = 64, 151936, torch.bfloat16
-CALLS = 200
 
 
 class IdleGPU(NamedGPU):
@@ -86,19 +85,19 @@ def calls() -> dict[str, Callable[[], Any]]:
     }
 
 
-def microseconds(call: Callable[[], Any]) -> float:
+def microseconds(call: Callable[[], Any], times: int) -> float:
     start = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(times):
         call()
-    return (time.perf_counter() - start) / CALLS * 1e6
+    return (time.perf_counter() - start) / times * 1e6
 
 
-def measure(rounds: int) -> dict[str, dict[str, float]]:
+def measure(rounds: int, times_a_round: int) -> dict[str, dict[str, float]]:
     """Median microseconds of each call, and how many of the unit they are. All are timed in each round."""
     timed = calls()
     for call in timed.values():
         call()
-    times = [{name: microseconds(call) for name, call in timed.items()} for _ in range(rounds)]
+    times = [{name: microseconds(call, times_a_round) for name, call in timed.items()} for _ in range(rounds)]
     unit = next(iter(timed))
     return {
         name: {
@@ -113,13 +112,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Host time of the Triton backend's calls.")
     parser.add_argument("--arch", default="90", choices=list(TARGETS))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=200, help="of each function, in each round")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("nothing is launched under TRITON_INTERPRET=1; unset it")
     driver.set_active(IdleGPU(TARGETS[options.arch]))
     torch.set_num_threads(1)
-    figures = measure(options.rounds)
+    figures = measure(options.rounds, options.calls)
     print(f"{'call':<22}{'us':>8}{'units':>8}")
     for name, figure in figures.items():
         print(f"{name:<22}{figure['microseconds']:>8.2f}{figure['units']:>8.1f}")
