@@ -18,14 +18,16 @@ Speed is predicted: `benchmarks/static_gpu.py` reads the machine code that the c
 there. Values are measured, in Triton's interpreter (TRITON_INTERPRET=1), by the whole test suite. No speed has been
 measured on a GPU.
 
-`constrained.py` is the whole method in two launches, `scan.py` the budget's scan, `mixture.py` JSD and skewed
-divergences (a second pass), `token_state.py` a tile of the vocabulary, `launch.py` the launch settings, `shapes.py` the
-values that kernels are given, `shared.py` the algebra of partial states.
+`constrained.py` is the whole method in three launches, `scan.py` the budget's scan, `reward.py` the modified reward,
+`sequences.py` where sequences lie and how they are summed, `mixture.py` JSD and skewed divergences (a second pass),
+`token_state.py` a tile of the vocabulary, `launch.py` the launch settings, `shapes.py` the values that kernels are
+given, `shared.py` the algebra of partial states.
 """
 
 from cmdp_fast.kernels.constrained import COSTS, constrained_pass
 from cmdp_fast.kernels.mixture import mixture, mixture_backward
-from cmdp_fast.kernels.scan import modify_rewards, trace_budgets
+from cmdp_fast.kernels.reward import modify_rewards
+from cmdp_fast.kernels.scan import trace_budgets
 from cmdp_fast.kernels.token_state import update_states
 from cmdp_fast.kernels.token_stats import token_stats
 from cmdp_fast.kernels.token_stats_backward import token_stats_backward

@@ -1,6 +1,8 @@
 """The main loop of the statistics: one lane folds its own columns and never looks at another lane.
 
 A step gives each lane STEP columns of both rows, by 128-bit loads where the rows are aligned, else a column per load.
+What is left of a row after the whole steps is read in the same way, VECTOR columns per lane, by the lanes for which
+there are any, and the last few columns, fewer than VECTOR, one per lane.
 The lane finds the maximum of its columns (two 16-bit numbers at a time, before they are widened), raises its references
 once, and adds the columns one by one. All tensors are [L], one column each, so that a thread runs plain scalar code;
 summing tiles [L, C] along C instead costs an extra addition and multiplication for every sum of every tile.
@@ -46,15 +48,26 @@ def places(row, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
 
 
 @triton.jit
-def read(at, LANES: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr, ALIGNED: tl.constexpr):
-    """GROUPS times VECTOR columns of each lane: words [L] if ALIGNED, a load per group, else columns [L]."""
+def read(at, LANES: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr, ALIGNED: tl.constexpr, inside=None):
+    """GROUPS times VECTOR columns of each lane: words [L] if ALIGNED, a load per group, else columns [L].
+
+    inside: which lanes [L] read, the others get zeros; None: all do.
+    """
     columns = ()
     for group in tl.static_range(GROUPS):
         if ALIGNED:
-            columns = columns + unstacked(tl.load(at + group * LANES * at.shape[1]), LANES, at.shape[1])
+            if inside is None:
+                tile = tl.load(at + group * LANES * at.shape[1])
+            else:
+                tile = tl.load(at + group * LANES * at.shape[1], mask=inside[:, None], other=0)
+            columns = columns + unstacked(tile, LANES, at.shape[1])
         else:
             for i in tl.static_range(VECTOR):
-                columns = columns + (tl.load(at + group * LANES * VECTOR + i),)  # noqa: RUF005 (Triton knows no starred items)
+                if inside is None:
+                    column = tl.load(at + group * LANES * VECTOR + i)
+                else:
+                    column = tl.load(at + group * LANES * VECTOR + i, mask=inside, other=0.0)
+                columns = columns + (column,)  # noqa: RUF005 (Triton knows no starred items)
     return columns
 
 
@@ -99,14 +112,10 @@ def highest(columns, DTYPE: tl.constexpr, COUNT: tl.constexpr, HALVES: tl.conste
 
 
 @triton.jit
-def add(state, x, y, scale, inside):
-    """One column [L] of both models into the sums, the references being high enough. One that is not `inside` weighs
-    nothing; None: all are."""
+def add(state, x, y, scale):
+    """One column [L] of both models into the sums, the references being high enough."""
     t, s = octaves(x, scale, state.m), octaves(y, scale, state.n)
     p, w = tl.exp2(t), tl.exp2(s)
-    if inside is not None:
-        t, s = tl.where(inside, t, 0.0), tl.where(inside, s, 0.0)
-        p, w = tl.where(inside, p, 0.0), tl.where(inside, w, 0.0)
     difference = t - s
     return State(
         state.m,
@@ -117,6 +126,36 @@ def add(state, x, y, scale, inside):
         tl.fma(-w, difference, state.b),
         tl.fma(p, t, state.h),
         tl.fma(w, s, state.k),
+    )
+
+
+@triton.jit
+def added(state, xs, ys, scale, X: tl.constexpr, Y: tl.constexpr, COUNT: tl.constexpr, PTX: tl.constexpr):
+    """COUNT columns of each lane, as `read` gives them, into its state: one rise of the references, then the sums."""
+    x_halves: tl.constexpr = 2 if xs[0].dtype == tl.int32 and X.primitive_bitwidth == 16 else 1
+    y_halves: tl.constexpr = 2 if ys[0].dtype == tl.int32 and Y.primitive_bitwidth == 16 else 1
+    top = tl.maximum(state.m, highest(xs, X, COUNT // x_halves, x_halves, PTX) * scale)
+    teacher_top = tl.maximum(state.n, highest(ys, Y, COUNT // y_halves, y_halves, PTX) * scale)
+    state = raised(state, top, teacher_top)
+    for i in tl.static_range(COUNT):
+        x = widened(xs[i // x_halves], X, i % x_halves)
+        y = widened(ys[i // y_halves], Y, i % y_halves)
+        state = add(state, x, y, scale)
+    return state
+
+
+@triton.jit
+def chosen(inside, one, other):
+    """The states of `one` for the lanes that are `inside`, of `other` for the rest."""
+    return State(
+        tl.where(inside, one.m, other.m),
+        tl.where(inside, one.n, other.n),
+        tl.where(inside, one.z, other.z),
+        tl.where(inside, one.u, other.u),
+        tl.where(inside, one.a, other.a),
+        tl.where(inside, one.b, other.b),
+        tl.where(inside, one.h, other.h),
+        tl.where(inside, one.k, other.k),
     )
 
 
@@ -141,31 +180,36 @@ def fold(row, start, stop, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     STEP: tl.constexpr = settings.step
     X: tl.constexpr = row.student.dtype.element_ty
     Y: tl.constexpr = row.teacher.dtype.element_ty
-    x_halves: tl.constexpr = 2 if ALIGNED and X.primitive_bitwidth == 16 else 1
-    y_halves: tl.constexpr = 2 if ALIGNED and Y.primitive_bitwidth == 16 else 1
+    x_words: tl.constexpr = 2 if ALIGNED and X.primitive_bitwidth == 16 else 1  # columns of what `places` points at
+    y_words: tl.constexpr = 2 if ALIGNED and Y.primitive_bitwidth == 16 else 1
     state = nothing(LANES)
     tile: tl.constexpr = LANES * STEP
     tiles = (stop - start) // tile
-    groups: tl.constexpr = STEP // VECTOR
     x_at = places(row.student + start, LANES, VECTOR, ALIGNED)
     y_at = places(row.teacher + start, LANES, VECTOR, ALIGNED)
     for _ in range(tiles):
-        xs = read(x_at, LANES, VECTOR, groups, ALIGNED)
-        ys = read(y_at, LANES, VECTOR, groups, ALIGNED)
-        top = tl.maximum(state.m, highest(xs, X, STEP // x_halves, x_halves, PTX) * row.scale)
-        teacher_top = tl.maximum(state.n, highest(ys, Y, STEP // y_halves, y_halves, PTX) * row.scale)
-        state = raised(state, top, teacher_top)
-        for i in tl.static_range(STEP):
-            x = widened(xs[i // x_halves], X, i % x_halves)
-            y = widened(ys[i // y_halves], Y, i % y_halves)
-            state = add(state, x, y, row.scale, None)
-        x_at += tile // x_halves
-        y_at += tile // y_halves
-    for at in range(start + tiles * tile, stop, LANES):  # the rest, a column per step
-        column = at + tl.arange(0, LANES)
-        inside = column < stop
-        x = tl.load(row.student + column, mask=inside, other=float("-inf")).to(tl.float32)
-        y = tl.load(row.teacher + column, mask=inside, other=float("-inf")).to(tl.float32)
-        state = raised(state, tl.maximum(state.m, x * row.scale), tl.maximum(state.n, y * row.scale))
-        state = add(state, x, y, row.scale, inside)
+        xs = read(x_at, LANES, VECTOR, STEP // VECTOR, ALIGNED)
+        ys = read(y_at, LANES, VECTOR, STEP // VECTOR, ALIGNED)
+        state = added(state, xs, ys, row.scale, X, Y, STEP, PTX)
+        x_at += tile // x_words
+        y_at += tile // y_words
+    rest = start + tiles * tile
+    vectors = (stop - rest) // VECTOR
+    lane = tl.arange(0, LANES)
+    for at in range(0, vectors, LANES):  # the rest: a vector per lane and step
+        if ALIGNED:  # begun anew: pointers to words that outlive their loop go by way of shared memory in Triton 3.6
+            x_at = places(row.student + rest + at * VECTOR, LANES, VECTOR, ALIGNED)
+            y_at = places(row.teacher + rest + at * VECTOR, LANES, VECTOR, ALIGNED)
+        inside = at + lane < vectors
+        xs = read(x_at, LANES, VECTOR, 1, ALIGNED, inside)
+        ys = read(y_at, LANES, VECTOR, 1, ALIGNED, inside)
+        state = chosen(inside, added(state, xs, ys, row.scale, X, Y, VECTOR, PTX), state)
+        if not ALIGNED:
+            x_at += LANES * VECTOR
+            y_at += LANES * VECTOR
+    for at in range(rest + vectors * VECTOR, stop, LANES):  # what is less than a vector: a column per lane
+        inside = at + lane < stop
+        x = tl.load(row.student + at + lane, mask=inside, other=0.0)
+        y = tl.load(row.teacher + at + lane, mask=inside, other=0.0)
+        state = chosen(inside, added(state, (x,), (y,), row.scale, X, Y, 1, PTX), state)
     return state

@@ -121,6 +121,24 @@ def ordinary(state):
     return sums & (state.z > 0) & (state.u > 0)
 
 
+@triton.jit
+def fold_segment(row, logits, segment, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
+    """The state of one segment of a row, in nats and in double, and 1.0 if it was folded carefully, else 0.0."""
+    if ALIGNED:
+        pair = aligned_row_of(row, logits, settings.vector)
+    else:
+        pair = row_of(row, logits)
+    start = segment * settings.segment
+    stop = tl.minimum(start + settings.segment, logits.width)
+    lanes = merged(fold(pair, start, stop, settings, ALIGNED, PTX))
+    state = in_nats(lanes)
+    careful = tl.zeros([], tl.float64)
+    if not ordinary(lanes):
+        careful += 1
+        state = fold_carefully(pair, start, stop, settings.lanes)
+    return state, careful
+
+
 @direct
 @triton.jit
 def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
@@ -134,18 +152,7 @@ def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     if logits.mask is not None:
         if tl.load(logits.mask + row) == 0:
             return
-    if ALIGNED:
-        pair = aligned_row_of(row, logits, settings.vector)
-    else:
-        pair = row_of(row, logits)
-    start = segment * settings.segment
-    stop = tl.minimum(start + settings.segment, logits.width)
-    lanes = merged(fold(pair, start, stop, settings, ALIGNED, PTX))
-    state = in_nats(lanes)
-    careful = tl.zeros([], tl.float64)
-    if not ordinary(lanes):
-        careful += 1
-        state = fold_carefully(pair, start, stop, settings.lanes)
+    state, careful = fold_segment(row, logits, segment, settings, ALIGNED, PTX)
     to = folded.partial + program.to(tl.int64) * STATE_FIELDS
     store_state(to, state, None)
     tl.store(to + 8, careful)

@@ -144,7 +144,7 @@ def test_a_tile_is_folded_once(bench, monkeypatch):
         return fields
 
     tuned = folded()
-    assert bench.measured >= FORWARD / 2
+    assert bench.measured > 1 and [name.split()[0] for name in kernels.launch.choices()] == ["tile"]
     monkeypatch.setattr(kernels.launch, "AUTOTUNE", False)
     assert torch.equal(tuned, folded())
 

@@ -1,5 +1,5 @@
-"""Promises of the GPU kernels beyond the shared suite: a row's result depends on nothing but the row, two launches per
-batch, and fake tensors on a GPU."""
+"""Promises of the GPU kernels beyond the shared suite: a row's result depends on nothing but the row, how many launches
+a batch takes, and fake tensors on a GPU."""
 
 import math
 import sys
@@ -10,6 +10,7 @@ from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
+from cmdp_fast import states
 from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, RewardRule, Upstream
 from cmdp_fast.ops.backends import INTERPRETED, kernels
 from cmdp_fast.ops.operator import flatten
@@ -123,7 +124,7 @@ class Launches:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cost", ["reverse_kl", "k1"])
-def test_constrained_reward_is_two_launches(packed, cost, monkeypatch):
+def test_constrained_reward_is_three_launches(packed, cost, monkeypatch):
     x, y, tokens = batch(6, 300)
     reward, launches = torch.ones(6, device=DEVICE), Launches(monkeypatch)
     layout = {"cu_seqlens": torch.tensor([0, 2, 6], device=DEVICE)} if packed else {}
@@ -134,7 +135,60 @@ def test_constrained_reward_is_two_launches(packed, cost, monkeypatch):
         cf.constrained_reward(
             x, y, tokens, reward, 0.5, cost=cost, per_token=per_token, gamma=0.5, backend="triton", **layout
         )
-        assert launches.names == ["fold_kernel", "sequence_kernel"]
+        assert launches.names == ["fold_kernel", "finish_kernel", "scan_kernel"]
+
+
+@pytest.mark.parametrize("width, names", [(300, ["tile_kernel"]), (32769, ["fold_kernel", "update_kernel"])])
+def test_a_tile_that_is_one_segment_wide_is_one_launch(width, names, monkeypatch):
+    x, y, tokens = batch(1, width)
+    launches = Launches(monkeypatch)
+    kernels.update_states(Pair(x, y, tokens, None, 1.0, width), 0, states.empty(1, DEVICE))
+    assert launches.names == names
+
+
+def update_in_two_launches(pair, first_column, fields):
+    """As `update_states`, of a tile that is wider than a segment."""
+    from cmdp_fast.kernels import finish, launch, token_state
+
+    folded = token_state.fold_rows(pair, launch.logits_of(pair))
+    settings = {"ROWS": finish.ROWS, "PARTS": token_state.parts(folded), **launch.compiled_for(finish.WARPS)}
+    token_state.update_kernel[(1,)](launch.count_rows(pair.student), folded, fields, first_column, **settings)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_one_launch_gives_the_states_that_two_give(aligned):
+    """Special values and flags included; the second tile of each row meets the state of the first."""
+    width, rows = 1004, 7
+    x, y = (make_logits(rows, width + 4, dtype=torch.float32, seed=seed).to(DEVICE) for seed in range(2))
+    x[0], y[1], x[2, 5], y[3, 7], x[4, 9], y[5] = -torch.inf, -torch.inf, -torch.inf, -torch.inf, torch.nan, -3e38
+    x, y = (t[:, :width] if aligned else t[:, 3 : 3 + width] for t in (x, y))
+    tokens = torch.tensor([0, 400, 503, 504, 900, 1003, 7], device=DEVICE)
+    mask = torch.tensor([True] * 6 + [False], device=DEVICE)
+    one, two = states.empty(rows, DEVICE), states.empty(rows, DEVICE)
+    for first, scale in ((0, 1.0), (width, 1.5)):
+        pair = Pair(scale * x, scale * y, tokens + width, mask, 0.7, width)
+        kernels.update_states(pair, first, one)
+        update_in_two_launches(pair, first, two)
+        assert torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(one[6], states.empty(1, DEVICE)[0])
+    flags = one[:, [states.FIELDS.index(name) for name in ("r_inf", "f_inf", "exact")]]
+    assert flags.any(0).all() and not flags.all(0).any()
+
+
+@pytest.mark.parametrize("width", [8, 1031, 2055, 6135, 6136])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32)])
+def test_the_tail_of_a_row_counts_every_column_once(width, dtypes):
+    """Whole steps, vectors and single columns, where rows are aligned and where they are not: logits of 0 and of one
+    column that is higher, at each place where a lane takes another way to read."""
+    x, y = (torch.zeros(1, width + 16, dtype=dtype, device=DEVICE) for dtype in dtypes)
+    for start in (0, 1):
+        whole = width // 8 * 8
+        for column in {0, whole - 1, min(whole, width - 1), width - 1}:
+            a, b = (t.clone()[:, start : start + width] for t in (x, y))
+            a[0, column], b[0, column] = 2.0, 3.0
+            stats = cf.token_stats(a, b, torch.tensor([column], device=DEVICE), backend="triton")
+            for logprob, top in ((stats.logprob, 2.0), (stats.teacher_logprob, 3.0)):
+                assert logprob.item() == pytest.approx(top - math.log(width - 1 + math.exp(top)), abs=1e-5), column
 
 
 def test_sequences_longer_than_a_chunk():
