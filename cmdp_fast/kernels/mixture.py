@@ -1,16 +1,28 @@
 """Divergences from a mixture: c_teacher KL(w‖M) + c_student KL(p‖M) with M = (1 - b) p + b w, 0 < b < 1.
 
-The mixture's logarithm needs both normalisers first, hence a second pass. With rho = w/p = 2^delta the mixture is p g,
-g = (1 - b) + b rho, so that log p - log M = -log g and log w - log M = delta - log g: no logarithm of a probability is
-taken. Clamping delta to ±126 changes nothing: beyond it one model has no weight in the column, and delta - log g has
-reached its limit -log b.
+The mixture's logarithm needs both normalisers first, hence a second pass. Of each column the larger of p and w is taken
+as the unit: with delta = log2 w - log2 p and rho = 2^-|delta| the mixture is g times the larger one,
 
-    value    sum p (-c_student log g) + w c_teacher (delta - log g)
-    gradient p (G - sum p G) / temperature,  G = -c_student log g - (1 - b)(c_student + c_teacher rho)/g
+    g = (1 - b) + b rho  or, if w > p,  b + (1 - b) rho,       min(b, 1 - b) <= g <= 1,
+    log2(M/p) = log2 g + max(delta, 0),  log2(M/w) = log2 g + max(-delta, 0),
+
+so that no logarithm of a probability is taken, and none of a large number. |delta| is bounded by 126: beyond it one
+model has no weight in the column, and g, which is its own limit there, is above 0 for every b.
+
+    value    -sum p c_student log(M/p) + w c_teacher log(M/w)
+    gradient p (G - sum p G) / temperature,  G = -c_student log(M/p) - (1 - b)(c_student p + c_teacher w)/M
+
+On an NVIDIA GPU log2 g and 1/g are one instruction each: lg2.approx, wrong by 2^-22 at most for 1/2 < g < 2 and by
+2^-22 |log2 g| below, and rcp.approx, by one unit in the last place (PTX ISA). The errors of log2 g come into the value
+with the weights c_student p + c_teacher w. Even if all had the same sign it would be wrong by ln 2 2^-22 (c_student +
+c_teacher) max(1, log2 1/b, log2 1/(1 - b)): 1.7e-7 for the JSD. The models being equal, and both logarithms 0, eager
+PyTorch takes differences of log-probabilities of about 10, which float32 has to 5e-7 each. A test puts the largest
+errors in (tests/kernels/test_mixture_error.py).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,8 +31,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.fold import places, read, widened
-from cmdp_fast.kernels.shapes import Folded, constants
+from cmdp_fast.kernels.shapes import Folded, Lanes, Rows, constants
 from cmdp_fast.kernels.shared import (
     LN2,
     PER_NAT,
@@ -34,7 +47,7 @@ from cmdp_fast.kernels.shared import (
     taken,
     zero,
 )
-from cmdp_fast.kernels.token_stats import parts, token_stats
+from cmdp_fast.kernels.token_stats import parts, room_of, token_stats
 from cmdp_fast.kernels.token_stats_backward import MODEST, Target, log_probabilities, normalisers_of
 from cmdp_fast.layout import Mixture, Pair
 
@@ -49,6 +62,14 @@ class Saved(NamedTuple):
     mean: Tensor  # [rows]: sum p G
 
 
+class Sums(NamedTuple):
+    """Sums over columns, without the rests of the normalisers and in octaves."""
+
+    student: Lanes  # p log2(M/p)
+    teacher: Lanes  # w log2(M/w)
+    shares: Lanes  # p (c_student p + c_teacher w)/M
+
+
 @triton.jit
 def clamped(x, low, high):
     """x within [low, high]; a NaN stays one."""
@@ -57,25 +78,58 @@ def clamped(x, low, high):
 
 
 @triton.jit
-def terms(x, y, scale, normalisers, weights):
-    """A column's share of the value, p, and G; without special values. weights: a `Mixture`."""
-    m, r, n, q = normalisers
+def log2_of(g, PTX: tl.constexpr):
+    """log2 of numbers in (0, 1]: see the top of this file for its error."""
+    if PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [g], tl.float32, True, 1)
+    else:
+        return tl.log2(g)
+
+
+@triton.jit
+def reciprocal(g, PTX: tl.constexpr):
+    """1/g."""
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [g], tl.float32, True, 1)
+    else:
+        return 1.0 / g
+
+
+@triton.jit
+def compared(t, s, rests, weights, PTX: tl.constexpr):
+    """Of columns 2^t and 2^s: log2(M/p), log2(M/w), and (c_student p + c_teacher w)/M. weights: a `Mixture`.
+
+    rests: what the octaves t and s leave out of delta.
+    """
     b, c_teacher, c_student = weights
+    delta = s - t + rests
+    ahead = delta > 0  # the teacher's is the larger
+    distance = tl.minimum(tl.abs(delta), FAR)
+    rho = tl.exp2(-distance)
+    g = tl.fma(rho, tl.where(ahead, 1 - b, b), tl.where(ahead, b, 1 - b))
+    log_g = log2_of(g, PTX)
+    shares = tl.fma(rho, tl.where(ahead, c_student, c_teacher), tl.where(ahead, c_teacher, c_student))
+    student, teacher = tl.where(ahead, distance, 0.0), tl.where(ahead, 0.0, distance)
+    return log_g + student, log_g + teacher, shares * reciprocal(g, PTX)
+
+
+@triton.jit
+def add(sums, x, y, inside, scale, normalisers, weights, PTX: tl.constexpr):
+    """One column [L] of both models into the `Sums`. One that is not `inside` counts for nothing; None: all are."""
+    m, r, n, q = normalisers
     t, s = octaves(x, scale, m), octaves(y, scale, n)
-    p, w = tl.exp2(t) * tl.exp2(-r), tl.exp2(s) * tl.exp2(-q)
-    delta = tl.minimum(tl.maximum(s - t + (r - q), -FAR), FAR)
-    rho = tl.exp2(delta)
-    g = tl.fma(rho, tl.zeros_like(rho) + b, tl.zeros_like(rho) + (1 - b))
-    # In octaves until after the subtraction: where one model has no weight, delta and log g are both about 126.
-    log_g = tl.log2(g)
-    value = (w * c_teacher * (delta - log_g) - p * c_student * log_g) * LN2
-    slope = -c_student * LN2 * log_g - (1 - b) * (c_student + c_teacher * rho) / g
-    return value, p, slope
+    of_student, of_teacher, shares = compared(t, s, r - q, weights, PTX)
+    p, w = tl.exp2(t), tl.exp2(s)
+    if inside is not None:
+        p, w = tl.where(inside, p, 0.0), tl.where(inside, w, 0.0)
+    return Sums(
+        tl.fma(p, of_student, sums.student), tl.fma(w, of_teacher, sums.teacher), tl.fma(p, shares, sums.shares)
+    )
 
 
 @triton.jit
 def careful_terms(x, y, scale, saved, weights):
-    """As `terms`, in double."""
+    """A column's share of the value, p, and G, in double."""
     b, c_teacher, c_student = weights
     log_p, log_w = log_probabilities(x, y, saved_row(saved), scale)
     log_p, log_w = log_p * PER_NAT, log_w * PER_NAT
@@ -89,12 +143,13 @@ def careful_terms(x, y, scale, saved, weights):
     return value, p, slope
 
 
+@direct
 @triton.jit
-def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
+def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     """One program per segment of a row, which is read as the statistics' loop reads it.
 
     folded: a `Folded` whose `partial`, [rows, segments, 2], gets the sums of the values and of p G. saved: [rows,
-    SAVED]. weights: a `Mixture`. settings: a `launch.Forward` of constants. ALIGNED: as `fold`.
+    SAVED]. weights: a `Mixture`. settings: a `launch.Forward` of constants. ALIGNED, PTX: as `fold`.
     """
     LANES: tl.constexpr = settings.lanes
     VECTOR: tl.constexpr = settings.vector
@@ -109,12 +164,10 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
     else:
         pair = row_of(row, logits)
     at = saved + row.to(tl.int64) * SAVED
-    numbers = saved_row(at)
-    normalisers = normalisers_of(numbers)
     start = segment * settings.segment
     stop = tl.minimum(start + settings.segment, logits.width)
     to = folded.partial + program.to(tl.int64) * 2
-    if numbers.careful != 0:
+    if saved_row(at).careful != 0:
         total = tl.zeros([LANES], tl.float64)
         slopes = tl.zeros([LANES], tl.float64)
         for first in range(start, stop, LANES):
@@ -128,6 +181,7 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
         tl.store(to, tl.sum(total, 0))
         tl.store(to + 1, tl.sum(slopes, 0))
         return
+    normalisers = normalisers_of(saved_row(at))
     X: tl.constexpr = pair.student.dtype.element_ty
     Y: tl.constexpr = pair.teacher.dtype.element_ty
     x_halves: tl.constexpr = 2 if ALIGNED and X.primitive_bitwidth == 16 else 1
@@ -136,30 +190,32 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr):
     tiles = (stop - start) // tile
     x_at = places(pair.student + start, LANES, VECTOR, ALIGNED)
     y_at = places(pair.teacher + start, LANES, VECTOR, ALIGNED)
-    value = tl.zeros([LANES], tl.float32)
-    mean = tl.zeros([LANES], tl.float32)
+    zeros = tl.zeros([LANES], tl.float32)
+    sums = Sums(zeros, zeros, zeros)
     for _ in range(tiles):
         xs = read(x_at, LANES, VECTOR, 1, ALIGNED)
         ys = read(y_at, LANES, VECTOR, 1, ALIGNED)
         for i in tl.static_range(VECTOR):
             x = widened(xs[i // x_halves], X, i % x_halves)
             y = widened(ys[i // y_halves], Y, i % y_halves)
-            v, p, slope = terms(x, y, pair.scale, normalisers, weights)
-            value += v
-            mean = tl.fma(p, slope, mean)
+            sums = add(sums, x, y, None, pair.scale, normalisers, weights, PTX)
         x_at += tile // x_halves
         y_at += tile // y_halves
     for first in range(start + tiles * tile, stop, LANES):  # the rest, a column per step
         columns = first + tl.arange(0, LANES)
         inside = columns < stop
         x, y = taken(pair.student, columns, inside), taken(pair.teacher, columns, inside)
-        v, p, slope = terms(x, y, pair.scale, normalisers, weights)
-        value += tl.where(inside, v, 0.0)
-        mean += tl.where(inside, p * slope, 0.0)
-    tl.store(to, tl.sum(value, 0).to(tl.float64))
-    tl.store(to + 1, tl.sum(mean, 0).to(tl.float64))
+        sums = add(sums, x, y, inside, pair.scale, normalisers, weights, PTX)
+    b, c_teacher, c_student = weights
+    student_rest, teacher_rest = tl.exp2(-normalisers.student_rest), tl.exp2(-normalisers.teacher_rest)
+    student = tl.sum(sums.student, 0).to(tl.float64) * student_rest * c_student * LN2
+    teacher = tl.sum(sums.teacher, 0).to(tl.float64) * teacher_rest * c_teacher * LN2
+    shares = tl.sum(sums.shares, 0).to(tl.float64) * student_rest * (1 - b)
+    tl.store(to, -(student + teacher))
+    tl.store(to + 1, -(student + shares))
 
 
+@direct
 @triton.jit
 def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
     """One program per row: adds its segments, in double and in a fixed order."""
@@ -175,12 +231,32 @@ def finish_kernel(mask, partial, value, mean, segments, PARTS: tl.constexpr):
     tl.store(mean + row, tl.sum(tl.load(at + 1, mask=present, other=0.0), 0))
 
 
+class Slopes(NamedTuple):
+    """The constants of a row: its gradient is 2^t (constant + along_log log2(M/p) + along_shares shares)."""
+
+    constant: Lanes
+    along_log: Lanes
+    along_shares: Lanes
+
+
 @triton.jit
-def backward_kernel(logits, saved, upstream, target, weights, settings):
+def tile_gradient(row, columns, inside, normalisers, slopes, weights, PTX: tl.constexpr):
+    """The gradient of some columns of a `Row`; without special values."""
+    m, r, n, q = normalisers
+    t = octaves(taken(row.student, columns, inside), row.scale, m)
+    s = octaves(taken(row.teacher, columns, inside), row.scale, n)
+    distance, _, shares = compared(t, s, r - q, weights, PTX)
+    slope = tl.fma(distance, tl.zeros_like(t) + slopes.along_log, tl.zeros_like(t) + slopes.constant)
+    return tl.exp2(t) * tl.fma(shares, tl.zeros_like(t) + slopes.along_shares, slope)
+
+
+@direct
+@triton.jit
+def backward_kernel(logits, saved, upstream, target, weights, settings, PTX: tl.constexpr):
     """One program per `span` columns of a row, which it does a `tile` at a time.
 
     logits: a `Logits`. saved: a `Saved`. upstream: [rows]. target: a `Target`. weights: a `Mixture`. settings: a
-    `launch.Columns` of constants.
+    `launch.Columns` of constants. PTX: as `fold`.
     """
     TILE: tl.constexpr = settings.tile
     CAREFUL: tl.constexpr = settings.careful
@@ -211,19 +287,18 @@ def backward_kernel(logits, saved, upstream, target, weights, settings):
             tl.store(to_row + columns, value.to(dtype), mask=columns < width)
         return
     normalisers = normalisers_of(saved_row(at))
-    middle, factor = center.to(tl.float32), outer.to(tl.float32)
+    b, _, c_student = weights
+    factor = (outer * tl.exp2(-normalisers.student_rest)).to(tl.float32)
+    slopes = Slopes(-factor * center.to(tl.float32), -factor * (c_student * LN2), -factor * (1 - b))
     whole = start + tl.maximum(tl.minimum(stop, vocab) - start, 0) // TILE * TILE
     for first in range(start, whole, TILE):
         columns = first + tile
-        x, y = taken(pair.student, columns, None), taken(pair.teacher, columns, None)
-        _, p, slope = terms(x, y, pair.scale, normalisers, weights)
-        tl.store(to_row + columns, (p * (slope - middle) * factor).to(dtype))
+        value = tile_gradient(pair, columns, None, normalisers, slopes, weights, PTX)
+        tl.store(to_row + columns, value.to(dtype))
     for first in range(whole, stop, TILE):
         columns = first + tile
         inside = columns < vocab
-        x, y = taken(pair.student, columns, inside), taken(pair.teacher, columns, inside)
-        _, p, slope = terms(x, y, pair.scale, normalisers, weights)
-        value = p * (slope - middle) * factor
+        value = tile_gradient(pair, columns, inside, normalisers, slopes, weights, PTX)
         tl.store(to_row + columns, tl.where(inside, value, 0.0).to(dtype), mask=columns < width)
 
 
@@ -237,20 +312,32 @@ def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
     if rows == 0:
         return value, saved, mean
     with launch.on(pair.student):
-        settings = launch.forward_settings(pair.width, pair.student.dtype, pair.teacher.dtype)
-        segments = launch.segments(pair.width, settings)
-        partial = pair.student.new_empty((rows, segments, 2), dtype=torch.float64)
-        folded = Folded(launch.logits_of(pair), partial, segments)
-        mixture_kernel[(rows * segments,)](
-            folded,
-            saved,
-            weights,
-            constants(settings),
-            ALIGNED=launch.aligned(folded.logits, settings.vector),
-            **launch.compiled_for(settings.warps),
-        )
+        logits, dtypes = launch.logits_of(pair), (pair.student.dtype, pair.teacher.dtype)
+        settings = launch.forward_settings(pair.width, *dtypes)
+        wide_loads = launch.aligned(logits, settings.vector)
+
+        def run(settings: launch.Forward, folded: Folded) -> None:
+            mixture_kernel[(rows * folded.segments,)](
+                folded,
+                saved,
+                weights,
+                constants(settings),
+                ALIGNED=wide_loads,
+                PTX=launch.speaks_ptx(),
+                **launch.compiled_for(settings.warps),
+            )
+
+        if launch.AUTOTUNE:
+            key = ("mixture", pair.width, *dtypes)
+            # It takes `vector` columns a step.
+            table = [choice for choice in launch.forward_choices(settings, pair.width) if choice.step == settings.step]
+            settings = launch.tuned(
+                table, key, pair.student, lambda choice: partial(run, choice, room_of(pair, logits, choice, 2))
+            )
+        folded = room_of(pair, logits, settings, 2)
+        run(settings, folded)
         finish_kernel[(rows,)](
-            folded.logits.mask, partial, value, mean, segments, PARTS=parts(folded), **launch.compiled_for(1)
+            logits.mask, folded.partial, value, mean, folded.segments, PARTS=parts(folded), **launch.compiled_for(1)
         )
     return value, saved, mean
 
@@ -261,15 +348,28 @@ def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, 
     rows, width = launch.count_rows(pair.student), pair.student.shape[-1]
     if rows == 0:
         return
-    settings = launch.column_settings(width)
-    blocks = -(-width // settings.span)
     with launch.on(pair.student):
-        backward_kernel[(rows * blocks,)](
-            launch.logits_of(pair._replace(tokens=None)),
-            Saved(saved, mean),
-            upstream.contiguous(),
-            Target(*launch.rows_of(out), width, blocks),
-            weights,
-            constants(settings),
-            **launch.compiled_for(settings.warps),
-        )
+        logits = launch.logits_of(pair._replace(tokens=None))
+        upstream = upstream.contiguous()
+
+        def run(settings: launch.Columns, out: Tensor, out_rows: Rows, rows: int) -> None:
+            blocks = -(-width // settings.span)
+            backward_kernel[(rows * blocks,)](
+                logits,
+                Saved(saved, mean),
+                upstream,
+                Target(out, out_rows, width, blocks),
+                weights,
+                constants(settings),
+                PTX=launch.speaks_ptx(),
+                **launch.compiled_for(settings.warps),
+            )
+
+        settings = launch.halved(launch.column_settings(width))  # 16 columns per thread take 72 registers and more
+        _, out_rows = launch.rows_of(out)
+        if launch.AUTOTUNE:
+            key = ("mixture_backward", width, pair.student.dtype, pair.teacher.dtype, out.dtype)
+            scratch = launch.scratch_for(out, out_rows, rows)
+            table = launch.column_choices(settings)
+            settings = launch.tuned(table, key, pair.student, lambda choice: partial(run, choice, *scratch))
+        run(settings, out, out_rows, rows)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from cmdp_fast.kernels import launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import kept
 from cmdp_fast.kernels.sequences import Sequences, Tokens, bounds, compiled, cost_of, running
 from cmdp_fast.kernels.shapes import Lanes, constants
@@ -75,6 +76,7 @@ def reward_of(moment, formula, amounts):
         return tl.where(moment.inside, given + amounts.coefficient * step, -amounts.barrier_slope * cost)
 
 
+@direct
 @triton.jit(do_not_specialize=["width", "total"])
 def reward_kernel(
     offsets,

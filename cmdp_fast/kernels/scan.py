@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import kept
 from cmdp_fast.kernels.reward import Amounts, Moment, amounts_of, formula_of, in_bytes, reward_of
 from cmdp_fast.kernels.sequences import Sequences, Tokens, bounds, compiled, cost_of, previous, running
@@ -77,6 +78,7 @@ def overrun_of(account, limit):
 # If the compiler knew that every sequence begins at a multiple of 16 tokens, it would give a thread several of them,
 # and the sums would be added in another order than those of packed sequences. So `width` and `total` stand alone and
 # are not specialised; `budget` and the amounts stand alone because they are doubles.
+@direct
 @triton.jit(do_not_specialize=["width", "total"])
 def scan_kernel(
     offsets,

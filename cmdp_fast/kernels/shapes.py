@@ -8,6 +8,7 @@ specialised, therefore stands alone. No field may be called `type` or `values`: 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import triton.language as tl
@@ -89,6 +90,7 @@ class SavedRow(NamedTuple):
     careful: Lanes  # 1 if the row has to be done carefully
 
 
+@functools.lru_cache(maxsize=None, typed=True)  # by type too: other settings may have the same numbers
 def constants(settings: Settings) -> Settings:
     """The same settings, each of them known when a kernel is compiled."""
     return type(settings)(*map(tl.constexpr, settings))

@@ -5,12 +5,15 @@ The fields of a state are those of `cmdp_fast/states.py`, in nats and in double.
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast import states
 from cmdp_fast.kernels import finish, launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import Merged, kept, merged_parts
 from cmdp_fast.kernels.shapes import State, constants
 from cmdp_fast.kernels.shared import finite, locate, natural, raised_in_nats, rise_by, store_state
@@ -75,6 +78,7 @@ def alone(state, careful):
     return Merged(State(m, n, state.z, state.u, a, b, h, k), only_student, only_teacher, careful)
 
 
+@direct
 @triton.jit(do_not_specialize=["first_column"])
 def tile_kernel(logits, fields, first_column, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     """One program per row of a tile that is one segment wide: folds it, into `fields` [rows, FIELDS]. The state of a
@@ -92,6 +96,7 @@ def tile_kernel(logits, fields, first_column, settings, ALIGNED: tl.constexpr, P
     note_token(to, row.to(tl.int64), logits, first_column, True)
 
 
+@direct
 @triton.jit(do_not_specialize=["first_column"])
 def update_kernel(rows, folded, fields, first_column, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """One program for ROWS rows: the `Folded` states of a tile go into `fields` [rows, FIELDS]. The state of a masked
@@ -117,18 +122,28 @@ def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:
         logits = launch.logits_of(pair)
         settings = launch.forward_settings(pair.width, pair.student.dtype, pair.teacher.dtype)
         if launch.segments(pair.width, settings) == 1:
-            tile_kernel[(rows,)](
-                logits,
-                fields,
-                first_column,
-                constants(settings),
-                ALIGNED=launch.aligned(logits, settings.vector),
-                PTX=launch.speaks_ptx(),
-                **launch.compiled_for(settings.warps),
-            )
+            wide_loads = launch.aligned(logits, settings.vector)
+
+            def run(settings: launch.Forward, fields: Tensor) -> None:
+                tile_kernel[(rows,)](
+                    logits,
+                    fields,
+                    first_column,
+                    constants(settings),
+                    ALIGNED=wide_loads,
+                    PTX=launch.speaks_ptx(),
+                    **launch.compiled_for(settings.warps),
+                )
+
+            if launch.AUTOTUNE:
+                choices = launch.forward_choices(settings, pair.width)
+                table = [choice for choice in choices if launch.segments(pair.width, choice) == 1]
+                key, spare = ("tile", pair.width, pair.student.dtype, pair.teacher.dtype), fields.clone()
+                settings = launch.tuned(table, key, pair.student, lambda choice: partial(run, choice, spare))
+            run(settings, fields)
             return
         folded = fold_rows(pair, logits)
-        update_kernel[(triton.cdiv(rows, finish.ROWS),)](
+        update_kernel[(-(-rows // finish.ROWS),)](
             rows,
             folded,
             fields,

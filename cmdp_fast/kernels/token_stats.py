@@ -14,12 +14,15 @@ sum that is not finite (0 · inf); the program then folds its segment again, car
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import finish, launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import finish_rows
 from cmdp_fast.kernels.fold import fold
 from cmdp_fast.kernels.shapes import Folded, Logits, Results, State, constants
@@ -136,6 +139,7 @@ def fold_segment(row, logits, segment, settings, ALIGNED: tl.constexpr, PTX: tl.
     return state, careful
 
 
+@direct
 @triton.jit
 def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     """One program per segment of a row, whose state goes to `folded.partial`.
@@ -154,6 +158,7 @@ def fold_kernel(folded, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
     tl.store(to + 8, careful)
 
 
+@direct
 @triton.jit
 def finish_kernel(rows, folded, results, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """One program for ROWS of the rows; see `finish_rows`."""
@@ -163,32 +168,43 @@ def finish_kernel(rows, folded, results, ROWS: tl.constexpr, PARTS: tl.constexpr
 
 def parts(folded: Folded) -> int:
     """Segments per row, rounded up to a power of two: a tile of that width holds them all."""
-    return triton.next_power_of_2(folded.segments)
+    return 1 << (folded.segments - 1).bit_length()
+
+
+def room_of(pair: Pair, logits: Logits, settings: launch.Forward, fields: int = STATE_FIELDS.value) -> Folded:
+    """Room for the partial results of all segments, ``fields`` numbers each."""
+    segments = launch.segments(pair.width, settings)
+    shape = (launch.count_rows(pair.student), segments, fields)
+    return Folded(logits, pair.student.new_empty(shape, dtype=torch.float64), segments)
 
 
 def fold_rows(pair: Pair, logits: Logits) -> Folded:
     """Launches the one pass over the logits of a pair; ``logits``: the same, as `launch.logits_of` has laid them."""
     rows, dtypes = launch.count_rows(pair.student), (pair.student.dtype, pair.teacher.dtype)
     settings = launch.forward_settings(pair.width, *dtypes)
-    segments = launch.segments(pair.width, settings)
-    partial = pair.student.new_empty((rows, segments, STATE_FIELDS.value), dtype=torch.float64)
-    folded = Folded(logits, partial, segments)
     wide_loads = launch.aligned(logits, settings.vector)
     # The pass does not read the tokens: where they lie must not have it compiled again.
-    read = folded._replace(logits=logits._replace(tokens=None))
+    read = logits._replace(tokens=None)
 
-    def run(settings: launch.Forward) -> None:
-        fold_kernel[(rows * segments,)](
-            read,
+    def run(settings: launch.Forward, folded: Folded) -> None:
+        fold_kernel[(rows * folded.segments,)](
+            folded,
             constants(settings),
             ALIGNED=wide_loads,
             PTX=launch.speaks_ptx(),
             **launch.compiled_for(settings.warps),
         )
 
+    if launch.AUTOTUNE and rows > 0:
+        table = launch.forward_choices(settings, pair.width)
+        key = ("fold", pair.width, *dtypes)
+        settings = launch.tuned(
+            table, key, pair.student, lambda choice: partial(run, choice, room_of(pair, read, choice))
+        )
+    folded = room_of(pair, read, settings)
     if rows > 0:
-        run(launch.tuned(settings, (pair.width, *dtypes, wide_loads, pair.student.device), run))
-    return folded
+        run(settings, folded)
+    return folded._replace(logits=logits)
 
 
 def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
@@ -202,7 +218,7 @@ def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
         return statistics, saved
     with launch.on(pair.student):
         folded = fold_rows(pair, launch.logits_of(pair))
-        finish_kernel[(triton.cdiv(rows, finish.ROWS),)](
+        finish_kernel[(-(-rows // finish.ROWS),)](
             rows,
             folded,
             Results(tuple(statistics), saved),

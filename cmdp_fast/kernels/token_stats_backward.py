@@ -16,6 +16,7 @@ A row with special values, or with coefficients so large that float32 may overfl
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import triton
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast.kernels import launch
+from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.shapes import Lanes, Pointer, Rows, constants
 from cmdp_fast.kernels.shared import LN2, PER_NAT, SAVED, locate, natural, octaves, row_of, saved_row, taken, zero
 from cmdp_fast.layout import Pair, Upstream
@@ -142,6 +144,7 @@ def tile_gradient(row, columns, inside, slopes, upstream):
     return value
 
 
+@direct
 @triton.jit
 def backward_kernel(logits, saved, upstream, target, first_column, settings):
     """One program per `span` columns of a row, which it does a `tile` at a time. `target.out` may be the student's
@@ -233,18 +236,33 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
     rows, width = launch.count_rows(pair.student), pair.student.shape[-1]
     if rows == 0:
         return
-    settings = launch.column_settings(width)
-    blocks = -(-width // settings.span)
     target, out_rows = launch.rows_of(out)
     if target is not out:
         raise ValueError(f"the gradient must be writable with at most two strides, got strides {out.stride()}")
     with launch.on(pair.student):
-        backward_kernel[(rows * blocks,)](
-            launch.logits_of(pair),
-            saved,
-            Upstream(*(None if g is None else g.contiguous() for g in upstream)),
-            Target(out, out_rows, width, blocks),
-            first_column,
-            constants(settings),
-            **launch.compiled_for(settings.warps),
-        )
+        logits = launch.logits_of(pair)
+        flow = Upstream(*(None if g is None else g.contiguous() for g in upstream))
+
+        def run(settings: launch.Columns, out: Tensor, out_rows: Rows, rows: int) -> None:
+            blocks = -(-width // settings.span)
+            backward_kernel[(rows * blocks,)](
+                logits,
+                saved,
+                flow,
+                Target(out, out_rows, width, blocks),
+                first_column,
+                constants(settings),
+                **launch.compiled_for(settings.warps),
+            )
+
+        settings = launch.column_settings(width)
+        wide = launch.aligned(logits, launch.KNOWN) and launch.aligned_rows(out, out_rows, launch.KNOWN)
+        if not wide:
+            settings = launch.halved(settings)
+        if launch.AUTOTUNE:
+            arrived = "".join("0" if g is None else "1" for g in upstream)
+            key = ("token_stats_backward", width, pair.student.dtype, pair.teacher.dtype, out.dtype, arrived, wide)
+            scratch = launch.scratch_for(out, out_rows, rows)
+            table = launch.column_choices(settings)
+            settings = launch.tuned(table, key, pair.student, lambda choice: partial(run, choice, *scratch))
+        run(settings, out, out_rows, rows)

@@ -57,6 +57,53 @@ def test_graph_capture_and_replay(width, gpu):
             assert torch.equal(a, b)
 
 
+def test_the_recipe_for_a_graph(gpu):
+    """What cmdp_fast/ops/README.md says under "CUDA graphs", step by step: forward and backward, three batches."""
+    rows, width = (2, 64), 20000
+    student = torch.empty(*rows, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    teacher, reward = torch.empty_like(student, requires_grad=False), torch.empty(rows, device="cuda")
+    tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
+
+    def fill(seed):
+        with torch.no_grad():
+            student.copy_(make_logits(*rows, width, seed=seed))
+            teacher.copy_(make_logits(*rows, width, seed=seed + 1))
+            tokens.copy_(make_tokens(*rows, vocab=width, seed=seed))
+            reward.copy_(make_logits(*rows, seed=seed))
+
+    def step():
+        out = cf.constrained_reward(student, teacher, tokens, reward, 40.0, backend=gpu)
+        loss = -(out.stats.logprob * out.reward).mean() + 0.1 * out.stats.reverse_kl.mean()
+        return loss, out.reward, *torch.autograd.grad(loss, student)
+
+    fill(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (0, 10, 20):
+        fill(seed)
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            assert a.isfinite().all() and torch.equal(a, b)
+
+
+def test_where_rows_begin_changes_no_bit(gpu):
+    """In turn at a multiple of 16 bytes and beside one: what was compiled for the one is not launched for the other."""
+    for width in (5000, 50000):
+        x, y, tokens = batch(8, width)
+        expected = everything(x, y, tokens, gpu)
+        for shift in (0, 1, 8, 3, 0, 1):
+            a, b = (torch.empty(t.numel() + shift, dtype=t.dtype, device="cuda")[shift:].view_as(t) for t in (x, y))
+            for first, second in zip(everything(a.copy_(x), b.copy_(y), tokens, gpu), expected, strict=True):
+                assert torch.equal(first, second), (width, shift)
+
+
 def test_a_stream_of_its_own(gpu):
     x, y, tokens = batch(64, 50000)
     expected = everything(x, y, tokens, gpu)
@@ -100,10 +147,16 @@ def test_no_host_synchronisation(gpu):
     x, y, tokens = batch(4, 5000)
     x, y, tokens = x.view(2, 2, -1), y.view(2, 2, -1), tokens.view(2, 2)
     reward = torch.ones(2, 2, device="cuda")
-    cf.constrained_reward(x, y, tokens, reward, 3.0, backend=gpu)
+    x.requires_grad_()
+
+    def step():
+        out = cf.constrained_reward(x, y, tokens, reward, 3.0, backend=gpu)
+        torch.autograd.grad(out.stats.reverse_kl.sum(), x)
+        cf.budget_trace(reward, 1.0, backend=gpu)
+
+    step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cf.constrained_reward(x, y, tokens, reward, 3.0, backend=gpu)
-        cf.budget_trace(reward, 1.0, backend=gpu)
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

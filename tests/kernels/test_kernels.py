@@ -69,27 +69,6 @@ def test_a_row_is_bitwise_the_same_in_every_batch_and_run(width):
             assert torch.equal(a[rows], b), rows
 
 
-def test_autotuning_measures_once_and_changes_rounding_only(monkeypatch):
-    times = []
-
-    def measure(run):
-        run()
-        times.append(-len(times))  # the later, the faster
-        return times[-1]
-
-    x, y, tokens = batch(2, 2000)
-    plain = cf.token_stats(x, y, tokens, backend="triton")
-    monkeypatch.setattr(kernels.launch, "AUTOTUNE", True)
-    monkeypatch.setattr(kernels.launch, "_fastest", {})
-    monkeypatch.setattr("triton.testing.do_bench", measure)
-    tuned = cf.token_stats(x, y, tokens, backend="triton")
-    measured = len(times)
-    again = cf.token_stats(x, y, tokens, backend="triton")
-    assert measured > 2 and len(times) == measured
-    for a, b, c in zip(plain, tuned, again, strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5) and torch.equal(b, c)
-
-
 def test_a_token_outside_the_vocabulary_reads_nothing():
     """On the CPU it is an error; on a GPU it is not looked for, and its log-probabilities are NaN."""
     x, y, tokens = batch(3, 40)
