@@ -1,7 +1,5 @@
 """What the benchmark makes of its times: medians, ratios, tables, files, pages, plots."""
 
-import importlib.util
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,21 +120,6 @@ def test_the_pages_that_are_committed_say_what_their_json_says():
     assert not page.stale((ROOT / "README.md").read_text(encoding="utf-8"), runs)
     shown = page.section(runs).splitlines()
     assert sum(line.startswith("| `") for line in shown) == len(page.IN_README)
-
-
-def test_the_static_page_says_what_its_json_says(tmp_path):
-    spec = importlib.util.spec_from_file_location("static_page", ROOT / "benchmarks" / "static_page.py")
-    static_page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(static_page)
-    reports = json.loads((RESULTS / "gpu-static" / "static_gpu.json").read_text(encoding="utf-8"))
-    made = static_page.page(reports)
-    assert (RESULTS / "gpu-static" / "README.md").read_text(encoding="utf-8") == made
-    assert made.count("\n| ") == len(reports) + sum(len(r["predicted"]) for r in reports) + 4  # two heads of two lines
-    limits = {"memory": 2.0, "issue": 1.0, "exponentials": 3.0, "bound": "issue"}
-    other = static_page.page([reports[0] | {"predicted": {"A100": limits}}])
-    assert "| A100 | 2.00 | 1.00 | 3.00 | issue | 0.156 |" in other  # 1024 x 151936 columns at 10^12 a second
-    static_page.draw(tmp_path / "plots" / "bounds.png", reports)
-    assert (tmp_path / "plots" / "bounds.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_is_shown_without_its_files():
