@@ -100,18 +100,29 @@ def _tile_backward(pair: Pair) -> None:
 class Case:
     """``launch`` takes the width and the dtype of the survey, which a case of `TILES` does not look at.
 
-    ``moves``: what a kernel of this name moves per column, in logits (of a tile in bytes). Others hold no logits.
-    ``tile``: of a tile, the dtypes of student, teacher and gradient.
+    ``moves``: what a kernel of this name moves per column, in logits. Others hold no logits.
     """
 
     launch: Callable[[int, torch.dtype], None]
     moves: dict[str, Traffic] = field(default_factory=dict)
-    tile: str = ""
 
-    def traffic(self, name: str, size: int) -> Traffic | None:
-        """Bytes per column that a kernel moves where a logit has ``size``; None if it holds no logits."""
-        moved, unit = self.moves.get(name), 1 if self.tile else size
-        return None if moved is None else Traffic(moved.read * unit, moved.written * unit)
+    def traffic(self, name: str, place: int, size: int) -> Traffic | None:
+        """Bytes per column that a kernel moves, the one launched at this place, where a logit has ``size`` bytes; None
+        if it holds no logits."""
+        moved = self.moves.get(name)
+        return None if moved is None else Traffic(moved.read * size, moved.written * size)
+
+
+@dataclass(frozen=True)
+class TileCase(Case):
+    """A tile of `linear_token_stats`. ``dtypes``: of student, teacher > gradient. ``bytes_a_column``: what the first
+    kernel moves; a second one would merge what that has found."""
+
+    dtypes: str = ""
+    bytes_a_column: Traffic | None = None
+
+    def traffic(self, name: str, place: int, size: int) -> Traffic | None:
+        return None if place else self.bytes_a_column
 
 
 FOLD, BACKWARD = "token_stats.fold_kernel", "token_stats_backward.backward_kernel"
@@ -126,19 +137,19 @@ CASES = (
 )
 
 
-def _updates(teacher: torch.dtype, tile: str, size: int) -> Case:
-    # One kernel that folds and merges, or the two of a tile of several segments.
-    return Case(lambda *_: _update(_tile(teacher)), dict.fromkeys((UPDATE, FOLD), Traffic(4 + size)), tile)
+def _updates(teacher: torch.dtype, dtypes: str) -> TileCase:
+    moved = Traffic(4 + teacher.itemsize)
+    return TileCase(lambda *_: _update(_tile(teacher)), dtypes=dtypes, bytes_a_column=moved)
 
 
-def _gradients(teacher: torch.dtype, tile: str, size: int) -> Case:
-    return Case(lambda *_: _tile_backward(_tile(teacher)), {BACKWARD: Traffic(4 + size, 2)}, tile)
+def _gradients(teacher: torch.dtype, dtypes: str) -> TileCase:
+    moved = Traffic(4 + teacher.itemsize, 2)
+    return TileCase(lambda *_: _tile_backward(_tile(teacher)), dtypes=dtypes, bytes_a_column=moved)
 
 
-UPDATE = "token_state.update_kernel"
 TILES = (
-    _updates(torch.float32, "float32", 4),
-    _updates(torch.bfloat16, "float32, bfloat16", 2),
-    _gradients(torch.float32, "float32 > bfloat16", 4),
-    _gradients(torch.bfloat16, "float32, bfloat16 > bfloat16", 2),
+    _updates(torch.float32, "float32"),
+    _updates(torch.bfloat16, "float32, bfloat16"),
+    _gradients(torch.float32, "float32 > bfloat16"),
+    _gradients(torch.bfloat16, "float32, bfloat16 > bfloat16"),
 )

@@ -146,15 +146,14 @@ def examine(name: str, kernel, traffic: Traffic | None, vocab: int, dtype: str, 
 def survey(archs: list[str], dtypes: list[str], vocabularies: list[int]) -> list[Report]:
     """A report of every kernel in every combination, and of the tiles of `linear_token_stats` once per arch, where a
     tile's width stands for the vocabulary's. A kernel that holds no logits is reported once per arch."""
-    surveyed = [(case, dtype, vocab) for dtype in dtypes for vocab in vocabularies for case in CASES]
-    surveyed += [(case, case.tile, TILE[1]) for case in TILES]
+    wholes = [(case, dtype, vocab) for dtype in dtypes for vocab in vocabularies for case in CASES]
+    tiles = [(case, case.dtypes, TILE[1]) for case in TILES]
     reports: dict[tuple, Report] = {}
     for arch in archs:
-        for case, dtype, vocab in surveyed:
+        for case, dtype, vocab in [*wholes, *tiles]:
             logits = DTYPES.get(dtype, torch.float32)
             for place, (name, kernel) in enumerate(compiled(case, vocab, logits, TARGETS[arch])):
-                # Of the kernels that a tile launches the first reads it; a second one merges what that has found.
-                traffic = None if case.tile and place else case.traffic(name, logits.itemsize)
+                traffic = case.traffic(name, place, logits.itemsize)
                 key = (name, arch, dtype, vocab) if traffic else (name, arch)
                 if key not in reports:
                     reports[key] = examine(name, kernel, traffic, vocab, dtype, arch)
@@ -164,7 +163,7 @@ def survey(archs: list[str], dtypes: list[str], vocabularies: list[int]) -> list
 def launches(arch: str) -> dict[str, list[str]]:
     """The kernels that a tile's statistics and gradient launch, by its dtypes."""
     first = DTYPES["float32"]
-    return {case.tile: [name for name, _ in compiled(case, TILE[1], first, TARGETS[arch])] for case in TILES}
+    return {case.dtypes: [name for name, _ in compiled(case, TILE[1], first, TARGETS[arch])] for case in TILES}
 
 
 # --------------------------------------------------------------------------------------------------------------

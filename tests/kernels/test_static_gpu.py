@@ -76,7 +76,7 @@ def reports(survey):
 @pytest.fixture(scope="module")
 def tiles(survey, static_gpu):
     """By dtypes of student, teacher and gradient, the kernel that reads a tile of `linear_token_stats`."""
-    found = {case.tile: [r for r in survey[0]["reports"] if r["dtype"] == case.tile] for case in static_gpu.TILES}
+    found = {case.dtypes: [r for r in survey[0]["reports"] if r["dtype"] == case.dtypes] for case in static_gpu.TILES}
     return {dtypes: next(r for r in reports if r["columns"]) for dtypes, reports in found.items()}
 
 
