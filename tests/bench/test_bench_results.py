@@ -1,5 +1,7 @@
 """What the benchmark makes of its times: medians, ratios, tables, files, pages, plots."""
 
+import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +122,23 @@ def test_the_pages_that_are_committed_say_what_their_json_says():
     assert not page.stale((ROOT / "README.md").read_text(encoding="utf-8"), runs)
     shown = page.section(runs).splitlines()
     assert sum(line.startswith("| `") for line in shown) == len(page.IN_README)
+
+
+def test_the_static_page_says_what_its_json_says():
+    """How to make it anew stands in the docstring of benchmarks/static_page.py."""
+    spec = importlib.util.spec_from_file_location("static_page", ROOT / "benchmarks" / "static_page.py")
+    static_page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(static_page)
+    files = (RESULTS / "gpu-static" / name for name in (static_page.FOUND, static_page.VERSIONS))
+    found, versions = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    made = static_page.page(found, versions)
+    assert (RESULTS / "gpu-static" / "README.md").read_text(encoding="utf-8") == made
+    reports, plan = found["reports"], found["launch_plan"]
+    rows = [len(reports), sum(len(r["predicted"]) for r in reports)]
+    rows += [len(plan["linear_token_stats"]), len(plan["logits"])]
+    kernels = {(r["kernel"], r["dtype"]) for version in versions.values() for r in version}
+    assert made.count("\n| ") == sum(rows) + len(kernels) + 2 * 5  # five heads of two lines
+    assert "Nothing\non it is measured" in made and f"compiled by Triton {found['triton']}" in made
 
 
 def test_the_command_is_shown_without_its_files():

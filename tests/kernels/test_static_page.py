@@ -1,4 +1,4 @@
-"""The page on the GPU kernels' machine code and on the launch plan: it says what its JSON files say."""
+"""Tables of the page on the GPU kernels' machine code. tests/bench/test_bench_results.py holds the page to its files."""
 
 import importlib
 import json
@@ -22,22 +22,6 @@ def found():
 @pytest.fixture(scope="module")
 def versions():
     return json.loads((FOLDER / "triton_versions.json").read_text(encoding="utf-8"))
-
-
-def test_the_page_that_is_committed_says_what_its_json_says(found, versions):
-    """How to make it anew stands in the docstring of benchmarks/static_page.py."""
-    made = static_page.page(found, versions)
-    assert (FOLDER / "README.md").read_text(encoding="utf-8") == made
-    reports, plan = found["reports"], found["launch_plan"]
-    rows = [
-        len(reports),
-        sum(len(r["predicted"]) for r in reports),
-        len(plan["linear_token_stats"]),
-        len(plan["logits"]),
-    ]
-    kernels = {(r["kernel"], r["dtype"]) for version in versions.values() for r in version}
-    assert made.count("\n| ") == sum(rows) + len(kernels) + 2 * 5  # five heads of two lines
-    assert "Nothing\non it is measured" in made and f"compiled by Triton {found['triton']}" in made
 
 
 def test_a_bound_in_milliseconds(found):
