@@ -1,4 +1,4 @@
-"""Tables of the page on the GPU kernels' machine code. tests/bench/test_bench_results.py holds the page to its files."""
+"""Tables of the page on the GPU kernels' machine code; the page itself is held by tests/bench/test_bench_results.py."""
 
 import importlib
 import json
