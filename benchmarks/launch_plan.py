@@ -44,11 +44,14 @@ def tile_on_a_gpu(shape: Shape) -> tuple[int, int]:
         return tile_shape(shape.rows, shape.vocab, 2 * FLOAT, torch.device("cuda", 0))
 
 
-def linear_plan(shape: Shape, tile: tuple[int, int], saved: str = "recompute", update_launches: int = 1) -> Plan:
-    """The loop of `cmdp_fast/ops/linear.py`: both directions of a call whose every statistic has a gradient.
+def linear_plan(
+    shape: Shape, tile: tuple[int, int], saved: str = "recompute", update_launches: int = 1, divergences: bool = True
+) -> Plan:
+    """The loop of `cmdp_fast/ops/linear.py`: both directions of a call.
 
     Logits come out of a product in float32; a teacher's that stay alone are kept in the factors' dtype, a pair that
-    stays as it came out. ``update_launches``: kernels that fold a tile into the states of its rows.
+    stays as it came out. ``update_launches``: kernels that fold a tile into the states of its rows. ``divergences``:
+    whether one of them has a gradient; if none has, the backward pass leaves the teacher out.
     """
     stays = KEPT[saved]
     teacher_size = HALF if stays == ("teacher",) else FLOAT
@@ -57,19 +60,21 @@ def linear_plan(shape: Shape, tile: tuple[int, int], saved: str = "recompute", u
     for columns, rows, first in tiles(shape, tile):
         student = Product(rows, columns, shape.student_hidden, FLOAT)
         teacher = Product(rows, columns, shape.teacher_hidden, teacher_size)
-        logits = rows * columns * (FLOAT + teacher_size)
-        fold = Pass(logits, 0, host=HOST_TRITON)
+        logits = {"student": rows * columns * FLOAT, "teacher": rows * columns * teacher_size}
+        fold = Pass(sum(logits.values()), 0, host=HOST_TRITON)
         merge = Pass(0, 0, host=HOST_TRITON)  # of the states of a tile's segments, which are few
         forward += [student, teacher, fold] + [merge] * (update_launches - 1)
-        made = {"student": student, "teacher": teacher}
-        backward += [product for model, product in made.items() if model not in stays]
-        backward.append(Pass(logits, rows * columns * HALF, host=HOST_TRITON))
+        read = {"student": student, "teacher": teacher} if divergences else {"student": student}
+        backward += [product for model, product in read.items() if model not in stays]
+        backward.append(Pass(sum(logits[model] for model in read), rows * columns * HALF, host=HOST_TRITON))
         backward += gradient_products(rows, columns, shape.student_hidden, first)
         if first + rows == shape.rows:  # a piece of the head's gradient is whole: float32 to the head's dtype
             backward.append(Pass(columns * shape.student_hidden * FLOAT, columns * shape.student_hidden * HALF))
     kept = sum({"student": FLOAT, "teacher": teacher_size}[model] for model in stays) * shape.rows * shape.vocab
     name = f"ours, saved={saved}, tiles of {tile[0]} x {tile[1]}"
-    return Plan(name, forward, backward, f"keeps {kept / 1e9:.1f} GB of logits" if kept else "")
+    beside = [f"keeps {kept / 1e9:.1f} GB of logits"] if kept else []
+    beside += [] if divergences else ["gradients of log-probability and entropy alone"]
+    return Plan(name, forward, backward, ", ".join(beside))
 
 
 def tiles(shape: Shape, tile: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
@@ -113,7 +118,9 @@ def floor(shape: Shape) -> Plan:
 
 def our_plans(shape: Shape, update_launches: int) -> list[Plan]:
     tile = tile_on_a_gpu(shape)
-    return [cache_sized_plan(shape), *(linear_plan(shape, tile, saved, update_launches) for saved in KEPT)]
+    by_saved = [linear_plan(shape, tile, saved, update_launches) for saved in KEPT]
+    alone = linear_plan(shape, tile, update_launches=update_launches, divergences=False)
+    return [cache_sized_plan(shape), *by_saved, alone]
 
 
 # --------------------------------------------------------------------------------------------------------------

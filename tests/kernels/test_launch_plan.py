@@ -182,7 +182,8 @@ def listed(steps):
 
 
 @pytest.mark.parametrize("saved", launch_plan.KEPT)
-def test_the_loop_launches_what_the_plan_lists(saved, monkeypatch):
+@pytest.mark.parametrize("divergences", [True, False])
+def test_the_loop_launches_what_the_plan_lists(saved, divergences, monkeypatch):
     rows, student_hidden, teacher_hidden, vocab = shape = launch_model.Shape(1100, 16, 24, 2000)
     monkeypatch.setenv("CMDP_FAST_TILE_BYTES", str(600 * 800 * 8))
     generator = torch.Generator().manual_seed(0)
@@ -201,15 +202,20 @@ def test_the_loop_launches_what_the_plan_lists(saved, monkeypatch):
             pytest.skip(f"saved={saved} is not there: {error}")
         raise
     made = len(seen)
-    (stats.logprob + stats.entropy + stats.reverse_kl + stats.forward_kl).sum().backward()
+    loss = stats.logprob + stats.entropy + (stats.reverse_kl + stats.forward_kl if divergences else 0)
+    loss.sum().backward()
     logits = [size for what, *size in seen if what == "kernel"]
     tile = logits[0]
     assert 1 < len({tuple(size) for size in logits}) <= 4 and len(logits) >= 2 * 4  # several tiles both ways
-    plan = launch_plan.linear_plan(shape, tile, saved)
-    for steps, calls in ((plan.forward, seen[:made]), (plan.backward, seen[made:])):
-        # A kernel reads both models' logits: 8 bytes per column, or 6 where the teacher's are kept in half precision.
-        size = 6 if saved == "teacher" else 8
-        expected = [(what, size * n[0] * n[1]) if what == "kernel" else (what, *n) for what, *n in calls]
+    plan = launch_plan.linear_plan(shape, tile, saved, divergences=divergences)
+    # A kernel reads both models' logits: 8 bytes per column, 6 where the teacher's are kept in half precision, and 4
+    # where the student's are all that a gradient needs.
+    size = 6 if saved == "teacher" else 8
+    for steps, calls, read in (
+        (plan.forward, seen[:made], size),
+        (plan.backward, seen[made:], size if divergences else 4),
+    ):
+        expected = [(what, read * n[0] * n[1]) if what == "kernel" else (what, *n) for what, *n in calls]
         assert listed(steps) == expected
 
 
