@@ -51,7 +51,8 @@ def linear_plan(
 
     Logits come out of a product in float32; a teacher's that stay alone are kept in the factors' dtype, a pair that
     stays as it came out. ``update_launches``: kernels that fold a tile into the states of its rows. ``divergences``:
-    whether one of them has a gradient; if none has, the backward pass leaves the teacher out.
+    whether one of them has a gradient; if none has, the backward pass leaves the teacher out. What is done once per
+    call (states, statistics, casts of a row's numbers) is left out.
     """
     stays = KEPT[saved]
     teacher_size = HALF if stays == ("teacher",) else FLOAT
