@@ -8,29 +8,11 @@ import re
 import subprocess
 from dataclasses import dataclass, field
 
+from devices import DEVICES, Device
 from triton import knobs
 
 # Of the statistics' main loop for bfloat16 logits of 151936 columns on sm_90.
 BAR_EXPONENTIALS, BAR_INSTRUCTIONS, BAR_OCCUPANCY = 2.5, 23.0, 0.5
-
-
-@dataclass(frozen=True)
-class Device:
-    """Data sheet figures; the clock is the usual one under load."""
-
-    name: str
-    arch: str
-    multiprocessors: int
-    gigahertz: float
-    terabytes: float  # per second
-
-
-DEVICES = (
-    Device("A100", "80", 108, 1.41, 2.04),
-    Device("H100", "90", 132, 1.75, 3.35),
-    Device("H200", "90", 132, 1.75, 4.8),
-    Device("B200", "100", 148, 1.85, 8.0),
-)
 
 
 @dataclass
@@ -44,10 +26,12 @@ class Report:
     threads: int
     registers: int
     shared: int
-    local: int  # bytes of stack and local memory, and instructions that move spilled registers
+    local: int  # bytes of stack and local memory
+    spills: int  # instructions that move spilled registers
     occupancy: float
     instructions: int
     loop: bool  # whether the figures below are of a loop, else of the whole kernel
+    spills_in_loop: int = 0
     loads: dict[int, int] = field(default_factory=dict)  # of the loop, by width in bits
     barriers: int = 0
     shuffles: int = 0
@@ -155,23 +139,30 @@ def read_cubin(path: str, kernel: str | None = None) -> tuple[list[Instruction],
     return parse_sass(code), {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
 
 
-def local_memory(code: list[Instruction], usage: dict[str, int]) -> int:
-    """Bytes of stack and local memory, and instructions that move spilled registers."""
-    return usage["STACK"] + usage["LOCAL"] + count(code, "LDL", "STL")
+SPILLS = ("LDL", "STL", "scratch_")  # instructions that move a spilled register to memory and back
 
 
-def look_at_loop(report: Report, code: list[Instruction], size: int, traffic: int) -> None:
-    """Fills in the figures of the main loop. ``size``: bytes of a logit; ``traffic``: matrices of logits it moves."""
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes per column that a kernel reads and writes of matrices of logits."""
+
+    read: int
+    written: int = 0
+
+
+def look_at_loop(report: Report, code: list[Instruction], traffic: Traffic | None) -> None:
+    """Fills in the figures of the main loop; those per column where there is ``traffic``."""
     loop = main_loop(code)
     body = loop or code
     report.loop = loop is not None
     report.loads = dict(sorted(collections.Counter(b for i in body if (b := load_bits(i.name))).items()))
     report.barriers = count(body, "BAR", "s_barrier")
     report.shuffles = count(body, "SHFL", "ds_bpermute", "ds_swizzle")
+    report.spills_in_loop = count(loop or [], *SPILLS)
     if traffic:
         loaded = sum(bits // 8 * times for bits, times in report.loads.items())
-        report.columns = loaded / (2 * size)
-        report.bytes_a_column = traffic * size
+        report.columns = loaded / traffic.read
+        report.bytes_a_column = traffic.read + traffic.written
         report.exponentials_a_column = count(body, *EXPONENTIALS) / report.columns
         report.instructions_a_column = len(body) / report.columns
         start = next((at for at in range(len(code)) if loop and code[at] is loop[0]), 0)
@@ -181,11 +172,10 @@ def look_at_loop(report: Report, code: list[Instruction], size: int, traffic: in
 
 def predict(report: Report, device: Device) -> dict[str, float | str]:
     """Columns per second (in 10^12) that memory, instruction issue and exponentials allow, and which is the least."""
-    cycles = device.multiprocessors * device.gigahertz / 1000
     limits = {
         "memory": device.terabytes / report.bytes_a_column,
-        "issue": cycles * 128 / report.instructions_a_column,
-        "exponentials": cycles * 16 / max(report.exponentials_a_column, 1e-9),
+        "issue": device.instructions / 1e12 / report.instructions_a_column,
+        "exponentials": device.instructions / 8e12 / max(report.exponentials_a_column, 1e-9),
     }
     bound = min(limits, key=limits.__getitem__)
     return {key: round(value, 3) for key, value in limits.items()} | {"bound": bound}
@@ -195,7 +185,7 @@ def missed_bars(report: Report) -> list[str]:
     """The bars of the statistics' kernel that this one does not reach."""
     bars = {
         "logits are loaded by other than 128 bits": set(report.loads) != {128},
-        "local memory is used": report.local > 0,
+        "registers are spilled": report.local + report.spills > 0,
         "a barrier in the loop": report.barriers > 0,
         "a shuffle in the loop": report.shuffles > 0,
         f"more than {BAR_EXPONENTIALS} exponentials per column": report.exponentials_a_column > BAR_EXPONENTIALS,
@@ -208,8 +198,8 @@ def missed_bars(report: Report) -> list[str]:
 
 def print_table(reports: list[Report]) -> None:
     """Loads as number x bits. Loads, barriers and shuffles are those of the main loop, or of a kernel without one."""
-    row = "{:46} {:6} {:8} {:>6} {:>4} {:>6} {:>5} {:>5}  {:18} {:>4} {:>4} {:>7} {:>9} {:>8} {:>9}"
-    a_kernel = ("kernel", "arch", "dtype", "vocab", "regs", "shared", "local", "occ.")
+    row = "{:46} {:6} {:17} {:>6} {:>4} {:>6} {:>5} {:>6} {:>5}  {:18} {:>4} {:>4} {:>7} {:>9} {:>8} {:>9}"
+    a_kernel = ("kernel", "arch", "dtype", "vocab", "regs", "shared", "local", "spills", "occ.")
     print(row.format(*a_kernel, "loads", "bar.", "shfl", "ex2/col", "instr/col", "branched", "bytes/col"))
     for r in reports:
         loads = " ".join(f"{times}x{bits}" for bits, times in r.loads.items())
@@ -220,8 +210,13 @@ def print_table(reports: list[Report]) -> None:
             r.bytes_a_column,
         )
         name, busy = r.kernel + ("" if r.loop else ", no loop"), f"{r.occupancy:.0%}" if r.occupancy else "-"
-        a_kernel = (name, r.arch, r.dtype, r.vocab, r.registers, r.shared, r.local, busy)
+        a_kernel = (name, r.arch, r.dtype, r.vocab, r.registers, r.shared, r.local, spilled(r), busy)
         print(row.format(*a_kernel, loads, r.barriers, r.shuffles, *(a_column if r.columns else "----")))
+
+
+def spilled(report: Report) -> str:
+    """Instructions that move spilled registers, and how many of them stand in the loop."""
+    return f"{report.spills} ({report.spills_in_loop})" if report.spills else "0"
 
 
 def print_bounds(reports: list[Report]) -> None:
@@ -230,5 +225,5 @@ def print_bounds(reports: list[Report]) -> None:
         for device, limits in r.predicted.items():
             rates = "  ".join(f"{key} {limits[key]:6.2f}" for key in ("memory", "issue", "exponentials"))
             time = 1024 * r.vocab / float(limits[str(limits["bound"])]) / 1e9
-            kernel = f"{r.kernel:36}  {r.dtype:8}  {r.vocab:6}  {device:4}"
+            kernel = f"{r.kernel:36}  {r.dtype:17}  {r.vocab:6}  {device:4}"
             print(f"{kernel}  {rates}  bound by {limits['bound']!s:12}  predicted {time:.3f} ms")

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from machine_code import Report, local_memory, look_at_loop, occupancy, read_cubin, tool
+from machine_code import SPILLS, Report, Traffic, count, look_at_loop, occupancy, read_cubin, tool
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ELEMENTS = {"bfloat16": ("BFloat16", 2), "float16": ("Float16", 2), "float32": ("Float32", 4)}
@@ -56,9 +56,10 @@ def survey(archs: list[str], dtypes: list[str], vocab: int) -> list[Report]:
                         continue  # the scans hold no logits
                     code, usage = read_cubin(cubin, symbol)
                     busy = occupancy(usage["REG"], usage["SHARED"], THREADS, arch)
-                    local = local_memory(code, usage)
-                    size = (usage["REG"], usage["SHARED"], local, busy, len(code), False)
+                    local, spills = usage["STACK"] + usage["LOCAL"], count(code, *SPILLS)
+                    size = (usage["REG"], usage["SHARED"], local, spills, busy, len(code), False)
                     report = Report(f"cuda.{name}", arch, dtype, vocab, THREADS, *size)
-                    look_at_loop(report, code, ELEMENTS[dtype][1], KERNELS[name][0])
+                    logit, matrices = ELEMENTS[dtype][1], KERNELS[name][0]
+                    look_at_loop(report, code, Traffic(2 * logit, (matrices - 2) * logit))
                     reports.append(report)
     return reports

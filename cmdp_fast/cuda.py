@@ -19,6 +19,24 @@ barrier that not all threads reach show there. What does not:
   which the host's exp2f makes half a one), its flush of subnormal numbers and the rounding of packed conversions; the
   multiplications and additions that nvcc fuses and g++ does not; the launch itself, its limits and its stream;
 - registers, occupancy, bank conflicts, divergence, caches: everything that is speed.
+
+Whether it stays. It serves four operations, and is the second choice of each (`PREFERRED_ON_GPU` in ops/backends.py).
+The first run of benchmarks/gpu.py on a GPU decides. The change that commits its results does one of these:
+
+- kept and preferred, `PREFERRED_ON_GPU = "cuda"`: the phase `logits` shows it ahead in most of its points, and the
+  geometric mean of cuda's time over triton's is at most 0.95. There is one choice for all operations, because
+  constrained_reward promises the bits of the other three;
+- kept as an offer: ahead in a point, but not so in all. The comment of `PREFERRED_ON_GPU` then gives the measured
+  figures in place of the predicted ones, and this docstring the operations and rows where ``backend="cuda"`` pays;
+- kept as a stand-in: ahead nowhere, but it serves a user whom Triton does not. The checks of the phase `prove` pass
+  with it in a process where Triton cannot compile (no C compiler at run time), or with a build of PyTorch for CUDA that
+  has no Triton (Windows). This docstring then says which;
+- deleted else: csrc/cuda, this module, `_cuda.pyi` and its lines in ops/backends.py, setup.py and csrc/CMakeLists.txt,
+  benchmarks/static_cuda.py, tests/csrc/cuda_host, the mark ``cuda``, and a line in the changelog.
+
+A point is an operation of the four, forward or backward, at one of the measured numbers of rows (64 to 8192). Ahead is
+a device time (a graph's replay, without Python) at least 5 % below triton's by the medians, beyond the spread of both,
+in bfloat16 or float32, while the other dtype is not 5 % behind at the same point.
 """
 
 from __future__ import annotations

@@ -16,8 +16,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_gpu.py"
 sys.path.append(str(SCRIPT.parent))
 FOLD, BACKWARD = "token_stats.fold_kernel", "token_stats_backward.backward_kernel"
-MIXTURE, SEQUENCE = "mixture.mixture_kernel", "constrained.sequence_kernel"
-FINISH, TRACE = "token_stats.finish_kernel", "scan.trace_kernel"
+MIXTURE = "mixture.mixture_kernel"
+# What this kernel may spill, once before its loop and once after it: a store and a load per thread, for thousands of
+# columns. Triton 3.6 and 3.7 hold its registers down to 64, with which twice as many programs run as with the 72 and 73
+# of 3.4 and 3.5.
+SPILLS_OUTSIDE_THE_LOOP = {MIXTURE: 2}
 
 # Two nested loops and a branch forwards, as nvdisasm prints them.
 SASS = """
@@ -67,7 +70,14 @@ def survey(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reports(survey):
     """By kernel: rows that begin at multiples of 16 bytes."""
-    return {report["kernel"]: report for report in survey[0] if report["vocab"] == 151936}
+    return {report["kernel"]: report for report in survey[0]["reports"] if report["vocab"] == 151936}
+
+
+@pytest.fixture(scope="module")
+def tiles(survey, static_gpu):
+    """By dtypes of student, teacher and gradient, the kernel that reads a tile of `linear_token_stats`."""
+    found = {case.dtypes: [r for r in survey[0]["reports"] if r["dtype"] == case.dtypes] for case in static_gpu.TILES}
+    return {dtypes: next(r for r in reports if r["columns"]) for dtypes, reports in found.items()}
 
 
 def test_statistics_kernel_reaches_its_bars(machine_code, reports):
@@ -83,12 +93,57 @@ def test_bars_can_be_missed(machine_code, reports):
     report.exponentials_a_column, report.instructions_a_column, report.occupancy = 2.6, 23.1, 0.4
     report.shuffles, report.loop = 5, False
     assert len(machine_code.missed_bars(report)) == 8
+    report.local, report.spills = 0, 1
+    assert len(machine_code.missed_bars(report)) == 8
+    report.spills = 0
+    assert len(machine_code.missed_bars(report)) == 7
 
 
-def test_no_kernel_spills(reports):
+def test_no_kernel_spills_where_it_costs(survey):
+    """On any supported version of Triton: nothing within a loop, and nothing at all but for what is named above."""
+    reports = survey[0]["reports"]
     assert len(reports) >= 8
-    for name, report in reports.items():
-        assert report["local"] == 0, name
+    for report in reports:
+        assert report["spills_in_loop"] == 0, report
+        assert report["spills"] <= SPILLS_OUTSIDE_THE_LOOP.get(report["kernel"], 0), report
+        assert report["local"] <= 4 * report["spills"], report  # a warp's registers are 4 bytes per thread
+
+
+def test_spills_are_counted(machine_code):
+    code = machine_code.parse_sass(SASS.replace("MUFU.EX2 R8, R8", "STL [R1], R8").replace("LDC R1, c", "LDL R2, c"))
+    empty = {"kernel": "k", "arch": "90", "dtype": "bfloat16", "vocab": 1, "threads": 32, "registers": 1, "shared": 0}
+    report = machine_code.Report(**empty, local=0, spills=0, occupancy=1.0, instructions=len(code), loop=False)
+    machine_code.look_at_loop(report, code, None)
+    assert machine_code.count(code, *machine_code.SPILLS) == 2 and report.spills_in_loop == 1
+
+
+def test_a_tile_is_read_once_by_wide_loads(tiles, machine_code):
+    """Float32 logits as the products leave them, or a teacher's that were kept in half precision; the gradient leaves
+    in half precision, so that no pass casts it."""
+    moved = {
+        "float32": 8,
+        "float32, bfloat16": 6,
+        "float32 > bfloat16": 8 + 2,
+        "float32, bfloat16 > bfloat16": 6 + 2,
+    }
+    assert {dtypes: report["bytes_a_column"] for dtypes, report in tiles.items()} == moved
+    for dtypes, report in tiles.items():
+        assert set(report["loads"]) <= {"64", "128"}, dtypes  # 4 columns of a half are 64 bits
+        assert set(report["loads"]) == {"128"} or "float32, bfloat16" in dtypes, dtypes
+        assert report["barriers"] == 0 and report["shuffles"] == 0 and report["loop"], dtypes
+        assert report["instructions_a_column"] <= machine_code.BAR_INSTRUCTIONS, dtypes
+        assert report["occupancy"] >= machine_code.BAR_OCCUPANCY, dtypes
+
+
+def test_the_plan_has_the_launches_of_a_tile(survey):
+    """The kernels that the launchers start stand in the JSON, and the plan counts as many per tile."""
+    found = survey[0]
+    launches = found["launches_of_a_tile"]
+    assert len(launches["float32"]) == len(launches["float32, bfloat16"]) in (1, 2)
+    assert launches["float32 > bfloat16"] == [BACKWARD]
+    line = next(p for p in found["launch_plan"]["linear_token_stats"] if "saved=recompute" in p["plan"])
+    assert line["direction"] == "forward" and line["launches"] % (2 + len(launches["float32"])) == 0
+    assert found["triton"].count(".") == 2
 
 
 def test_backward_moves_three_matrices_by_wide_loads(reports):
@@ -101,15 +156,12 @@ def test_backward_moves_three_matrices_by_wide_loads(reports):
 
 def test_sums_are_added_in_the_same_order_wherever_a_row_lies(survey, reports):
     """Rows that do not begin at multiples of 16 bytes are loaded otherwise, but reduced over the same lanes."""
-    odd = {report["kernel"]: report for report in survey[0] if report["vocab"] == 50257}
+    odd = {report["kernel"]: report for report in survey[0]["reports"] if report["vocab"] == 50257}
     assert {FOLD, MIXTURE, BACKWARD} <= odd.keys()
     for kernel in (FOLD, MIXTURE):
         assert set(odd[kernel]["loads"]) == {"16"} and set(reports[kernel]["loads"]) == {"128"}
         assert odd[kernel]["lanes"] == reports[kernel]["lanes"] and len(odd[kernel]["lanes"]) == 1, kernel
     assert odd[BACKWARD]["lanes"] == []
-    # A statistic is the same whichever of the two kernels finishes it, a trace whichever scans the sequence.
-    finish, trace, sequence = (set(reports[name]["lanes"]) for name in (FINISH, TRACE, SEQUENCE))
-    assert finish and trace and finish | trace == sequence
 
 
 @pytest.mark.parametrize("arch, speaks", [("cuda 75", False), ("cuda 80", True), ("hip gfx942", False)])
@@ -161,9 +213,10 @@ def test_instructions_that_a_branch_skips(machine_code):
 
 def test_bounds_are_labelled(survey):
     _, printed = survey
-    bounds = printed[printed.index("PREDICTED, NOT MEASURED") :]
+    bounds, plan, logits = printed.split("PREDICTED, NOT MEASURED")[1:]
     assert "H100" in bounds and "H200" in bounds
-    assert all("predicted" in line for line in bounds.splitlines()[1:])
+    assert all("predicted" in line for line in bounds.splitlines()[1:] if line)
+    assert "linear_token_stats" in plan and "operations on logits" in logits
 
 
 def test_the_innermost_loop_that_loads_most(machine_code):
@@ -194,7 +247,7 @@ def test_prediction(machine_code):
     """One multiprocessor of 1 GHz: 128 instructions, 16 exponentials a nanosecond and 100 bytes of memory."""
     device = machine_code.Device("small", "90", multiprocessors=1, gigahertz=1.0, terabytes=0.1)
     empty = {"kernel": "k", "arch": "90", "dtype": "bfloat16", "vocab": 1, "threads": 32, "registers": 1, "shared": 0}
-    report = machine_code.Report(**empty, local=0, occupancy=1.0, instructions=1, loop=True)
+    report = machine_code.Report(**empty, local=0, spills=0, occupancy=1.0, instructions=1, loop=True)
     report.bytes_a_column, report.instructions_a_column, report.exponentials_a_column = 4, 16.0, 2.0
     limits = machine_code.predict(report, device)
     assert limits == {"memory": 0.025, "issue": 0.008, "exponentials": 0.008, "bound": "issue"}
