@@ -49,6 +49,8 @@ def _tile_bytes(size: int | None) -> Iterator[None]:
 def _variant(case: Case, name: str, size: int | None = None, saved: str = "recompute") -> Variant:
     """Ours with a size of tiles and a mode of `saved`. The backward pass reads the budget as well, so both run in it.
     Raises Absent, with its name, for a mode that this version does not know."""
+    if (problem := cf.available_backends()["triton"]) is not None:
+        raise Absent(f"{name}: {problem}")
     if saved != "recompute":
         try:
             _tiny(saved)
@@ -62,7 +64,8 @@ def _variant(case: Case, name: str, size: int | None = None, saved: str = "recom
 
         return within
 
-    whole = differentiable(case.mode, name, linear_by(cf.linear_token_stats, saved=saved), TERMS, HIDDEN_AND_HEAD)
+    ours = linear_by(cf.linear_token_stats, saved=saved, backend="triton")
+    whole = differentiable(case.mode, name, ours, TERMS, HIDDEN_AND_HEAD)
     return Variant(name, run(whole.run), prepare=whole.prepare)
 
 
