@@ -203,14 +203,15 @@ def read(path: Path) -> BenchmarkRun:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise InputError(f"{path}: expected the JSON of cmdp-fast bench, format {FORMAT}")
-        found["cases"] = [_case(case) for case in found["cases"]]
+        found["cases"] = [case_of(case) for case in found["cases"]]
         found["sweeps"] = [_sweep(sweep) for sweep in found["sweeps"]]
         return BenchmarkRun(**found)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the JSON of cmdp-fast bench: {first_line(error)}") from error
 
 
-def _case(found: dict[str, Any]) -> CaseResult:
+def case_of(found: dict[str, Any]) -> CaseResult:
+    """A case from its part of the JSON."""
     variants = [
         Measured(**(variant | {"memory": variant["memory"] and PeakGrowth(**variant["memory"])}))
         for variant in found["variants"]
