@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from phases.record import Part
-from phases.setting import Setting
 from torch import Tensor
 
 from cmdp_fast.bench.measure import elapsed
 from cmdp_fast.ops import gemm, tile_size
+from phases.record import Part
+from phases.setting import Setting
 
 REPEAT = 9
 

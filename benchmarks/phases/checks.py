@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from helpers import assert_no_worse, exact_and_eager, poisoned_memory
-from phases.operations import BUDGET, Batch
-from phases.record import Part
-from phases.setting import GPU_BACKENDS, Setting, need_backend
 from torch import Tensor
 
 from cmdp_fast import reference
+from phases.operations import BUDGET, Batch
+from phases.record import Part
+from phases.setting import GPU_BACKENDS, Setting, need_backend
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -49,25 +49,26 @@ SMALL = (
 
 def parts(setting: Setting) -> list[Part]:
     """Every check of both backends."""
-    found = []
-    for backend in GPU_BACKENDS:
+    return [part for backend in GPU_BACKENDS for part in _of(setting, backend)]
 
-        def add(name: str, seconds: float, run: Callable[..., dict[str, Any]], *arguments: Any) -> None:
-            def checked(backend: str = backend) -> dict[str, Any]:
-                need_backend(backend)
-                setting.free()
-                return run(setting, backend, *arguments)
 
-            found.append(Part(f"check {backend}: {name}", seconds, checked))
+def _of(setting: Setting, backend: str) -> list[Part]:
+    def part(name: str, seconds: float, run: Callable[..., dict[str, Any]], *arguments: Any) -> Part:
+        def checked() -> dict[str, Any]:
+            need_backend(backend)
+            setting.free()
+            return run(setting, backend, *arguments)
 
-        for inputs in SMALL if setting.small else SHAPES:
-            add(f"{inputs.name} logits", 20, against_float64, inputs)
-        add("packed completions", 15, packed)
-        if backend == "triton":
-            add("jsd", 10, mixture)
-        add("the same bits twice", 5, repeated)
-        add("two streams", 5, two_streams)
-        add("graph of forward and backward", 10, graph)
+        return Part(f"check {backend}: {name}", seconds, checked)
+
+    shapes = SMALL if setting.small else SHAPES
+    found = [part(f"{inputs.name} logits", 20, against_float64, inputs) for inputs in shapes]
+    found.append(part("packed completions", 15, packed))
+    if backend == "triton":
+        found.append(part("jsd", 10, mixture))
+    found.append(part("the same bits twice", 5, repeated))
+    found.append(part("two streams", 5, two_streams))
+    found.append(part("graph of forward and backward", 10, graph))
     return found
 
 
@@ -77,9 +78,7 @@ def against_float64(setting: Setting, backend: str, inputs: Inputs) -> dict[str,
     for name, dtype in DTYPES.items():
         if setting.small and name == "float16":
             continue
-        batch = Batch(
-            inputs.rows, inputs.vocab, dtype, setting.device, storage=inputs.storage, masked=inputs.masked
-        )
+        batch = Batch(inputs.rows, inputs.vocab, dtype, setting.device, storage=inputs.storage, masked=inputs.masked)
         with poisoned_memory():
             ours = batch.statistics(backend, inputs.inplace)
         settings = {} if batch.mask is None else {"mask": batch.mask}

@@ -7,10 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from phases import tools
-from phases.record import Part
-from phases.setting import Setting
-from phases.timing import Measurement
 
 import cmdp_fast as cf
 from cmdp_fast.bench.case import Case, Shape
@@ -19,6 +15,10 @@ from cmdp_fast.bench.ops.linear_token_stats import linear_by
 from cmdp_fast.bench.ops.token_stats import TERMS
 from cmdp_fast.bench.variant import HIDDEN_AND_HEAD, Absent, Function, Inputs, Values, Variant, differentiable
 from cmdp_fast.errors import first_line
+from phases import tools
+from phases.record import Part
+from phases.setting import Setting
+from phases.timing import Measurement
 
 OP = "linear_token_stats"
 SHAPES = (

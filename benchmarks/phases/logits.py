@@ -9,21 +9,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from phases import processes, tools
-from phases.record import Part
-from phases.setting import GPU_BACKENDS, Setting
-from phases.timing import Measurement
 
 import cmdp_fast as cf
 from cmdp_fast import reference
 from cmdp_fast.bench.case import Case, Op, Shape, Work, cast
 from cmdp_fast.bench.ops import OPS
-from cmdp_fast.bench.ops.budget_trace import BUDGET, LENGTH, BudgetTraceOp, trace_by
+from cmdp_fast.bench.ops.budget_trace import BUDGET, LENGTH, BudgetTraceOp
 from cmdp_fast.bench.ops.constrained_reward import ConstrainedRewardOp, budget
 from cmdp_fast.bench.ops.divergence import BETA
 from cmdp_fast.bench.ops.token_stats import TERMS, statistics_by
 from cmdp_fast.bench.variant import Absent, Inputs, Values, Variant, differentiable
 from cmdp_fast.ops.backends import OF_CUDA
+from phases import processes, tools
+from phases.record import Part
+from phases.setting import GPU_BACKENDS, Setting
+from phases.timing import Measurement
 
 VOCAB = 151936
 ROWS = (8192, 1024, 64, 256)  # the most important first
@@ -85,9 +85,7 @@ def _constrained(backend: str) -> Callable[[Inputs], Values]:
 
 
 def _statistics_alone(backend: str) -> Callable[[Inputs], Values]:
-    return lambda i: cf.token_stats(
-        i["student"], i["teacher"], i["tokens"], mask=i["mask"], backend=backend
-    )._asdict()
+    return lambda i: cf.token_stats(i["student"], i["teacher"], i["tokens"], mask=i["mask"], backend=backend)._asdict()
 
 
 def _jsd(backend: str) -> Callable[[Inputs], Values]:

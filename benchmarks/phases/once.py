@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 import torch
+
 from phases.checks import DTYPES
 from phases.operations import Batch
 

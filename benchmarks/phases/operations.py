@@ -7,7 +7,6 @@ from helpers import DIFFERENTIABLE, weighted_sum
 from torch import Tensor
 
 import cmdp_fast as cf
-from cmdp_fast.ops.backends import OF_CUDA
 
 BUDGET = 5.0  # nats, of a completion
 
@@ -78,8 +77,9 @@ class Batch:
         h, w, g, u = normal(rows, hidden), normal(vocab, hidden), normal(rows, hidden), normal(vocab, hidden)
         h, w = h.requires_grad_(), w.requires_grad_()
         stats = cf.linear_token_stats(h, w, g, u, self.tokens, mask=self.mask, backend=backend)
-        gradients = torch.autograd.grad(weighted_sum(stats, self.weights), (h, w))
-        return {name: t.detach() for name, t in stats._asdict().items()} | dict(zip(("hidden", "head"), gradients))
+        of_hidden, of_head = torch.autograd.grad(weighted_sum(stats, self.weights), (h, w))
+        found = {name: t.detach() for name, t in stats._asdict().items()}
+        return found | {"hidden": of_hidden, "head": of_head}
 
     def all(self, backend: str) -> None:
         """Everything that a backend has a kernel for, once."""
@@ -87,7 +87,6 @@ class Batch:
         self.statistics(backend, inplace=True)
         self.constrained(backend)
         self.in_turn(backend)
-        if "divergence" not in OF_CUDA and backend == "cuda":
-            return
-        self.mixture(backend)
-        self.linear(backend)
+        if backend != "cuda":  # which has no kernel for these
+            self.mixture(backend)
+            self.linear(backend)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +37,8 @@ def run(command: Sequence[str], seconds: float, log: Path, environment: Mapping[
         except subprocess.TimeoutExpired:
             code = None
             process.send_signal(signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                pass
         finally:
             kill(process)
     return Ended(code, log.read_text(encoding="utf-8", errors="replace"))
@@ -50,10 +49,8 @@ def kill(process: subprocess.Popen) -> None:
     for each in (*descendants(process.pid), process.pid):
         if each == process.pid and process.poll() is not None:
             continue  # its number may be another's by now
-        try:
+        with suppress(OSError):
             os.kill(each, signal.SIGKILL)
-        except OSError:
-            pass
     process.wait()
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import cmdp_fast as cf
 from phases import ceilings, checks, processes
 from phases.record import Part
 from phases.setting import Setting, need_package, need_program
-
-import cmdp_fast as cf
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "trl", "liger-kernel", "cut-cross-entropy")
@@ -42,7 +42,7 @@ def parts(setting: Setting) -> list[Part]:
         Part("versions", 10, _versions),
         *ceilings.parts(setting),
         *checks.parts(setting),
-        *(Part(name, 30, lambda n=n, t=t: _tests(setting, n, t)) for name, t, n in zip(names, tests, range(9))),
+        *(Part(name, 30, lambda n=n: _tests(setting, n, tests[n])) for n, name in enumerate(names)),
     ]
 
 
@@ -89,7 +89,11 @@ def _tests(setting: Setting, number: int, selection: Sequence[str]) -> dict[str,
     log = setting.log(f"tests-{number}")
     ended = processes.run(command, limit, log, os.environ)
     counts, failures = _outcome(junit)
-    problems = [] if ended.code in (0, 5) else [f"pytest ended with {ended.code}" if ended.code is not None else late(limit)]
+    problems = []
+    if ended.code is None:
+        problems.append(f"the tests had not ended after {limit:.0f} s")
+    elif ended.code not in (0, 5):  # 5: none was selected
+        problems.append(f"pytest ended with {ended.code}")
     problems += [f"{failure['test']}: {failure['error']}" for failure in failures[:SHOWN]]
     said = ", ".join(f"{count} {what}" for what, count in counts.items())
     return {
@@ -101,10 +105,6 @@ def _tests(setting: Setting, number: int, selection: Sequence[str]) -> dict[str,
         "tail": ended.tail(4),
         "summary": said or "no test has ended",
     }
-
-
-def late(limit: float) -> str:
-    return f"the tests had not ended after {limit:.0f} s"
 
 
 def _outcome(junit: Path) -> tuple[dict[str, int], list[dict[str, str]]]:

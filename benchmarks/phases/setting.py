@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from phases import processes
-from phases.record import Missing
 
 import cmdp_fast as cf
 from cmdp_fast.bench import machine
+from phases import processes
+from phases.record import Missing
 
 GPU_BACKENDS = ("triton", "cuda")
 QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm", "--format=csv,noheader")

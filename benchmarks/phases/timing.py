@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
-from phases.setting import Setting
 
 from cmdp_fast.bench import memory
 from cmdp_fast.bench import peers as peer_modules
@@ -27,6 +26,7 @@ from cmdp_fast.bench.results import CaseResult, Measured
 from cmdp_fast.bench.suite import check
 from cmdp_fast.bench.variant import Absent, Inputs, Variant
 from cmdp_fast.errors import first_line
+from phases.setting import Setting
 
 REPEAT = 9
 REPLAYED = 2e-3  # seconds that a replayed graph lasts at least
@@ -118,9 +118,7 @@ class Measurement(NamedTuple):
                 absent[peer] = f"fails: {first_line(error)}"
         return found
 
-    def _check(
-        self, errors: dict[str, dict[str, float]], absent: dict[str, str]
-    ) -> tuple[list[str], dict[str, str]]:
+    def _check(self, errors: dict[str, dict[str, float]], absent: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """(what is wrong with ours, how far others are off by name), on few rows, against float64."""
         problems: list[str] = []
         off: dict[str, str] = {}

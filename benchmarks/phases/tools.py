@@ -56,7 +56,7 @@ def _sanitized(setting: Setting, backend: str, tool: str) -> dict[str, Any]:
     ended = processes.run([sanitizer, *options, *_once(backend, ROWS, VOCAB, "bfloat16")], limit, log, environment)
     lines = ended.output.splitlines()
     summary = next((line.strip("= ") for line in lines if "SUMMARY" in line), "")
-    found = sorted({m.group(0).strip() for line in lines if (m := re.search(r"(Error|Warning|Invalid|Barrier).*", line))})
+    found = sorted({m.group(0).strip() for m in re.finditer(r"\b(Error|Warning|Invalid|Barrier)\b.*", ended.output)})
     figures = {"tool_said": summary, "errors": found[:20], "summary": summary or "no summary"}
     if ended.code is None:
         return {**figures, "problems": [f"it had not ended after {limit:.0f} s"]}

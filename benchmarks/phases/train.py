@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from phases import models, processes
 from phases.record import Part
 from phases.setting import Setting, need_package
@@ -165,7 +166,7 @@ def _killed(setting: Setting) -> dict[str, Any]:
 
 
 def _run(setting: Setting, folder: Path, name: str, end: float, *, kill: bool) -> list[dict[str, Any]]:
-    """A run by the command line, begun or resumed; the metrics of its steps. ``kill``: as soon as it has a checkpoint."""
+    """A run by the command line, begun or resumed; the metrics of its steps. ``kill``: once it has a checkpoint."""
     run = folder / "runs" / name
     if run.exists():
         arguments = [f"--resume={run}"]
@@ -293,5 +294,3 @@ def _trl(setting: Setting) -> dict[str, Any]:
     said = f"losses {', '.join(f'{loss:.3g}' for loss in losses)}; {seconds / 2:.2f} s a step"
     said += f", {peak / 2**30:.1f} GiB" if peak else ""
     return {"history": history, "seconds": seconds, "peak_bytes": peak, "problems": problems, "summary": said}
-
-

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
 import os
 import sys
 from pathlib import Path
 
-faulthandler.enable()
+from phases.record import Record, run_parts
+from phases.supervise import LOST
+
 if os.environ.get("CMDP_FAST_CUDA_HOST") == "1":
     import hosted  # noqa: F401  (before cmdp_fast: it brings the CUDA kernels)
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -17,14 +18,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.look_once_a_launch()
     interpreter.round_once()
 
-import torch
-from phases.record import Record, run_parts
-from phases.setting import Setting
-from phases.supervise import LOST
-
 
 def main(phase: str, path: Path) -> int:
     """Runs the parts that the record has not, and returns the exit code."""
+    import torch
+
+    from phases.setting import Setting
+
     record = Record.read(path)
     small = record.content["small"]
     if not small and not torch.cuda.is_available():

@@ -235,8 +235,8 @@ def gpu_page(records: Sequence[PhaseRecord]) -> str:
     card = next((record.card for record in records if record.card), None)
     parts = [f"# {card or 'Toy sizes on a CPU: only the script is tried'}"]
     parts.append(
-        "Times of the device are medians over replays of a captured graph of calls; the other times are of whole calls, "
-        "with Python's part of them. Floors are measured beside them. The error is the largest against float64, "
+        "Times of the device are medians over replays of a captured graph of calls; the other times are of whole "
+        "calls, with Python's part of them. Floors are measured beside them. The error is the largest against float64, "
         "relative to the largest value, on few rows. Extra memory is the growth of the peak beyond the outputs."
     )
     for record in records:
