@@ -29,7 +29,8 @@ VOCAB = 151936
 ROWS = (8192, 1024, 64, 256)  # the most important first
 BATCHES = ((8, 1024), (1, 8192), (64, 128))  # sequences and their length
 PEERS = ("eager", "kl_div", "liger_kl_div", "trl_logprob", "trl_pipeline", "verl_pipeline")
-COMPILED_ROWS = 1024  # torch.compile takes some 15 s a case: at one size, and at the largest for the main case
+COMPILED_ROWS = 1024  # torch.compile is slow to start: it is there at one size, and at the largest for the main case
+COMPILING = 35  # seconds that it takes, for the check and for the case
 
 
 class Batches(ConstrainedRewardOp):
@@ -147,23 +148,25 @@ def parts(setting: Setting) -> list[Part]:
                 compiled = mode in ("forward", "both") and dtype == "bfloat16" and not setting.small
                 compiled = compiled and (count == COMPILED_ROWS or (count == rows[0] and op == "token_stats"))
                 peers = (*PEERS, "compile") if compiled else PEERS
-                part = _part(setting, OPS[op], case(op, mode, count, dtype), peers, seconds + 20 * compiled)
+                part = _part(setting, OPS[op], case(op, mode, count, dtype), peers, seconds + COMPILING * compiled)
                 (main if count >= 1024 or setting.small else later).append(part)
     constrained = []
     for sequences, length in ((2, 3),) if setting.small else BATCHES:
         op, compiled = Batches(sequences, length), sequences == 8
         peers = (*PEERS, "compile") if compiled else PEERS
         at = case("constrained_reward", "forward", sequences * length, "bfloat16")
-        constrained.append(_part(setting, op, at, peers, seconds + 20 * compiled))
+        constrained.append(_part(setting, op, at, peers, seconds + COMPILING * compiled))
     scans = [
         _part(setting, op, case(op.name, "forward", 8 if setting.small else 256, "float32"), PEERS, seconds)
         for op in (OPS["budget_trace"], ModifiedRewardOp())
     ]
     table = Part("autotune table", 45, lambda: _autotuned(setting))
-    bfloat = [part for part in main if "bfloat16" in part.name]
-    single = [part for part in main if "bfloat16" not in part.name]
-    sanitizers = tools.sanitizer_parts(setting)
-    return [*bfloat[:5], *constrained, *sanitizers, *scans, *bfloat[5:], *later, table, *single]
+    half = [part for part in main if "bfloat16" in part.name]
+    single = [part for part in [*main, *later] if "bfloat16" not in part.name]
+    few = [part for part in later if "bfloat16" in part.name]
+    races = [part for part in tools.sanitizer_parts(setting) if part.name.endswith(("memcheck", "racecheck"))]
+    others = [part for part in tools.sanitizer_parts(setting) if part.name not in {race.name for race in races}]
+    return [*half[:5], *constrained, *races, *scans, *half[5:], *few, table, *others, *single]
 
 
 AUTOTUNED = """

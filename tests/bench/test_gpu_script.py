@@ -192,3 +192,85 @@ def test_arguments_that_cannot_be_used():
     for arguments in (["play"], ["prove", "--seconds", "0"], ["prove", "--tiny"]):
         done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and "error" in done.stderr
+
+
+NCU = """\
+==PROF== Connected to process 7
+==PROF== Profiling "fold_kernel" - 0: 0%....50%....100% - 1 pass
+every kernel ran
+==PROF== Disconnected from process 7
+"ID","Kernel Name","Grid Size","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
+"launch__registers_per_thread","sm__throughput.avg.pct_of_peak_sustained_elapsed",\
+"sm__warps_active.avg.pct_of_peak_sustained_active"
+"","","","%","ns","register/thread","%","%"
+"0","fold_kernel","(5120, 1, 1)","88.5","216,512","40","51.25","70.1"
+"1","backward_kernel(float*)","(9, 1, 1)","n/a","1","40","1","1"
+"""
+
+
+def test_the_tables_of_profilers_are_read(tmp_path, monkeypatch, phases):
+    """Programs of these names that print what the real ones do, over a program that prints what ours does."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "support"))
+    from phases import setting, tools
+
+    def program(name: str, text: str, code: int = 0) -> None:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\nexit {code}\n")
+        path.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(tools, "need_backend", lambda name: None)
+    here = setting.Setting(True, "cpu", tmp_path, lambda: 60.0)
+    program("ncu", NCU)
+    figures = tools.profile_part(here, "a", 2, 100, "logits").run()
+    kernel = {"kernel": "fold_kernel", "grid": "(5120, 1, 1)", "dram %": 88.5, "sm %": 51.25, "registers": 40.0}
+    assert figures["kernels"] == [kernel | {"occupancy %": 70.1, "us": 216.51}]
+    program("ncu", "==ERROR== ERR_NVGPUCTRPERM\n", 1)
+    with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
+        tools.profile_part(here, "a", 2, 100, "logits").run()
+
+    part = tools.sanitizer_parts(here)[0]
+    program("compute-sanitizer", "every kernel ran\n========= ERROR SUMMARY: 0 errors\n")
+    assert part.run()["problems"] == []
+    program("compute-sanitizer", "Invalid __global__ write\nevery kernel ran\n========= ERROR SUMMARY: 10 errors\n", 9)
+    assert part.run()["problems"] == ["ERROR SUMMARY: 10 errors", "Invalid __global__ write"]
+    program("compute-sanitizer", "========= Error: Device not supported\n", 1)
+    assert part.run()["problems"] == ["========= Error: Device not supported"]
+
+
+def test_a_replayed_graph_goes_through_every_set(monkeypatch, phases):
+    """With a stand-in for CUDA's graphs: the calls of a capture are made, those of a replay are not."""
+    import contextlib
+
+    import torch
+    from phases import timing
+
+    from cmdp_fast.bench.variant import Variant
+
+    seen, clock = [], iter(range(1000))
+    stream = type("Stream", (), {"wait_stream": lambda self, other: None})()
+    fakes = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda _: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+        "CUDAGraph": lambda: type("Graph", (), {"replay": lambda self: seen.append("replay")})(),
+        "graph": lambda _: contextlib.nullcontext(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(timing, "elapsed", lambda function, device: (function(), next(clock) * 0 + 0.5e-3)[1])
+    sets = [{"student": torch.full((3,), float(i))} for i in range(3)]
+
+    def run(inputs):
+        seen.append(float(inputs["student"][0]))
+        return inputs["student"].mul_(-1) if inputs["student"].data_ptr() not in originals else None
+
+    originals = {s["student"].data_ptr() for s in sets}
+    times = timing.replay(Variant("a", run), sets)
+    calls = seen[2 : seen.index("replay")]
+    assert calls[:4] == [0.0, 1.0, 2.0, 0.0] and len(calls) == 10 * 4 and times == [0.5 / 40] * timing.REPEAT
+    seen.clear()
+    inplace = Variant("b", run, prepare=lambda s: {"student": s["student"].clone()})
+    timing.replay(inplace, sets)
+    assert seen[2 : seen.index("replay")] == [0.0, 1.0, 2.0]  # each once, and as it was given
