@@ -100,6 +100,7 @@ def environment(small: bool) -> dict[str, str]:
     given |= {name: "1" for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CI")}
     given |= {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled", "HF_HUB_DISABLE_TELEMETRY": "1"}
     given["PYTHONFAULTHANDLER"] = "1"
+    given["PYTHONSAFEPATH"] = "1"  # `python -m` would find the checkout in the working directory, without its modules
     paths = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support"), *filter(None, [given.get("PYTHONPATH")])]
     if importlib.util.find_spec("cmdp_fast") is None:
         paths.append(str(ROOT))

@@ -78,8 +78,7 @@ def _tests(setting: Setting, number: int, selection: Sequence[str]) -> dict[str,
     setting.free()
     junit = setting.out / f"tests-{number}.xml"
     junit.unlink(missing_ok=True)
-    # -P: the package that is installed, not the one in the working directory
-    command = [sys.executable, "-P", "-m", "pytest", *selection, "-q", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *selection, "-q", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", f"--junit-xml={junit}", f"--rootdir={ROOT}"]
     if importlib.util.find_spec("xdist") is not None and not setting.small:
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]

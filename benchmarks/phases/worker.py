@@ -38,5 +38,6 @@ def main(phase: str, path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # the folder of this file, whose modules are those of the package `phases`
+    here = str(Path(__file__).parent)  # its modules are those of the package `phases`, and nothing else's
+    sys.path[:] = [path for path in sys.path if path != here]
     sys.exit(main(sys.argv[1], Path(sys.argv[2])))

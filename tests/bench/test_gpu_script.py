@@ -85,7 +85,7 @@ def test_linear_without_other_libraries(tmp_path):
     assert others["absent"]["trl_divergence"] == "cannot be imported: blocked"
     assert [v["peer"] for v in others["variants"]] == ["", "eager"]
     tiles = next(part for part in record["parts"] if part["name"] == "both, toy, tiles")["result"]
-    assert len(tiles["variants"]) == 3
+    assert len(tiles["variants"]) == 2
 
 
 def test_train(tmp_path):
