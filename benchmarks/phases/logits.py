@@ -166,7 +166,7 @@ def parts(setting: Setting) -> list[Part]:
     few = [part for part in later if "bfloat16" in part.name]
     races = [part for part in tools.sanitizer_parts(setting) if part.name.endswith(("memcheck", "racecheck"))]
     others = [part for part in tools.sanitizer_parts(setting) if part.name not in {race.name for race in races}]
-    return [*half[:5], *constrained, *races, *scans, *half[5:], *few, table, *others, *single]
+    return [*half[:5], *constrained, *scans, *half[5:], *races, *few, table, *others, *single]
 
 
 AUTOTUNED = """
@@ -177,9 +177,10 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 rows, vocab = int(sys.argv[1]), int(sys.argv[2])
 for dtype in (torch.bfloat16, torch.float32):
     batch = Batch(rows, vocab, dtype, device)
-    batch.statistics("triton"); batch.mixture("triton"); batch.linear("triton")
-found = launch.choices() if hasattr(launch, "choices") else launch._fastest
-print("CHOICES " + json.dumps({str(key): str(value) for key, value in dict(found).items()}))
+    for run in (batch.statistics, batch.mixture, batch.linear):
+        run("triton")
+        found = launch.choices() if hasattr(launch, "choices") else launch._fastest
+        print("CHOICES " + json.dumps({str(key): str(value) for key, value in found.items()}), flush=True)
 """
 
 
@@ -189,9 +190,10 @@ def _autotuned(setting: Setting) -> dict[str, Any]:
     sizes = ("2", "100") if setting.small else ("1024", str(VOCAB))
     environment = {**os.environ, "CMDP_FAST_AUTOTUNE": "0" if setting.small else "1"}  # nothing to measure on a CPU
     command = [sys.executable, "-c", AUTOTUNED, *sizes]
-    ended = processes.run(command, max(5.0, min(120.0, setting.left() - 10)), setting.log("autotune"), environment)
-    line = next((line for line in ended.output.splitlines() if line.startswith("CHOICES ")), None)
-    if line is None:
+    ended = processes.run(command, max(5.0, min(150.0, setting.left() - 10)), setting.log, environment)
+    lines = [line for line in ended.output.splitlines() if line.startswith("CHOICES ")]
+    if not lines:
         raise RuntimeError(processes.first(ended.tail(), "Error"))
-    choices = json.loads(line.removeprefix("CHOICES "))
-    return {"choices": choices, "summary": f"{len(choices)} settings were measured"}
+    choices = json.loads(lines[-1].removeprefix("CHOICES "))
+    problems = [] if ended.code == 0 else [f"it ended with {ended.code}, after {len(lines)} of 6 operations"]
+    return {"choices": choices, "problems": problems, "summary": f"{len(choices)} settings were measured"}

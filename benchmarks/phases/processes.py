@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -25,9 +26,12 @@ class Ended(NamedTuple):
 
 
 def run(command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str] | None = None) -> Ended:
-    """Runs a program with both of its outputs in the file ``log``. When its time is up it is interrupted, so that it
-    can write what it has, and killed with its children a little later."""
-    with open(log, "w", encoding="utf-8") as file:
+    """Runs a program with both of its outputs at the end of the file ``log``. When its time is up it is interrupted, so
+    that it can write what it has, and killed with its children a little later."""
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"\n$ {shlex.join(command)}\n")
+        file.flush()
+        begin = file.tell()
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
         )
@@ -41,7 +45,9 @@ def run(command: Sequence[str], seconds: float, log: Path, environment: Mapping[
                 process.wait(PATIENCE)
         finally:
             kill(process)
-    return Ended(code, log.read_text(encoding="utf-8", errors="replace"))
+    with open(log, "rb") as file_again:
+        file_again.seek(begin)
+        return Ended(code, file_again.read().decode("utf-8", errors="replace"))
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -77,4 +83,4 @@ def first(lines: Sequence[str], *words: str) -> str:
 
 
 def pause() -> None:
-    time.sleep(0.2)
+    time.sleep(0.25)

@@ -76,7 +76,7 @@ def _tests(setting: Setting, number: int, selection: Sequence[str]) -> dict[str,
     """Runs tests in processes beside this one, and reads what became of them from the JUnit file that is kept."""
     need_package("pytest")
     setting.free()
-    junit = setting.out / f"tests-{number}.xml"
+    junit = setting.log.with_name(f"tests-{number}.xml")
     junit.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *selection, "-q", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", f"--junit-xml={junit}", f"--rootdir={ROOT}"]
@@ -85,8 +85,7 @@ def _tests(setting: Setting, number: int, selection: Sequence[str]) -> dict[str,
     if importlib.util.find_spec("pytest_timeout") is not None:
         command.append(f"--timeout={EACH}")
     limit = max(5.0, setting.left() - RESERVE)
-    log = setting.log(f"tests-{number}")
-    ended = processes.run(command, limit, log, os.environ)
+    ended = processes.run(command, limit, setting.log, os.environ)
     counts, failures = _outcome(junit)
     problems = []
     if ended.code is None:

@@ -23,7 +23,7 @@ QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,c
 class Setting(NamedTuple):
     small: bool
     device: str
-    out: Path
+    log: Path  # of the programs that the parts start, one after another
     left: Callable[[], float]  # seconds
 
     def machine(self) -> dict[str, Any]:
@@ -52,9 +52,6 @@ class Setting(NamedTuple):
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-
-    def log(self, name: str) -> Path:
-        return self.out / f"{name}.log"
 
 
 def need_backend(name: str) -> None:

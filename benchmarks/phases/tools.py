@@ -51,9 +51,10 @@ def _sanitized(setting: Setting, backend: str, tool: str) -> dict[str, Any]:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "60"]
     # Of Triton and of csrc/cuda: what cuBLAS and PyTorch do in their own kernels is theirs.
-    log = setting.log(f"{tool}-{backend}")
     limit = min(2 * PER_RUN, setting.left() - 10)
-    ended = processes.run([sanitizer, *options, *_once(backend, ROWS, VOCAB, "bfloat16")], limit, log, environment)
+    ended = processes.run(
+        [sanitizer, *options, *_once(backend, ROWS, VOCAB, "bfloat16")], limit, setting.log, environment
+    )
     lines = ended.output.splitlines()
     summary = next((line.strip("= ") for line in lines if "SUMMARY" in line), "")
     found = sorted({m.group(0).strip() for m in re.finditer(r"\b(Error|Warning|Invalid|Barrier)\b.*", ended.output)})
@@ -78,9 +79,8 @@ def _profiled(setting: Setting, rows: int, vocab: int, part: str) -> dict[str, A
     setting.free()
     options = ["--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base", "-k", KERNELS]
     options += ["--metrics", ",".join(METRICS.values()), "--launch-count", "12"]
-    log = setting.log(f"ncu-{part}")
     command = [ncu, *options, *_once("triton", rows, vocab, "bfloat16", part)]
-    ended = processes.run(command, min(2 * PER_RUN, setting.left() - 10), log, os.environ)
+    ended = processes.run(command, min(2 * PER_RUN, setting.left() - 10), setting.log, os.environ)
     kernels = list(_kernels(ended.output.splitlines()))
     if not kernels:
         lines = ended.output.splitlines()

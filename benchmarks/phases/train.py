@@ -173,13 +173,12 @@ def _run(setting: Setting, folder: Path, name: str, end: float, *, kill: bool) -
     else:
         arguments = [f"--{key}={value}" for key, value in _options(setting, folder, name).items()]
     command = [sys.executable, "-m", "cmdp_fast.cli", "train", *arguments]
-    log = setting.log("train-run")
     if not kill:
-        ended = processes.run(command, max(5.0, end - time.monotonic()), log, os.environ)
+        ended = processes.run(command, max(5.0, end - time.monotonic()), setting.log, os.environ)
         if ended.code != 0:
             raise RuntimeError(f"train ended with {ended.code}: {' '.join(ended.tail(3))}")
     else:
-        with open(log, "w", encoding="utf-8") as file:
+        with open(setting.log, "a", encoding="utf-8") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
             try:
                 while process.poll() is None and time.monotonic() < end and not _has_checkpoint(run):

@@ -29,7 +29,7 @@ def main(phase: str, path: Path) -> int:
     small = record.content["small"]
     if not small and not torch.cuda.is_available():
         raise SystemExit("PyTorch finds no GPU here; --small tries the script on a CPU")
-    setting = Setting(small, "cpu" if small else "cuda", path.parent, lambda: record.left)
+    setting = Setting(small, "cpu" if small else "cuda", path.with_suffix(".log"), lambda: record.left)
     if record.content["machine"] is None:
         record.content["machine"] = setting.machine()
         record.write()

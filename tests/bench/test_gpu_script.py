@@ -220,7 +220,7 @@ def test_the_tables_of_profilers_are_read(tmp_path, monkeypatch, phases):
 
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(tools, "need_backend", lambda name: None)
-    here = setting.Setting(True, "cpu", tmp_path, lambda: 60.0)
+    here = setting.Setting(True, "cpu", tmp_path / "a.log", lambda: 60.0)
     program("ncu", NCU)
     figures = tools.profile_part(here, "a", 2, 100, "logits").run()
     kernel = {"kernel": "fold_kernel", "grid": "(5120, 1, 1)", "dram %": 88.5, "sm %": 51.25, "registers": 40.0}
