@@ -16,20 +16,22 @@ last. Exit code 0: no part failed; 1: some did, the table names them; 2: the arg
 CUDA kernels compiled for the host. It says nothing about speed: it shows that the script works.
 
 With wheels only. The machine needs torch, triton, transformers, accelerate, numpy, pytest, pytest-xdist,
-pytest-timeout, hypothesis, rich, matplotlib, tensorboard, regex. What it lacks travels as wheels in a folder, made
-where there is a network; of this package one with the CUDA kernels of one architecture:
+pytest-timeout, hypothesis, rich, matplotlib, tensorboard, regex. What it lacks travels as wheels in a folder, 4.2 MB,
+made for its Python where there is a network: this package with the CUDA kernels of one architecture (1.2 MB, two
+minutes of two processors with nvcc, g++, cmake, ninja and pybind11), and the packages of `WHEELS` below (3 MB, pure
+Python), without which their parts are recorded as absent:
 
-    python3.12 -m pip wheel --no-deps --no-build-isolation -w wheels .      # with CMDP_FAST_CUDA=1, an nvcc, ninja
+    CMDP_FAST_CUDA=1 CUDAARCHS=90-real python3.12 -m pip wheel --no-deps --no-build-isolation -w wheels .
     python3.12 -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels NAME==VERSION ...
 
-The second command is for the packages of `WHEELS` below. There:
+On the machine, in the checkout that the wheel was made of (other kernels than the tests know would be tested):
 
-    python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site wheels/*.whl
+    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site wheels/*.whl
     export PYTHONPATH=/tmp/site
-    python3 benchmarks/gpu.py prove --out "$OUT"
+    python3 benchmarks/gpu.py prove --out results      # then logits, linear, train
 
-A checkout whose package is not installed is used as it is: the Triton kernels need no compiler, the native module and
-the CUDA kernels are then missing, and are recorded as absent.
+A checkout whose package is not installed is used as it is: the Triton kernels need no compiler, and the native module
+and the CUDA kernels are there if `python setup.py build_ext --inplace` (with CMDP_FAST_CUDA=1) has made them there.
 
 Results: copy a card's four JSON files to `benchmarks/results/gpu-CARD/` (`gpu-h100`) and make the pages anew
 (`python -m cmdp_fast.bench.page`, whose docstring has the commands). The README then says "measured on", by itself.

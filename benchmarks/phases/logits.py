@@ -130,8 +130,8 @@ def _part(setting: Setting, op: Op, case: Case, peers: Sequence[str], seconds: f
 
 def parts(setting: Setting) -> list[Part]:
     """The operations, the largest sizes first; then the tools; then the sizes that launching decides."""
-    vocab = 700 if setting.small else VOCAB
-    rows = (4,) if setting.small else ROWS
+    vocab = 300 if setting.small else VOCAB
+    rows = (2,) if setting.small else ROWS
     seconds = 5 if setting.small else 12
 
     def shape(count: int) -> Shape:
@@ -144,14 +144,14 @@ def parts(setting: Setting) -> list[Part]:
     main, later = [], []
     for count in rows:
         for dtype in ("bfloat16",) if setting.small else ("bfloat16", "float32"):
-            for op, mode in modes if setting.small else (*modes, ("divergence", "forward")):
+            for op, mode in modes[1:] if setting.small else (*modes, ("divergence", "forward")):
                 compiled = mode in ("forward", "both") and dtype == "bfloat16" and not setting.small
                 compiled = compiled and (count == COMPILED_ROWS or (count == rows[0] and op == "token_stats"))
                 peers = (*PEERS, "compile") if compiled else PEERS
                 part = _part(setting, OPS[op], case(op, mode, count, dtype), peers, seconds + COMPILING * compiled)
                 (main if count >= 1024 or setting.small else later).append(part)
     constrained = []
-    for sequences, length in ((2, 3),) if setting.small else BATCHES:
+    for sequences, length in ((1, 2),) if setting.small else BATCHES:
         op, compiled = Batches(sequences, length), sequences == 8
         peers = (*PEERS, "compile") if compiled else PEERS
         at = case("constrained_reward", "forward", sequences * length, "bfloat16")
@@ -175,7 +175,7 @@ from phases.operations import Batch
 from cmdp_fast.kernels import launch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 rows, vocab = int(sys.argv[1]), int(sys.argv[2])
-for dtype in (torch.bfloat16, torch.float32):
+for dtype in (torch.bfloat16, torch.float32)[: 2 if rows > 1 else 1]:
     batch = Batch(rows, vocab, dtype, device)
     for run in (batch.statistics, batch.mixture, batch.linear):
         run("triton")
@@ -187,7 +187,7 @@ for dtype in (torch.bfloat16, torch.float32):
 def _autotuned(setting: Setting) -> dict[str, Any]:
     """What CMDP_FAST_AUTOTUNE=1 chooses, in a process of its own, since it decides when the package is imported."""
     setting.free()
-    sizes = ("2", "100") if setting.small else ("1024", str(VOCAB))
+    sizes = ("1", "100") if setting.small else ("1024", str(VOCAB))
     environment = {**os.environ, "CMDP_FAST_AUTOTUNE": "0" if setting.small else "1"}  # nothing to measure on a CPU
     command = [sys.executable, "-c", AUTOTUNED, *sizes]
     ended = processes.run(command, max(5.0, min(150.0, setting.left() - 10)), setting.log, environment)
@@ -195,5 +195,5 @@ def _autotuned(setting: Setting) -> dict[str, Any]:
     if not lines:
         raise RuntimeError(processes.first(ended.tail(), "Error"))
     choices = json.loads(lines[-1].removeprefix("CHOICES "))
-    problems = [] if ended.code == 0 else [f"it ended with {ended.code}, after {len(lines)} of 6 operations"]
+    problems = [] if ended.code == 0 else [f"it ended with {ended.code}, after {len(lines)} operations"]
     return {"choices": choices, "problems": problems, "summary": f"{len(choices)} settings were measured"}

@@ -50,7 +50,6 @@ def _sanitized(setting: Setting, backend: str, tool: str) -> dict[str, Any]:
     if tool in ("memcheck", "initcheck"):  # else a kernel may read and write all of PyTorch's pool
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "60"]
-    # Of Triton and of csrc/cuda: what cuBLAS and PyTorch do in their own kernels is theirs.
     limit = min(2 * PER_RUN, setting.left() - 10)
     ended = processes.run(
         [sanitizer, *options, *_once(backend, ROWS, VOCAB, "bfloat16")], limit, setting.log, environment
