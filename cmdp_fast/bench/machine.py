@@ -52,7 +52,8 @@ def text(machine: dict[str, Any]) -> list[str]:
         f"Python {machine['python']}, " + ", ".join(f"{name} {v}" for name, v in machine["versions"].items()),
     ]
     if gpu := machine.get("gpu"):
-        lines.append(f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {gpu['l2_cache'] // 2**20} MiB")
+        gpu_line = f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {gpu['l2_cache'] // 2**20} MiB"
+        lines.append(gpu_line + (f", {machine['driver']}" if machine.get("driver") else ""))
     return lines
 
 

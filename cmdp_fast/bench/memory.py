@@ -25,7 +25,7 @@ import torch
 from cmdp_fast.bench.case import Case, Shape
 from cmdp_fast.bench.implementations import variants_of
 from cmdp_fast.bench.results import KNOWN, PeakGrowth
-from cmdp_fast.bench.variant import Absent, Variant
+from cmdp_fast.bench.variant import Absent, Inputs, Variant
 from cmdp_fast.children import command
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -67,6 +67,18 @@ def growth(function: Callable[[], object], device: str) -> tuple[int, object]:
     return _peak() - before, result
 
 
+def peak_growth(variant: Variant, inputs: Inputs, device: str) -> PeakGrowth:
+    """The growth of the peak in a run, its outputs apart, in this process, which has run the variant before."""
+    known, _ = growth(lambda: torch.ones(KNOWN // 4, device=device), device)
+    state = variant.state(inputs)
+    grown, result = growth(lambda: variant.run(state), device)
+    kept = {t.untyped_storage().data_ptr() for t in inputs.values()}
+    outputs = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in variant.values(result).values()}
+    if isinstance(state, dict):
+        kept |= {t.untyped_storage().data_ptr() for t in state.values()}
+    return PeakGrowth(growth=grown, outputs=sum(n for at, n in outputs.items() if at not in kept), known=known)
+
+
 def _peak() -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
@@ -81,14 +93,7 @@ def _child(request: dict[str, Any]) -> PeakGrowth:
     inputs = op.make(case, 0)
     del variants
     variant.run(variant.state(inputs))
-    known, _ = growth(lambda: torch.ones(KNOWN // 4, device=case.device), case.device)
-    state = variant.state(inputs)
-    grown, result = growth(lambda: variant.run(state), case.device)
-    kept = {t.untyped_storage().data_ptr() for t in inputs.values()}
-    outputs = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in variant.values(result).values()}
-    if isinstance(state, dict):
-        kept |= {t.untyped_storage().data_ptr() for t in state.values()}
-    return PeakGrowth(growth=grown, outputs=sum(n for at, n in outputs.items() if at not in kept), known=known)
+    return peak_growth(variant, inputs, case.device)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,12 @@
 The page holds all the runs, and the plots in the folder `plots` beside it. It begins with a row per case at the first
 shape of each operation. The README's section is a part of that overview: the cases of `IN_README`, beside eager code
 and torch.compile. Both must be from one machine. The section stands between two comments and is replaced as a whole.
-`stale` tells whether it still agrees with the JSON.
+`stale` tells whether it still agrees with the JSON. It ends with what is known of GPUs: the figures of the records of
+`benchmarks/gpu.py` in `benchmarks/results/gpu-*` beside the README, or, where there are none, that none is measured.
+
+    python -m cmdp_fast.bench.page benchmarks/results/gpu-h100/*.json --page benchmarks/results/gpu-h100/README.md
+
+makes the page of a card's records.
 """
 
 from __future__ import annotations
@@ -14,10 +19,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from cmdp_fast.bench import machine, plots, results, show
+from cmdp_fast.bench import gpu_record, machine, plots, results, show
 from cmdp_fast.bench.case import CHECKED_ROWS
+from cmdp_fast.bench.gpu_record import PhaseRecord
 from cmdp_fast.bench.results import BenchmarkRun, CaseResult, Measured
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import write_text
@@ -35,6 +42,11 @@ IN_README = (
     ("linear_token_stats", "both"),
 )
 README_PEERS = {"compile": "torch.compile", "eager": "eager"}
+RESULTS = Path("benchmarks", "results")  # beside the README
+PREDICTED = """\
+On a GPU nothing has been measured. Its speed is predicted from the machine code, by `python benchmarks/static_gpu.py`
+([page](benchmarks/results/gpu-static/README.md)); `python benchmarks/gpu.py` measures it on a machine that has one."""
+Cards = Mapping[str, Sequence[PhaseRecord]]  # the records of each card by the name of its folder
 
 
 def page(runs: Sequence[BenchmarkRun], drawn: Sequence[str] = ()) -> str:
@@ -104,8 +116,8 @@ def _overview(runs: Sequence[BenchmarkRun]) -> list[str]:
     ]
 
 
-def section(runs: Sequence[BenchmarkRun]) -> str:
-    """The section on speed of a README: the cases of `IN_README` at the first shape of their operation.
+def section(runs: Sequence[BenchmarkRun], cards: Cards | None = None) -> str:
+    """The section on speed of a README: the cases of `IN_README` at the first shape of their operation, and the GPUs.
 
     Raises InputError if there is no such case, or if the runs are not from one machine with the same versions.
     """
@@ -129,7 +141,38 @@ def section(runs: Sequence[BenchmarkRun]) -> str:
         label = f"`{case.op}` {case.mode}, {case.shape.rows} x {case.shape.vocab}"
         rows.append([label, *_ours(case), *ratios, memory])
     used = [run for run in runs if any(case in run.cases for case in cases)]
-    return "\n\n".join([_header(used), show.markdown(rows), *_lacks(cases, README_PEERS), _commands(used)])
+    on_cpu = [_header(used), show.markdown(rows), *_lacks(cases, README_PEERS), _commands(used)]
+    return "\n\n".join([*on_cpu, *on_gpus(cards or {})])
+
+
+def on_gpus(cards: Cards) -> list[str]:
+    """What a README says of GPUs: the figures of every card, or that its speed is predicted."""
+    if not cards:
+        return [PREDICTED]
+    parts = []
+    for folder, records in cards.items():
+        cases = gpu_record.first_cases(records, IN_README)
+        rows = [["operation, bfloat16", "ours, the device's part", "of the floor", "the others, times as long", "MiB"]]
+        for case in cases:
+            share = case.share(case.ours)
+            others = ", ".join(f"{v.name} {case.ratio(v):.2g}" for v in case.variants[1:] if v.peer)
+            rows.append(
+                [
+                    f"`{case.op}` {case.mode}, {case.shape.rows} x {case.shape.vocab}",
+                    f"{show.milliseconds(case.time(case.ours))} ms",
+                    "" if share is None else f"{share:.0%} ({next(iter(case.bounds))})",
+                    others,
+                    _extra(case.ours),
+                ]
+            )
+        link = f"[page]({RESULTS.as_posix()}/{folder}/README.md)"
+        parts.append(f"Measured on {records[0].card} by `python benchmarks/gpu.py`, all figures on its {link}:")
+        parts += [show.markdown(rows), *_lacks_of_peers(cases)]
+    return parts
+
+
+def _lacks_of_peers(cases: Sequence[CaseResult]) -> list[str]:
+    return _lacks([replace(case, variants=[v for v in case.variants if v.peer]) for case in cases])
 
 
 def _machines(runs: Sequence[BenchmarkRun]) -> set[str]:
@@ -184,34 +227,68 @@ def _commands(runs: Sequence[BenchmarkRun]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------
+# The page of a card
+
+
+def gpu_page(records: Sequence[PhaseRecord]) -> str:
+    """What the phases of `benchmarks/gpu.py` found on a card: every part, with its figures where it timed something."""
+    card = next((record.card for record in records if record.card), None)
+    parts = [f"# {card or 'Toy sizes on a CPU: only the script is tried'}"]
+    parts.append(
+        "Times of the device are medians over replays of a captured graph of calls; the other times are of whole "
+        "calls, with Python's part of them. Floors are measured beside them. The error is the largest against float64, "
+        "relative to the largest value, on few rows. Extra memory is the growth of the peak beyond the outputs."
+    )
+    for record in records:
+        parts += [f"## `{record.command}`", f"{record.began}, {record.seconds or 0:.0f} s"]
+        if record.machine:
+            parts.append("```\n" + "\n".join(machine.text(record.machine)) + "\n```")
+        rows = [["part", "", "s", "in short"]]
+        for part in record.parts:
+            said = part.get("summary") or part.get("error") or part.get("reason") or ""
+            if part["status"] == "failed" and part.get("error"):
+                said = part["error"]
+            rows.append([part["name"], part["status"], f"{part.get('seconds', 0):.0f}", " ".join(said.split())])
+        parts.append(show.markdown(rows))
+        for case in record.cases:
+            parts += [f"### {case.label}", show.markdown(show.case_table(case))]
+            if notes := show.case_notes(case):
+                parts.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def replaced(text: str, runs: Sequence[BenchmarkRun]) -> str:
+def replaced(text: str, runs: Sequence[BenchmarkRun], cards: Cards | None = None) -> str:
     """A README's text with its section made anew. Raises InputError if the comments are not there, each once."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise InputError(f"expected the lines {BEGIN!r} and {END!r}, once each and in this order")
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{section(runs)}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{section(runs, cards)}\n\n{END}{rest.partition(END)[2]}"
 
 
-def stale(text: str, runs: Sequence[BenchmarkRun]) -> bool:
+def stale(text: str, runs: Sequence[BenchmarkRun], cards: Cards | None = None) -> bool:
     """Whether a README's section differs from the section of these runs."""
-    return replaced(text, runs) != text
+    return replaced(text, runs, cards) != text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the files that the arguments name; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m cmdp_fast.bench.page", description="Pages from the JSON of runs.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="of cmdp-fast bench")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="of cmdp-fast bench, or of gpu.py")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files here")
     parser.add_argument("--page", type=Path, help=f"write a Markdown page here; it shows the {PLOTS}/ beside it")
     parser.add_argument("--readme", type=Path, help="replace the section on speed of this file")
     options = parser.parse_args(arguments)
     try:
+        if any(gpu_record.is_record(path) for path in options.runs):
+            return _gpu_page(options)
         runs = [results.read(path) for path in options.runs]
         if options.readme:
-            text = replaced(options.readme.read_text(encoding="utf-8"), runs)
+            cards = gpu_record.measured_on_gpus(options.readme.parent / RESULTS)
+            text = replaced(options.readme.read_text(encoding="utf-8"), runs, cards)
         if options.plots:
             plots.draw(runs, options.plots)
         if options.page:
@@ -221,6 +298,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"cmdp_fast.bench.page: error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _gpu_page(options: argparse.Namespace) -> int:
+    if options.readme or options.plots or not options.page:
+        raise InputError("records of benchmarks/gpu.py make a page, and nothing else: expected --page alone")
+    write_text(options.page, gpu_page([gpu_record.read_record(path) for path in options.runs]))
     return 0
 
 

@@ -55,6 +55,8 @@ class Measured:
     memory: PeakGrowth | None = None
     memory_note: str = ""  # why there is none
     phases: dict[str, float] = field(default_factory=dict)  # shares of one run
+    graph_ms: list[float] = field(default_factory=list)  # on a GPU: the device's part, per replay of a graph of calls
+    graph_note: str = ""  # why there is none
 
     @property
     def median(self) -> float:
@@ -83,6 +85,7 @@ class CaseResult:
     floors: dict[str, list[float]]
     variants: list[Measured]
     absent: dict[str, str]
+    graph_floors: dict[str, list[float]] = field(default_factory=dict)  # as `Measured.graph_ms`
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -97,19 +100,30 @@ class CaseResult:
     def ours(self) -> Measured:
         return self.variants[0]
 
+    def time(self, variant: Measured) -> float:
+        """Milliseconds of a variant: the device's part where that was measured, else the whole call."""
+        return statistics.median(variant.graph_ms or variant.ms)
+
     def ratio(self, variant: Measured) -> float:
-        """A variant's time relative to our first variant's: the median over rounds of the ratio within a round."""
+        """A variant's time relative to our first variant's: the median over rounds of the ratio within a round. Of the
+        device's part where both have it."""
+        if variant.graph_ms and self.ours.graph_ms:
+            return paired(variant.graph_ms, self.ours.graph_ms)
         return paired(variant.ms, self.ours.ms)
 
-    def bound(self, name: str) -> list[float]:
-        """Milliseconds of a bound in each round: the sum of its floors."""
-        return [sum(parts) for parts in zip(*(self.floors[floor] for floor in self.bounds[name]), strict=True)]
+    def bound(self, name: str, *, graph: bool = False) -> list[float]:
+        """Milliseconds of a bound in each round: the sum of its floors. ``graph``: of their device's part."""
+        floors = self.graph_floors if graph else self.floors
+        return [sum(parts) for parts in zip(*(floors[floor] for floor in self.bounds[name]), strict=True)]
 
     def share(self, variant: Measured, name: str | None = None) -> float | None:
         """A bound's time relative to a variant's, paired within rounds as ratios are. None: the first bound."""
         if not self.bounds:
             return None
-        return paired(self.bound(name or next(iter(self.bounds))), variant.ms)
+        name = name or next(iter(self.bounds))
+        if variant.graph_ms and all(floor in self.graph_floors for floor in self.bounds[name]):
+            return paired(self.bound(name, graph=True), variant.graph_ms)
+        return paired(self.bound(name), variant.ms)
 
     def rate(self, milliseconds: float) -> tuple[float, str] | None:
         """The case's work per second, and its unit."""
@@ -189,14 +203,15 @@ def read(path: Path) -> BenchmarkRun:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise InputError(f"{path}: expected the JSON of cmdp-fast bench, format {FORMAT}")
-        found["cases"] = [_case(case) for case in found["cases"]]
+        found["cases"] = [case_of(case) for case in found["cases"]]
         found["sweeps"] = [_sweep(sweep) for sweep in found["sweeps"]]
         return BenchmarkRun(**found)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the JSON of cmdp-fast bench: {first_line(error)}") from error
 
 
-def _case(found: dict[str, Any]) -> CaseResult:
+def case_of(found: dict[str, Any]) -> CaseResult:
+    """A case from its part of the JSON."""
     variants = [
         Measured(**(variant | {"memory": variant["memory"] and PeakGrowth(**variant["memory"])}))
         for variant in found["variants"]

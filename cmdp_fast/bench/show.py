@@ -26,16 +26,19 @@ def mebibytes(size: int) -> str:
 def case_table(case: CaseResult) -> TableCells:
     """A table with a header: the floors, then our variants, then the peers."""
     bound = next(iter(case.bounds), None)
-    header = ["implementation", "ms", "spread", "rate", f"% of {bound}" if bound else "", "ratio", "extra MiB"]
+    header = ["implementation", "ms", "spread", "ms of the device", "rate", f"% of {bound}" if bound else "", "ratio"]
+    header.append("extra MiB")
     rows = [[*header, "error", "does not compute"]]
     for name in case.bounds:
         rounds = case.bound(name)
         floor = Measured(name, "", "", rounds)
-        rows.append([name, milliseconds(floor.median), _spread(floor), _rate(case, floor), "", "", "", "", ""])
+        if all(part in case.graph_floors for part in case.bounds[name]):
+            floor.graph_ms = case.bound(name, graph=True)
+        rows.append([name, *_times(case, floor), "", "", "", "", ""])
     for v in case.variants:
         share = case.share(v)
         error = v.largest_error
-        cells = [v.name, milliseconds(v.median), _spread(v), _rate(case, v), "" if share is None else f"{share:.0%}"]
+        cells = [v.name, *_times(case, v), "" if share is None else f"{share:.0%}"]
         cells += [f"{case.ratio(v):.2f} x", _extra(v), "" if error is None else f"{error:.1e}", v.lacks]
         rows.append(cells)
     return rows
@@ -51,6 +54,8 @@ def case_notes(case: CaseResult) -> list[str]:
         if v.memory is not None and not v.memory.trusted:
             lines.append(f"memory of {v.name}: 64 MiB came to {v.memory.known / MIB:.1f} MiB: do not trust it")
     notes = {v.memory_note for v in case.variants if v.memory_note}
+    captured = {v.graph_note: v.name for v in case.variants if v.graph_note}
+    lines += [f"no time of the device for {name}: {note}" for note, name in captured.items()]
     return lines + [f"no memory: {note}" for note in sorted(notes)]
 
 
@@ -81,13 +86,19 @@ def header(run: BenchmarkRun) -> list[str]:
     return lines
 
 
+def _times(case: CaseResult, v: Measured) -> list[str]:
+    """The time of the whole call and its spread, the device's part of it where that was measured, and the rate."""
+    device = milliseconds(case.time(v)) if v.graph_ms else ""
+    return [milliseconds(v.median), _spread(v), device, _rate(case, v)]
+
+
 def _spread(v: Measured) -> str:
     low, high = v.spread
     return f"{milliseconds(low)} - {milliseconds(high)}"
 
 
 def _rate(case: CaseResult, v: Measured) -> str:
-    rate = case.rate(v.median)
+    rate = case.rate(case.time(v))
     return "" if rate is None else f"{rate[0]:.3g} {rate[1]}"
 
 

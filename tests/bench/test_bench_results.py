@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from bench_results import result, run_of
+from bench_results import phase_record, result, run_of
 
-from cmdp_fast.bench import compare, page, plots, results, show
+from cmdp_fast.bench import compare, gpu_record, page, plots, results, show
 from cmdp_fast.bench.case import SHAPES, Work
 from cmdp_fast.bench.results import Measured, PeakGrowth, Sweep
 from cmdp_fast.errors import InputError
@@ -119,9 +119,59 @@ def test_the_pages_that_are_committed_say_what_their_json_says():
     drawn = page.drawn_beside(CPU / "README.md")
     assert drawn == sorted(path.name for path in (CPU / "plots").iterdir())
     assert (CPU / "README.md").read_text(encoding="utf-8") == page.page(runs, drawn)
-    assert not page.stale((ROOT / "README.md").read_text(encoding="utf-8"), runs)
+    cards = gpu_record.measured_on_gpus(RESULTS)
+    assert not page.stale((ROOT / "README.md").read_text(encoding="utf-8"), runs, cards)
     shown = page.section(runs).splitlines()
     assert sum(line.startswith("| `") for line in shown) == len(page.IN_README)
+    for folder in cards:
+        records = [gpu_record.read_record(path) for path in sorted((RESULTS / folder).glob("*.json"))]
+        assert (RESULTS / folder / "README.md").read_text(encoding="utf-8") == page.gpu_page(records)
+
+
+def written(folder: Path, record: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['phase']}.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_readme_says_predicted_until_a_gpu_has_been_measured(tmp_path):
+    """By itself: nobody has to remember the sentence when there are results."""
+    (tmp_path / "README.md").write_text(f"{page.BEGIN}\n{page.END}\n")
+    run_of(result()).write(tmp_path / "run.json")
+    command = [f"{tmp_path}/run.json", "--readme", f"{tmp_path}/README.md"]
+    found = tmp_path / "benchmarks" / "results"
+    written(found / "gpu-toy", phase_record(small=True))  # toy sizes
+    written(found / "gpu-cpu", phase_record(card=None))
+    written(found / "gpu-h200", phase_record("prove", parts=[]))  # nothing was timed
+    (found / "gpu-static").mkdir()
+    (found / "gpu-static" / "static_gpu.json").write_text("[]")
+    assert page.main(command) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert page.PREDICTED in text and "predicted" in text and "Measured on" not in text
+
+    written(found / "gpu-h100", phase_record())
+    assert page.main(command) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "predicted" not in text and "Measured on NVIDIA H100 80GB HBM3 by `python benchmarks/gpu.py`" in text
+    assert "[page](benchmarks/results/gpu-h100/README.md)" in text
+    # the device's part: 1 ms of which the floors take .25 + .25, and the peer five times as long
+    assert "| `token_stats` both, 32 x 1536 | 1 ms | 50% (both floors) | peer 5 | 1.0 |" in text
+    (found / "gpu-h100" / "logits.json").write_text('{"phase": "logits", "format": 1}')
+    assert page.main(command) == 2  # a broken file is no file that says nothing
+
+
+def test_page_of_a_card(tmp_path):
+    paths = [written(tmp_path, phase_record(phase)) for phase in ("logits", "prove")]
+    assert page.main([*map(str, paths), "--page", f"{tmp_path}/README.md"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# NVIDIA H100 80GB HBM3\n") and "driver 580" in text
+    assert "| sanitizer | absent | 0 | there is no compute-sanitizer here |" in text
+    assert "| worse | failed | 1 | ValueError: no |" in text
+    assert "| ours | 2 | 1 - 4 | 1 | 3 GB/s | 50% | 1.00 x | 1.0 | 1.0e-07 |" in text
+    assert text == page.gpu_page([gpu_record.read_record(path) for path in paths])
+    assert page.main([*map(str, paths), "--readme", f"{tmp_path}/README.md"]) == 2
+    assert page.gpu_page([gpu_record.read_record(written(tmp_path, phase_record(card=None)))]).startswith("# Toy sizes")
 
 
 def test_the_static_page_says_what_its_json_says():
