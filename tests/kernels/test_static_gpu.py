@@ -17,10 +17,14 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_gpu.py"
 sys.path.append(str(SCRIPT.parent))
 FOLD, BACKWARD = "token_stats.fold_kernel", "token_stats_backward.backward_kernel"
 MIXTURE = "mixture.mixture_kernel"
-# What this kernel may spill, once before its loop and once after it: a store and a load per thread, for thousands of
-# columns. Triton 3.6 and 3.7 hold its registers down to 64, with which twice as many programs run as with the 72 and 73
-# of 3.4 and 3.5.
-SPILLS_OUTSIDE_THE_LOOP = {MIXTURE: 2}
+# What a kernel may spill, once before its loop and once after it, where that costs a per cent or less. The mixture's:
+# Triton 3.6 and 3.7 hold its registers down to 64, with which more programs run at a time than with the 72 and 73 of
+# 3.5 and 3.4. The tile's: its end merges in double; Triton 3.5 spills a register (teacher kept) and 3.8 eight, beside
+# the thousand instructions of a thread's loop. 3.4, 3.6, 3.7 and 3.9 spill none.
+SPILLS_OUTSIDE_THE_LOOP = {MIXTURE: 2, "token_state.tile_kernel": 16}
+# With 24 warps, 4 loads of 128 bits per thread are 48 KB under way in a multiprocessor of an H100, whose share of the
+# bandwidth is 25 bytes per nanosecond: 20 KB hide a latency of 0.8 microseconds. Triton 3.4 to 3.7 reach 32 warps.
+TILE_OCCUPANCY = 0.375
 
 # Two nested loops and a branch forwards, as nvdisasm prints them.
 SASS = """
@@ -106,7 +110,7 @@ def test_no_kernel_spills_where_it_costs(survey):
     for report in reports:
         assert report["spills_in_loop"] == 0, report
         assert report["spills"] <= SPILLS_OUTSIDE_THE_LOOP.get(report["kernel"], 0), report
-        assert report["local"] <= 4 * report["spills"], report  # a warp's registers are 4 bytes per thread
+        assert report["local"] <= 8 * report["spills"], report  # an instruction moves up to two registers
 
 
 def test_spills_are_counted(machine_code):
@@ -132,7 +136,7 @@ def test_a_tile_is_read_once_by_wide_loads(tiles, machine_code):
         assert set(report["loads"]) == {"128"} or "float32, bfloat16" in dtypes, dtypes
         assert report["barriers"] == 0 and report["shuffles"] == 0 and report["loop"], dtypes
         assert report["instructions_a_column"] <= machine_code.BAR_INSTRUCTIONS, dtypes
-        assert report["occupancy"] >= machine_code.BAR_OCCUPANCY, dtypes
+        assert report["occupancy"] >= TILE_OCCUPANCY, dtypes
 
 
 def test_the_plan_has_the_launches_of_a_tile(survey):
