@@ -7,7 +7,8 @@ does nothing: all is done in Python as it would be there, up to that launcher. W
 which looks at every pointer, and the driver's own part of a launch.
 
 A time alone says as much about the machine as about the code, so it is also given in units of `torch.add(out=)` of one
-number on the CPU, measured in turn with it: the least that any call of PyTorch costs. The figures are medians.
+number on the CPU, measured in turn with it: the least that any call of PyTorch costs. The figures are medians of the
+thread's own time, so that others on the machine count for less.
 """
 
 from __future__ import annotations
@@ -86,10 +87,10 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 
 def microseconds(call: Callable[[], Any], times: int) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(times):
         call()
-    return (time.perf_counter() - start) / times * 1e6
+    return (time.thread_time() - start) / times * 1e6
 
 
 def measure(rounds: int, times_a_round: int) -> dict[str, dict[str, float]]:

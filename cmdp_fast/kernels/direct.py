@@ -68,7 +68,10 @@ def describe(values: tuple[Any, ...], key: list[object]) -> None:
     """Appends to a key all that a kernel may be compiled for: see the top of this file."""
     for value in values:
         kind = type(value)
-        way = _ways.get(kind) or _way_of(kind)
+        try:
+            way = _ways[kind]
+        except KeyError:
+            way = _way_of(kind)
         if way is TENSOR:
             key += (value.dtype, value.data_ptr() & 15)
         elif way is FLOAT:
