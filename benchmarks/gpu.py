@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{options.phase}.json"
+    path.with_suffix(".log").unlink(missing_ok=True)  # to which every program of the phase adds its output
     said = shlex.join(["python", "benchmarks/gpu.py", options.phase, *(["--small"] if options.small else [])])
     Record.new(path, options.phase, said, options.small, options.seconds)
     command = [sys.executable, "-u", str(Path(__file__).with_name("phases") / "worker.py"), options.phase, str(path)]

@@ -100,7 +100,7 @@ def _compared(
     """(the largest error of each value, those that are worse than eager PyTorch's)."""
     errors, problems = {}, []
     for name, value in ours.items():
-        errors[name] = float((value.double() - exact[name].double()).abs().max())
+        errors[name] = float((value.double() - exact[name].detach().double()).abs().max())
         if not value.isfinite().all():
             problems.append(f"{name} is not finite")
         try:

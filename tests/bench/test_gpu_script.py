@@ -274,3 +274,28 @@ def test_a_replayed_graph_goes_through_every_set(monkeypatch, phases):
     inplace = Variant("b", run, prepare=lambda s: {"student": s["student"].clone()})
     timing.replay(inplace, sets)
     assert seen[2 : seen.index("replay")] == [0.0, 1.0, 2.0]  # each once, and as it was given
+
+
+def test_a_value_that_is_off_or_was_not_written_is_a_problem(tmp_path, monkeypatch, phases):
+    """On plain PyTorch in the place of a GPU backend."""
+    from phases import checks, setting
+    from phases.operations import Batch
+
+    here = setting.Setting(True, "cpu", tmp_path / "a.log", lambda: 60.0)
+    inputs, right = checks.Inputs("odd", 3, 101, masked=True), Batch.statistics
+    assert checks.against_float64(here, "torch", inputs)["problems"] == []
+
+    def off(self, *arguments):
+        found = right(self, *arguments)
+        return found | {"entropy": found["entropy"] + 1e-4}
+
+    def unwritten(self, *arguments):
+        found = right(self, *arguments)
+        found["gradient"][0, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(Batch, "statistics", off)
+    problems = checks.against_float64(here, "torch", inputs)["problems"]
+    assert len(problems) == 2 and all("entropy: error 0.0001" in problem for problem in problems)
+    monkeypatch.setattr(Batch, "statistics", unwritten)
+    assert "float32 gradient is not finite" in checks.against_float64(here, "torch", inputs)["problems"]
