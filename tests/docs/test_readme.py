@@ -2,6 +2,7 @@
 
 How a block is run stands after `python` in its fence. Nothing: by itself. `given=NAME`: with what `readme_given.NAME()`
 returns. `torchrun=2`: by torchrun with that many processes. `requires=NAME`: only where that package is installed.
+`device=cuda`: only where there is such a device.
 """
 
 import os
@@ -20,7 +21,7 @@ README = ROOT / "README.md"
 OPERATIONS = ROOT / "cmdp_fast" / "ops" / "README.md"
 FOLDERS = (ROOT / "cmdp_fast", ROOT / "benchmarks", ROOT / ".github")
 PAGES = [README, *(page for folder in FOLDERS for page in sorted(folder.rglob("*.md")))]
-OPTIONS = {"given", "torchrun", "requires"}
+OPTIONS = {"given", "torchrun", "requires", "device"}
 LONGEST = 350  # lines of the README: more belongs into a guide
 
 
@@ -82,6 +83,8 @@ def test_block(block, tmp_path):
     needed = block.options.get("requires")
     if needed is not None:
         pytest.importorskip(needed, exc_type=ImportError)
+    if block.options.get("device") == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     if "torchrun" not in block.options:
         run(block)
         return
