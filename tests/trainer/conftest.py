@@ -1,4 +1,4 @@
-"""Fixtures of the trainer's tests. Where a package of the extra `train` is missing, its files are skipped and say so."""
+"""Fixtures of the trainer's tests. Where a package of the extra `train` is missing, its files are skipped, with why."""
 
 from __future__ import annotations
 
