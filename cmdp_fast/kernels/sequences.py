@@ -59,8 +59,8 @@ def previous(x, first):
 def running(x, total):
     """`total` plus the sum of x up to and with each place [CHUNK], and `total` after all of them.
 
-    RUN neighbours are summed within a warp, then the sums of the runs: a plain `tl.cumsum` of 2048 doubles over 256
-    threads takes half as many instructions again, most of them to add up the warps.
+    RUN neighbours are summed within a warp, then the sums of the runs. A plain `tl.cumsum` adds up all warps once for
+    each number that a lane holds: 605 instructions in place of 417 for 8 doubles per lane of 256 (sm_90).
     """
     runs: tl.constexpr = x.shape[0] // RUN
     x = tl.reshape(x, [runs, RUN])
