@@ -141,7 +141,8 @@ def rows_of(t: Tensor) -> tuple[Tensor, Rows]:
         t = t.contiguous()
     axes = row_axes(t)
     (_, outer_stride), (inner, stride) = [(1, 0), (1, 0), *axes][-2:]
-    return t, Rows(inner, stride, outer_stride)
+    # A single row: as good as two to an axis. An integer of 1 within a tuple within a tuple is None in Triton 3.6.
+    return t, Rows(max(inner, 2), stride, outer_stride)
 
 
 def logits_of(pair: Pair) -> Logits:
