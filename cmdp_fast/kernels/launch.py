@@ -156,10 +156,10 @@ def scratch_for(out: Tensor, rows: Rows, count: int) -> Scratch:
     """Room for the first of ``count`` rows, aligned as those of ``out`` are: 128 MiB of them are enough to occupy any
     device, and the whole gradient might not fit beside the logits."""
     width, size = out.shape[-1], out.element_size()
-    stride = width + (rows.stride - width) % 16
+    stride = width + (-rows.stride - width) % 16
     count = min(count, max(1, 2**27 // (stride * size)))
     begin = out.data_ptr() % 16 // size
-    return Scratch(out.new_empty(begin + count * stride)[begin:], Rows(MOST_ROWS, stride, 0), count)
+    return Scratch(out.new_empty(begin + count * stride)[begin:], Rows(MOST_ROWS, -stride, 0), count)
 
 
 def halved(settings: Columns) -> Columns:
@@ -242,9 +242,9 @@ def _rows(shape: torch.Size, strides: tuple[int, ...]) -> Rows | None:
         return None
     if len(axes) == 2:
         (_, outer_stride), (inner, stride) = axes
-        return Rows(inner, stride, outer_stride)
+        return Rows(inner, -stride, -outer_stride)
     # One axis, of any length: kernels are not compiled again for another number of rows.
-    return Rows(MOST_ROWS, axes[0][1] if axes else 0, 0)
+    return Rows(MOST_ROWS, -axes[0][1] if axes else 0, 0)
 
 
 def logits_of(pair: Pair) -> Logits:

@@ -19,11 +19,15 @@ Settings = TypeVar("Settings", bound=tuple)
 
 
 class Rows(NamedTuple):
-    """Where rows begin, over at most two axes: row i at i // inner * outer_stride + i % inner * stride."""
+    """Where rows begin, over at most two axes: row i at -(i // inner * outer_stride + i % inner * stride).
 
-    inner: int
-    stride: int
-    outer_stride: int
+    The strides are negated because none may be 1, as that of a vocabulary of one column would be: to Triton 3.6 an
+    integer of 1 in a tuple within a tuple is None.
+    """
+
+    inner: int  # 2 or more
+    stride: int  # negated, in elements
+    outer_stride: int  # likewise
 
 
 class Logits(NamedTuple):

@@ -34,7 +34,7 @@ def locate(row, rows):
     """
     row = row.to(tl.int32)
     outer = row // rows.inner
-    return outer.to(tl.int64) * rows.outer_stride + (row - outer * rows.inner).to(tl.int64) * rows.stride
+    return -(outer.to(tl.int64) * rows.outer_stride + (row - outer * rows.inner).to(tl.int64) * rows.stride)
 
 
 @triton.jit
