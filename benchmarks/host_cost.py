@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import static_gpu
+import static_cases
 import torch
 from static_gpu import TARGETS, NamedGPU
 from triton import knobs
@@ -59,14 +59,14 @@ class IdleGPU(NamedGPU):
 def calls() -> dict[str, Callable[[], Any]]:
     """The functions of a backend, and a tiny operation of PyTorch as the unit."""
     one = torch.ones(1)
-    pair = static_gpu._pair(VOCAB, DTYPE, 4, ROWS // 4)
+    pair = static_cases.make_pair(VOCAB, DTYPE, 4, ROWS // 4)
     saved, gradients = torch.empty(4, ROWS // 4, SAVED, dtype=torch.float64), torch.empty(4, ROWS // 4)
-    tile = static_gpu._pair(16384, DTYPE, ROWS)
+    tile = static_cases.make_pair(16384, DTYPE, ROWS)
     fields = torch.zeros(ROWS, 13, dtype=torch.float64)
     rule, trace, rewarding = (
         BudgetRule(1.0, False, False),
-        static_gpu._trace(4, ROWS // 4),
-        static_gpu._rewarding(4, ROWS // 4),
+        static_cases.make_trace(4, ROWS // 4),
+        static_cases.make_rewarding(4, ROWS // 4),
     )
     settlement = Settlement("reverse_kl", None, 2.0, False, rule, trace, rewarding)
     account = Account(torch.empty(4, ROWS // 4), pair.mask, torch.arange(5) * (ROWS // 4))

@@ -27,33 +27,33 @@ from cmdp_fast.states import FIELDS
 TILE = tile_on_a_gpu(QWEN)  # of `linear_token_stats` on a GPU
 
 
-def _pair(vocab: int, dtype: torch.dtype, *rows: int) -> Pair:
+def make_pair(vocab: int, dtype: torch.dtype, *rows: int) -> Pair:
     student, teacher = (torch.empty(*rows, vocab, dtype=dtype) for _ in range(2))
     tokens, mask = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
     return Pair(student, teacher, tokens, mask, 1.0, vocab)
 
 
 def _statistics(vocab: int, dtype: torch.dtype) -> None:
-    kernels.token_stats(_pair(vocab, dtype, 2))
+    kernels.token_stats(make_pair(vocab, dtype, 2))
 
 
 def _backward(vocab: int, dtype: torch.dtype) -> None:
-    pair, upstream = _pair(vocab, dtype, 2), Upstream(*[torch.empty(2)] * 4)
+    pair, upstream = make_pair(vocab, dtype, 2), Upstream(*[torch.empty(2)] * 4)
     kernels.token_stats_backward(pair, torch.empty(2, SAVED, dtype=torch.float64), upstream, pair.student)
 
 
 def _mixture(vocab: int, dtype: torch.dtype) -> None:
-    pair, weights = _pair(vocab, dtype, 2), Mixture(0.5, 0.5, 0.5)
+    pair, weights = make_pair(vocab, dtype, 2), Mixture(0.5, 0.5, 0.5)
     _, saved, mean = kernels.mixture(pair, weights)
     kernels.mixture_backward(pair, saved, mean, torch.empty(2), weights, torch.empty_like(pair.student))
 
 
-def _rewarding(*shape: int) -> Rewarding:
+def make_rewarding(*shape: int) -> Rewarding:
     rule = RewardRule("cmdp", True, penalty=1.0, discrepancy_weight=1.0, coefficient=0.0, barrier_slope=0.0)
     return Rewarding(rule, torch.empty(shape), torch.empty(shape))
 
 
-def _trace(sequences: int, tokens: int) -> BudgetTrace:
+def make_trace(sequences: int, tokens: int) -> BudgetTrace:
     cumulative, remaining, excess = (torch.empty(sequences, tokens) for _ in range(3))
     violated, first = torch.empty(sequences, tokens, dtype=torch.bool), torch.empty(sequences, dtype=torch.int64)
     return BudgetTrace(cumulative, remaining, violated, first, excess)
@@ -61,16 +61,16 @@ def _trace(sequences: int, tokens: int) -> BudgetTrace:
 
 def _budget(vocab: int, dtype: torch.dtype) -> None:
     mask, offsets = torch.ones(2, 512, dtype=torch.bool), torch.tensor([0, 512, 1024])
-    account, trace = Account(torch.empty(2, 512), mask, offsets), _trace(2, 512)
+    account, trace = Account(torch.empty(2, 512), mask, offsets), make_trace(2, 512)
     kernels.trace_budgets(account, torch.empty(2, dtype=torch.float64), BudgetRule(1.0, False, False), trace)
-    kernels.modify_rewards(account, trace, _rewarding(2, 512))
+    kernels.modify_rewards(account, trace, make_rewarding(2, 512))
 
 
 def _constrained(vocab: int, dtype: torch.dtype) -> None:
     length = 16  # a multiple of 16, like most padded batches: the compiler may know where sequences begin
-    rule, trace, rewarding = BudgetRule(1.0, False, False), _trace(1, length), _rewarding(1, length)
+    rule, trace, rewarding = BudgetRule(1.0, False, False), make_trace(1, length), make_rewarding(1, length)
     settlement = Settlement("reverse_kl", None, 2.0, False, rule, trace, rewarding)
-    kernels.constrained_pass(_pair(vocab, dtype, 1, length), settlement)
+    kernels.constrained_pass(make_pair(vocab, dtype, 1, length), settlement)
 
 
 def _tile(teacher: torch.dtype = torch.float32) -> Pair:

@@ -7,8 +7,10 @@ from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logit
 import cmdp_fast as cf
 from cmdp_fast import reference, states
 from cmdp_fast.layout import Pair, Upstream
-from cmdp_fast.ops.backends import INTERPRETED, kernels
+from cmdp_fast.ops import backends
+from cmdp_fast.ops.backends import INTERPRETED
 
+kernels = backends.get("triton")
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(kernels is None, reason="the triton backend does not work here"),

@@ -5,8 +5,10 @@ import torch
 from helpers import make_logits, make_tokens
 
 from cmdp_fast.layout import Pair, Upstream
-from cmdp_fast.ops.backends import INTERPRETED, kernels
+from cmdp_fast.ops import backends
+from cmdp_fast.ops.backends import INTERPRETED
 
+kernels = backends.get("triton")
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(kernels is None, reason="the triton backend does not work here"),

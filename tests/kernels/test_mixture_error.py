@@ -12,8 +12,10 @@ from helpers import assert_no_worse, make_logits
 
 import cmdp_fast as cf
 from cmdp_fast import reference
-from cmdp_fast.ops.backends import INTERPRETED, kernels
+from cmdp_fast.ops import backends
+from cmdp_fast.ops.backends import INTERPRETED
 
+kernels = backends.get("triton")
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.mixture,

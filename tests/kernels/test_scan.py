@@ -8,9 +8,11 @@ from helpers import assert_no_worse, make_logits, make_tokens
 
 from cmdp_fast import reference
 from cmdp_fast.layout import BudgetRule, Rewarding, RewardRule
-from cmdp_fast.ops.backends import INTERPRETED, kernels
+from cmdp_fast.ops import backends
+from cmdp_fast.ops.backends import INTERPRETED
 from cmdp_fast.ops.budget import empty_trace
 
+kernels = backends.get("triton")
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(kernels is None, reason="the triton backend does not work here"),
