@@ -98,9 +98,8 @@ def _chosen(setting: Setting) -> dict[str, Any]:
     for rows, columns in ((1024, 151936), (8192, 151936), (8192, 128256)):
         tiles[f"{rows} x {columns}"] = list(tile_size.tile_shape(rows, columns, 8, device))
     chosen = {str(dtype): str(gemm.output_dtype(dtype, device)) for dtype in (torch.bfloat16, torch.float16)}
-    # The probe itself, in the versions that try `mm` and `addmm` apart; it is of a GPU.
-    offered = getattr(gemm, "offered", None) if setting.device == "cuda" else None
-    probed = {str(dtype): str(offered(device, dtype)) for dtype in (torch.bfloat16, torch.float16)} if offered else {}
+    halves = (torch.bfloat16, torch.float16) if setting.device == "cuda" else ()  # the probe is of a GPU
+    probed = {str(dtype): str(gemm.offered(device, dtype)) for dtype in halves}
     stored = chosen["torch.bfloat16"].removeprefix("torch.")
     said = f"bfloat16 products are stored as {stored}; tiles of {tiles['8192 x 151936']}"
     return {"stored_as": chosen, "probed": probed, "tiles": tiles, "summary": said}

@@ -179,8 +179,7 @@ for dtype in (torch.bfloat16, torch.float32)[: 2 if rows > 1 else 1]:
     batch = Batch(rows, vocab, dtype, device)
     for run in (batch.statistics, batch.mixture, batch.linear):
         run("triton")
-        found = launch.choices() if hasattr(launch, "choices") else launch._fastest
-        print("CHOICES " + json.dumps({str(key): str(value) for key, value in found.items()}), flush=True)
+        print("CHOICES " + json.dumps({key: str(value) for key, value in launch.choices().items()}), flush=True)
 """
 
 

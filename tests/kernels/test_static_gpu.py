@@ -168,6 +168,24 @@ def test_sums_are_added_in_the_same_order_wherever_a_row_lies(survey, reports):
     assert odd[BACKWARD]["lanes"] == []
 
 
+def test_a_scan_adds_in_the_same_order_padded_and_packed():
+    """Whether the compiler knows where sequences begin, and of which numbers their costs are made: the same layouts of
+    what is added, hence the same bits."""
+    code = """
+import static_cases, static_gpu, torch
+for launch in (static_cases._budget, static_cases._constrained):
+    case = static_cases.Case(launch)
+    kernels = dict(static_gpu.compiled(case, 50257, torch.bfloat16, static_gpu.TARGETS["90"]))
+    print(static_gpu.reduced_layouts(kernels["scan.scan_kernel"].asm["ttgir"]))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    packed, padded = done.stdout.splitlines()
+    assert packed == padded and packed != "[]"
+
+
 @pytest.mark.parametrize("arch, speaks", [("cuda 75", False), ("cuda 80", True), ("hip gfx942", False)])
 def test_assembly_is_written_only_for_gpus_that_take_it(arch, speaks, static_gpu, monkeypatch):
     from cmdp_fast.kernels import launch
