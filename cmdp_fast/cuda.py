@@ -121,7 +121,7 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
     Tokens are ``[B, T]``, or ``[N]`` with ``cu_seqlens [B+1]``; the cost is one of `COSTS`. One launch.
     """
     assert pair.tokens is not None
-    statistics, saved = empty_statistics(pair.student, packed=settlement.cu_seqlens is not None)
+    statistics, saved = empty_statistics(pair.student)
     index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
     task_reward = settlement.rewarding.task_reward.to(torch.float32).contiguous()
     student, teacher = _in_reach(pair.student), _in_reach(pair.teacher)

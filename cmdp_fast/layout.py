@@ -148,14 +148,11 @@ def matrix_of(t: Tensor) -> tuple[int, str, list[int], list[int], int]:
     return t.data_ptr(), dtype, [size for size, _ in axes], [stride for _, stride in axes], width
 
 
-def empty_statistics(student: Tensor, packed: bool = False) -> tuple[list[Tensor], Tensor]:
-    """Room for what the GPU kernels make of ``student [..., V]``: the six statistics and the saved scalars.
-
-    ``packed``: they are made sequence by sequence. On a GPU the offsets are not checked: a row of no sequence is 0.
-    """
-    shape, room = student.shape[:-1], student.new_zeros if packed else student.new_empty
-    statistics = alike(room(shape, dtype=torch.float32), len(TokenStats._fields), zero=packed)
-    return statistics, room((*shape, SAVED), dtype=torch.float64)
+def empty_statistics(student: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Room for what the GPU kernels make of ``student [..., V]``: the six statistics and the saved scalars."""
+    shape = student.shape[:-1]
+    statistics = alike(student.new_empty(shape, dtype=torch.float32), len(TokenStats._fields))
+    return statistics, student.new_empty((*shape, SAVED), dtype=torch.float64)
 
 
 def alike(first: Tensor, count: int, zero: bool = False) -> list[Tensor]:

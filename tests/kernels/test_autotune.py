@@ -168,7 +168,7 @@ def test_scratch_memory_lies_as_the_gradient_does():
     memory = torch.empty(50_000, dtype=torch.bfloat16, device=DEVICE)
     out = memory[3:].as_strided((4, 1001), (1003, 1))
     scratch = kernels.launch.scratch_for(out, kernels.launch.rows_of(out)[1], 4)
-    assert scratch.out.data_ptr() % 16 == out.data_ptr() % 16 and scratch.rows.stride % 16 == 1003 % 16
-    assert scratch.count == 4 and scratch.out.numel() == 4 * scratch.rows.stride
+    assert scratch.out.data_ptr() % 16 == out.data_ptr() % 16 and -scratch.rows.stride % 16 == 1003 % 16
+    assert scratch.count == 4 and scratch.out.numel() == 4 * -scratch.rows.stride
     wide = torch.empty(1, device=DEVICE).expand(4000, 151936)
-    assert kernels.launch.scratch_for(wide, kernels.launch.Rows(4000, 151936, 0), 4000).count == 220
+    assert kernels.launch.scratch_for(wide, kernels.launch.Rows(4000, -151936, 0), 4000).count == 220

@@ -10,7 +10,7 @@ from cmdp_fast import reference
 from cmdp_fast.layout import BudgetRule, Rewarding, RewardRule
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.backends import INTERPRETED
-from cmdp_fast.ops.budget import empty_trace
+from cmdp_fast.ops.budget import empty_outcome
 
 kernels = backends.get("triton")
 pytestmark = [
@@ -32,11 +32,10 @@ def scanned(costs, limits, mask, offsets, rule, reward_rule, *, width=0, per_tok
     from cmdp_fast.kernels import launch, scan, sequences
 
     if offsets is None:
-        trace = empty_trace(costs.view(-1, width), costs.numel() // width)
+        trace, reward = empty_outcome(costs.view(-1, width), costs.dtype, costs.numel() // width)
     else:
-        trace = empty_trace(costs, offsets.shape[0] - 1)
-    trace = trace._replace(**{k: t.flatten() for k, t in trace._asdict().items()})
-    reward = torch.empty_like(costs)
+        trace, reward = empty_outcome(costs, costs.dtype, offsets.shape[0] - 1)
+    trace, reward = trace._replace(**{k: t.flatten() for k, t in trace._asdict().items()}), reward.flatten()
     scan.scan_sequences(
         sequences.Sequences(offsets, width, costs.numel()),
         scan.Allowance(scan.Budgets(limits, limits.stride(0)), 0.0, per_token),
