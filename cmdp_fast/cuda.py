@@ -121,11 +121,13 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
     Tokens are ``[B, T]``, or ``[N]`` with ``cu_seqlens [B+1]``; the cost is one of `COSTS`. One launch.
     """
     assert pair.tokens is not None
+    sequences = settlement.trace.first_violation.shape[0]
+    if sequences == 0:  # rows that no sequence holds have statistics none the less
+        return token_stats(pair)
     statistics, saved = empty_statistics(pair.student)
     index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
     task_reward = settlement.rewarding.task_reward.to(torch.float32).contiguous()
     student, teacher = _in_reach(pair.student), _in_reach(pair.teacher)
-    sequences = settlement.trace.first_violation.shape[0]
     offsets = None if settlement.cu_seqlens is None else settlement.cu_seqlens.contiguous()
     budget = settlement.budget
     if isinstance(budget, Tensor):

@@ -166,7 +166,7 @@ def parts(setting: Setting) -> list[Part]:
     few = [part for part in later if "bfloat16" in part.name]
     races = [part for part in tools.sanitizer_parts(setting) if part.name.endswith(("memcheck", "racecheck"))]
     others = [part for part in tools.sanitizer_parts(setting) if part.name not in {race.name for race in races}]
-    return [*half[:5], *constrained, *scans, *half[5:], *races, *few, table, *others, *single]
+    return [*half[:5], *constrained, *scans, *half[5:], *few, *races, table, *others, *single]
 
 
 AUTOTUNED = """
@@ -189,7 +189,7 @@ def _autotuned(setting: Setting) -> dict[str, Any]:
     sizes = ("1", "100") if setting.small else ("1024", str(VOCAB))
     environment = {**os.environ, "CMDP_FAST_AUTOTUNE": "0" if setting.small else "1"}  # nothing to measure on a CPU
     command = [sys.executable, "-c", AUTOTUNED, *sizes]
-    ended = processes.run(command, max(5.0, min(150.0, setting.left() - 10)), setting.log, environment)
+    ended = processes.run(command, max(5.0, min(120.0, setting.left() - 20)), setting.log, environment)
     lines = [line for line in ended.output.splitlines() if line.startswith("CHOICES ")]
     if not lines:
         raise RuntimeError(processes.first(ended.tail(), "Error"))

@@ -54,13 +54,15 @@ def make(settings: dict[str, Any], dtype: torch.dtype, device: str, seed: int) -
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def byte_tokenizer() -> Any:
-    """A token per byte after three special ones."""
+def byte_tokenizer(size: int) -> Any:
+    """A token per byte after three special ones, then names for the rest of a vocabulary of that size: a random model
+    writes hardly any other, and completions without a text would all have the same reward."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<end>", *alphabet])}
+    vocabulary |= {f"<{i}>": i for i in range(len(vocabulary), size)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,10 +82,10 @@ def write_task(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(problem) + "\n" for problem in problems(count)), encoding="utf-8")
 
 
-def save(settings: dict[str, Any], dtype: torch.dtype, device: str, folder: Path, seed: int) -> None:
-    """A random model and its tokenizer in a folder."""
+def save(settings: dict[str, Any], dtype: torch.dtype, device: str, folder: Path, seed: int, size: int) -> None:
+    """A random model and a tokenizer of ``size`` tokens in a folder."""
     make(settings, dtype, device, seed).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer(size).save_pretrained(folder)
 
 
 def odd(completions: list[Any], **_: Any) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import sys
 import xml.etree.ElementTree as xml
@@ -27,6 +28,7 @@ ON_GPU = str(ROOT / "tests" / "kernels" / "test_gpu.py")
 FEW = str(ROOT / "tests" / "ops" / "test_write_gradient.py")
 RESERVE = 25.0  # seconds that a run of tests leaves to what comes after it
 EACH = 120  # seconds that one test may take
+MOST = (150.0, math.inf)  # seconds that the runs may take; the last takes what is left
 SHOWN = 40  # failures of a run that are quoted
 
 
@@ -43,7 +45,10 @@ def parts(setting: Setting) -> list[Part]:
         Part("versions", 10, _versions),
         *ceilings.parts(setting),
         *checks.parts(setting),
-        *(Part(name, 30, lambda n=n: _tests(setting, n, tests[n])) for n, name in enumerate(names)),
+        *(
+            Part(name, 30, lambda n=n, s=s: _tests(setting, n, tests[n], s), s + RESERVE)
+            for n, (name, s) in enumerate(zip(names, MOST[-len(names) :], strict=True))
+        ),
     ]
 
 
@@ -73,7 +78,7 @@ def _versions() -> dict[str, Any]:
     }
 
 
-def _tests(setting: Setting, number: int, selection: Sequence[str]) -> dict[str, Any]:
+def _tests(setting: Setting, number: int, selection: Sequence[str], most: float) -> dict[str, Any]:
     """Runs tests in processes beside this one, and reads what became of them from the JUnit file that is kept."""
     need_package("pytest")
     setting.free()
@@ -85,10 +90,13 @@ def _tests(setting: Setting, number: int, selection: Sequence[str]) -> dict[str,
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command.append(f"--timeout={EACH}")
-    limit = max(5.0, setting.left() - RESERVE)
+    limit = max(5.0, min(most, setting.left() - RESERVE))
     # As tests are run elsewhere: without the folder of this script, whose modules have names like theirs.
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path != str(ROOT / "benchmarks")]
-    ended = processes.run(command, limit, setting.log, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    # A process per test run, each with threads and compilers of its own, would be ten times as many as there are cores.
+    few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = {**os.environ, **few, "PYTHONPATH": os.pathsep.join(paths)}
+    ended = processes.run(command, limit, setting.log, environment)
     counts, failures = _outcome(junit)
     problems = []
     if ended.code is None:

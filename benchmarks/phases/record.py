@@ -31,11 +31,12 @@ class Part(NamedTuple):
     name: str
     seconds: float  # expected; it is not begun where less is left
     run: Callable[[], dict[str, Any]]
+    most: float | None = None  # seconds after which it is taken to hang, where it ends a program of its own by itself
 
     @property
     def limit(self) -> float:
         """Seconds after which it is taken to hang."""
-        return 3 * self.seconds + 30
+        return 3 * self.seconds + 30 if self.most is None else self.most
 
 
 class Missing(Exception):
@@ -126,13 +127,17 @@ class Record:
 
 def run_parts(record: Record, parts: list[Part], alive: Callable[[], bool] = lambda: True) -> bool:
     """Runs the parts that are not recorded yet, the most important first. ``alive``: whether the device still answers,
-    asked after a failure. Returns False where it does not: another process has to go on."""
+    asked between parts. Returns False where it does not: another process has to go on."""
+    begun = False
     for part in parts:
         if record.has(part.name):
             continue
         if record.left < part.seconds:
             record.leave_out(part.name, f"{part.seconds:.0f} s expected, {max(record.left, 0):.0f} s left")
             continue
+        if begun and not alive():  # a part that has ended well may have broken it all the same
+            return False
+        begun = True
         record.begin(part.name, min(part.limit, record.left))
         print(f"[{record.content['limit'] - record.left:5.0f} s] {part.name}", flush=True)
         try:

@@ -187,7 +187,7 @@ def replay(variant: Variant, sets: Sequence[Inputs]) -> list[float]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        variant.run(states[0])
+        _waits_for_nothing(lambda: variant.run(states[0]))
         _renew(states, sets)
         took = elapsed(lambda: variant.run(states[0]), "cuda")
     torch.cuda.current_stream().wait_stream(side)
@@ -206,6 +206,17 @@ def replay(variant: Variant, sets: Sequence[Inputs]) -> list[float]:
         _renew(states, sets)
         times.append(1e3 * elapsed(graph.replay, "cuda") / calls)
     return times
+
+
+def _waits_for_nothing(function: Callable[[], object]) -> None:
+    """Calls a function. Raises RuntimeError where it waits for the device: a capture that it broke would leave the
+    allocator of this process in a state in which no memory is given back and no other graph is captured."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _renew(states: Sequence[Any], sets: Sequence[Inputs]) -> None:
@@ -231,7 +242,8 @@ def _add_memory(found: Measured, variant: Variant, inputs: Inputs, setting: Sett
 @functools.cache
 def copy_rate(device: str, size: int) -> float:
     """Bytes per second, read and written, of the device's copy, measured in this run: what shares are shares of."""
-    source = torch.randn(size // 4, device=device)
+    generator = torch.Generator(device=device).manual_seed(0)  # the default one may be in a capture that has failed
+    source = torch.randn(size // 4, generator=generator, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * size / statistics.median(elapsed(lambda: target.copy_(source), device) for _ in range(REPEAT))

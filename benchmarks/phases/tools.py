@@ -15,7 +15,7 @@ from phases.setting import GPU_BACKENDS, Setting, need_backend, need_program
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 ROWS, VOCAB = 5, 40000  # of several segments
-KERNELS = "regex:^(fold|backward|mixture|update)"
+KERNELS = "regex:^(fold|tile|backward|mixture|update)"  # tile: fold and update of a tile of one segment
 METRICS = {
     "dram %": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm %": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -50,7 +50,7 @@ def _sanitized(setting: Setting, backend: str, tool: str) -> dict[str, Any]:
     if tool in ("memcheck", "initcheck"):  # else a kernel may read and write all of PyTorch's pool
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20", "--launch-timeout", "60"]
-    limit = min(2 * PER_RUN, setting.left() - 10)
+    limit = min(1.5 * PER_RUN, setting.left() - 20)  # before the part is taken to hang
     ended = processes.run(
         [sanitizer, *options, *_once(backend, ROWS, VOCAB, "bfloat16")], limit, setting.log, environment
     )

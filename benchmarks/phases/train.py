@@ -90,7 +90,8 @@ def _steps(setting: Setting, **changes: Any) -> dict[str, Any]:
         recompute_layers(student)
     frozen = torch.float32 if setting.small else torch.bfloat16
     teacher = models.make(_teacher(setting), frozen, setting.device, 2).requires_grad_(False)
-    tokenizer, rows = models.byte_tokenizer(), models.problems(config.prompts_per_step * STEPS)
+    tokenizer = models.byte_tokenizer(_student(setting)["vocab_size"])
+    rows = models.problems(config.prompts_per_step * STEPS)
     AcceleratorState._reset_state(reset_partial_state=True)  # or the first precision of the process would stay
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=setting.device == "cpu")
     material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards={"odd": models.odd})
@@ -145,8 +146,9 @@ def _killed(setting: Setting) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shallow = {} if setting.small else models.SHALLOW
-        models.save(_student(setting) | shallow, torch.float32, setting.device, folder / "student", 1)
-        models.save(_teacher(setting) | shallow, torch.bfloat16, setting.device, folder / "teacher", 2)
+        size = _student(setting)["vocab_size"]
+        models.save(_student(setting) | shallow, torch.float32, setting.device, folder / "student", 1, size)
+        models.save(_teacher(setting) | shallow, torch.bfloat16, setting.device, folder / "teacher", 2, size)
         models.write_task(folder / "task.jsonl", 40)
         setting.free()
         whole = _run(setting, folder, "whole", end, kill=False)
@@ -276,7 +278,7 @@ def _trl(setting: Setting) -> dict[str, Any]:
             reward_funcs=models.odd,
             args=arguments,
             train_dataset=Dataset.from_list(models.problems(32)),
-            processing_class=models.byte_tokenizer(),
+            processing_class=models.byte_tokenizer(_student(setting)["vocab_size"]),
             teacher_model=teacher,
         )
         _reset_peak(setting)

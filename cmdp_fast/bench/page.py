@@ -159,7 +159,7 @@ def on_gpus(cards: Cards) -> list[str]:
             rows.append(
                 [
                     f"`{case.op}` {case.mode}, {case.shape.rows} x {case.shape.vocab}",
-                    f"{show.milliseconds(case.time(case.ours))} ms",
+                    f"{show.milliseconds(case.time(case.ours))} ms{'' if case.ours.graph_ms else ' (whole call)'}",
                     "" if share is None else f"{share:.0%} ({next(iter(case.bounds))})",
                     others,
                     _extra(case.ours),

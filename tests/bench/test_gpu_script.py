@@ -254,6 +254,7 @@ def test_a_replayed_graph_goes_through_every_set(monkeypatch, phases):
         "current_stream": lambda: stream,
         "stream": lambda _: contextlib.nullcontext(),
         "synchronize": lambda: None,
+        "set_sync_debug_mode": lambda _: None,
         "CUDAGraph": lambda: type("Graph", (), {"replay": lambda self: seen.append("replay")})(),
         "graph": lambda _: contextlib.nullcontext(),
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cmdp_fast.bench.case import Case
 from cmdp_fast.bench.ops.linear_token_stats import LINEAR
-from cmdp_fast.bench.peers.liger_linear_jsd import LACKS, TERMS
+from cmdp_fast.bench.peers.liger_linear_jsd import EARLY, LACKS, TERMS
 from cmdp_fast.bench.variant import HIDDEN_AND_HEAD, Inputs, Values, Variant, differentiable
 
 OPS = ("linear_token_stats",)
@@ -22,5 +22,5 @@ def variants(case: Case) -> list[Variant]:
     def function(inputs: Inputs) -> Values:
         return {"mean reverse_kl": divergence(*(inputs[name] for name in LINEAR), inputs["tokens"])}
 
-    name, peer = "Liger LigerFusedLinearJSDLoss", "liger_chunked_jsd"
-    return [differentiable(case.mode, name, function, TERMS, HIDDEN_AND_HEAD, lacks=LACKS, peer=peer)]
+    name, peer, lacks = "Liger LigerFusedLinearJSDLoss", "liger_chunked_jsd", LACKS + EARLY
+    return [differentiable(case.mode, name, function, TERMS, HIDDEN_AND_HEAD, lacks=lacks, peer=peer)]

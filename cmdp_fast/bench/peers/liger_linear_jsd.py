@@ -8,6 +8,7 @@ from cmdp_fast.bench.variant import HIDDEN_AND_HEAD, Absent, Inputs, Values, Var
 
 OPS = ("linear_token_stats",)
 LACKS = "the mean of one divergence: none a token, no log-probabilities, entropies, forward KL"
+EARLY = "; computes gradients in its forward pass, also where none is asked for"
 TERMS = ("mean reverse_kl",)
 
 
@@ -21,5 +22,5 @@ def variants(case: Case) -> list[Variant]:
     def function(inputs: Inputs) -> Values:
         return {"mean reverse_kl": divergence(*(inputs[name] for name in LINEAR), None)}
 
-    name, peer = "Liger LigerFusedLinearJSD", "liger_linear_jsd"
-    return [differentiable(case.mode, name, function, TERMS, HIDDEN_AND_HEAD, lacks=LACKS, peer=peer)]
+    name, peer, lacks = "Liger LigerFusedLinearJSD", "liger_linear_jsd", LACKS + EARLY
+    return [differentiable(case.mode, name, function, TERMS, HIDDEN_AND_HEAD, lacks=lacks, peer=peer)]
