@@ -30,8 +30,8 @@ On the machine, in the checkout that the wheel was made of (other kernels than t
     export PYTHONPATH=/tmp/site
     python3 benchmarks/gpu.py prove --out results      # then logits, linear, train
 
-All four fit into twenty minutes with --seconds 255, 310, 315 and 260, in this order. Join them with `;`: exit code 1 says
-that some part failed, which the next phase does not depend on.
+All four fit into twenty minutes with --seconds 255, 310, 315 and 260, in this order. Join them with `;`: exit code 1
+says that some part failed, which the next phase does not depend on.
 
 A checkout whose package is not installed is used as it is: the Triton kernels need no compiler, and the native module
 and the CUDA kernels are there if `python setup.py build_ext --inplace` (with CMDP_FAST_CUDA=1) has made them there.
