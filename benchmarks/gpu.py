@@ -33,8 +33,9 @@ On the machine, in the checkout that the wheel was made of (other kernels than t
 All four fit into twenty minutes with --seconds 255, 310, 315 and 260, in this order. Join them with `;`: exit code 1
 says that some part failed, which the next phase does not depend on.
 
-A checkout whose package is not installed is used as it is: the Triton kernels need no compiler, and the native module
-and the CUDA kernels are there if `python setup.py build_ext --inplace` (with CMDP_FAST_CUDA=1) has made them there.
+A checkout whose package is not installed is used as it is: Triton needs no more than gcc and Python.h, for its
+launcher, and the native module and the CUDA kernels are there if `python setup.py build_ext --inplace` (with
+CMDP_FAST_CUDA=1) has made them there.
 
 Results: copy a card's four JSON files to `benchmarks/results/gpu-CARD/` (`gpu-h100`) and make the pages anew
 (`python -m cmdp_fast.bench.page`, whose docstring has the commands). The README then says "measured on", by itself.

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import sys
+import sysconfig
 import xml.etree.ElementTree as xml
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from phases.setting import Setting, need_package, need_program
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "trl", "liger-kernel", "cut-cross-entropy")
 PACKAGES += ("tyro", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "tensorboard")
-PROGRAMS = ("nvcc", "ncu", "compute-sanitizer", "cuobjdump", "g++")
+PROGRAMS = ("nvcc", "ncu", "compute-sanitizer", "cuobjdump", "g++", "gcc")
 FOLDERS = [str(ROOT / "tests" / name) for name in ("ops", "kernels", "csrc")]
 ON_GPU = str(ROOT / "tests" / "kernels" / "test_gpu.py")
 FEW = str(ROOT / "tests" / "ops" / "test_write_gradient.py")
@@ -66,6 +67,8 @@ def _versions() -> dict[str, Any]:
             programs[name] = need_program(name)
         except Exception:
             programs[name] = None
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"  # of which Triton compiles its launcher
+    programs[header.name] = str(header) if header.exists() else None
     backends = cf.available_backends()
     absent = [name for name, found in (packages | programs).items() if found is None]
     return {

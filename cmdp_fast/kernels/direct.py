@@ -47,7 +47,7 @@ class Direct:
 
     def launch(self, programs: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         gpu = driver.active
-        parts: list[object] = [gpu, gpu.get_current_device(), *keywords.items()]
+        parts: list[object] = [gpu, gpu.get_current_device(), *keywords.items(), *map(type, keywords.values())]
         describe(arguments, parts)
         key = tuple(parts)
         compiled = self.compiled.get(key)
@@ -79,13 +79,13 @@ def describe(values: tuple[Any, ...], key: list[object]) -> None:
         elif way is NUMBER:
             key += (kind, value)
         elif way is CONSTANT:
-            key += (kind, value.value)
+            key += (type(value.value), value.value)
         elif value and type(value[0]) is tl.constexpr:
             key.append(_kept(value))
         elif way is INTEGERS:
             key += (value, *map(type, value))  # True is equal to 1, but another argument
         else:
-            key.append(kind)
+            key += (kind, len(value))
             describe(value, key)
 
 
@@ -98,6 +98,10 @@ def _way_of(kind: type) -> str:
     """The way of a type seen for the first time."""
     if issubclass(kind, Tensor):
         way = TENSOR
+    elif issubclass(kind, float):
+        way = FLOAT
+    elif issubclass(kind, int):
+        way = NUMBER
     elif not issubclass(kind, tuple):
         raise TypeError(f"a kernel takes tensors, numbers, None and tuples of these, got a {kind.__name__}")
     elif hasattr(kind, "_fields") and all(hint is int for hint in get_type_hints(kind).values()):

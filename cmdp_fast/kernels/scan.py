@@ -105,7 +105,8 @@ def scan_kernel(
     `Amounts`.
 
     The account of a token is what stood before it, which one scan tells, and what it pays. So a token that costs
-    nothing leaves the account exactly as it was, and nothing is handed from one thread to the next but the sums.
+    nothing leaves the account as it was (a float64 cost: to a rounding), and nothing is handed from one thread to the
+    next but the sums.
     """
     dtype: tl.constexpr = trace.cumulative.dtype.element_ty
     counting: tl.constexpr = formula.discounted or formula.mean or formula.kind == "barrier"

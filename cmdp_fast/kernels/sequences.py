@@ -43,8 +43,9 @@ def bounds(offsets, width, total, sequence):
         begin = sequence.to(tl.int64) * width
         length = tl.zeros([], tl.int32) + width
     else:
-        begin = tl.maximum(tl.load(offsets + sequence).to(tl.int64), 0)
-        length = (tl.minimum(tl.load(offsets + sequence + 1).to(tl.int64), total) - begin).to(tl.int32)
+        begin = tl.minimum(tl.maximum(tl.load(offsets + sequence).to(tl.int64), 0), total)
+        stop = tl.minimum(tl.load(offsets + sequence + 1).to(tl.int64), total)
+        length = tl.maximum(stop - begin, 0).to(tl.int32)
     return begin, length
 
 

@@ -35,7 +35,8 @@ def budget_trace(
 
     A violation is absorbing: ``violated`` is True from the first token with C_t > d on, that token included. The
     excess Phi_t = (C_t - d)+ - (C_{t-1} - d)+ is what token t adds to the overrun. i counts unmasked tokens; a masked
-    token costs nothing and reports the account as it stands. A NaN in the cost counts as a violation from there on.
+    token costs nothing and reports the account as it stands (float64 costs on Triton: but for rounding). A NaN in the
+    cost counts as a violation from there on.
 
     Args:
         cost: ``[B, T]``, or ``[N]`` packed with ``cu_seqlens``; any floating dtype, in nats for a KL. Detached.

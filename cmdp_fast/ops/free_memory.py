@@ -14,7 +14,8 @@ def free_memory(device: torch.device) -> int | None:
     """The bytes that could be allocated on a device; None where the system does not tell.
 
     On a GPU what the driver has left and what PyTorch's allocator holds unused, a part of which may be in pieces too
-    small for use. None while a graph is captured, which no question to the driver may disturb.
+    small for use. None while a graph is captured, which no question to the driver may disturb: a step that needs small
+    tiles has to be told so by hand there.
     """
     if device.type == "cpu":
         return _free_on_the_host()
@@ -22,8 +23,9 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     try:
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    except RuntimeError:  # an allocator that was plugged in and keeps no statistics
+        held = torch.cuda.memory_stats_as_nested_dict(device)  # `memory_reserved` and its like sort all of it each
+        return free + held["reserved_bytes"]["all"]["current"] - held["allocated_bytes"]["all"]["current"]
+    except (RuntimeError, KeyError):  # an allocator that was plugged in and keeps no statistics
         return free
 
 

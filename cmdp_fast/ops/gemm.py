@@ -127,8 +127,21 @@ def offered(device: torch.device, dtype: torch.dtype) -> Offered:
 def _works(product: Callable[[Tensor, Tensor, Tensor], None], factor: Tensor, out: Tensor) -> bool:
     try:
         product(factor, factor, out)
-    except torch.OutOfMemoryError:
-        raise  # a RuntimeError too, but one that says nothing about the product
-    except (RuntimeError, TypeError):
+    except TypeError:
+        return False
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _OF_ANOTHER_CAUSE):
+            raise
         return False
     return True
+
+
+# What a RuntimeError says that tells nothing about the product: a device without memory or that has failed, a mode.
+_OF_ANOTHER_CAUSE = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUBLAS_STATUS_EXECUTION_FAILED",
+    "illegal memory access",
+    "deterministic",
+)

@@ -128,3 +128,35 @@ def test_it_takes_the_kernel_that_the_jit_takes(gpu):
                 assert a is b or a == b or type(a) is type(b) is LazyDict, (one, a, b)
             assert _ == 0 or len(kernel.compiled) == known
     assert len({id(c) for c in kernel.compiled.values()}) > 20
+
+
+def test_a_key_tells_arguments_apart():
+    """Whatever is equal to Python but not to a compiler, and tuples whose members would read alike in a row."""
+    from cmdp_fast.kernels.direct import describe
+
+    def key(*values):
+        parts: list[object] = []
+        describe(values, parts)
+        return tuple(parts)
+
+    constant = triton.language.constexpr
+    given = [
+        (1,),
+        (True,),
+        (1.0,),
+        (None,),
+        (constant(1),),
+        (constant(True),),
+        (constant(1.0),),
+        ((1,),),
+        ((True,),),
+        ((1.0,), (None, 0)),
+        ((1.0, (None,)), 0),
+    ]
+    for one, other in itertools.combinations(given, 2):
+        assert [(k, type(k)) for k in key(*one)] != [(k, type(k)) for k in key(*other)] and key(*one) != key(*other)
+
+    class Count(int):
+        pass
+
+    assert key(Count(3)) != key(Count(4)) and key(Count(3)) == key(Count(3))

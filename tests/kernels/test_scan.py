@@ -115,3 +115,18 @@ def test_tokens_that_cost_nothing_leave_the_account_as_it_was():
         costs.double(), limits, None, offsets, BudgetRule(1.0, False, False), RewardRule("hinge", True, 1.0, 1.0, 0, 0)
     )
     assert trace.excess[1::2].eq(0).all() and trace.excess.ge(0).all()
+
+
+@pytest.mark.parametrize("offsets", [[9, 3], [2**32 + 5, 2**40], [-7, 2**40], [2**40, 3]], ids=str)
+def test_offsets_that_nobody_has_checked_lead_nowhere_else(offsets):
+    """A sequence begins and ends within the tokens, and has no length below 0."""
+    costs = torch.ones(12, device=DEVICE)
+    guarded = torch.full((36,), 7.0, device=DEVICE)
+    guarded[12:24] = costs
+    limits = torch.full((1,), 2.5, dtype=torch.float64, device=DEVICE)
+    rules = BudgetRule(1.0, False, False), RewardRule("cmdp", True, 1.0, 1.0, 0.5, 10.0)
+    trace, _ = scanned(guarded[12:24], limits, None, torch.tensor(offsets, device=DEVICE), *rules)
+    begin, stop = (min(max(o, 0), 12) for o in offsets)
+    held = max(stop - begin, 0)
+    assert trace.first_violation.tolist() == [min(2, held)]
+    assert (trace.cumulative != 0).sum() == held

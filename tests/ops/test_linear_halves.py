@@ -352,10 +352,15 @@ def test_the_probe_tries_each_product_on_its_own(monkeypatch):
             not found[0][0]
         )
     assert len(tried) == 2 + 2 + 1 + 1 and set(t[1:] for t in tried) == {(torch.bfloat16, "cpu", torch.float32)}
-    monkeypatch.setattr(gemm, "write_wide", product("write", torch.OutOfMemoryError("out of memory")))
-    gemm.offered.cache_clear()
-    with pytest.raises(torch.OutOfMemoryError):
-        gemm.offered(cpu, torch.bfloat16)
+    monkeypatch.setattr(gemm, "add_wide", product("add", None))
+    full = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for error in (torch.OutOfMemoryError("out of memory"), full):  # neither is an answer, and neither is remembered
+        monkeypatch.setattr(gemm, "write_wide", product("write", error))
+        gemm.offered.cache_clear()
+        with pytest.raises(RuntimeError, match=str(error)[:20]):
+            gemm.offered(cpu, torch.bfloat16)
+        monkeypatch.setattr(gemm, "write_wide", product("write", None))
+        assert gemm.offered(cpu, torch.bfloat16) == (True, True)
     gemm.offered.cache_clear()
 
 

@@ -186,7 +186,8 @@ def test_the_free_memory_of_the_host(limit, expected, monkeypatch, tmp_path):
 def test_the_free_memory_of_a_gpu(monkeypatch):
     """What the driver has, and what PyTorch holds unused; no question while a graph is captured."""
     gpu, refused = torch.device("cuda", 1), RuntimeError("does not yet support getDeviceStats")
-    given = {"mem_get_info": (100, 1000), "memory_reserved": 70, "memory_allocated": 30}
+    held = {"reserved_bytes": {"all": {"current": 70}}, "allocated_bytes": {"all": {"current": 30}}}
+    given = {"mem_get_info": (100, 1000), "memory_stats_as_nested_dict": held}
     for name, value in given.items():
         monkeypatch.setattr(torch.cuda, name, {gpu: value}.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -195,7 +196,7 @@ def test_the_free_memory_of_a_gpu(monkeypatch):
     def fails(device):
         raise refused
 
-    monkeypatch.setattr(torch.cuda, "memory_reserved", fails)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", fails)
     assert free_memory.free_memory(gpu) == 100
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", fails)

@@ -56,9 +56,9 @@ class LinearTokenStatsOp(Op):
         return gemm_floors(inputs, backward=case.mode == "both")
 
     def bounds(self, case: Case) -> dict[str, tuple[str, ...]]:
-        names = (GEMM_AGAIN, GEMM) if case.mode == "both" else (GEMM,)
-        names += (GEMM_TILED,) if case.device == "cpu" else ()
-        return {name: (name,) for name in names}
+        again = [GEMM_AGAIN] if case.mode == "both" else []
+        tiled = [GEMM_TILED] if case.device == "cpu" else []
+        return {name: (name,) for name in (*again, GEMM, *tiled)}
 
 
 def _variant(case: Case, name: str, function: Function) -> Variant:
