@@ -79,7 +79,7 @@ def describe(values: tuple[Any, ...], key: list[object]) -> None:
         elif way is NUMBER:
             key += (kind, value)
         elif way is CONSTANT:
-            key += (type(value.value), value.value)
+            key += (kind, type(value.value), value.value)
         elif value and type(value[0]) is tl.constexpr:
             key.append(_kept(value))
         elif way is INTEGERS:
