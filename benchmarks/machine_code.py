@@ -36,7 +36,7 @@ class Report:
     barriers: int = 0
     shuffles: int = 0
     columns: float = 0.0  # in one turn of the loop; 0 of a kernel that holds no logits
-    exponentials_a_column: float = 0.0
+    exponentials_a_column: float = 0.0  # and logarithms and reciprocals, of the same units
     instructions_a_column: float = 0.0
     branched_a_column: float = 0.0  # of these, those that a branch within the loop may skip
     bytes_a_column: int = 0
@@ -87,6 +87,8 @@ def load_bits(name: str) -> int:
 
 
 EXPONENTIALS = ("MUFU.EX2", "v_exp_f32")
+# All that the units of the exponentials do, logarithms and reciprocals too.
+SPECIAL = ("MUFU", "v_exp_f32", "v_log_f32", "v_rcp_f32")
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction] | None:
@@ -163,7 +165,7 @@ def look_at_loop(report: Report, code: list[Instruction], traffic: Traffic | Non
         loaded = sum(bits // 8 * times for bits, times in report.loads.items())
         report.columns = loaded / traffic.read
         report.bytes_a_column = traffic.read + traffic.written
-        report.exponentials_a_column = count(body, *EXPONENTIALS) / report.columns
+        report.exponentials_a_column = count(body, *SPECIAL) / report.columns
         report.instructions_a_column = len(body) / report.columns
         start = next((at for at in range(len(code)) if loop and code[at] is loop[0]), 0)
         report.branched_a_column = count_branched(body, start) / report.columns
@@ -200,7 +202,7 @@ def print_table(reports: list[Report]) -> None:
     """Loads as number x bits. Loads, barriers and shuffles are those of the main loop, or of a kernel without one."""
     row = "{:46} {:6} {:17} {:>6} {:>4} {:>6} {:>5} {:>6} {:>5}  {:18} {:>4} {:>4} {:>7} {:>9} {:>8} {:>9}"
     a_kernel = ("kernel", "arch", "dtype", "vocab", "regs", "shared", "local", "spills", "occ.")
-    print(row.format(*a_kernel, "loads", "bar.", "shfl", "ex2/col", "instr/col", "branched", "bytes/col"))
+    print(row.format(*a_kernel, "loads", "bar.", "shfl", "mufu/col", "instr/col", "branched", "bytes/col"))
     for r in reports:
         loads = " ".join(f"{times}x{bits}" for bits, times in r.loads.items())
         a_column = (

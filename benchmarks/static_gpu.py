@@ -13,8 +13,8 @@ are also named apart ("branched"): in the CUDA kernels they raise the references
 What a whole `linear_token_stats` launches, and how long that would take, follows from numbers alone (`launch_plan.py`).
 
 The bound is the slowest of memory (bytes over bandwidth), issue (instructions over issue rate, one per cycle and
-scheduler) and exponentials (16 per cycle and multiprocessor). It leaves out the work outside of the loop, latency and
-everything else that only a run shows: it is a prediction, not a measurement.
+scheduler) and exponentials (16 per cycle and multiprocessor, logarithms and reciprocals included). It leaves out the
+work outside of the loop, latency and everything else that only a run shows: it is a prediction, not a measurement.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ Microseconds on the device, without Python's part of a call. In brackets the sha
 
 Loads are counts of bits per load. Loads, barriers, shuffles and the figures per column are those of the main loop. A
 kernel without a loop over columns is counted as a whole. *Branched* are the instructions that a branch within the loop
-may skip. *Local* are bytes of stack, *spills* the instructions that move spilled registers, with those in the loop in
-brackets.
+may skip. *Exponentials* are all that their units do, logarithms and reciprocals included. *Local* are bytes of stack,
+*spills* the instructions that move spilled registers, with those in the loop in brackets.
 
 {table}
 
@@ -97,7 +97,7 @@ rows. The figures leave out latency, and the work outside the loop.
 def table(reports: list[Report]) -> list[list[str]]:
     """A row per compiled kernel."""
     of_a_kernel = ["arch", "dtype", "vocab", "registers", "shared", "local"]
-    of_a_loop = ["loads", "barriers", "shuffles", "ex2 per column", "instructions per column", "branched"]
+    of_a_loop = ["loads", "barriers", "shuffles", "exponentials per column", "instructions per column", "branched"]
     rows = [["kernel", *of_a_kernel, "spills", "occupancy", *of_a_loop, "bytes per column"]]
     for r in reports:
         loads = " ".join(f"{times}x{bits}" for bits, times in r["loads"].items())
