@@ -27,7 +27,7 @@ from phases.timing import Measurement
 
 VOCAB = 151936
 ROWS = (8192, 1024, 64, 256)  # the most important first
-BATCHES = ((8, 1024), (1, 8192), (64, 128))  # sequences and their length
+BATCHES = ((8, 1024), (1, 8192), (64, 128), (8, 128), (4, 64), (4, 16))  # sequences and their length
 PEERS = ("eager", "kl_div", "liger_kl_div", "trl_logprob", "trl_pipeline", "verl_pipeline")
 COMPILED_ROWS = 1024  # torch.compile is slow to start: it is there at one size, and at the largest for the main case
 COMPILING = 35  # seconds that it takes, for the check and for the case
@@ -121,7 +121,7 @@ def _ours(case: Case) -> list[Callable[[], Variant]]:
 
 
 def _part(setting: Setting, op: Op, case: Case, peers: Sequence[str], seconds: float) -> Part:
-    size = f"{case.shape.rows} rows" if case.op not in ("budget_trace", "modified_reward") else ""
+    size = f"{case.shape.rows} {'sequences' if case.op in ('budget_trace', 'modified_reward') else 'rows'}"
     if isinstance(op, Batches):
         size = f"{op.sequences} x {op.length}"
     name = " ".join(filter(None, (case.op, case.mode, size, case.dtype)))
@@ -152,14 +152,17 @@ def parts(setting: Setting) -> list[Part]:
                 (main if count >= 1024 or setting.small else later).append(part)
     constrained = []
     for sequences, length in ((1, 2),) if setting.small else BATCHES:
-        op, compiled = Batches(sequences, length), sequences == 8
-        peers = (*PEERS, "compile") if compiled else PEERS
-        at = case("constrained_reward", "forward", sequences * length, "bfloat16")
-        constrained.append(_part(setting, op, at, peers, seconds + COMPILING * compiled))
-    scans = [
-        _part(setting, op, case(op.name, "forward", 8 if setting.small else 256, "float32"), PEERS, seconds)
-        for op in (OPS["budget_trace"], ModifiedRewardOp())
-    ]
+        op, count = Batches(sequences, length), sequences * length
+        for dtype in ("bfloat16",) if setting.small else ("bfloat16", "float32"):
+            compiled = (sequences, length) == BATCHES[0] and dtype == "bfloat16"
+            peers = (*PEERS, "compile") if compiled else PEERS
+            at = case("constrained_reward", "forward", count, dtype)
+            part = _part(setting, op, at, peers, seconds + COMPILING * compiled)
+            (constrained if setting.small or (count == ROWS[0] and dtype == "bfloat16") else later).append(part)
+    scans = []
+    for count in (8,) if setting.small else (256, 16):  # sequences
+        for op in (OPS["budget_trace"], ModifiedRewardOp()):
+            scans.append(_part(setting, op, case(op.name, "forward", count, "float32"), PEERS, seconds))
     table = Part("autotune table", 45, lambda: _autotuned(setting))
     half = [part for part in main if "bfloat16" in part.name]
     single = [part for part in [*main, *later] if "bfloat16" not in part.name]
