@@ -39,7 +39,7 @@ OF_CUDA = ("token_stats", "constrained_reward", "budget_trace", "modified_reward
 # are bound by memory with either on A100, H100, H200 and B200; instructions per column of the statistics (bfloat16) are
 # 16.0 for triton and 16.2 for cuda (15.0 where no reference rises) on sm_90, 13.4 and 16.2 on sm_100
 # (`python benchmarks/static_gpu.py`). A trace is added in parallel by triton, token after token by cuda. For cuda speak
-# one launch fewer and nothing to compile at run time. AMD's GPUs have triton alone.
+# one launch where triton has two, or three, and nothing to compile at run time. AMD's GPUs have triton alone.
 PREFERRED_ON_GPU = "triton"
 
 
