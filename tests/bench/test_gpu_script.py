@@ -69,7 +69,11 @@ def test_logits(tmp_path):
     assert [v["name"] for v in case["variants"]][:2] == ["token_stats, triton", "eager"]
     assert case["absent"]["token_stats, cuda"] and case["absent"]["trl_logprob"]
     assert case["graph_floors"] == {} and case["variants"][0]["graph_note"] == "no GPU"
-    for name in ("constrained_reward forward 1 x 2 bfloat16", "modified_reward forward 8 sequences float32", "autotune table"):
+    for name in (
+        "constrained_reward forward 1 x 2 bfloat16",
+        "modified_reward forward 8 sequences float32",
+        "autotune table",
+    ):
         assert parts[name]["status"] == "done"
     assert parts["sanitizer triton: memcheck"]["status"] == "absent"
 

@@ -173,7 +173,8 @@ def test_every_way_of_installing_keeps_the_cuda_kernels(compiler, way, tree, tmp
     else:
         command = [sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps", "--no-build-isolation"]
         command += ["--prefix", str(tmp_path / "site"), *(["-e"] if way == "editable" else []), str(tree)]
-        environment = {**os.environ, **SILENT, **environment, "PIP_CONFIG_FILE": os.devnull}
+        said = {"PIP_CONFIG_FILE": os.devnull, "PIP_QUIET": "0"}  # what was compiled is read from what pip says
+        environment = {**os.environ, **SILENT, **environment, **said}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         (home,) = {noted.parent for noted in (tmp_path / "site").rglob("cmdp_fast-*.dist-info")} or {None}
     said = done.stdout + done.stderr

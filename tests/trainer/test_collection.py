@@ -11,7 +11,8 @@ HIDE = "import sys\nfor name in ('tyro', 'datasets'):\n    sys.modules[name] = N
 
 def test_a_missing_package_is_named_and_ends_no_collection(tmp_path):
     (tmp_path / "without.py").write_text(HIDE)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    given = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))}
+    environment = given | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     other = f"{HERE.parent / 'test_package.py'}::test_an_import_does_not_warn"
     command = [sys.executable, "-m", "pytest", "-p", "without", "-p", "no:cacheprovider", "-ra"]
     command += [str(HERE / "test_lock.py"), str(HERE / "test_trust.py"), other]
