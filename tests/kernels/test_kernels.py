@@ -299,3 +299,14 @@ def test_compile_traces_the_whole_graph_for_a_gpu():
         for t in step(x, y, tokens, reward):
             assert t.device.type == "cuda" and t.shape == (2, 3) and t.stride() == (3, 1) and t.dtype == torch.float32
     assert len(seen) == 1 and sum("constrained_pass" in str(target) for target in seen[0]) == 1
+
+
+def test_nothing_that_tells_where_rows_begin_is_1():
+    """To Triton 3.6 an integer of 1 in a tuple within a tuple is None: kernels would not compile for it."""
+    expanded = torch.empty(1, 9, device=DEVICE).expand(4, 9)
+    for t in (
+        expanded,
+        *(torch.empty(s, device=DEVICE) for s in ((1, 7), (5, 1), (1, 1), (2, 3, 1), (2, 1, 1), (4, 2, 5))),
+    ):
+        for rows in (t, t[..., :1], t[:1]):
+            assert 1 not in kernels.launch.rows_of(rows)[1], rows.stride()
