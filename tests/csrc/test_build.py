@@ -142,8 +142,11 @@ def test_failures_and_successes_in_place(tree):
 
 
 WHERE = """
-import importlib.util, site
+import importlib.util, site, sys
 from importlib.machinery import PathFinder
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]  # of the environment's own installation, by the same name
+sys.path.insert(0, home)
 site.addsitedir(home)  # .pth files count
 package = importlib.util.find_spec("cmdp_fast").submodule_search_locations
 print(*(PathFinder.find_spec(f"cmdp_fast.{name}", package).origin for name in ("_C", "_cuda")))
