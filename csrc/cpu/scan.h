@@ -72,8 +72,12 @@ void trace_sequence(const Sequences& sequences, int64_t s, const Spending& spend
     const bool counts = unmasked(mask, i);
     const double cost = costs[i];
     const BudgetStep step = counts ? account.push(cost, rule) : account.carry(rule);
-    const RewardInput line{cost,          cumulative.set(i, step.cumulative), remaining.set(i, step.remaining),
-                           excess.set(i, step.excess), step.violated,         step.crossing};
+    const RewardInput line{cost,
+                           cumulative.set(i, step.cumulative),
+                           remaining.set(i, step.remaining),
+                           excess.set(i, step.excess),
+                           step.violated,
+                           step.crossing};
     violated[i] = step.violated;
     if (step.crossing) first_violation = i - begin;
     if (kRewarded) rewards.set(i, counts ? state.push(task_reward[i], line, paid) : 0);
