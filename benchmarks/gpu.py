@@ -26,8 +26,8 @@ Python), without which their parts are recorded as absent:
 
 On the machine, in the checkout that the wheel was made of (other kernels than the tests know would be tested):
 
-    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site wheels/*.whl
-    export PYTHONPATH=/tmp/site
+    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/site wheels/*.whl
+    export PYTHONPATH=$PWD/build/site
     python3 benchmarks/gpu.py prove --out results      # then logits, linear, train
 
 All four fit into twenty minutes with --seconds 255, 310, 315 and 260, in this order. Join them with `;`: exit code 1

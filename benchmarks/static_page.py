@@ -1,8 +1,8 @@
 """The page on the GPU kernels' machine code and on the launch plan, made from what `static_gpu.py` finds.
 
-    pip install --no-deps --target /tmp/triton-3.6.0 triton==3.6.0         (likewise every other version to look at)
-    python benchmarks/static_page.py --survey /tmp/triton-3.4.0 /tmp/triton-3.6.0 ...     compiles all, and the page
-    python benchmarks/static_page.py                                                      the page alone
+    pip install --no-deps --target build/triton-3.6.0 triton==3.6.0            (likewise every other version)
+    python benchmarks/static_page.py --survey build/triton-3.4.0 build/triton-3.6.0 ...     compiles all, and the page
+    python benchmarks/static_page.py                                                        the page alone
 
 The survey needs Triton and nvcc, but no GPU. It compiles with the Triton that is installed, and the main kernels with
 each of those in the folders, and writes static_gpu.json and triton_versions.json. The page needs neither: it writes

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from cmdp_fast import reference
 from cmdp_fast.bench.case import Case, Op, Shape, Work, cast
 from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.ops.budget_trace import BUDGET, LENGTH, BudgetTraceOp
-from cmdp_fast.bench.ops.constrained_reward import ConstrainedRewardOp, budget
+from cmdp_fast.bench.ops.constrained_reward import budget
 from cmdp_fast.bench.ops.divergence import BETA
 from cmdp_fast.bench.ops.token_stats import TERMS, statistics_by
 from cmdp_fast.bench.variant import Absent, Inputs, Values, Variant, differentiable
@@ -31,23 +32,6 @@ BATCHES = ((8, 1024), (1, 8192), (64, 128), (8, 128), (4, 64), (4, 16))  # seque
 PEERS = ("eager", "kl_div", "liger_kl_div", "trl_logprob", "trl_pipeline", "verl_pipeline")
 COMPILED_ROWS = 1024  # torch.compile is slow to start: it is there at one size, and at the largest for the main case
 COMPILING = 35  # seconds that it takes, for the check and for the case
-
-
-class Batches(ConstrainedRewardOp):
-    """`constrained_reward` of so many sequences of one length; the shape's rows are their tokens."""
-
-    def __init__(self, sequences: int, length: int) -> None:
-        self.sequences, self.length = sequences, length
-
-    def make(self, case: Case, seed: int) -> Inputs:
-        sequences = self.sequences if case.shape.rows == self.sequences * self.length else 1
-        length = case.shape.rows // sequences
-        shape = (sequences, length)
-        inputs = super(ConstrainedRewardOp, self).make(case, seed)
-        inputs = {name: t.unflatten(0, shape) for name, t in inputs.items()}
-        reward = torch.zeros(shape, device=case.device)
-        reward[:, -1] = 1.0
-        return inputs | {"reward": reward, "mask": torch.ones(shape, dtype=torch.bool, device=case.device)}
 
 
 class ModifiedRewardOp(BudgetTraceOp):
@@ -122,8 +106,8 @@ def _ours(case: Case) -> list[Callable[[], Variant]]:
 
 def _part(setting: Setting, op: Op, case: Case, peers: Sequence[str], seconds: float) -> Part:
     size = f"{case.shape.rows} {'sequences' if case.op in ('budget_trace', 'modified_reward') else 'rows'}"
-    if isinstance(op, Batches):
-        size = f"{op.sequences} x {op.length}"
+    if case.op == "constrained_reward":
+        size = f"{case.shape.sequences} x {case.shape.length}"
     name = " ".join(filter(None, (case.op, case.mode, size, case.dtype)))
     return Part(name, seconds, Measurement(op, case, _ours, peers).take_in(setting))
 
@@ -137,8 +121,8 @@ def parts(setting: Setting) -> list[Part]:
     def shape(count: int) -> Shape:
         return Shape("Qwen2.5" if not setting.small else "toy", count, vocab, 1536, 3584)
 
-    def case(op: str, mode: str, count: int, dtype: str) -> Case:
-        return Case(op, mode, shape(count), dtype, setting.device)
+    def case(op: str, mode: str, count: int, dtype: str, length: int | None = None) -> Case:
+        return Case(op, mode, replace(shape(count), completion=length), dtype, setting.device)
 
     modes = (("token_stats", "forward"), ("token_stats", "both"), ("token_stats", "inplace"), ("divergence", "both"))
     main, later = [], []
@@ -152,12 +136,12 @@ def parts(setting: Setting) -> list[Part]:
                 (main if count >= 1024 or setting.small else later).append(part)
     constrained = []
     for sequences, length in ((1, 2),) if setting.small else BATCHES:
-        op, count = Batches(sequences, length), sequences * length
+        count = sequences * length
         for dtype in ("bfloat16",) if setting.small else ("bfloat16", "float32"):
             compiled = (sequences, length) == BATCHES[0] and dtype == "bfloat16"
             peers = (*PEERS, "compile") if compiled else PEERS
-            at = case("constrained_reward", "forward", count, dtype)
-            part = _part(setting, op, at, peers, seconds + COMPILING * compiled)
+            at = case("constrained_reward", "forward", count, dtype, length)
+            part = _part(setting, OPS[at.op], at, peers, seconds + COMPILING * compiled)
             (constrained if setting.small or (count == ROWS[0] and dtype == "bfloat16") else later).append(part)
     scans = []
     for count in (8,) if setting.small else (256, 16):  # sequences

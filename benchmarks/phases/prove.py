@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import shutil
 import sys
 import sysconfig
 import xml.etree.ElementTree as xml
@@ -18,7 +19,7 @@ import torch
 import cmdp_fast as cf
 from phases import ceilings, checks, processes
 from phases.record import Part
-from phases.setting import Setting, need_package, need_program
+from phases.setting import Setting, need_package
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "trl", "liger-kernel", "cut-cross-entropy")
@@ -61,12 +62,7 @@ def _versions() -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
-    programs = {}
-    for name in PROGRAMS:
-        try:
-            programs[name] = need_program(name)
-        except Exception:
-            programs[name] = None
+    programs = {name: shutil.which(name) for name in PROGRAMS}
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"  # of which Triton compiles its launcher
     programs[header.name] = str(header) if header.exists() else None
     backends = cf.available_backends()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import cmdp_fast as cf
 from cmdp_fast import reference
 
 DIFFERENTIABLE = ("logprob", "entropy", "reverse_kl", "forward_kl")
@@ -85,6 +86,22 @@ def assert_no_worse(ours, eager, exact, what="", *, size=1.0, terms=1):
     error, allowed = (ours.double() - exact).abs(), (eager.double() - exact).abs()
     limit = 2 * float(allowed.max()) + rounding
     assert float(error.max()) <= limit, f"{what}: error {float(error.max()):.3g} > {limit:.3g}"
+
+
+def check_token_stats(student, teacher, tokens, backend, **settings):
+    """The statistics and their gradient, against the reference in float64 and in eager PyTorch."""
+    weights = {name: make_logits(*tokens.shape, scale=1.0, seed=i) for i, name in enumerate(DIFFERENTIABLE)}
+    x = student.detach().clone().requires_grad_()
+    stats = cf.token_stats(x, teacher, tokens, backend=backend, **settings)
+    gradient = torch.autograd.grad(weighted_sum(stats, weights), x)[0]
+    exact, eager = exact_and_eager(student, teacher, tokens, weights, **settings)
+    width = student.shape[-1]
+    for name in stats._fields:
+        assert_no_worse(getattr(stats, name), getattr(eager[0], name), getattr(exact[0], name), name, terms=width)
+    assert gradient.dtype == student.dtype
+    # The gradient of the reverse KL is a difference from R, which carries the rounding of R itself.
+    size = float((exact[0].reverse_kl * weights["reverse_kl"]).abs().max()) / settings.get("temperature", 1.0)
+    assert_no_worse(gradient, eager[1].to(student.dtype), exact[1], "gradient", size=size, terms=width)
 
 
 def needs_memory(gigabytes):
