@@ -178,3 +178,12 @@ def test_a_compiled_graph_takes_a_constraint() -> None:
             return cf.constrained_reward(x, y, tokens, task, constraint=held).reward  # noqa: B023
 
         assert torch.equal(torch.compile(reward, fullgraph=True, backend="aot_eager")(x), reward(x))
+
+
+def test_a_value_that_is_equal_to_a_good_one_is_still_refused() -> None:
+    """Constraints of keywords are made once. True is equal to 1, and neither a discount nor a budget; 1 is no bool."""
+    cost = torch.ones(1, 2)
+    cf.budget_trace(cost, 1.0, gamma=1.0, per_token=True)
+    for budget, settings in ((True, {}), (1.0, {"gamma": True}), (1.0, {"per_token": 1})):
+        with pytest.raises(TypeError, match="must be a"):
+            cf.budget_trace(cost, budget, **({"gamma": 1.0, "per_token": True} | settings))

@@ -178,3 +178,14 @@ def test_budgets_of_every_form_agree_with_the_reference(layout, given, backend):
     assert torch.equal(got.trace.first_violation, want.trace.first_violation)
     assert torch.allclose(got.reward, want.reward, atol=1e-5)
     assert torch.allclose(got.trace.remaining, want.trace.remaining, atol=1e-5)
+
+
+def test_a_budget_is_rounded_as_the_costs_are(backend):
+    """A completion whose float32 cost is what the budget becomes in float32 is within it, although the budget as it was
+    given is a little smaller."""
+    x, y, tokens, reward, _ = batch()
+    cost = float(cf.token_stats(x[:1, :1], y[:1, :1], tokens[:1, :1], backend=backend).reverse_kl)
+    budget = cost * (1 - 2**-30)
+    assert budget < cost and torch.tensor(budget).item() == cost
+    got = cf.constrained_reward(x[:1, :1], y[:1, :1], tokens[:1, :1], reward[:1, :1], budget, backend=backend)
+    assert not got.trace.violated.any() and got.trace.remaining.item() == 0
