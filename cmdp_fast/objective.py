@@ -249,6 +249,8 @@ def gae(
 
     ``value`` is V(s_t), before the action. An action-independent cost at t is part of what V(s_t) predicts, so the
     modified reward serves as it is. Masked tokens are stepped over: the next value is that of the next real token.
+    The advantage is not whitened, as other libraries' is: that divides it by a number, which the direct term has to
+    share. `whiten` does both; the target is made of the advantage before that.
     Raises TypeError, ValueError for a mask or shapes that do not fit.
 
     Source: Schulman et al. 2016, arXiv 1506.02438, equation 16.
@@ -260,6 +262,23 @@ def gae(
     advantage = _suffix_scan(delta, torch.where(keep, delta.new_tensor(gamma * lam), 1.0))
     advantage = torch.where(keep, advantage, 0.0)
     return advantage, advantage + value
+
+
+def whiten(advantage: Tensor, *, mask: Tensor | None = None) -> GroupAdvantage:
+    """(A - mean) / scale over the real tokens of a batch, [B, T], and the scale, a scalar tensor.
+
+    scale = sqrt(variance + 1e-8) with ddof 1, as PPO in TRL and verl. Divide `direct_coefficient` by it too, or the
+    discrepancy weight changes its meaning with the spread of the advantages. A batch with less than two real tokens has
+    no spread: its scale is 1. Processes that share a step have to whiten their tokens together. Raises TypeError,
+    ValueError for a mask or shapes that do not fit.
+    """
+    keep = _kept(advantage, mask)
+    count = keep.sum()
+    real = torch.where(keep, advantage.detach(), 0.0)
+    centred = torch.where(keep, real - real.sum() / count.clamp(min=1), 0.0)
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    scale = torch.where(count > 1, (variance + 1e-8).sqrt(), 1.0)
+    return GroupAdvantage(centred / scale, scale)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -285,7 +304,9 @@ def ppo_loss(
     rho = exp(logprob - old_logprob). All tensors are [B, T]; ``logprob`` and ``cost`` are differentiable, the rest is
     detached. Ratio and clip act on the score term alone: the cost is a function of the state and of the current policy
     and is not reweighted by the sampled action. At rho = 1 the gradient is minus that of the objective. If the
-    advantages were divided by a number, ``direct`` (k) must have been divided by the same one.
+    advantages were divided by a number, ``direct`` (k) must have been divided by the same one. A token whose clip
+    takes effect, or whose advantage is 0, has no gradient however large its ratio is. With a negative advantage nothing
+    bounds a large ratio: where rho overflows (log-ratios above 88.7 in float32) so does the loss.
 
     N, the ``normalizer``, divides both terms, so it does not change what the discrepancy weight means against the task
     reward. Default: the number of sequences with a real token, since the objective is a sum over the trajectory and a
@@ -311,10 +332,16 @@ def ppo_loss(
         normalizer = keep.any(1).sum().clamp(min=1)
 
     log_ratio = torch.where(keep, logprob - old_logprob.detach(), 0.0)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.detach().exp()
     score = torch.where(keep, advantage.detach(), 0.0)
+    low = (ratio < 1.0 - clip_low) & (score < 0)
+    high = (ratio > 1.0 + clip_high) & (score > 0)
+    # min(rho A, clip(rho) A) is rho A but where the clip takes effect: there it is a constant. A ratio that is not part
+    # of the loss is not part of its gradient either: exp overflows from 88.7 on, and inf * 0 is NaN.
+    weighed = ~(low | high) & (score != 0)
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    score_loss = -torch.minimum(ratio * score, clipped * score).sum() / normalizer
+    surrogate = torch.where(weighed, torch.where(weighed, log_ratio, 0.0).exp(), clipped) * score
+    score_loss = -surrogate.sum() / normalizer
 
     direct_loss = torch.zeros_like(score_loss)
     if cost is not None and direct is not None:
@@ -326,8 +353,6 @@ def ppo_loss(
         direct_loss = torch.where(weight != 0, weight * cost, 0.0).sum() / normalizer
 
     with torch.no_grad():
-        low = (ratio < 1.0 - clip_low) & (score < 0)
-        high = (ratio > 1.0 + clip_high) & (score > 0)
         metrics = {
             "clip_ratio/low_mean": low.sum() / tokens,
             "clip_ratio/high_mean": high.sum() / tokens,
@@ -369,41 +394,46 @@ def constraint_metrics(
 ) -> dict[str, Tensor]:
     """What a run reports about its constraint, as scalar tensors on the device of ``cost`` [B, T].
 
-    C_T is the account of ``trace`` (which knows its budget d) at the last real token of a sequence:
-    ``constraint_satisfaction`` mean 1[C_T <= d]; ``mean_excess`` mean (C_T - d)+; ``mean_cumulative`` mean C_T;
-    ``cvar`` the mean of the worst ``alpha`` of the C_T (see `cvar`); ``mean_token_cost`` and ``max_token_cost`` over
-    real tokens; ``first_violation`` mean of t/T, the share of a sequence's tokens before its first violation, 1 where
-    there is none.
+    A sequence without a real token counts nowhere, as in `ppo_loss`; where none has one, all metrics are NaN. C_T is
+    the account of ``trace`` (which knows its budget d) at the last real token of a sequence:
+    ``constraint_satisfaction`` mean 1[C_T <= d]; ``never_violated`` mean 1[no token violates]; ``mean_excess`` mean
+    (C_T - d)+; ``mean_cumulative`` mean C_T; ``cvar`` the mean of the worst ``alpha`` of the C_T (see `cvar`);
+    ``mean_token_cost`` and ``max_token_cost`` over real tokens; ``first_violation`` mean of t/T, the share of a
+    sequence's tokens before its first violation, 1 where there is none.
     With ``correct`` [B] (bool or 0/1): ``accuracy`` and ``correct_and_feasible``. With ``mean_budget`` (a number or
     [B]): ``prefix_satisfaction``, mean 1[max_t m_t <= mean_budget] of the prefix means m_t of ``cost``.
 
+    A violation is absorbing, so a sequence loses the task's reward (``cmdp``, ``saute``) where it violates once. With
+    costs that may be negative (k1) or a prefix mean it may still end within its budget: satisfied, but violated.
+
     With a cost of ``reverse_kl`` these are exact per-sequence divergences, not estimates from the sampled tokens.
-    Raises ValueError for shapes that differ, no sequences, or alpha outside (0, 1].
+    Raises ValueError for shapes that differ, no tokens at all, or alpha outside (0, 1].
     """
     keep = _kept(cost, mask, cumulative=trace.cumulative)
-    size = cost.shape[0]
     if cost.numel() == 0:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected at least one token")
-    cost = torch.where(keep, cost.detach(), 0.0)
+    real = keep.any(1)
+    cost, keep = torch.where(keep, cost.detach(), 0.0)[real], keep[real]
     length = keep.sum(1)
-    total, remaining = _last(trace.cumulative, keep)[:, 0], _last(trace.remaining, keep)[:, 0]
-    feasible = remaining >= 0
+    total, remaining = (_last(amount[real], keep)[:, 0] for amount in (trace.cumulative, trace.remaining))
+    feasible, violated = remaining >= 0, trace.violated[real] & keep
 
     metrics = {
         "constraint_satisfaction": feasible.to(total.dtype).mean(),
+        "never_violated": 1.0 - violated.any(1).to(total.dtype).mean(),
         "mean_excess": (-remaining).clamp(min=0.0).mean(),
         "mean_cumulative": total.mean(),
         "cvar": cvar(total, alpha),
-        "mean_token_cost": cost.sum() / length.sum().clamp(min=1),
-        "max_token_cost": cost.masked_fill(~keep, -torch.inf).amax(),
-        "first_violation": 1.0 - ((trace.violated & keep).sum(1) / length.clamp(min=1)).mean(),
+        "mean_token_cost": cost.sum() / length.sum(),
+        "max_token_cost": cost.masked_fill(~keep, -torch.inf).amax() if len(cost) else cost.new_tensor(torch.nan),
+        "first_violation": 1.0 - (violated.sum(1) / length).mean(),
     }
     if correct is not None:
-        right = correct.to(total.dtype)
+        right = correct[real].to(total.dtype)
         metrics["accuracy"] = right.mean()
         metrics["correct_and_feasible"] = (right * feasible).mean()
     if mean_budget is not None:
         mean = cost.cumsum(1) / keep.long().cumsum(1).clamp(min=1)
-        limit = torch.as_tensor(mean_budget, dtype=mean.dtype, device=mean.device).expand(size)[:, None]
+        limit = torch.as_tensor(mean_budget, dtype=mean.dtype, device=mean.device).expand(len(real))[real, None]
         metrics["prefix_satisfaction"] = (mean <= limit).all(1).to(total.dtype).mean()
     return metrics

@@ -295,6 +295,24 @@ def test_gae_matches_the_recurrence(gamma: float, lam: float) -> None:
         torch.testing.assert_close(target, objective.returns_to_go(reward, mask=mask, gamma=gamma))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whitening_divides_by_a_number_that_the_direct_term_can_share(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    advantage, target = objective.gae(*torch.randn(2, 4, 50, dtype=dtype, generator=generator))
+    mask = torch.rand(4, 50, generator=generator) < 0.7
+    real = advantage[mask].double()
+    white, scale = objective.whiten(torch.where(mask, advantage, torch.nan), mask=mask)
+    expected = (real - real.mean()) / torch.sqrt(real.var() + 1e-8)  # as PPO in TRL and verl
+    assert white.dtype == dtype and scale.shape == () and not white[~mask].any()
+    torch.testing.assert_close(white[mask].double(), expected, rtol=0, atol=50 * torch.finfo(dtype).eps)
+    assert scale.item() == pytest.approx(torch.sqrt(real.var() + 1e-8).item(), rel=1e-6)
+    assert not torch.allclose(advantage.std(), torch.ones((), dtype=dtype), atol=0.1)  # `gae` alone whitens nothing
+    for count in (0, 1):  # no spread to divide by
+        few = torch.arange(200).reshape(4, 50) < count
+        white, scale = objective.whiten(advantage, mask=few)
+        assert not white.any() and scale == 1.0
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Controller
 
@@ -360,6 +378,7 @@ def test_constraint_metrics() -> None:
     expected = {
         "accuracy": 2 / 3,
         "constraint_satisfaction": 1 / 3,  # C_T = 1, 3, 3; the first is at the budget and feasible
+        "never_violated": 1 / 3,
         "prefix_satisfaction": 1 / 3,
         "correct_and_feasible": 1 / 3,
         "mean_excess": 4 / 3,
@@ -375,6 +394,57 @@ def test_constraint_metrics() -> None:
         assert metrics[name].item() == pytest.approx(number, rel=1e-6), name
     without = objective.constraint_metrics(cost, trace, mask=mask)
     assert without.keys() == expected.keys() - {"accuracy", "correct_and_feasible", "prefix_satisfaction"}
+
+
+def test_completions_without_a_token_count_nowhere() -> None:
+    """Masked ones between those of the test above change no metric, whatever is written there."""
+    cost = torch.tensor([[0.5, 0.25, 0.25, math.nan], [1.0, 1.0, 0.5, 0.5], [0.0, 3.0, math.nan, math.nan]])
+    mask = ~cost.isnan()
+    correct, limit = torch.tensor([True, False, True]), torch.tensor([0.5, 2.0, 0.5])
+    expected = objective.constraint_metrics(
+        cost, ops.budget_trace(cost, 1.0, mask=mask), mask=mask, correct=correct, mean_budget=limit, alpha=0.5
+    )
+    place = torch.tensor([1, 2, 4])
+
+    def among(value: Tensor, filling: float) -> Tensor:
+        return torch.full((6, *value.shape[1:]), filling).to(value.dtype).index_copy(0, place, value)
+
+    wide = among(cost, 1e4), among(mask, 0.0)
+    for right in (0.0, 1.0):
+        metrics = objective.constraint_metrics(
+            wide[0],
+            ops.budget_trace(wide[0], 1.0, mask=wide[1]),
+            mask=wide[1],
+            correct=among(correct, right),
+            mean_budget=among(limit, 9.0),
+            alpha=0.5,
+        )
+        assert metrics.keys() == expected.keys()
+        for name, value in metrics.items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_where_no_completion_has_a_token_there_is_no_metric() -> None:
+    cost, mask = torch.full((2, 3), 5.0), torch.zeros(2, 3, dtype=torch.bool)
+    metrics = objective.constraint_metrics(
+        cost, ops.budget_trace(cost, 1.0, mask=mask), mask=mask, correct=torch.ones(2), mean_budget=1.0
+    )
+    assert all(value.shape == () and value.isnan() for value in metrics.values()), metrics
+
+
+def test_a_violation_that_was_made_good_is_satisfied_and_violated() -> None:
+    """A violation is absorbing: what k1 gives back later, or a prefix mean that falls, does not bring the reward
+    back."""
+    cost = torch.tensor([[1.0, -0.75], [0.25, 0.25], [0.25, 0.75]])  # C_T = .25, .5, 1
+    reward = torch.tensor([[0.0, 1.0]]).expand(3, 2)
+    trace = ops.budget_trace(cost, 0.5)
+    metrics = objective.constraint_metrics(cost, trace)
+    assert metrics["constraint_satisfaction"].item() == pytest.approx(2 / 3)
+    assert metrics["never_violated"].item() == pytest.approx(1 / 3)
+    modified = ops.modified_reward(reward, cost, trace, penalty=0.0, discrepancy_weight=0.0).sum(1)
+    assert modified.tolist() == [0.0, 1.0, 0.0]  # of the first, which ends within its budget, too
+    mean = objective.constraint_metrics(cost[:1], ops.budget_trace(cost[:1], 0.5, reduction="mean"))
+    assert mean["constraint_satisfaction"] == 1 and mean["never_violated"] == 0
 
 
 def test_prefix_satisfaction_of_the_vectors() -> None:

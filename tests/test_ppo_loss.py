@@ -120,6 +120,32 @@ def test_masked_tokens_are_never_used() -> None:
     assert not nothing.any() and not any(value.any() for value in metrics.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_a_ratio_that_does_not_count_may_overflow(side: float, dtype: torch.dtype) -> None:
+    """Log-ratios of 0 and far beyond what exp can hold: an advantage of 0, or a clip that takes the token out."""
+    largest = math.log(torch.finfo(dtype).max)
+    old = torch.tensor([[-2 * largest, -1.0]], dtype=dtype) if side > 0 else torch.tensor([[-0.5, -1.0]], dtype=dtype)
+    now = torch.tensor([[-0.5, -1.0]] if side > 0 else [[-2 * largest, -1.0]], dtype=dtype)
+    for advantage, expected, gradient_of_it in ((0.0, 0.0, 0.0), (side, -side * (1.0 + 0.2 * side), 0.0)):
+        logprob = now.clone().requires_grad_()
+        weight = torch.tensor([[advantage, 1.0]], dtype=dtype)
+        loss, metrics = objective.ppo_loss(logprob, old, weight, mask=None)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected - 1.0, rel=1e-6)
+        assert logprob.grad.tolist() == [[gradient_of_it, -1.0]]
+        assert metrics["loss/score"] == loss
+
+
+def test_nothing_bounds_the_ratio_of_a_negative_advantage() -> None:
+    logprob = torch.tensor([[-0.5]], requires_grad=True)
+    loss, _ = objective.ppo_loss(logprob, torch.tensor([[-200.0]]), torch.tensor([[-1.0]]), mask=None)
+    assert loss.item() == math.inf
+    loss, _ = objective.ppo_loss(logprob, torch.tensor([[-20.5]]), torch.tensor([[-1.0]]), mask=None)
+    loss.backward()
+    assert logprob.grad.item() == pytest.approx(math.exp(20), rel=1e-6)
+
+
 def test_infinite_cost_of_weight_zero_does_not_spoil_the_loss() -> None:
     logprob = torch.zeros(1, 2, requires_grad=True)
     cost = torch.tensor([[math.inf, 1.0]], requires_grad=True)
