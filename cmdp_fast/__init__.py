@@ -25,7 +25,7 @@ from cmdp_fast.constraint import Constraint
 from cmdp_fast.heads import Head, head_of, last_hidden_state
 from cmdp_fast.ops import operator
 from cmdp_fast.ops.backends import available_backends
-from cmdp_fast.ops.budget import budget_trace, modified_reward
+from cmdp_fast.ops.budget import budget_trace, discounted_budget, modified_reward
 from cmdp_fast.ops.constrained import constrained_reward
 from cmdp_fast.ops.cost import token_cost
 from cmdp_fast.ops.divergence import divergence
@@ -49,6 +49,7 @@ __all__ = [
     "available_backends",
     "budget_trace",
     "constrained_reward",
+    "discounted_budget",
     "divergence",
     "dropped_teacher_mass",
     "head_of",

@@ -114,6 +114,12 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def discount(value: float) -> None:
+    number("gamma", value)
+    if not 0 < value <= 1:
+        raise ValueError(f"gamma must lie in (0, 1], got {value}")
+
+
 def number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")

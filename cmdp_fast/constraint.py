@@ -70,6 +70,8 @@ class Constraint:
         edge: ``strict``: a spent budget is feasible; ``saute``: it is a violation.
         per_token: the budget of a sequence is d times its number of unmasked tokens.
         beta: of the cost ``jsd``, in [0, 1].
+        cost_clamp: c > 0 in nats puts the cost of every token into [-c, c], for ``k1``, ``k3`` and ``nll``: see
+            `cmdp_fast.token_cost`. None: as it is.
 
     Another value of a field: ``dataclasses.replace(constraint, budget=3.0)``. Together with ``kind`` give ``cost=None,
     reduction=None`` too, for the new kind's own: a default that has been filled in is a value like any other. Two
@@ -94,6 +96,7 @@ class Constraint:
     edge: str = "strict"
     per_token: bool = False
     beta: float = 0.5
+    cost_clamp: float | None = None
 
     def __post_init__(self) -> None:
         checks.choice("kind", self.kind, tuple(KINDS))
@@ -117,6 +120,7 @@ class Constraint:
         self._check_account()
         self._check_reward()
         checks.share("beta", self.beta)
+        check_clamp("cost_clamp", self.cost_clamp, self.cost)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Constraint):
@@ -128,13 +132,11 @@ class Constraint:
         return hash(tuple(tuple(value.shape) if isinstance(value, Tensor) else value for value in values))
 
     def _check_account(self) -> None:
-        checks.number("gamma", self.gamma)
+        checks.discount(self.gamma)
         checks.choice("reduction", self.reduction, ("sum", "mean"))
         checks.choice("edge", self.edge, ("strict", "saute"))
         if not isinstance(self.per_token, bool):
             raise TypeError(f"per_token must be a bool, got {checks.describe(self.per_token)}")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], got {self.gamma}")
         if self.reduction == "mean" and self.gamma != 1:
             raise ValueError(f"reduction='mean' takes no discount, got gamma={self.gamma}; expected gamma=1")
 
@@ -229,6 +231,7 @@ class ConstraintSettings(AccountSettings, RewardSettings, total=False):
 
     cost: str | None
     beta: float
+    cost_clamp: float | None
 
 
 def _made(values: Mapping[str, Any]) -> Constraint:
@@ -244,6 +247,18 @@ _PLAIN = (float, int, str, bool, type(None))
 @functools.lru_cache(maxsize=64, typed=True)  # typed: 1 and True are equal, and one of them is refused
 def _made_before(**values: Any) -> Constraint:
     return Constraint(**values)
+
+
+def check_clamp(name: str, value: float | None, cost: str) -> None:
+    """Raises TypeError or ValueError unless costs may be clamped to this size."""
+    if value is None:
+        return
+    checks.positive(name, value)
+    if cost in DIFFERENTIABLE_COSTS:
+        raise ValueError(
+            f"{name}={value} with cost={cost!r}: where it takes effect the cost would have no gradient; expected "
+            "one of k1, k3, nll, which have none"
+        )
 
 
 def checked(constraint: object) -> Constraint:

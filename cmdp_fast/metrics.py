@@ -15,7 +15,7 @@ from cmdp_fast import objective
 from cmdp_fast.ops.cost import token_cost
 from cmdp_fast.reference import BudgetTrace, TokenStats
 
-OF_A_BUDGET = ("constraint_satisfaction", "mean_excess", "first_violation", "budget")
+OF_A_BUDGET = ("constraint_satisfaction", "never_violated", "mean_excess", "first_violation", "budget")
 """Metrics that mean nothing where no budget is."""
 
 
@@ -47,17 +47,21 @@ def budget_metrics(
 
     ``modified_reward``, the mean of the returns ``modified`` [B] where there are any; ``budget``, a number or the mean
     of [B]; ``cumulative_kl``, the mean of the exact divergence per completion; ``cumulative_k1`` and ``cumulative_k3``,
-    the means of its estimates; ``cumulative_kl_cvar``, the mean of the worst tenth of the exact one.
+    the means of its estimates; ``cumulative_kl_cvar``, the mean of the worst tenth of the exact one. A completion
+    without a token counts in none of them.
     """
     metrics = objective.constraint_metrics(cost, trace, mask=mask, correct=correct)
+    real = mask.any(1)
     if modified is not None:
-        metrics["modified_reward"] = modified.mean()
+        metrics["modified_reward"] = modified[real].mean()
+    limit = torch.as_tensor(budget, dtype=torch.float32, device=mask.device)
+    kl, k1, k3 = (estimate[real] for estimate in divergence)
     return metrics | {
-        "budget": torch.as_tensor(budget, dtype=torch.float32).mean(),
-        "cumulative_kl": divergence.kl.mean(),
-        "cumulative_k1": divergence.k1.mean(),
-        "cumulative_k3": divergence.k3.mean(),
-        "cumulative_kl_cvar": objective.cvar(divergence.kl),
+        "budget": limit[real].mean() if limit.dim() else limit,
+        "cumulative_kl": kl.mean(),
+        "cumulative_k1": k1.mean(),
+        "cumulative_k3": k3.mean(),
+        "cumulative_kl_cvar": objective.cvar(kl),
     }
 
 

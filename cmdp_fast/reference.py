@@ -236,11 +236,14 @@ def divergence(
     return _poison(value, log_p, log_w)
 
 
-def token_cost(stats: TokenStats, kind: str) -> Tensor:
+def token_cost(stats: TokenStats, kind: str, clamp: float | None = None) -> Tensor:
     """The cost c_t of each token from its statistics; ``k1, k3, nll`` depend on the action and are detached.
 
-    With rho = logprob - teacher_logprob: k1 = rho, k3 = exp(-rho) - 1 + rho, nll = -teacher_logprob.
+    With rho = logprob - teacher_logprob: k1 = rho, k3 = exp(-rho) - 1 + rho, nll = -teacher_logprob. ``clamp`` bounds
+    its size.
     """
+    if clamp is not None:
+        return token_cost(stats, kind).clamp(-clamp, clamp)
     if kind in ("reverse_kl", "forward_kl"):
         return stats.reverse_kl if kind == "reverse_kl" else stats.forward_kl
     rho = (stats.logprob - stats.teacher_logprob).detach()

@@ -12,7 +12,7 @@ from cmdp_fast.errors import InputError
 SAMPLED_COSTS = ("k1", "k3", "nll")
 """Costs that the log-probabilities of the sampled token give, the student's and the teacher's."""
 
-SETTINGS = ("budget", "cost", "kind", "penalty", "discrepancy_weight", "coefficient")
+SETTINGS = ("budget", "cost", "kind", "penalty", "discrepancy_weight", "coefficient", "cost_clamp")
 
 
 def constraint_from_settings(settings: Mapping[str, Any] | None, where: str) -> cf.Constraint:

@@ -6,6 +6,7 @@ the cost is the direct term of `cmdp_fast.objective`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,10 @@ def budget_trace(
     excess Phi_t = (C_t - d)+ - (C_{t-1} - d)+ is what token t adds to the overrun. i counts unmasked tokens; a masked
     token costs nothing and reports the account as it stands (float64 costs on Triton: but for rounding). A NaN in the
     cost counts as a violation from there on.
+
+    With gamma < 1 the budget bounds the *discounted* sum as it stands, so it is worth less than the same number without
+    a discount: T tokens of cost d/T spend d (1 - gamma^T) / (T (1 - gamma)). The public codes of Sauté RL take their
+    budget for an undiscounted one and scale it down to that; `discounted_budget` does.
 
     Args:
         cost: ``[B, T]``, or ``[N]`` packed with ``cu_seqlens``; any floating dtype, in nats for a KL. Detached.
@@ -70,6 +75,37 @@ def budget_trace(
     chosen = backends.choose(backend, cost, "budget_trace")
     account = Account(in_array(cost.detach(), dtype), flat(mask, torch.bool), offsets)
     return _budget_trace(_Given(account, limits, held.budget_rule, chosen))
+
+
+def discounted_budget(budget: float | Tensor, gamma: float, horizon: int) -> float | Tensor:
+    """What a discounted sum of costs may come to where an undiscounted one may come to ``budget``.
+
+        d (1 - gamma^T) / (T (1 - gamma)),    T = horizon
+
+    A sequence of T equal costs then spends the same share of either; costs that come early weigh more, those that come
+    late less.
+
+    Args:
+        budget: d >= 0 in the units of the cost (nats for a KL): a number, or a tensor ``[B]``.
+        gamma: the discount of the cost, in (0, 1]; 1 changes nothing.
+        horizon: the largest number of tokens T >= 1 of a sequence, whatever its own length is.
+
+    Returns:
+        A number, or a tensor ``[B]``: the ``budget`` of `budget_trace` and `Constraint` beside the same ``gamma``.
+
+    Raises:
+        TypeError, ValueError: values outside these ranges.
+
+    Source: the code of Sauté RL (Sootla et al. 2022, huawei-noah/HEBO) and OmniSafe's ``SauteAdapter``, where the
+    horizon is ``max_ep_len``.
+    """
+    checks.integer("horizon", horizon)
+    if horizon < 1:
+        raise ValueError(f"horizon must be at least 1 token, got {horizon}")
+    Constraint(budget=budget, gamma=gamma)  # which checks both
+    # (1 - gamma^T) / (1 - gamma) without the cancellation of a gamma close to 1
+    terms = horizon if gamma == 1 else math.expm1(horizon * math.log(gamma)) / (gamma - 1)
+    return budget * (terms / horizon)
 
 
 def modified_reward(

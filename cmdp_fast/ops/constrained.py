@@ -49,6 +49,7 @@ def constrained_reward(
         constraint: a `Constraint`, in place of the budget and of the keywords from ``cost`` to ``per_token``.
         cost: ``reverse_kl`` (default), ``forward_kl``, ``jsd`` (with ``beta``; this one takes further passes over the
             logits), ``k1``, ``k3``, ``nll``; in nats.
+        cost_clamp: bounds the size of a token's cost, as `token_cost`; the account is then a launch of its own.
         kind, penalty, penalty_at, discrepancy_weight, coefficient, barrier_slope: as `modified_reward`. For
             ``worst_case`` the cost is ``nll`` and the reduction ``mean`` unless they are given, and nothing else is
             accepted.
@@ -78,7 +79,7 @@ def constrained_reward(
     computed = compute_dtype(student_logits, teacher_logits)
     chosen = backends.choose_for_logits(backend, student_logits, computed, operation)
 
-    if backends.scans(chosen, held.cost):
+    if held.cost_clamp is None and backends.scans(chosen, held.cost):
         student, teacher, inplace = kernel_memory(student_logits, teacher_logits, inplace_backward, chosen)
         pair = Pair(student, teacher, tokens, mask, float(temperature), vocab)
         limit = held.budget
@@ -111,7 +112,7 @@ def constrained_reward(
             backend=chosen,
         )
     else:
-        paid = token_cost(stats, held.cost)
+        paid = token_cost(stats, held.cost, clamp=held.cost_clamp)
     account = Account(paid, flat(mask, torch.bool), offsets)
     return ConstrainedReward(stats, *settle(held, account, limits, task_reward, chosen))
 

@@ -86,6 +86,6 @@ def linear_constrained_reward(
     stats = linear_token_stats(
         student_hidden, student_weight, teacher_hidden, teacher_weight, tokens, mask=mask, backend=backend, **linear
     )
-    account = Account(token_cost(stats, held.cost), flat(mask, torch.bool), offsets)
+    account = Account(token_cost(stats, held.cost, clamp=held.cost_clamp), flat(mask, torch.bool), offsets)
     chosen = backends.choose(backend, tokens, "budget_trace")
     return ConstrainedReward(stats, *settle(held, account, limits, task_reward, chosen))

@@ -22,6 +22,7 @@ EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, 
 FIGURES = {
     "accuracy": "cmdp/accuracy",
     "constraint_satisfaction": "cmdp/constraint_satisfaction",
+    "never_violated": "cmdp/never_violated",
     "prefix_satisfaction": "cmdp/prefix_satisfaction",
     "correct_and_feasible": "cmdp/correct_and_feasible",
     "reasoning_success": "cmdp/reasoning_success",
@@ -51,8 +52,9 @@ def evaluate(
     """(figures, samples) of a policy on some problems, `eval_generations` completions each.
 
     ``accuracy`` counts completions whose reward is at least `correct_at`; ``constraint_satisfaction`` those whose
-    cumulative cost is within the budget, ``prefix_satisfaction`` (with a `prefix_budget`) those whose every prefix is
-    likely enough for the teacher, ``reasoning_success`` (with a `step_verifier`) those whose steps are all right among
+    cumulative cost is within the budget at the end, ``never_violated`` those where it was at every token (the same but
+    for costs that may be negative), ``prefix_satisfaction`` (with a `prefix_budget`) those whose every prefix is likely
+    enough for the teacher, ``reasoning_success`` (with a `step_verifier`) those whose steps are all right among
     the share ``reasoning_checked`` that has any to check; ``unjudged`` those on which a judge in a process of its own
     gave no verdict (it raised, hung or died); ``mean_cumulative_kl`` is the mean over completions of the
     exact reverse KL summed over the tokens, in nats, ``cvar_cumulative_kl`` that of the worst tenth; ``…_cumulative``,

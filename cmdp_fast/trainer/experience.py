@@ -237,7 +237,7 @@ class Collector:
         if constraint.cost == "jsd":  # no statistic, and the account has it: not another pass over the logits
             cost = e.trace.cumulative.diff(dim=1, prepend=torch.zeros_like(e.trace.cumulative[:, :1]))
         else:
-            cost = cf.token_cost(e.stats, constraint.cost)
+            cost = cf.token_cost(e.stats, constraint.cost, clamp=constraint.cost_clamp)
         ours = budget_metrics(
             *(cost, e.trace, divergences(e.stats, mask)),
             mask=mask,

@@ -102,6 +102,10 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             "gradient; the others are estimates from the sampled token."
         },
     )
+    cost_clamp: float | None = field(
+        default=None,
+        metadata={"help": "The largest size in nats of a token's cost, for `k1`, `k3` and `nll`. Without it, as it is."},
+    )
     kind: Literal["cmdp", "hinge", "saute", "lagrangian", "barrier", "worst_case"] = field(
         default="cmdp", metadata={"help": "The modified reward: the price of being over the budget."}
     )
@@ -165,6 +169,7 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             discrepancy_weight=self.discrepancy_weight,
             coefficient=self.coefficient,
             per_token=self.budget_per_token,
+            cost_clamp=self.cost_clamp,
         )
 
     @property

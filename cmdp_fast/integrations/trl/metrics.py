@@ -30,12 +30,14 @@ def constraint_metrics(
 
     ``trace`` and ``budget`` where there is a budget, ``reward`` [B, T] the modified reward where there is one. Every
     process must call this with as many completions. Without a budget the metrics of one are left out, and ``budget``
-    where it is infinite.
+    where it is infinite. Nothing where no completion of any process has a token: TRL takes the mean of what is logged.
     """
     if trace is None:
         trace = cf.budget_trace(cost.detach(), math.inf, mask=mask)
     here = (cost.detach(), trace, divergences(stats, mask), mask, None if reward is None else reward.detach().sum(1))
     cost, trace, divergence, everywhere, modified = batches.gathered(here, accelerator)
+    if not everywhere.any():
+        return {}
     limit = math.inf if budget is None else budget
     figures = budget_metrics(cost, trace, divergence, mask=everywhere, budget=limit, modified=modified)
     left_out = OF_A_BUDGET if budget is None else () if math.isfinite(budget) else ("budget",)

@@ -158,6 +158,8 @@ class TrainConfig:
     `worst_case` keeps to it, and `prefix_satisfaction` reports it. 0: neither."""
     cost: Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"] = "reverse_kl"
     """Cost of a token. The first three are exact divergences with a direct gradient; `jsd` needs `--logits full`."""
+    cost_clamp: Annotated[float, NOT_NEGATIVE] = 0.0
+    """The largest size in nats of a token's cost, for k1, k3 and nll: k3 of a single token may be 1e13. 0: as it is."""
     jsd_beta: Annotated[float, FROM_0_TO_1] = 0.5
     """Beta of the cost `jsd` and of the loss of `gkd`: 0 is forward KL, 1 reverse KL."""
     kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = "cmdp"
@@ -269,6 +271,10 @@ class TrainConfig:
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"
             )
             _check(self.prefix_budget > 0, "--kind worst_case needs its budget: --prefix-budget, nats a token")
+        _check(
+            not self.cost_clamp or self.cost in ("k1", "k3", "nll"),
+            f"--cost-clamp would take the gradient of --cost {self.cost}; it is for k1, k3 and nll",
+        )
         if self.kind == "barrier":
             _check(self.coefficient > 0, "--kind barrier needs its weight: --coefficient")
         if self.budget_steps:

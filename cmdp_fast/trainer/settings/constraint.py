@@ -19,6 +19,7 @@ def training_constraint(config: TrainConfig, step: int, coefficient: float | Non
         discrepancy_weight=config.discrepancy_weight,
         coefficient=coefficient,
         beta=config.jsd_beta,
+        cost_clamp=config.cost_clamp or None,
     )
 
 
@@ -27,14 +28,16 @@ def evaluation_constraint(config: TrainConfig) -> Constraint:
 
     `worst_case` bounds something else, so its sum is that of reverse KL, as for a method that says nothing of a cost.
     """
+    worst_case = config.kind == "worst_case"
     return Constraint(
-        cost="reverse_kl" if config.kind == "worst_case" else config.cost,
+        cost="reverse_kl" if worst_case else config.cost,
         budget=config.budget,
         per_token=config.budget_per_token,
         kind="hinge",
         penalty=config.penalty,
         discrepancy_weight=config.discrepancy_weight,
         beta=config.jsd_beta,
+        cost_clamp=None if worst_case else config.cost_clamp or None,
     )
 
 
