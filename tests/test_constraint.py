@@ -104,6 +104,13 @@ def test_the_fields_are_those_of_the_keywords() -> None:
         ({"beta": 2.0}, ValueError, r"beta must lie in \[0, 1\], got 2.0"),
         ({"per_token": "no"}, TypeError, "per_token must be a bool, got str 'no'"),
         ({"budget": torch.zeros(2, dtype=torch.complex64)}, TypeError, "budget must be real, got complex64"),
+        ({"cost": "k3", "cost_clamp": 0.0}, ValueError, "cost_clamp must be positive and finite, got 0.0"),
+        ({"cost": "k3", "cost_clamp": True}, TypeError, "cost_clamp must be a number, got bool True"),
+        (
+            {"cost_clamp": 5.0},
+            ValueError,
+            "cost_clamp=5.0 with cost='reverse_kl': where it takes effect",
+        ),
         ({"kind": "worst_case", "cost": "k1"}, ValueError, "defined for cost='nll' and reduction='mean', got 'k1'"),
     ],
 )

@@ -298,7 +298,7 @@ def test_gae_matches_the_recurrence(gamma: float, lam: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_whitening_divides_by_a_number_that_the_direct_term_can_share(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
-    advantage, target = objective.gae(*torch.randn(2, 4, 50, dtype=dtype, generator=generator))
+    advantage, _ = objective.gae(*torch.randn(2, 4, 50, dtype=dtype, generator=generator))
     mask = torch.rand(4, 50, generator=generator) < 0.7
     real = advantage[mask].double()
     white, scale = objective.whiten(torch.where(mask, advantage, torch.nan), mask=mask)

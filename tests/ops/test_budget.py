@@ -39,6 +39,47 @@ def test_trace_of_the_worked_example(example, backend):
     assert all(t.dtype == cost.dtype for t in (trace.cumulative, trace.remaining, trace.excess))
 
 
+@pytest.mark.parametrize("gamma", [1.0, 1 - 1e-12, 0.99, 0.5])
+def test_a_discounted_budget_is_what_public_codes_of_saute_rl_bound(gamma, backend):
+    """Both conventions: the budget bounds the discounted sum as it stands; or it is scaled to the discount, as those
+    codes do, which then keep a share z of it by z <- (z - c / budget) / gamma."""
+    horizon, budget = 12, 3.0
+    scaled = cf.discounted_budget(budget, gamma, horizon)
+    assert scaled == pytest.approx(budget * sum(gamma**t for t in range(horizon)) / horizon, rel=1e-9)
+    each = torch.tensor([budget, 1.0])
+    assert torch.equal(cf.discounted_budget(each, gamma, horizon), each * (scaled / budget))
+    generator = torch.Generator("cpu").manual_seed(3)
+    cost = here(torch.rand(50, horizon, dtype=torch.float64, generator=generator, device="cpu") * 0.6)
+    raw, other = (cf.budget_trace(cost, d, gamma=gamma, edge="saute", backend=backend) for d in (budget, scaled))
+    share, violated = torch.ones_like(cost[:, 0]), torch.zeros_like(cost[:, 0], dtype=torch.bool)
+    for t in range(horizon):
+        share = (share - cost[:, t] / scaled) / gamma
+        violated = violated | (share <= 0)
+        assert torch.equal(other.violated[:, t], violated)
+    assert torch.equal(raw.cumulative, other.cumulative)
+    if gamma == 0.5:
+        assert not raw.violated.any() and 0 < other.violated[:, -1].double().mean() < 1
+    # equal costs that spend the budget at the last token without a discount spend the scaled one at the last token
+    even = torch.full((1, horizon), budget / horizon, dtype=torch.float64)
+    last = cf.budget_trace(even, scaled, gamma=gamma, backend=backend).remaining[0, -1]
+    assert last.item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"budget": -1.0}, ValueError, "budget must be at least 0, got -1.0"),
+        ({"budget": "2"}, TypeError, "budget must be a number, got str '2'"),
+        ({"gamma": 0.0}, ValueError, r"gamma must lie in \(0, 1\], got 0.0"),
+        ({"horizon": 0}, ValueError, "horizon must be at least 1 token, got 0"),
+        ({"horizon": 4.0}, TypeError, "horizon must be an int, got float 4.0"),
+    ],
+)
+def test_a_discounted_budget_of_nonsense(settings, error, message):
+    with pytest.raises(error, match=message):
+        cf.discounted_budget(**({"budget": 1.0, "gamma": 0.9, "horizon": 4} | settings))
+
+
 @pytest.mark.parametrize(
     "name, kind, given_settings",
     [

@@ -1,6 +1,7 @@
 """constrained_reward: bitwise what its three parts give in turn, padded and packed, for every cost and kind."""
 
 import itertools
+import math
 import warnings
 
 import pytest
@@ -47,6 +48,37 @@ def test_equals_its_parts_bitwise(cost, kind, dtype, backend):
     stats, trace, modified = in_turn(x, y, tokens, reward, 1.5, cost, kind, mask=mask, **settings)
     for a, b in zip((*got.stats, *got.trace, got.reward), (*stats, *trace, modified), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cost", ["k1", "k3", "nll"])
+def test_a_clamp_bounds_what_a_token_costs(cost, backend):
+    """A token that the student all but rules out and the teacher is sure of: 1e13 nats of k3, which is off by default
+    in no operation."""
+    x, y, tokens, reward, mask = batch()
+    x[0, 0], y[0, 0] = 0.0, 0.0
+    x[0, 0, tokens[0, 0]], y[0, 0, tokens[0, 0]] = -30.0 + math.log(39), 60.0
+    stats = cf.token_stats(x, y, tokens, mask=mask, backend=backend)
+    plain, bounded = cf.token_cost(stats, cost), cf.token_cost(stats, cost, clamp=1.5)
+    assert torch.equal(bounded, plain.clamp(-1.5, 1.5)) and bounded.abs().max() == 1.5 < plain.abs().max()
+    if cost == "k3":
+        assert plain[0, 0].item() == pytest.approx(math.exp(30), rel=1e-4)
+    settings = {"mask": mask, "kind": "hinge", "backend": backend}
+    got = cf.constrained_reward(x, y, tokens, reward, 2.0, cost=cost, cost_clamp=1.5, **settings)
+    trace = cf.budget_trace(bounded, 2.0, mask=mask, backend=backend)
+    for a, b in zip((*got.stats, *got.trace), (*stats, *trace), strict=True):
+        assert torch.equal(a, b)
+    without = cf.constrained_reward(x, y, tokens, reward, 2.0, cost=cost, **settings)
+    assert torch.equal(without.trace.cumulative, cf.budget_trace(plain, 2.0, mask=mask, backend=backend).cumulative)
+
+
+def test_a_clamp_that_would_take_a_gradient_is_refused():
+    x, y, tokens, reward, _ = batch()
+    stats = cf.token_stats(x, y, tokens)
+    for cost in ("reverse_kl", "forward_kl"):
+        with pytest.raises(ValueError, match=f"clamp=1.0 with cost='{cost}': where it takes effect the cost would"):
+            cf.token_cost(stats, cost, clamp=1.0)
+    with pytest.raises(ValueError, match=r"cost_clamp=1\.0 with cost='jsd'"):
+        cf.constrained_reward(x, y, tokens, reward, 1.0, cost="jsd", cost_clamp=1.0)
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,12 @@ def test_equals_the_three_operations_in_turn(cost, per_token, backend):
     leaves = [inputs[name].requires_grad_() for name in ("student_hidden", "student_weight")]
     mask = MASK.to(reward.device)
     settings = {"temperature": 0.7, "student_softcap": 9.0, "teacher_scale": 0.5, "mask": mask, "backend": backend}
-    out = cf.linear_constrained_reward(
-        **inputs, task_reward=reward, budget=0.3, cost=cost, per_token=per_token, gamma=0.9, **settings
-    )
+    clamp = 0.25 if per_token and cost in ("k1", "k3", "nll") else None
+    of_constraint = {"budget": 0.3, "cost": cost, "cost_clamp": clamp, "per_token": per_token, "gamma": 0.9}
+    out = cf.linear_constrained_reward(**inputs, task_reward=reward, **of_constraint, **settings)
     stats = cf.linear_token_stats(**inputs, **settings)
-    paid = cf.token_cost(stats, cost).detach()
+    paid = cf.token_cost(stats, cost, clamp=clamp).detach()
+    assert clamp is None or paid.abs().max() == clamp
     where = {"mask": mask, "backend": backend}
     trace = cf.budget_trace(paid, 0.3, per_token=per_token, gamma=0.9, **where)
     want = (*stats, *trace, cf.modified_reward(reward, paid, trace, **where))

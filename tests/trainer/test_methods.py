@@ -264,6 +264,15 @@ def test_budget_a_token(pair):
     torch.testing.assert_close(experience.trace.remaining[:, 0], 0.25 * length - first)
 
 
+def test_costs_of_sampled_tokens_may_be_clamped(pair):
+    learner, rows, prompts = learner_of(settings(pair, cost="k3", cost_clamp=0.01))
+    experience = learner.method.collect(rows, prompts, learner.constraint())
+    cost = experience.trace.cumulative.diff(dim=1, prepend=torch.zeros(len(rows), 1))
+    assert cost.max().item() == pytest.approx(0.01, rel=1e-5)
+    metrics = learner.method.collector.measure(experience, learner.constraint())
+    assert metrics["cmdp/max_token_cost"] == pytest.approx(0.01, rel=1e-5) and "cmdp/never_violated" in metrics
+
+
 def test_worst_case_bounds_prefix_means_of_the_teachers_likelihood(pair):
     config = settings(pair, kind="worst_case", cost="nll", prefix_budget=1.5, budget=9.0)
     constraint = training_constraint(config, 0, None)
@@ -282,6 +291,7 @@ def test_worst_case_bounds_prefix_means_of_the_teachers_likelihood(pair):
         ({"algorithm": "gkd"}, "--logits full"),
         ({"baseline": "gae", "logits": "full"}, "--logits tiled"),
         ({"kind": "worst_case", "cost": "nll"}, "--prefix-budget"),
+        ({"cost_clamp": 5.0}, "--cost-clamp would take the gradient of --cost reverse_kl"),
         ({"budget_steps": 3}, "--budget-start"),
         ({"teacher_mix": 1.0}, "--teacher-mix"),
         ({"algorithm": "minillm", "num_generations": 1}, "--num-generations"),

@@ -104,7 +104,7 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     )
     cost_clamp: float | None = field(
         default=None,
-        metadata={"help": "The largest size in nats of a token's cost, for `k1`, `k3` and `nll`. Without it, as it is."},
+        metadata={"help": "The largest size in nats of a token's cost, for `k1`, `k3` and `nll`; without it none."},
     )
     kind: Literal["cmdp", "hinge", "saute", "lagrangian", "barrier", "worst_case"] = field(
         default="cmdp", metadata={"help": "The modified reward: the price of being over the budget."}

@@ -108,7 +108,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         found = constraint_metrics(
             self.accelerator,
             account.stats,
-            cf.token_cost(account.stats, constraint.cost),
+            cf.token_cost(account.stats, constraint.cost, clamp=constraint.cost_clamp),
             mask,
             trace=account.trace,
             budget=args.budget,
