@@ -29,9 +29,9 @@ def settle_positions(trainer: Any, teacher: Any, vocab_size: int) -> dict[str, i
     """Sees to it that the trainer's student and the teacher read a prompt as they would without padding in front.
 
     A model that does so is left as it is. Where one does not, its modules that take position_ids get a hook that counts
-    them, which stays on the model; the student's reference model gets the same. Runs both models once, or three times,
-    on some tokens below ``vocab_size``; every process must call it. Returns the number of positions of each model that
-    has a table of them, by its role.
+    them, which stays on the model; the student's reference model gets the same. Runs both models on some tokens below
+    ``vocab_size``, so every process must call it. Returns the number of positions of each model that has a table of
+    them, by its role.
 
     Raises InputError for a model that the positions do not help, such as RWKV, whose state the padding changes, and for
     a table without room for a prompt before ``max_completion_length`` tokens.
@@ -96,14 +96,17 @@ def _change(model: Any, vocab_size: int, pad: int) -> float:
 
     The median over tokens: a rounding may send a single one to another expert. 0 where there are no numbers to compare.
     """
-    ids = torch.arange(1, TOKENS + 1, device=next(model.parameters()).device)[None] * 7919 % vocab_size
-    ids = torch.where(ids == pad, (ids + 1) % vocab_size, ids)  # some models find padding by its token
-    padding = torch.full_like(ids[:, :1], pad).expand(-1, PADDING)
+    room = _table_of_positions(model) or PADDING + TOKENS
+    count = min(TOKENS, room // 2)
+    padding = min(PADDING, room - count)
+    ids = torch.arange(1, count + 1, device=next(model.parameters()).device) * 7919 % vocab_size
+    ids = torch.where(ids == pad, (ids + 1) % vocab_size, ids)[None]  # some models find padding by its token
     real = torch.ones_like(ids)
+    longer, mask = (nn.functional.pad(row, (padding, 0), value=value) for row, value in ((ids, pad), (real, 0)))
     with evaluating(model):
-        alone = cf.last_hidden_state(model, ids, real)
-        padded = cf.last_hidden_state(model, torch.cat([padding, ids], 1), torch.cat([0 * real[:, :PADDING], real], 1))
-    alone, padded = alone.cpu().double(), padded[:, PADDING:].cpu().double()  # not every device has float64
+        both = cf.last_hidden_state(model, ids, real), cf.last_hidden_state(model, longer, mask)
+    # An adapter may have put tokens of its own in front. Not every device has float64.
+    alone, padded = (hidden[:, -count:].cpu().double() for hidden in both)
     if not alone.isfinite().all():
         return 0.0
     size = (alone - alone.mean(1, keepdim=True)).norm(dim=-1)
@@ -128,10 +131,12 @@ def _table_of_positions(model: Any) -> int | None:
 def _count_positions(model: nn.Module) -> list[RemovableHandle]:
     """Hooks on the modules that take position_ids. On all: TRL calls the layers below the head by themselves, and PEFT
     has called forward() past the hooks of the model it wraps."""
+    takes = {"input_ids", "attention_mask", "position_ids"}
     return [
         module.register_forward_pre_hook(_with_positions, with_kwargs=True)
         for module in model.modules()
-        if {"input_ids", "attention_mask", "position_ids"} <= inspect.signature(type(module).forward).parameters.keys()
+        if callable(getattr(module, "get_input_embeddings", None))
+        and takes <= inspect.signature(type(module).forward).parameters.keys()
     ]
 
 
