@@ -31,7 +31,9 @@ class CMDPGRPOTrainer(GRPOTrainer):
     backward pass. Without a direct term the loss is TRL's, untouched.
 
     With an infinite budget and no direct term it is GRPO. A completion that TRL masks because it was truncated has no
-    cost, and keeps its reward in the group's baseline. Text alone: no images.
+    cost, and keeps its reward in the group's baseline. One that no reward function has an opinion on is left out of the
+    baseline and the deviation, and only the constraint acts on it. A model with absolute positions gets a hook that
+    counts them from the prompt's first token (`positions`). Text alone: no images.
 
     Args:
         teacher_model: hub id, folder or model; instead of `args.teacher_model`. It never gets a gradient.
