@@ -97,23 +97,27 @@ def sequence_advantage(
     group_size: int,
     baseline: Literal["grpo", "rloo"],
     scale: Literal["group", "batch", "none"] = "group",
+    *,
+    scored: Tensor | None = None,
 ) -> GroupAdvantage:
     """The worth of whole completions from their returns [N], ``group_size`` neighbours per prompt: advantages [N], and
     the divisor [N] that the direct term has to share.
 
     ``rloo`` is `objective.rloo`, undivided. ``grpo`` is `objective.grpo`, divided by the deviation of the ``group``, or
-    by that of all returns (``batch``), or not (``none``). A group of one is worth 0, undivided. Raises ValueError if
-    the groups do not fit into N.
+    by that of all returns (``batch``), or not (``none``). A group of one is worth 0, undivided. ``scored`` [N] bool:
+    whose returns means and deviations are made of; the others are compared with them. Raises ValueError if the groups
+    do not fit into N.
     """
     undivided = torch.ones_like(returns)
     if group_size == 1:
         return GroupAdvantage(torch.zeros_like(returns), undivided)
     if baseline == "rloo":
-        return GroupAdvantage(objective.rloo(returns, group_size), undivided)
-    advantage, by_group = objective.grpo(returns, group_size, EPS)
+        return GroupAdvantage(objective.rloo(returns, group_size, scored=scored), undivided)
+    advantage, by_group = objective.grpo(returns, group_size, EPS, scored=scored)
     if scale == "group":
         return GroupAdvantage(advantage, by_group)
-    divisor = (returns.std() + EPS).expand_as(returns) if scale == "batch" else undivided
+    of_batch = objective.grpo(returns, len(returns), EPS, scored=scored).scale
+    divisor = of_batch if scale == "batch" else undivided
     return GroupAdvantage(advantage * by_group / divisor, divisor)
 
 

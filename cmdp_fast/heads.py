@@ -179,7 +179,7 @@ def _once(seen: list[Any], inner: nn.Module) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, and every module back in its own mode afterwards: parts may be frozen in evaluation mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -274,7 +274,7 @@ def _measured(
     embedding = embeddings()
     device = head.weight.device if embedding is None else embedding.weight.device
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    with _evaluating(chain[0]):
+    with evaluating(chain[0]):
         output = _call(chain, head, {"input_ids": tokens}, enter, leave)
     _once(seen, inner)
     logits = getattr(output, "logits", None)

@@ -189,10 +189,47 @@ def _groups(x: Tensor, group_size: int) -> Tensor:
     return x.detach().unflatten(0, (-1, group_size))
 
 
-def _leave_one_out(groups: Tensor) -> Tensor:
-    """x less the mean of the other members of its group (dim 1)."""
-    size = groups.shape[1]
-    return (groups - groups.mean(1, keepdim=True)) * (size / (size - 1))
+def _compared(groups: Tensor, scored: Tensor | None) -> Tensor | None:
+    """Whom the members of each group are compared with, bool [G, size, ...]: its scored ones, or all where it has none.
+    None: all of every group."""
+    if scored is None:
+        return None
+    if scored.dtype != torch.bool:
+        raise TypeError(f"scored has dtype {scored.dtype}, expected torch.bool")
+    size = groups.shape[:2]
+    if scored.shape != (size.numel(),):
+        raise ValueError(f"scored has shape {tuple(scored.shape)}, expected ({size.numel()},)")
+    members = scored.view(size)
+    members = members | ~members.any(1, keepdim=True)
+    return members.view(*size, *(1 for _ in groups.shape[2:])).expand_as(groups)
+
+
+def _mean(groups: Tensor, compared: Tensor | None) -> Tensor:
+    """Of the compared members of each group; dim 1 is kept."""
+    if compared is None:
+        return groups.mean(1, keepdim=True)
+    return torch.where(compared, groups, 0.0).sum(1, keepdim=True) / compared.sum(1, keepdim=True)
+
+
+def _divisor(groups: Tensor, compared: Tensor | None, eps: float) -> Tensor:
+    """Deviation + eps of the compared members of each group; dim 1 is kept. 1 where a single one has no deviation."""
+    if compared is None:
+        return groups.std(1, keepdim=True) + eps
+    freedom = compared.sum(1, keepdim=True) - 1
+    off = torch.where(compared, groups - _mean(groups, compared), 0.0)
+    deviation = (off.square().sum(1, keepdim=True) / freedom).sqrt()
+    return torch.where(freedom > 0, deviation + eps, 1.0)
+
+
+def _leave_one_out(groups: Tensor, scored: Tensor | None) -> Tensor:
+    """x less the mean of the other members of its group (dim 1) that are compared; 0 where there are none."""
+    compared = _compared(groups, scored)
+    off = groups - _mean(groups, compared)
+    if compared is None:
+        size = groups.shape[1]
+        return off * (size / (size - 1))
+    number = compared.sum(1, keepdim=True).to(groups.dtype)
+    return off * torch.where(compared, number / (number - 1).clamp(min=1), 1.0)  # one that is not is in no mean
 
 
 class GroupAdvantage(NamedTuple):
@@ -202,7 +239,7 @@ class GroupAdvantage(NamedTuple):
     scale: Tensor
 
 
-def grpo(returns: Tensor, group_size: int, eps: float = 1e-4) -> GroupAdvantage:
+def grpo(returns: Tensor, group_size: int, eps: float = 1e-4, *, scored: Tensor | None = None) -> GroupAdvantage:
     """(S_i - mean) / (std + eps) over contiguous groups, std with ddof 1; ``returns`` and both results are [B].
 
     Divide `direct_coefficient` by ``scale[:, None]`` too, or the discrepancy weight changes its meaning with the spread
@@ -210,36 +247,44 @@ def grpo(returns: Tensor, group_size: int, eps: float = 1e-4) -> GroupAdvantage:
     them: where feasible completions score 1 and the others -n, it is indifferent to n. In a group of equal returns only
     the direct term acts, and with scale = eps it is multiplied by 1/eps (10,000). `rloo` neither forgets n nor
     rescales.
-    Raises ValueError if group_size < 2 or does not divide B.
+
+    ``scored`` [B] bool, for a task that has no reward for some completions: mean and deviation are those of the
+    group's scored ones, and the others are compared with them. A group without any is one in which all are; where a
+    single one is scored there is no deviation, and the scale is 1.
+    Raises ValueError if group_size < 2 or does not divide B or ``scored`` is not [B], TypeError if it is not bool.
 
     Source: GRPO (Shao et al. 2024, arXiv 2402.03300).
     """
     groups = _groups(returns, group_size)
-    scale = (groups.std(1, keepdim=True) + eps).expand_as(groups)
-    advantage = (groups - groups.mean(1, keepdim=True)) / scale
+    compared = _compared(groups, scored)
+    scale = _divisor(groups, compared, eps).expand_as(groups)
+    advantage = (groups - _mean(groups, compared)) / scale
     return GroupAdvantage(advantage.flatten(0, 1), scale.flatten(0, 1))
 
 
-def rloo(returns: Tensor, group_size: int) -> Tensor:
+def rloo(returns: Tensor, group_size: int, *, scored: Tensor | None = None) -> Tensor:
     """S_i less the mean of the group's other returns, [B]; contiguous groups, no normalisation, unbiased.
 
-    In a group of equal returns only the direct term acts. Raises ValueError as `grpo` does.
+    In a group of equal returns only the direct term acts. ``scored`` as for `grpo`: the mean is that of the others that
+    are scored, and the only one that is scored is worth 0. Raises as `grpo` does.
 
     Source: RLOO (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
     """
-    return _leave_one_out(_groups(returns, group_size)).flatten(0, 1)
+    return _leave_one_out(_groups(returns, group_size), scored).flatten(0, 1)
 
 
-def position_rloo(score: Tensor, group_size: int, mask: Tensor | None = None) -> Tensor:
+def position_rloo(
+    score: Tensor, group_size: int, mask: Tensor | None = None, *, scored: Tensor | None = None
+) -> Tensor:
     """The leave-one-out baseline at each position: `score_coefficient` [B, T] less the mean over the group's other
     completions at the same position, where a completion that has finished counts as 0.
 
     Column t has to be the t-th completion token of every sequence. Unbiased, as it comes from other samples; it knows
-    how much of the return is still to come. Raises ValueError if group_size < 2 or does not divide B.
+    how much of the return is still to come. ``scored`` [B] as for `rloo`. Raises as `grpo` does.
     """
     keep = _kept(score, mask)
     groups = _groups(torch.where(keep, score, 0.0), group_size)
-    return torch.where(keep, _leave_one_out(groups).flatten(0, 1), 0.0)
+    return torch.where(keep, _leave_one_out(groups, scored).flatten(0, 1), 0.0)
 
 
 def gae(

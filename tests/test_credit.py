@@ -56,6 +56,62 @@ def test_the_advantage_and_the_direct_term_have_one_divisor(scale) -> None:
     torch.testing.assert_close(divisor, expected[scale])
 
 
+SCORED = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]]).bool().flatten()
+
+
+def compared(returns: torch.Tensor, scored: torch.Tensor) -> list[torch.Tensor]:
+    """Every advantage, and every divisor, in groups of four."""
+    found = [credit.sequence_advantage(returns, 4, "rloo", scored=scored)]
+    found += [credit.sequence_advantage(returns, 4, "grpo", scale, scored=scored) for scale in ("group", "batch")]
+    found += [credit.sequence_advantage(returns, 4, "grpo", "none", scored=scored)]
+    return [part for both in found for part in both]
+
+
+def test_an_unscored_completion_has_no_influence_on_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        returns = torch.randn(16, dtype=torch.float64, generator=generator)
+        expected = compared(returns, SCORED)
+        others = SCORED | ~SCORED.view(4, 4).any(1).repeat_interleave(4)  # in a group without any, all are compared
+        odd = torch.where(others, returns, torch.nan)
+        for ours, value in zip(compared(odd, SCORED), expected, strict=True):
+            assert torch.equal(ours[others], value[others])
+        order = torch.cat([4 * group + torch.randperm(4, generator=generator) for group in range(4)])
+        for ours, value in zip(compared(returns[order], SCORED[order]), expected, strict=True):
+            torch.testing.assert_close(ours, value[order])
+        everyone = compared(returns, torch.ones(16, dtype=torch.bool))
+        for ours, value in zip(everyone, compared(returns, None), strict=True):
+            torch.testing.assert_close(ours, value)
+
+
+def test_who_is_compared_with_whom() -> None:
+    returns = torch.tensor([1.0, 0.0, 7.0, 0.0] * 2 + [3.0, 5.0, 4.0, 9.0] + [2.0, 2.0, 2.0, 4.0], dtype=torch.float64)
+    rloo, _, grpo, scale, by_batch, batch, plain, _ = compared(returns, SCORED)
+    expected = [1.0, -0.5, 20 / 3, -0.5, -4 / 3, -8 / 3, 20 / 3, -8 / 3, -2, 0, -1, 4, -2 / 3, -2 / 3, -2 / 3, 2]
+    torch.testing.assert_close(rloo, torch.tensor(expected, dtype=torch.float64))
+    expected = [2 / 3, -1 / 3, 20 / 3, -1 / 3, -1, -2, 5, -2, -2, 0, -1, 4, -0.5, -0.5, -0.5, 1.5]
+    torch.testing.assert_close(plain, torch.tensor(expected, dtype=torch.float64))
+    deviations = [(1 / 3) ** 0.5 + 1e-4, returns[4:8].std().item() + 1e-4, 1.0, 1.0 + 1e-4]
+    torch.testing.assert_close(scale, torch.tensor(deviations, dtype=torch.float64).repeat_interleave(4))
+    torch.testing.assert_close(grpo, plain / scale)
+    torch.testing.assert_close(batch, (returns[SCORED].std() + 1e-4).expand(16))
+    torch.testing.assert_close(by_batch, plain / batch)
+
+
+def test_position_by_position_the_scored_ones_are_compared_with() -> None:
+    score = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    scored = torch.tensor([True, True, False, True])
+    found = objective.position_rloo(score, 4, mask, scored=scored)
+    torch.testing.assert_close(found[scored], objective.position_rloo(score[scored], 3, mask[scored]))
+    baseline = torch.where(mask, score, 0.0)[scored].mean(0)
+    torch.testing.assert_close(found[2], torch.where(mask[2], score[2] - baseline, 0.0))
+    with pytest.raises(ValueError, match=r"scored has shape \(3,\), expected \(4,\)"):
+        objective.rloo(score[:, 0], 4, scored=scored[:3])
+    with pytest.raises(TypeError, match=r"scored has dtype torch\.int64, expected torch\.bool"):
+        objective.grpo(score[:, 0], 4, scored=scored.long())
+
+
 def test_batches_are_padded_to_the_longest() -> None:
     def trace(width: int) -> cf.BudgetTrace:
         return cf.budget_trace(torch.ones(2, width), 1.5)

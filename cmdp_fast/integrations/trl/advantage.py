@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,39 +14,61 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def task_rewards(rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
+class TaskRewards(NamedTuple):
+    """Of the completions of all processes."""
+
+    reward: Tensor  # [N], a number for each
+    scored: Tensor  # [N] bool: whether it is the task's
+
+
+def task_rewards(rewards: Tensor, weights: Tensor, group_size: int) -> TaskRewards:
     """One task reward per completion [N], from those of each function [N, F], where NaN means no opinion.
 
-    A completion on which no function has an opinion gets the mean of its group: the task says nothing for or against
-    it, and only the constraint acts.
+    A completion on which no function has an opinion is not scored. TRL leaves it out of the group's mean and deviation
+    and gives it an advantage of 0. Here it is left out of them as well, and its own reward is the mean of its group's
+    scored ones (0 without any): the task says nothing for or against it, and only the constraint acts.
     """
-    total = (rewards * weights.to(rewards.device)).nansum(1)
-    groups = torch.where(rewards.isnan().all(1), torch.nan, total).unflatten(0, (-1, group_size))
-    neutral = groups.nanmean(1, keepdim=True).nan_to_num(0.0)
-    return torch.where(groups.isnan(), neutral, groups).flatten()
+    total = (rewards * weights.to(rewards.device)).nansum(1).unflatten(0, (-1, group_size))
+    scored = ~rewards.isnan().all(1).unflatten(0, (-1, group_size))
+    # As the baseline sums them up, to the last bit: the difference is multiplied by up to 1e4
+    neutral = torch.where(scored, total, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
+    return TaskRewards(torch.where(scored, total, neutral).flatten(), scored.flatten())
 
 
-def position_advantages(score: Tensor, mask: Tensor, group_size: int, accelerator: Accelerator) -> Tensor:
+def position_advantages(
+    score: Tensor, task: TaskRewards, mask: Tensor, group_size: int, accelerator: Accelerator
+) -> Tensor:
     """`objective.position_rloo` [B, T] of this process's completions; a group may be spread over processes.
 
-    ``score`` [B, T] is that of `credit.score`. An evaluation may have groups of one: 0, nothing to compare with.
+    ``score`` [B, T] is that of `credit.score`. The baseline falls where completions end, so a completion that is not
+    scored would get an advantage from its length: it is compared by what the constraint has made of the task reward
+    alone. An evaluation may have groups of one: 0, nothing to compare with.
     """
     if group_size == 1:
         return torch.zeros_like(score)
     everyones, everywhere = batches.gathered((score, mask), accelerator)
-    compared = objective.position_rloo(everyones, group_size, everywhere)
+    compared, by_constraint = (
+        objective.position_rloo(part, group_size, everywhere, scored=task.scored)
+        for part in (everyones, everyones - task.reward[:, None])
+    )
+    compared = torch.where(task.scored[:, None], compared, by_constraint)
     return compared[batches.of_this_process(len(mask), accelerator), : mask.shape[1]]
 
 
 def sequence_advantages(
     returns: Tensor,
+    scored: Tensor,
     mask: Tensor,
     group_size: int,
     accelerator: Accelerator,
     baseline: Literal["grpo", "rloo"],
     scale_rewards: Literal["group", "batch", "none"] = "none",
 ) -> tuple[Tensor, Tensor]:
-    """`credit.sequence_advantage` of this process's returns [B]: (advantage [B, T], scale [B, 1])."""
-    advantage, scale = sequence_advantage(batches.gathered(returns, accelerator), group_size, baseline, scale_rewards)
+    """`credit.sequence_advantage` of this process's returns [B]: (advantage [B, T], scale [B, 1]).
+
+    ``scored`` [N] is that of `task_rewards`, of the completions of all processes.
+    """
+    everyones = batches.gathered(returns, accelerator)
+    advantage, scale = sequence_advantage(everyones, group_size, baseline, scale_rewards, scored=scored)
     mine = batches.of_this_process(len(mask), accelerator)
     return torch.where(mask, advantage[mine, None], 0.0), scale[mine, None]

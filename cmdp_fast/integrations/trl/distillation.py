@@ -20,7 +20,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.messages import as_completion
 from cmdp_fast.scoring import Models, Outputs
 
-from .advantage import sequence_advantages, task_rewards
+from .advantage import TaskRewards, sequence_advantages, task_rewards
 from .config import CMDPDistillationConfig
 from .metrics import constraint_metrics
 from .scoring import Batch, TRLScoring, trained_tokens
@@ -104,7 +104,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         mask = trained_tokens(batch)
         group_size = args.num_generations if training else 1
         everyones = self._task_rewards(inputs, batch, group_size)
-        reward = credit.at_last_token(everyones[batches.of_this_process(len(mask), self.accelerator)], mask)
+        reward = credit.at_last_token(everyones.reward[batches.of_this_process(len(mask), self.accelerator)], mask)
         if args.constraint is not None:
             account = self.scoring.account(
                 self.model,
@@ -117,7 +117,9 @@ class CMDPDistillationTrainer(DistillationTrainer):
             batch["direct"] = objective.direct_coefficient(account.trace, args.constraint, mask=mask)
             if account.teacher_outputs is not None:
                 batch["teacher_hidden"] = account.teacher_outputs
-        batch["advantages"], _ = sequence_advantages(reward.sum(1), mask, group_size, self.accelerator, "rloo")
+        batch["advantages"], _ = sequence_advantages(
+            reward.sum(1), everyones.scored, mask, group_size, self.accelerator, "rloo"
+        )
         return batch
 
     def _settle(
@@ -129,8 +131,8 @@ class CMDPDistillationTrainer(DistillationTrainer):
         reward = cf.modified_reward(task_reward.to(cost.dtype), cost, trace, constraint=self.args.constraint, mask=mask)
         return cf.ConstrainedReward(stats, trace, reward)
 
-    def _task_rewards(self, inputs: Sequence[dict[str, Any]], batch: Batch, group_size: int) -> Tensor:
-        """The task reward [N] of the completions of all processes; 0 without reward functions."""
+    def _task_rewards(self, inputs: Sequence[dict[str, Any]], batch: Batch, group_size: int) -> TaskRewards:
+        """The task rewards of the completions of all processes; 0 without reward functions."""
         ids = [
             tokens[kept].tolist()
             for tokens, kept in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
@@ -160,8 +162,8 @@ class CMDPDistillationTrainer(DistillationTrainer):
             metrics = self._metrics["train" if self.model.training else "eval"]
             for name, column in zip(self.reward_functions, rewards.T, strict=True):
                 metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
-            metrics["reward"].append(task.mean().item())
-            metrics["reward_std"].append(task.std().item())
+            metrics["reward"].append(task.reward[task.scored].mean().item())
+            metrics["reward_std"].append(task.reward[task.scored].std().item())
         return task
 
     # ------------------------------------------------------------------------------------- update

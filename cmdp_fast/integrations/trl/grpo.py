@@ -14,7 +14,7 @@ from cmdp_fast import batches, credit, objective
 from cmdp_fast.errors import InputError
 from cmdp_fast.scoring import Models, Outputs, ScoredBatch
 
-from .advantage import position_advantages, sequence_advantages, task_rewards
+from .advantage import TaskRewards, position_advantages, sequence_advantages, task_rewards
 from .config import CMDPGRPOConfig
 from .metrics import constraint_metrics
 from .scoring import Batch, TRLScoring, trained_tokens
@@ -31,7 +31,9 @@ class CMDPGRPOTrainer(GRPOTrainer):
     backward pass. Without a direct term the loss is TRL's, untouched.
 
     With an infinite budget and no direct term it is GRPO. A completion that TRL masks because it was truncated has no
-    cost, and keeps its reward in the group's baseline. Text alone: no images.
+    cost, and keeps its reward in the group's baseline. One that no reward function has an opinion on is left out of the
+    baseline and the deviation, and only the constraint acts on it. A model with absolute positions gets a hook that
+    counts them from the prompt's first token (`positions`). Text alone: no images.
 
     Args:
         teacher_model: hub id, folder or model; instead of `args.teacher_model`. It never gets a gradient.
@@ -88,9 +90,9 @@ class CMDPGRPOTrainer(GRPOTrainer):
         group_size = self.num_generations if training else self.num_generations_eval
         size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         mask = trained_tokens(batch)
-        everyones = task_rewards(self._rewards, self.reward_weights, group_size)
-        task = everyones[batches.of_this_process(len(mask), self.accelerator)]
-        task_reward = credit.at_last_token(task, mask)
+        task = task_rewards(self._rewards, self.reward_weights, group_size)
+        mine = batches.of_this_process(len(mask), self.accelerator)
+        task_reward = credit.at_last_token(task.reward[mine], mask)
 
         def settle(models: Models, outputs: Outputs, tokens: Tensor, part: slice) -> cf.ConstrainedReward:
             return self.scoring.constrained_reward(
@@ -120,15 +122,16 @@ class CMDPGRPOTrainer(GRPOTrainer):
         return batch
 
     def _advantages(
-        self, account: ScoredBatch, task: Tensor, task_reward: Tensor, mask: Tensor, group_size: int
+        self, account: ScoredBatch, task: TaskRewards, task_reward: Tensor, mask: Tensor, group_size: int
     ) -> tuple[Tensor, Tensor]:
-        """(advantage [B, T], the number [B, 1] by which it was divided) of the task's rewards [B] and [B, T]."""
+        """(advantage [B, T], the number [B, 1] by which it was divided); ``task_reward`` [B, T]: of this process."""
         if self.args.baseline == "position_rloo":
             score = credit.score(account.reward, task_reward, account.trace, self.constraint, mask=mask)
-            return position_advantages(score, mask, group_size, self.accelerator), torch.ones_like(task)[:, None]
-        returns = torch.where(mask.any(1), account.reward.sum(1), task)
+            return position_advantages(score, task, mask, group_size, self.accelerator), torch.ones_like(score[:, :1])
+        mine = batches.of_this_process(len(mask), self.accelerator)
+        returns = torch.where(mask.any(1), account.reward.sum(1), task.reward[mine])
         return sequence_advantages(
-            returns, mask, group_size, self.accelerator, "grpo", scale_rewards=self.args.scale_rewards
+            returns, task.scored, mask, group_size, self.accelerator, "grpo", scale_rewards=self.args.scale_rewards
         )
 
     def _show_advantages(self, advantages: Tensor, mask: Tensor) -> None:

@@ -13,6 +13,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.scoring import FromHiddenStates, Models, Outputs, ScoredBatch, score
 
 from .divergence import tiled_divergence
+from .positions import check_lengths, settle_positions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,7 +22,11 @@ Batch = dict[str, Any]  # as TRL's `_generate_and_score_completions` returns it,
 
 
 class TRLScoring(FromHiddenStates):
-    """`FromHiddenStates` for TRL's batches, whose models see the inputs that TRL gives them: no position ids."""
+    """`FromHiddenStates` for TRL's batches, whose models see the inputs that TRL gives them: no position ids, which
+    those that need them count by themselves from here on (`positions`).
+
+    Raises InputError for a model that would read a prompt wrongly for the padding in front of it.
+    """
 
     def __init__(self, trainer: Any, teacher: Any, vocab_size: int) -> None:
         super().__init__(vocab_size, trainer.temperature)
@@ -30,6 +35,7 @@ class TRLScoring(FromHiddenStates):
         self.cache_bytes = trainer.args.teacher_cache_mb * 2**20
         # TRL's option to run the student's head in float32 above layers of any dtype
         self.float_head = bool(getattr(trainer.args, "cast_lm_head_to_fp32", False))
+        self.limits = settle_positions(trainer, teacher, vocab_size)
 
     def outputs(self, model: Any, batch: Any) -> Tensor:
         """The hidden states [B, T, H] from which the logits of the completions' tokens would be computed."""
@@ -58,12 +64,13 @@ class TRLScoring(FromHiddenStates):
             return self.outputs(self.teacher, batch)
 
     def check_tokens(self, batch: Batch) -> None:
-        """Raises InputError for a token that one of the models has no column for."""
+        """Raises InputError for a token that one of the models has no column or no position for."""
         highest = int(batch["completion_ids"].max())
         if highest >= self.vocab_size:
             raise InputError(
                 f"a completion has token {highest}, but student and teacher share {self.vocab_size} columns alone"
             )
+        check_lengths(self.limits, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1))
 
     def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
         """Any of the Jensen-Shannon divergences; the logits exist for some rows at a time."""
