@@ -1,4 +1,6 @@
-"""From modified rewards to a loss: returns, advantages, the clipped surrogate with its direct term, and metrics.
+"""From modified rewards to a loss: returns, coefficients, the clipped surrogate with its direct term, and metrics.
+
+The advantages between them stand in `cmdp_fast.advantage`; their names are offered here too.
 
 Pure functions of small tensors. B sequences of up to T tokens are padded to [B, T] with a boolean ``mask`` (None: all
 tokens are real); a masked token contributes nothing, its entries are never used (they may be NaN) and come back as 0.
@@ -26,55 +28,19 @@ The constrained view is that of arXiv 2509.22921; the form of the discrepancy te
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from cmdp_fast.advantage import GroupAdvantage as GroupAdvantage
+from cmdp_fast.advantage import gae as gae
+from cmdp_fast.advantage import grpo as grpo
+from cmdp_fast.advantage import position_rloo as position_rloo
+from cmdp_fast.advantage import rloo as rloo
+from cmdp_fast.advantage import whiten as whiten
 from cmdp_fast.constraint import Constraint, checked
+from cmdp_fast.padded import following, kept_tokens, last_kept, suffix_scan
 from cmdp_fast.pid import PIDController as PIDController
 from cmdp_fast.reference import BudgetTrace
-
-
-def _kept(like: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor:
-    """The mask as a [B, T] tensor, after checking that everything has the shape of ``like``."""
-    if like.dim() != 2:
-        raise ValueError(f"expected padded [B, T] tensors, got shape {tuple(like.shape)}")
-    for name, other in others.items():
-        if other.shape != like.shape:
-            raise ValueError(f"{name} has shape {tuple(other.shape)}, expected {tuple(like.shape)}")
-    if mask is None:
-        return torch.ones_like(like, dtype=torch.bool)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool")
-    if mask.shape != like.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(like.shape)}")
-    return mask
-
-
-def _last(x: Tensor, keep: Tensor) -> Tensor:
-    """x at the last token that is kept, [B, 1]; at column 0 where a row keeps none."""
-    position = torch.arange(x.shape[1], device=x.device)
-    return x.gather(1, torch.where(keep, position, 0).amax(1, keepdim=True))
-
-
-def _next(x: Tensor) -> Tensor:
-    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
-
-
-def _suffix_scan(x: Tensor, factor: Tensor) -> Tensor:
-    """y_t = x_t + factor_t y_{t+1}, y_{T+1} = 0, in log2(T) steps on whole tensors instead of T on columns.
-
-    A pair (x, factor) stands for the map y -> x + factor y; composing neighbours, then neighbours' neighbours, and so
-    on doubles the span that each position covers. No power of a discount is ever divided by, so none underflows.
-    """
-    step = 1
-    while step < x.shape[1]:
-        x = torch.cat([x[:, :-step] + factor[:, :-step] * x[:, step:], x[:, -step:]], dim=1)
-        factor = torch.cat([factor[:, :-step] * factor[:, step:], factor[:, -step:]], dim=1)
-        step *= 2
-    return x
-
 
 # --------------------------------------------------------------------------------------------------------------
 # Returns and the two coefficients of the gradient
@@ -100,14 +66,14 @@ def _inside(trace: BudgetTrace) -> Tensor:
 
 def returns_to_go(reward: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
     """G_t = r_t + gamma G_{t+1} [B, T], in the dtype of ``reward``; a masked token does not discount. G_1 is S."""
-    keep = _kept(reward, mask)
+    keep = kept_tokens(reward, mask)
     return torch.where(keep, _returns(reward, keep, gamma), 0.0)
 
 
 def _returns(reward: Tensor, keep: Tensor, gamma: float) -> Tensor:
     """Returns in which a masked token carries the return of the next real one."""
     reward = torch.where(keep, reward.detach(), 0.0)
-    return _suffix_scan(reward, torch.where(keep, reward.new_tensor(gamma), 1.0))
+    return suffix_scan(reward, torch.where(keep, reward.new_tensor(gamma), 1.0))
 
 
 def score_coefficient(
@@ -128,9 +94,9 @@ def score_coefficient(
     below 1 it gives the usual discounted policy gradient, which is the gradient of no objective; the module's two terms
     are exact for gamma = 1. Raises TypeError for anything but a `Constraint`, ValueError for shapes that differ.
     """
-    keep = _kept(reward, mask, task_part=task_part)
+    keep = kept_tokens(reward, mask, task_part=task_part)
     returns = _returns(reward, keep, gamma)
-    value = returns if checked(constraint).action_dependent else task_part.detach() + gamma * _next(returns)
+    value = returns if checked(constraint).action_dependent else task_part.detach() + gamma * following(returns)
     return torch.where(keep, value, 0.0)
 
 
@@ -155,7 +121,7 @@ def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tens
     """
     direct = checked(constraint).is_a.direct
     remaining = trace.remaining.detach()
-    keep = _kept(remaining, mask)
+    keep = kept_tokens(remaining, mask)
     inside = _inside(trace) & keep
 
     def account_weight(counted: Tensor) -> Tensor:
@@ -167,163 +133,14 @@ def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tens
     if constraint.action_dependent or direct is None:
         return torch.zeros_like(remaining)
     if direct == "discrepancy":
-        over = _last(trace.violated, keep) & ~(_last(remaining, keep) > 0)  # not "<= 0": NaN is over budget
+        over = last_kept(trace.violated, keep) & ~(last_kept(remaining, keep) > 0)  # not "<= 0": NaN is over budget
         weight = torch.where(over, constraint.discrepancy_weight * account_weight(keep), 0.0)
     elif direct == "barrier":
-        slack = torch.where(inside.any(1, keepdim=True), _last(remaining, inside), 1.0)
+        slack = torch.where(inside.any(1, keepdim=True), last_kept(remaining, inside), 1.0)
         weight = torch.where(inside, constraint.price * account_weight(inside) / slack, constraint.barrier_slope)
     else:
         weight = torch.full_like(remaining, constraint.price)
     return torch.where(keep, weight, 0.0)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Advantages
-
-
-def _groups(x: Tensor, group_size: int) -> Tensor:
-    if group_size < 2:
-        raise ValueError(f"group_size={group_size}: a group baseline needs at least 2 completions of a prompt")
-    if x.shape[0] % group_size:
-        raise ValueError(f"group_size={group_size} does not divide the {x.shape[0]} sequences of the batch")
-    return x.detach().unflatten(0, (-1, group_size))
-
-
-def _compared(groups: Tensor, scored: Tensor | None) -> Tensor | None:
-    """Whom the members of each group are compared with, bool [G, size, ...]: its scored ones, or all where it has none.
-    None: all of every group."""
-    if scored is None:
-        return None
-    if scored.dtype != torch.bool:
-        raise TypeError(f"scored has dtype {scored.dtype}, expected torch.bool")
-    size = groups.shape[:2]
-    if scored.shape != (size.numel(),):
-        raise ValueError(f"scored has shape {tuple(scored.shape)}, expected ({size.numel()},)")
-    members = scored.view(size)
-    members = members | ~members.any(1, keepdim=True)
-    return members.view(*size, *(1 for _ in groups.shape[2:])).expand_as(groups)
-
-
-def _mean(groups: Tensor, compared: Tensor | None) -> Tensor:
-    """Of the compared members of each group; dim 1 is kept."""
-    if compared is None:
-        return groups.mean(1, keepdim=True)
-    return torch.where(compared, groups, 0.0).sum(1, keepdim=True) / compared.sum(1, keepdim=True)
-
-
-def _divisor(groups: Tensor, compared: Tensor | None, eps: float) -> Tensor:
-    """Deviation + eps of the compared members of each group; dim 1 is kept. 1 where a single one has no deviation."""
-    if compared is None:
-        return groups.std(1, keepdim=True) + eps
-    freedom = compared.sum(1, keepdim=True) - 1
-    off = torch.where(compared, groups - _mean(groups, compared), 0.0)
-    deviation = (off.square().sum(1, keepdim=True) / freedom).sqrt()
-    return torch.where(freedom > 0, deviation + eps, 1.0)
-
-
-def _leave_one_out(groups: Tensor, scored: Tensor | None) -> Tensor:
-    """x less the mean of the other members of its group (dim 1) that are compared; 0 where there are none."""
-    compared = _compared(groups, scored)
-    off = groups - _mean(groups, compared)
-    if compared is None:
-        size = groups.shape[1]
-        return off * (size / (size - 1))
-    number = compared.sum(1, keepdim=True).to(groups.dtype)
-    return off * torch.where(compared, number / (number - 1).clamp(min=1), 1.0)  # one that is not is in no mean
-
-
-class GroupAdvantage(NamedTuple):
-    """What `grpo` returns: the advantages [B] and the divisor [B] that the direct term has to share."""
-
-    advantage: Tensor
-    scale: Tensor
-
-
-def grpo(returns: Tensor, group_size: int, eps: float = 1e-4, *, scored: Tensor | None = None) -> GroupAdvantage:
-    """(S_i - mean) / (std + eps) over contiguous groups, std with ddof 1; ``returns`` and both results are [B].
-
-    Divide `direct_coefficient` by ``scale[:, None]`` too, or the discrepancy weight changes its meaning with the spread
-    of the returns. A group whose returns take two values has, up to eps, the same advantages at every distance between
-    them: where feasible completions score 1 and the others -n, it is indifferent to n. In a group of equal returns only
-    the direct term acts, and with scale = eps it is multiplied by 1/eps (10,000). `rloo` neither forgets n nor
-    rescales.
-
-    ``scored`` [B] bool, for a task that has no reward for some completions: mean and deviation are those of the
-    group's scored ones, and the others are compared with them. A group without any is one in which all are; where a
-    single one is scored there is no deviation, and the scale is 1.
-    Raises ValueError if group_size < 2 or does not divide B or ``scored`` is not [B], TypeError if it is not bool.
-
-    Source: GRPO (Shao et al. 2024, arXiv 2402.03300).
-    """
-    groups = _groups(returns, group_size)
-    compared = _compared(groups, scored)
-    scale = _divisor(groups, compared, eps).expand_as(groups)
-    advantage = (groups - _mean(groups, compared)) / scale
-    return GroupAdvantage(advantage.flatten(0, 1), scale.flatten(0, 1))
-
-
-def rloo(returns: Tensor, group_size: int, *, scored: Tensor | None = None) -> Tensor:
-    """S_i less the mean of the group's other returns, [B]; contiguous groups, no normalisation, unbiased.
-
-    In a group of equal returns only the direct term acts. ``scored`` as for `grpo`: the mean is that of the others that
-    are scored, and the only one that is scored is worth 0. Raises as `grpo` does.
-
-    Source: RLOO (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
-    """
-    return _leave_one_out(_groups(returns, group_size), scored).flatten(0, 1)
-
-
-def position_rloo(
-    score: Tensor, group_size: int, mask: Tensor | None = None, *, scored: Tensor | None = None
-) -> Tensor:
-    """The leave-one-out baseline at each position: `score_coefficient` [B, T] less the mean over the group's other
-    completions at the same position, where a completion that has finished counts as 0.
-
-    Column t has to be the t-th completion token of every sequence. Unbiased, as it comes from other samples; it knows
-    how much of the return is still to come. ``scored`` [B] as for `rloo`. Raises as `grpo` does.
-    """
-    keep = _kept(score, mask)
-    groups = _groups(torch.where(keep, score, 0.0), group_size)
-    return torch.where(keep, _leave_one_out(groups, scored).flatten(0, 1), 0.0)
-
-
-def gae(
-    reward: Tensor, value: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: (advantage, target) [B, T], with V_{T+1} = 0 and target = advantage + value.
-
-    ``value`` is V(s_t), before the action. An action-independent cost at t is part of what V(s_t) predicts, so the
-    modified reward serves as it is. Masked tokens are stepped over: the next value is that of the next real token.
-    The advantage is not whitened, as other libraries' is: that divides it by a number, which the direct term has to
-    share. `whiten` does both; the target is made of the advantage before that.
-    Raises TypeError, ValueError for a mask or shapes that do not fit.
-
-    Source: Schulman et al. 2016, arXiv 1506.02438, equation 16.
-    """
-    keep = _kept(reward, mask, value=value)
-    value = torch.where(keep, value.detach(), 0.0)
-    following = _next(_suffix_scan(value, torch.where(keep, value.new_zeros(()), 1.0)))
-    delta = torch.where(keep, reward.detach() + gamma * following - value, 0.0)
-    advantage = _suffix_scan(delta, torch.where(keep, delta.new_tensor(gamma * lam), 1.0))
-    advantage = torch.where(keep, advantage, 0.0)
-    return advantage, advantage + value
-
-
-def whiten(advantage: Tensor, *, mask: Tensor | None = None) -> GroupAdvantage:
-    """(A - mean) / scale over the real tokens of a batch, [B, T], and the scale, a scalar tensor.
-
-    scale = sqrt(variance + 1e-8) with ddof 1, as PPO in TRL and verl. Divide `direct_coefficient` by it too, or the
-    discrepancy weight changes its meaning with the spread of the advantages. A batch with less than two real tokens has
-    no spread: its scale is 1. Processes that share a step have to whiten their tokens together. Raises TypeError,
-    ValueError for a mask or shapes that do not fit.
-    """
-    keep = _kept(advantage, mask)
-    count = keep.sum()
-    real = torch.where(keep, advantage.detach(), 0.0)
-    centred = torch.where(keep, real - real.sum() / count.clamp(min=1), 0.0)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
-    scale = torch.where(count > 1, (variance + 1e-8).sqrt(), 1.0)
-    return GroupAdvantage(centred / scale, scale)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -368,7 +185,7 @@ def ppo_loss(
     Source: the clipped surrogate of PPO (Schulman et al. 2017, arXiv 1707.06347, equation 7); the direct term as in the
     head of this module.
     """
-    keep = _kept(logprob, mask, old_logprob=old_logprob, advantage=advantage)
+    keep = kept_tokens(logprob, mask, old_logprob=old_logprob, advantage=advantage)
     if (cost is None) != (direct is None):
         given, absent = ("direct", "cost") if cost is None else ("cost", "direct")
         raise ValueError(f"{given} was given without {absent}; the direct term needs both")
@@ -390,7 +207,7 @@ def ppo_loss(
 
     direct_loss = torch.zeros_like(score_loss)
     if cost is not None and direct is not None:
-        _kept(logprob, None, cost=cost, direct=direct)
+        kept_tokens(logprob, None, cost=cost, direct=direct)
         if torch.is_grad_enabled() and logprob.requires_grad and not cost.requires_grad:
             raise ValueError("cost has no gradient, so the direct term would be lost; expected a differentiable cost")
         weight = torch.where(keep, direct.detach(), 0.0)
@@ -454,13 +271,13 @@ def constraint_metrics(
     With a cost of ``reverse_kl`` these are exact per-sequence divergences, not estimates from the sampled tokens.
     Raises ValueError for shapes that differ, no tokens at all, or alpha outside (0, 1].
     """
-    keep = _kept(cost, mask, cumulative=trace.cumulative)
+    keep = kept_tokens(cost, mask, cumulative=trace.cumulative)
     if cost.numel() == 0:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected at least one token")
     real = keep.any(1)
     cost, keep = torch.where(keep, cost.detach(), 0.0)[real], keep[real]
     length = keep.sum(1)
-    total, remaining = (_last(amount[real], keep)[:, 0] for amount in (trace.cumulative, trace.remaining))
+    total, remaining = (last_kept(amount[real], keep)[:, 0] for amount in (trace.cumulative, trace.remaining))
     feasible, violated = remaining >= 0, trace.violated[real] & keep
 
     metrics = {
