@@ -11,7 +11,7 @@ pytest.importorskip(
     "verl", reason="verl 0.9 requires transformers<5.11, older than the one tested here; .ci/run installs it beside"
 )
 
-from verl.trainer.distillation.losses import distillation_ppo_loss
+from verl.trainer.distillation.losses import compute_topk_loss, distillation_ppo_loss
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, get_policy_loss_fn
 from verl.utils.metric import Metric
 from verl.workers.utils.padding import no_padding_2_padding
@@ -32,7 +32,7 @@ import cmdp_fast as cf
 from cmdp_fast import objective, reference
 from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.constraint import constraint_from_settings
-from cmdp_fast.integrations.verl import compute_cmdp_direct_term
+from cmdp_fast.integrations.verl import compute_cmdp_direct_term, costs
 from cmdp_fast.integrations.verl.costs import cost_of_logits
 
 BUDGET = 5.0
@@ -251,6 +251,45 @@ def test_verls_masses_would_have() -> None:
     wrong = head + tails[0] * (tails[0].clamp(min=1e-7) / tails[1].clamp(min=1e-7)).log()
     exact = in_float64(batch, logits).mul(MASK).sum()
     assert (wrong.clamp(min=0.0).mul(MASK).sum() > 3 * exact).item()
+
+
+def test_masses_and_the_part_of_the_k_tokens_are_verls_where_verl_is_right() -> None:
+    batch = Batch()
+    actor, distillation = parts(composed())
+    data = batch.data()
+    logits = torch.cat(batch.student)[None]
+    theirs = compute_topk_loss(actor, distillation, data, logits, "thd")
+    ours = cost_of_logits(logits, data)
+    for name in ("student_mass", "teacher_mass"):
+        assert torch.allclose(ours[name], theirs[name], atol=1e-6)
+    outside = [1 - theirs[name] for name in ("teacher_mass", "student_mass")]
+    bucket = outside[0] * (outside[0] / outside[1]).log()
+    counted = outside[0] > 0.01  # the last position of a sequence has a message of zeros
+    assert counted.sum() > 10
+    assert torch.allclose((ours["cmdp_cost"] - theirs["distillation_losses"])[counted], bucket[counted], atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_has_the_logits_of_its_part_of_the_sequence(monkeypatch, rank: int) -> None:
+    """Ulysses: the packed tokens are cut into as many parts as there are processes, filled up with zeros."""
+    batch = Batch()
+    data = batch.data()
+    logits = torch.cat(batch.student)[None]
+    whole = cost_of_logits(logits, data)
+    half = -(-logits.shape[1] // 2)
+    monkeypatch.setattr(costs, "get_ulysses_sequence_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(costs, "slice_input_tensor", partial(cut, parts=2, rank=rank))
+    mine = cost_of_logits(cut(logits, 1, 2, rank), data)
+    for name, value in whole.items():
+        expected = value[:, rank * half : (rank + 1) * half]
+        assert torch.equal(mine[name][:, : expected.shape[1]], expected) and mine[name].isfinite().all()
+
+
+def cut(x: torch.Tensor, dim: int, parts: int, rank: int) -> torch.Tensor:
+    """verl's `slice_input_tensor` without a process group."""
+    part = -(-x.shape[dim] // parts)
+    x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, part * parts - x.shape[dim]))
+    return x.narrow(dim, rank * part, part)
 
 
 def test_gradient_survives_a_loss_that_writes_over_the_logits_in_its_backward_pass() -> None:

@@ -241,6 +241,14 @@ def test_rows_that_fill_up_a_batch_are_not_counted(monkeypatch) -> None:
     assert not store.written["advantages"].unbind()[2].any()
 
 
+def test_a_batch_without_any_token_has_no_figures_and_no_advantages(monkeypatch) -> None:
+    trainer, store, _ = trainer_and_store(monkeypatch, Batch())
+    store.fields["response_mask"] = nested([torch.zeros(r, dtype=torch.long) for r in RESPONSES])
+    trainer._compute_advantage(meta(), metrics := {})
+    assert not any(name.startswith("cmdp/") for name in metrics)
+    assert not store.written["advantages"].to_padded_tensor(0.0).any()
+
+
 @pytest.mark.parametrize(("overrides", "asked"), [((), True), (("algorithm.cmdp.cost=nll", *SAMPLED), False)])
 def test_scoring_pass_is_asked_for_the_masses_where_the_cost_needs_them(monkeypatch, overrides, asked: bool) -> None:
     trainer = integration.ConstrainedTrainer(composed(*overrides))
