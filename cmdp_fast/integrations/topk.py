@@ -201,8 +201,9 @@ def _check_topk(logits: Tensor, logprob: Tensor, ids: Tensor) -> None:
 class _OfLogits(torch.autograd.Function):
     """(divergence [...], student's mass of the k tokens [...]) in float64, from logits [..., V] / temperature.
 
-    The tail is a sum of float32 exponentials (float64 of float64 logits), relative to the largest of them, added up in
-    float64: the logarithm of a tail of any size is exact to a few float32 roundings.
+    The tail is a sum of float32 exponentials (float64 of float64 logits) relative to the largest of them, so its
+    logarithm is exact to a few float32 roundings at any size of the tail. `Tensor.sum` adds them up in a tree;
+    a log-softmax on a CPU does not, which at V = 152,064 costs hundreds of roundings.
     """
 
     @staticmethod
@@ -216,7 +217,7 @@ class _OfLogits(torch.autograd.Function):
             others = _scaled(rows[piece], temperature).scatter_(-1, at[piece], -torch.inf)
             # a row of -inf alone: -inf less a number is -inf, less itself NaN
             largest[piece] = others.amax(-1, keepdim=True).clamp(min=torch.finfo(others.dtype).min)
-            total[piece] = others.sub_(largest[piece]).exp_().sum(-1, keepdim=True, dtype=torch.float64)
+            total[piece] = others.sub_(largest[piece]).exp_().sum(-1, keepdim=True)
         logit = rows.gather(-1, at.clamp(max=rows.shape[-1] - 1)).double() / temperature
         logit.masked_fill_(_rows(absent), -torch.inf)
         student = torch.cat([logit, largest + total.log()], -1).log_softmax(-1)
@@ -236,7 +237,8 @@ class _OfLogits(torch.autograd.Function):
         logits, at, largest, total, slope = ctx.saved_tensors
         rows, unread = _rows(logits), (upstream == 0).reshape(-1, 1)
         slope = (slope * upstream.reshape(-1, 1) / ctx.temperature).masked_fill(unread, 0.0)
-        of_tail, empty = slope[:, -1:] / total, unread | (total == 0)
+        of_tail = (slope[:, -1:] / total).to(_working(rows))
+        empty = unread | (total == 0)
         gradient = torch.empty_like(rows)
         for piece in _pieces(rows):
             share = _scaled(rows[piece], ctx.temperature).sub_(largest[piece]).exp_().mul_(of_tail[piece])
@@ -269,6 +271,7 @@ def _pieces(rows: Tensor) -> list[slice]:
 
 def _scaled(rows: Tensor, temperature: float) -> Tensor:
     """Logits / temperature [N, V + 1] that may be written over; the last column, for ids outside of V, is -inf."""
-    scaled = rows.new_full((len(rows), rows.shape[-1] + 1), -torch.inf, dtype=_working(rows))
+    scaled = rows.new_empty(len(rows), rows.shape[-1] + 1, dtype=_working(rows))
+    scaled[:, -1] = -torch.inf
     scaled[:, :-1] = rows
-    return scaled.div_(temperature)
+    return scaled if temperature == 1 else scaled.div_(temperature)

@@ -357,6 +357,16 @@ def test_a_micro_batch_without_a_token_trains_nothing(topk: int | None) -> None:
         assert joined.aggregate() == both[0]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_whole_batch_without_a_token_has_a_loss_of_nothing(mode: str) -> None:
+    batch = Batch()
+    loss = loss_function(configured(f"actor_rollout_ref.actor.loss_agg_mode={mode}"))
+    logits = [x.clone().requires_grad_() for x in batch.student]
+    data = filled_up(batch.data(batch_num_tokens=0), [0, 1, 2, 3])
+    value, _ = loss(model_output=engine_outputs(batch, data, loss, logits), data=data, dp_group=None)
+    assert value.item() == 0.0 and not any(g.any() for g in torch.autograd.grad(value, logits))
+
+
 def test_verl_itself_stops_at_a_micro_batch_without_a_token() -> None:
     """Once it does not, `actor_loss` need not look."""
     batch = Batch()

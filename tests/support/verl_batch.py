@@ -114,11 +114,13 @@ class Batch:
         }
         data = TensorDict({name: nested([column[i] for i in rows]) for name, column in columns.items()}, len(rows))
         tokens, sequences = sum(RESPONSES), len(PROMPTS)  # of the whole batch, as in verl
-        tu.assign_non_tensor(
-            data,
-            **{"dp_size": 1, "batch_num_tokens": tokens, "global_batch_size": sequences, "distillation_only": False},
-            **{"distillation_use_topk": self.topk is not None, "calculate_entropy": False, **settings},
-        )
+        of_the_engine = {"dp_size": 1, "batch_num_tokens": tokens, "global_batch_size": sequences}
+        of_the_trainer = {
+            "distillation_only": False,
+            "distillation_use_topk": self.topk is not None,
+            "calculate_entropy": False,
+        }
+        tu.assign_non_tensor(data, **(of_the_engine | of_the_trainer | settings))
         return data
 
 
