@@ -25,20 +25,24 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer import distillation
-from verl.trainer.distillation.losses import compute_topk_loss, distillation_ppo_loss, get_distillation_loss_settings
+from verl.trainer.distillation.losses import distillation_ppo_loss, get_distillation_loss_settings
 from verl.trainer.ppo import core_algos, ray_trainer
 from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import validate_config
+from verl.utils.metric import Metric
+from verl.utils.ulysses import slice_input_tensor
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
-from verl_batch import FOLDER, RESPONSES, Batch, composed, engine_outputs, nested, padded, parts
+from verl_batch import FOLDER, RESPONSES, Batch, composed, engine_outputs, loss_function, nested, padded, parts
 
 import cmdp_fast.integrations.verl as integration
 from cmdp_fast import objective, reference
 from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.verl.advantage import cost_of_batch
+from cmdp_fast.integrations.verl.losses import actor_loss
 
 SAMPLED = ("distillation.distillation_loss.loss_mode=cmdp_sampled",)
 
@@ -67,12 +71,15 @@ RELIED_ON = {
         distillation_ppo_loss,
         {"config", "distillation_config", "model_output", "data", "dp_group", "student_logits", "data_format"},
     ),
-    "distillation.losses.compute_topk_loss": (compute_topk_loss, {"student_logits", "data"}),
     "distillation.register_distillation_loss": (distillation.losses.register_distillation_loss, {"loss_settings"}),
     "PPOTrainer._compute_old_log_prob": (PPOTrainer._compute_old_log_prob, {"batch", "metrics"}),
     "PPOTrainer._compute_advantage": (PPOTrainer._compute_advantage, {"batch", "metrics"}),
     "PPOTrainer._init_resource_pool_mgr": (PPOTrainer._init_resource_pool_mgr, {"self"}),
     "TrainingWorker.infer_batch": (TrainingWorker.infer_batch, {"data"}),
+    "TrainingWorker.set_loss_fn": (TrainingWorker.set_loss_fn, {"loss_fn"}),
+    "workers.utils.losses.ppo_loss": (ppo_loss, {"config", "model_output", "data", "dp_group"}),
+    "ulysses.slice_input_tensor": (slice_input_tensor, {"x", "dim"}),
+    "metric.Metric": (Metric, {"aggregation", "value"}),
     "ActorRolloutRefWorker.actor_worker_cls": (ActorRolloutRefWorker.actor_worker_cls, {"config"}),
     "padding.no_padding_2_padding": (no_padding_2_padding, {"tensor", "data"}),
     "transfer_queue.kv_batch_get": (tq.kv_batch_get, {"keys", "partition_id", "select_fields"}),
@@ -185,10 +192,8 @@ UID = ["a", "b", "a", "b"]
 def trainer_and_store(monkeypatch, batch: Batch, *overrides: str):
     """A trainer that has not been set up, the queue it reads, and what the scoring pass has put there."""
     config = composed("algorithm.cmdp.budget=4.0", *overrides)
-    actor, distill = parts(config)
     data = batch.data()
-    loss = partial(distillation_ppo_loss, config=actor, distillation_config=distill)
-    outputs = engine_outputs(batch, data, loss, batch.student)
+    outputs = engine_outputs(batch, data, loss_function(config), batch.student)
     rewards = [torch.zeros(r).index_fill(0, torch.tensor(r - 1), i) for i, r in enumerate(RESPONSES)]
     store = Store({**dict(data.items()), **outputs, "rm_scores": nested(rewards), "uid": UID})
     monkeypatch.setattr(tq, "kv_batch_get", store.kv_batch_get)
@@ -236,6 +241,14 @@ def test_rows_that_fill_up_a_batch_are_not_counted(monkeypatch) -> None:
     assert not store.written["advantages"].unbind()[2].any()
 
 
+def test_a_batch_without_any_token_has_no_figures_and_no_advantages(monkeypatch) -> None:
+    trainer, store, _ = trainer_and_store(monkeypatch, Batch())
+    store.fields["response_mask"] = nested([torch.zeros(r, dtype=torch.long) for r in RESPONSES])
+    trainer._compute_advantage(meta(), metrics := {})
+    assert not any(name.startswith("cmdp/") for name in metrics)
+    assert not store.written["advantages"].to_padded_tensor(0.0).any()
+
+
 @pytest.mark.parametrize(("overrides", "asked"), [((), True), (("algorithm.cmdp.cost=nll", *SAMPLED), False)])
 def test_scoring_pass_is_asked_for_the_masses_where_the_cost_needs_them(monkeypatch, overrides, asked: bool) -> None:
     trainer = integration.ConstrainedTrainer(composed(*overrides))
@@ -270,13 +283,13 @@ def test_scoring_worker_gives_masses_and_leaves_the_loss_alone(monkeypatch, topk
 
     monkeypatch.setattr(TrainingWorker, "infer_batch", infer)
     worker = object.__new__(integration.ScoringWorker)
-    worker.loss_fn = training_loss
+    worker.set_loss_fn(training_loss)
     data = batch.data(compute_loss=False)
     del data["advantages"]  # there are none yet
     result = worker.infer_batch(data)
     outputs = result if topk is None else result[0]
-    assert ("student_mass" in outputs) is (topk is not None) and "log_probs" in outputs
-    assert worker.loss_fn is training_loss
+    assert ("cmdp_cost" in outputs) is (topk is not None) and "log_probs" in outputs
+    assert worker.loss_fn.func is actor_loss and worker.loss_fn.args == (training_loss,)
 
 
 # ------------------------------------------------------------------------------------------------- configuration
@@ -358,6 +371,7 @@ def test_the_command_in_the_header_reaches_verls_launcher() -> None:
         ("distillation.distillation_loss.log_prob_min_clamp=-10", "log_prob_min_clamp=-10"),
         ("actor_rollout_ref.actor.strategy=megatron", "strategy=megatron with cost=forward_kl, expected fsdp or fsdp2"),
         ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels=True"),
+        ("actor_rollout_ref.actor.clip_ratio_c=1.0", "clip_ratio_c=1.0, expected a number above 1"),
         ("~algorithm.cmdp.budget", "algorithm.cmdp has .*expected at least 'budget' and 'cost'"),
     ],
 )

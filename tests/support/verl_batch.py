@@ -19,6 +19,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 import cmdp_fast.integrations.verl as integration
+from cmdp_fast.integrations.verl.losses import actor_loss
 
 FOLDER = integration.__path__[0]
 PROMPTS, RESPONSES, VOCAB = (3, 1, 2, 3), (4, 5, 1, 3), 11
@@ -48,6 +49,12 @@ def composed(*overrides: str) -> Any:
 def parts(config: Any) -> tuple[Any, Any]:
     """(actor's, distillation's) configuration as verl's workers make them."""
     return omega_conf_to_dataclass(config.actor_rollout_ref.actor), omega_conf_to_dataclass(config.distillation)
+
+
+def loss_function(config: Any) -> partial[Any]:
+    """What the actor's worker makes of verl's loss function."""
+    actor, distillation = parts(config)
+    return partial(actor_loss, partial(distillation_ppo_loss, config=actor, distillation_config=distillation))
 
 
 def nested(rows: list[Tensor]) -> Tensor:
@@ -107,11 +114,13 @@ class Batch:
         }
         data = TensorDict({name: nested([column[i] for i in rows]) for name, column in columns.items()}, len(rows))
         tokens, sequences = sum(RESPONSES), len(PROMPTS)  # of the whole batch, as in verl
-        tu.assign_non_tensor(
-            data,
-            **{"dp_size": 1, "batch_num_tokens": tokens, "global_batch_size": sequences, "distillation_only": False},
-            **{"distillation_use_topk": self.topk is not None, "calculate_entropy": False, **settings},
-        )
+        of_the_engine = {"dp_size": 1, "batch_num_tokens": tokens, "global_batch_size": sequences}
+        of_the_trainer = {
+            "distillation_only": False,
+            "distillation_use_topk": self.topk is not None,
+            "calculate_entropy": False,
+        }
+        tu.assign_non_tensor(data, **(of_the_engine | of_the_trainer | settings))
         return data
 
 
@@ -135,8 +144,7 @@ def engine_outputs(batch: Batch, data: TensorDict, loss: Any, logits: list[Tenso
 def loss_of(batch: Batch, config: Any, logits: list[Tensor], rows: list[int] | None = None) -> tuple[Tensor, dict]:
     """verl's loss of a micro-batch, and its metrics."""
     rows = list(range(len(PROMPTS))) if rows is None else rows
-    actor, distillation = parts(config)
-    loss = partial(distillation_ppo_loss, config=actor, distillation_config=distillation)
+    loss = loss_function(config)
     data = batch.data(rows)
     outputs = engine_outputs(batch, data, loss, [logits[i] for i in rows])
     return loss(model_output=outputs, data=data)

@@ -5,7 +5,7 @@ loss. verl imports it in every process it starts if `VERL_USE_EXTERNAL_MODULES=c
 `cmdp.yaml` beside this one is a configuration for verl's launcher, with the command in its header.
 
 **Workers.** The student is trained by verl's actor workers: FSDP, or Megatron with costs of the sampled token
-(verl gives the student's mass on the k tokens no gradient there). Completions come from vLLM or SGLang on the same
+(a token's logits are not in one process there). Completions come from vLLM or SGLang on the same
 GPUs. The teacher is a vLLM or SGLang server in a resource pool of its own (`distillation.n_gpus_per_node`); it scores
 each completion as a prompt, while others are still being sampled. The controller makes the advantages. Nothing of the
 teacher is ever on a student's GPU.
@@ -14,10 +14,10 @@ teacher is ever on a student's GPU.
 | --- | --- | --- |
 | completions, task rewards | rollout and reward workers | verl's own |
 | teacher scores | teacher pool | a log-probability of each sampled token, or of the teacher's k most likely tokens |
-| token costs | actor workers, scoring pass | `ScoringWorker`: the student's masses on those k tokens |
+| token costs | actor workers, scoring pass | `ScoringWorker`: KL of the k tokens and a bucket, of the logits |
 | budget, modified reward, advantages | controller | estimator `cmdp`: `objective.score_coefficient`, `position_rloo` |
 | score term | actor workers | policy loss `cmdp`: `objective.ppo_loss` |
-| direct term | actor workers | distillation loss `cmdp`: `objective.direct_coefficient` times a differentiable cost |
+| direct term | actor workers | distillation loss `cmdp`: `objective.direct_coefficient` times that cost, made anew |
 
 **Messages.** Exact divergences need the teacher's whole distribution at every token. Two ways to move
 it are bearable: its hidden states, with the head once (Qwen2.5-Math-7B: 3,584 numbers per token, where the logits are
@@ -29,7 +29,11 @@ the sampled token alone. So here the costs are
   hides every difference inside it (log-sum inequality), so a student that meets the budget may exceed it in truth, by
   no more than W min(R, R²/8) per token, W the teacher's mass outside its k tokens and R the spread of
   log(teacher/student) there. `cmdp_fast.integrations.topk` derives both; `distillation/teacher_mass` logs 1 - W. verl's
-  own `forward_kl_topk` leaves the bucket out, which is no divergence and bounds nothing.
+  own `forward_kl_topk` leaves the bucket out, which is no divergence and bounds nothing. Nor are its masses used: in
+  float32 1 less a mass is rounding where the student is sure, and with `use_chunked_topk` a mass has the dtype of the
+  logits. `topk_divergence_of_logits` sums the student's tail itself, from logits of any dtype, in pieces of 64 MiB. So
+  verl's `use_chunked_topk` and `chunked_topk_chunk_size` have no effect here. For training it keeps one copy of the
+  logits in their dtype, the size of the log-softmax that verl keeps without `use_chunked_topk`.
 - ``k1`` (its sum is log student/teacher of the completion, its expectation the exact reverse KL), ``k3`` and ``nll``,
   from the sampled token. They depend on the action, so there is no direct term; set `loss_mode: cmdp_sampled`.
 

@@ -73,7 +73,7 @@ def check_config(config: Any) -> Constraint:
         "distillation.distillation_loss.loss_max_clamp": (loss.loss_max_clamp, None),
         "distillation.distillation_loss.log_prob_min_clamp": (loss.log_prob_min_clamp, None),
     }
-    if not constraint.action_dependent:  # the fused kernel gives no masses
+    if not constraint.action_dependent:  # the cost is made of the logits, and the fused kernel has none
         expected["actor_rollout_ref.model.use_fused_kernels"] = (
             config.actor_rollout_ref.model.use_fused_kernels,
             False,
@@ -83,9 +83,11 @@ def check_config(config: Any) -> Constraint:
             raise InputError(f"{key}={given}, the trainer 'cmdp' expects {right}")
     if not constraint.action_dependent and actor.strategy not in ("fsdp", "fsdp2"):
         raise InputError(
-            f"actor_rollout_ref.actor.strategy={actor.strategy} with cost=forward_kl, expected fsdp or fsdp2: with "
-            f"others the student's mass on the k tokens has no gradient; the costs {', '.join(SAMPLED_COSTS)} need none"
+            f"actor_rollout_ref.actor.strategy={actor.strategy} with cost=forward_kl, expected fsdp or fsdp2: others "
+            f"do not have a token's logits in one process; the costs {', '.join(SAMPLED_COSTS)} do not need them"
         )
+    if not actor.clip_ratio_c > 1:
+        raise InputError(f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c}, expected a number above 1")
     if actor.loss_agg_mode not in CONSTANT_NORMALIZERS:
         raise InputError(
             f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}, expected {', '.join(CONSTANT_NORMALIZERS)}"

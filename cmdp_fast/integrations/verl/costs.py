@@ -1,18 +1,38 @@
-"""Token costs from verl's batch, which carries log-probabilities of sampled tokens, or masses of k tokens."""
+"""Token costs in verl: of the actor's logits, or of the log-probabilities of sampled tokens that a batch carries."""
 
 from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size, slice_input_tensor
 from verl.workers.utils.padding import no_padding_2_padding
 
 import cmdp_fast as cf
 from cmdp_fast.constraint import Constraint
-from cmdp_fast.integrations.topk import with_tail
+from cmdp_fast.integrations.topk import topk_divergence_of_logits
 
+COST = "cmdp_cost"
 SAMPLED_FIELDS = ("prompts", "responses", "old_log_probs", "teacher_logprobs")
-TOPK_FIELDS = ("prompts", "responses", "distillation_losses", "student_mass", "teacher_mass")
+TOPK_FIELDS = ("prompts", "responses", COST)
+
+
+def cost_of_logits(student_logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
+    """What verl's engine keeps of a micro-batch's logits [1, N, V]: `COST`, the forward KL from the teacher's k tokens
+    and a bucket for the rest, in nats and differentiable, and both masses of the k tokens; [1, N] in float32 each.
+
+    In the place of verl's `compute_topk_loss`, whose masses come rounded to the dtype of the logits
+    (``use_chunked_topk``) or to float32: a bucket that is made of them counts rounding as divergence. Whole rows of
+    logits are needed, as FSDP has them.
+    """
+    logprob, ids = (data[name].values()[None] for name in ("teacher_logprobs", "teacher_ids"))  # [1, N, k]
+    if get_ulysses_sequence_parallel_world_size() > 1:  # a process has the logits of its part of the N tokens
+        logprob, ids = slice_input_tensor(logprob, dim=1), slice_input_tensor(ids, dim=1)
+    if student_logits.requires_grad:
+        # the backward pass of flash-attn's cross-entropy, which verl takes of the same logits, writes over them
+        student_logits = student_logits.clone()
+    result = topk_divergence_of_logits(student_logits, logprob, ids)
+    return {COST: result.divergence, "student_mass": result.student_mass, "teacher_mass": result.teacher_mass}
 
 
 def sampled_cost(logprob: Tensor, teacher_logprob: Tensor, kind: str) -> Tensor:
@@ -28,5 +48,4 @@ def cost_of_rollouts(data: TensorDict, constraint: Constraint) -> Tensor:
         teacher_logprob = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
         old_log_prob = data["old_log_probs"].to_padded_tensor(0.0)
         return sampled_cost(old_log_prob.float(), teacher_logprob.float(), constraint.cost)
-    head, student_mass, teacher_mass = (no_padding_2_padding(data[name], data).float() for name in TOPK_FIELDS[2:])
-    return with_tail(head, teacher_mass, student_mass)
+    return no_padding_2_padding(data[COST], data).float()

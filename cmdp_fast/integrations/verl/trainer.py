@@ -21,18 +21,21 @@ from cmdp_fast.metrics import as_numbers
 from .advantage import cost_of_batch
 from .config import check_config
 from .costs import SAMPLED_FIELDS, TOPK_FIELDS, cost_of_rollouts
+from .losses import actor_loss
 
 
 class ScoringWorker(TrainingWorker):
-    """An actor that compares its logits with the teacher's k tokens also where it only scores.
-
-    verl computes those masses in the loss function, which its scoring pass does without.
+    """An actor that compares its logits with the teacher's k tokens by `costs.cost_of_logits`, also where it only
+    scores: verl does that in the loss function, which its scoring pass does without.
     """
 
     loss_fn: Any
 
+    def set_loss_fn(self, loss_fn: Any) -> None:
+        super().set_loss_fn(partial(actor_loss, loss_fn))
+
     def infer_batch(self, data: Any) -> Any:
-        """verl's, with `distillation_losses` and both masses where `distillation_use_topk` asks for them."""
+        """verl's, with `costs.COST` and both masses where `distillation_use_topk` asks for them."""
         if not tu.get(data, "distillation_use_topk", default=False):
             return super().infer_batch(data)
         training_loss = self.loss_fn
@@ -45,7 +48,7 @@ class ScoringWorker(TrainingWorker):
 
 
 def _logits_alone(training_loss: Any, student_logits: Tensor | None = None, **arguments: Any) -> Any:
-    """The masses that the training loss makes of logits, and a loss of 0."""
+    """What the training loss makes of logits, and a loss of 0."""
     if student_logits is not None:
         return training_loss(student_logits=student_logits, **arguments)
     return torch.zeros(()), {}
@@ -82,8 +85,9 @@ class ConstrainedTrainer(PPOTrainerSync):
         )
         cost, mask = cost_of_rollouts(data, self.constraint), data["response_mask"].to_padded_tensor(0).bool()
         real = mask.any(1)  # verl fills a batch up with rows that have no token to train on
-        trace = cf.budget_trace(cost[real].detach(), constraint=self.constraint, mask=mask[real])
-        figures = objective.constraint_metrics(cost[real], trace, mask=mask[real])
-        metrics |= {f"cmdp/{name}": value for name, value in as_numbers(figures).items()}
+        if real.any():
+            trace = cf.budget_trace(cost[real].detach(), constraint=self.constraint, mask=mask[real])
+            figures = objective.constraint_metrics(cost[real], trace, mask=mask[real])
+            metrics |= {f"cmdp/{name}": value for name, value in as_numbers(figures).items()}
         with cost_of_batch(cost):
             return super()._compute_advantage(batch, metrics)
