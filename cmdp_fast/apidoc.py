@@ -27,6 +27,7 @@ MODULES = (
     "cmdp_fast",
     "cmdp_fast.heads",
     "cmdp_fast.objective",
+    "cmdp_fast.advantage",
     "cmdp_fast.credit",
     "cmdp_fast.metrics",
     "cmdp_fast.batches",
