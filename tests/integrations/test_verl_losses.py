@@ -147,15 +147,20 @@ def test_a_mean_over_the_tokens_of_a_completion_is_refused() -> None:
         get_policy_loss_fn("cmdp")(*[torch.zeros(4, 5)] * 3, MASK.long(), "seq-mean-token-mean", actor)
 
 
+@pytest.mark.parametrize("clamp", [None, 0.25])
 @pytest.mark.parametrize("cost", ["k1", "k3", "nll"])
-def test_a_sampled_cost_has_the_score_term_alone(cost: str) -> None:
+def test_a_sampled_cost_has_the_score_term_alone(cost: str, clamp: float | None) -> None:
     batch = Batch(topk=None)
-    config = configured(f"algorithm.cmdp.cost={cost}", "distillation.distillation_loss.loss_mode=cmdp_sampled")
+    clamped = () if clamp is None else (f"algorithm.cmdp.cost_clamp={clamp}",)
+    config = configured(
+        f"algorithm.cmdp.cost={cost}", *clamped, "distillation.distillation_loss.loss_mode=cmdp_sampled"
+    )
     loss, metrics = loss_of(batch, config, batch.student)
     assert torch.allclose(loss, expected_loss(Batch(topk=4), batch.student, "cmdp", 1e6), atol=1e-5)
     p, w = padded(batch.logprob(batch.student)), padded(batch.logprob(batch.teacher))
     by_name = {"k1": p - w, "k3": (w - p).exp() - 1 + (p - w), "nll": -w}
-    expected = torch.where(MASK, by_name[cost], 0.0).sum() / sum(RESPONSES)
+    charged = by_name[cost] if clamp is None else by_name[cost].clamp(-clamp, clamp)
+    expected = torch.where(MASK, charged, 0.0).sum() / sum(RESPONSES)
     assert metrics["distillation/cmdp_cost"] == pytest.approx(expected.item(), rel=1e-4)
 
 

@@ -35,10 +35,11 @@ def cost_of_logits(student_logits: Tensor, data: TensorDict) -> dict[str, Tensor
     return {COST: result.divergence, "student_mass": result.student_mass, "teacher_mass": result.teacher_mass}
 
 
-def sampled_cost(logprob: Tensor, teacher_logprob: Tensor, kind: str) -> Tensor:
+def sampled_cost(logprob: Tensor, teacher_logprob: Tensor, constraint: Constraint) -> Tensor:
     """`cf.token_cost` of the costs k1, k3 and nll, which need these two statistics of a token and no others."""
     absent = torch.full_like(logprob, torch.nan)
-    return cf.token_cost(cf.TokenStats(logprob, teacher_logprob, absent, absent, absent, absent), kind)
+    stats = cf.TokenStats(logprob, teacher_logprob, absent, absent, absent, absent)
+    return cf.token_cost(stats, constraint.cost, clamp=constraint.cost_clamp)
 
 
 def cost_of_rollouts(data: TensorDict, constraint: Constraint) -> Tensor:
@@ -47,5 +48,5 @@ def cost_of_rollouts(data: TensorDict, constraint: Constraint) -> Tensor:
     if constraint.action_dependent:
         teacher_logprob = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
         old_log_prob = data["old_log_probs"].to_padded_tensor(0.0)
-        return sampled_cost(old_log_prob.float(), teacher_logprob.float(), constraint.cost)
+        return sampled_cost(old_log_prob.float(), teacher_logprob.float(), constraint)
     return no_padding_2_padding(data[COST], data).float()

@@ -141,7 +141,7 @@ def compute_cmdp_sampled(
     mask = _padded(data["response_mask"]).bool()
     logprob = no_padding_2_padding(model_output["log_probs"], data).detach().float()
     teacher_logprob = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1).float()
-    cost = torch.where(mask, sampled_cost(logprob, teacher_logprob, constraint.cost), 0.0)
+    cost = torch.where(mask, sampled_cost(logprob, teacher_logprob, constraint), 0.0)
     return torch.zeros_like(cost), {"distillation/cmdp_cost": (cost.sum() / mask.sum().clamp(min=1)).item()}
 
 
