@@ -106,8 +106,8 @@ def test_an_error_of_one_ends_both_and_is_said_once(pair, tmp_path):
     (tmp_path / "mine.py").write_text(REWARD_THAT_FAILS_IN_ONE.format(at=4))
     run = arguments(pair, tmp_path / "runs", eval_every=0, steps=9, rewards=f"{tmp_path / 'mine.py'}:reward")
     in_two_processes(run_command, run, tmp_path / "shown", 2)
-    assert (tmp_path / "shown-0").read_text().count("error: this will not do") == 1
+    assert (tmp_path / "shown-0").read_text().count("error: reward function reward: this will not do") == 1
     assert (tmp_path / "shown-1").read_text() == ""
     found = json.loads((tmp_path / "runs" / "r" / "summary.json").read_text())
-    assert found["error"] == "this will not do" and found["steps"] == 1
+    assert found["error"] == "reward function reward: this will not do" and found["steps"] == 1
     assert (tmp_path / "runs" / "r" / "student" / "model.safetensors").exists()

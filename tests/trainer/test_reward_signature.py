@@ -64,10 +64,11 @@ def test_the_state_is_that_of_the_training(pair, tmp_path):
     )
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i}+{9 - i}=", "answer": "9"}) + "\n" for i in range(10)))
-    task = {"dataset": rows, "rewards": f"{tmp_path / 'mine.py'}:reward", "eval_every": 0}
+    task = {"dataset": rows, "rewards": f"{tmp_path / 'mine.py'}:reward", "eval_every": 0, "lr_schedule": "constant"}
     command = arguments(pair, tmp_path / "runs", checkpoint_every=1, **task)
     assert main(command) == 0
-    assert main(["train", f"--resume={tmp_path / 'runs' / 'r'}", "--steps=4"]) == 0
+    on = ["train", f"--resume={tmp_path / 'runs' / 'r'}", "--steps=4", f"--rewards={task['rewards']}"]
+    assert main(on) == 0
     lines = (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["reward"] for line in lines] == [0.0, 1.0, 2.0, 3.0]
     told = [tuple(map(float, line.split())) for line in seen.read_text().splitlines()]
