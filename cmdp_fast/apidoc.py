@@ -29,6 +29,7 @@ MODULES = (
     "cmdp_fast.objective",
     "cmdp_fast.credit",
     "cmdp_fast.metrics",
+    "cmdp_fast.reward_functions",
     "cmdp_fast.batches",
     "cmdp_fast.pid",
     "cmdp_fast.reference",

@@ -224,8 +224,8 @@ def _arguments(given: Given, logged: Logged) -> dict[str, Any]:
     """The keywords of a function."""
 
     def log_metric(name: str, value: Any) -> None:
-        message = f"log_metric({_short(name)}, ...) got {{}}; expected a number"
-        logged.metrics.setdefault(_text(name, "log_metric"), []).append(_number(value, message))
+        number = _number(value, f"log_metric({_short(name)}, ...) got", "expected a number")
+        logged.metrics.setdefault(_text(name, "log_metric"), []).append(number)
 
     def log_extra(column: str, values: Any) -> None:
         logged.extra.setdefault(_text(column, "log_extra"), []).extend(map(plain_value, values))
@@ -268,8 +268,10 @@ def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer
         raise InputError(f"reward function {name} returned {_kind(result)}; {wanted}")
     if len(values) != count:
         raise InputError(f"reward function {name} returned {len(values)} rewards for {count} completions")
-    message = "reward function {} returned {{}} for completion {}; {}"
-    rewards = [_number(value, message.format(name, i, wanted)) for i, value in enumerate(values)]
+    rewards = [
+        math.nan if value is None else _number(value, f"reward function {name} returned for completion {i}", wanted)
+        for i, value in enumerate(values)
+    ]
     for column, items in logged.extra.items():
         if len(items) != count:
             raise InputError(
@@ -279,16 +281,14 @@ def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer
     return _Answer(rewards, logged)
 
 
-def _number(value: Any, message: str) -> float:
+def _number(value: Any, what: str, wanted: str) -> float:
     try:
-        if value is None:
-            return math.nan
         if isinstance(value, torch.Tensor):
             value = value.detach().squeeze()
         [number] = torch.tensor([value], dtype=torch.float64).tolist()  # takes what it takes of TRL: no text
         return float(number)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(message.format(_kind(value))) from error
+        raise InputError(f"{what} {_kind(value)}; {wanted}") from error
 
 
 def _kind(value: Any) -> str:
@@ -296,7 +296,7 @@ def _kind(value: Any) -> str:
     if value is None:
         return "None"
     shape = getattr(value, "shape", None)
-    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
+    return f"a value of type {type(value).__name__}" + (f" and shape {tuple(shape)}" if shape is not None else "")
 
 
 def _short(name: Any) -> str:

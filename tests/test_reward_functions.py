@@ -169,7 +169,9 @@ def test_numpy_s_are_taken():
 @pytest.mark.parametrize("result", [{"a": 1, "b": 2, "c": 3}, {1.0, 2.0, 3.0}], ids=["dict", "set"])
 def test_what_has_no_order_is_refused(result):
     """TRL takes the keys of a dict for the rewards."""
-    with pytest.raises(InputError, match=f"returned a {type(result).__name__}; expected 3 numbers or None"):
+    with pytest.raises(
+        InputError, match=f"returned a value of type {type(result).__name__}; expected 3 numbers or None"
+    ):
         called(lambda **_: result)
 
 
@@ -181,7 +183,7 @@ def test_a_plain_function_that_returns_a_coroutine_is_told():
 
 
 def test_messages_hold_no_completion():
-    with pytest.raises(InputError, match="returned a str for completion 1; expected 3 numbers") as caught:
+    with pytest.raises(InputError, match="returned for completion 1 a value of type str; expected 3 numbers") as caught:
         called(lambda **_: [0.0, "hostile\n" * 1000, 0.0])
     assert "hostile" not in str(caught.value)
 
@@ -363,12 +365,20 @@ def test_what_cannot_be_logged_is_told():
         return lambda **given: given[how](*what) or [0.0] * 3
 
     with pytest.raises(
-        InputError, match=r"reward function <lambda>: log_metric\('x', ...\) got a str; expected a number"
+        InputError, match=r"reward function <lambda>: log_metric\('x', ...\) got a value of type str; expected"
     ):
         called(logging("log_metric", "x", "1"))
-    with pytest.raises(InputError, match=r"log_metric\('x', ...\) got a Tensor of shape \(2,\); expected a number"):
+    with pytest.raises(
+        InputError, match=r"log_metric\('x', ...\) got a value of type Tensor and shape \(2,\); expected"
+    ):
         called(logging("log_metric", "x", torch.ones(2)))
-    with pytest.raises(InputError, match="log_extra takes a name and what to log, the name was a int"):
+    with pytest.raises(InputError, match=r"log_metric\('x', ...\) got None; expected a number"):
+        called(logging("log_metric", "x", None))  # TRL ends with it at the end of the step
+    with pytest.raises(
+        InputError, match=r"log_metric\('\{0.__class__\}\{1\}', ...\) got a value of type str; expected"
+    ):
+        called(logging("log_metric", "{0.__class__}{1}", "{}"))  # a name may be a completion's
+    with pytest.raises(InputError, match="log_extra takes a name and what to log, the name was a value of type int"):
         called(logging("log_extra", 3, [1]))
 
 
