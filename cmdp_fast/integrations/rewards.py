@@ -15,16 +15,17 @@ others of it, and `to_openrlhf(from_verl(compute_score))` goes from one to the o
 ``cmdp-fast train --rewards gsm8k.py:reward`` scores as verl does. The right answer is TRL's column ``answer``, verl's
 ``ground_truth`` and OpenRLHF's label; ``label`` names another column. Nothing here imports any of the three packages.
 
-TRL's is all of it: functions, partials and objects, coroutine functions too, with `trainer_state`, `log_metric` and
-`log_extra` (`cmdp_fast/reward_functions.py`). Neither verl nor OpenRLHF tells a reward function how far the training is
-or which tokens a completion has: `trainer_state` and `completion_ids` are None there. A function that reads them
-raises, which is better than a reward of a wrong step or length.
+A reward with TRL's signature has all of it (`cmdp_fast/reward_functions.py`): functions, partials and objects, plain or
+coroutine functions, with `trainer_state`, `log_metric` and `log_extra`. Neither verl nor OpenRLHF tells a function how
+far the training is or which tokens a completion has: `trainer_state` and `completion_ids` are None there. A function
+that reads them raises. A made-up step or an empty list would give a wrong reward instead.
 
-No opinion, None or NaN in TRL, leaves the completion out of its group's mean and deviation there, if no function has
-one. verl and OpenRLHF take a number for each completion: it becomes 0, which counts in both.
+TRL leaves a completion on which no function has an opinion (None or NaN) out of its group's mean and deviation. verl
+and OpenRLHF take a number for every completion: no opinion becomes 0, and 0 counts in both.
 
-What a function logs goes on with each completion's score. Both take the same names with every one, so a function has to
-log the same names in every call; a number that there is not is NaN, a value None. Another name later is an InputError.
+What a function logs goes with the completion's score. Both packages take the same names with every completion, so the
+function has to log the same names in every call: NaN for a number, None for a value that there is not. Names that
+change raise InputError.
 
 A completion is hostile input. A function of yours runs where it is called; verl's own, some of which evaluate or run
 the text of a completion (``prime_math``, ``prime_code``), are asked in isolated processes, see `from_verl`.
