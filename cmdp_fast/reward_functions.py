@@ -212,10 +212,23 @@ def _asked(named: Named, given: Given) -> _Answer:
 
 
 async def _awaited(named: Named, given: Given) -> _Answer:
+    task = asyncio.ensure_future(_guarded(named, given))
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    if task.cancelled():  # which would look as if its caller had been
+        raise RewardError(f"reward function {named.name} raised CancelledError: nobody else has cancelled it")
+    return task.result()
+
+
+async def _guarded(named: Named, given: Given) -> _Answer:
     logged = Logged({}, {})
     try:
         result = await named.function(**_arguments(given, logged))
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # either would end the loop, and its caller would wait
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # one of these would end the loop, and leave the caller
         raise _of(named, error) from error
     return _checked(named, given, result, logged)
 

@@ -283,6 +283,16 @@ def test_a_coroutine_function_that_exits_does_not_take_the_caller_along():
     assert called(later).rewards[0][0] == 0.3
 
 
+def test_a_coroutine_function_that_cancels_itself_cancels_nobody_else():
+    async def ending(**_: Any) -> list[float]:
+        asyncio.current_task().cancel()
+        await asyncio.sleep(0)
+        return [0.0] * 3
+
+    with pytest.raises(RewardError, match="reward function ending raised CancelledError"):
+        called(later, ending)
+
+
 def test_an_interrupt_of_the_caller_cancels_what_runs(monkeypatch):
     ended = []
 
