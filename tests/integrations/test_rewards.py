@@ -380,6 +380,26 @@ def test_verls_reward_manager_takes_an_adapted_function() -> None:
     loop.close()
 
 
+def test_verls_validation_makes_means_of_what_was_logged() -> None:
+    pytest.importorskip("verl", reason="see test_verl_trainer.py")
+    import numpy as np
+    from verl.trainer.ppo.metric_utils import process_validation_metrics
+
+    def reward(completions: Any, log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+        (text,) = completions
+        log_metric("length", len(text) if text else float("nan"))
+        log_extra("text", [text or None])
+        log_extra("number", [len(text) if text != "two" else "2"])  # of two types
+        return [1.0]
+
+    score = to_verl(reward)
+    infos = [scored(score, text) for text in ("", "two", "three")]
+    columns = {key: np.array([info[key] for info in infos]).tolist() for key in infos[0]}  # as its reward loop
+    metrics = process_validation_metrics(["x"] * 3, ["a problem"] * 3, columns)["x"]
+    assert metrics["length"]["mean@2"] == 4.0 and metrics["acc"]["mean@3"] == 1.0
+    assert set(metrics) == {"score", "acc", "length"}
+
+
 def test_verls_own_score_in_trls_hands() -> None:
     pytest.importorskip("verl", reason="see test_verl_trainer.py")
     from verl.utils.reward_score import default_compute_score
