@@ -30,6 +30,7 @@ MODULES = (
     "cmdp_fast.advantage",
     "cmdp_fast.credit",
     "cmdp_fast.metrics",
+    "cmdp_fast.reward_functions",
     "cmdp_fast.batches",
     "cmdp_fast.pid",
     "cmdp_fast.reference",

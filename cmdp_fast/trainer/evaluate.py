@@ -63,8 +63,8 @@ def evaluate(
     ``examples`` is how many completions there were. The teacher's divergence from itself is 0, so it satisfies any
     budget. For a collector without a teacher all that compares with one is absent.
 
-    A sample is one completion's part of these. Several processes evaluate a share each. The random state of
-    the training is left as it was. With a `report` there is a progress bar.
+    A sample is one completion's part of these, with what reward functions log of it as ``extra``. Several processes
+    evaluate a share each. The random state of the training is left as it was. With a `report` there is a progress bar.
     """
     config, constraint = collector.config, evaluation_constraint(collector.config)
     everything = [row for row in rows for _ in range(config.eval_generations)]
@@ -105,4 +105,6 @@ def _samples(part: Completions, rows: list[Problem], correct_at: float) -> list[
         columns["cumulative"] = part.trace.cumulative.gather(1, last)[:, 0].tolist()
         columns["feasible"] = (part.trace.remaining.gather(1, last)[:, 0] >= 0).tolist()
         columns["cumulative_kl"] = part.stats.reverse_kl.sum(1).tolist()
+    if part.logged.extra:
+        columns["extra"] = part.logged.rows()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

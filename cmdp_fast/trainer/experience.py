@@ -7,7 +7,7 @@ the metrics that are logged.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +18,14 @@ from cmdp_fast import batches, objective, scoring
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.credit import at_last_token
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
+from cmdp_fast.reward_functions import Logged
 
 from .distributed import together
 from .records.clock import Clock
 from .rollout import Rollout, RolloutFunction, Sampling, call_rollout, generate
 from .settings.config import TrainConfig
 from .tasks.data import Problem
-from .tasks.rewards import RewardFunction, call_rewards
+from .tasks.rewards import RewardFunction, call_rewards, trainer_state
 from .tasks.step_verifiers import StepVerifier, call_step_verifier
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Completions:
     named_rewards: dict[str, Tensor]  # [B] each, NaN where the function has no opinion
     failed: dict[str, Tensor]  # [B] each, 1 where a judge that is asked elsewhere said nothing: it raised, hung or died
     sound: Tensor | None  # [B], 1 where all steps are right, 0 where not, NaN where there is nothing to check
+    logged: Logged = field(default=Logged({}, {}), kw_only=True)  # by the reward functions of this process
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Experience(Completions):
     def rows(self, index: Tensor) -> Experience:
         """Some of the completions, without their texts."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
         return replace(
             self,
             **tensors,
@@ -88,6 +90,7 @@ class Collector:
         rewards: dict[str, RewardFunction],
         step_verifier: StepVerifier | None = None,
         rollout: RolloutFunction | None = None,
+        problem_count: int = 0,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
@@ -98,6 +101,8 @@ class Collector:
         self.rewards = rewards
         self.step_verifier = step_verifier
         self.rollout = rollout
+        self.problem_count = problem_count  # to train on, of which an epoch is made
+        self.steps_done = 0  # which reward functions are told
         models = (student,) if teacher is None else (student, teacher)
         self.scoring = scoring.make_scoring(config.logits, models, vocab_size, config.temperature)
 
@@ -123,15 +128,18 @@ class Collector:
             ids = rollout.completion_ids()
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         with clock.phase("scoring"), together(self.accelerator):
+            state = trainer_state(self.config, self.steps_done, self.problem_count, self.accelerator)
+            judged = call_rewards(self.rewards, rows, texts, ids, state)
             named, failed = (
                 {name: torch.tensor(v, device=rollout.tokens.device) for name, v in values.items()}
-                for values in call_rewards(self.rewards, rows, texts, ids)
+                for values in (judged.rewards, judged.failed)
             )
             sound = None
             if self.step_verifier is not None:
                 verdicts = call_step_verifier(self.step_verifier, rows, texts)
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
-            return Completions(rollout, texts, torch.stack(list(named.values())).nansum(0), named, failed, sound)
+            total = torch.stack(list(named.values())).nansum(0)
+            return Completions(rollout, texts, total, named, failed, sound, logged=judged.logged)
 
     def collect(
         self,
@@ -281,5 +289,5 @@ def _united(parts: Sequence[Completions], unite: Callable[[Sequence[Tensor]], Te
     nothing = torch.zeros(0, 0, dtype=torch.long)
     rollout = Rollout(nothing, nothing.bool(), **fields_of(rollouts, ("tokens", "mask", "finished", "sampler_logprob")))
     # In the order of the fields: processes that gather one after the other must agree on it.
-    names = [f.name for f in fields(parts[0]) if f.name not in ("rollout", "texts", "teacher_outputs")]
+    names = [f.name for f in fields(parts[0]) if f.name not in ("rollout", "texts", "teacher_outputs", "logged")]
     return type(parts[0])(rollout=rollout, texts=[], **fields_of(parts, names))

@@ -125,4 +125,5 @@ def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Mo
         rewards=material.rewards,
         step_verifier=material.verifier,
         rollout=import_function("--rollout", config.rollout) if config.rollout else None,
+        problem_count=len(material.problems),
     )

@@ -25,6 +25,7 @@ from cmdp_fast import objective
 from cmdp_fast.constraint import KINDS, Constraint
 from cmdp_fast.errors import InputError
 from cmdp_fast.metrics import as_numbers
+from cmdp_fast.reward_functions import mean_metrics
 
 from .experience import Experience, Metrics
 from .methods.method import Method, Targets
@@ -42,8 +43,12 @@ class Learner:
         self.student, self.teacher = method.student, method.teacher
         kp, ki, kd = self.config.pid_gains
         self.pid = objective.PIDController(kp=kp, ki=ki, kd=kd, initial_integral=self.config.coefficient)
-        self.steps_done = 0
         self.tokens_seen = 0
+
+    @property
+    def steps_done(self) -> int:
+        """The steps behind it; the collector tells the reward functions."""
+        return self.collector.steps_done
 
     def step(self, problems: list[Problem], prompts: list[list[int]]) -> Metrics:
         """Improves the student on some problems, this process's share; returns the metrics of all processes."""
@@ -59,11 +64,12 @@ class Learner:
         metrics |= self.update(experience, self.method.targets(experience, constraint), constraint)
         if self.config.kind == "pid":
             self.pid.update(metrics["cmdp/mean_cumulative"], float(constraint.budget))
-        self.steps_done += 1
+        self.collector.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
         seconds = self.clock.now() - start
         per_second = metrics["completions/mean_length"] * len(experience.rollout) * self._processes / seconds
-        return metrics | {"num_tokens": self.tokens_seen, "step_time": seconds, "tokens_per_second": per_second}
+        metrics |= {"num_tokens": self.tokens_seen, "step_time": seconds, "tokens_per_second": per_second}
+        return _with_logged(metrics, mean_metrics(experience.logged, self.accelerator))
 
     @property
     def _processes(self) -> int:
@@ -147,5 +153,12 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
-        self.steps_done, self.tokens_seen = state["steps_done"], state["tokens_seen"]
+        self.collector.steps_done, self.tokens_seen = state["steps_done"], state["tokens_seen"]
         self.pid.load_state_dict(state["pid"])
+
+
+def _with_logged(metrics: Metrics, logged: Metrics) -> Metrics:
+    """The metrics of a step with those that reward functions have logged. Raises InputError for a name of ours."""
+    if taken := sorted(logged.keys() & {"step", *metrics}):
+        raise InputError(f"log_metric({taken[0]!r}, ...): a step has a metric of that name; expected another name")
+    return metrics | logged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import re
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from reward_forms import FORMS
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.rewards import from_openrlhf, from_verl, to_openrlhf, to_verl
@@ -94,6 +97,7 @@ def test_trls_in_verls_hands() -> None:
         for text, answer in zip(COMPLETIONS, ANSWERS, strict=True)
     ]
     assert values == [1, 0, 0] and score("x", "4", None) == 0.0  # None: no opinion
+    assert to_verl(lambda **_: [float("nan")])("x", "4", None) == 0.0  # NaN is none either, as in TRL
 
 
 def test_trls_chat_in_verls_hands_with_the_prompt_in_extra_info() -> None:
@@ -105,7 +109,10 @@ def test_trls_chat_in_verls_hands_with_the_prompt_in_extra_info() -> None:
 
     score = to_verl(spy, conversational=True)
     assert score("src", "<think>x", "7", {"prompt": "Why?", "level": 2}, reward_router_address=None) == 1.0
-    assert seen == [(["Why?"], {"data_source": ["src"], "level": [2], "answer": ["7"]})]
+    ((prompts, columns),) = seen
+    assert prompts == ["Why?"] and callable(columns.pop("log_extra")) and callable(columns.pop("log_metric"))
+    unknown = {"completion_ids": None, "trainer_state": None}
+    assert columns == {"data_source": ["src"], "level": [2], "answer": ["7"], **unknown}
 
 
 def test_trls_in_openrlhfs_hands() -> None:
@@ -155,7 +162,7 @@ def test_the_command_line_takes_an_adapted_function(tmp_path) -> None:
     from dataclasses import replace
 
     from cmdp_fast.trainer.settings.config import TrainConfig
-    from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards
+    from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards, trainer_state
 
     path = tmp_path / "gsm8k.py"
     path.write_text(
@@ -167,7 +174,8 @@ def test_the_command_line_takes_an_adapted_function(tmp_path) -> None:
     config = replace(TrainConfig(), rewards=(f"{path}:reward",))
     rows = [{"prompt": PROMPTS[i], "answer": ANSWERS[i], "note": i} for i in range(3)]
     functions = load_rewards(config, rows[0])
-    assert call_rewards(functions, rows, ["4!", "8", "2"], [[1], [2], [3]]) == ({"reward": [1.0, 0.0, 0.0]}, {})
+    judged = call_rewards(functions, rows, ["4!", "8", "2"], [[1], [2], [3]], trainer_state(config))
+    assert judged.rewards == {"reward": [1.0, 0.0, 0.0]} and judged.failed == {}
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -177,10 +185,10 @@ async def coroutine(*_: Any, **__: Any) -> float:
     return 0.0
 
 
-@pytest.mark.parametrize("adapter", [from_verl, to_verl, from_openrlhf, to_openrlhf])
-def test_a_coroutine_is_refused(adapter) -> None:
-    with pytest.raises(InputError, match="coroutine is a coroutine function"):
-        adapter(coroutine)
+def test_openrlhf_takes_no_coroutine_function() -> None:
+    for function in (coroutine, functools.partial(coroutine, 1)):
+        with pytest.raises(InputError, match="coroutine is a coroutine function, expected a plain one"):
+            from_openrlhf(function)
 
 
 def test_what_cannot_be_used_is_named() -> None:
@@ -199,7 +207,6 @@ def test_what_cannot_be_used_is_named() -> None:
 
 def test_verls_reward_manager_takes_an_adapted_function() -> None:
     pytest.importorskip("verl", reason="see test_verl_trainer.py")
-    import asyncio
 
     import numpy as np
     from verl import DataProto
@@ -224,8 +231,12 @@ def test_verls_reward_manager_takes_an_adapted_function() -> None:
     )
     asyncio.set_event_loop(loop := asyncio.new_event_loop())
     result = loop.run_until_complete(NaiveRewardManager(None, Letters(), to_verl(trl_reward)).run_single(data))
+    assert result == {"reward_score": 1.0, "reward_extra_info": {"acc": 1.0}}
+    for form, (function, _) in FORMS.items():
+        result = loop.run_until_complete(NaiveRewardManager(None, Letters(), to_verl(function)).run_single(data))
+        logged = {"score": 1.6, "acc": 1.6, "longest": 16.0, "text": f"<{text}>"}
+        assert result == {"reward_score": 1.6, "reward_extra_info": logged}, form
     loop.close()
-    assert result["reward_score"] == 1.0
 
 
 def test_verls_own_score_in_trls_hands() -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import math
+from collections import deque
 
 import pytest
 
 pytest.importorskip("trl", reason="needs the extra `trl`")
 
 import torch
+from reward_forms import FORMS, failing, failing_later, lengths, steps
 from test_trl_grpo import ROUNDING, dense_logits, one_batch
 from tiny_pair import tiny_model
-from trl_pair import digits, distillation, logged, prompts, student, trained
+from trl.trainer.utils import nanstd
+from trl_pair import digits, distillation, grpo, logged, prompts, student, trained
 
 import cmdp_fast as cf
 from cmdp_fast import objective
 from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.trl import CMDPDistillationConfig, CMDPDistillationTrainer
 from cmdp_fast.integrations.trl import divergence as divergence_module
+from cmdp_fast.integrations.trl.completions_table import add_columns, table_rows
+from cmdp_fast.reward_functions import RewardError
 
 
 def dense_divergence(student_logits, teacher_logits, beta, mask):
@@ -147,6 +154,130 @@ def test_a_budget_leaves_room_for_the_reward_that_distillation_does_not(pair, tm
     )
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_reward_function(pair, tmp_path, form):
+    function, name = FORMS[form]
+    changes = {"num_generations": 2, "max_steps": 2}
+    run, plain = (
+        trained(distillation, pair, tmp_path, trainer={"reward_funcs": each}, **changes) for each in (function, lengths)
+    )
+    for ours, theirs in ((f"rewards/{name}/mean", "rewards/lengths/mean"), ("longest", "longest"), ("loss", "loss")):
+        assert logged(run, ours) == logged(plain, theirs) and len(logged(run, ours)) == 2
+
+
+def test_rewards_are_logged_as_grpo_logs_them(pair, tmp_path):
+    """The same functions on the same completions, in TRL's hands and in ours; several of them have one name."""
+
+    def some(completions, log_metric, trainer_state, **_):
+        log_metric("step", trainer_state.global_step)
+        log_metric("step", trainer_state.max_steps)
+        return [None if len(text) < 4 else len(text) for text in completions]
+
+    functions = [*(function for function, _ in FORMS.values()), some, steps]
+    trainers = [
+        make(pair, tmp_path, num_generations=4, trainer={"reward_funcs": list(functions)}, **changes)
+        for make, changes in ((distillation, {}), (grpo, {"plain": True}))
+    ]
+    ours, theirs = trainers
+    for trainer in trainers:
+        trainer.state.global_step, trainer.state.max_steps = 3, 7
+    texts = ["12", "", "345678", "3456"]
+    ids = [ours.processing_class.encode(text) for text in texts]
+    inputs = [{"prompt": f"{i // 4}=", "answer": "9"} for i in range(4)]
+    width = max(map(len, ids))
+    batch = {
+        "completion_ids": torch.tensor([row + [0] * (width - len(row)) for row in ids]),
+        "completion_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
+    }
+    ours.model.train()
+    ours._task_rewards(inputs, batch, 4)
+    rewards = theirs._calculate_rewards(inputs, [row["prompt"] for row in inputs], texts, ids)
+    metrics, names = ours._metrics["train"], theirs.reward_func_names
+    for i, name in enumerate(names):
+        place = names[:i].count(name)  # functions of one name log under it in turn
+        assert metrics[f"rewards/{name}/mean"][place] == pytest.approx(rewards[:, i].nanmean().item())
+        assert metrics[f"rewards/{name}/std"][place] == pytest.approx(nanstd(rewards[:, i]).item(), nan_ok=True)
+    for name, values in theirs._pending_metrics.items():
+        assert metrics[name] == pytest.approx([sum(values) / len(values)])
+    assert metrics["step"] == [5.0]
+    total = rewards.nansum(1)
+    assert metrics["reward"] == pytest.approx([total.mean().item()])
+    assert metrics["reward_std"] == pytest.approx([total.std().item()])
+
+
+def test_a_completion_without_an_opinion_is_not_in_the_reward_that_is_logged(pair, tmp_path):
+    """As TRL: rewards 1, None, None, None have the mean 1 and no deviation."""
+
+    def first(completions, **_):
+        return [None if i else 1.0 for i in range(len(completions))]
+
+    run = trained(distillation, pair, tmp_path, num_generations=4, trainer={"reward_funcs": first})
+    theirs = trained(grpo, pair, tmp_path, plain=True, trainer={"reward_funcs": first})
+    for name in ("reward", "reward_std", "rewards/first/mean", "rewards/first/std"):
+        assert logged(run, name) == logged(theirs, name), name
+    assert logged(run, "reward") == [1.0] * 3
+
+
+def test_the_table_of_completions_has_rewards_and_what_they_log(pair, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    hostile = itertools.cycle([1, "a", None, "\ud800", True, 2.5, [[]]])
+
+    def mixed(completions, log_extra, **_):
+        log_extra("mixed", [next(hostile) for _ in completions])
+        log_extra("completion", ["not this one"] * len(completions))
+        return [None if i == 0 else 1.0 for i in range(len(completions))]
+
+    functions = {"reward_funcs": [mixed, lengths], "eval_dataset": prompts()}
+    run = trained(distillation, pair, tmp_path, trainer=functions, num_generations=4, max_steps=2, log_completions=True)
+    run.evaluate()
+    tables = sorted((tmp_path / "completions").glob("*.parquet"))
+    assert len(tables) == 2
+    for path in tables:
+        table = pandas.read_parquet(path)
+        assert list(table.columns[:3]) == ["step", "prompt", "completion"]
+        assert {"mixed", "text", "lengths"} < set(table.columns)
+        for row in table.to_dict("records"):
+            assert row["text"] == f"<{row['completion']}>"
+            assert row["lengths"] == pytest.approx(len(row["completion"]) / 10) or not row["completion"]
+        assert len(set(map(type, table["mixed"])) - {type(None)}) == 1  # what a column can hold
+
+
+def test_a_column_of_several_types_is_one_of_texts(tmp_path):
+    """Parquet has no other, and TRL's GRPO ends there."""
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    path, texts = tmp_path / "table.parquet", ["x", "y", "z"]
+    pandas.DataFrame({"completion": texts}).to_parquet(path)
+    rows = table_rows({"reward": [1.0, math.nan, 0.5]}, [{"a": 1, "b": 1, "c": True}, {"a": "1"}, {"b": 0.5, "c": 2}])
+    add_columns(path, deque(rows))
+    table = pandas.read_parquet(path)
+    columns = {name: [None if pandas.isna(v) else v for v in table[name]] for name in table}
+    assert columns == {
+        "completion": texts,
+        "a": ["1", "1", None],
+        "b": [1.0, None, 0.5],
+        "c": ["True", None, "2"],
+        "reward": [1.0, None, 0.5],
+    }
+
+
+@pytest.mark.parametrize("function", [failing, failing_later])
+def test_a_reward_function_that_raises_is_named(pair, tmp_path, function):
+    trainer = distillation(pair, tmp_path, num_generations=2, trainer={"reward_funcs": [lengths, function]})
+    with pytest.raises(RewardError, match=f"reward function {function.__name__} raised LookupError: no such judge"):
+        trainer.train()
+
+
+def test_where_a_loop_runs_already(pair, tmp_path):
+    async def notebook():
+        return trained(
+            distillation, pair, tmp_path, num_generations=2, max_steps=1, trainer={"reward_funcs": FORMS["later"][0]}
+        )
+
+    assert len(logged(asyncio.run(notebook()), "rewards/later/mean")) == 1
+
+
 def test_prompts_are_repeated_for_their_group(pair, tmp_path):
     seen = []
 
@@ -208,17 +339,13 @@ def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path, changes, me
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_trained(pair, tmp_path):
-    async def later(completions, **_):
-        return [0.0] * len(completions)
-
     def refused(message, changes, **settings):
         with pytest.raises(InputError, match=message):
             distillation(pair, tmp_path, trainer=changes, **settings)
 
     refused("rewards need completions to compare", {"reward_funcs": digits})
-    refused("plain functions here", {"reward_funcs": later}, num_generations=2)
-    refused("plain functions here", {"reward_funcs": "a/reward-model"}, num_generations=2)
-    refused("different names", {"reward_funcs": [digits, digits]}, num_generations=2)
+    refused("must be functions here, got 'a/reward-model'", {"reward_funcs": "a/reward-model"}, num_generations=2)
+    refused("must be functions here, got Linear", {"reward_funcs": torch.nn.Linear(1, 1)}, num_generations=2)
     refused("teacher_model is missing", {"teacher_model": None})
     refused("no causal language model there", {"teacher_model": str(tmp_path / "nothing")})
     with pytest.raises(InputError, match="args must be a CMDPDistillationConfig"):

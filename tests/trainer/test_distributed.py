@@ -89,6 +89,32 @@ def test_a_run_of_two_processes_and_its_second_half(pair, tmp_path):
     assert main(["train", f"--resume={tmp_path / 'half'}", "--steps=6"]) == 2  # one process cannot go on with it
 
 
+REWARD_THAT_LOGS = """
+import os
+RANK = int(os.environ["RANK"])
+async def reward(completions, trainer_state, log_metric, log_extra, **columns):
+    assert trainer_state.is_world_process_zero == (RANK == 0)
+    log_metric("everywhere", RANK)
+    log_metric("epoch", trainer_state.epoch)
+    if RANK:
+        log_metric("in one", 3.0)
+        log_metric("in one", 4.0)
+        log_extra("rank", [RANK] * len(completions))
+    return [1.0] * len(completions)
+"""
+
+
+def test_what_rewards_log_is_that_of_both(pair, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARD_THAT_LOGS)
+    run = arguments(pair, tmp_path / "runs", eval_every=0, steps=2, rewards=f"{tmp_path / 'mine.py'}:reward")
+    in_two_processes(run_command, run, tmp_path / "shown", 0)
+    logged = [(step["everywhere"], step["in one"]) for step in lines(tmp_path / "runs" / "r")]
+    assert logged == [(0.5, 3.5)] * 2
+    assert [step["epoch"] for step in lines(tmp_path / "runs" / "r")] == [0.0, pytest.approx(2 * 3 / 9)]
+    samples = (tmp_path / "runs" / "r" / "samples.jsonl").read_text().splitlines()
+    assert {sample.get("extra", {}).get("rank") for sample in map(json.loads, samples)} == {None, 1}
+
+
 REWARD_THAT_FAILS_IN_ONE = """
 import os
 from cmdp_fast.errors import InputError
@@ -106,8 +132,8 @@ def test_an_error_of_one_ends_both_and_is_said_once(pair, tmp_path):
     (tmp_path / "mine.py").write_text(REWARD_THAT_FAILS_IN_ONE.format(at=4))
     run = arguments(pair, tmp_path / "runs", eval_every=0, steps=9, rewards=f"{tmp_path / 'mine.py'}:reward")
     in_two_processes(run_command, run, tmp_path / "shown", 2)
-    assert (tmp_path / "shown-0").read_text().count("error: this will not do") == 1
+    assert (tmp_path / "shown-0").read_text().count("error: reward function reward: this will not do") == 1
     assert (tmp_path / "shown-1").read_text() == ""
     found = json.loads((tmp_path / "runs" / "r" / "summary.json").read_text())
-    assert found["error"] == "this will not do" and found["steps"] == 1
+    assert found["error"] == "reward function reward: this will not do" and found["steps"] == 1
     assert (tmp_path / "runs" / "r" / "student" / "model.safetensors").exists()

@@ -9,7 +9,7 @@ from tiny_pair import settings
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.tasks.judge import Preferences, compare_pairs, load_judge
-from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards
+from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards, trainer_state
 from cmdp_fast.trainer.tasks.step_verifiers import arithmetic_chain, call_step_verifier, equations, load_step_verifier
 from cmdp_fast.trainer.tasks.sums import worked_solution
 
@@ -140,7 +140,7 @@ def test_verifiers_that_do_not_fit(spec, row, expected, pair):
 def test_brevity_pays_right_answers_alone(pair):
     config = settings(pair, rewards=("exact_answer", "brevity"), answer_pattern=r"A(-?\d+)$", max_new_tokens=20)
     texts, ids = ["A9", "3+4=7;7+2=9;A9", "A8", ""], [[1] * 3, [1] * 15, [1] * 3, [1]]
-    values, _ = call_rewards(load_rewards(config, SUM), [SUM] * 4, texts, ids)
+    values = call_rewards(load_rewards(config, SUM), [SUM] * 4, texts, ids, trainer_state(config)).rewards
     assert values["exact_answer"] == [1, 1, 0, 0]
     assert values["brevity"] == pytest.approx([0.2 * 17 / 20, 0.2 * 5 / 20, 0, 0])
 

@@ -75,6 +75,8 @@ def test_reward_gets_the_arguments_of_trl(pair):
     metrics = learner.step(rows, prompts)
     size = config.prompts_per_step * config.num_generations
     assert seen["prompts"] == [row["prompt"] for row in rows for _ in range(4)]
+    told = {name: seen["columns"].pop(name) for name in ("trainer_state", "log_metric", "log_extra")}
+    assert told["trainer_state"].global_step == 0 and told["trainer_state"].max_steps == config.steps
     assert seen["columns"] == {
         "answer": ["9"] * size,
         "note": [row["note"] for row in rows for _ in range(4)],

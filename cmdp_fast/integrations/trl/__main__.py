@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.errors import InputError, first_line
-from cmdp_fast.imports import import_function
+from cmdp_fast.reward_functions import import_reward
 
 from .version import require_trl
 
@@ -130,7 +130,8 @@ def _check_names(parser: Any, words: list[str]) -> None:
 
 
 def reward_function(name: str) -> Callable[..., Any]:
-    """One of TRL's reward functions by its name, or the user's by ``module.function`` or ``module:function``."""
+    """One of TRL's reward functions by its name, or the user's by ``module.function`` or ``module:function``; a class
+    stands for an object of it."""
     if name in BUILT_IN:
         from trl import rewards
 
@@ -139,7 +140,7 @@ def reward_function(name: str) -> Callable[..., Any]:
     if ":" not in name and "." in name:
         module, _, function_name = name.rpartition(".")
         name = f"{module}:{function_name}"
-    return import_function("reward_funcs", name, BUILT_IN)
+    return import_reward("reward_funcs", name, BUILT_IN)
 
 
 def _datasets(script: Any, mixture: Any, args: Any) -> tuple[Any, Any]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 import cmdp_fast as cf
-from cmdp_fast import batches, credit, objective
+from cmdp_fast import batches, credit, objective, reward_functions
 from cmdp_fast.errors import InputError
 from cmdp_fast.messages import as_completion
 from cmdp_fast.scoring import Models, Outputs
 
 from .advantage import TaskRewards, sequence_advantages, task_rewards
+from .completions_table import Row, add_columns, table_rows
 from .config import CMDPDistillationConfig
 from .metrics import constraint_metrics
 from .scoring import Batch, TRLScoring, trained_tokens
@@ -40,10 +43,12 @@ class CMDPDistillationTrainer(DistillationTrainer):
 
     Args:
         teacher_model: hub id, folder or model; instead of `args.teacher_model_name_or_path`.
-        reward_funcs: functions, one or several, as GRPO's: they are given prompts, completions, completion_ids, the
-            dataset's other columns and trainer_state, and return a number or None per completion. Several are added up.
+        reward_funcs: one or several, as GRPO's but for reward models: functions, partials or objects, coroutine
+            functions too, which are called as `cmdp_fast/reward_functions.py` says. Several are added up.
 
-    Metrics: `metrics.constraint_metrics`, and with rewards ``reward``, ``reward_std`` and ``rewards/NAME/mean``.
+    Metrics: `metrics.constraint_metrics`, and with rewards ``reward``, ``reward_std``, ``rewards/NAME/mean`` and
+    ``/std``, and under its own name what a function gives to ``log_metric``. With `args.log_completions` the table of
+    completions has the rewards and the columns of ``log_extra``.
 
     Raises InputError, before any training, for settings and models that do not fit.
     """
@@ -56,7 +61,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         teacher_model: Any = None,
         args: CMDPDistillationConfig | None = None,
         *others: Any,
-        reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+        reward_funcs: reward_functions.RewardFunction | Sequence[reward_functions.RewardFunction] | None = None,
         **named: Any,
     ) -> None:
         if not isinstance(args, CMDPDistillationConfig):
@@ -76,6 +81,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         suppress_unshared_columns(self, width)
         self.teacher_model = prepare_teacher(teacher, self)
         self.scoring = TRLScoring(self, self.teacher_model, width)
+        self._judged: deque[Row] = deque(maxlen=self._logs["prompt"].maxlen)  # rows of the table of completions
         self._seen: tuple[cf.TokenStats, Tensor, Tensor] | None = None  # with cost and mask, of the last loss
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
@@ -141,30 +147,42 @@ class CMDPDistillationTrainer(DistillationTrainer):
         if self.reward_functions:
             texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
             prompts = [row["prompt"] for row in inputs]
-            given = {
-                "prompts": prompts,
-                "completions": [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
-                "completion_ids": ids,
-                "trainer_state": self.state,
-            }
-            columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", *given)}
-            named = {name: function(**given, **columns) for name, function in self.reward_functions.items()}
-            for name, values in named.items():
-                if len(values) != len(ids):
-                    raise InputError(
-                        f"reward function {name} returned {len(values)} rewards for {len(ids)} completions"
-                    )
-            numbers = [[math.nan if value is None else float(value) for value in row] for row in named.values()]
+            given = reward_functions.Given(
+                prompts=prompts,
+                completions=[as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+                completion_ids=ids,
+                columns=reward_functions.columns_of(inputs),
+                trainer_state=self.state,
+            )
+            numbers, logged = reward_functions.call(self.reward_functions, given)
+            if self.log_completions:
+                named = {function.name: row for function, row in zip(self.reward_functions, numbers, strict=True)}
+                self._judged.extend(gather_object(table_rows(named, logged.rows())))
             rewards = torch.tensor(numbers, device=self.accelerator.device).T
         rewards = batches.gathered(rewards, self.accelerator)
         task = task_rewards(rewards, torch.ones(rewards.shape[1]), group_size)
         if self.reward_functions:
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name, column in zip(self.reward_functions, rewards.T, strict=True):
-                metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
-            metrics["reward"].append(task.reward[task.scored].mean().item())
-            metrics["reward_std"].append(task.reward[task.scored].std().item())
+            self._log_rewards(rewards, reward_functions.mean_metrics(logged, self.accelerator))
         return task
+
+    def _log_rewards(self, rewards: Tensor, logged: dict[str, float]) -> None:
+        """As TRL's GRPO: rewards [N, F] of all processes, NaN for no opinion, and what the functions have logged."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for function, column in zip(self.reward_functions, rewards.T, strict=True):
+            metrics[f"rewards/{function.name}/mean"].append(column.nanmean().item())
+            metrics[f"rewards/{function.name}/std"].append(_nanstd(column))
+        total = torch.where(rewards.isnan().all(1), torch.nan, rewards.nansum(1))
+        metrics["reward"].append(total.nanmean().item())
+        metrics["reward_std"].append(_nanstd(total))
+        for name, value in logged.items():
+            metrics[name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's; its table of completions gets the rewards and what their functions log of each completion."""
+        super().log(logs, start_time)
+        if self._judged and self.accelerator.is_main_process:
+            name = f"completions_{self.state.global_step:05d}.parquet"
+            add_columns(Path(self.args.output_dir) / "completions" / name, self._judged)
 
     # ------------------------------------------------------------------------------------- update
 
@@ -227,17 +245,19 @@ class CMDPDistillationTrainer(DistillationTrainer):
         return stats, self.scoring.divergence(models, outputs, mask, self.beta)
 
 
-def _named_functions(given: Any) -> dict[str, Callable[..., Any]]:
-    """Reward functions by name. Raises InputError for a value that is no plain function."""
+def _named_functions(given: Any) -> list[reward_functions.Named]:
+    """Reward functions with their names, of which TRL lets several be the same. Raises InputError for a value that is
+    no function."""
     functions = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    named: dict[str, Callable[..., Any]] = {}
     for function in functions:
-        if not callable(function) or isinstance(function, torch.nn.Module) or inspect.iscoroutinefunction(function):
+        if not callable(function) or isinstance(function, torch.nn.Module):
             raise InputError(
-                f"reward_funcs must be plain functions here, got {function!r}; CMDPGRPOTrainer takes reward models and "
-                "coroutines, too"
+                f"reward_funcs must be functions here, got {function!r}; CMDPGRPOTrainer takes reward models, too"
             )
-        named[getattr(function, "__name__", type(function).__name__)] = function
-    if len(named) != len(functions):
-        raise InputError(f"reward_funcs must have different names, got {len(functions)} of {', '.join(named)}")
-    return named
+    return [reward_functions.Named(reward_functions.name_of(function), function) for function in functions]
+
+
+def _nanstd(values: Tensor) -> float:
+    """The deviation of those that are not NaN; NaN of fewer than two."""
+    known = values[~values.isnan()]
+    return known.std().item() if len(known) > 1 else math.nan

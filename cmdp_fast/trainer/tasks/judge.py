@@ -19,7 +19,7 @@ from cmdp_fast.messages import as_completion, text_of
 
 from ..settings.config import TrainConfig
 from .data import Problem
-from .rewards import call_rewards, load_rewards
+from .rewards import call_rewards, load_rewards, trainer_state
 from .step_verifiers import call_step_verifier, load_step_verifier
 
 Verdict = Literal["first", "second", "tie"]
@@ -55,7 +55,7 @@ def programmatic(config: TrainConfig, example: Problem) -> Judge:
 
     def rank(row: Problem, completion: Any) -> tuple[bool, bool, int]:
         text = text_of(completion)
-        values, _ = call_rewards(rewards, [row], [text], [[]])
+        values = call_rewards(rewards, [row], [text], [[]], trainer_state(config)).rewards
         right = sum(v for [v] in values.values() if not math.isnan(v)) >= config.correct_at
         sound = verifier is not None and call_step_verifier(verifier, [row], [text]) == [1.0]
         return right, sound, -len(text)

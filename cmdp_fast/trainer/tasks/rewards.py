@@ -1,10 +1,16 @@
 """Task rewards: functions with TRL's signature, built in or the user's own.
 
-    reward(prompts, completions, completion_ids, **columns) -> list[float | None]
+    reward(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> [float | None, ...]
 
 `prompts` and `completions` are texts, or lists of chat messages where the dataset's prompts are; `completion_ids`
-lists of token ids without padding; `columns` the other columns of the dataset, a value per completion. None means that
-the function has no opinion: such a completion earns nothing from it.
+lists of token ids without padding; `columns` the other columns of the dataset but for `completion`, a value per
+completion. None means that the function has no opinion: such a completion earns nothing from it. A function may be a
+coroutine function, a partial, an object (or its class) with `__call__`: `cmdp_fast/reward_functions.py` calls them.
+
+`trainer_state` is a `transformers.TrainerState` with the steps done so far as `global_step` (0 before the first step,
+and where nothing is trained), `max_steps` and `epoch`. `log_metric(name, value)` adds a number to the metrics of the
+step, the mean over all calls of its name; `log_extra(column, values)` adds a value per completion to the samples of an
+evaluation, in their `extra`.
 
 A completion is hostile input. Judges of other packages that parse it, math-verify and those of reasoning-gym, are asked
 in processes of their own (`cmdp_fast.judging`). A function of the user's runs here, as the user's code.
@@ -12,20 +18,23 @@ in processes of their own (`cmdp_fast.judging`). A function of the user's runs h
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cmdp_fast import reward_functions
 from cmdp_fast.errors import InputError
-from cmdp_fast.imports import import_function
 from cmdp_fast.judging.reward import JudgedReward
 from cmdp_fast.messages import as_completion, text_of
 
 from ..settings.config import TrainConfig
 from .data import Problem, last_group
 
-RewardFunction = Callable[..., Sequence["float | None"]]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainerState
+
+RewardFunction = reward_functions.RewardFunction
 
 BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
 
@@ -49,7 +58,10 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
                 )
             functions[spec] = built_in[spec]()
         else:
-            functions[spec.rpartition(":")[2]] = import_function("--rewards", spec, sorted(built_in))
+            name = spec.rpartition(":")[2]
+            if name in functions:
+                raise InputError(f"--rewards {spec}: there is a reward {name!r} already, and metrics go by that name")
+            functions[name] = reward_functions.import_reward("--rewards", spec, sorted(built_in))
     return functions
 
 
@@ -129,20 +141,52 @@ def final_answer(text: str, pattern: re.Pattern[str]) -> str | None:
     return last_group(pattern, text)
 
 
+class Judged(NamedTuple):
+    """A value per completion by the function's name: ``rewards``, NaN for None, and, of functions that ask a judge
+    elsewhere, ``failed``, 1 where it failed to say anything; and what the functions have logged."""
+
+    rewards: dict[str, list[float]]
+    failed: dict[str, list[float]]
+    logged: reward_functions.Logged
+
+
 def call_rewards(
-    functions: dict[str, RewardFunction], rows: Sequence[Problem], texts: Sequence[str], completion_ids: list[list[int]]
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Calls each function once for all completions. Returns two values per completion by name: the reward, NaN for
-    None, and, of functions that ask a judge elsewhere, 1 where it failed to say anything."""
+    functions: dict[str, RewardFunction],
+    rows: Sequence[Problem],
+    texts: Sequence[str],
+    completion_ids: list[list[int]],
+    state: TrainerState,
+) -> Judged:
+    """Calls each function once for all completions."""
     prompts = [row["prompt"] for row in rows]
-    completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    values, failed = {}, {}
-    for name, function in functions.items():
-        result = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        if len(result) != len(rows):
-            raise InputError(f"--rewards {name} returned {len(result)} rewards for {len(rows)} completions")
-        values[name] = [math.nan if value is None else float(value) for value in result]
-        if isinstance(function, JudgedReward):
-            failed[name] = [float(bool(failure)) for failure in function.failures]
-    return values, failed
+    given = reward_functions.Given(
+        prompts=prompts,
+        completions=[as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+        completion_ids=completion_ids,
+        columns=reward_functions.columns_of(rows),
+        trainer_state=state,
+    )
+    rewards, logged = reward_functions.call([reward_functions.Named(*each) for each in functions.items()], given)
+    failed = {
+        name: [float(bool(failure)) for failure in function.failures]
+        for name, function in functions.items()
+        if isinstance(function, JudgedReward)
+    }
+    return Judged(dict(zip(functions, rewards, strict=True)), failed, logged)
+
+
+def trainer_state(
+    config: TrainConfig, steps_done: int = 0, problem_count: int = 0, accelerator: Accelerator | None = None
+) -> TrainerState:
+    """What reward functions are told of the training; ``problem_count``: those that make an epoch, 0 if not known."""
+    from transformers import TrainerState
+
+    processes = 1 if accelerator is None else accelerator.num_processes
+    return TrainerState(
+        global_step=steps_done,
+        max_steps=config.steps,
+        epoch=steps_done * config.prompts_per_step * processes / problem_count if problem_count else 0.0,
+        train_batch_size=config.batch_size,
+        is_world_process_zero=accelerator is None or accelerator.is_main_process,
+        is_local_process_zero=accelerator is None or accelerator.is_local_main_process,
+    )

@@ -1,0 +1,101 @@
+"""The event loop in which plain code calls the user's coroutine functions.
+
+It is the same one for all calls of this process: a client that such a function keeps, for a judge on a server say,
+belongs to the loop that it was first used in. A thread runs it while calls last, many at once, and ends with the last
+of them, so it does not matter whether the caller's own thread runs a loop already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+PATIENCE = 5.0  # seconds that code which was interrupted gets to come to an end
+
+
+class _EventLoop:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._calls = 0
+
+    def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The result of the coroutine that ``make`` makes, or its exception; an interrupt of the caller cancels it."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a coroutine function was called by plain code that another one called; await it there")
+        ended = threading.Event()
+
+        async def until_ended() -> T:
+            try:
+                return await make()
+            finally:
+                ended.set()
+
+        with self._running() as loop:
+            future = asyncio.run_coroutine_threadsafe(until_ended(), loop)
+            try:
+                return future.result()
+            except BaseException:
+                if future.cancel():  # it was the caller who was interrupted
+                    ended.wait(PATIENCE)
+                raise
+
+    @contextmanager
+    def _running(self) -> Iterator[asyncio.AbstractEventLoop]:
+        with self._lock:
+            if not self._calls:
+                self._start()
+            assert self._loop is not None
+            loop = self._loop
+            self._calls += 1
+        try:
+            yield loop
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    self._stop()
+
+    def _start(self) -> None:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name="cmdp_fast event loop", daemon=True)
+        self._thread.start()
+
+    def _stop(self) -> None:
+        assert self._loop is not None and self._thread is not None
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():  # in code that does not listen; the loop stays with it
+            self._loop = None
+        self._thread = None
+
+    def close(self) -> None:
+        """Ends what functions have left running in the loop, and the loop."""
+        with self._lock:
+            loop, self._loop = self._loop, None
+            if loop is None or self._calls:
+                return
+            if tasks := asyncio.all_tasks(loop):
+                for task in tasks:
+                    task.cancel()
+                loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+
+
+_EVENT_LOOP = _EventLoop()
+run = _EVENT_LOOP.run
+atexit.register(_EVENT_LOOP.close)

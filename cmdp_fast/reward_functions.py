@@ -1,0 +1,317 @@
+"""Calling reward functions of TRL's signature, and what they may log.
+
+    reward(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> float | None each
+
+All are keywords, and each function gets all of them. It is a function, a `functools.partial`, or an object with
+`__call__`; each may be a coroutine function. ``log_metric(name, value)`` logs a number, of which the mean is taken;
+``log_extra(column, values)`` a value per completion. None, and NaN, is no opinion on a completion. Source: TRL 1.16,
+`GRPOTrainer._calculate_rewards`, whose names and whose treatment of results these are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from cmdp_fast import event_loop
+from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.imports import import_function
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RewardFunction = Callable[..., Any]
+
+# What a function is told beside the columns of the dataset, which are passed under their own names but for these.
+KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+NO_COLUMNS = ("prompt", "completion", *KEYWORDS)
+
+
+class RewardError(RuntimeError):
+    """A reward function raised; the message names it, and the cause is its exception."""
+
+
+class Named(NamedTuple):
+    """A reward function and the name under which it is logged."""
+
+    name: str
+    function: RewardFunction
+
+
+class Given(NamedTuple):
+    """What the reward functions are told of some completions; None where the trainer does not say it."""
+
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    completion_ids: Sequence[Sequence[int]] | None
+    columns: Mapping[str, Sequence[Any]]
+    trainer_state: Any
+
+
+class Logged(NamedTuple):
+    """What reward functions have logged: numbers of any count, and a plain value per completion in each column."""
+
+    metrics: dict[str, list[float]]
+    extra: dict[str, list[Any]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The columns as a dict per completion; none where there are no columns."""
+        return [dict(zip(self.extra, values, strict=True)) for values in zip(*self.extra.values(), strict=True)]
+
+
+class Outcome(NamedTuple):
+    """The rewards of each function in turn, NaN for no opinion, and what was logged."""
+
+    rewards: list[list[float]]
+    logged: Logged
+
+
+def name_of(function: RewardFunction) -> str:
+    """Its own name, that of the function in a partial, or that of an object's class; as TRL's."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def import_reward(option: str, spec: str, built_in: Sequence[str] = ()) -> RewardFunction:
+    """The reward function that ``module:name`` or ``path/file.py:name`` names; a class stands for an object of it, made
+    without arguments. Raises InputError, which names the option, if there is none."""
+    thing: Any = import_function(option, spec, built_in)
+    if isinstance(thing, type):
+        thing = _made(thing, f"{option} {spec}")
+    function: RewardFunction = thing
+    return function
+
+
+def _made(kind: Any, what: str) -> Any:
+    try:
+        reward = kind()
+    except TypeError as error:
+        raise InputError(f"{what} is a class; name an object of it: {first_line(error)}") from error
+    if not callable(reward):
+        raise InputError(f"{what} is a class without __call__")
+    return reward
+
+
+def is_async(function: Any) -> bool:
+    """Whether a call gives a coroutine: of a coroutine function, also in a partial or as an object's ``__call__``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or (
+        not isinstance(function, type) and inspect.iscoroutinefunction(function.__call__)
+    )
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The columns of the dataset that reward functions are told."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name not in NO_COLUMNS}
+
+
+def call(functions: Sequence[Named], given: Given) -> Outcome:
+    """Calls each function once, with the same arguments: plain ones in turn, then the coroutine functions together.
+
+    These run in a thread of their own (`event_loop`), so this may be called where a loop runs already. If one raises,
+    the others are cancelled. Raises RewardError for an exception of a function's own, InputError for an InputError of
+    its own, for a result other than a number or None per completion (in a list, tuple, array or tensor), and if a
+    column that was logged has not a value per completion. The message names the function, or the column.
+    """
+    answers = {i: _asked(named, given) for i, named in enumerate(functions) if not is_async(named.function)}
+    later = {i: named for i, named in enumerate(functions) if i not in answers}
+    if later:
+        awaited = event_loop.run(lambda: concurrently([_awaited(named, given) for named in later.values()]))
+        answers |= dict(zip(later, awaited, strict=True))
+    return _outcome([answers[i] for i in range(len(functions))])
+
+
+async def call_async(function: Named, given: Given) -> Outcome:
+    """The same for one coroutine function, in the loop that is running."""
+    return _outcome([await _awaited(function, given)])
+
+
+async def concurrently(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """The results of all; if one raises, or this is cancelled, the others are cancelled and have ended before it is
+    told."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def mean_metrics(logged: Logged, accelerator: Accelerator) -> dict[str, float]:
+    """The mean of each metric over all that was logged under its name, in all processes. Every process must call it."""
+    totals = {name: (sum(values), len(values)) for name, values in logged.metrics.items()}
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        everyones = gather_object([totals])
+        names = sorted({name for each in everyones for name in each})  # one order in all processes
+        of = {name: [each[name] for each in everyones if name in each] for name in names}
+        totals = {name: (sum(s for s, _ in parts), sum(n for _, n in parts)) for name, parts in of.items()}
+    return {name: total / count for name, (total, count) in totals.items()}
+
+
+def plain_value(value: Any) -> Any:
+    """A value that can be written wherever samples are: None, bool, int, float or a text that is valid Unicode.
+
+    Numbers of numpy and PyTorch become Python's; anything else its text. It may come from a completion, so it may be
+    nested too deep to be printed, or be too long a number.
+    """
+    try:
+        if getattr(value, "ndim", None) == 0:
+            value = value.item()
+        if value is None or isinstance(value, (bool, float)):
+            return value
+        if isinstance(value, int) and value.bit_length() < 64:
+            return int(value)
+        return _valid(str(value))
+    except Exception:  # of a `__str__` that is not ours; RecursionError, and ValueError for an int of many digits
+        return f"<{type(value).__name__}>"
+
+
+def _valid(text: str) -> str:
+    """The text with half of a surrogate pair, which no file can hold, as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class _Answer(NamedTuple):
+    """Of one function."""
+
+    rewards: list[float]
+    logged: Logged
+
+
+def _outcome(answers: Sequence[_Answer]) -> Outcome:
+    """All answers; where two functions log a column of the same name, the later one's."""
+    metrics: dict[str, list[float]] = {}
+    extra: dict[str, list[Any]] = {}
+    for answer in answers:
+        extra |= answer.logged.extra
+        for name, values in answer.logged.metrics.items():
+            metrics.setdefault(name, []).extend(values)
+    return Outcome([answer.rewards for answer in answers], Logged(metrics, extra))
+
+
+def _asked(named: Named, given: Given) -> _Answer:
+    logged = Logged({}, {})
+    try:
+        result = named.function(**_arguments(given, logged))
+    except Exception as error:
+        raise _of(named, error) from error
+    return _checked(named, given, result, logged)
+
+
+async def _awaited(named: Named, given: Given) -> _Answer:
+    task = asyncio.ensure_future(_guarded(named, given))
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    if task.cancelled():  # which would look as if its caller had been
+        raise RewardError(f"reward function {named.name} raised CancelledError: nobody else has cancelled it")
+    return task.result()
+
+
+async def _guarded(named: Named, given: Given) -> _Answer:
+    logged = Logged({}, {})
+    try:
+        result = await named.function(**_arguments(given, logged))
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # one of these would end the loop, and leave the caller
+        raise _of(named, error) from error
+    return _checked(named, given, result, logged)
+
+
+def _arguments(given: Given, logged: Logged) -> dict[str, Any]:
+    """The keywords of a function."""
+
+    def log_metric(name: str, value: Any) -> None:
+        number = _number(value, f"log_metric({_short(name)}, ...) got", "expected a number")
+        logged.metrics.setdefault(_text(name, "log_metric"), []).append(number)
+
+    def log_extra(column: str, values: Any) -> None:
+        logged.extra.setdefault(_text(column, "log_extra"), []).extend(map(plain_value, values))
+
+    told = given._asdict()
+    columns = told.pop("columns")
+    return {**columns, **told, "log_extra": log_extra, "log_metric": log_metric}
+
+
+def _text(name: Any, function: str) -> str:
+    if not isinstance(name, str):
+        raise InputError(f"{function} takes a name and what to log, the name was {_kind(name)}")
+    return _valid(name)
+
+
+def _of(named: Named, error: BaseException) -> Exception:
+    if isinstance(error, InputError):
+        return InputError(f"reward function {named.name}: {error}")
+    return RewardError(f"reward function {named.name} raised {type(error).__name__}: {first_line(error)}")
+
+
+def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer:
+    """The result as numbers, NaN for None. Raises InputError for what TRL could not make a column of rewards of, for
+    what has no order, and for columns that were logged of another length."""
+    name, count = named.name, len(given.completions)
+    if inspect.iscoroutine(result):
+        result.close()
+        raise InputError(f"reward function {name} returned a coroutine: expected it to be defined with `async def`")
+    wanted = f"expected {count} numbers or None, one per completion"
+    unordered = isinstance(result, (str, bytes, Mapping, AbstractSet))
+    try:
+        if isinstance(result, torch.Tensor):
+            result = result.detach().cpu()
+        values = list(() if unordered else result)
+    except TypeError:
+        unordered = True
+    except Exception as error:  # of a generator's own
+        raise _of(named, error) from error
+    if unordered:
+        raise InputError(f"reward function {name} returned {_kind(result)}; {wanted}")
+    if len(values) != count:
+        raise InputError(f"reward function {name} returned {len(values)} rewards for {count} completions")
+    rewards = [
+        math.nan if value is None else _number(value, f"reward function {name} returned for completion {i}", wanted)
+        for i, value in enumerate(values)
+    ]
+    for column, items in logged.extra.items():
+        if len(items) != count:
+            raise InputError(
+                f"reward function {name}: log_extra({_short(column)}, ...) got {len(items)} values for {count} "
+                "completions"
+            )
+    return _Answer(rewards, logged)
+
+
+def _number(value: Any, what: str, wanted: str) -> float:
+    try:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().squeeze()
+        [number] = torch.tensor([value], dtype=torch.float64).tolist()  # takes what it takes of TRL: no text
+        return float(number)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{what} {_kind(value)}; {wanted}") from error
+
+
+def _kind(value: Any) -> str:
+    """What a value is, without the value, which may hold a completion."""
+    if value is None:
+        return "None"
+    shape = getattr(value, "shape", None)
+    return f"a value of type {type(value).__name__}" + (f" and shape {tuple(shape)}" if shape is not None else "")
+
+
+def _short(name: Any) -> str:
+    text = str(plain_value(name))
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")
