@@ -99,8 +99,8 @@ def constrain(
 
     An experience holds B completions: ``index`` (places in the rollout batch, where the completions of a prompt are
     neighbours), ``rewards`` [B], ``action_mask`` [B, A] and the fields that ``cost_of`` reads. Sets ``advantages`` and
-    ``returns`` [B, A], ``info["return"]``, ``info["cmdp/cumulative"]`` (nats) and ``info["cmdp/feasible"]`` [B], and
-    clears ``kl`` as OpenRLHF does. The baseline is that of `credit.less_others`: the sums of other
+    ``returns`` [B, A], ``info["return"]``, ``info["cmdp/cumulative"]`` (nats), ``info["cmdp/feasible"]`` (C_T <= d) and
+    ``info["cmdp/never_violated"]`` (C_t <= d at every token) [B], and clears ``kl`` as OpenRLHF does. The baseline is that of `credit.less_others`: the sums of other
     completions of the prompt from the same position on, without a division by a deviation. A completion without an
     action keeps its place and gets zeros. Raises InputError for a ``constraint`` whose cost has a gradient: an
     experience carries none, so the direct term would be lost.
@@ -111,6 +111,8 @@ def constrain(
             f"cost={constraint.cost!r} has a direct term, which OpenRLHF's loss has no place for; use 'k1'"
         )
     mask, cost = batches.joined([(e.action_mask.bool(), cost_of(e).float()) for e in experiences])
+    if constraint.cost_clamp is not None:
+        cost = cost.clamp(-constraint.cost_clamp, constraint.cost_clamp)
     rewards = batches.joined([e.rewards for e in experiences]).float()
     if clip_range:
         rewards = rewards.clamp(*clip_range)
@@ -121,6 +123,7 @@ def constrain(
     )
     spent = credit.of_last_token(worth.trace.cumulative, mask)
     feasible = (credit.of_last_token(worth.trace.remaining, mask) >= 0).float()
+    violated = (worth.trace.violated & mask).any(1)
     start = 0
     for experience in experiences:
         those, columns = slice(start, start + len(experience.index)), experience.action_mask.shape[1]
@@ -130,5 +133,6 @@ def constrain(
         experience.info["return"] = worth.reward[those].sum(1)
         experience.info["cmdp/cumulative"] = spent[those]
         experience.info["cmdp/feasible"] = feasible[those]
+        experience.info["cmdp/never_violated"] = (~violated[those]).float()
         experience.kl = None
     return experiences

@@ -92,6 +92,16 @@ def test_a_cost_of_ones_own() -> None:
     assert batch.advantages.tolist() == [[-0.5], [0.5]]
 
 
+def test_a_cost_may_be_clamped_and_a_violation_made_good() -> None:
+    """Costs .75 and -.5: over the budget of .5, within it at the end; clamped to .25 it never was."""
+    for clamp, violated, spent in ((None, True, 0.25), (0.25, False, 0.0)):
+        batch = experience([0, 1], [1.0, 0.0], [[0.75, -0.5], [0.0, 0.0]], [[1, 1], [1, 1]])
+        constrain([batch], Constraint(budget=0.5, cost="k1", cost_clamp=clamp), samples_per_prompt=2)
+        assert batch.info["cmdp/never_violated"].tolist() == [float(not violated), 1.0]
+        assert batch.info["cmdp/feasible"].tolist() == [1.0, 1.0]
+        assert batch.info["cmdp/cumulative"].tolist() == [spent, 0.0]
+
+
 def test_a_cost_with_a_gradient_is_refused() -> None:
     with pytest.raises(InputError, match="cost='reverse_kl' has a direct term"):
         constrain([], Constraint(budget=1.0, cost="reverse_kl"), samples_per_prompt=2)
