@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from cmdp_fast import batches
 from cmdp_fast.constraint import Constraint
@@ -23,6 +24,7 @@ from cmdp_fast.ops.constrained import constrained_reward
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.linear_constrained import linear_constrained_reward
+from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
 
@@ -113,7 +115,7 @@ class FromHiddenStates:
         mask: Tensor,
         constraint: Constraint,
     ) -> ConstrainedReward:
-        """`cf.linear_constrained_reward` of tokens, task rewards and mask [B, T]; any cost but ``jsd``."""
+        """`cf.linear_constrained_reward` of tokens, task rewards and mask [B, T]."""
         student, teacher = outputs
         return linear_constrained_reward(
             student,
@@ -145,9 +147,21 @@ class FromHiddenStates:
         )
 
     def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
-        """Forward KL for ``beta`` 0, reverse KL for 1, [B, T] in nats; a ``beta`` between them needs the logits."""
-        stats = self.token_stats(models, outputs, torch.zeros_like(mask, dtype=torch.long), mask)
-        return {0.0: stats.forward_kl, 1.0: stats.reverse_kl}[beta]
+        """`cf.linear_divergence` of kind ``jsd``, [B, T] in nats: forward KL for ``beta`` 0, reverse KL for 1."""
+        student, teacher = (head_for(model, hidden) for model, hidden in zip(models, outputs, strict=True))
+        if 0 < beta < 1:  # a mixture takes whole heads
+            student, teacher = _gathered(student), _gathered(teacher)
+        return linear_divergence(
+            outputs[0],
+            student,
+            outputs[1],
+            teacher,
+            "jsd",
+            beta=beta,
+            mask=mask,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+        )
 
 
 Scoring = FromLogits | FromHiddenStates
@@ -158,6 +172,17 @@ def head_for(model: Any, hidden: Tensor) -> Head:
     would have it."""
     head = head_of(model)
     return head._replace(weight=head.weight.to(hidden.dtype))
+
+
+def _gathered(head: Head) -> Head:
+    """The whole of a head that lies on several ranks. Its gradient is the mean of theirs, whether each has rows of its
+    own, as FSDP means it, or all have the same."""
+    weight, bias = (
+        p.full_tensor(grad_placements=[Partial("avg")] * p.device_mesh.ndim) if isinstance(p, DTensor) else p
+        for p in (head.weight, head.bias)
+    )
+    assert weight is not None
+    return head._replace(weight=weight, bias=bias)
 
 
 def make_scoring(logits: str, models: tuple[Any, ...], vocab_size: int, temperature: float) -> Scoring:

@@ -25,8 +25,8 @@ from cmdp_fast import checks, states
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.heads import Head
 from cmdp_fast.layout import Pair, Upstream
-from cmdp_fast.ops import backends, gemm, kept_logits, parallel, projection
-from cmdp_fast.ops.head_gradient import HeadGradient
+from cmdp_fast.ops import backends, gemm, head_gradient, kept_logits, parallel, projection
+from cmdp_fast.ops.head_gradient import PARTS, Gradients, Needed, Tile, finished, sum_over_tiles
 from cmdp_fast.ops.kept_logits import Logits
 from cmdp_fast.ops.linear_tiles import Batch, Tiles, computed_dtype, kept_dtypes, room_for_logits
 from cmdp_fast.ops.operator import Backward, operator
@@ -153,14 +153,7 @@ def linear_token_stats(
             raise ValueError("a DTensor head brings its own process group and columns; do not pass them as well")
         (student_head, teacher_head), process_group, first_column = sharded
         student, teacher = student._replace(head=student_head), teacher._replace(head=teacher_head)
-    projection.check("student", student)
-    projection.check("teacher", teacher)
-    checks.same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            "student_hidden and teacher_hidden must agree in all but the last axis, got "
-            f"{list(student_hidden.shape)} and {list(teacher_hidden.shape)}"
-        )
+    projection.check(student, teacher)
     checks.tokens(tokens, student_hidden, "student_hidden")
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
@@ -218,19 +211,20 @@ def _linear_token_stats(given: _Given) -> _Made:
     if tokens.device.type == "cpu":
         checks.token_range(tokens, batch.mask, given.vocab_size)
     with torch.autocast(tokens.device.type, enabled=False):
-        tiles = Tiles(batch, logits)
+        tiles = Tiles(batch.rows, logits)
+        tokens = tiles.compact(tokens).long().contiguous()
         student, teacher = tiles.student, tiles.teacher
         for t in logits:  # an operator's results must not hang on what happened to stand in memory
-            t[len(tiles.tokens) :] = 0
+            t[tiles.count :] = 0
             t[:, batch.width :] = 0
-        fields = states.empty(len(tiles.tokens), tokens.device)
+        fields = states.empty(tiles.count, tokens.device)
         for columns in tiles.columns:
             student.select(columns)
             teacher.select(columns)
             first, width = batch.first_column + columns.start, columns.stop - columns.start
             for rows in tiles.rows:
                 x, y = student.logits(rows), teacher.logits(rows)
-                tile = Pair(x, y, tiles.tokens[rows], None, batch.temperature, width)
+                tile = Pair(x, y, tokens[rows], None, batch.temperature, width)
                 backends.get(batch.backend).update_states(tile, first, fields[rows])
         if given.group:
             fields = parallel.all_reduced(fields, parallel.group_named(given.group))
@@ -259,79 +253,47 @@ def _keep(given: _Given, made: _Made) -> _Kept:
 
 @_linear_token_stats.gradient(of=[f"scored_{name}" for name in DIFFERENTIABLE], keep=_keep)
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
-    needed = _Needed(*(f"batch_student_{name}" in backward.needed for name in _GRADIENTS))
+    needed = Needed(*(f"batch_student_{name}" in backward.needed for name in PARTS))
     if not any(needed):
         return {}
     made = _linear_token_stats_backward(_Upward(backward.kept, Upstream(*backward.upstream), needed))
-    gradients = zip(_GRADIENTS, made, needed, strict=True)
+    gradients = zip(PARTS, made, needed, strict=True)
     return {f"batch_student_{name}": gradient for name, gradient, needs in gradients if needs}
-
-
-_GRADIENTS = ("hidden", "head_weight", "head_bias")  # of the student
-
-
-class _Needed(NamedTuple):
-    """Which gradients are asked for."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class _Gradients(NamedTuple):
-    """An empty tensor for one that is not asked for."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
 
 
 class _Upward(NamedTuple):
     kept: _Kept
     upstream: Upstream
-    needed: _Needed
+    needed: Needed
 
 
 @operator("linear_token_stats_backward")
-def _linear_token_stats_backward(given: _Upward) -> _Gradients:
+def _linear_token_stats_backward(given: _Upward) -> Gradients:
     """Gradients of hidden states, head and bias. A group sums the first."""
     (batch, scalars, logits, group), upstream, needed = given
     with torch.autocast(batch.tokens.device.type, enabled=False):
-        tiles = Tiles(batch, logits, known=True)
-        student, teacher = tiles.student, tiles.teacher
+        tiles = Tiles(batch.rows, logits, known=True)
+        tokens = tiles.compact(batch.tokens).long().contiguous()
         # Log-probability and entropy are the student's own affair: without the other two the teacher's tile is not
         # read and need not be made.
         alone = upstream.reverse_kl is None and upstream.forward_kl is None
         scalars = tiles.compact(scalars, 1).contiguous()
-        scale = student.upstream_scale
+        scale = tiles.student.upstream_scale
         arriving = Upstream(*(None if g is None else scale * tiles.compact(g).double() for g in upstream))
-        gradient = HeadGradient(student, batch.student.head.weight, needed)
-        for columns in tiles.columns:
-            student.select(columns)
-            if not alone:
-                teacher.select(columns)
-            first, width = batch.first_column + columns.start, columns.stop - columns.start
-            for rows in tiles.rows:
-                x = student.logits(rows)
-                y = x if alone else teacher.logits(rows)
-                out = student.gradient_tile(x)
-                tile = Pair(x, y, tiles.tokens[rows], None, batch.temperature, width)
-                here = Upstream(*(None if g is None else g[rows] for g in arriving))
-                backends.get(batch.backend).token_stats_backward(tile, scalars[rows], here, out, first)
-                gradient.add(student.chain(out, x), rows, columns)
-            gradient.leave(columns)
+
+        def write(tile: Tile) -> None:
+            rows, width = tile.rows, tile.columns.stop - tile.columns.start
+            pair = Pair(tile.student, tile.teacher, tokens[rows], None, batch.temperature, width)
+            here = Upstream(*(None if g is None else g[rows] for g in arriving))
+            first = batch.first_column + tile.columns.start
+            backends.get(batch.backend).token_stats_backward(pair, scalars[rows], here, tile.out, first)
+
+        gradient = sum_over_tiles(tiles, batch.student.head.weight, needed, write, alone=alone)
         if group and needed.hidden:
             dist.all_reduce(gradient.hidden, group=parallel.group_named(group))
-        hidden, bias = batch.student.hidden, batch.student.head.bias
-        return _Gradients(
-            tiles.spread(gradient.hidden).to(hidden.dtype) if needed.hidden else gradient.hidden,
-            gradient.weight,
-            gradient.bias if bias is None else gradient.bias.to(bias.dtype),
-        )
+        return finished(gradient, tiles, batch.student)
 
 
 @_linear_token_stats_backward.shapes
-def _(given: _Upward) -> _Gradients:
-    hidden, head = given.kept.batch.student
-    inputs = zip((hidden, head.weight, head.bias), given.needed, strict=True)
-    return _Gradients(*(t.new_empty(t.shape) if n and t is not None else hidden.new_empty(0) for t, n in inputs))
+def _(given: _Upward) -> Gradients:
+    return head_gradient.room(given.kept.batch.student, given.needed)

@@ -9,7 +9,7 @@ by its own, and Gemma 2 and 3 cap what the head gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -125,6 +125,19 @@ class Projection:
             tile = place
         else:
             tile = self.workspace.matrix("logits", (len(hidden), head.shape[1]), self.dtype)
+        self._write(hidden, head, tile)
+        return tile if place is None or place is tile else place.copy_(tile)
+
+    def whole(self, rows: slice, pieces: Sequence[slice]) -> Tensor:
+        """The logits ``[R, V]`` of some rows, made a piece of the columns at a time. They live until the next call."""
+        tile = self.workspace.matrix("whole rows", (rows.stop - rows.start, pieces[-1].stop), self.dtype)
+        for columns in pieces:
+            self.select(columns)
+            self._write(self.hidden[rows], self.piece.t(), tile[:, columns])
+        return tile
+
+    def _write(self, hidden: Tensor, head: Tensor, tile: Tensor) -> None:
+        """The logits of the selected columns; ``head [H, C]`` is their piece."""
         gemm.multiply(hidden, head, out=tile)
         if self.bias is not None:
             tile.add_(self.bias[self.columns])
@@ -132,7 +145,6 @@ class Projection:
             tile.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
         elif self.scale != 1.0:
             tile.mul_(self.scale)
-        return tile if place is None or place is tile else place.copy_(tile)
 
     def gradient_tile(self, logits: Tensor) -> Tensor:
         """Where the gradient of the logits goes: over the logits, unless they stay, `chain` needs them, or it is
@@ -166,7 +178,37 @@ def factors_dtype(model: Factors, computed: torch.dtype, autocast: str) -> torch
     return torch.float64 if computed == torch.float64 else gemm.input_dtype(model.hidden, model.head.weight, autocast)
 
 
-def check(name: str, model: Factors) -> None:
+def check(student: Factors, teacher: Factors) -> None:
+    """Checks the hidden states and heads of both models."""
+    _check("student", student)
+    _check("teacher", teacher)
+    x, y = student.hidden, teacher.hidden
+    checks.same_device("teacher_hidden", y, "student_hidden", x)
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            "student_hidden and teacher_hidden must agree in all but the last axis, got "
+            f"{list(x.shape)} and {list(y.shape)}"
+        )
+
+
+def common_width(student_width: int, teacher_width: int, vocab_size: int | None) -> int:
+    """How many columns two heads are compared in, where each is whole."""
+    check_widths(student_width, teacher_width, vocab_size)
+    width = min(student_width, teacher_width) if vocab_size is None else vocab_size
+    checks.prefix(width, student_width, teacher_width)
+    return width
+
+
+def check_widths(student_width: int, teacher_width: int, vocab_size: int | None) -> None:
+    """Checks that heads of different width come with a number of columns to compare."""
+    if vocab_size is None and student_width != teacher_width:
+        raise ValueError(
+            f"the student is {student_width} wide and the teacher {teacher_width}; "
+            "pass vocab_size= to compare them over a common prefix"
+        )
+
+
+def _check(name: str, model: Factors) -> None:
     """Checks the arguments of a model called ``student`` or ``teacher``."""
     hidden, (weight, bias, softcap, scale) = model
     given = [(f"{name}_hidden", hidden), (f"{name}_weight", weight)]

@@ -12,8 +12,6 @@ import cmdp_fast as cf
 from cmdp_fast.errors import InputError
 from cmdp_fast.scoring import FromHiddenStates, Models, Outputs, ScoredBatch, score
 
-from .divergence import tiled_divergence
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -64,18 +62,6 @@ class TRLScoring(FromHiddenStates):
             raise InputError(
                 f"a completion has token {highest}, but student and teacher share {self.vocab_size} columns alone"
             )
-
-    def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
-        """Any of the Jensen-Shannon divergences; the logits exist for some rows at a time."""
-        if beta in (0.0, 1.0):
-            return super().divergence(models, outputs, mask, beta)
-        heads = [cf.head_of(model) for model in models]
-        return tiled_divergence(
-            *(heads[0], outputs[0], heads[1], outputs[1], mask),
-            beta=beta,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-        )
 
     @torch.no_grad()
     def account(
