@@ -123,12 +123,15 @@ def linear_token_stats(
         `TokenStats` of tensors ``[...]``: float32, or float64 if a hidden state or head is float64.
 
     Precision: products are summed in float32 (float64 if any of the above is float64) for inputs of every dtype, and so
-    are all gradients, which are cast once, at the end. On a CPU half-precision inputs are widened a piece at a time,
-    and autocast changes nothing. On a GPU hidden states and head are multiplied in their common dtype, or in that of
-    autocast where it is on, as eager PyTorch would (not float64); a float32 head is then converted a piece at a time
-    and its gradient summed in float32. The logits come out in float32; the gradient of a tile of them is rounded to the
-    factors' dtype once, by the kernel that writes it, a head's scale included (with a softcap: after its chain rule in
-    float32). Without autocast a float32 head makes the products of bfloat16 hidden states float32, which on a GPU are
+    are all gradients, which are cast once, at the end. Under autocast hidden states and heads are rounded to its dtype,
+    so that the factors are those that ``torch.nn.functional.linear`` would multiply, while the logits are not rounded
+    afterwards; biases and inputs of float64 are left as they are, and one float64 among hidden states and heads
+    makes all of it float64. The backward pass has the factors of the forward pass, whatever is on then. On a CPU
+    factors in half precision are widened to float32 a piece at a time. On a GPU hidden states and head are multiplied
+    in their common dtype, or in that of autocast; a float32 head is then converted a piece at a time and its gradient
+    summed in float32. The logits come out in float32; the gradient of a tile of them is rounded to the factors' dtype
+    once, by the kernel that writes it, a head's scale included (with a softcap: after its chain rule in float32).
+    Without autocast a float32 head makes the products of bfloat16 hidden states float32, which on a GPU are
     12 to 15 times slower. PyTorch before 2.8, and devices without float32 products of half-precision factors, round
     logits and every tile's share of a gradient to the factors' dtype; a RuntimeWarning says so.
 

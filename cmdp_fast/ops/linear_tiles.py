@@ -10,7 +10,7 @@ from torch import Tensor
 from cmdp_fast.ops import kept_logits
 from cmdp_fast.ops.gemm import HALVES
 from cmdp_fast.ops.kept_logits import Dtypes, Logits
-from cmdp_fast.ops.projection import Factors, Projection, factors_dtype
+from cmdp_fast.ops.projection import Factors, Projection, factors_dtypes
 from cmdp_fast.ops.tile_size import tile_shape, whole_rows
 from cmdp_fast.reference import compute_dtype
 
@@ -56,7 +56,9 @@ def room_for_logits(batch: Batch) -> Logits:
 
 def kept_dtypes(batch: Batch) -> Dtypes:
     computed = computed_dtype(batch.student, batch.teacher)
-    return kept_logits.dtypes_of(batch.saved, computed, factors_dtype(batch.teacher, computed, batch.autocast))
+    return kept_logits.dtypes_of(
+        batch.saved, computed, factors_dtypes(batch.teacher, computed, batch.autocast).multiplied
+    )
 
 
 class Tiles:
@@ -71,7 +73,7 @@ class Tiles:
         self.student, self.teacher = (
             Projection(
                 self._of_these_rows(model),
-                factors_dtype(model, computed, given.autocast),
+                factors_dtypes(model, computed, given.autocast),
                 kept if kept is not None and kept.shape[1] else None,
                 known,
             )

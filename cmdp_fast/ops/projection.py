@@ -18,6 +18,7 @@ from torch import Tensor
 from cmdp_fast import checks
 from cmdp_fast.heads import Head
 from cmdp_fast.ops import gemm
+from cmdp_fast.ops.gemm import FactorDtypes
 from cmdp_fast.ops.workspace import Workspace
 
 
@@ -68,15 +69,16 @@ class Factors(NamedTuple):
 class Projection:
     """A model's logits by the tile, in memory that is used again; the hidden states are ``[rows, H]``."""
 
-    def __init__(self, model: Factors, factors: torch.dtype, kept: Tensor | None = None, known: bool = False) -> None:
-        """``factors``: what hidden states and head are multiplied in, `factors_dtype`.
+    def __init__(self, model: Factors, factors: FactorDtypes, kept: Tensor | None = None, known: bool = False) -> None:
+        """``factors``: what hidden states and head are rounded to and multiplied in, `factors_dtypes`.
 
         ``kept [rows, V or more]``: where the logits stay, if they are to, in their dtype or in that of the factors;
         ``known``: they stand there.
         """
         hidden, (self.weight, self.bias, self.softcap, self.scale) = model
-        self.hidden = hidden.to(factors)
-        self.dtype = gemm.output_dtype(factors, hidden.device)
+        self.rounded = factors.rounded
+        self.hidden = hidden.to(factors.rounded).to(factors.multiplied)
+        self.dtype = gemm.output_dtype(factors.multiplied, hidden.device)
         self.workspace = Workspace(hidden.device)
         self.kept, self.known = kept, known
         self.plain = self.bias is None and self.softcap is None and self.scale == 1.0
@@ -108,8 +110,9 @@ class Projection:
         """The selected columns' piece of the head, ``[C, H]``, converted if need be."""
         if self._piece is None:
             piece = self.weight[self.columns]
-            if piece.dtype != self.hidden.dtype:
-                piece = self._memory("piece", piece, self.hidden.dtype).copy_(piece)
+            for dtype in (self.rounded, self.hidden.dtype):
+                if piece.dtype != dtype:
+                    piece = self._memory("piece", piece, dtype).copy_(piece)
             self._piece = piece
         return self._piece
 
@@ -170,12 +173,14 @@ class Projection:
         return self.workspace.matrix(name, like.shape, dtype)
 
 
-def factors_dtype(model: Factors, computed: torch.dtype, autocast: str) -> torch.dtype:
-    """What a model's hidden states and head are multiplied in.
+def factors_dtypes(model: Factors, computed: torch.dtype, autocast: str) -> FactorDtypes:
+    """What a model's hidden states and head are rounded to and multiplied in.
 
     ``computed``: the dtype of the statistics. If it is float64 both models are projected in float64.
     """
-    return torch.float64 if computed == torch.float64 else gemm.input_dtype(model.hidden, model.head.weight, autocast)
+    if computed == torch.float64:
+        return FactorDtypes(computed, computed)
+    return gemm.factor_dtypes(model.hidden, model.head.weight, autocast)
 
 
 def check(student: Factors, teacher: Factors) -> None:
