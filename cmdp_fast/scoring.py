@@ -96,7 +96,11 @@ class FromLogits:
 
 @dataclass
 class FromHiddenStates:
-    """Outputs are hidden states ``[B, T, H]``; logits exist a tile at a time (`cf.linear_token_stats`)."""
+    """Outputs are hidden states ``[B, T, H]``; logits exist a tile at a time (`cf.linear_token_stats`).
+
+    The head runs in the dtype of the hidden states, whatever autocast says where the statistics are computed: a loss
+    may be inside it and the scoring outside, and both must have the same numbers.
+    """
 
     vocab_size: int
     temperature: float
@@ -117,51 +121,54 @@ class FromHiddenStates:
     ) -> ConstrainedReward:
         """`cf.linear_constrained_reward` of tokens, task rewards and mask [B, T]."""
         student, teacher = outputs
-        return linear_constrained_reward(
-            student,
-            head_for(models[0], student),
-            teacher,
-            head_for(models[1], teacher),
-            tokens,
-            task_reward,
-            constraint=constraint,
-            mask=mask,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-        )
+        with without_autocast(student):
+            return linear_constrained_reward(
+                student,
+                head_for(models[0], student),
+                teacher,
+                head_for(models[1], teacher),
+                tokens,
+                task_reward,
+                constraint=constraint,
+                mask=mask,
+                temperature=self.temperature,
+                vocab_size=self.vocab_size,
+            )
 
     def token_stats(
         self, models: Models, outputs: Outputs, tokens: Tensor, mask: Tensor, *, inplace: bool = True
     ) -> TokenStats:
         """`cf.linear_token_stats` of tokens [B, T]; there are no logits whose place a gradient could take."""
         student, teacher = outputs
-        return linear_token_stats(
-            student,
-            head_for(models[0], student),
-            teacher,
-            head_for(models[1], teacher),
-            tokens,
-            mask=mask,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-        )
+        with without_autocast(student):
+            return linear_token_stats(
+                student,
+                head_for(models[0], student),
+                teacher,
+                head_for(models[1], teacher),
+                tokens,
+                mask=mask,
+                temperature=self.temperature,
+                vocab_size=self.vocab_size,
+            )
 
     def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
         """`cf.linear_divergence` of kind ``jsd``, [B, T] in nats: forward KL for ``beta`` 0, reverse KL for 1."""
         student, teacher = (head_for(model, hidden) for model, hidden in zip(models, outputs, strict=True))
         if 0 < beta < 1:  # a mixture takes whole heads
             student, teacher = _gathered(student), _gathered(teacher)
-        return linear_divergence(
-            outputs[0],
-            student,
-            outputs[1],
-            teacher,
-            "jsd",
-            beta=beta,
-            mask=mask,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-        )
+        with without_autocast(outputs[0]):
+            return linear_divergence(
+                outputs[0],
+                student,
+                outputs[1],
+                teacher,
+                "jsd",
+                beta=beta,
+                mask=mask,
+                temperature=self.temperature,
+                vocab_size=self.vocab_size,
+            )
 
 
 Scoring = FromLogits | FromHiddenStates
@@ -172,6 +179,10 @@ def head_for(model: Any, hidden: Tensor) -> Head:
     would have it."""
     head = head_of(model)
     return head._replace(weight=head.weight.to(hidden.dtype))
+
+
+def without_autocast(hidden: Tensor) -> torch.autocast:
+    return torch.autocast(hidden.device.type, enabled=False)
 
 
 def _gathered(head: Head) -> Head:

@@ -60,6 +60,24 @@ def test_a_divergence_from_hidden_states_is_that_of_the_logits(tmp_path, beta):
         torch.testing.assert_close(ours, full)
 
 
+def test_autocast_around_the_statistics_changes_nothing(tmp_path):
+    """A loss is inside it, the scoring outside; the hidden states say in what the head runs (TRL's may be float32)."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, seed=1))
+    width = cf.head_of(model).weight.shape[0]
+    hidden = torch.randn(2, 3, cf.head_of(model).weight.shape[1])
+    outputs, tokens = (hidden, hidden.flip(0)), torch.ones(2, 3, dtype=torch.int64)
+    mask, constraint = tokens.bool(), cf.Constraint(budget=0.1, cost="jsd", beta=0.3)
+    scoring, found = FromHiddenStates(vocab_size=width, temperature=1.0), []
+    for on in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            stats = scoring.token_stats((model, model), outputs, tokens, mask)
+            divergence = scoring.divergence((model, model), outputs, mask, 0.3)
+            settings = {"mask": mask, "constraint": constraint}
+            out = scoring.constrained_reward((model, model), outputs, tokens, torch.zeros(2, 3), **settings)
+            found.append((*stats, divergence, *out.trace, out.reward))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_sharded_head_is_gathered_for_a_mixture(monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
