@@ -68,6 +68,10 @@ def calls(device: str, backend: str | None = None) -> dict[str, Call]:
         stats = cf.linear_token_stats(*leaves, hidden[1], heads[1], tokens, mask=mask, **on)
         return torch.autograd.grad(stats.reverse_kl, leaves, upstream)
 
+    def linear_divergence_there_and_back() -> object:
+        value = cf.linear_divergence(*leaves, hidden[1], heads[1], mask=mask, **on)
+        return torch.autograd.grad(value, leaves, upstream)
+
     return {
         "token_stats": lambda: cf.token_stats(student, teacher, tokens, mask=mask, **on),
         "token_stats, forward and backward": statistics_there_and_back,
@@ -84,6 +88,10 @@ def calls(device: str, backend: str | None = None) -> dict[str, Call]:
             hidden[0], heads[0], hidden[1], heads[1], tokens, mask=mask, **on
         ),
         "linear_token_stats, forward and backward": linear_there_and_back,
+        "linear_divergence, jsd": lambda: cf.linear_divergence(
+            hidden[0], heads[0], hidden[1], heads[1], mask=mask, **on
+        ),
+        "linear_divergence, jsd, forward and backward": linear_divergence_there_and_back,
         "TokenState.update": lambda: state.update(rows, teacher_rows, actions, **on),
         "reference.budget_trace": lambda: cf.reference.budget_trace(cost, 5.0, mask=mask),  # eager, to compare with
     }

@@ -31,6 +31,7 @@ from cmdp_fast.ops.cost import token_cost
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.linear_constrained import linear_constrained_reward
+from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_state import TokenState
 from cmdp_fast.ops.token_stats import dropped_teacher_mass, token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
@@ -55,6 +56,7 @@ __all__ = [
     "head_of",
     "last_hidden_state",
     "linear_constrained_reward",
+    "linear_divergence",
     "linear_token_stats",
     "modified_reward",
     "token_cost",

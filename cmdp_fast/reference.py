@@ -179,6 +179,27 @@ def linear_token_stats(
     return token_stats(student, teacher, tokens, **settings)
 
 
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    kind: str = "jsd",
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    **settings: Any,
+) -> Tensor:
+    """`divergence` of logits that are made in full; arguments and returns as `cmdp_fast.linear_divergence`."""
+    student = _project(student_hidden, student_weight, student_bias, student_scale, student_softcap)
+    teacher = _project(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    return divergence(student, teacher, kind, **settings)
+
+
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     logits = scale * torch.nn.functional.linear(hidden, weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from cmdp_fast import batches
 from cmdp_fast.constraint import Constraint
@@ -23,6 +24,7 @@ from cmdp_fast.ops.constrained import constrained_reward
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.linear_constrained import linear_constrained_reward
+from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
 
@@ -94,7 +96,11 @@ class FromLogits:
 
 @dataclass
 class FromHiddenStates:
-    """Outputs are hidden states ``[B, T, H]``; logits exist a tile at a time (`cf.linear_token_stats`)."""
+    """Outputs are hidden states ``[B, T, H]``; logits exist a tile at a time (`cf.linear_token_stats`).
+
+    The head runs in the dtype of the hidden states, whatever autocast says where the statistics are computed: a loss
+    may be inside it and the scoring outside, and both must have the same numbers.
+    """
 
     vocab_size: int
     temperature: float
@@ -113,41 +119,56 @@ class FromHiddenStates:
         mask: Tensor,
         constraint: Constraint,
     ) -> ConstrainedReward:
-        """`cf.linear_constrained_reward` of tokens, task rewards and mask [B, T]; any cost but ``jsd``."""
+        """`cf.linear_constrained_reward` of tokens, task rewards and mask [B, T]."""
         student, teacher = outputs
-        return linear_constrained_reward(
-            student,
-            head_for(models[0], student),
-            teacher,
-            head_for(models[1], teacher),
-            tokens,
-            task_reward,
-            constraint=constraint,
-            mask=mask,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-        )
+        with without_autocast(student):
+            return linear_constrained_reward(
+                student,
+                head_for(models[0], student),
+                teacher,
+                head_for(models[1], teacher),
+                tokens,
+                task_reward,
+                constraint=constraint,
+                mask=mask,
+                temperature=self.temperature,
+                vocab_size=self.vocab_size,
+            )
 
     def token_stats(
         self, models: Models, outputs: Outputs, tokens: Tensor, mask: Tensor, *, inplace: bool = True
     ) -> TokenStats:
         """`cf.linear_token_stats` of tokens [B, T]; there are no logits whose place a gradient could take."""
         student, teacher = outputs
-        return linear_token_stats(
-            student,
-            head_for(models[0], student),
-            teacher,
-            head_for(models[1], teacher),
-            tokens,
-            mask=mask,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-        )
+        with without_autocast(student):
+            return linear_token_stats(
+                student,
+                head_for(models[0], student),
+                teacher,
+                head_for(models[1], teacher),
+                tokens,
+                mask=mask,
+                temperature=self.temperature,
+                vocab_size=self.vocab_size,
+            )
 
     def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
-        """Forward KL for ``beta`` 0, reverse KL for 1, [B, T] in nats; a ``beta`` between them needs the logits."""
-        stats = self.token_stats(models, outputs, torch.zeros_like(mask, dtype=torch.long), mask)
-        return {0.0: stats.forward_kl, 1.0: stats.reverse_kl}[beta]
+        """`cf.linear_divergence` of kind ``jsd``, [B, T] in nats: forward KL for ``beta`` 0, reverse KL for 1."""
+        student, teacher = (head_for(model, hidden) for model, hidden in zip(models, outputs, strict=True))
+        if 0 < beta < 1:  # a mixture takes whole heads
+            student, teacher = _gathered(student), _gathered(teacher)
+        with without_autocast(outputs[0]):
+            return linear_divergence(
+                outputs[0],
+                student,
+                outputs[1],
+                teacher,
+                "jsd",
+                beta=beta,
+                mask=mask,
+                temperature=self.temperature,
+                vocab_size=self.vocab_size,
+            )
 
 
 Scoring = FromLogits | FromHiddenStates
@@ -158,6 +179,21 @@ def head_for(model: Any, hidden: Tensor) -> Head:
     would have it."""
     head = head_of(model)
     return head._replace(weight=head.weight.to(hidden.dtype))
+
+
+def without_autocast(hidden: Tensor) -> torch.autocast:
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+def _gathered(head: Head) -> Head:
+    """The whole of a head that lies on several ranks. Its gradient is the mean of theirs, whether each has rows of its
+    own, as FSDP means it, or all have the same."""
+    weight, bias = (
+        p.full_tensor(grad_placements=[Partial("avg")] * p.device_mesh.ndim) if isinstance(p, DTensor) else p
+        for p in (head.weight, head.bias)
+    )
+    assert weight is not None
+    return head._replace(weight=weight, bias=bias)
 
 
 def make_scoring(logits: str, models: tuple[Any, ...], vocab_size: int, temperature: float) -> Scoring:

@@ -1,7 +1,8 @@
 """The backend of plain PyTorch: the same functions as `cmdp_fast.cpu`, for any device and without kernels of ours.
 
-It has no statistics of whole rows and no mixture divergence: there the operations call `cmdp_fast.reference`, whose
-formulas PyTorch differentiates itself. Here is what has to be given a piece at a time or written to memory that exists.
+It has no statistics of whole rows: there `token_stats`, and `divergence` for its mixtures, call `cmdp_fast.reference`,
+whose formulas PyTorch differentiates itself. Here is what has to be given a piece at a time or written to memory that
+exists.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import reference, states
-from cmdp_fast.layout import Account, BudgetRule, Pair, Rewarding, TokenTrace, Upstream
-from cmdp_fast.reference import BudgetTrace
+from cmdp_fast.layout import SAVED, Account, BudgetRule, Mixture, Pair, Rewarding, TokenTrace, Upstream
+from cmdp_fast.reference import BudgetTrace, compute_dtype
 
 COSTS: tuple[str, ...] = ()  # there is no pass that does everything
+AT_ONCE = 2**22  # columns of a mixture in float64, a dozen tensors of which exist at once: 400 MB
 
 
 def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:
@@ -90,6 +92,53 @@ def _gradient(pair: Pair, saved: Tensor, upstream: Upstream, first_column: int) 
         total += g.forward_kl * (p - log_w.exp())
     total /= pair.temperature
     return total if pair.mask is None else total.where(pair.mask.unsqueeze(-1), 0.0)
+
+
+def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence ``[rows]``, the saved scalars ``[rows, SAVED]`` and the mean of G ``[rows]``, both float64.
+
+    Of rows ``[rows, V]`` without a mask. Formulas and G are those of csrc/cpu/mixture.h.
+    """
+    rows = len(pair.student)
+    saved, value, mean = (pair.student.new_empty((rows, *n), dtype=torch.float64) for n in ((SAVED,), (), ()))
+    for some in _rows_at_once(pair):
+        x, y = (t[some, : pair.width] for t in (pair.student, pair.teacher))
+        fields = folded(x, y, torch.zeros(len(x), dtype=torch.long, device=x.device), pair.temperature)
+        saved[some] = states.saved_scalars(fields, states.statistics(fields))
+        terms, p, slope = _mixture_columns(pair, some, saved, weights)
+        value[some], mean[some] = terms.sum(-1).clamp(min=0), (p * slope).sum(-1)
+    return value.to(compute_dtype(pair.student, pair.teacher)), saved, mean
+
+
+def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, weights: Mixture, out: Tensor) -> None:
+    """Writes its gradient, p (G - mean) / temperature, to ``out``, which may be the logits; columns beyond the width
+    get 0."""
+    for some in _rows_at_once(pair):
+        _, p, slope = _mixture_columns(pair, some, saved, weights)
+        factor = upstream[some].double() / pair.temperature
+        out[some, : pair.width] = factor[:, None] * p * (slope - mean[some, None])
+    out[:, pair.width :] = 0
+
+
+def _rows_at_once(pair: Pair) -> list[slice]:
+    size = max(1, AT_ONCE // pair.width)
+    return [slice(start, start + size) for start in range(0, len(pair.student), size)]
+
+
+def _mixture_columns(pair: Pair, rows: slice, saved: Tensor, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each column of some rows its part of the value, its probability p, and G."""
+    b, c_teacher, c_student = weights
+    m, n, log_z, log_u, *_ = saved[rows].unsqueeze(-2).unbind(-1)
+    log_p = (pair.student[rows, : pair.width].double() / pair.temperature - m) - log_z
+    log_w = (pair.teacher[rows, : pair.width].double() / pair.temperature - n) - log_u
+    p, w = log_p.exp(), log_w.exp()
+    # Where one model has no weight, delta - log g has long reached its limit.
+    delta = (log_w - log_p).masked_fill((p == 0) & (w == 0), 0.0).clamp(-700.0, 700.0)
+    rho = delta.exp()
+    g = (1 - b) + b * rho
+    log_g = g.log()
+    value = w * c_teacher * (delta - log_g) - p * c_student * log_g
+    return value, p, -c_student * log_g - (1 - b) * (c_student + c_teacher * rho) / g
 
 
 def trace_budgets(

@@ -47,7 +47,7 @@ def gemm_floors(inputs: Inputs, backward: bool) -> list[Variant]:
     (`ops/gemm.py`); that is not timed here.
     """
     names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
-    dtype = gemm.input_dtype(inputs["student_hidden"], inputs["student_weight"])
+    dtype = gemm.factor_dtypes(inputs["student_hidden"], inputs["student_weight"]).multiplied
     h, w, g, u = (inputs[name].to(dtype) for name in names)
     (rows, _), vocab = h.shape, len(w)
     x, y = (torch.ones(rows, vocab, dtype=dtype, device=h.device) for _ in range(2))

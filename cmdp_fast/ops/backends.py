@@ -46,9 +46,9 @@ PREFERRED_ON_GPU = "triton"
 class Backend(Protocol):
     """What a backend offers: functions of tensors that have been checked, and that know nothing of autograd.
 
-    A backend is a module of these functions. Not all have all: ``torch`` leaves statistics of whole rows and mixtures
-    to formulas that PyTorch differentiates itself (`cmdp_fast.reference`) and has no `constrained_pass`, and ``cuda``
-    has those of `OF_CUDA`. `choose` names no backend for an operation that it does not serve.
+    A backend is a module of these functions. Not all have all: ``torch`` leaves statistics of whole rows to formulas
+    that PyTorch differentiates itself (`cmdp_fast.reference`) and has no `constrained_pass`, and ``cuda`` has those of
+    `OF_CUDA`. `choose` names no backend for an operation that it does not serve.
     """
 
     COSTS: tuple[str, ...]

@@ -23,7 +23,7 @@ def token_cost(stats: TokenStats, kind: str = "reverse_kl", *, clamp: float | No
 
     Args:
         stats: `TokenStats` of tensors ``[...]``.
-        kind: one of the names above (``jsd`` needs the logits: `divergence`).
+        kind: one of the names above (``jsd``: `divergence`, `linear_divergence`).
         clamp: c > 0 in nats puts every cost into [-c, c]; for ``k1``, ``k3`` and ``nll``. The estimate is then biased.
             None, the default: as it is.
 

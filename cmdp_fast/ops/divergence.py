@@ -60,7 +60,7 @@ def divergence(
     checks.mask(mask, student_logits, shape, "student_logits without its last axis")
     checks.positive("temperature", temperature)
     check_kind(kind, beta)
-    plain = _plain_kl(kind, beta)
+    plain = plain_kl(kind, beta)
     operation = "divergence" if plain is None else "token_stats"
     computed = compute_dtype(student_logits, teacher_logits)
     chosen = backends.choose_for_logits(backend, student_logits, computed, operation)
@@ -92,7 +92,7 @@ def check_kind(kind: str, beta: float) -> None:
         raise ValueError(f"{kind} with beta=1 compares a model with itself and is always 0; beta must be below 1")
 
 
-def _plain_kl(kind: str, beta: float) -> str | None:
+def plain_kl(kind: str, beta: float) -> str | None:
     """The KL that a divergence reduces to at the end of beta's range, or None."""
     if kind in ("reverse_kl", "forward_kl"):
         return kind

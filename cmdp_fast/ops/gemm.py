@@ -1,9 +1,12 @@
 """Products with float32 or wider sums for every dtype of the factors, written into memory that exists.
 
-On a CPU half-precision factors are widened to float32 first: few processors multiply them natively, and where none does
-a bfloat16 product is hundreds of times slower than a float32 one. On a GPU they are never widened, since a float32
-product there is 12 to 15 times slower (67 TFLOP/s against 990 on an H100, by its data sheet). They stay as they are,
-and the product comes out in float32 where PyTorch and the device offer that:
+Under autocast both factors are rounded to its dtype, as those of `torch.nn.functional.linear` are; float64 is left
+alone, as autocast leaves it.
+
+On a CPU half-precision factors are widened to float32 first, after that rounding: few processors multiply them
+natively, and where none does a bfloat16 product is hundreds of times slower than a float32 one. On a GPU they are never
+widened, since a float32 product there is 12 to 15 times slower (67 TFLOP/s against 990 on an H100, by its data sheet).
+They stay as they are, and the product comes out in float32 where PyTorch and the device offer that:
 
     torch.mm(a, b, out_dtype=float32, out=)             from PyTorch 2.8 on
     torch.addmm(total, a, b, out_dtype=float32, out=)   with a float32 total from 2.10 on
@@ -35,14 +38,21 @@ class Offered(NamedTuple):
     add: bool  # and add it to a float32 total
 
 
+class FactorDtypes(NamedTuple):
+    """What hidden states and head are converted to, one after the other."""
+
+    rounded: torch.dtype  # the common one, or autocast's
+    multiplied: torch.dtype  # that, or float32 where half precision is widened
+
+
 def keeps_half(device: torch.device) -> bool:
     """Whether half-precision factors are multiplied as they are."""
     return device.type != "cpu"
 
 
 def autocast_dtype(device: torch.device) -> str:
-    """The dtype in which autocast multiplies on a device, by name; empty where it is off, and on a CPU."""
-    if not (keeps_half(device) and torch.is_autocast_enabled(device.type)):
+    """The dtype to which autocast rounds factors on a device, by name; empty where it is off."""
+    if not torch.is_autocast_enabled(device.type):
         return ""
     chosen = torch.get_autocast_dtype(device.type)
     for name, dtype in HALF.items():
@@ -51,12 +61,13 @@ def autocast_dtype(device: torch.device) -> str:
     return ""
 
 
-def input_dtype(hidden: Tensor, weight: Tensor, autocast: str = "") -> torch.dtype:
+def factor_dtypes(hidden: Tensor, weight: Tensor, autocast: str = "") -> FactorDtypes:
     """What both factors of a projection are converted to. ``autocast``: as `autocast_dtype` gives it."""
-    common = torch.promote_types(hidden.dtype, weight.dtype)
-    if autocast and common != torch.float64:
-        common = HALF[autocast]
-    return torch.float32 if common in HALVES and not keeps_half(hidden.device) else common
+    rounded = torch.promote_types(hidden.dtype, weight.dtype)
+    if autocast and rounded != torch.float64:
+        rounded = HALF[autocast]
+    widens = rounded in HALVES and not keeps_half(hidden.device)
+    return FactorDtypes(rounded, torch.float32 if widens else rounded)
 
 
 def output_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.ops import gemm
-from cmdp_fast.ops.projection import Projection
+from cmdp_fast.ops.linear_tiles import Tiles
+from cmdp_fast.ops.projection import Factors, Projection
 from cmdp_fast.ops.workspace import Workspace
+
+PARTS = ("hidden", "head_weight", "head_bias")  # of the student's `Factors`, as an operator names them
+
+
+class Needed(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """An empty tensor for one that is not asked for."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Tile(NamedTuple):
+    """Some rows and columns of both models, and where the gradient of the student's logits goes."""
+
+    student: Tensor  # logits [R, C]
+    teacher: Tensor
+    out: Tensor  # [R, C]
+    rows: slice
+    columns: slice
 
 
 class HeadGradient:
@@ -20,7 +50,7 @@ class HeadGradient:
     is kept in float32 beside the result, and none where the head itself is float32.
     """
 
-    def __init__(self, head: Projection, weight: Tensor, needed: Sequence[bool]) -> None:
+    def __init__(self, head: Projection, weight: Tensor, needed: Needed) -> None:
         """``weight`` is the whole head, ``head`` may stop at the last column that counts."""
         self.head, self.workspace = head, Workspace(weight.device)
         self.dtype = torch.promote_types(head.hidden.dtype, torch.float32)
@@ -56,3 +86,43 @@ class HeadGradient:
         if target.dtype == self.dtype:
             return target
         return self.workspace.matrix("piece", target.shape, self.dtype)
+
+
+def sum_over_tiles(
+    tiles: Tiles, weight: Tensor, needed: Needed, write: Callable[[Tile], None], *, alone: bool = False
+) -> HeadGradient:
+    """The sums, where ``write`` writes the gradient of a tile of the logits, times the student's `upstream_scale`.
+
+    ``weight``: the student's whole head. ``alone``: the teacher's logits are not read, and need not be made.
+    """
+    student, teacher = tiles.student, tiles.teacher
+    gradient = HeadGradient(student, weight, needed)
+    for columns in tiles.columns:
+        student.select(columns)
+        if not alone:
+            teacher.select(columns)
+        for rows in tiles.rows:
+            x = student.logits(rows)
+            y = x if alone else teacher.logits(rows)
+            out = student.gradient_tile(x)
+            write(Tile(x, y, out, rows, columns))
+            gradient.add(student.chain(out, x), rows, columns)
+        gradient.leave(columns)
+    return gradient
+
+
+def finished(gradient: HeadGradient, tiles: Tiles, student: Factors) -> Gradients:
+    """The sums in the shapes and dtypes of what they are gradients of."""
+    hidden, bias = student.hidden, student.head.bias
+    return Gradients(
+        tiles.spread(gradient.hidden).to(hidden.dtype) if gradient.needs_hidden else gradient.hidden,
+        gradient.weight,
+        gradient.bias if bias is None else gradient.bias.to(bias.dtype),
+    )
+
+
+def room(student: Factors, needed: Needed) -> Gradients:
+    """As much of it as there is before anything is computed: shapes and dtypes."""
+    hidden, head = student
+    parts = zip((hidden, head.weight, head.bias), needed, strict=True)
+    return Gradients(*(t.new_empty(t.shape) if n and t is not None else hidden.new_empty(0) for t, n in parts))

@@ -25,8 +25,8 @@ from cmdp_fast import checks, states
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.heads import Head
 from cmdp_fast.layout import Pair, Upstream
-from cmdp_fast.ops import backends, gemm, kept_logits, parallel, projection
-from cmdp_fast.ops.head_gradient import HeadGradient
+from cmdp_fast.ops import backends, gemm, head_gradient, kept_logits, parallel, projection
+from cmdp_fast.ops.head_gradient import PARTS, Gradients, Needed, Tile, finished, sum_over_tiles
 from cmdp_fast.ops.kept_logits import Logits
 from cmdp_fast.ops.linear_tiles import Batch, Tiles, computed_dtype, kept_dtypes, room_for_logits
 from cmdp_fast.ops.operator import Backward, operator
@@ -123,12 +123,15 @@ def linear_token_stats(
         `TokenStats` of tensors ``[...]``: float32, or float64 if a hidden state or head is float64.
 
     Precision: products are summed in float32 (float64 if any of the above is float64) for inputs of every dtype, and so
-    are all gradients, which are cast once, at the end. On a CPU half-precision inputs are widened a piece at a time,
-    and autocast changes nothing. On a GPU hidden states and head are multiplied in their common dtype, or in that of
-    autocast where it is on, as eager PyTorch would (not float64); a float32 head is then converted a piece at a time
-    and its gradient summed in float32. The logits come out in float32; the gradient of a tile of them is rounded to the
-    factors' dtype once, by the kernel that writes it, a head's scale included (with a softcap: after its chain rule in
-    float32). Without autocast a float32 head makes the products of bfloat16 hidden states float32, which on a GPU are
+    are all gradients, which are cast once, at the end. Under autocast hidden states and heads are rounded to its dtype,
+    so that the factors are those that ``torch.nn.functional.linear`` would multiply, while the logits are not rounded
+    afterwards; biases and inputs of float64 are left as they are, and one float64 among hidden states and heads
+    makes all of it float64. The backward pass has the factors of the forward pass, whatever is on then. On a CPU
+    factors in half precision are widened to float32 a piece at a time. On a GPU hidden states and head are multiplied
+    in their common dtype, or in that of autocast; a float32 head is then converted a piece at a time and its gradient
+    summed in float32. The logits come out in float32; the gradient of a tile of them is rounded to the factors' dtype
+    once, by the kernel that writes it, a head's scale included (with a softcap: after its chain rule in float32).
+    Without autocast a float32 head makes the products of bfloat16 hidden states float32, which on a GPU are
     12 to 15 times slower. PyTorch before 2.8, and devices without float32 products of half-precision factors, round
     logits and every tile's share of a gradient to the factors' dtype; a RuntimeWarning says so.
 
@@ -153,14 +156,7 @@ def linear_token_stats(
             raise ValueError("a DTensor head brings its own process group and columns; do not pass them as well")
         (student_head, teacher_head), process_group, first_column = sharded
         student, teacher = student._replace(head=student_head), teacher._replace(head=teacher_head)
-    projection.check("student", student)
-    projection.check("teacher", teacher)
-    checks.same_device("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            "student_hidden and teacher_hidden must agree in all but the last axis, got "
-            f"{list(student_hidden.shape)} and {list(teacher_hidden.shape)}"
-        )
+    projection.check(student, teacher)
     checks.tokens(tokens, student_hidden, "student_hidden")
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
@@ -218,19 +214,20 @@ def _linear_token_stats(given: _Given) -> _Made:
     if tokens.device.type == "cpu":
         checks.token_range(tokens, batch.mask, given.vocab_size)
     with torch.autocast(tokens.device.type, enabled=False):
-        tiles = Tiles(batch, logits)
+        tiles = Tiles(batch.rows, logits)
+        tokens = tiles.compact(tokens).long().contiguous()
         student, teacher = tiles.student, tiles.teacher
         for t in logits:  # an operator's results must not hang on what happened to stand in memory
-            t[len(tiles.tokens) :] = 0
+            t[tiles.count :] = 0
             t[:, batch.width :] = 0
-        fields = states.empty(len(tiles.tokens), tokens.device)
+        fields = states.empty(tiles.count, tokens.device)
         for columns in tiles.columns:
             student.select(columns)
             teacher.select(columns)
             first, width = batch.first_column + columns.start, columns.stop - columns.start
             for rows in tiles.rows:
                 x, y = student.logits(rows), teacher.logits(rows)
-                tile = Pair(x, y, tiles.tokens[rows], None, batch.temperature, width)
+                tile = Pair(x, y, tokens[rows], None, batch.temperature, width)
                 backends.get(batch.backend).update_states(tile, first, fields[rows])
         if given.group:
             fields = parallel.all_reduced(fields, parallel.group_named(given.group))
@@ -259,79 +256,47 @@ def _keep(given: _Given, made: _Made) -> _Kept:
 
 @_linear_token_stats.gradient(of=[f"scored_{name}" for name in DIFFERENTIABLE], keep=_keep)
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
-    needed = _Needed(*(f"batch_student_{name}" in backward.needed for name in _GRADIENTS))
+    needed = Needed(*(f"batch_student_{name}" in backward.needed for name in PARTS))
     if not any(needed):
         return {}
     made = _linear_token_stats_backward(_Upward(backward.kept, Upstream(*backward.upstream), needed))
-    gradients = zip(_GRADIENTS, made, needed, strict=True)
+    gradients = zip(PARTS, made, needed, strict=True)
     return {f"batch_student_{name}": gradient for name, gradient, needs in gradients if needs}
-
-
-_GRADIENTS = ("hidden", "head_weight", "head_bias")  # of the student
-
-
-class _Needed(NamedTuple):
-    """Which gradients are asked for."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class _Gradients(NamedTuple):
-    """An empty tensor for one that is not asked for."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
 
 
 class _Upward(NamedTuple):
     kept: _Kept
     upstream: Upstream
-    needed: _Needed
+    needed: Needed
 
 
 @operator("linear_token_stats_backward")
-def _linear_token_stats_backward(given: _Upward) -> _Gradients:
+def _linear_token_stats_backward(given: _Upward) -> Gradients:
     """Gradients of hidden states, head and bias. A group sums the first."""
     (batch, scalars, logits, group), upstream, needed = given
     with torch.autocast(batch.tokens.device.type, enabled=False):
-        tiles = Tiles(batch, logits, known=True)
-        student, teacher = tiles.student, tiles.teacher
+        tiles = Tiles(batch.rows, logits, known=True)
+        tokens = tiles.compact(batch.tokens).long().contiguous()
         # Log-probability and entropy are the student's own affair: without the other two the teacher's tile is not
         # read and need not be made.
         alone = upstream.reverse_kl is None and upstream.forward_kl is None
         scalars = tiles.compact(scalars, 1).contiguous()
-        scale = student.upstream_scale
+        scale = tiles.student.upstream_scale
         arriving = Upstream(*(None if g is None else scale * tiles.compact(g).double() for g in upstream))
-        gradient = HeadGradient(student, batch.student.head.weight, needed)
-        for columns in tiles.columns:
-            student.select(columns)
-            if not alone:
-                teacher.select(columns)
-            first, width = batch.first_column + columns.start, columns.stop - columns.start
-            for rows in tiles.rows:
-                x = student.logits(rows)
-                y = x if alone else teacher.logits(rows)
-                out = student.gradient_tile(x)
-                tile = Pair(x, y, tiles.tokens[rows], None, batch.temperature, width)
-                here = Upstream(*(None if g is None else g[rows] for g in arriving))
-                backends.get(batch.backend).token_stats_backward(tile, scalars[rows], here, out, first)
-                gradient.add(student.chain(out, x), rows, columns)
-            gradient.leave(columns)
+
+        def write(tile: Tile) -> None:
+            rows, width = tile.rows, tile.columns.stop - tile.columns.start
+            pair = Pair(tile.student, tile.teacher, tokens[rows], None, batch.temperature, width)
+            here = Upstream(*(None if g is None else g[rows] for g in arriving))
+            first = batch.first_column + tile.columns.start
+            backends.get(batch.backend).token_stats_backward(pair, scalars[rows], here, tile.out, first)
+
+        gradient = sum_over_tiles(tiles, batch.student.head.weight, needed, write, alone=alone)
         if group and needed.hidden:
             dist.all_reduce(gradient.hidden, group=parallel.group_named(group))
-        hidden, bias = batch.student.hidden, batch.student.head.bias
-        return _Gradients(
-            tiles.spread(gradient.hidden).to(hidden.dtype) if needed.hidden else gradient.hidden,
-            gradient.weight,
-            gradient.bias if bias is None else gradient.bias.to(bias.dtype),
-        )
+        return finished(gradient, tiles, batch.student)
 
 
 @_linear_token_stats_backward.shapes
-def _(given: _Upward) -> _Gradients:
-    hidden, head = given.kept.batch.student
-    inputs = zip((hidden, head.weight, head.bias), given.needed, strict=True)
-    return _Gradients(*(t.new_empty(t.shape) if n and t is not None else hidden.new_empty(0) for t, n in inputs))
+def _(given: _Upward) -> Gradients:
+    return head_gradient.room(given.kept.batch.student, given.needed)

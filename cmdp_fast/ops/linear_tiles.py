@@ -1,4 +1,4 @@
-"""Rows of hidden states and heads as `linear_token_stats` goes through them: which rows count, and in what tiles."""
+"""Rows of hidden states and heads as the `linear_*` operations go through them: which rows count, in what tiles."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from torch import Tensor
 from cmdp_fast.ops import kept_logits
 from cmdp_fast.ops.gemm import HALVES
 from cmdp_fast.ops.kept_logits import Dtypes, Logits
-from cmdp_fast.ops.projection import Factors, Projection, factors_dtype
-from cmdp_fast.ops.tile_size import tile_shape
+from cmdp_fast.ops.projection import Factors, Projection, factors_dtypes
+from cmdp_fast.ops.tile_size import tile_shape, whole_rows
 from cmdp_fast.reference import compute_dtype
 
 
+class Rows(NamedTuple):
+    """Rows of both models, in all that their tiles depend on."""
+
+    student: Factors
+    teacher: Factors
+    mask: Tensor | None
+    width: int  # columns here that count
+    autocast: str  # as gemm.autocast_dtype gives it
+
+
 class Batch(NamedTuple):
-    """Rows of both models, in all that forward and backward pass need alike."""
+    """Rows of both models, in all that forward and backward pass of token statistics need alike."""
 
     student: Factors
     teacher: Factors
@@ -28,6 +38,10 @@ class Batch(NamedTuple):
     autocast: str  # as gemm.autocast_dtype gives it
     saved: str  # one of kept_logits.SAVED
     backend: str
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.student, self.teacher, self.mask, self.width, self.autocast)
 
 
 def computed_dtype(student: Factors, teacher: Factors) -> torch.dtype:
@@ -42,33 +56,39 @@ def room_for_logits(batch: Batch) -> Logits:
 
 def kept_dtypes(batch: Batch) -> Dtypes:
     computed = computed_dtype(batch.student, batch.teacher)
-    return kept_logits.dtypes_of(batch.saved, computed, factors_dtype(batch.teacher, computed, batch.autocast))
+    return kept_logits.dtypes_of(
+        batch.saved, computed, factors_dtypes(batch.teacher, computed, batch.autocast).multiplied
+    )
 
 
 class Tiles:
     """Both heads over the rows that count, and how they are cut into tiles."""
 
-    def __init__(self, batch: Batch, logits: Logits, known: bool = False) -> None:
+    def __init__(self, given: Rows, logits: Logits | None = None, known: bool = False) -> None:
         """``logits``: those that stay, if they do; ``known``: they stand there."""
-        tokens, mask, width = batch.tokens, batch.mask, batch.width
+        mask, self.width = given.mask, given.width
         self.counted = None if mask is None else mask.flatten().nonzero()[:, 0]
-        self.shape = tokens.shape
-        self.tokens = self.compact(tokens).long().contiguous()
-        computed = computed_dtype(batch.student, batch.teacher)
+        self.shape = given.student.hidden.shape[:-1]
+        computed = computed_dtype(given.student, given.teacher)
         self.student, self.teacher = (
             Projection(
-                self._of_these_rows(model, width),
-                factors_dtype(model, computed, batch.autocast),
-                kept if kept.shape[1] else None,
+                self._of_these_rows(model),
+                factors_dtypes(model, computed, given.autocast),
+                kept if kept is not None and kept.shape[1] else None,
                 known,
             )
-            for model, kept in zip((batch.student, batch.teacher), logits, strict=True)
+            for model, kept in zip((given.student, given.teacher), logits or (None, None), strict=True)
         )
-        pair = self.student.dtype.itemsize + self.teacher.dtype.itemsize
-        count = len(self.tokens)
-        height, breadth = tile_shape(count, width, pair, tokens.device, self._column_bytes())
-        self.rows = [slice(i, min(i + height, count)) for i in range(0, count, height)]
-        self.columns = [slice(i, min(i + breadth, width)) for i in range(0, width, breadth)]
+        self.count = len(self.student.hidden)  # rows that count
+        self._pair = self.student.dtype.itemsize + self.teacher.dtype.itemsize
+        device = self.student.hidden.device
+        height, breadth = tile_shape(self.count, self.width, self._pair, device, self._column_bytes())
+        self.rows = _cut(self.count, height)
+        self.columns = _cut(self.width, breadth)
+
+    def whole_rows(self) -> list[slice]:
+        """Rows that are made at once where all of their columns are wanted."""
+        return _cut(self.count, whole_rows(self.count, self.width, self._pair, self.student.hidden.device))
 
     def _column_bytes(self) -> int:
         """What both passes hold for every column of a tile beside the logits, so that their tiles are the same."""
@@ -76,8 +96,8 @@ class Tiles:
         in_float32 = 4 * hidden.shape[1] if hidden.dtype in HALVES else 0  # the head's gradient before it is rounded
         return self.student.column_bytes + self.teacher.column_bytes + in_float32
 
-    def _of_these_rows(self, model: Factors, width: int) -> Factors:
-        return Factors(self.compact(model.hidden, 1), model.head._replace(weight=model.head.weight[:width]))
+    def _of_these_rows(self, model: Factors) -> Factors:
+        return Factors(self.compact(model.hidden, 1), model.head._replace(weight=model.head.weight[: self.width]))
 
     def compact(self, value: Tensor, trailing: int = 0) -> Tensor:
         """``[..., *]`` to ``[rows that count, *]``, the last ``trailing`` axes as they are."""
@@ -89,3 +109,7 @@ class Tiles:
         if self.counted is not None:
             value = value.new_zeros(self.shape.numel(), *value.shape[1:]).index_copy_(0, self.counted, value)
         return value.reshape((*self.shape, *value.shape[1:]))
+
+
+def _cut(count: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]

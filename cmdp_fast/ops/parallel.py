@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmdp_fast import checks, states
 from cmdp_fast.heads import Head
+from cmdp_fast.ops.projection import check_widths, common_width
 
 
 def name_of(process_group: dist.ProcessGroup | None) -> str:
@@ -33,9 +34,9 @@ def all_reduced(fields: Tensor, process_group: dist.ProcessGroup) -> Tensor:
 
 def shards(*heads: Head) -> tuple[list[Head], dist.ProcessGroup, int] | None:
     """The local parts of heads that are DTensors, their group and first column; None if none is one."""
-    tensors = [t for head in heads for t in (head.weight, head.bias) if t is not None]
-    if not (dist.is_available() and any(isinstance(t, _dtensor()) for t in tensors)):
+    if not any_sharded(*heads):
         return None
+    tensors = [t for head in heads for t in (head.weight, head.bias) if t is not None]
     if not all(isinstance(t, _dtensor()) for t in tensors):
         raise ValueError("if one head or bias is a DTensor, all of them must be, sharded alike")
     mesh, rows = tensors[0].device_mesh, {t.shape[0] for t in tensors}  # type: ignore[attr-defined]
@@ -52,6 +53,11 @@ def shards(*heads: Head) -> tuple[list[Head], dist.ProcessGroup, int] | None:
     first_column = min(piece * mesh.get_local_rank(), tensors[0].shape[0])
     local = [head._replace(weight=_local(head.weight), bias=_local(head.bias)) for head in heads]
     return local, mesh.get_group(), first_column
+
+
+def any_sharded(*heads: Head) -> bool:
+    """Whether a head or bias is a DTensor."""
+    return dist.is_available() and any(isinstance(t, _dtensor()) for head in heads for t in (head.weight, head.bias))
 
 
 def _local(t: Any) -> Any:
@@ -75,21 +81,15 @@ def columns(
 ) -> tuple[int, int]:
     """How many of this rank's columns count, and how many there are on all ranks together."""
     checks.integer("first_column", first_column)
-    if vocab_size is None and student_width != teacher_width:
-        raise ValueError(
-            f"the student is {student_width} wide and the teacher {teacher_width}; "
-            "pass vocab_size= to compare them over a common prefix"
-        )
-    common = min(student_width, teacher_width)
+    check_widths(student_width, teacher_width, vocab_size)
     if process_group is None:
         if first_column != 0:
             raise ValueError(f"first_column={first_column} has a meaning only with process_group=")
-        width = common if vocab_size is None else vocab_size
-        checks.prefix(width, student_width, teacher_width)
+        width = common_width(student_width, teacher_width, vocab_size)
         return width, width
     if first_column < 0:
         raise ValueError(f"first_column must be at least 0, got {first_column}")
-    width = common
+    common = width = min(student_width, teacher_width)
     if vocab_size is not None:
         checks.integer("vocab_size", vocab_size)
         width = max(0, min(common, vocab_size - first_column))

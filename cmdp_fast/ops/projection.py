@@ -9,7 +9,7 @@ by its own, and Gemma 2 and 3 cap what the head gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from cmdp_fast import checks
 from cmdp_fast.heads import Head
 from cmdp_fast.ops import gemm
+from cmdp_fast.ops.gemm import FactorDtypes
 from cmdp_fast.ops.workspace import Workspace
 
 
@@ -68,15 +69,16 @@ class Factors(NamedTuple):
 class Projection:
     """A model's logits by the tile, in memory that is used again; the hidden states are ``[rows, H]``."""
 
-    def __init__(self, model: Factors, factors: torch.dtype, kept: Tensor | None = None, known: bool = False) -> None:
-        """``factors``: what hidden states and head are multiplied in, `factors_dtype`.
+    def __init__(self, model: Factors, factors: FactorDtypes, kept: Tensor | None = None, known: bool = False) -> None:
+        """``factors``: what hidden states and head are rounded to and multiplied in, `factors_dtypes`.
 
         ``kept [rows, V or more]``: where the logits stay, if they are to, in their dtype or in that of the factors;
         ``known``: they stand there.
         """
         hidden, (self.weight, self.bias, self.softcap, self.scale) = model
-        self.hidden = hidden.to(factors)
-        self.dtype = gemm.output_dtype(factors, hidden.device)
+        self.rounded = factors.rounded
+        self.hidden = hidden.to(factors.rounded).to(factors.multiplied)
+        self.dtype = gemm.output_dtype(factors.multiplied, hidden.device)
         self.workspace = Workspace(hidden.device)
         self.kept, self.known = kept, known
         self.plain = self.bias is None and self.softcap is None and self.scale == 1.0
@@ -108,8 +110,9 @@ class Projection:
         """The selected columns' piece of the head, ``[C, H]``, converted if need be."""
         if self._piece is None:
             piece = self.weight[self.columns]
-            if piece.dtype != self.hidden.dtype:
-                piece = self._memory("piece", piece, self.hidden.dtype).copy_(piece)
+            for dtype in (self.rounded, self.hidden.dtype):
+                if piece.dtype != dtype:
+                    piece = self._memory("piece", piece, dtype).copy_(piece)
             self._piece = piece
         return self._piece
 
@@ -125,6 +128,19 @@ class Projection:
             tile = place
         else:
             tile = self.workspace.matrix("logits", (len(hidden), head.shape[1]), self.dtype)
+        self._write(hidden, head, tile)
+        return tile if place is None or place is tile else place.copy_(tile)
+
+    def whole(self, rows: slice, pieces: Sequence[slice]) -> Tensor:
+        """The logits ``[R, V]`` of some rows, made a piece of the columns at a time. They live until the next call."""
+        tile = self.workspace.matrix("whole rows", (rows.stop - rows.start, pieces[-1].stop), self.dtype)
+        for columns in pieces:
+            self.select(columns)
+            self._write(self.hidden[rows], self.piece.t(), tile[:, columns])
+        return tile
+
+    def _write(self, hidden: Tensor, head: Tensor, tile: Tensor) -> None:
+        """The logits of the selected columns; ``head [H, C]`` is their piece."""
         gemm.multiply(hidden, head, out=tile)
         if self.bias is not None:
             tile.add_(self.bias[self.columns])
@@ -132,7 +148,6 @@ class Projection:
             tile.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
         elif self.scale != 1.0:
             tile.mul_(self.scale)
-        return tile if place is None or place is tile else place.copy_(tile)
 
     def gradient_tile(self, logits: Tensor) -> Tensor:
         """Where the gradient of the logits goes: over the logits, unless they stay, `chain` needs them, or it is
@@ -158,15 +173,47 @@ class Projection:
         return self.workspace.matrix(name, like.shape, dtype)
 
 
-def factors_dtype(model: Factors, computed: torch.dtype, autocast: str) -> torch.dtype:
-    """What a model's hidden states and head are multiplied in.
+def factors_dtypes(model: Factors, computed: torch.dtype, autocast: str) -> FactorDtypes:
+    """What a model's hidden states and head are rounded to and multiplied in.
 
     ``computed``: the dtype of the statistics. If it is float64 both models are projected in float64.
     """
-    return torch.float64 if computed == torch.float64 else gemm.input_dtype(model.hidden, model.head.weight, autocast)
+    if computed == torch.float64:
+        return FactorDtypes(computed, computed)
+    return gemm.factor_dtypes(model.hidden, model.head.weight, autocast)
 
 
-def check(name: str, model: Factors) -> None:
+def check(student: Factors, teacher: Factors) -> None:
+    """Checks the hidden states and heads of both models."""
+    _check("student", student)
+    _check("teacher", teacher)
+    x, y = student.hidden, teacher.hidden
+    checks.same_device("teacher_hidden", y, "student_hidden", x)
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            "student_hidden and teacher_hidden must agree in all but the last axis, got "
+            f"{list(x.shape)} and {list(y.shape)}"
+        )
+
+
+def common_width(student_width: int, teacher_width: int, vocab_size: int | None) -> int:
+    """How many columns two heads are compared in, where each is whole."""
+    check_widths(student_width, teacher_width, vocab_size)
+    width = min(student_width, teacher_width) if vocab_size is None else vocab_size
+    checks.prefix(width, student_width, teacher_width)
+    return width
+
+
+def check_widths(student_width: int, teacher_width: int, vocab_size: int | None) -> None:
+    """Checks that heads of different width come with a number of columns to compare."""
+    if vocab_size is None and student_width != teacher_width:
+        raise ValueError(
+            f"the student is {student_width} wide and the teacher {teacher_width}; "
+            "pass vocab_size= to compare them over a common prefix"
+        )
+
+
+def _check(name: str, model: Factors) -> None:
     """Checks the arguments of a model called ``student`` or ``teacher``."""
     hidden, (weight, bias, softcap, scale) = model
     given = [(f"{name}_hidden", hidden), (f"{name}_weight", weight)]

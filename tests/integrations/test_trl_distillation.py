@@ -22,7 +22,6 @@ import cmdp_fast as cf
 from cmdp_fast import objective
 from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.trl import CMDPDistillationConfig, CMDPDistillationTrainer
-from cmdp_fast.integrations.trl import divergence as divergence_module
 from cmdp_fast.integrations.trl.completions_table import add_columns, table_rows
 from cmdp_fast.reward_functions import RewardError
 
@@ -295,29 +294,6 @@ def test_prompts_are_repeated_for_their_group(pair, tmp_path):
     for given, notes in seen:
         assert given[0] == given[1] != given[2] == given[3] and notes[0] == notes[1]
     assert math.isfinite(trainer.evaluate()["eval_loss"])
-
-
-def test_tiles_of_a_divergence_are_the_whole(monkeypatch):
-    torch.manual_seed(0)
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-
-    def run(numbers):
-        monkeypatch.setattr(divergence_module, "NUMBERS", numbers)
-        torch.manual_seed(1)
-        hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
-        bias, teacher = torch.randn(10, requires_grad=True), cf.Head(torch.randn(8, 5), softcap=3.0)
-        head = cf.Head(weight, bias, scale=0.5)
-        value = divergence_module.tiled_divergence(
-            head, hidden, teacher, torch.randn(2, 3, 5), mask, beta=0.3, temperature=0.9, vocab_size=8
-        )
-        value.square().sum().backward()
-        return value.detach(), hidden.grad, weight.grad, bias.grad
-
-    for one, whole in zip(run(1), run(2**25), strict=True):
-        torch.testing.assert_close(one, whole)
-    assert run(20)[0][0, 2] == 0
-    mask[:] = False  # every completion of a micro-batch was truncated
-    assert not any(value.any() for value in run(20))
 
 
 @pytest.mark.parametrize(

@@ -258,18 +258,6 @@ def test_float64_is_not_cast(halves, backend):
     assert all(torch.equal(gradients[name], others[name]) for name in gradients)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_autocast_changes_nothing_on_a_cpu(dtype, backend):
-    if here() != "cpu":
-        pytest.skip("the default device is a GPU")
-    inputs = make_inputs(rows=(6,), vocab=50, biased=True)
-    plain, gradients = evaluate(cf.linear_token_stats, inputs, backend=backend)
-    with torch.autocast("cpu", dtype=dtype):
-        stats, others = evaluate(cf.linear_token_stats, inputs, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(plain, stats, strict=True))
-    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
-
-
 def here():
     return torch.get_default_device().type
 

@@ -287,8 +287,6 @@ def test_worst_case_bounds_prefix_means_of_the_teachers_likelihood(pair):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"cost": "jsd"}, "--logits full"),
-        ({"algorithm": "gkd"}, "--logits full"),
         ({"baseline": "gae", "logits": "full"}, "--logits tiled"),
         ({"kind": "worst_case", "cost": "nll"}, "--prefix-budget"),
         ({"cost_clamp": 5.0}, "--cost-clamp would take the gradient of --cost reverse_kl"),

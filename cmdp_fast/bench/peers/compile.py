@@ -33,6 +33,9 @@ def variants(case: Case) -> list[Variant]:
         return [Variant(NAME, compiled(eager.constrained_reward), lacks=lacks, peer="compile")]
     if case.op == "divergence":
         return [differentiable(case.mode, NAME, compiled(eager.jsd), ("jsd",), LOGITS, peer="compile")]
+    if case.op == "linear_divergence":
+        name, function = f"logits in full, {NAME}", compiled(eager.linear_jsd)
+        return [differentiable(case.mode, name, function, ("jsd",), HIDDEN_AND_HEAD, peer="compile")]
     linear = case.op == "linear_token_stats"
     name = f"logits in full, {NAME}" if linear else NAME
     function = compiled(eager.linear_reverse_kl if linear else eager.reverse_kl)

@@ -13,7 +13,7 @@ from cmdp_fast.bench.ops.constrained_reward import budget
 from cmdp_fast.bench.ops.linear_token_stats import both_logits
 from cmdp_fast.bench.variant import HIDDEN_AND_HEAD, LOGITS, Inputs, Values, Variant, differentiable
 
-OPS = ("token_stats", "divergence", "budget_trace", "constrained_reward", "linear_token_stats")
+OPS = ("token_stats", "divergence", "budget_trace", "constrained_reward", "linear_token_stats", "linear_divergence")
 NO_FIRST = "no first violation"
 LACKS_FIVE = "one divergence: no log-probabilities, entropies, forward KL"
 
@@ -65,6 +65,12 @@ def linear_reverse_kl(inputs: Inputs) -> Values:
     return reverse_kl({"student": student, "teacher": teacher})
 
 
+def linear_jsd(inputs: Inputs) -> Values:
+    """The Jensen-Shannon divergence of logits made in full."""
+    student, teacher = both_logits(inputs)
+    return jsd({"student": student, "teacher": teacher})
+
+
 def variants(case: Case) -> list[Variant]:
     if case.op == "budget_trace":
         return [Variant("eager", budget_trace, lacks=NO_FIRST, peer="eager")]
@@ -73,6 +79,9 @@ def variants(case: Case) -> list[Variant]:
         return [Variant("eager", constrained_reward, lacks=lacks, peer="eager")]
     if case.op == "divergence":
         return [differentiable(case.mode, "eager", jsd, ("jsd",), LOGITS, peer="eager")]
+    if case.op == "linear_divergence":
+        name = "logits in full, eager"
+        return [differentiable(case.mode, name, linear_jsd, ("jsd",), HIDDEN_AND_HEAD, peer="eager")]
     if case.op == "linear_token_stats":
         name, function, leaves = "logits in full, eager", linear_reverse_kl, HIDDEN_AND_HEAD
     else:

@@ -12,7 +12,6 @@ import cmdp_fast as cf
 from cmdp_fast.errors import InputError
 from cmdp_fast.scoring import FromHiddenStates, Models, Outputs, ScoredBatch, score
 
-from .divergence import tiled_divergence
 from .positions import check_lengths, settle_positions
 
 if TYPE_CHECKING:
@@ -71,18 +70,6 @@ class TRLScoring(FromHiddenStates):
                 f"a completion has token {highest}, but student and teacher share {self.vocab_size} columns alone"
             )
         check_lengths(self.limits, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1))
-
-    def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
-        """Any of the Jensen-Shannon divergences; the logits exist for some rows at a time."""
-        if beta in (0.0, 1.0):
-            return super().divergence(models, outputs, mask, beta)
-        heads = [cf.head_of(model) for model in models]
-        return tiled_divergence(
-            *(heads[0], outputs[0], heads[1], outputs[1], mask),
-            beta=beta,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-        )
 
     @torch.no_grad()
     def account(

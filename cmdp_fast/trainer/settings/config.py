@@ -157,7 +157,7 @@ class TrainConfig:
     """The bound, in nats per token, on the teacher's mean negative log-likelihood over any prefix of a completion.
     `worst_case` keeps to it, and `prefix_satisfaction` reports it. 0: neither."""
     cost: Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"] = "reverse_kl"
-    """Cost of a token. The first three are exact divergences with a direct gradient; `jsd` needs `--logits full`."""
+    """Cost of a token. The first three are exact divergences with a direct gradient."""
     cost_clamp: Annotated[float, NOT_NEGATIVE] = 0.0
     """The largest size in nats of a token's cost, for k1, k3 and nll: k3 of a single token may be 1e13. 0: as it is."""
     jsd_beta: Annotated[float, FROM_0_TO_1] = 0.5
@@ -279,14 +279,7 @@ class TrainConfig:
             _check(self.coefficient > 0, "--kind barrier needs its weight: --coefficient")
         if self.budget_steps:
             _check(self.budget_start > 0, "--budget-steps needs the budget to start from: --budget-start")
-        if self.logits == "tiled":
-            _check(self.cost != "jsd", "--cost jsd reads the logits twice: it needs --logits full")
-            whole = not self.entry.diverges or self.jsd_beta in (0.0, 1.0)
-            _check(
-                whole,
-                f"{self.algorithm} with a --jsd-beta between 0 and 1 reads the logits twice: it needs --logits full",
-            )
-        else:
+        if self.logits == "full":
             _check(self.baseline != "gae", "--baseline gae reads hidden states: it needs --logits tiled")
         _check(
             "/" not in self.name and self.name not in (".", ".."), f"--name is the name of a folder, not {self.name!r}"
