@@ -222,8 +222,9 @@ def test_explained_variance():
     assert ValueHead(4)(torch.randn(2, 3, 4).bfloat16()).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
-def test_cost_jsd_has_both_terms_of_the_gradient(pair):
-    config = settings(pair, cost="jsd", jsd_beta=0.3, logits="full", kind="hinge", budget=0.2, baseline="rloo")
+@pytest.mark.parametrize("logits", ["tiled", "full"])
+def test_cost_jsd_has_both_terms_of_the_gradient(pair, logits):
+    config = settings(pair, cost="jsd", jsd_beta=0.3, logits=logits, kind="hinge", budget=0.2, baseline="rloo")
     learner, rows, prompts = learner_of(config)
     constraint = learner.constraint()
     group = ([item for item in items for _ in range(4)] for items in (rows, prompts))
