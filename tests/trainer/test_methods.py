@@ -25,7 +25,8 @@ from cmdp_fast.trainer.settings.constraint import budget_at, training_constraint
 from cmdp_fast.trainer.settings.ranges import Range
 
 ALGORITHMS = {
-    "gkd": {"logits": "full", "jsd_beta": 0.3},
+    "gkd": {"jsd_beta": 0.3},
+    "gkd, from logits": {"logits": "full", "jsd_beta": 0.3},
     "gkd, reverse": {"jsd_beta": 1.0},
     "gkd, forward": {"jsd_beta": 0.0},
     "sft": {},
