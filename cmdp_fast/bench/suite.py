@@ -51,7 +51,8 @@ class Plan:
 def check(op: Op, case: Case, variant: Variant, inputs: Inputs) -> dict[str, float]:
     """The error of each value against float64, relative to the largest value.
 
-    Raises Absent if an error is more than twice that of plain PyTorch in the same dtype, rounding aside.
+    Raises Absent if an error is more than twice that of plain PyTorch in the same dtype, rounding aside. A peer may add
+    up a row in sequence, as `torch.log_softmax` does on a CPU: its rounding adds up like a random walk.
     """
     found = variant.values(variant.run(variant.state(inputs)))
     exact = op.expected(case, inputs, list(found), torch.float64)
@@ -59,6 +60,8 @@ def check(op: Op, case: Case, variant: Variant, inputs: Inputs) -> dict[str, flo
     errors = {name: _error(value, exact[name]) for name, value in found.items()}
     for name, error in errors.items():
         allowed = ALLOWED * _error(plain[name], exact[name]) + _rounding(found[name].dtype)
+        if variant.peer:
+            allowed += case.shape.vocab**0.5 * torch.finfo(torch.float32).eps
         if not error <= allowed:  # NaN is not
             raise Absent(f"its {name} is off by {error:.1e} of the largest value, allowed are {allowed:.1e}")
     return errors

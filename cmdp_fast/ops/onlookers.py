@@ -6,10 +6,14 @@ such as DTensor. It costs about 50 times a small addition, more than many a kern
 and a call may go straight to its function.
 
 What the dispatcher would do is read from what it reads itself: the keys of the thread and those of the tensors.
+
+Here is, too, whether autograd would see that a tensor which it saved has been overwritten: not through a hook, and not
+in a backward pass that is compiled.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,3 +75,36 @@ def _within(keys: Any, allowed: Any) -> bool:
 def autograd_excluded() -> bool:
     """Whether this thread is inside the kernel of an operator, where nothing is recorded for a gradient."""
     return torch._C._dispatch_tls_local_exclude_set().has(_Key.AutogradFunctionality)
+
+
+# From PyTorch 2.8 on. It is private, and may be gone one day.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saves_through_hooks() -> bool:
+    """Whether a tensor that autograd saves now goes through hooks: in a checkpoint that is not reentrant, or where
+    activations are offloaded.
+
+    Autograd compares the version of what it saved itself, and never of what a hook hands back. All that a checkpoint
+    recomputes is handed back so, and several operations may be given the same memory.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if _top_hooks is not None:
+        return _top_hooks(False) is not None
+    saved: Any = torch.ones((), requires_grad=True, device="cpu").exp().grad_fn
+    try:
+        saved._raw_saved_result.register_hooks(_unchanged, _unchanged)
+    except RuntimeError:  # it has some already
+        return True
+    return False
+
+
+def _unchanged(t: Tensor) -> Tensor:
+    return t
+
+
+def backward_is_compiled() -> bool:
+    """Whether this backward pass is a graph of compiled autograd, which compares no versions."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiled is not None and getattr(compiled, "in_compiled_autograd_region", True)

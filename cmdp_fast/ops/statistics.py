@@ -14,6 +14,7 @@ from torch import Tensor
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.layout import SAVED, Pair, Upstream
 from cmdp_fast.ops import backends
+from cmdp_fast.ops.onlookers import backward_is_compiled
 from cmdp_fast.ops.operator import Backward, operator
 from cmdp_fast.reference import TokenStats, compute_dtype
 
@@ -55,7 +56,10 @@ class Kept(NamedTuple):
 
 
 def gradient_of_logits(backward: Backward[Kept]) -> dict[str, Tensor]:
-    """The gradient of ``pair_student``, in memory of its own or over the logits."""
+    """The gradient of ``pair_student``, in memory of its own or over the logits.
+
+    Over the logits only where autograd compares versions, so that others who saved them raise.
+    """
     if getattr(backward.context, "spent", False):
         raise RuntimeError(
             "token_stats(inplace_backward=True) was differentiated a second time, but the first backward pass has "
@@ -63,7 +67,7 @@ def gradient_of_logits(backward: Backward[Kept]) -> dict[str, Tensor]:
         )
     kept = backward.kept
     upstream = Upstream(*backward.upstream)
-    if not kept.inplace:
+    if not kept.inplace or torch.compiler.is_compiling() or backward_is_compiled():
         return {"pair_student": _token_stats_backward(_Upward(kept.pair, kept.saved, upstream, kept.backend))}
     backward.context.spent = True
     memory = kept.pair.student.detach()

@@ -15,6 +15,7 @@ from torch import Tensor
 from cmdp_fast import checks, reference
 from cmdp_fast.layout import Pair, addressable, can_overwrite, unit_stride
 from cmdp_fast.ops import backends
+from cmdp_fast.ops.onlookers import saves_through_hooks
 from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.sharded_stats import sharded_token_stats
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored
@@ -54,10 +55,15 @@ def token_stats(
         vocab_size: statistics over the common prefix of this width; columns beyond it count as -inf for both
             models. `dropped_teacher_mass` tells how much of the teacher that leaves out.
         inplace_backward: write the gradient into the memory of ``student_logits``. The logits are gone after the
-            backward pass: other operations that saved them must have run their backward pass before, a second
-            backward pass through this call raises, and if the logits are a leaf their ``.grad`` is that same memory.
+            backward pass. An operation that saved them, or anything that shares their memory (the tanh that made them,
+            a slice), and runs its backward pass later raises RuntimeError, as does a second backward pass through this
+            call. If the logits are a leaf their ``.grad`` is that same memory, and a hook on them finds it there.
             Logits whose rows share memory with one another or with other rows of the teacher's are copied first. Has no
-            effect under ``torch.compile``, with ``process_group`` or on the torch backend, which allocate the gradient.
+            effect where the gradient is allocated: with ``process_group``, on the torch backend, under
+            ``torch.compile`` or compiled autograd, and where hooks take what autograd saves at the call (checkpointing
+            that is not reentrant, offloaded activations), since PyTorch notices no overwriting through a hook. So do
+            not overwrite logits that hooks around another operation alone keep as they are, that the function of a
+            checkpoint reads from its closure, or that are used through ``.data``: there nothing raises.
         process_group: ranks that hold columns [first_column, first_column + V) of the same rows each (tensor
             parallelism), with the same tokens and mask. Every rank gets the statistics of whole rows, and the gradient
             of its own columns. ``vocab_size`` counts the columns of all ranks. Not under ``torch.compile``.
@@ -105,7 +111,7 @@ def kernel_memory(
     student_logits: Tensor, teacher_logits: Tensor, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, bool]:
     """Both logits as the kernels read them, and whether the student's memory takes the gradient."""
-    inplace = inplace_backward and not torch.compiler.is_compiling()
+    inplace = inplace_backward and not torch.compiler.is_compiling() and not saves_through_hooks()
     student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
     if inplace:
         reachable = backend not in backends.ON_GPU or addressable(student)
@@ -138,7 +144,8 @@ def dropped_teacher_mass(
     mass = torch.empty(len(rows), dtype=dtype, device=rows.device)
     for start in range(0, len(rows), rows_at_once):
         piece = rows[start : start + rows_at_once].to(dtype) / temperature
-        mass[start : start + rows_at_once] = piece.softmax(-1)[:, vocab_size:].sum(-1)
+        weight = (piece - piece.amax(-1, keepdim=True)).exp()  # torch.softmax adds in sequence on a CPU
+        mass[start : start + rows_at_once] = weight[:, vocab_size:].sum(-1) / weight.sum(-1)
     return mass.reshape(teacher_logits.shape[:-1])
 
 

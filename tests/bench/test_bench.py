@@ -62,6 +62,13 @@ def test_a_wrong_peer_is_absent_and_a_wrong_kernel_is_an_error(monkeypatch):
         suite.checked_variants(case, (), quiet)
 
 
+def test_a_peer_may_add_up_a_row_in_sequence():
+    """`torch.log_softmax` does on a CPU, and our reference does not."""
+    op, case = OPS["token_stats"], Case("token_stats", "forward", SHAPES["gemma"], "bfloat16", "cpu").resized(rows=8)
+    (peer,) = eager.variants(case)
+    assert suite.check(op, case, peer, op.make(case, 0))
+
+
 def test_nan_is_never_close_enough():
     op, case = OPS["token_stats"], tiny("token_stats", "forward")
     nan = Variant("nan", lambda inputs: {"entropy": torch.full((32,), torch.nan)})
