@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_worker import scattered_mean
 from tiny_models import BASE, tiny
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -73,13 +74,6 @@ def mean_gradients(plain: nn.Module, loss: Callable[..., Tensor], world: int) ->
     model = copy.deepcopy(plain)
     (sum(loss(model, rows(rank)) for rank in range(world)) / world).backward()
     return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def scattered_mean(world: int) -> float:
-    """What gloo gives for the mean of ones, on which FSDP2's gradients rest: with torch 2.8 their sum."""
-    part = torch.zeros(1)
-    dist.reduce_scatter_tensor(part, torch.ones(world), op=dist.ReduceOp.AVG)
-    return part.item()
 
 
 def same(model: nn.Module, expected: dict[str, Tensor], relative: float, case: Any) -> None:
