@@ -7,11 +7,12 @@
 Where the halves meet is observed rather than assumed. The model is run as it stands, wrappers included, with two hooks
 on the module that `get_output_embeddings` names. To get hidden states, the first hook keeps the head's input and hands
 the head zero rows of it. So they are what the head reads, after each model's own steps before it (Mamba's cast,
-MiniCPM3's division, OPT's projection), DDP and FSDP see the forward pass they count on, and a PEFT model applies its
-adapters. To learn what a model does with its logits afterwards, the second hook makes the head answer with chosen
-numbers, and what the model returns is compared with `Head.logits` of them. The configuration says which numbers could
-be a scale or a softcap, but only the model says what it does with them: Granite divides by `logits_scaling`, HyperCLOVA
-X multiplies.
+MiniCPM3's division, OPT's projection), and a PEFT model applies its adapters. They leave the model as a part of its
+output. What DDP and FSDP do for the backward pass they do to outputs: FSDP gathers the weights of the root when the
+gradient of an output arrives, DDP with a static graph starts its reduction there. To learn what a model does with its
+logits afterwards, the second hook makes the head answer with chosen numbers, and what the model returns is compared
+with `Head.logits` of them. The configuration says which numbers could be a scale or a softcap, but only the model says
+what it does with them: Granite divides by `logits_scaling`, HyperCLOVA X multiplies.
 
 Nothing here needs transformers: a model is a module with `get_output_embeddings()` that returns `.logits`.
 """
@@ -24,9 +25,11 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmdp_fast import checks
@@ -40,8 +43,8 @@ class Head(NamedTuple):
     """How a model turns hidden states h into logits: softcap * tanh(scale * (h W^T + b) / softcap).
 
     ``weight`` [V, H] and ``bias`` [V] or None are the model's own parameters, so gradients reach it; float32, bfloat16,
-    float16 or float64, a DTensor where the model's is one. ``softcap`` None: no tanh. Gemma has a softcap, Cohere,
-    Granite and Falcon-H1 a scale.
+    float16 or float64, a DTensor where the model is tensor-parallel. ``softcap`` None: no tanh. Gemma has a softcap,
+    Cohere, Granite and Falcon-H1 a scale.
     """
 
     weight: Tensor
@@ -65,27 +68,17 @@ def last_hidden_state(
 
     ``model`` may be wrapped by DDP, FSDP, accelerate, PEFT or `torch.compile`. The wrapper itself is called, so that
     its hooks run. A compiled model runs eagerly here, since its graph contains the head; compile its layers or its base
-    model instead (``model.model.compile()``), which stay compiled. Under FSDP2 call `head_of` after this, in the same
-    step: only then is the head's weight gathered. In a group of its own it is a DTensor: pass on
-    ``weight.full_tensor(grad_placements=[Partial("avg")])``, whose gradient is averaged over the ranks as FSDP does.
-    The model must not be used from another thread meanwhile: that call would get no logits.
+    model instead (``model.model.compile()``), which stay compiled. The model must not be used from another thread
+    meanwhile: that call would get no logits.
 
     Raises TypeError for a model without an output embedding and for ``labels`` (a loss needs logits), ValueError if the
-    model does not call its head exactly once.
+    model does not call its head exactly once, or if a forward hook replaces what the model returns.
     """
     chain = _unwrapped(model)
     head = _output_embedding(chain[-1])
     if inputs.get("labels") is not None:
         raise TypeError("labels= makes the model compute a loss, and so logits; expected its other inputs only")
-    seen: list[Tensor] = []
-
-    def keep(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        return hidden[..., :0, :]
-
-    _call(chain, head, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}, keep)
-    _once(seen, chain[-1])
-    return seen[0]
+    return _hidden_states(chain, head, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs})
 
 
 def head_of(model: Any) -> Head:
@@ -94,6 +87,11 @@ def head_of(model: Any) -> Head:
     The first call for a model runs it once, in evaluation mode, without gradients, on two tokens, with logits from
     -1000 to 1000 put in the place of the head's; later calls return what was found with the parameters of the moment.
     Under DDP or FSDP every rank must make the first call, best before training. Tied embeddings are fine.
+
+    Under FSDP2 call it after `last_hidden_state`, in each step and on every rank. Where the forward pass leaves the
+    head together, its weight is the one that FSDP gathered, until the backward pass frees it. Where not
+    (``reshard_after_forward=True``, or a group of its own) it is gathered here, in the dtype of the parameters, and its
+    gradient is averaged over the ranks as FSDP does.
 
     Raises TypeError for a model without an output embedding, or a head that is not a plain linear layer in floating
     point (quantized, or with an adapter of its own); ValueError if its weights are elsewhere (sharded, offloaded) or if
@@ -107,7 +105,8 @@ def head_of(model: Any) -> Head:
     if known is None or known[0] != candidates:
         _known[inner] = known = candidates, _measured(chain, linear, candidates)
     softcap, scale = known[1]
-    return Head(linear.weight, linear.bias, softcap, scale)
+    weight, bias = (_gathered(parameter, chain[0]) for parameter in (linear.weight, linear.bias))
+    return Head(weight, bias, softcap, scale)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -140,6 +139,72 @@ def _output_embedding(inner: nn.Module) -> nn.Module:
             "get_output_embeddings() returns its head"
         )
     return head
+
+
+@torch.compiler.disable
+def _hidden_states(chain: list[nn.Module], head: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """What enters the head, by the way that the model's output takes through its wrappers."""
+    seen: list[Tensor] = []
+    placed: list[nn.Module] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        if hidden._is_view() and dist.is_available() and dist.is_initialized():
+            hidden = hidden.clone()  # FSDP2 warns of views: a change in place could lose the hook that it puts there
+        seen.append(hidden)
+        return hidden[..., :0, :]
+
+    def carry(module: nn.Module, args: Any, output: Any) -> Any:
+        # The innermost whose hooks run (PEFT goes round those of its model), and a wrapper that drops them
+        if seen and not (placed and _carried(output, seen[0]) is not None):
+            placed.append(module)
+            output = _carrying(output, seen[0])
+        return output
+
+    # First of all, before the hook in which FSDP2 looks at the output
+    handles = [module.register_forward_hook(carry, prepend=True) for module in chain]
+    try:
+        output = _call(chain, head, inputs, keep)
+    finally:
+        for handle in handles:
+            handle.remove()
+    _once(seen, chain[-1])
+    arrived = _carried(output, seen[0])
+    if arrived is None:
+        what = f"a forward hook of {type(chain[0]).__name__} put a {type(output).__name__} in the place of its output"
+        raise ValueError(f"{what}, which carried the hidden states; expected hooks that leave it as it is")
+    return arrived if arrived.dtype == seen[0].dtype else _Uncast.apply(arrived, seen[0].detach())
+
+
+def _carrying(output: Any, hidden: Tensor) -> Any:
+    """A model's output with the hidden states in it, in the field that transformers' outputs have for them.
+
+    The empty logits stay: DDP looks for the parameters that no output depends on, and would count the head's twice.
+    """
+    if isinstance(output, dict) and (not is_dataclass(output) or hasattr(output, "hidden_states")):
+        output["hidden_states"] = (hidden,)
+        return output
+    return output, hidden
+
+
+def _carried(output: Any, hidden: Tensor) -> Tensor | None:
+    """The hidden states in an output that was made by `_carrying` and may have been rebuilt or cast since."""
+    rest = output[1:] if isinstance(output, (tuple, list)) else ()
+    held = output.get("hidden_states") if isinstance(output, dict) else rest
+    arrived = held[0] if isinstance(held, (tuple, list)) and len(held) == 1 else None
+    return arrived if isinstance(arrived, Tensor) and arrived.shape == hidden.shape else None
+
+
+class _Uncast(torch.autograd.Function):
+    """The hidden states as they entered the head, where a wrapper cast its output; their gradient takes that way."""
+
+    @staticmethod
+    def forward(ctx: Any, arrived: Tensor, hidden: Tensor) -> Tensor:
+        ctx.dtype = arrived.dtype
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
 
 
 @torch.compiler.disable
@@ -176,6 +241,21 @@ def _is_compiled(module: nn.Module) -> bool:
 def _once(seen: list[Any], inner: nn.Module) -> None:
     if len(seen) != 1:
         raise ValueError(f"{type(inner).__name__} called its output embedding {len(seen)} times; expected once")
+
+
+def _gathered(parameter: Any, model: nn.Module) -> Any:
+    """A parameter of the head, all of it where FSDP2 has spread it; tensor parallelism alone leaves it as it is.
+
+    As a DTensor it would be taken for columns that serve the same rows on every rank, and ranks of FSDP have their own.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import Partial
+
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 @contextmanager
@@ -289,12 +369,13 @@ def _measured(
             "head; expected it to keep the shape"
         )
     smallest = torch.finfo(raw.dtype).smallest_normal
+    rounded = max(raw.dtype, logits.dtype, key=lambda dtype: torch.finfo(dtype).eps)  # by a wrapper's cast
     errors = {
         (softcap, scale): _error(
             logits,
             ours := _postprocessed(raw.double(), softcap, scale),
             ours.abs().clamp(min=smallest * max(softcap or 1.0, 1.0)),
-            raw.dtype,
+            rounded,
         )
         for softcap, scale in itertools.product(*candidates)
     }

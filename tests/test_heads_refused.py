@@ -152,6 +152,13 @@ class CalledAgain(nn.Module):
         return self.module(**inputs)
 
 
+def test_an_output_that_a_hook_replaces_is_refused():
+    model = tiny()
+    model.register_forward_hook(lambda module, inputs, output: output.logits)
+    with pytest.raises(ValueError, match="a forward hook of LlamaForCausalLM put a Tensor in the place of its output"):
+        cf.last_hidden_state(model, **batch())
+
+
 def test_labels_are_refused():
     with pytest.raises(TypeError, match="labels= makes the model compute a loss"):
         cf.last_hidden_state(tiny(), **batch(), labels=batch()["input_ids"])

@@ -31,6 +31,31 @@ def test_peft():
     assert_both_halves_are(Peft(model), model)
 
 
+class Alone(nn.Module):
+    """Gives no more than the logits, or those and the model's own hidden states."""
+
+    def __init__(self, module: nn.Module, states: bool = False) -> None:
+        super().__init__()
+        self.module, self.states = module, states
+
+    def forward(self, **inputs):
+        output = self.module(**inputs, output_hidden_states=self.states)
+        return (output.logits, output.hidden_states) if self.states else output.logits
+
+
+def test_a_wrapper_that_drops_what_it_does_not_know():
+    """The hidden states leave through the outermost wrapper all the same."""
+    model = tiny()
+    hidden = cf.last_hidden_state(model, **batch())
+    for states in (False, True):
+        wrapped = Alone(model, states)
+        outputs = []
+        wrapped.register_forward_hook(lambda module, inputs, output, outputs=outputs: outputs.append(output))
+        assert torch.equal(cf.last_hidden_state(wrapped, **batch()), hidden)
+        assert torch.equal(outputs[0][-1], hidden)
+    assert torch.equal(cf.last_hidden_state(Alone(Peft(model)), **batch()), hidden)
+
+
 def test_data_parallel_gradients_are_reduced(tmp_path):
     """The wrapper itself runs, so that it synchronises the gradient of every parameter, the head's included."""
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)

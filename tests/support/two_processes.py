@@ -45,6 +45,22 @@ def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
     )
 
 
+def gloo_averages() -> bool:
+    """Whether gloo gives each rank its part of the mean, on which sharded gradients rest; that of torch 2.8 adds up."""
+    try:
+        in_two_processes(_scatter_ones)
+    except torch.multiprocessing.ProcessRaisedException:
+        return False
+    return True
+
+
+def _scatter_ones() -> None:
+    dist.init_process_group("gloo")
+    part = torch.zeros(1)
+    dist.reduce_scatter_tensor(part, torch.ones(PROCESSES), op=dist.ReduceOp.AVG)
+    assert part.item() == 1.0
+
+
 def _process(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
