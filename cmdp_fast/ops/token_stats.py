@@ -63,7 +63,8 @@ def token_stats(
             ``torch.compile`` or compiled autograd, and where hooks take what autograd saves at the call (checkpointing
             that is not reentrant, offloaded activations), since PyTorch notices no overwriting through a hook. So do
             not overwrite logits that hooks around another operation alone keep as they are, that the function of a
-            checkpoint reads from its closure, or that are used through ``.data``: there nothing raises.
+            checkpoint reads from its closure, that an `autograd.Function` keeps without ``save_for_backward``, or that
+            are used through ``.data``: there nothing raises.
         process_group: ranks that hold columns [first_column, first_column + V) of the same rows each (tensor
             parallelism), with the same tokens and mask. Every rank gets the statistics of whole rows, and the gradient
             of its own columns. ``vocab_size`` counts the columns of all ranks. Not under ``torch.compile``.
