@@ -100,10 +100,10 @@ def constrain(
     An experience holds B completions: ``index`` (places in the rollout batch, where the completions of a prompt are
     neighbours), ``rewards`` [B], ``action_mask`` [B, A] and the fields that ``cost_of`` reads. Sets ``advantages`` and
     ``returns`` [B, A], ``info["return"]``, ``info["cmdp/cumulative"]`` (nats), ``info["cmdp/feasible"]`` (C_T <= d) and
-    ``info["cmdp/never_violated"]`` (C_t <= d at every token) [B], and clears ``kl`` as OpenRLHF does. The baseline is that of `credit.less_others`: the sums of other
-    completions of the prompt from the same position on, without a division by a deviation. A completion without an
-    action keeps its place and gets zeros. Raises InputError for a ``constraint`` whose cost has a gradient: an
-    experience carries none, so the direct term would be lost.
+    ``info["cmdp/never_violated"]`` (C_t <= d at every token) [B], and clears ``kl`` as OpenRLHF does. The baseline is
+    that of `credit.less_others`: the sums of other completions of the prompt from the same position on, without a
+    division by a deviation. A completion without an action keeps its place and gets zeros. Raises InputError for a
+    ``constraint`` whose cost has a gradient: an experience carries none, so the direct term would be lost.
     """
     check_supported(constraint)
     if not constraint.action_dependent:
