@@ -2,13 +2,16 @@
 
 It is the same one for all calls of this process: a client that such a function keeps, for a judge on a server say,
 belongs to the loop that it was first used in. A thread runs it while calls last, many at once, and ends with the last
-of them, so it does not matter whether the caller's own thread runs a loop already.
+of them, so it does not matter whether the caller's own thread runs a loop already. A forked process begins anew, as its
+parent's thread is not in it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import os
+import selectors
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -20,11 +23,18 @@ PATIENCE = 5.0  # seconds that code which was interrupted gets to come to an end
 
 
 class _EventLoop:
+    _left: asyncio.AbstractEventLoop | None = None
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._calls = 0
+
+    def begin_anew(self) -> None:
+        """In a forked process, where nothing runs the parent's loop, and its lock may be held for ever."""
+        self._left = self._loop or self._left  # its tasks are the parent's, and not to be collected as lost
+        self.__init__()  # type: ignore[misc]
 
     def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of the coroutine that ``make`` makes, or its exception; an interrupt of the caller cancels it."""
@@ -65,7 +75,7 @@ class _EventLoop:
 
     def _start(self) -> None:
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
+            self._loop = _new_loop()
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="cmdp_fast event loop", daemon=True)
         self._thread.start()
 
@@ -91,11 +101,24 @@ class _EventLoop:
             loop.close()
 
 
+def _new_loop() -> asyncio.AbstractEventLoop:
+    # A forked process shares an epoll with its parent: to close it there would leave the parent deaf.
+    if hasattr(selectors, "PollSelector"):
+        return asyncio.SelectorEventLoop(selectors.PollSelector())
+    return asyncio.new_event_loop()
+
+
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
-    loop.run_forever()
+    while True:
+        try:
+            return loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):  # of a task, which keeps it for those who await it; others go on
+            pass
 
 
 _EVENT_LOOP = _EventLoop()
 run = _EVENT_LOOP.run
 atexit.register(_EVENT_LOOP.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_EVENT_LOOP.begin_anew)

@@ -202,7 +202,8 @@ def ppo_loss(
     # of the loss is not part of its gradient either: exp overflows from 88.7 on, and inf * 0 is NaN.
     weighed = ~(low | high) & (score != 0)
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    surrogate = torch.where(weighed, torch.where(weighed, log_ratio, 0.0).exp(), clipped) * score
+    factor = torch.where(weighed, torch.where(weighed, log_ratio, 0.0).exp(), clipped)
+    surrogate = torch.where(score != 0, factor, 0.0) * score  # clipped is infinite where clip_high and the ratio are
     score_loss = -surrogate.sum() / normalizer
 
     direct_loss = torch.zeros_like(score_loss)

@@ -162,6 +162,16 @@ def test_without_a_direct_term() -> None:
     assert metrics["loss/direct"] == 0
 
 
+@pytest.mark.parametrize("clip_high", [0.2, math.inf])
+def test_an_advantage_of_0_is_worth_0_at_a_ratio_that_overflows(clip_high) -> None:
+    logprob = torch.tensor([[-0.5, -1.0]], requires_grad=True)
+    old, advantage = torch.tensor([[-200.0, -1.0]]), torch.tensor([[0.0, 1.0]])
+    loss, _ = objective.ppo_loss(logprob, old, advantage, mask=None, clip_high=clip_high)
+    loss.backward()
+    assert loss.item() == -1.0
+    assert logprob.grad.tolist() == [[0.0, -1.0]]
+
+
 def test_errors() -> None:
     logprob = torch.zeros(B, T, requires_grad=True)
     arguments = (logprob, logprob.detach(), torch.zeros(B, T))

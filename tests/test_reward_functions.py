@@ -6,6 +6,9 @@ import asyncio
 import functools
 import gc
 import math
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from decimal import Decimal
@@ -277,6 +280,60 @@ def test_a_coroutine_function_that_exits_does_not_take_the_caller_along():
     with pytest.raises(RewardError, match="reward function leaving raised SystemExit: 3"):
         called(leaving)
     assert called(later).rewards[0][0] == 0.3
+
+
+def test_a_task_of_a_coroutine_function_that_exits_does_not_end_the_loop():
+    async def leaving() -> list[float]:
+        raise SystemExit(3)
+
+    async def asking(**_: Any) -> list[float]:
+        [rewards] = await asyncio.gather(leaving())
+        return rewards
+
+    with pytest.raises(RewardError, match="reward function asking raised SystemExit: 3"):
+        called(asking)
+    assert called(later).rewards[0][0] == 0.3
+
+
+FORKING = """
+import os, signal, sys, threading
+from cmdp_fast import event_loop
+
+signal.alarm(20)  # ends a process that waits for ever; a forked one has no alarm of its own
+
+async def one():
+    return 1
+
+async def until_set():
+    while not ended.is_set():
+        await __import__("asyncio").sleep(0.01)
+
+event_loop.run(one)
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    signal.alarm(10)
+    assert event_loop.run(one) == 1
+    sys.exit()
+assert [event_loop.run(one) for _ in range(20)] == [1] * 20
+
+ended = threading.Event()
+during = threading.Thread(target=event_loop.run, args=(until_set,))
+during.start()
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    signal.alarm(10)
+    assert event_loop.run(one) == 1
+    os._exit(0)
+ended.set()
+during.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+def test_a_forked_process_has_a_loop_of_its_own_and_leaves_its_parents_alone():
+    subprocess.run([sys.executable, "-c", FORKING], check=True, timeout=60)
 
 
 def test_a_coroutine_function_that_cancels_itself_cancels_nobody_else():

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("trl", reason="needs the extra `trl`")
 
 import torch
+import trl_pair
 from datasets import Dataset
 from helpers import assert_no_worse
 from tiny_pair import tiny_model
@@ -119,6 +120,20 @@ def test_trls_own_log_probabilities_and_those_of_its_reference_model(pairs, tmp_
     expected = torch.where(mask, logits.gather(-1, batch["completion_ids"][..., None])[..., 0], 0.0)
     for name in ("old_per_token_logps", "ref_per_token_logps"):
         torch.testing.assert_close(torch.where(mask, batch[name], 0.0), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_the_reference_model_of_a_student_that_an_earlier_trainer_had(pairs, tmp_path, monkeypatch):
+    """Its hooks were there already, so the reference model got none: log-probabilities were off by up to 3.2 nats."""
+    model = make(grpo, pairs["gpt2"], tmp_path / "earlier", **INFINITE).model
+    monkeypatch.setattr(trl_pair, "student", lambda folder: model if "student" in folder else student(folder))
+    trainer = make(grpo, pairs["gpt2"], tmp_path, beta=0.1, **INFINITE)
+    assert trainer.model is model
+    batch = one_batch(trainer)
+    with torch.no_grad():
+        logits = alone(student(pairs["gpt2"]["student"]), batch).log_softmax(-1)
+    mask = batch["completion_mask"].bool()
+    expected = torch.where(mask, logits.gather(-1, batch["completion_ids"][..., None])[..., 0], 0.0)
+    torch.testing.assert_close(torch.where(mask, batch["ref_per_token_logps"], 0.0), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_models_that_need_no_positions_are_as_they_were(pairs, tmp_path):

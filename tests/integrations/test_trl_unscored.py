@@ -18,6 +18,7 @@ from trl_pair import digits, distillation, grpo, logged, trained
 from two_processes import in_two_processes
 
 from cmdp_fast import objective
+from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.trl.advantage import position_advantages, sequence_advantages, task_rewards
 from cmdp_fast.integrations.trl.scoring import TRLScoring
 
@@ -191,3 +192,15 @@ def test_two_processes_agree_with_one():
         in_two_processes(same_as_alone, compared(ALONE, slice(0, 16)))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("kind", [grpo, distillation])
+def test_an_infinite_reward_is_refused(kind, pair, tmp_path):
+    """Advantages of its group, and with `scale_rewards="batch"` of the whole batch, were NaN."""
+
+    def infinite(completions, **_):
+        return [-math.inf, *[1.0] * (len(completions) - 1)]
+
+    trainer = kind(pair, tmp_path, trainer={"reward_funcs": infinite}, num_generations=4)
+    with pytest.raises(InputError, match="a reward function returned an infinite reward"):
+        trainer.train()

@@ -155,3 +155,11 @@ def test_two_rewards_of_one_name_are_refused(pair, tmp_path):
     config = settings(pair, rewards=(f"{FILE}:lengths", f"{tmp_path / 'other.py'}:lengths"))
     with pytest.raises(InputError, match="there is a reward 'lengths' already"):
         load_rewards(config, {"prompt": "", "answer": ""})
+
+
+def test_a_built_in_reward_takes_no_other_s_name(pair, tmp_path):
+    """The user's was lost."""
+    (tmp_path / "other.py").write_text("def exact_answer(completions, **_):\n    return [1.0] * len(completions)\n")
+    config = settings(pair, rewards=(f"{tmp_path / 'other.py'}:exact_answer", "exact_answer"))
+    with pytest.raises(InputError, match="there is a reward 'exact_answer' already"):
+        load_rewards(config, {"prompt": "", "answer": ""})

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cmdp_fast import batches, objective
 from cmdp_fast.credit import sequence_advantage
+from cmdp_fast.errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,7 +28,12 @@ def task_rewards(rewards: Tensor, weights: Tensor, group_size: int) -> TaskRewar
     A completion on which no function has an opinion is not scored. TRL leaves it out of the group's mean and deviation
     and gives it an advantage of 0. Here it is left out of them as well, and its own reward is the mean of its group's
     scored ones (0 without any): the task says nothing for or against it, and only the constraint acts.
+
+    Raises InputError for an infinite reward, in all processes: nothing can be compared with it, and its group's
+    advantages would be NaN. (TRL makes them 0, or 3e38 without a division.)
     """
+    if rewards.isinf().any():
+        raise InputError("a reward function returned an infinite reward (in float32); expected finite numbers or None")
     total = (rewards * weights.to(rewards.device)).nansum(1).unflatten(0, (-1, group_size))
     scored = ~rewards.isnan().all(1).unflatten(0, (-1, group_size))
     # As the baseline sums them up, to the last bit: the difference is multiplied by up to 1e4

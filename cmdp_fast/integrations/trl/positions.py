@@ -56,9 +56,9 @@ def settle_positions(trainer: Any, teacher: Any, vocab_size: int) -> dict[str, i
                 f"{role} cannot be used: {type(trainer.accelerator.unwrap_model(model)).__name__} reads a prompt "
                 f"otherwise with padding in front, and {how}; prompts of different length would be scored wrongly"
             )
-        reference = getattr(trainer, "ref_model", None)  # the student as it was
-        if model is trainer.model and reference is not None:
-            _count_positions(reference)
+    reference = getattr(trainer, "ref_model", None)  # the student as it was; an earlier trainer may have hooked it
+    if reference is not None and _counts(trainer.model) and not _counts(reference):
+        _count_positions(reference)
     return limits
 
 
@@ -138,6 +138,11 @@ def _count_positions(model: nn.Module) -> list[RemovableHandle]:
         if callable(getattr(module, "get_input_embeddings", None))
         and takes <= inspect.signature(type(module).forward).parameters.keys()
     ]
+
+
+def _counts(model: nn.Module) -> bool:
+    """Whether it has these hooks, of this trainer's or of another's that it was given to."""
+    return any(hook is _with_positions for module in model.modules() for hook in module._forward_pre_hooks.values())
 
 
 def _with_positions(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:

@@ -48,8 +48,11 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
         "math_verify": lambda: math_verify(pattern, seconds),
         "reasoning_gym": lambda: reasoning_gym_judge(pattern, seconds, isolated=not config.unisolated_judges),
     }
-    functions = {}
+    functions: dict[str, RewardFunction] = {}
     for spec in config.rewards:
+        name = spec if spec in built_in else spec.rpartition(":")[2]
+        if name in functions:
+            raise InputError(f"--rewards {spec}: there is a reward {name!r} already, and metrics go by that name")
         if spec in built_in:
             needed = ("answer", "metadata") if spec == "reasoning_gym" else ("answer",)
             if missing := [column for column in needed if column not in example]:
@@ -58,9 +61,6 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
                 )
             functions[spec] = built_in[spec]()
         else:
-            name = spec.rpartition(":")[2]
-            if name in functions:
-                raise InputError(f"--rewards {spec}: there is a reward {name!r} already, and metrics go by that name")
             functions[name] = reward_functions.import_reward("--rewards", spec, sorted(built_in))
     return functions
 
