@@ -7,12 +7,12 @@
 Where the halves meet is observed rather than assumed. The model is run as it stands, wrappers included, with two hooks
 on the module that `get_output_embeddings` names. To get hidden states, the first hook keeps the head's input and hands
 the head zero rows of it. So they are what the head reads, after each model's own steps before it (Mamba's cast,
-MiniCPM3's division, OPT's projection), and a PEFT model applies its adapters. They leave the model as a part of its
-output. What DDP and FSDP do for the backward pass they do to outputs: FSDP gathers the weights of the root when the
-gradient of an output arrives, DDP with a static graph starts its reduction there. To learn what a model does with its
-logits afterwards, the second hook makes the head answer with chosen numbers, and what the model returns is compared
-with `Head.logits` of them. The configuration says which numbers could be a scale or a softcap, but only the model says
-what it does with them: Granite divides by `logits_scaling`, HyperCLOVA X multiplies.
+MiniCPM3's division, OPT's projection), and a PEFT model applies its adapters. Where there is a process group they leave
+the model as a part of its output: what DDP and FSDP do for the backward pass they do to outputs. FSDP gathers the
+weights of the root when the gradient of an output arrives, DDP with a static graph starts its reduction there. To learn
+what a model does with its logits afterwards, the second hook makes the head answer with chosen numbers, and what the
+model returns is compared with `Head.logits` of them. The configuration says which numbers could be a scale or a
+softcap, but only the model says what it does with them: Granite divides by `logits_scaling`, HyperCLOVA X multiplies.
 
 Nothing here needs transformers: a model is a module with `get_output_embeddings()` that returns `.logits`.
 """
@@ -72,7 +72,8 @@ def last_hidden_state(
     meanwhile: that call would get no logits.
 
     Raises TypeError for a model without an output embedding and for ``labels`` (a loss needs logits), ValueError if the
-    model does not call its head exactly once, or if a forward hook replaces what the model returns.
+    model does not call its head exactly once or, where there is a process group, if a forward hook replaces what the
+    model returns.
     """
     chain = _unwrapped(model)
     head = _output_embedding(chain[-1])
@@ -146,9 +147,10 @@ def _hidden_states(chain: list[nn.Module], head: nn.Module, inputs: dict[str, An
     """What enters the head, by the way that the model's output takes through its wrappers."""
     seen: list[Tensor] = []
     placed: list[nn.Module] = []
+    distributed = dist.is_available() and dist.is_initialized()
 
     def keep(hidden: Tensor) -> Tensor:
-        if hidden._is_view() and dist.is_available() and dist.is_initialized():
+        if distributed and hidden._is_view():
             hidden = hidden.clone()  # FSDP2 warns of views: a change in place could lose the hook that it puts there
         seen.append(hidden)
         return hidden[..., :0, :]
@@ -160,14 +162,16 @@ def _hidden_states(chain: list[nn.Module], head: nn.Module, inputs: dict[str, An
             output = _carrying(output, seen[0])
         return output
 
-    # First of all, before the hook in which FSDP2 looks at the output
-    handles = [module.register_forward_hook(carry, prepend=True) for module in chain]
+    # First of all, before the hook in which FSDP2 looks at the output. In a process alone nobody waits for an output
+    handles = [module.register_forward_hook(carry, prepend=True) for module in chain if distributed]
     try:
         output = _call(chain, head, inputs, keep)
     finally:
         for handle in handles:
             handle.remove()
     _once(seen, chain[-1])
+    if not distributed:
+        return seen[0]
     arrived = _carried(output, seen[0])
     if arrived is None:
         what = f"a forward hook of {type(chain[0]).__name__} put a {type(output).__name__} in the place of its output"
@@ -243,6 +247,15 @@ def _once(seen: list[Any], inner: nn.Module) -> None:
         raise ValueError(f"{type(inner).__name__} called its output embedding {len(seen)} times; expected once")
 
 
+def whole(parameter: Any) -> Tensor:
+    """All of a DTensor. Its gradient is the mean of the ranks', whether each has rows of its own, as under FSDP, or all
+    have the same, as in tensor parallelism."""
+    from torch.distributed.tensor import Partial
+
+    gathered: Tensor = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    return gathered
+
+
 def _gathered(parameter: Any, model: nn.Module) -> Any:
     """A parameter of the head, all of it where FSDP2 has spread it; tensor parallelism alone leaves it as it is.
 
@@ -251,11 +264,10 @@ def _gathered(parameter: Any, model: nn.Module) -> Any:
     if not hasattr(parameter, "full_tensor"):
         return parameter
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import Partial
 
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         return parameter
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    return whole(parameter)
 
 
 @contextmanager

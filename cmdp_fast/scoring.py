@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from cmdp_fast import batches
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
-from cmdp_fast.heads import Head, head_of, last_hidden_state
+from cmdp_fast.heads import Head, head_of, last_hidden_state, whole
 from cmdp_fast.ops.constrained import constrained_reward
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.linear import linear_token_stats
@@ -186,12 +186,8 @@ def without_autocast(hidden: Tensor) -> torch.autocast:
 
 
 def _gathered(head: Head) -> Head:
-    """The whole of a head that lies on several ranks. Its gradient is the mean of theirs, whether each has rows of its
-    own, as FSDP means it, or all have the same."""
-    weight, bias = (
-        p.full_tensor(grad_placements=[Partial("avg")] * p.device_mesh.ndim) if isinstance(p, DTensor) else p
-        for p in (head.weight, head.bias)
-    )
+    """The whole of a head whose columns lie on several ranks, in tensor parallelism."""
+    weight, bias = (whole(p) if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
     assert weight is not None
     return head._replace(weight=weight, bias=bias)
 

@@ -152,7 +152,8 @@ class CalledAgain(nn.Module):
         return self.module(**inputs)
 
 
-def test_an_output_that_a_hook_replaces_is_refused():
+def test_an_output_that_a_hook_replaces_is_refused_among_processes(one_rank):
+    """FSDP and DDP wait for outputs; in a process alone nobody does (test_heads_wrapped.py)."""
     model = tiny()
     model.register_forward_hook(lambda module, inputs, output: output.logits)
     with pytest.raises(ValueError, match="a forward hook of LlamaForCausalLM put a Tensor in the place of its output"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -43,7 +44,30 @@ class Alone(nn.Module):
         return (output.logits, output.hidden_states) if self.states else output.logits
 
 
-def test_a_wrapper_that_drops_what_it_does_not_know():
+def test_a_process_alone_leaves_outputs_as_they_are():
+    """Of models of one's own under wrappers of one's own, and with hooks that replace them."""
+
+    class Answer(NamedTuple):
+        logits: torch.Tensor
+
+    class Own(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model, self.get_output_embeddings = model, model.get_output_embeddings
+
+        def forward(self, **inputs):
+            return Answer(self.model(**inputs).logits)
+
+    model = tiny()
+    hidden, outputs = cf.last_hidden_state(model, **batch()), []
+    wrapped = Alone(Own(model))
+    wrapped.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    assert torch.equal(cf.last_hidden_state(wrapped, **batch()), hidden) and type(outputs[0]) is torch.Tensor
+    model.register_forward_hook(lambda module, inputs, output: output.logits)
+    assert torch.equal(cf.last_hidden_state(model, **batch()), hidden)
+
+
+def test_a_wrapper_that_drops_what_it_does_not_know(one_rank):
     """The hidden states leave through the outermost wrapper all the same."""
     model = tiny()
     hidden = cf.last_hidden_state(model, **batch())
@@ -56,58 +80,48 @@ def test_a_wrapper_that_drops_what_it_does_not_know():
     assert torch.equal(cf.last_hidden_state(Alone(Peft(model)), **batch()), hidden)
 
 
-def test_data_parallel_gradients_are_reduced(tmp_path):
+def test_data_parallel_gradients_are_reduced(one_rank):
     """The wrapper itself runs, so that it synchronises the gradient of every parameter, the head's included."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        for unused in (False, True):
-            model = tiny()
-            wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=unused)
-            reduced = []
+    for unused in (False, True):
+        model = tiny()
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=unused)
+        reduced = []
 
-            def count(_, bucket, reduced=reduced):
-                reduced.append(len(bucket.gradients()))
-                future = torch.futures.Future()
-                future.set_result(bucket.buffer())
-                return future
+        def count(_, bucket, reduced=reduced):
+            reduced.append(len(bucket.gradients()))
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
 
-            wrapped.register_comm_hook(None, count)
-            head = cf.head_of(wrapped)
-            model(**batch()).logits.square().sum().backward()
-            expected = gradients(model)
-            for _ in range(2):
-                reduced.clear()
-                head.logits(cf.last_hidden_state(wrapped, **batch())).square().sum().backward()
-                assert sum(reduced) == len(expected)
-                for name, grad in gradients(wrapped.module).items():
-                    assert_same(grad, expected[name])
-    finally:
-        torch.distributed.destroy_process_group()
+        wrapped.register_comm_hook(None, count)
+        head = cf.head_of(wrapped)
+        model(**batch()).logits.square().sum().backward()
+        expected = gradients(model)
+        for _ in range(2):
+            reduced.clear()
+            head.logits(cf.last_hidden_state(wrapped, **batch())).square().sum().backward()
+            assert sum(reduced) == len(expected)
+            for name, grad in gradients(wrapped.module).items():
+                assert_same(grad, expected[name])
 
 
-def test_fully_sharded(tmp_path):
+def test_fully_sharded(one_rank):
     fully_shard = pytest.importorskip("torch.distributed.fsdp").fully_shard
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        plain = tiny()
-        model = copy.deepcopy(plain)
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        hidden = cf.last_hidden_state(model, **batch())
-        logits = cf.head_of(model).logits(hidden)
-        expected = plain(**batch()).logits
-        assert_same(logits, expected)
-        logits.square().sum().backward()
-        expected.square().sum().backward()
-        for (name, sharded), (_, whole) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
-            assert sharded.grad is not None, name
-            assert_same(sharded.grad.full_tensor(), whole.grad)
-    finally:
-        torch.distributed.destroy_process_group()
+    plain = tiny()
+    model = copy.deepcopy(plain)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    hidden = cf.last_hidden_state(model, **batch())
+    logits = cf.head_of(model).logits(hidden)
+    expected = plain(**batch()).logits
+    assert_same(logits, expected)
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, sharded), (_, whole) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert sharded.grad is not None, name
+        assert_same(sharded.grad.full_tensor(), whole.grad)
 
 
 class Graphs:
