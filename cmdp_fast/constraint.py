@@ -71,7 +71,8 @@ class Constraint:
         per_token: the budget of a sequence is d times its number of unmasked tokens.
         beta: of the cost ``jsd``, in [0, 1].
         cost_clamp: c > 0 in nats puts the cost of every token into [-c, c], for ``k1``, ``k3`` and ``nll``: see
-            `cmdp_fast.token_cost`. None: as it is.
+            `cmdp_fast.token_cost`. None: as it is. Where costs are computed: an operation that is given costs, such as
+            `cmdp_fast.budget_trace`, takes them as they are.
 
     Another value of a field: ``dataclasses.replace(constraint, budget=3.0)``. Together with ``kind`` give ``cost=None,
     reduction=None`` too, for the new kind's own: a default that has been filled in is a value like any other. Two

@@ -19,5 +19,8 @@ def without_controls(text: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error raised by code that is not ours, to be quoted inside one of ours."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # its own text may raise anything
+        lines = []
     return lines[0] if lines else type(error).__name__

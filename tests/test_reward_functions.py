@@ -408,3 +408,15 @@ def test_a_class_that_is_named_stands_for_an_object_of_it(tmp_path):
 def test_lengths_that_are_wrong_are_named():
     with pytest.raises(InputError, match="reward function short returned 1 rewards for 3 completions"):
         called(lengths, short)
+
+
+def test_an_exception_whose_own_text_raises_names_the_function() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no words")
+
+    def reward(**_: Any) -> list[float]:
+        raise Mute
+
+    with pytest.raises(RewardError, match="reward function reward raised Mute"):
+        called(reward)

@@ -94,7 +94,7 @@ def discounted_budget(budget: float | Tensor, gamma: float, horizon: int) -> flo
         A number, or a tensor ``[B]``: the ``budget`` of `budget_trace` and `Constraint` beside the same ``gamma``.
 
     Raises:
-        TypeError, ValueError: values outside these ranges.
+        TypeError, ValueError: values outside these ranges; those of a tensor are checked where it is used.
 
     Source: the code of Sauté RL (Sootla et al. 2022, huawei-noah/HEBO) and OmniSafe's ``SauteAdapter``, where the
     horizon is ``max_ep_len``.
@@ -104,8 +104,8 @@ def discounted_budget(budget: float | Tensor, gamma: float, horizon: int) -> flo
         raise ValueError(f"horizon must be at least 1 token, got {horizon}")
     Constraint(budget=budget, gamma=gamma)  # which checks both
     # (1 - gamma^T) / (1 - gamma) without the cancellation of a gamma close to 1
-    terms = horizon if gamma == 1 else math.expm1(horizon * math.log(gamma)) / (gamma - 1)
-    return budget * (terms / horizon)
+    share = 1.0 if gamma == 1 else math.expm1(horizon * math.log(gamma)) / (gamma - 1) / horizon
+    return budget * share
 
 
 def modified_reward(

@@ -51,8 +51,8 @@ def linear_divergence(
     The two KLs, and the ends of beta's range that mean one, are those of `linear_token_stats`. Every other kind has six
     products of rows x V x H, as `linear_token_stats` has. Its forward pass holds both models' logits of some rows, at
     most 256 MiB of them on a CPU and 1 GiB on a GPU, or ``CMDP_FAST_TILE_BYTES``; the backward pass holds a tile, and
-    8 numbers per row are kept for it. Neither memory grows with rows x V, nor the sums of the head's gradient in
-    float32 with its width.
+    8 numbers per row are kept for it. (The ``torch`` backend adds temporaries in float64, some 400 MB.) Neither memory
+    grows with rows x V, nor the sums of the head's gradient in float32 with its width.
 
     Args:
         student_hidden: ``[..., H]`` the last hidden states (after the final norm): float32, bfloat16, float16, float64.
