@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmdp_fast.files import replacing
+
 Row = dict[str, Any]
 
 
@@ -19,14 +21,18 @@ def table_rows(rewards: Mapping[str, Sequence[float]], extra: Sequence[Row]) -> 
 
 
 def add_columns(table: Path, rows: deque[Row]) -> None:
-    """Writes a Parquet table again, with a column for each name in ``rows``, which are its rows in order."""
+    """Writes a Parquet table again, with a column for each name in ``rows``, which are its rows in order.
+
+    Raises InputError if it cannot be written; the table is then as it was.
+    """
     import pandas
 
     frame = pandas.read_parquet(table)
     for name in dict.fromkeys(name for row in rows for name in row):
         if name not in frame:  # what TRL writes stays
             frame[name] = pandas.Series(_of_one_type([row.get(name) for row in rows]), dtype=object)
-    frame.to_parquet(table)
+    with replacing(table) as part:
+        frame.to_parquet(part)
 
 
 def _of_one_type(values: list[Any]) -> list[Any]:

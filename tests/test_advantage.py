@@ -1,0 +1,101 @@
+"""Advantages: group baselines, generalised advantage estimation, and the number that they were divided by."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from exact import vectors
+
+from cmdp_fast import objective
+
+EXAMPLE = vectors("worked_example")
+
+
+def test_group_advantages_of_the_vectors() -> None:
+    data = EXAMPLE["group_advantages"]
+    returns = torch.tensor(data["returns"], dtype=torch.float64)
+    two_groups = torch.cat([returns, 10 - returns])
+    advantage, scale = objective.grpo(two_groups, 4, eps=0.0)
+    expected = torch.tensor(data["grpo_eps0"], dtype=torch.float64)
+    torch.testing.assert_close(advantage, torch.cat([expected, -expected]), rtol=0, atol=1e-8)
+    torch.testing.assert_close(scale, returns.std().expand(8))
+    expected = torch.tensor(data["rloo"], dtype=torch.float64)
+    torch.testing.assert_close(objective.rloo(two_groups, 4), torch.cat([expected, -expected]), rtol=0, atol=1e-12)
+    assert torch.equal(objective.grpo(two_groups, 4).scale, scale + 1e-4)
+
+
+def test_two_valued_group_is_indifferent_to_the_penalty_only_after_normalisation() -> None:
+    small, large = (torch.tensor([1.0, 1.0, 1.0, -n], dtype=torch.float64) for n in (0.5, 50.0))
+    torch.testing.assert_close(objective.grpo(small, 4, eps=0.0).advantage, objective.grpo(large, 4, eps=0.0).advantage)
+    ratio = objective.rloo(large, 4) / objective.rloo(small, 4)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 51.0 / 1.5))
+
+
+def test_equal_returns_leave_the_direct_term_alone() -> None:
+    returns = torch.full((4,), -1.75)
+    advantage, scale = objective.grpo(returns, 4)
+    assert not advantage.any() and not objective.rloo(returns, 4).any()
+    torch.testing.assert_close(scale, torch.full((4,), 1e-4))
+
+
+def test_position_rloo_counts_a_finished_sample_as_zero() -> None:
+    score = torch.tensor([[4.0, 2.0, 6.0], [1.0, 5.0, math.nan], [1.0, math.nan, math.nan]])
+    mask = ~score.isnan()
+    expected = torch.tensor([[3.0, -0.5, 6.0], [-1.5, 4.0, 0.0], [-1.5, 0.0, 0.0]])
+    torch.testing.assert_close(objective.position_rloo(score, 3, mask), expected)
+    other_group = torch.cat([score, 0 * score + 7])
+    both = objective.position_rloo(other_group, 3, mask.repeat(2, 1))
+    torch.testing.assert_close(both[:3], expected)
+    single = torch.randn(6, 1)
+    torch.testing.assert_close(objective.position_rloo(single, 3)[:, 0], objective.rloo(single[:, 0], 3))
+
+
+@pytest.mark.parametrize("group_size", [1, 0, -2, 3])
+def test_group_size_must_divide(group_size: int) -> None:
+    for function in (objective.grpo, objective.rloo):
+        with pytest.raises(ValueError, match=f"group_size={group_size}"):
+            function(torch.zeros(4), group_size)
+    with pytest.raises(ValueError, match=f"group_size={group_size}"):
+        objective.position_rloo(torch.zeros(4, 2), group_size)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("lam", [1.0, 0.95, 0.0])
+def test_gae_matches_the_recurrence(gamma: float, lam: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    reward, value = torch.randn(2, 4, 50, dtype=torch.float64, generator=generator)
+    mask = torch.rand(4, 50, generator=generator) < 0.8
+    expected = torch.zeros_like(reward)
+    following_advantage = following_value = torch.zeros(4, dtype=torch.float64)
+    for t in reversed(range(50)):
+        delta = reward[:, t] + gamma * following_value - value[:, t]
+        advantage = delta + gamma * lam * following_advantage
+        following_advantage = torch.where(mask[:, t], advantage, following_advantage)
+        following_value = torch.where(mask[:, t], value[:, t], following_value)
+        expected[:, t] = torch.where(mask[:, t], advantage, 0.0)
+    noisy = torch.where(mask, reward, torch.nan), torch.where(mask, value, torch.nan)
+    advantage, target = objective.gae(*noisy, mask=mask, gamma=gamma, lam=lam)
+    torch.testing.assert_close(advantage, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(target, torch.where(mask, expected + value, 0.0), rtol=0, atol=1e-12)
+    if lam == 1.0:  # the target is then the return itself
+        torch.testing.assert_close(target, objective.returns_to_go(reward, mask=mask, gamma=gamma))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whitening_divides_by_a_number_that_the_direct_term_can_share(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    advantage, _ = objective.gae(*torch.randn(2, 4, 50, dtype=dtype, generator=generator))
+    mask = torch.rand(4, 50, generator=generator) < 0.7
+    real = advantage[mask].double()
+    white, scale = objective.whiten(torch.where(mask, advantage, torch.nan), mask=mask)
+    expected = (real - real.mean()) / torch.sqrt(real.var() + 1e-8)  # as PPO in TRL and verl
+    assert white.dtype == dtype and scale.shape == () and not white[~mask].any()
+    torch.testing.assert_close(white[mask].double(), expected, rtol=0, atol=50 * torch.finfo(dtype).eps)
+    assert scale.item() == pytest.approx(torch.sqrt(real.var() + 1e-8).item(), rel=1e-6)
+    assert not torch.allclose(advantage.std(), torch.ones((), dtype=dtype), atol=0.1)  # `gae` alone whitens nothing
+    for count in (0, 1):  # no spread to divide by
+        few = torch.arange(200).reshape(4, 50) < count
+        white, scale = objective.whiten(advantage, mask=few)
+        assert not white.any() and scale == 1.0
