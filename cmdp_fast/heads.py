@@ -248,8 +248,8 @@ def _once(seen: list[Any], inner: nn.Module) -> None:
 
 
 def whole(parameter: Any) -> Tensor:
-    """All of a DTensor, the weight [V, H] or bias [V] of a head; differentiable. Its gradient is the mean of the ranks',
-    whether each has rows of its own, as under FSDP, or all have the same, as in tensor parallelism."""
+    """All of a DTensor, the weight [V, H] or bias [V] of a head; differentiable. Its gradient is the mean of those of
+    the ranks, whether each has rows of its own, as under FSDP, or all have the same, as in tensor parallelism."""
     from torch.distributed.tensor import Partial
 
     gathered: Tensor = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
