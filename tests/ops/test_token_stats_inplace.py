@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 import cmdp_fast as cf
 from cmdp_fast.cpu import native
 from cmdp_fast.ops import onlookers
+from cmdp_fast.ops.backends import INTERPRETED
 
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 ROWS, VOCAB = 4, 70
@@ -177,7 +178,8 @@ HOOKED = {
 }
 
 
-@pytest.mark.parametrize("graph", NEEDED, ids=lambda graph: graph.__name__)
+# Which memory takes the gradient is decided before a kernel is chosen
+@pytest.mark.parametrize("graph", list(NEEDED)[:2] if INTERPRETED else NEEDED, ids=lambda graph: graph.__name__)
 @pytest.mark.parametrize("within", HOOKED)
 def test_through_hooks_nothing_is_overwritten(graph, within, backend):
     """Autograd compares no version of what a hook hands back: the gradient goes elsewhere, and is right."""

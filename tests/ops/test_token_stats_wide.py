@@ -59,7 +59,7 @@ def assert_rounded(ours, exact, name, sizes):
 
 
 @pytest.mark.parametrize("scale", [3.0] if INTERPRETED else [1.0, 3.0, 6.0])
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", ["alike", "the teacher"] if INTERPRETED else PADDED)
 def test_statistics_are_right_to_rounding(name, scale, backend):
     x, y = padded(name, scale)
     tokens = make_tokens(len(x), vocab=VOCAB - 50000)
@@ -80,7 +80,7 @@ def test_statistics_are_right_to_rounding(name, scale, backend):
 
 
 @pytest.mark.mixture
-@pytest.mark.parametrize("kind", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("kind", ["jsd"] if INTERPRETED else ["jsd", "skew_forward_kl", "skew_reverse_kl"])
 @pytest.mark.parametrize("name", ["not at all", "the teacher"])
 def test_divergences_are_right_to_rounding(name, kind, backend):
     x, y = padded(name, 3.0)
