@@ -180,18 +180,11 @@ def linear_token_stats(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     tokens: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
     **settings: Any,
 ) -> TokenStats:
     """`token_stats` of logits that are made in full; arguments and returns as `cmdp_fast.linear_token_stats`."""
-    student = _project(student_hidden, student_weight, student_bias, student_scale, student_softcap)
-    teacher = _project(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    student, settings = _project("student", student_hidden, student_weight, settings)
+    teacher, settings = _project("teacher", teacher_hidden, teacher_weight, settings)
     return token_stats(student, teacher, tokens, **settings)
 
 
@@ -201,24 +194,20 @@ def linear_divergence(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     kind: str = "jsd",
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
     **settings: Any,
 ) -> Tensor:
     """`divergence` of logits that are made in full; arguments and returns as `cmdp_fast.linear_divergence`."""
-    student = _project(student_hidden, student_weight, student_bias, student_scale, student_softcap)
-    teacher = _project(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    student, settings = _project("student", student_hidden, student_weight, settings)
+    teacher, settings = _project("teacher", teacher_hidden, teacher_weight, settings)
     return divergence(student, teacher, kind, **settings)
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    logits = scale * torch.nn.functional.linear(hidden, weight, bias)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def _project(model: str, hidden: Tensor, weight: Tensor, settings: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """A model's logits by the settings of its head, ``student_bias`` and so on, and the settings that are left."""
+    left = dict(settings)
+    bias, softcap = left.pop(f"{model}_bias", None), left.pop(f"{model}_softcap", None)
+    logits = left.pop(f"{model}_scale", 1.0) * torch.nn.functional.linear(hidden, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap), left
 
 
 def divergence_weights(kind: str, beta: float) -> tuple[float, float, float]:

@@ -120,15 +120,9 @@ class FromHiddenStates:
         constraint: Constraint,
     ) -> ConstrainedReward:
         """`cf.linear_constrained_reward` of tokens, task rewards and mask [B, T]."""
-        student, teacher = outputs
-        with without_autocast(student):
+        with without_autocast(outputs[0]):
             return linear_constrained_reward(
-                student,
-                head_for(models[0], student),
-                teacher,
-                head_for(models[1], teacher),
-                tokens,
-                task_reward,
+                *(*_halves(models, outputs), tokens, task_reward),
                 constraint=constraint,
                 mask=mask,
                 temperature=self.temperature,
@@ -139,14 +133,9 @@ class FromHiddenStates:
         self, models: Models, outputs: Outputs, tokens: Tensor, mask: Tensor, *, inplace: bool = True
     ) -> TokenStats:
         """`cf.linear_token_stats` of tokens [B, T]; there are no logits whose place a gradient could take."""
-        student, teacher = outputs
-        with without_autocast(student):
+        with without_autocast(outputs[0]):
             return linear_token_stats(
-                student,
-                head_for(models[0], student),
-                teacher,
-                head_for(models[1], teacher),
-                tokens,
+                *(*_halves(models, outputs), tokens),
                 mask=mask,
                 temperature=self.temperature,
                 vocab_size=self.vocab_size,
@@ -154,16 +143,12 @@ class FromHiddenStates:
 
     def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
         """`cf.linear_divergence` of kind ``jsd``, [B, T] in nats: forward KL for ``beta`` 0, reverse KL for 1."""
-        student, teacher = (head_for(model, hidden) for model, hidden in zip(models, outputs, strict=True))
+        student, head, teacher, teacher_head = _halves(models, outputs)
         if 0 < beta < 1:  # a mixture takes whole heads
-            student, teacher = _gathered(student), _gathered(teacher)
-        with without_autocast(outputs[0]):
+            head, teacher_head = _gathered(head), _gathered(teacher_head)
+        with without_autocast(student):
             return linear_divergence(
-                outputs[0],
-                student,
-                outputs[1],
-                teacher,
-                "jsd",
+                *(student, head, teacher, teacher_head, "jsd"),
                 beta=beta,
                 mask=mask,
                 temperature=self.temperature,
@@ -172,6 +157,12 @@ class FromHiddenStates:
 
 
 Scoring = FromLogits | FromHiddenStates
+
+
+def _halves(models: Models, outputs: Outputs) -> tuple[Tensor, Head, Tensor, Head]:
+    """Hidden states and head of the student, and of the teacher."""
+    student, teacher = outputs
+    return student, head_for(models[0], student), teacher, head_for(models[1], teacher)
 
 
 def head_for(model: Any, hidden: Tensor) -> Head:

@@ -111,25 +111,32 @@ class _Given(NamedTuple):
     backend: str
 
 
-class _Made(NamedTuple):
-    value: Tensor
-    saved: Tensor
-    mean: Tensor
+class Mixed(NamedTuple):
+    """What an operator makes of rows of logits and their mixture."""
+
+    value: Tensor  # [...]
+    saved: Tensor  # [..., SAVED] float64: what the backward pass needs of each row
+    mean: Tensor  # [...] float64, likewise
+
+
+def mixed_room(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Mixed:
+    """As much of it as there is before anything is computed: shapes and dtypes."""
+    return Mixed(
+        like.new_empty(shape, dtype=dtype),
+        like.new_empty((*shape, SAVED), dtype=torch.float64),
+        like.new_empty(shape, dtype=torch.float64),
+    )
 
 
 @operator("mixture_divergence")
-def _mixture(given: _Given) -> _Made:
-    return _Made(*backends.get(given.backend).mixture(given.pair, given.weights))
+def _mixture(given: _Given) -> Mixed:
+    return Mixed(*backends.get(given.backend).mixture(given.pair, given.weights))
 
 
 @_mixture.shapes
-def _(given: _Given) -> _Made:
-    student, shape = given.pair.student, given.pair.student.shape[:-1]
-    return _Made(
-        student.new_empty(shape, dtype=compute_dtype(student, given.pair.teacher)),
-        student.new_empty((*shape, SAVED), dtype=torch.float64),
-        student.new_empty(shape, dtype=torch.float64),
-    )
+def _(given: _Given) -> Mixed:
+    student, teacher = given.pair.student, given.pair.teacher
+    return mixed_room(student, student.shape[:-1], compute_dtype(student, teacher))
 
 
 class _Kept(NamedTuple):

@@ -121,6 +121,17 @@ def finished(gradient: HeadGradient, tiles: Tiles, student: Factors) -> Gradient
     )
 
 
+def by_name(student: str, asked: set[str], backward: Callable[[Needed], Gradients]) -> dict[str, Tensor]:
+    """The gradients that are ``asked`` for, under the names of an operator's arguments; ``student``: what the names of
+    the student's begin with."""
+    names = [f"{student}_{part}" for part in PARTS]
+    needed = Needed(*(name in asked for name in names))
+    if not any(needed):
+        return {}
+    gradients = zip(names, backward(needed), needed, strict=True)
+    return {name: gradient for name, gradient, needs in gradients if needs}
+
+
 def room(student: Factors, needed: Needed) -> Gradients:
     """As much of it as there is before anything is computed: shapes and dtypes."""
     hidden, head = student

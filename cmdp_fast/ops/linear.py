@@ -26,7 +26,7 @@ from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.heads import Head
 from cmdp_fast.layout import Pair, Upstream
 from cmdp_fast.ops import backends, gemm, head_gradient, kept_logits, parallel, projection
-from cmdp_fast.ops.head_gradient import PARTS, Gradients, Needed, Tile, finished, sum_over_tiles
+from cmdp_fast.ops.head_gradient import Gradients, Needed, Tile, by_name, finished, sum_over_tiles
 from cmdp_fast.ops.kept_logits import Logits
 from cmdp_fast.ops.linear_tiles import Batch, Tiles, computed_dtype, kept_dtypes, room_for_logits
 from cmdp_fast.ops.operator import Backward, operator
@@ -256,12 +256,10 @@ def _keep(given: _Given, made: _Made) -> _Kept:
 
 @_linear_token_stats.gradient(of=[f"scored_{name}" for name in DIFFERENTIABLE], keep=_keep)
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
-    needed = Needed(*(f"batch_student_{name}" in backward.needed for name in PARTS))
-    if not any(needed):
-        return {}
-    made = _linear_token_stats_backward(_Upward(backward.kept, Upstream(*backward.upstream), needed))
-    gradients = zip(PARTS, made, needed, strict=True)
-    return {f"batch_student_{name}": gradient for name, gradient, needs in gradients if needs}
+    kept, upstream = backward.kept, Upstream(*backward.upstream)
+    return by_name(
+        "batch_student", backward.needed, lambda needed: _linear_token_stats_backward(_Upward(kept, upstream, needed))
+    )
 
 
 class _Upward(NamedTuple):

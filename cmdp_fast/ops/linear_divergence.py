@@ -19,10 +19,10 @@ from typing_extensions import Unpack
 
 from cmdp_fast import checks
 from cmdp_fast.heads import Head
-from cmdp_fast.layout import SAVED, Mixture, Pair
+from cmdp_fast.layout import Mixture, Pair
 from cmdp_fast.ops import backends, gemm, head_gradient, parallel, projection
-from cmdp_fast.ops.divergence import check_kind, plain_kl
-from cmdp_fast.ops.head_gradient import PARTS, Gradients, Needed, Tile, finished, sum_over_tiles
+from cmdp_fast.ops.divergence import Mixed, check_kind, mixed_room, plain_kl
+from cmdp_fast.ops.head_gradient import Gradients, Needed, Tile, by_name, finished, sum_over_tiles
 from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.linear_tiles import Rows, Tiles, computed_dtype
 from cmdp_fast.ops.operator import Backward, operator
@@ -135,14 +135,8 @@ class _Given(NamedTuple):
     backend: str
 
 
-class _Made(NamedTuple):
-    value: Tensor
-    saved: Tensor  # [..., SAVED] float64: what the backward pass needs of each row
-    mean: Tensor  # [...] float64, likewise
-
-
 @operator("linear_divergence")
-def _linear_divergence(given: _Given) -> _Made:
+def _linear_divergence(given: _Given) -> Mixed:
     with torch.autocast(given.rows.student.hidden.device.type, enabled=False):
         tiles = Tiles(given.rows)
         made = _room(given, torch.Size([tiles.count]))
@@ -151,21 +145,17 @@ def _linear_divergence(given: _Given) -> _Made:
             pair = Pair(x, y, None, None, given.temperature, tiles.width)
             for total, part in zip(made, backends.get(given.backend).mixture(pair, given.weights), strict=True):
                 total[rows] = part
-        return _Made(*(tiles.spread(t) for t in made))
+        return Mixed(*(tiles.spread(t) for t in made))
 
 
 @_linear_divergence.shapes
-def _(given: _Given) -> _Made:
+def _(given: _Given) -> Mixed:
     return _room(given, given.rows.student.hidden.shape[:-1])
 
 
-def _room(given: _Given, shape: torch.Size) -> _Made:
-    hidden = given.rows.student.hidden
-    return _Made(
-        hidden.new_empty(shape, dtype=computed_dtype(given.rows.student, given.rows.teacher)),
-        hidden.new_empty((*shape, SAVED), dtype=torch.float64),
-        hidden.new_empty(shape, dtype=torch.float64),
-    )
+def _room(given: _Given, shape: torch.Size) -> Mixed:
+    student, teacher = given.rows.student, given.rows.teacher
+    return mixed_room(student.hidden, shape, computed_dtype(student, teacher))
 
 
 class _Kept(NamedTuple):
@@ -178,12 +168,10 @@ class _Kept(NamedTuple):
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
     (upstream,) = backward.upstream
     assert upstream is not None
-    needed = Needed(*(f"rows_student_{name}" in backward.needed for name in PARTS))
-    if not any(needed):
-        return {}
-    made = _linear_divergence_backward(_Upward(backward.kept, upstream, needed))
-    gradients = zip(PARTS, made, needed, strict=True)
-    return {f"rows_student_{name}": gradient for name, gradient, needs in gradients if needs}
+    kept = backward.kept
+    return by_name(
+        "rows_student", backward.needed, lambda needed: _linear_divergence_backward(_Upward(kept, upstream, needed))
+    )
 
 
 class _Upward(NamedTuple):

@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import set_tiles
 from half_products import keep_halves
 from helpers import DTYPES, assert_no_worse, make_logits
-from linear_inputs import PARTS, make_inputs, perturbed
+from linear_inputs import PARTS, make_inputs, perturbed, set_tiles
 from test_divergence import KINDS
 
 import cmdp_fast as cf

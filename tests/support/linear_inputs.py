@@ -1,10 +1,12 @@
 """Hidden states and heads of a small pair of models, and the comparison with logits that are made in full."""
 
+import pytest
 import torch
 from helpers import DIFFERENTIABLE, assert_no_worse, make_logits, make_tokens, weighted_sum
 
 import cmdp_fast as cf
 from cmdp_fast import reference
+from cmdp_fast.ops import tile_size
 
 PARTS = ("student_hidden", "student_weight", "student_bias")
 
@@ -73,3 +75,10 @@ def check(inputs, backend, *, present=DIFFERENTIABLE, **options):
             got, eager_gradients[name].to(got.dtype), exact_gradients[name], name, size=size[name], terms=terms
         )
     return ours, gradients
+
+
+def set_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
+    """Rows of a tile and the unit of its columns, on any device; the area is as small as it gets."""
+    for name, value in (("ROWS", rows), ("GPU_ROWS", rows), ("COLUMNS", columns), ("GPU_COLUMNS", columns)):
+        monkeypatch.setattr(tile_size, name, value)
+    monkeypatch.setenv("CMDP_FAST_TILE_BYTES", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from trl import DistillationTrainer
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, nanstd
 
 import cmdp_fast as cf
 from cmdp_fast import batches, credit, objective, reward_functions
@@ -170,10 +169,10 @@ class CMDPDistillationTrainer(DistillationTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for function, column in zip(self.reward_functions, rewards.T, strict=True):
             metrics[f"rewards/{function.name}/mean"].append(column.nanmean().item())
-            metrics[f"rewards/{function.name}/std"].append(_nanstd(column))
+            metrics[f"rewards/{function.name}/std"].append(nanstd(column).item())
         total = torch.where(rewards.isnan().all(1), torch.nan, rewards.nansum(1))
         metrics["reward"].append(total.nanmean().item())
-        metrics["reward_std"].append(_nanstd(total))
+        metrics["reward_std"].append(nanstd(total).item())
         for name, value in logged.items():
             metrics[name].append(value)
 
@@ -255,9 +254,3 @@ def _named_functions(given: Any) -> list[reward_functions.Named]:
                 f"reward_funcs must be functions here, got {function!r}; CMDPGRPOTrainer takes reward models, too"
             )
     return [reward_functions.Named(reward_functions.name_of(function), function) for function in functions]
-
-
-def _nanstd(values: Tensor) -> float:
-    """The deviation of those that are not NaN; NaN of fewer than two."""
-    known = values[~values.isnan()]
-    return known.std().item() if len(known) > 1 else math.nan
