@@ -21,6 +21,6 @@ def first_line(error: BaseException) -> str:
     """The first line of an error raised by code that is not ours, to be quoted inside one of ours."""
     try:
         lines = str(error).strip().splitlines()
-    except Exception:  # its own text may raise anything
+    except Exception:  # its text is made by code that is not ours, and whatever that raises would hide the error itself
         lines = []
     return lines[0] if lines else type(error).__name__

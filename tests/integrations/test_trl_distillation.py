@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 from collections import deque
+from pathlib import Path
 
 import pytest
 
@@ -259,6 +260,23 @@ def test_a_column_of_several_types_is_one_of_texts(tmp_path):
         "c": ["True", None, "2"],
         "reward": [1.0, None, 0.5],
     }
+
+
+def test_a_table_that_cannot_be_written_again_is_as_it_was(tmp_path, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "table.parquet"
+    pandas.DataFrame({"completion": ["x"]}).to_parquet(path)
+    before = path.read_bytes()
+
+    def half(frame, to):
+        Path(to).write_bytes(before[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pandas.DataFrame, "to_parquet", half)
+    with pytest.raises(InputError, match=r"table\.parquet could not be written: no space left"):
+        add_columns(path, deque([{"reward": 1.0}]))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("function", [failing, failing_later])
