@@ -159,6 +159,6 @@ def test_every_field_is_documented(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in text
-    source = Path(sys.modules[TrainConfig.__module__].__file__).read_text()
+    source = "".join(Path(sys.modules[part.__module__].__file__).read_text() for part in TrainConfig.__mro__[:-1])
     for field in dataclasses.fields(TrainConfig):
         assert re.search(rf'^    {field.name}: .*\n    """', source, re.M), field.name

@@ -1,0 +1,41 @@
+"""The constraint: cost, budget and the modified reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .ranges import FROM_0_TO_1, NOT_NEGATIVE, POSITIVE
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """The constraint: cost, budget and the modified reward."""
+
+    budget: Annotated[float, POSITIVE] = 2.0
+    """The cumulative cost that a completion may have, in nats."""
+    budget_per_token: bool = False
+    """The budget is in nats per token of the completion, so that a long one may spend more."""
+    budget_start: Annotated[float, NOT_NEGATIVE] = 0.0
+    """The budget at the first step, from which it goes to `budget` in a straight line over `budget_steps`."""
+    budget_steps: Annotated[int, NOT_NEGATIVE] = 0
+    """Length of that schedule. 0: the budget is `budget` from the beginning. Evaluations always use `budget`."""
+    prefix_budget: Annotated[float, NOT_NEGATIVE] = 0.0
+    """The bound, in nats per token, on the teacher's mean negative log-likelihood over any prefix of a completion.
+    `worst_case` keeps to it, and `prefix_satisfaction` reports it. 0: neither."""
+    cost: Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"] = "reverse_kl"
+    """Cost of a token. The first three are exact divergences with a direct gradient."""
+    cost_clamp: Annotated[float, NOT_NEGATIVE] = 0.0
+    """The largest size in nats of a token's cost, for k1, k3 and nll: k3 of a single token may be 1e13. 0: as it is."""
+    jsd_beta: Annotated[float, FROM_0_TO_1] = 0.5
+    """Beta of the cost `jsd` and of the loss of `gkd`: 0 is forward KL, 1 reverse KL."""
+    kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = "cmdp"
+    """The modified reward: the price of being over the budget."""
+    penalty: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Paid for crossing the budget (cmdp: once; saute, worst_case: at each token from there on)."""
+    discrepancy_weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Weight of the excess cost (cmdp, hinge)."""
+    coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
+    """The multiplier of lagrangian (0: the task's reward alone), the first one of pid, or the weight of the barrier."""
+    pid_gains: tuple[float, float, float] = (0.1, 0.01, 0.01)
+    """Proportional, integral and derivative gain of the pid controller."""

@@ -1,0 +1,35 @@
+"""Student and teacher: where they come from and in what form they are held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .ranges import NOT_NEGATIVE, POSITIVE
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Student and teacher: where they come from and in what form they are held."""
+
+    student: str = ""
+    """Hub id or folder of the causal language model to train, or `builtin:arithmetic-student`,
+    `builtin:arithmetic-shortcut-student`, `builtin:smollm2-pruned-student`."""
+    teacher: str = ""
+    """Hub id or folder of the causal language model to stay close to, or `builtin:arithmetic-teacher`,
+    `builtin:smollm2-teacher`."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model. Weights are read from safetensors files only, with either value."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16: the student runs under autocast and weights that are not trained, the teacher's or those under an adapter,
+    are held in bfloat16 (for GPUs)."""
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
+    """Train an adapter of this rank and leave the student's own weights as they are. If the teacher is the same model,
+    its weights are shared. `student/` gets the merged model, `student/adapter` the adapter. 0: train all weights."""
+    lora_alpha: Annotated[float, POSITIVE] = 32.0
+    """The adapter's part of the output is multiplied by this over the rank."""
+    lora_target: tuple[str, ...] = ("all-linear",)
+    """Ends of the names of the modules that get an adapter, such as `q_proj v_proj`. `all-linear`: every linear layer
+    but the head."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more time."""

@@ -1,0 +1,32 @@
+"""The rewards of a completion, and the judges that are asked for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from .ranges import POSITIVE
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """The rewards of a completion, and the judges that are asked for them."""
+
+    rewards: tuple[str, ...] = ("exact_answer",)
+    """`exact_answer`, `math_verify`, `reasoning_gym` (the task's own judge), `brevity` (a small bonus for short right
+    answers), or your function as `module:function` or `path/file.py:function`. Several are added up."""
+    answer_pattern: str = ""
+    """Regular expression whose first group is the final answer; the last match in the completion counts. Empty: the
+    whole completion is the answer, in which `math_verify` looks for one: it takes a sum that is only repeated for its
+    result."""
+    judge_timeout: Annotated[float, POSITIVE] = 3.0
+    """Seconds that `math_verify` or `reasoning_gym` may take per completion. One that takes longer has no reward from
+    it, as where the judge raises or dies: counted as `rewards/…/failed`."""
+    unisolated_judges: bool = False
+    """Run the judges of `reasoning_gym` where they cannot be isolated (they are on Linux, with Landlock and
+    libseccomp). Many of them evaluate an answer as Python, so a completion can then do all that you can."""
+    correct_at: float = 1.0
+    """A completion counts as right in `accuracy` when its reward is at least this."""
+    step_verifier: str = ""
+    """The checker of a solution's steps, for `reasoning_success`: `arithmetic_chain` (the built-in models' sums),
+    `equations` (every equation between numbers in free text), or your function as for `rewards`. Empty: nothing."""

@@ -1,0 +1,36 @@
+"""The run: its names and folders, how it is resumed and what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .ranges import NOT_NEGATIVE
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The run: its names and folders, how it is resumed and what it leaves."""
+
+    recipe: str = "quickstart"
+    """Where the defaults of this run come from: a recipe of the package by name, or a path to a TOML file."""
+    method: str = ""
+    """The way to deal with the budget: a method of the package by name (cmdp, hinge, saute, worst_case, lagrangian,
+    pid, barrier, grpo, gkd, minillm, sft, kd), or a path to a TOML file. Its settings go over the recipe's."""
+    name: str = ""
+    """Folder of the run inside `output_dir`, which must not exist yet. Empty: the recipe's name, numbered if taken."""
+    output_dir: str = "runs"
+    """Folder that holds the runs."""
+    resume: str = ""
+    """Folder of a run that stopped, to be finished from its last checkpoint. Its settings are those of its
+    `config.json`; only `steps`, `checkpoint_every`, `eval_every` and `trackers` may be changed. Code that it names
+    runs only if you name it again, in the same words."""
+    checkpoint_every: Annotated[int, NOT_NEGATIVE] = 0
+    """Write a checkpoint every so many steps and after the last one; the last two are kept. 0: only when interrupted,
+    and one for the time that the end of the run takes."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself."""
+    seed: int = 0
+    """Seed of the prompts' order and of the sampling."""
+    dry_run: bool = False
+    """Load and check models and data, print the settings and an estimate of the memory, and stop there."""

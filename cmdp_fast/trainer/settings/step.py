@@ -1,0 +1,81 @@
+"""A step: rollout, advantages, update and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from ..methods import METHODS
+from .ranges import ABOVE_0_UP_TO_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE
+
+if TYPE_CHECKING:
+    Algorithm = str  # a type checker reads no choices out of a table
+else:
+    Algorithm = Literal[tuple(METHODS)]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """A step: rollout, advantages, update and optimizer."""
+
+    algorithm: Algorithm = "ppo"
+    """ppo: the modified reward, by policy gradient and through the divergence; the others distil without a reward: gkd
+    by a divergence on the student's own text, minillm by the policy gradient of reverse KL, sft and kd on the
+    teacher's text by likelihood and by forward KL."""
+    steps: Annotated[int, POSITIVE] = 200
+    """How many times to roll out and update."""
+    prompts_per_step: Annotated[int, POSITIVE] = 16
+    """Prompts rolled out per step, by each process."""
+    num_generations: int = 8
+    """Completions per prompt: the group whose members are compared with one another."""
+    max_new_tokens: Annotated[int, POSITIVE] = 256
+    """Longest completion in tokens; the end-of-sequence token counts. One without it is counted as clipped."""
+    temperature: Annotated[float, POSITIVE] = 1.0
+    """Temperature of the policy that is sampled, trained, measured and evaluated."""
+    top_k: Annotated[int, NOT_NEGATIVE] = 0
+    """Sample from the so many most likely tokens. 0: from all. Anything but the whole softmax is sampled off-policy."""
+    top_p: Annotated[float, ABOVE_0_UP_TO_1] = 1.0
+    """Sample from the most likely tokens of this total probability. The same warning holds."""
+    rollout: str = ""
+    """A function of yours that samples instead of `generate`, as `module:function` or `path/file.py:function`; see
+    rollout.py. Its log-probabilities are computed again and the difference is logged."""
+    rollout_batch_size: Annotated[int, NOT_NEGATIVE] = 0
+    """Prompts that are sampled at once, sorted by length. 0: all of a step."""
+    baseline: Literal["rloo", "grpo", "position_rloo", "gae"] = "rloo"
+    """The comparison that an action's advantage comes from: with the mean return of the group's other completions
+    (`rloo`; `position_rloo` compares the returns-to-go at each position), or of the whole group and in units of its
+    deviation (`grpo`), or with the prediction of a value head (`gae`)."""
+    gae_lambda: Annotated[float, FROM_0_TO_1] = 0.95
+    """Lambda of generalised advantage estimation: 1 trusts the returns, 0 the value head."""
+    value_learning_rate: Annotated[float, POSITIVE] = 1e-3
+    """Learning rate of the value head, a linear layer on the student's hidden states (which it does not change)."""
+    teacher_mix: Annotated[float, FROM_0_BELOW_1] = 0.2
+    """Share of the teacher in the policy that minillm samples from."""
+    gamma: Annotated[float, ABOVE_0_UP_TO_1] = 1.0
+    """Discount of the modified reward."""
+    epochs: Annotated[int, POSITIVE] = 2
+    """PPO passes over the completions of a step."""
+    minibatch_size: Annotated[int, POSITIVE] = 32
+    """Completions per optimizer step, of each process."""
+    micro_batch_size: Annotated[int, POSITIVE] = 32
+    """Completions that go through a model at once; gradients of a minibatch are accumulated over them."""
+    teacher_cache_mb: Annotated[int, NOT_NEGATIVE] = 512
+    """The teacher's hidden states (or logits) are kept from scoring to update if they fit in this, otherwise computed
+    again."""
+    logits: Literal["tiled", "full"] = "tiled"
+    """tiled: scoring and update go from hidden states to statistics a tile of the vocabulary at a time, and hold no
+    logits; full: both models' logits are made in full, for a model whose head is not a plain linear layer."""
+    clip_low: Annotated[float, POSITIVE] = 0.2
+    """PPO's clip below 1."""
+    clip_high: Annotated[float, POSITIVE] = 0.2
+    """PPO's clip above 1."""
+    learning_rate: Annotated[float, POSITIVE] = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after `lr_warmup_steps`; linear and cosine end at 0."""
+    lr_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
+    """The gradient is scaled down to this norm."""

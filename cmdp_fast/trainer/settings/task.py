@@ -1,0 +1,53 @@
+"""The problems: where they come from and how a prompt is made of one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from .ranges import BETWEEN_0_AND_1, NOT_NEGATIVE, POSITIVE
+
+Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The problems: where they come from and how a prompt is made of one."""
+
+    task: str = ""
+    """Name of a reasoning-gym task, which makes its own problems. Either this or `dataset`."""
+    task_args: Json = field(default_factory=dict)
+    """Arguments of the reasoning-gym task, on the command line as JSON."""
+    task_size: Annotated[int, POSITIVE] = 4000
+    """How many problems reasoning-gym is asked for; repeated ones are dropped."""
+    dataset: str = ""
+    """Hub id, or a JSON, JSONL, CSV or Parquet file, or a folder: a dataset with a prompt and an answer column."""
+    dataset_config: str = ""
+    """Configuration of a hub dataset that has several (`main` of `openai/gsm8k`)."""
+    dataset_split: str = "train"
+    """Split to train on."""
+    streaming: bool = False
+    """Read the dataset from where it is, row by row, instead of downloading all of it; needs `max_rows`."""
+    max_rows: Annotated[int, NOT_NEGATIVE] = 0
+    """Take the first so many rows of each split. 0: all."""
+    eval_split: str = ""
+    """Split to evaluate on. Empty: a part of the training split is held out, see `holdout_fraction`."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: a text, or a list of chat messages to which the chat template is applied."""
+    answer_column: str = "answer"
+    """Column with the reference answer, which the built-in rewards compare with."""
+    reference_pattern: str = ""
+    """Regular expression whose first group is the answer in that column; the last match counts. Empty: all of it."""
+    prompt_template: str = ""
+    """A format string over the columns that makes the prompt, such as `{prompt} Think step by step.`"""
+    chat: bool = False
+    """The prompt is a user's message: it goes through the student's chat template."""
+    system_prompt: str = ""
+    """The system's message before it (with `chat`)."""
+    max_prompt_length: Annotated[int, NOT_NEGATIVE] = 0
+    """Problems with a prompt of more tokens are left out, and their number is printed. 0: none may be too long."""
+    holdout_fraction: Annotated[float, BETWEEN_0_AND_1] = 0.2
+    """Share of the problems that are never trained on; which ones depends on a hash of the prompt alone."""
