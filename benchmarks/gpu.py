@@ -1,6 +1,6 @@
 """What has to be run on a machine with a GPU, a command per phase; no network is needed.
 
-    python benchmarks/gpu.py prove|logits|linear|train [--seconds N] [--out DIR] [--small]
+    python benchmarks/gpu.py prove|logits|linear|train [--seconds N] [--out DIR] [--only TEXT] [--small]
 
 prove    versions, the device's ceilings, both GPU backends against float64, then the tests marked triton and cuda
 logits   every operation on logits, 64 to 8192 rows, beside the floors and other libraries; compute-sanitizer
@@ -10,7 +10,9 @@ train    random models of the sizes of Qwen2.5-1.5B and 7B: steps of this packag
 A phase ends within ``--seconds`` (480). Its parts stand in the order of their importance, and one is not begun where
 less time is left than it is expected to take. ``DIR/PHASE.json`` is whole after every part: a part that fails is
 recorded with its error, one that needs what is not installed with the reason, and the phase goes on. The table comes
-last. Exit code 0: no part failed; 1: some did, the table names them; 2: the arguments cannot be used.
+last. With ``--only TEXT`` the parts that have TEXT in their name are run (again), and the others stay as the file of an
+earlier run on the same card has them. Exit code 0: no part failed; 1: some did, the table names them; 2: the arguments
+cannot be used.
 
 ``--small`` runs every phase at toy sizes on a CPU, in Triton's interpreter and (with CMDP_FAST_CUDA_HOST=1) with the
 CUDA kernels compiled for the host. It says nothing about speed: it shows that the script works.
@@ -82,7 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = out / f"{options.phase}.json"
     path.with_suffix(".log").unlink(missing_ok=True)  # to which every program of the phase adds its output
     said = shlex.join(["python", "benchmarks/gpu.py", options.phase, *(["--small"] if options.small else [])])
-    Record.new(path, options.phase, said, options.small, options.seconds)
+    if options.only and path.exists():
+        try:
+            Record.again(path, options.only, options.seconds)
+        except ValueError as error:
+            print(f"gpu.py: error: --only: {error}", file=sys.stderr)
+            return 2
+    else:
+        Record.new(path, options.phase, said, options.small, options.seconds, options.only)
     command = [sys.executable, "-u", str(Path(__file__).with_name("phases") / "worker.py"), options.phase, str(path)]
     record = supervise(command, environment(options.small), path)
     print(f"\n{record.table()}", flush=True)
@@ -97,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="by when the phase has ended (default: 480)")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for JSON and logs")
+    parser.add_argument("--only", default="", help="run only the parts with this in their name, beside what is there")
     parser.add_argument("--small", action="store_true", help="toy sizes on a CPU: only to try the script")
     return parser
 

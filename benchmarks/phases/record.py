@@ -50,10 +50,27 @@ class Record:
         self.path, self.content = path, content
 
     @classmethod
-    def new(cls, path: Path, phase: str, command: str, small: bool, seconds: float) -> Record:
-        """An empty record of a phase that has so many seconds from now on."""
+    def new(cls, path: Path, phase: str, command: str, small: bool, seconds: float, only: str = "") -> Record:
+        """An empty record of a phase that has so many seconds from now on; ``only``: for parts of such a name."""
         about = {"phase": phase, "command": command, "small": small, "began": stamp(), "began_at": time.time()}
+        about |= {"only": only} if only else {}
         record = cls(path, {"format": FORMAT, **about, "limit": seconds, "ended": None, "machine": None, "parts": []})
+        record.write()
+        return record
+
+    @classmethod
+    def again(cls, path: Path, only: str, seconds: float) -> Record:
+        """A phase's record without the parts that have ``only`` in their name, which have so many seconds from now on.
+
+        Raises ValueError if the file is no record.
+        """
+        try:
+            record = cls.read(path)
+            record.content["parts"] = [part for part in record.parts if only not in part["name"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a record: {type(error).__name__}: {error}") from error
+        record.content |= {"only": only, "began_at": time.time(), "limit": seconds}
+        record.content.setdefault("again", []).append({"only": only, "began": stamp()})
         record.write()
         return record
 

@@ -41,8 +41,8 @@ def parts(setting: Setting) -> list[Part]:
         steps("three steps, tiled"),
         steps("three steps, full logits", logits="full"),
         steps("three steps, tiled, gradient checkpointing", gradient_checkpointing=True),
-        Part("kill and resume", 2 * seconds if setting.small else 90, lambda: _killed(setting)),
         Part("TRL, two steps", seconds, lambda: _trl(setting)),
+        Part("kill and resume", 2 * seconds if setting.small else 90, lambda: _killed(setting)),
     ]
 
 
@@ -146,7 +146,7 @@ def _killed(setting: Setting) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shallow = {} if setting.small else models.SHALLOW
-        size = _student(setting)["vocab_size"]
+        size = (_student(setting) | shallow)["vocab_size"]
         models.save(_student(setting) | shallow, torch.float32, setting.device, folder / "student", 1, size)
         models.save(_teacher(setting) | shallow, torch.bfloat16, setting.device, folder / "teacher", 2, size)
         models.write_task(folder / "task.jsonl", 40)

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from phases.record import Record, run_parts
 from phases.supervise import LOST
@@ -30,11 +31,19 @@ def main(phase: str, path: Path) -> int:
     if not small and not torch.cuda.is_available():
         raise SystemExit("PyTorch finds no GPU here; --small tries the script on a CPU")
     setting = Setting(small, "cpu" if small else "cuda", path.with_suffix(".log"), lambda: record.left)
+    here = setting.machine()
     if record.content["machine"] is None:
-        record.content["machine"] = setting.machine()
+        record.content["machine"] = here
         record.write()
-    parts = importlib.import_module(f"phases.{phase}").parts(setting)
+    elif _card(record.content["machine"]) != _card(here):
+        raise SystemExit(f"{path} is of {_card(record.content['machine'])}, not of {_card(here)}: choose another --out")
+    only = record.content.get("only", "")
+    parts = [part for part in importlib.import_module(f"phases.{phase}").parts(setting) if only in part.name]
     return 0 if run_parts(record, parts, setting.alive) else LOST
+
+
+def _card(machine: dict[str, Any]) -> str:
+    return (machine.get("gpu") or {}).get("name", "no GPU")
 
 
 if __name__ == "__main__":

@@ -210,10 +210,10 @@ def test_sequences_longer_than_a_chunk():
 
 
 def test_float64_is_left_to_pytorch():
-    x = make_logits(2, 9, dtype=torch.float64)
+    x = make_logits(2, 9, dtype=torch.float64).to(DEVICE)
     for pair in ((x, x), (x, x.float()), (x.float(), x)):
         with pytest.raises(ValueError, match="got float64; use backend='torch'"):
-            cf.token_stats(*pair, torch.zeros(2, dtype=torch.int64), backend="triton")
+            cf.token_stats(*pair, torch.zeros(2, dtype=torch.int64, device=DEVICE), backend="triton")
         with pytest.raises(ValueError, match="got float64; use backend='torch'"):
             cf.divergence(*pair, backend="triton")
 

@@ -2,6 +2,7 @@
 
 import math
 
+import hosted
 import pytest
 import torch
 from helpers import here, make_logits
@@ -159,9 +160,15 @@ def test_masked_tokens_cost_nothing_and_are_not_counted(backend):
     assert cf.budget_trace(cost, 0.5, mask=mask, backend=backend).first_violation.tolist() == [4]
 
 
-CPU_BACKENDS = [
-    name for name, problem in cf.available_backends().items() if problem is None and (name != "triton" or INTERPRETED)
-]
+HERE = [name for name, problem in cf.available_backends().items() if problem is None]
+
+
+def on(backend, *tensors):
+    """The tensors where a backend takes them."""
+    gpu = (backend == "triton" and not INTERPRETED) or (backend == "cuda" and not hosted.HOSTED)
+    return [t.to("cuda" if gpu else "cpu") for t in tensors]
+
+
 sequences = st.lists(st.lists(st.floats(0, 1, width=32), max_size=9), min_size=1, max_size=5)
 
 
@@ -186,19 +193,21 @@ def test_packed_padded_and_reference_agree(costs, budget, edge, data):
     for settings_ in ({}, {"reduction": "mean"}, {"gamma": 0.5}, {"per_token": True}):
         settings_ = {"edge": edge, **settings_}
         outcomes: dict[str, list[torch.Tensor]] = {}
-        for backend in CPU_BACKENDS:
-            p = cf.budget_trace(packed, budget, mask=keep, cu_seqlens=cu, backend=backend, **settings_)
-            q = cf.budget_trace(padded, budget, mask=real, backend=backend, **settings_)
+        for backend in HERE:
+            cost, kept, ends, rewards = on(backend, packed, keep, cu, reward)
+            wide_cost, wide_kept, wide_rewards, inside = on(backend, padded, real, padded_reward, columns)
+            p = cf.budget_trace(cost, budget, mask=kept, cu_seqlens=ends, backend=backend, **settings_)
+            q = cf.budget_trace(wide_cost, budget, mask=wide_kept, backend=backend, **settings_)
             for name in ("cumulative", "remaining", "violated", "excess"):
-                assert torch.equal(getattr(p, name), getattr(q, name)[columns])
-            none = q.first_violation == width
-            assert torch.equal(p.first_violation, torch.where(none, torch.tensor(lengths), q.first_violation))
+                assert torch.equal(getattr(p, name), getattr(q, name)[inside])
+            first = q.first_violation.cpu()
+            assert torch.equal(p.first_violation.cpu(), torch.where(first == width, torch.tensor(lengths), first))
             for kind in KINDS:
                 given_settings = {"kind": kind, "coefficient": COEFFICIENT.get(kind), "backend": backend}
-                r = cf.modified_reward(reward, packed, p, mask=keep, cu_seqlens=cu, **given_settings)
-                s = cf.modified_reward(padded_reward, padded, q, mask=real, **given_settings)
-                assert torch.allclose(r, s[columns], rtol=1e-5, atol=1e-6, equal_nan=True), kind
-                outcomes.setdefault(backend, []).append(r)
+                r = cf.modified_reward(rewards, cost, p, mask=kept, cu_seqlens=ends, **given_settings)
+                s = cf.modified_reward(wide_rewards, wide_cost, q, mask=wide_kept, **given_settings)
+                assert torch.allclose(r, s[inside], rtol=1e-5, atol=1e-6, equal_nan=True), kind
+                outcomes.setdefault(backend, []).append(r.cpu())
         for rewards in outcomes.values():
             for a, b in zip(outcomes["torch"], rewards, strict=True):
                 assert torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -286,7 +286,7 @@ def test_a_second_backward_pass_gives_the_same_and_there_is_no_second_derivative
 def test_compile_gives_equal_results(dynamic, backend):
     def loss(inputs):
         value = cf.linear_divergence(**inputs, beta=0.3, student_softcap=5.0, teacher_scale=0.5, backend=backend)
-        return value, (value * torch.arange(1.0, 7)).sum()
+        return value, (value * torch.arange(1.0, 7, device=value.device)).sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
     for vocab in (50, 70):

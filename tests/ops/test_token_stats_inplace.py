@@ -36,9 +36,16 @@ class Ours:
         self.settings = {"inplace_backward": inplace, "backend": backend}
 
     def __call__(self, logits, teacher=None):
-        shape = logits.shape
-        teacher = make_logits(*shape, seed=1) if teacher is None else teacher
-        return cf.token_stats(logits, teacher, make_tokens(*shape[:-1], vocab=shape[-1]), **self.settings)
+        shape = (
+            logits.shape
+        )  # the tensors go to its device: a checkpoint is computed again in a thread without a default
+        teacher = make_logits(*shape, seed=1).to(logits.device) if teacher is None else teacher
+        tokens = make_tokens(*shape[:-1], vocab=shape[-1]).to(logits.device)
+        return cf.token_stats(logits, teacher, tokens, **self.settings)
+
+    def elsewhere(self):
+        """The same, with the gradient in memory of its own."""
+        return Ours(False, self.settings["backend"])
 
     def loss(self, logits):
         stats = self(logits)
@@ -46,9 +53,10 @@ class Ours:
 
     def rewarded(self, logits):
         """The same by way of `cf.constrained_reward`."""
-        x, y = logits[None], make_logits(1, *logits.shape, seed=1)
-        tokens = make_tokens(*logits.shape[:-1], vocab=VOCAB)[None]
-        out = cf.constrained_reward(x, y, tokens, torch.ones(tokens.shape), 1.0, **self.settings)
+        x, y = logits[None], make_logits(1, *logits.shape, seed=1).to(logits.device)
+        tokens = make_tokens(*logits.shape[:-1], vocab=VOCAB)[None].to(logits.device)
+        reward = torch.ones(tokens.shape, device=logits.device)
+        out = cf.constrained_reward(x, y, tokens, reward, 1.0, **self.settings)
         return (out.stats.reverse_kl + out.stats.logprob).sum()
 
 
@@ -87,7 +95,7 @@ def exp_of_a_slice_before(leaf, ours):
 
 def head_before(leaf, ours):
     logits = leaf * 1
-    return torch.nn.functional.linear(logits, WEIGHT).square().mul(logits).sum() + ours.loss(logits)
+    return torch.nn.functional.linear(logits, WEIGHT.to(logits.device)).square().mul(logits).sum() + ours.loss(logits)
 
 
 def ours_twice(leaf, ours):
@@ -97,12 +105,12 @@ def ours_twice(leaf, ours):
 
 def divergence_before(leaf, ours):
     logits = leaf * 1
-    return cf.divergence(logits, make_logits(ROWS, VOCAB, seed=2)).sum() + ours.loss(logits)
+    return cf.divergence(logits, make_logits(ROWS, VOCAB, seed=2).to(logits.device)).sum() + ours.loss(logits)
 
 
 def teacher_of_another_before(leaf, ours):
     logits = leaf * 1
-    return Ours(False)(leaf * 2, teacher=logits).reverse_kl.sum() + ours.loss(logits)
+    return ours.elsewhere()(leaf * 2, teacher=logits).reverse_kl.sum() + ours.loss(logits)
 
 
 def z_loss_of_the_leaf_before(leaf, ours):
@@ -248,12 +256,12 @@ def z_loss_after(leaf, ours):
 
 def head_after(leaf, ours):
     logits = leaf * 1
-    return ours.loss(logits) + torch.nn.functional.linear(logits, WEIGHT).square().mul(logits).sum()
+    return ours.loss(logits) + torch.nn.functional.linear(logits, WEIGHT.to(logits.device)).square().mul(logits).sum()
 
 
 def ours_after_without(leaf, ours):
     logits = leaf * 1
-    return ours.loss(logits) + Ours(False).loss(logits)
+    return ours.loss(logits) + ours.elsewhere().loss(logits)
 
 
 def softcap_before(leaf, ours):
@@ -356,7 +364,7 @@ READS = {
     "sum": lambda logits, ours: logits.sum(),
     "ours": lambda logits, ours: ours.loss(logits),
     "ours of rows": lambda logits, ours: ours.loss(logits[1:]),
-    "ours, elsewhere": lambda logits, ours: Ours(False).loss(logits),
+    "ours, elsewhere": lambda logits, ours: ours.elsewhere().loss(logits),
     "teacher": lambda logits, ours: ours(logits.cos(), teacher=logits).reverse_kl.sum(),
     "divergence": lambda logits, ours: cf.divergence(logits, torch.zeros_like(logits)).sum(),
     "checkpoint": lambda logits, ours: checkpoint(z_loss, logits, use_reentrant=False),

@@ -88,8 +88,11 @@ def assert_no_worse(ours, eager, exact, what="", *, size=1.0, terms=1):
     assert float(error.max()) <= limit, f"{what}: error {float(error.max()):.3g} > {limit:.3g}"
 
 
-def check_token_stats(student, teacher, tokens, backend, **settings):
-    """The statistics and their gradient, against the reference in float64 and in eager PyTorch."""
+def check_token_stats(student, teacher, tokens, backend, *, terms=1.0, **settings):
+    """The statistics and their gradient, against the reference in float64 and in eager PyTorch.
+
+    `terms`: the size in nats of the terms whose differences the statistics are.
+    """
     weights = {name: make_logits(*tokens.shape, scale=1.0, seed=i) for i, name in enumerate(DIFFERENTIABLE)}
     x = student.detach().clone().requires_grad_()
     stats = cf.token_stats(x, teacher, tokens, backend=backend, **settings)
@@ -97,7 +100,8 @@ def check_token_stats(student, teacher, tokens, backend, **settings):
     exact, eager = exact_and_eager(student, teacher, tokens, weights, **settings)
     width = student.shape[-1]
     for name in stats._fields:
-        assert_no_worse(getattr(stats, name), getattr(eager[0], name), getattr(exact[0], name), name, terms=width)
+        values = (getattr(source, name) for source in (stats, eager[0], exact[0]))
+        assert_no_worse(*values, name, size=terms, terms=width)
     assert gradient.dtype == student.dtype
     # The gradient of the reverse KL is a difference from R, which carries the rounding of R itself.
     size = float((exact[0].reverse_kl * weights["reverse_kl"]).abs().max()) / settings.get("temperature", 1.0)
