@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +20,20 @@ def make_optimizer(config: TrainConfig, groups: ParameterGroups) -> torch.optim.
 
 
 def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """The course of the learning rates: one step of it for each step of the run."""
+    """The course of the learning rates: one step of it for each step of the run.
+
+    With W steps of warm-up, step s, counted from 0, has (s + 1) / (W + 1) of the peak while s < W. From step W on,
+    which has the peak, it is transformers' course. Theirs begins at 0, with which a rollout would be for nothing: so
+    here it is laid out over one step more, and that step is behind it. No step has the rate 0, the last one neither.
+    """
     from transformers import get_scheduler
 
-    return get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
+    name, warmup = config.lr_schedule, config.lr_warmup_steps
+    if not warmup:
+        return get_scheduler(name, optimizer, 0, config.steps)
+    with_warmup = "constant_with_warmup" if name == "constant" else name  # whose "constant" has none
+    scheduler = get_scheduler(with_warmup, optimizer, warmup + 1, config.steps + 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # before the optimizer's
+        scheduler.step()
+    return scheduler

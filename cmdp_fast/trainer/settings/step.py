@@ -72,9 +72,9 @@ class StepSettings:
     learning_rate: Annotated[float, POSITIVE] = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after `lr_warmup_steps`; linear and cosine end at 0."""
+    """Course of the learning rate after `lr_warmup_steps`; linear and cosine would be 0 in the step after the last."""
     lr_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps before that of the peak, over which the learning rate rises: with 5 of them from 1/6 to 5/6 of it."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
