@@ -58,6 +58,12 @@ class Experience(Completions):
     value: Tensor | None = None  # a value head's prediction
     teacher_outputs: Tensor | None = None  # [B, T, ...], if they are kept
 
+    def cost(self, constraint: Constraint) -> Tensor:
+        """The constraint's cost of each token, [B, T] in nats."""
+        if constraint.cost == "jsd":  # no statistic, and the account has it: not another pass over the logits
+            return self.trace.cumulative.diff(dim=1, prepend=torch.zeros_like(self.trace.cumulative[:, :1]))
+        return cf.token_cost(self.stats, constraint.cost, clamp=constraint.cost_clamp)
+
     def rows(self, index: Tensor) -> Experience:
         """Some of the completions, without their texts."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -242,12 +248,8 @@ class Collector:
             off = torch.where(mask, (e.stats.logprob - e.rollout.sampler_logprob).abs(), 0.0)
             metrics["sampling/sampling_logp_difference/mean"] = off.sum() / tokens
             metrics["sampling/sampling_logp_difference/max"] = off.max()
-        if constraint.cost == "jsd":  # no statistic, and the account has it: not another pass over the logits
-            cost = e.trace.cumulative.diff(dim=1, prepend=torch.zeros_like(e.trace.cumulative[:, :1]))
-        else:
-            cost = cf.token_cost(e.stats, constraint.cost, clamp=constraint.cost_clamp)
         ours = budget_metrics(
-            *(cost, e.trace, divergences(e.stats, mask)),
+            *(e.cost(constraint), e.trace, divergences(e.stats, mask)),
             mask=mask,
             budget=constraint.budget,
             modified=e.reward.sum(1),

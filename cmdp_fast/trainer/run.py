@@ -67,9 +67,11 @@ def train(config: TrainConfig) -> Path:
             return Path(config.resume)
         material = main_first(lambda: load(config, report), accelerator)
         learner = make_learner(config, accelerator, material)
+        constraint = evaluation_constraint(config)
         report.say(
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
-            f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
+            f"{config.method or config.kind}, budget {config.budget:g} nats of {constraint.cost}"
+            + (" per token" if constraint.per_token else "")
         )
         training = Training(config, learner, material, report, code)
         training.begin(held)

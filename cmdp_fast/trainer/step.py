@@ -3,6 +3,7 @@
 roll out   a method samples a group of completions of each prompt, from the student in most
 score      teacher and student read them; `constrained_reward` turns their logits into costs, the account of the
            budget and the modified reward, in one pass over the vocabulary, without holding logits (`experience.py`)
+price      for `pid`, the controller sets lambda by what these completions have spent
 target     the method weighs each token; for PPO that is its advantage (`methods/ppo.py`)
 update     some epochs over minibatches with the method's loss
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +23,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
+import cmdp_fast as cf
 from cmdp_fast import objective
 from cmdp_fast.constraint import KINDS, Constraint
+from cmdp_fast.credit import of_last_token
 from cmdp_fast.errors import InputError
 from cmdp_fast.metrics import as_numbers
 from cmdp_fast.reward_functions import mean_metrics
@@ -60,10 +64,10 @@ class Learner:
             [ids for ids in prompts for _ in range(group)],
             constraint,
         )
+        if self.config.kind == "pid":
+            constraint = self.price(experience, constraint)
         metrics = self.collector.measure(experience, constraint)
         metrics |= self.update(experience, self.method.targets(experience, constraint), constraint)
-        if self.config.kind == "pid":
-            self.pid.update(metrics["cmdp/mean_cumulative"], float(constraint.budget))
         self.collector.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
         seconds = self.clock.now() - start
@@ -75,8 +79,32 @@ class Learner:
     def _processes(self) -> int:
         return self.accelerator.num_processes
 
+    def price(self, experience: Experience, constraint: Constraint) -> Constraint:
+        """The constraint with the lambda that the controller sets by this step's completions, of all processes; the
+        experience gets the modified reward that follows from it.
+
+        So the costs are weighed by the lambda that they have led to, as in algorithm 1 of Stooke et al. and in
+        OmniSafe, and not by that of a policy one update older. In return lambda depends a little on each of the
+        completions: a bias of the order of one in their number. A budget per token is compared with the cost of
+        completions as so much times their mean length. Raises InputError if their mean cost is not finite.
+        """
+        mask, spent = experience.rollout.mask, of_last_token(experience.trace.cumulative, experience.rollout.mask)
+        sums = self._mean({"cost": spent.sum(), "tokens": mask.sum(), "completions": mask.any(1).sum()})
+        cost, length = (sums[name] / sums["completions"] for name in ("cost", "tokens"))
+        if not math.isfinite(cost):
+            raise InputError(
+                f"--kind pid: the mean cost of the completions is {cost} nats, from which no lambda follows; it is "
+                "infinite where the teacher excludes a token that the student uses"
+            )
+        self.pid.update(cost, float(constraint.budget) * (length if constraint.per_token else 1.0))
+        constraint = replace(constraint, coefficient=self.pid.coefficient)
+        experience.reward = cf.modified_reward(
+            *(experience.last_reward, experience.cost(constraint), experience.trace), constraint=constraint, mask=mask
+        )
+        return constraint
+
     def constraint(self) -> Constraint:
-        """The constraint of this step."""
+        """The constraint of this step; for `pid` before the controller has seen its completions (`price`)."""
         coefficient = self.pid.coefficient if self.config.kind == "pid" else self.config.coefficient
         has_one = KINDS[self.config.kind].coefficient is not None
         return training_constraint(self.config, self.steps_done, coefficient if has_one else None)

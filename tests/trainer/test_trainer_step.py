@@ -123,13 +123,6 @@ def test_a_step_of_every_kind(kind, changes, pair):
     assert ("cmdp/prefix_satisfaction" in metrics) == (kind == "worst_case")
 
 
-def test_pid_moves_its_multiplier(pair):
-    learner, rows, prompts = learner_of(settings(pair, kind="pid", coefficient=0.1, budget=0.5))
-    metrics = learner.step(rows, prompts)
-    assert metrics["cmdp/lambda"] == pytest.approx(0.1) and metrics["cmdp/mean_cumulative"] > 0.5
-    assert learner.pid.coefficient > 0.1 and learner.constraint().coefficient == learner.pid.coefficient
-
-
 def test_direct_term_is_divided_like_the_advantage(pair):
     learner, rows, prompts = learner_of(settings(pair, kind="lagrangian", coefficient=0.5, baseline="grpo", epochs=1))
     rows, prompts = ([item for item in items for _ in range(4)] for items in (rows, prompts))
