@@ -16,7 +16,7 @@ from torch import nn
 from cmdp_fast.imports import import_function
 from cmdp_fast.vocabulary import common_vocabulary
 
-from .distributed import any_process, main_first, make_accelerator, on_device, prepare_student, together
+from .distributed import any_process, check_training, main_first, make_accelerator, on_device, prepare_student, together
 from .experience import Collector
 from .interrupts import Interrupts
 from .material import Material, load
@@ -51,6 +51,7 @@ def train(config: TrainConfig) -> Path:
     """
     check_trackers(config)
     accelerator = make_accelerator(config)
+    check_training(accelerator)
     report = Report(accelerator.is_main_process)
     with Interrupts(patient=accelerator.num_processes > 1) as interrupts, ExitStack() as held:
         finished = False
