@@ -111,10 +111,10 @@ class Learner:
 
     def update(self, experience: Experience, targets: Targets, constraint: Constraint) -> Metrics:
         """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""
-        c, history = self.config, list[Metrics]()
+        history = list[Metrics]()
         with self.clock.phase("update"):
-            for _ in range(c.epochs):
-                for minibatch in torch.randperm(len(experience.rollout)).split(c.minibatch_size):
+            for _ in range(self.config.epochs):
+                for minibatch in minibatches(len(experience.rollout), self.config.minibatch_size):
                     metrics = self._accumulate(experience, targets, constraint, minibatch)
                     history.append(self._mean(metrics) | self.descend())
             learning_rate = float(self.scheduler.get_last_lr()[0])
@@ -183,6 +183,15 @@ class Learner:
         """Continues from `state_dict`."""
         self.collector.steps_done, self.tokens_seen = state["steps_done"], state["tokens_seen"]
         self.pid.load_state_dict(state["pid"])
+
+
+def minibatches(count: int, size: int) -> tuple[Tensor, ...]:
+    """The indices of ``count`` completions in random order, in as few parts of at most ``size`` as they fit into.
+
+    Each is an optimizer step of its own, so they are as equal as can be: a remainder of two completions would move the
+    student as far as all others together, with a gradient that is mostly noise.
+    """
+    return torch.randperm(count).tensor_split(math.ceil(count / size))
 
 
 def _with_logged(metrics: Metrics, logged: Metrics) -> Metrics:

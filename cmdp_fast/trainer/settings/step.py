@@ -56,7 +56,8 @@ class StepSettings:
     epochs: Annotated[int, POSITIVE] = 2
     """PPO passes over the completions of a step."""
     minibatch_size: Annotated[int, POSITIVE] = 32
-    """Completions per optimizer step, of each process."""
+    """Completions per optimizer step, of each process; the most where it does not divide their number, which is then
+    split as equally as can be."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
     """Completions that go through a model at once; gradients of a minibatch are accumulated over them."""
     teacher_cache_mb: Annotated[int, NOT_NEGATIVE] = 512
