@@ -33,7 +33,7 @@ from .records.run_folder import check_run_folder
 from .records.trust import code_of
 from .rollout import Sampling, end_tokens
 from .settings.config import TrainConfig
-from .settings.constraint import evaluation_constraint
+from .settings.constraint import evaluation_constraint, warning_of_scale
 from .step import Learner
 from .training import Training
 
@@ -66,6 +66,8 @@ def train(config: TrainConfig) -> Path:
                 remove_checkpoints(Path(config.resume))  # where it was killed before it could
             report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
             return Path(config.resume)
+        if warning := warning_of_scale(config):
+            report.say(f"warning: {warning}")
         material = main_first(lambda: load(config, report), accelerator)
         learner = make_learner(config, accelerator, material)
         constraint = evaluation_constraint(config)

@@ -44,7 +44,7 @@ class StepSettings:
     baseline: Literal["rloo", "grpo", "position_rloo", "gae"] = "rloo"
     """The comparison that an action's advantage comes from: with the mean return of the group's other completions
     (`rloo`; `position_rloo` compares the returns-to-go at each position), or of the whole group and in units of its
-    deviation (`grpo`), or with the prediction of a value head (`gae`)."""
+    deviation (`grpo`, whose divisor the direct term shares), or with the prediction of a value head (`gae`)."""
     gae_lambda: Annotated[float, FROM_0_TO_1] = 0.95
     """Lambda of generalised advantage estimation: 1 trusts the returns, 0 the value head."""
     value_learning_rate: Annotated[float, POSITIVE] = 1e-3
