@@ -110,7 +110,9 @@ class Collector:
         self.problem_count = problem_count  # to train on, of which an epoch is made
         self.steps_done = 0  # which reward functions are told
         models = (student,) if teacher is None else (student, teacher)
-        self.scoring = scoring.make_scoring(config.logits, models, vocab_size, config.temperature)
+        self.scoring = scoring.make_scoring(
+            config.logits, models, vocab_size, config.temperature, config.teacher_temperature
+        )
 
     # ------------------------------------------------------------------------------------- sample
 
@@ -130,7 +132,7 @@ class Collector:
                     rollout = call_rollout(self.rollout, self.config.rollout, prompts, self.sampling, model)
             else:
                 synced = self.accelerator.distributed_type == "FSDP"
-                rollout = generate(model, prompts, self.sampling, mixed_with=mixed_with, synced_gpus=synced)
+                rollout = generate(model, prompts, self._sampling_of(policy), mixed_with=mixed_with, synced_gpus=synced)
             ids = rollout.completion_ids()
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         with clock.phase("scoring"), together(self.accelerator):
@@ -146,6 +148,11 @@ class Collector:
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
             total = torch.stack(list(named.values())).nansum(0)
             return Completions(rollout, texts, total, named, failed, sound, logged=judged.logged)
+
+    def _sampling_of(self, policy: nn.Module) -> Sampling:
+        """The teacher is sampled at its own temperature where it has one: at that it is compared with."""
+        own = self.config.teacher_temperature if policy is self.teacher else 0.0
+        return replace(self.sampling, temperature=own) if own else self.sampling
 
     def collect(
         self,

@@ -77,7 +77,8 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     and a finite budget without it warns. ``loss_type``: the objective is a sum over a completion's tokens, so the
     losses that divide every token by the same number keep to it: `dapo` (the default) and `dr_grpo`; `grpo` weighs a
     token by the length of its completion.
-    ``beta`` is TRL's penalty towards the student's own beginning, and has nothing to do with the teacher.
+    ``beta`` is TRL's penalty towards the student's own beginning, and has nothing to do with the teacher;
+    ``temperature`` divides the logits of student and teacher alike.
 
     Raises InputError, in one line, for values that cannot work; TRL's own refusals are a ValueError.
     """

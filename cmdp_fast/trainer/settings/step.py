@@ -31,7 +31,12 @@ class StepSettings:
     max_new_tokens: Annotated[int, POSITIVE] = 256
     """Longest completion in tokens; the end-of-sequence token counts. One without it is counted as clipped."""
     temperature: Annotated[float, POSITIVE] = 1.0
-    """Temperature of the policy that is sampled, trained, measured and evaluated."""
+    """Temperature of the policy that is sampled, trained, measured and evaluated; the teacher has the same, if it has
+    none of its own (`teacher_temperature`)."""
+    teacher_temperature: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Temperature of the teacher, as it is compared with in costs and losses, sampled and evaluated. 0: the student's.
+    At a `temperature` of 0.7 the cost is KL(student at 0.7 ‖ teacher at 0.7); with 1 here KL(student at 0.7 ‖ teacher
+    at 1)."""
     top_k: Annotated[int, NOT_NEGATIVE] = 0
     """Sample from the so many most likely tokens. 0: from all. Anything but the whole softmax is sampled off-policy."""
     top_p: Annotated[float, ABOVE_0_UP_TO_1] = 1.0
