@@ -122,7 +122,7 @@ def position_rloo(
 
 
 def gae(
-    reward: Tensor, value: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 0.95
+    reward: Tensor, value: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: (advantage, target) [B, T], with V_{T+1} = 0 and target = advantage + value.
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -115,8 +115,8 @@ class Learner:
         with self.clock.phase("update"):
             for _ in range(self.config.epochs):
                 for minibatch in minibatches(len(experience.rollout), self.config.minibatch_size):
-                    metrics = self._accumulate(experience, targets, constraint, minibatch)
-                    history.append(self._mean(metrics) | self.descend())
+                    metrics = self._mean(self._accumulate(experience, targets, constraint, minibatch))
+                    history.append(metrics | self.descend(metrics))
             learning_rate = float(self.scheduler.get_last_lr()[0])
             self.scheduler.step()
         means = {name: sum(each[name] for each in history) / len(history) for name in history[0]}
@@ -148,18 +148,29 @@ class Learner:
             outputs.register_hook(lambda _: self.clock.add("kernels", since))
         self.accelerator.backward(loss)
 
-    def descend(self) -> Metrics:
-        """The optimizer's step. Raises InputError, and takes none, if the gradient is not finite."""
-        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not math.isfinite(norm):
+    def descend(self, metrics: Metrics) -> Metrics:
+        """The optimizer's step, with the gradients of student and value head each cut to the largest norm.
+
+        Raises InputError, and takes none, if a gradient is not finite; ``metrics`` are those of the minibatch, of which
+        the message names a loss that is not finite either.
+        """
+        norms = {"grad_norm": self._clipped(self.student)}
+        if self.method.value_head is not None:
+            norms["value/grad_norm"] = self._clipped(self.method.value_head)
+        if not all(map(math.isfinite, norms.values())):
+            lost = [name for name, value in metrics.items() if name.startswith("loss") and not math.isfinite(value)]
             raise InputError(
-                "the gradient is not finite: the learning rate is too high, or the cost is infinite where the teacher "
-                "excludes a token that the student uses"
+                f"the gradient is not finite{f', and neither is {lost[0]}' if lost else ''}: a cost is infinite where "
+                "the teacher excludes a token that the student uses, or the learning rate is too high"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"grad_norm": norm}
+        return norms
+
+    def _clipped(self, model: nn.Module) -> float:
+        """The norm of a model's gradient before it is cut to the largest."""
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _gradients_stay_here(self, wanted: bool) -> AbstractContextManager[None]:
         """Gradients of a minibatch are exchanged once, with its last part."""
