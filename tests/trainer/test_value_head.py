@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_pair import learner_of, settings
 
+import cmdp_fast as cf
 from cmdp_fast import objective
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.settings.config import TrainConfig
@@ -60,3 +61,35 @@ def test_a_reward_reaches_the_first_of_a_thousand_tokens():
     for options in ({}, {"lam": TrainConfig().gae_lambda, "gamma": TrainConfig().gamma}):
         advantage, target = objective.gae(reward, torch.zeros(1, 1000), **options)
         assert advantage[0, 0] == target[0, 0] == 1.0
+
+
+@pytest.mark.parametrize("bootstraps", [False, True])
+def test_a_completion_that_was_cut_off_is_worth_what_the_head_says_of_its_rest(bootstraps, pair):
+    """If that is wanted; one that has ended is worth nothing more, and one may be cut before the others are."""
+    config = settings(pair, baseline="gae", bootstrap_truncated=bootstraps, max_new_tokens=4, micro_batch_size=2)
+    learner, rows, prompts = learner_of(config)
+    head = learner.method.value_head
+    with torch.no_grad():
+        head.linear.weight.normal_()
+    constraint = learner.constraint()
+    part = learner.method.collect(rows * 4, prompts * 4, constraint)
+    rollout = part.rollout
+    assert 2 < (~rollout.finished).sum() < len(rollout)  # more than a micro-batch of them
+    row = int((~rollout.finished).nonzero()[0])
+    rollout.mask[row, 2:] = False
+    expected = torch.zeros(len(rollout))
+    for i in (~rollout.finished).nonzero()[:, 0].tolist() if bootstraps else []:
+        ids = torch.cat([rollout.prompt_ids[i][rollout.prompt_mask[i]], rollout.tokens[i][rollout.mask[i]]])
+        with torch.no_grad():
+            expected[i] = head(cf.last_hidden_state(learner.student, ids[None]))[0, -1]
+    targets = learner.method.targets(part, constraint)
+    advantage, value = objective.gae(part.reward, part.value, mask=rollout.mask, beyond=expected)
+    torch.testing.assert_close(targets["advantage"], advantage, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(targets["value"], value, rtol=1e-4, atol=1e-5)
+    metrics = learner.step(rows, prompts)
+    assert math.isfinite(metrics["loss/value"])
+
+
+def test_bootstrapping_needs_a_value_head(pair):
+    with pytest.raises(InputError, match="it needs --baseline gae"):
+        settings(pair, bootstrap_truncated=True)

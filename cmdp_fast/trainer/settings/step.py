@@ -53,6 +53,10 @@ class StepSettings:
     gae_lambda: Annotated[float, FROM_0_TO_1] = 1.0
     """Lambda of generalised advantage estimation: 1 trusts the returns, 0 the value head. A reward reaches a token that
     is n tokens before it times lambda to the n: with 0.95, and 1000 tokens, as 6e-23 of itself."""
+    bootstrap_truncated: bool = False
+    """Whether the value head says what was still to come where `max_new_tokens` cut a completion off. If not, nothing
+    was, as in TRL, verl and OpenRLHF: rewards, costs, budgets and evaluations end there, and no return ever corrects
+    what the head says of the rest. With it for a limit that there is in training alone."""
     value_learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Learning rate of the value head, a linear layer on the student's hidden states (which it does not change)."""
     teacher_mix: Annotated[float, FROM_0_BELOW_1] = 0.2
