@@ -115,8 +115,8 @@ class Learner:
         with self.clock.phase("update"):
             for _ in range(self.config.epochs):
                 for minibatch in minibatches(len(experience.rollout), self.config.minibatch_size):
-                    metrics = self._mean(self._accumulate(experience, targets, constraint, minibatch))
-                    history.append(metrics | self.descend(metrics))
+                    metrics = self._accumulate(experience, targets, constraint, minibatch)
+                    history.append(self._mean(metrics) | self.descend())
             learning_rate = float(self.scheduler.get_last_lr()[0])
             self.scheduler.step()
         means = {name: sum(each[name] for each in history) / len(history) for name in history[0]}
@@ -148,20 +148,16 @@ class Learner:
             outputs.register_hook(lambda _: self.clock.add("kernels", since))
         self.accelerator.backward(loss)
 
-    def descend(self, metrics: Metrics) -> Metrics:
-        """The optimizer's step, with the gradients of student and value head each cut to the largest norm.
-
-        Raises InputError, and takes none, if a gradient is not finite; ``metrics`` are those of the minibatch, of which
-        the message names a loss that is not finite either.
-        """
+    def descend(self) -> Metrics:
+        """The optimizer's step, with the gradients of student and value head each cut to the largest norm. Raises
+        InputError, and takes none, if one of them is not finite."""
         norms = {"grad_norm": self._clipped(self.student)}
         if self.method.value_head is not None:
             norms["value/grad_norm"] = self._clipped(self.method.value_head)
         if not all(map(math.isfinite, norms.values())):
-            lost = [name for name, value in metrics.items() if name.startswith("loss") and not math.isfinite(value)]
             raise InputError(
-                f"the gradient is not finite{f', and neither is {lost[0]}' if lost else ''}: a cost is infinite where "
-                "the teacher excludes a token that the student uses, or the learning rate is too high"
+                "the gradient is not finite: a cost is infinite where the teacher excludes a token that the student "
+                "uses, or the learning rate is too high"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
