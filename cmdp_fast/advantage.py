@@ -122,12 +122,21 @@ def position_rloo(
 
 
 def gae(
-    reward: Tensor, value: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0, lam: float = 0.95
+    reward: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    beyond: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: (advantage, target) [B, T], with V_{T+1} = 0 and target = advantage + value.
+    """Generalised advantage estimation: (advantage, target) [B, T], with target = advantage + value.
 
     ``value`` is V(s_t), before the action. An action-independent cost at t is part of what V(s_t) predicts, so the
     modified reward serves as it is. Masked tokens are stepped over: the next value is that of the next real token.
+    ``beyond`` [B] is V_{T+1}, after the last real token, of sequences that were cut off and would go on; 0 for one that
+    has ended, and None for all. ``lam`` 1 is the return less the value; with less, a reward reaches
+    a token n before it times (gamma lam)^n, and 0.95 takes it from the first of 1000 tokens.
     The advantage is not whitened, as other libraries' is: that divides it by a number, which the direct term has to
     share. `whiten` does both; the target is made of the advantage before that.
     Raises TypeError, ValueError for a mask or shapes that do not fit.
@@ -135,8 +144,13 @@ def gae(
     Source: Schulman et al. 2016, arXiv 1506.02438, equation 16.
     """
     keep = kept_tokens(reward, mask, value=value)
+    if beyond is not None and beyond.shape != reward.shape[:1]:
+        raise ValueError(f"beyond has shape {tuple(beyond.shape)}, expected {tuple(reward.shape[:1])}")
     value = torch.where(keep, value.detach(), 0.0)
     after = following(suffix_scan(value, torch.where(keep, value.new_zeros(()), 1.0)))
+    if beyond is not None:
+        ends = following(keep.long()).flip(1).cumsum(1).flip(1) == 0  # no real token follows
+        after = torch.where(ends, beyond.detach()[:, None], after)
     delta = torch.where(keep, reward.detach() + gamma * after - value, 0.0)
     advantage = suffix_scan(delta, torch.where(keep, delta.new_tensor(gamma * lam), 1.0))
     advantage = torch.where(keep, advantage, 0.0)

@@ -190,6 +190,12 @@ class Constraint:
         amounts = (self.penalty, self.discrepancy_weight, self.price, self.barrier_slope)
         return RewardRule(self.kind, self.at_crossing, *(float(amount) for amount in amounts))
 
+    @property
+    def has_direct_term(self) -> bool:
+        """Whether the gradient flows through the cost, and not through the sampled tokens alone."""
+        amount = {"discrepancy": self.discrepancy_weight, "price": self.price, "barrier": self.price}
+        return not self.action_dependent and bool(self.is_a.direct and amount[self.is_a.direct])
+
     def warn_of_a_penalty_without_gradient(self, stacklevel: int) -> None:
         """Warns of ``saute`` with a cost that does not depend on the action: nothing but chance leads its student back
         inside the budget."""
@@ -199,6 +205,16 @@ class Constraint:
                 "direct gradient and a student may stay over budget; use kind='cmdp' or 'hinge', or cost='k1'",
                 stacklevel=stacklevel + 1,
             )
+
+
+def of_a_scaled_direct_term(scaled: str, instead: str) -> str:
+    """The warning of a setting ``scaled`` that divides advantages by a group's deviation, where the gradient has a
+    direct term; ``instead`` is the setting that does not."""
+    return (
+        f"{scaled} divides the direct term by a group's standard deviation, by 1e-4 where returns are equal, and "
+        f"cancels discrepancy_weight where nothing but the excess differs; {instead} keeps what penalty and "
+        "discrepancy_weight mean"
+    )
 
 
 def _same(one: object, other: object) -> bool:

@@ -56,6 +56,12 @@ class Head(NamedTuple):
         """The logits [..., V] of hidden states [..., H], all at once; differentiable."""
         return _postprocessed(nn.functional.linear(hidden, self.weight, self.bias), self.softcap, self.scale)
 
+    def scaled(self, factor: float) -> Head:
+        """The head whose logits are ``factor``, not 0, times these; a softcap is as many times as high. Sharing the
+        parameters."""
+        softcap = None if self.softcap is None else self.softcap * factor
+        return self._replace(softcap=softcap, scale=self.scale * factor)
+
 
 def last_hidden_state(
     model: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any

@@ -14,10 +14,11 @@ class PIDController:
     """Lambda from a PID controller on mean(C_T) - budget (Stooke, Achiam and Abbeel, ICML 2020).
 
     The gains multiply nats; the defaults suit costs of tens of nats per sequence. ``coefficient`` holds the current
-    lambda, before the first update max(0, initial_integral). Proportional term and derivative act on exponential
-    moving averages (``ema_p``, ``ema_d``: the weight of the past) that start at 0; the derivative compares the averaged
-    cost with that of ``d_delay`` updates ago and, as the integral, never goes below 0. Raises ValueError for a
-    ``d_delay`` below 1.
+    lambda, before the first update max(0, initial_integral). Update it by the costs of a batch before the policy is
+    updated with that batch, as in the source's algorithm 1: lambda then follows from the costs that it weighs.
+    Proportional term and derivative act on exponential moving averages (``ema_p``, ``ema_d``: the weight of the past)
+    that start at 0; the derivative compares the averaged cost with that of ``d_delay`` updates ago and, as the
+    integral, never goes below 0. Raises ValueError for a ``d_delay`` below 1.
     """
 
     kp: float = 0.1
@@ -43,7 +44,8 @@ class PIDController:
 
         Args:
             mean_cost: the mean cumulative cost of a batch, a number or a scalar tensor, in nats.
-            budget: that of a completion, in nats.
+            budget: that of a completion, in nats; the mean of a batch where each has its own, as with a budget per
+                token: d times the mean length.
 
         Raises:
             ValueError: a cost or budget that is not finite.

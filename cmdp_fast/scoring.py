@@ -42,11 +42,22 @@ class TokenBatch(Protocol):
 
 
 @dataclass
-class FromLogits:
-    """Outputs are logits ``[B, T, V]``."""
+class _AtTemperatures:
+    """The policy's temperature, by which the operations divide the logits of both models, and the teacher's own."""
 
     vocab_size: int  # columns that count
     temperature: float
+    teacher_temperature: float = 0.0  # 0: the policy's
+
+    @property
+    def teacher_factor(self) -> float:
+        """By what the teacher's logits are multiplied, so that ``temperature`` makes them those of its own."""
+        return self.temperature / self.teacher_temperature if self.teacher_temperature else 1.0
+
+
+@dataclass
+class FromLogits(_AtTemperatures):
+    """Outputs are logits ``[B, T, V]``."""
 
     def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
@@ -64,7 +75,7 @@ class FromLogits:
     ) -> ConstrainedReward:
         """`cf.constrained_reward` of tokens, task rewards and mask [B, T]."""
         return constrained_reward(
-            *outputs,
+            *self._at_temperatures(models, outputs),
             tokens,
             task_reward,
             constraint=constraint,
@@ -79,7 +90,7 @@ class FromLogits:
         """`cf.token_stats` of tokens [B, T]; ``inplace``: nobody reads the logits again, and the gradient, which is as
         large as they are, takes their place."""
         return token_stats(
-            *outputs,
+            *self._at_temperatures(models, outputs),
             tokens,
             mask=mask,
             inplace_backward=inplace,
@@ -90,20 +101,32 @@ class FromLogits:
     def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
         """`cf.divergence` of kind ``jsd``, [B, T] in nats: forward KL for ``beta`` 0, reverse KL for 1."""
         return divergence(
-            *outputs, "jsd", beta=beta, mask=mask, temperature=self.temperature, vocab_size=self.vocab_size
+            *self._at_temperatures(models, outputs),
+            "jsd",
+            beta=beta,
+            mask=mask,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
         )
+
+    def _at_temperatures(self, models: Models, outputs: Outputs) -> Outputs:
+        """Logits of which ``temperature`` makes those of each model's own; the teacher as the policy has its own too.
+        In float32 or better: half precision would round them once more."""
+        if self.teacher_factor == 1.0:
+            return outputs
+        policy, teacher = outputs
+        wide = torch.promote_types(teacher.dtype, torch.float32)
+        scaled = teacher.to(wide) * self.teacher_factor
+        return (policy.to(wide) * self.teacher_factor if models[0] is models[1] else policy), scaled
 
 
 @dataclass
-class FromHiddenStates:
+class FromHiddenStates(_AtTemperatures):
     """Outputs are hidden states ``[B, T, H]``; logits exist a tile at a time (`cf.linear_token_stats`).
 
     The head runs in the dtype of the hidden states, whatever autocast says where the statistics are computed: a loss
     may be inside it and the scoring outside, and both must have the same numbers.
     """
-
-    vocab_size: int
-    temperature: float
 
     def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
@@ -122,7 +145,7 @@ class FromHiddenStates:
         """`cf.linear_constrained_reward` of tokens, task rewards and mask [B, T]."""
         with without_autocast(outputs[0]):
             return linear_constrained_reward(
-                *(*_halves(models, outputs), tokens, task_reward),
+                *(*self._halves(models, outputs), tokens, task_reward),
                 constraint=constraint,
                 mask=mask,
                 temperature=self.temperature,
@@ -135,7 +158,7 @@ class FromHiddenStates:
         """`cf.linear_token_stats` of tokens [B, T]; there are no logits whose place a gradient could take."""
         with without_autocast(outputs[0]):
             return linear_token_stats(
-                *(*_halves(models, outputs), tokens),
+                *(*self._halves(models, outputs), tokens),
                 mask=mask,
                 temperature=self.temperature,
                 vocab_size=self.vocab_size,
@@ -143,7 +166,7 @@ class FromHiddenStates:
 
     def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
         """`cf.linear_divergence` of kind ``jsd``, [B, T] in nats: forward KL for ``beta`` 0, reverse KL for 1."""
-        student, head, teacher, teacher_head = _halves(models, outputs)
+        student, head, teacher, teacher_head = self._halves(models, outputs)
         if 0 < beta < 1:  # a mixture takes whole heads
             head, teacher_head = _gathered(head), _gathered(teacher_head)
         with without_autocast(student):
@@ -155,14 +178,18 @@ class FromHiddenStates:
                 vocab_size=self.vocab_size,
             )
 
+    def _halves(self, models: Models, outputs: Outputs) -> tuple[Tensor, Head, Tensor, Head]:
+        """Hidden states and head of the policy, and of the teacher, of whose logits ``temperature`` makes those of its
+        own; the teacher as the policy has its own too."""
+        policy, teacher = outputs
+        head, teacher_head = head_for(models[0], policy), head_for(models[1], teacher)
+        teacher_head = teacher_head.scaled(self.teacher_factor)
+        if models[0] is models[1]:
+            head = head.scaled(self.teacher_factor)
+        return policy, head, teacher, teacher_head
+
 
 Scoring = FromLogits | FromHiddenStates
-
-
-def _halves(models: Models, outputs: Outputs) -> tuple[Tensor, Head, Tensor, Head]:
-    """Hidden states and head of the student, and of the teacher."""
-    student, teacher = outputs
-    return student, head_for(models[0], student), teacher, head_for(models[1], teacher)
 
 
 def head_for(model: Any, hidden: Tensor) -> Head:
@@ -183,16 +210,19 @@ def _gathered(head: Head) -> Head:
     return head._replace(weight=weight, bias=bias)
 
 
-def make_scoring(logits: str, models: tuple[Any, ...], vocab_size: int, temperature: float) -> Scoring:
-    """The scoring that the setting ``logits`` names. Raises InputError for a model whose head is not known."""
+def make_scoring(
+    logits: str, models: tuple[Any, ...], vocab_size: int, temperature: float, teacher_temperature: float = 0.0
+) -> Scoring:
+    """The scoring that the setting ``logits`` names, with the policy's temperature and the teacher's (0: the same).
+    Raises InputError for a model whose head is not known."""
     if logits == "full":
-        return FromLogits(vocab_size, temperature)
+        return FromLogits(vocab_size, temperature, teacher_temperature)
     for name, model in zip(("student", "teacher"), models, strict=False):  # or a student alone
         try:
             head_of(model)
         except (TypeError, ValueError) as error:
             raise InputError(f"{name}: {error}; with --logits full it can be used all the same") from error
-    return FromHiddenStates(vocab_size, temperature)
+    return FromHiddenStates(vocab_size, temperature, teacher_temperature)
 
 
 # --------------------------------------------------------------------------------------------------------------

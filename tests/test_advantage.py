@@ -83,6 +83,24 @@ def test_gae_matches_the_recurrence(gamma: float, lam: float) -> None:
         torch.testing.assert_close(target, objective.returns_to_go(reward, mask=mask, gamma=gamma))
 
 
+def test_gae_of_sequences_that_would_go_on() -> None:
+    """V_{T+1} is as a last token that is worth it and pays it: such a one has no advantage of its own."""
+    generator = torch.Generator().manual_seed(3)
+    reward, value = torch.randn(2, 3, 6, dtype=torch.float64, generator=generator)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]).bool()
+    beyond = torch.tensor([2.0, -3.0, 0.0], dtype=torch.float64)
+    longer = (torch.cat([each, beyond[:, None]], 1) for each in (reward, value))
+    all_real = torch.cat([mask, torch.ones(3, 1, dtype=torch.bool)], 1)
+    expected, _ = objective.gae(*longer, mask=all_real, gamma=0.9, lam=0.8)
+    advantage, target = objective.gae(reward, value, mask=mask, gamma=0.9, lam=0.8, beyond=beyond)
+    torch.testing.assert_close(advantage, expected[:, :-1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(target, torch.where(mask, advantage + value, 0.0))
+    ended, _ = objective.gae(reward, value, mask=mask, gamma=0.9, lam=0.8)
+    assert torch.equal(ended[2], advantage[2]) and not torch.equal(ended[0], advantage[0])
+    with pytest.raises(ValueError, match=r"beyond has shape \(2,\), expected \(3,\)"):
+        objective.gae(reward, value, beyond=beyond[:2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_whitening_divides_by_a_number_that_the_direct_term_can_share(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, first_line
 
 from .causal_lm import CausalLM
 from .settings.config import TrainConfig
@@ -40,12 +40,36 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
-    )
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
+    try:
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
+    except (ImportError, ValueError, NotImplementedError) as error:
+        raise InputError(f"accelerate cannot do what its configuration asks for: {first_line(error)}") from error
     if accelerator.distributed_type == "FSDP":
         check_sharding(accelerator, config)
     return accelerator
+
+
+def check_training(accelerator: Accelerator) -> None:
+    """Raises InputError where accelerate's configuration would make a step another than the settings say, silently."""
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "FSDP") and not kind.startswith("MULTI_"):
+        raise InputError(f"accelerate's distributed_type is {kind}: only DDP and FSDP version 2 are supported")
+    if (accumulated := accelerator.gradient_accumulation_steps) != 1:
+        raise InputError(
+            f"accelerate's gradient_accumulation_steps is {accumulated}, which would divide the gradient by as much: "
+            "set it to 1 (ACCELERATE_GRADIENT_ACCUMULATION_STEPS); an optimizer step is over --minibatch-size "
+            "completions, and their gradients are accumulated over parts of --micro-batch-size"
+        )
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if (size := getattr(parallelism, name, None) or 1) != 1:
+            raise InputError(f"accelerate's {name} is {size}, expected 1: each process has completions of its own")
+    if (backend := accelerator.state.dynamo_plugin.backend.value) != "NO":
+        raise InputError(
+            f"accelerate's dynamo_backend is {backend.lower()}, which would switch on TF32 and compile nothing that a "
+            "step runs: set it to no (ACCELERATE_DYNAMO_BACKEND)"
+        )
 
 
 def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:

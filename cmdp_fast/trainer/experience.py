@@ -58,6 +58,12 @@ class Experience(Completions):
     value: Tensor | None = None  # a value head's prediction
     teacher_outputs: Tensor | None = None  # [B, T, ...], if they are kept
 
+    def cost(self, constraint: Constraint) -> Tensor:
+        """The constraint's cost of each token, [B, T] in nats."""
+        if constraint.cost == "jsd":  # no statistic, and the account has it: not another pass over the logits
+            return self.trace.cumulative.diff(dim=1, prepend=torch.zeros_like(self.trace.cumulative[:, :1]))
+        return cf.token_cost(self.stats, constraint.cost, clamp=constraint.cost_clamp)
+
     def rows(self, index: Tensor) -> Experience:
         """Some of the completions, without their texts."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -104,7 +110,9 @@ class Collector:
         self.problem_count = problem_count  # to train on, of which an epoch is made
         self.steps_done = 0  # which reward functions are told
         models = (student,) if teacher is None else (student, teacher)
-        self.scoring = scoring.make_scoring(config.logits, models, vocab_size, config.temperature)
+        self.scoring = scoring.make_scoring(
+            config.logits, models, vocab_size, config.temperature, config.teacher_temperature
+        )
 
     # ------------------------------------------------------------------------------------- sample
 
@@ -124,7 +132,7 @@ class Collector:
                     rollout = call_rollout(self.rollout, self.config.rollout, prompts, self.sampling, model)
             else:
                 synced = self.accelerator.distributed_type == "FSDP"
-                rollout = generate(model, prompts, self.sampling, mixed_with=mixed_with, synced_gpus=synced)
+                rollout = generate(model, prompts, self._sampling_of(policy), mixed_with=mixed_with, synced_gpus=synced)
             ids = rollout.completion_ids()
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         with clock.phase("scoring"), together(self.accelerator):
@@ -140,6 +148,11 @@ class Collector:
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
             total = torch.stack(list(named.values())).nansum(0)
             return Completions(rollout, texts, total, named, failed, sound, logged=judged.logged)
+
+    def _sampling_of(self, policy: nn.Module) -> Sampling:
+        """The teacher is sampled at its own temperature where it has one: at that it is compared with."""
+        own = self.config.teacher_temperature if policy is self.teacher else 0.0
+        return replace(self.sampling, temperature=own) if own else self.sampling
 
     def collect(
         self,
@@ -242,12 +255,8 @@ class Collector:
             off = torch.where(mask, (e.stats.logprob - e.rollout.sampler_logprob).abs(), 0.0)
             metrics["sampling/sampling_logp_difference/mean"] = off.sum() / tokens
             metrics["sampling/sampling_logp_difference/max"] = off.max()
-        if constraint.cost == "jsd":  # no statistic, and the account has it: not another pass over the logits
-            cost = e.trace.cumulative.diff(dim=1, prepend=torch.zeros_like(e.trace.cumulative[:, :1]))
-        else:
-            cost = cf.token_cost(e.stats, constraint.cost, clamp=constraint.cost_clamp)
         ours = budget_metrics(
-            *(cost, e.trace, divergences(e.stats, mask)),
+            *(e.cost(constraint), e.trace, divergences(e.stats, mask)),
             mask=mask,
             budget=constraint.budget,
             modified=e.reward.sum(1),

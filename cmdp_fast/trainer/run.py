@@ -11,18 +11,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from cmdp_fast.imports import import_function
 from cmdp_fast.vocabulary import common_vocabulary
 
-from .distributed import any_process, main_first, make_accelerator, on_device, prepare_student, together
+from .distributed import any_process, check_training, main_first, make_accelerator, on_device, prepare_student, together
 from .experience import Collector
 from .interrupts import Interrupts
 from .material import Material, load
 from .methods.method import method_named
 from .models.value_head import ValueHead
+from .optimization import make_optimizer, make_scheduler
 from .records.checkpoint import remove_checkpoints
 from .records.clock import Clock
 from .records.lock import alone_in
@@ -33,7 +33,7 @@ from .records.run_folder import check_run_folder
 from .records.trust import code_of
 from .rollout import Sampling, end_tokens
 from .settings.config import TrainConfig
-from .settings.constraint import evaluation_constraint
+from .settings.constraint import evaluation_constraint, warning_of_scale
 from .step import Learner
 from .training import Training
 
@@ -51,6 +51,7 @@ def train(config: TrainConfig) -> Path:
     """
     check_trackers(config)
     accelerator = make_accelerator(config)
+    check_training(accelerator)
     report = Report(accelerator.is_main_process)
     with Interrupts(patient=accelerator.num_processes > 1) as interrupts, ExitStack() as held:
         finished = False
@@ -65,11 +66,15 @@ def train(config: TrainConfig) -> Path:
                 remove_checkpoints(Path(config.resume))  # where it was killed before it could
             report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
             return Path(config.resume)
+        if warning := warning_of_scale(config):
+            report.say(f"warning: {warning}")
         material = main_first(lambda: load(config, report), accelerator)
         learner = make_learner(config, accelerator, material)
+        constraint = evaluation_constraint(config)
         report.say(
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
-            f"{config.method or config.kind}, budget {config.budget:g} nats of {evaluation_constraint(config).cost}"
+            f"{config.method or config.kind}, budget {config.budget:g} nats of {constraint.cost}"
+            + (" per token" if constraint.per_token else "")
         )
         training = Training(config, learner, material, report, code)
         training.begin(held)
@@ -80,7 +85,6 @@ def train(config: TrainConfig) -> Path:
 def make_learner(config: TrainConfig, accelerator: Accelerator, material: Material) -> Learner:
     """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
-    from transformers import get_scheduler
 
     set_seed(config.seed, device_specific=accelerator.num_processes > 1)
     trained = [parameter for parameter in material.student.parameters() if parameter.requires_grad]
@@ -89,8 +93,8 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, material: Materi
     if config.has_value_head:
         value_head = ValueHead(material.student.config.get_text_config().hidden_size).to(accelerator.device)
         groups.append({"params": list(value_head.parameters()), "lr": config.value_learning_rate})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    scheduler = get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
+    optimizer = make_optimizer(config, groups)
+    scheduler = make_scheduler(config, optimizer)
     student, prepared = prepare_student(material.student, optimizer, accelerator)
     value_head = value_head and accelerator.prepare(value_head)
     collector = make_collector(config, accelerator, student, material)

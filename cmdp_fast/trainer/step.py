@@ -3,6 +3,7 @@
 roll out   a method samples a group of completions of each prompt, from the student in most
 score      teacher and student read them; `constrained_reward` turns their logits into costs, the account of the
            budget and the modified reward, in one pass over the vocabulary, without holding logits (`experience.py`)
+price      for `pid`, the controller sets lambda by what these completions have spent
 target     the method weighs each token; for PPO that is its advantage (`methods/ppo.py`)
 update     some epochs over minibatches with the method's loss
 
@@ -14,15 +15,18 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
+import cmdp_fast as cf
 from cmdp_fast import objective
 from cmdp_fast.constraint import KINDS, Constraint
+from cmdp_fast.credit import of_last_token
 from cmdp_fast.errors import InputError
 from cmdp_fast.metrics import as_numbers
 from cmdp_fast.reward_functions import mean_metrics
@@ -60,10 +64,10 @@ class Learner:
             [ids for ids in prompts for _ in range(group)],
             constraint,
         )
+        if self.config.kind == "pid":
+            constraint = self.price(experience, constraint)
         metrics = self.collector.measure(experience, constraint)
         metrics |= self.update(experience, self.method.targets(experience, constraint), constraint)
-        if self.config.kind == "pid":
-            self.pid.update(metrics["cmdp/mean_cumulative"], float(constraint.budget))
         self.collector.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
         seconds = self.clock.now() - start
@@ -75,18 +79,42 @@ class Learner:
     def _processes(self) -> int:
         return self.accelerator.num_processes
 
+    def price(self, experience: Experience, constraint: Constraint) -> Constraint:
+        """The constraint with the lambda that the controller sets by this step's completions, of all processes; the
+        experience gets the modified reward that follows from it.
+
+        So the costs are weighed by the lambda that they have led to, as in algorithm 1 of Stooke et al. and in
+        OmniSafe, and not by that of a policy one update older. In return lambda depends a little on each of the
+        completions: a bias of the order of one in their number. A budget per token is compared with the cost of
+        completions as so much times their mean length. Raises InputError if their mean cost is not finite.
+        """
+        mask, spent = experience.rollout.mask, of_last_token(experience.trace.cumulative, experience.rollout.mask)
+        sums = self._mean({"cost": spent.sum(), "tokens": mask.sum(), "completions": mask.any(1).sum()})
+        cost, length = (sums[name] / sums["completions"] for name in ("cost", "tokens"))
+        if not math.isfinite(cost):
+            raise InputError(
+                f"--kind pid: the mean cost of the completions is {cost} nats, from which no lambda follows; it is "
+                "infinite where the teacher excludes a token that the student uses"
+            )
+        self.pid.update(cost, float(constraint.budget) * (length if constraint.per_token else 1.0))
+        constraint = replace(constraint, coefficient=self.pid.coefficient)
+        experience.reward = cf.modified_reward(
+            *(experience.last_reward, experience.cost(constraint), experience.trace), constraint=constraint, mask=mask
+        )
+        return constraint
+
     def constraint(self) -> Constraint:
-        """The constraint of this step."""
+        """The constraint of this step; for `pid` before the controller has seen its completions (`price`)."""
         coefficient = self.pid.coefficient if self.config.kind == "pid" else self.config.coefficient
         has_one = KINDS[self.config.kind].coefficient is not None
         return training_constraint(self.config, self.steps_done, coefficient if has_one else None)
 
     def update(self, experience: Experience, targets: Targets, constraint: Constraint) -> Metrics:
         """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""
-        c, history = self.config, list[Metrics]()
+        history = list[Metrics]()
         with self.clock.phase("update"):
-            for _ in range(c.epochs):
-                for minibatch in torch.randperm(len(experience.rollout)).split(c.minibatch_size):
+            for _ in range(self.config.epochs):
+                for minibatch in minibatches(len(experience.rollout), self.config.minibatch_size):
                     metrics = self._accumulate(experience, targets, constraint, minibatch)
                     history.append(self._mean(metrics) | self.descend())
             learning_rate = float(self.scheduler.get_last_lr()[0])
@@ -121,17 +149,24 @@ class Learner:
         self.accelerator.backward(loss)
 
     def descend(self) -> Metrics:
-        """The optimizer's step. Raises InputError, and takes none, if the gradient is not finite."""
-        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not math.isfinite(norm):
+        """The optimizer's step, with the gradients of student and value head each cut to the largest norm. Raises
+        InputError, and takes none, if one of them is not finite."""
+        norms = {"grad_norm": self._clipped(self.student)}
+        if self.method.value_head is not None:
+            norms["value/grad_norm"] = self._clipped(self.method.value_head)
+        if not all(map(math.isfinite, norms.values())):
             raise InputError(
-                "the gradient is not finite: the learning rate is too high, or the cost is infinite where the teacher "
-                "excludes a token that the student uses"
+                "the gradient is not finite: a cost is infinite where the teacher excludes a token that the student "
+                "uses, or the learning rate is too high"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"grad_norm": norm}
+        return norms
+
+    def _clipped(self, model: nn.Module) -> float:
+        """The norm of a model's gradient before it is cut to the largest."""
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _gradients_stay_here(self, wanted: bool) -> AbstractContextManager[None]:
         """Gradients of a minibatch are exchanged once, with its last part."""
@@ -155,6 +190,15 @@ class Learner:
         """Continues from `state_dict`."""
         self.collector.steps_done, self.tokens_seen = state["steps_done"], state["tokens_seen"]
         self.pid.load_state_dict(state["pid"])
+
+
+def minibatches(count: int, size: int) -> tuple[Tensor, ...]:
+    """The indices of ``count`` completions in random order, in as few parts of at most ``size`` as they fit into.
+
+    Each is an optimizer step of its own, so they are as equal as can be: a remainder of two completions would move the
+    student as far as all others together, with a gradient that is mostly noise.
+    """
+    return torch.randperm(count).tensor_split(math.ceil(count / size))
 
 
 def _with_logged(metrics: Metrics, logged: Metrics) -> Metrics:

@@ -139,10 +139,10 @@ def test_mixture_with_a_narrower_teacher_draws_nothing_beyond_it():
         def __call__(self, **inputs):
             return type("Output", (), {"logits": teacher.expand(2, 1, 3), "past_key_values": None})()
 
-    processor = TeacherMixture(Narrow(), torch.ones(2, 4, dtype=torch.bool), mix=0.3, temperature=0.5)
+    processor = TeacherMixture(Narrow(), torch.ones(2, 4, dtype=torch.bool), mix=0.3, temperatures=(0.5, 0.8))
     mixed = processor(torch.ones(2, 4, dtype=torch.long), student.expand(2, 5))
     assert torch.isneginf(mixed[:, 3:]).all()
-    expected = 0.3 * (teacher / 0.5).softmax(-1) + 0.7 * (student[:, :3] / 0.5).softmax(-1)
+    expected = 0.3 * (teacher / 0.8).softmax(-1) + 0.7 * (student[:, :3] / 0.5).softmax(-1)
     torch.testing.assert_close(mixed[:, :3].exp(), expected.expand(2, 3))
 
 

@@ -29,7 +29,7 @@ from cmdp_fast.trainer.step import Learner
 STEPS = 6
 VARIANTS = {
     "cmdp": {"lr_schedule": "constant"},
-    "gae": {"baseline": "gae", "lr_schedule": "cosine"},
+    "gae": {"baseline": "gae", "lr_schedule": "cosine", "lr_warmup_steps": 3},
     "pid": {"kind": "pid", "coefficient": 0.1, "pid_gains": "0.1 0.1 0.1", "budget_start": 5.0, "budget_steps": 4},
     "lora": {"lora_rank": 2, "lr_schedule": "constant"},
 }

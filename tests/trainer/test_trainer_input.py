@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_pair import PROBLEMS, arguments, tiny_model
+import torch
+from tiny_pair import PROBLEMS, arguments, learner_of, settings, tiny_model
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.settings.constraint import warning_of_scale
 from cmdp_fast.trainer.settings.recipe import METHOD_FILES, RECIPES
 
 BAD_INPUT = {
@@ -162,3 +164,35 @@ def test_every_field_is_documented(capsys):
     source = "".join(Path(sys.modules[part.__module__].__file__).read_text() for part in TrainConfig.__mro__[:-1])
     for field in dataclasses.fields(TrainConfig):
         assert re.search(rf'^    {field.name}: .*\n    """', source, re.M), field.name
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"baseline": "grpo"}, True),
+        ({"baseline": "grpo", "kind": "hinge", "discrepancy_weight": 0.0}, False),
+        ({"baseline": "grpo", "kind": "pid"}, True),
+        ({"baseline": "grpo", "kind": "lagrangian"}, False),  # --method grpo: a multiplier of 0
+        ({"baseline": "grpo", "kind": "lagrangian", "coefficient": 0.1}, True),
+        ({"baseline": "grpo", "cost": "k1"}, False),
+        ({"baseline": "grpo", "algorithm": "gkd"}, False),
+        ({"baseline": "rloo"}, False),
+    ],
+)
+def test_a_divisor_that_the_direct_term_shares_is_told(changes, expected):
+    warning = warning_of_scale(TrainConfig(**changes))
+    assert bool(warning) == expected
+    assert not warning or "--baseline rloo keeps what penalty and discrepancy_weight mean" in warning
+
+
+def test_the_divisor_forgets_the_discrepancy_weight(pair):
+    """The reason for the warning: with equal task rewards and no penalty the weight changes nothing at all."""
+    targets = []
+    for weight in (1.0, 100.0):
+        config = settings(pair, kind="hinge", baseline="grpo", budget=0.5, discrepancy_weight=weight)
+        learner, rows, prompts = learner_of(config, nothing=lambda completions, **_: [0.0] * len(completions))
+        rows, prompts = ([item for item in items for _ in range(4)] for items in (rows, prompts))
+        constraint = learner.constraint()
+        targets.append(learner.method.targets(learner.method.collect(rows, prompts, constraint), constraint))
+    for name in ("advantage", "direct"):
+        torch.testing.assert_close(targets[1][name], targets[0][name], rtol=1e-3, atol=1e-3)

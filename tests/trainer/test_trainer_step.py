@@ -20,6 +20,7 @@ from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.models.saving import save_student
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.rollout import completion_mask, generate
+from cmdp_fast.trainer.step import minibatches
 from cmdp_fast.trainer.tasks.data import shuffled
 
 
@@ -123,13 +124,6 @@ def test_a_step_of_every_kind(kind, changes, pair):
     assert ("cmdp/prefix_satisfaction" in metrics) == (kind == "worst_case")
 
 
-def test_pid_moves_its_multiplier(pair):
-    learner, rows, prompts = learner_of(settings(pair, kind="pid", coefficient=0.1, budget=0.5))
-    metrics = learner.step(rows, prompts)
-    assert metrics["cmdp/lambda"] == pytest.approx(0.1) and metrics["cmdp/mean_cumulative"] > 0.5
-    assert learner.pid.coefficient > 0.1 and learner.constraint().coefficient == learner.pid.coefficient
-
-
 def test_direct_term_is_divided_like_the_advantage(pair):
     learner, rows, prompts = learner_of(settings(pair, kind="lagrangian", coefficient=0.5, baseline="grpo", epochs=1))
     rows, prompts = ([item for item in items for _ in range(4)] for items in (rows, prompts))
@@ -181,6 +175,24 @@ def test_seed_reaches_the_sampling(pair):
         learner, _, prompts = learner_of(settings(pair, seed=seed))
         tokens.append(generate(learner.student, prompts * 8, learner.collector.sampling).completion_ids())
     assert tokens[0] == tokens[1] != tokens[2]
+
+
+@pytest.mark.parametrize(
+    "count, size, expected",
+    [(12, 6, [6, 6]), (12, 5, [4, 4, 4]), (13, 6, [5, 4, 4]), (34, 32, [17, 17]), (5, 32, [5]), (3, 1, [1, 1, 1])],
+)
+def test_minibatches_are_as_equal_as_can_be(count, size, expected):
+    parts = minibatches(count, size)
+    assert [len(part) for part in parts] == expected
+    assert torch.cat(parts).sort().values.tolist() == list(range(count))
+
+
+def test_an_update_takes_a_step_for_each_minibatch(pair, monkeypatch):
+    learner, rows, prompts = learner_of(settings(pair, epochs=2, minibatch_size=5))
+    sizes, accumulate = [], learner._accumulate
+    monkeypatch.setattr(learner, "_accumulate", lambda *args: sizes.append(len(args[-1])) or accumulate(*args))
+    learner.step(rows, prompts)
+    assert sizes == [4, 4, 4] * 2
 
 
 @pytest.mark.parametrize(

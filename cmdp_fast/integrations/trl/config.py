@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from trl import DistillationConfig, GRPOConfig
 
 from cmdp_fast import checks
-from cmdp_fast.constraint import Constraint
+from cmdp_fast.constraint import Constraint, of_a_scaled_direct_term
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.ops.cost import FROM_STATISTICS
 
@@ -77,7 +77,8 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     and a finite budget without it warns. ``loss_type``: the objective is a sum over a completion's tokens, so the
     losses that divide every token by the same number keep to it: `dapo` (the default) and `dr_grpo`; `grpo` weighs a
     token by the length of its completion.
-    ``beta`` is TRL's penalty towards the student's own beginning, and has nothing to do with the teacher.
+    ``beta`` is TRL's penalty towards the student's own beginning, and has nothing to do with the teacher;
+    ``temperature`` divides the logits of student and teacher alike.
 
     Raises InputError, in one line, for values that cannot work; TRL's own refusals are a ValueError.
     """
@@ -150,12 +151,9 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
         )
         super().__post_init__()
         self.constraint.warn_of_a_penalty_without_gradient(stacklevel=3)
-        if self.has_direct_term and self.scale_rewards == "group" and self.budget != math.inf:
-            warnings.warn(
-                "scale_rewards='group' divides the direct term by a group's standard deviation, by 1e-4 where returns "
-                "are equal; scale_rewards='none' keeps what penalty and discrepancy_weight mean",
-                stacklevel=3,
-            )
+        if self.constraint.has_direct_term and self.scale_rewards == "group" and self.budget != math.inf:
+            text = of_a_scaled_direct_term("scale_rewards='group'", "scale_rewards='none'")
+            warnings.warn(text, stacklevel=3)
 
     @property
     def constraint(self) -> Constraint:
@@ -171,13 +169,6 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             per_token=self.budget_per_token,
             cost_clamp=self.cost_clamp,
         )
-
-    @property
-    def has_direct_term(self) -> bool:
-        """Whether the gradient flows through the cost, and not through the sampled tokens alone."""
-        held = self.constraint
-        amount = {"discrepancy": held.discrepancy_weight, "price": held.price, "barrier": held.price}
-        return not held.action_dependent and bool(held.is_a.direct and amount[held.is_a.direct])
 
 
 @dataclass

@@ -62,7 +62,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *others, **named)
         if self._is_vlm:
             raise InputError("the processing class is one of images and text; expected a tokenizer, for text alone")
-        if args.has_direct_term and self.aux_loss_enabled:
+        if args.constraint.has_direct_term and self.aux_loss_enabled:
             raise InputError(
                 "the direct term is computed from hidden states, without a mixture of experts' auxiliary loss: set "
                 "router_aux_loss_coef=0"
@@ -99,9 +99,10 @@ class CMDPGRPOTrainer(GRPOTrainer):
                 models, outputs, tokens, task_reward[part], mask=mask[part], constraint=constraint
             )
 
-        account = self.scoring.account(self.model, batch, settle, rows_at_once=size, keep=args.has_direct_term)
+        direct = constraint.has_direct_term
+        account = self.scoring.account(self.model, batch, settle, rows_at_once=size, keep=direct)
         batch["advantages"], scale = self._advantages(account, task, task_reward, mask, group_size)
-        if args.has_direct_term:
+        if direct:
             batch["direct"] = objective.direct_coefficient(account.trace, constraint, mask=mask) / scale
             if account.teacher_outputs is not None:
                 batch["teacher_hidden"] = account.teacher_outputs

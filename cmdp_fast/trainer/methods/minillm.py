@@ -49,7 +49,8 @@ class MiniLLM(Method):
     def _mixture(self, prompt_mask: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         c = self.config
         teacher = self.accelerator.unwrap_model(self.teacher)
-        return TeacherMixture(teacher, prompt_mask, c.teacher_mix, c.temperature)
+        temperatures = (c.temperature, c.teacher_temperature or c.temperature)
+        return TeacherMixture(teacher, prompt_mask, c.teacher_mix, temperatures)
 
     def targets(self, experience: Experience, constraint: Constraint) -> Targets:
         stats, mask, mix = experience.stats, experience.rollout.mask, self.config.teacher_mix
@@ -88,11 +89,12 @@ def mean_of_later(reward: Tensor, mask: Tensor) -> Tensor:
 class TeacherMixture:
     """A logits processor that turns the student's logits into the logarithm of mix * teacher + (1 - mix) * student.
 
-    It runs the teacher beside the student, with a cache of its own, so it serves one call of `generate`.
+    ``temperatures`` are those of the student and of the teacher. It runs the teacher beside the student, with a cache
+    of its own, so it serves one call of `generate`.
     """
 
-    def __init__(self, teacher: CausalLM, prompt_mask: Tensor, mix: float, temperature: float) -> None:
-        self.teacher, self.mix, self.temperature = teacher, mix, temperature
+    def __init__(self, teacher: CausalLM, prompt_mask: Tensor, mix: float, temperatures: tuple[float, float]) -> None:
+        self.teacher, self.mix, self.temperatures = teacher, mix, temperatures
         self.attention = prompt_mask.long()
         self.cache: Any = None
 
@@ -112,8 +114,8 @@ class TeacherMixture:
         # Models of a family may pad their vocabulary differently.
         width = min(scores.shape[-1], output.logits.shape[-1])
         student, teacher = (
-            torch.log_softmax(logits[:, :width].float() / self.temperature, -1)
-            for logits in (scores, output.logits[:, -1])
+            torch.log_softmax(logits[:, :width].float() / temperature, -1)
+            for logits, temperature in zip((scores, output.logits[:, -1]), self.temperatures, strict=True)
         )
         mixed = torch.full_like(scores, -torch.inf, dtype=torch.float32)
         mixed[:, :width] = torch.logaddexp(math.log(self.mix) + teacher, math.log1p(-self.mix) + student)

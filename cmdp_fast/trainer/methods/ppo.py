@@ -6,13 +6,17 @@ loss       PPO's clipped term with the advantages, and the direct term: the cost
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from cmdp_fast import batches, credit, objective
 from cmdp_fast.constraint import Constraint
 
 from ..experience import Experience, Metrics
 from ..models.value_head import explained_variance
+from ..rollout import Rollout
 from .method import Loss, Method, Targets
 
 
@@ -28,8 +32,9 @@ class PPO(Method):
         direct = objective.direct_coefficient(experience.trace, constraint, mask=mask)
         if c.baseline == "gae":
             assert experience.value is not None
+            beyond = self.beyond(experience) if c.bootstrap_truncated else None
             advantage, value = objective.gae(
-                experience.reward, experience.value, mask=mask, gamma=c.gamma, lam=c.gae_lambda
+                experience.reward, experience.value, mask=mask, gamma=c.gamma, lam=c.gae_lambda, beyond=beyond
             )
             return {"advantage": advantage, "direct": direct, "value": value}
         if c.baseline == "position_rloo":
@@ -40,6 +45,19 @@ class PPO(Method):
         returns = objective.returns_to_go(experience.reward, mask=mask, gamma=c.gamma)[:, 0]
         advantage, scale = credit.sequence_advantage(returns, c.num_generations, c.baseline)
         return {"advantage": torch.where(mask, advantage[:, None], 0.0), "direct": direct / scale[:, None]}
+
+    @torch.no_grad()
+    def beyond(self, experience: Experience) -> Tensor:
+        """What the value head predicts after the last token of each completion that was cut off, [B]; 0 for others."""
+        values = torch.zeros(len(experience.rollout), device=experience.rollout.tokens.device)
+        # Without wrappers: processes differ in how many were cut off, and DDP's would wait for one another.
+        student, value_head = (self.accelerator.unwrap_model(model) for model in (self.student, self.value_head))
+        with self.clock.phase("scoring"):
+            for index in (~experience.rollout.finished).nonzero()[:, 0].split(self.config.micro_batch_size):
+                longer, place = one_token_more(experience.rollout.rows(index))
+                value = value_head(self.collector.outputs(student, longer))
+                values[index] = value.gather(1, place[:, None])[:, 0]
+        return values
 
     def loss(self, part: Experience, target: Targets, constraint: Constraint, over: float) -> Loss:
         c, mask = self.config, part.rollout.mask
@@ -68,3 +86,12 @@ class PPO(Method):
         tensors = (experience.value, targets["value"], experience.rollout.mask)
         value, target, mask = (batches.gathered(tensor, self.accelerator) for tensor in tensors)
         return {"value/explained_variance": float(explained_variance(value, target, mask))}
+
+
+def one_token_more(rollout: Rollout) -> tuple[Rollout, Tensor]:
+    """Completions with a token of no meaning after their last one, at the place [B]: the outputs there are those that
+    would predict it."""
+    place = torch.arange(1, rollout.mask.shape[1] + 1, device=rollout.mask.device).mul(rollout.mask).amax(1)
+    tokens, mask = (torch.cat([each, torch.zeros_like(each[:, :1])], 1) for each in (rollout.tokens, rollout.mask))
+    mask[torch.arange(len(place), device=place.device), place] = True
+    return replace(rollout, tokens=tokens, mask=mask, sampler_logprob=None), place

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cmdp_fast.scoring import without_autocast
+
 
 class ValueHead(nn.Module):
     """V(s_t) [B, T] in float32 from hidden states [B, T, H].
 
     It learns from the hidden states as they are and does not change them, so that the policy's gradient is the policy's
     alone. It starts at 0: before it has learned anything, `gae` with lambda 1 is the return without a baseline.
+    Autocast is off in it: bfloat16 would round a return of 100 to the next half.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -20,7 +23,8 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.linear(hidden.detach().float()).squeeze(-1)
+        with without_autocast(hidden):  # which accelerate puts around it
+            return self.linear(hidden.detach().float()).squeeze(-1)
 
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:

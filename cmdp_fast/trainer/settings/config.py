@@ -72,6 +72,10 @@ class TrainConfig(
         if self.logits == "full":
             _check(self.baseline != "gae", "--baseline gae reads hidden states: it needs --logits tiled")
         _check(
+            self.has_value_head or not self.bootstrap_truncated,
+            "--bootstrap-truncated asks a value head: it needs --baseline gae",
+        )
+        _check(
             "/" not in self.name and self.name not in (".", ".."), f"--name is the name of a folder, not {self.name!r}"
         )
 

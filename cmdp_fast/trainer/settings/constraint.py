@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cmdp_fast.constraint import Constraint
+from cmdp_fast.constraint import KINDS, Constraint, of_a_scaled_direct_term
 
 from .config import TrainConfig
 
@@ -21,6 +21,16 @@ def training_constraint(config: TrainConfig, step: int, coefficient: float | Non
         beta=config.jsd_beta,
         cost_clamp=config.cost_clamp or None,
     )
+
+
+def warning_of_scale(config: TrainConfig) -> str:
+    """The warning of a `baseline` whose divisor changes what the constraint's settings mean; empty if it does not."""
+    has_one = KINDS[config.kind].coefficient is not None
+    price = config.coefficient or (1.0 if config.kind == "pid" else 0.0)  # from 0 the controller raises it
+    constraint = training_constraint(config, 0, price if has_one else None)
+    if config.entry.compares and config.baseline == "grpo" and constraint.has_direct_term:
+        return of_a_scaled_direct_term("--baseline grpo", "--baseline rloo")
+    return ""
 
 
 def evaluation_constraint(config: TrainConfig) -> Constraint:

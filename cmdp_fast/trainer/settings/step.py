@@ -31,7 +31,12 @@ class StepSettings:
     max_new_tokens: Annotated[int, POSITIVE] = 256
     """Longest completion in tokens; the end-of-sequence token counts. One without it is counted as clipped."""
     temperature: Annotated[float, POSITIVE] = 1.0
-    """Temperature of the policy that is sampled, trained, measured and evaluated."""
+    """Temperature of the policy that is sampled, trained, measured and evaluated; the teacher has the same, if it has
+    none of its own (`teacher_temperature`)."""
+    teacher_temperature: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Temperature of the teacher, as it is compared with in costs and losses, sampled and evaluated. 0: the student's.
+    At a `temperature` of 0.7 the cost is KL(student at 0.7 ‖ teacher at 0.7); with 1 here KL(student at 0.7 ‖ teacher
+    at 1)."""
     top_k: Annotated[int, NOT_NEGATIVE] = 0
     """Sample from the so many most likely tokens. 0: from all. Anything but the whole softmax is sampled off-policy."""
     top_p: Annotated[float, ABOVE_0_UP_TO_1] = 1.0
@@ -44,9 +49,14 @@ class StepSettings:
     baseline: Literal["rloo", "grpo", "position_rloo", "gae"] = "rloo"
     """The comparison that an action's advantage comes from: with the mean return of the group's other completions
     (`rloo`; `position_rloo` compares the returns-to-go at each position), or of the whole group and in units of its
-    deviation (`grpo`), or with the prediction of a value head (`gae`)."""
-    gae_lambda: Annotated[float, FROM_0_TO_1] = 0.95
-    """Lambda of generalised advantage estimation: 1 trusts the returns, 0 the value head."""
+    deviation (`grpo`, whose divisor the direct term shares), or with the prediction of a value head (`gae`)."""
+    gae_lambda: Annotated[float, FROM_0_TO_1] = 1.0
+    """Lambda of generalised advantage estimation: 1 trusts the returns, 0 the value head. A reward reaches a token that
+    is n tokens before it times lambda to the n: with 0.95, and 1000 tokens, as 6e-23 of itself."""
+    bootstrap_truncated: bool = False
+    """Whether the value head says what was still to come where `max_new_tokens` cut a completion off. If not, nothing
+    was, as in TRL, verl and OpenRLHF: rewards, costs, budgets and evaluations end there, and no return ever corrects
+    what the head says of the rest. With it for a limit that there is in training alone."""
     value_learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Learning rate of the value head, a linear layer on the student's hidden states (which it does not change)."""
     teacher_mix: Annotated[float, FROM_0_BELOW_1] = 0.2
@@ -56,7 +66,8 @@ class StepSettings:
     epochs: Annotated[int, POSITIVE] = 2
     """PPO passes over the completions of a step."""
     minibatch_size: Annotated[int, POSITIVE] = 32
-    """Completions per optimizer step, of each process."""
+    """Completions per optimizer step, of each process; the most where it does not divide their number, which is then
+    split as equally as can be."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
     """Completions that go through a model at once; gradients of a minibatch are accumulated over them."""
     teacher_cache_mb: Annotated[int, NOT_NEGATIVE] = 512
@@ -72,10 +83,10 @@ class StepSettings:
     learning_rate: Annotated[float, POSITIVE] = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after `lr_warmup_steps`; linear and cosine end at 0."""
+    """Course of the learning rate after `lr_warmup_steps`; linear and cosine would be 0 in the step after the last."""
     lr_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps before that of the peak, over which the learning rate rises: with 5 of them from 1/6 to 5/6 of it."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
-    """The gradient is scaled down to this norm."""
+    """The gradient is scaled down to this norm; a value head's by itself."""

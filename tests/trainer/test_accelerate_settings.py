@@ -1,0 +1,71 @@
+"""Settings of accelerate that would make a step another than the trainer's settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, DynamoBackend
+from tiny_pair import arguments
+
+from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.distributed import check_training
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """What accelerate has read from the environment would stay in the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps is 4"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor", "dynamo_backend is inductor"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "deepspeed"),
+    ],
+)
+def test_the_environment_is_looked_at_before_any_work(name, value, expected, pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert main(arguments(pair, tmp_path / "runs")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cmdp-fast: error: ") and error.count("\n") == 1
+    assert expected in error.lower()
+    assert not (tmp_path / "runs").exists()
+
+
+def accelerator(**changes) -> SimpleNamespace:
+    """The part of an accelerator that is looked at, as of a single process."""
+    plain = {
+        "distributed_type": DistributedType.NO,
+        "gradient_accumulation_steps": 1,
+        "parallelism_config": None,
+        "state": SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
+    }
+    return SimpleNamespace(**plain | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"distributed_type": DistributedType.DEEPSPEED}, "distributed_type is DEEPSPEED"),
+        ({"distributed_type": DistributedType.MEGATRON_LM}, "distributed_type is MEGATRON_LM"),
+        ({"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1)}, "tp_size is 2, expected 1"),
+        ({"parallelism_config": SimpleNamespace(cp_size=4)}, "cp_size is 4, expected 1"),
+    ],
+)
+def test_ways_to_spread_that_the_step_does_not_know(changes, expected):
+    with pytest.raises(InputError, match=expected):
+        check_training(accelerator(**changes))
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.FSDP])
+def test_ways_to_spread_that_it_knows(kind):
+    check_training(accelerator(distributed_type=kind, parallelism_config=SimpleNamespace(tp_size=1, dp_shard_size=8)))
