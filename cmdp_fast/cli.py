@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 COMMANDS = """\
@@ -67,6 +68,8 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     try:
         return run(arguments)
     except InputError as error:
+        if os.environ.get("CMDP_FAST_TRACEBACK") == "1":
+            _say("".join(traceback.format_exception(error)))
         _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from cmdp_fast.errors import InputError, first_line
+
+LONGEST = 300  # characters of somebody else's message
 
 
 def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Callable[..., Any]:
     """The function that ``module:function`` or ``path/file.py:function`` names.
 
-    Raises InputError, which names the option and the built-in functions, if there is none.
+    Raises InputError, which names the option and the built-in functions, if there is none, and for whatever its file
+    raises.
     """
     module_name, colon, function_name = spec.rpartition(":")
     if not colon:
@@ -38,10 +45,62 @@ def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Cal
                 module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
         raise InputError(f"{option} {spec}: {first_line(error)}") from error
+    except (Exception, SystemExit) as error:  # of the file's own lines
+        raise InputError(f"{option} {spec}: its import raised {described(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"{option} {spec}: {module_name} has no function {function_name!r}")
     return function
+
+
+@contextmanager
+def errors_named(what: str, function: Any) -> Iterator[None]:
+    """An exception of a function's own in the body becomes an InputError of one line, with the exception as its cause;
+    ``what`` says whose it is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{what} raised {described(error, function)}") from error
+
+
+def described(error: BaseException, function: Any = None) -> str:
+    """The kind of an error, the first line of its message, which may quote a completion, and where it was raised:
+    ``LookupError: no such judge (mine.py:12)``.
+
+    That is the last line of code that was not installed, else of the function's own file, else where the function
+    begins: it could not be called.
+    """
+    text = first_line(error)
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    definition: CodeType | None = getattr(_plain(function), "__code__", None)
+    own = definition and definition.co_filename
+    passed = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    places = [place for place in passed if not _is_installed(place[0])]
+    places = places or [place for place in passed if place[0] == own]
+    if definition and not places:
+        places = [(definition.co_filename, definition.co_firstlineno)]
+    return f"{type(error).__name__}: {text}" + (f" ({places[-1][0]}:{places[-1][1]})" if places else "")
+
+
+def _plain(function: Any) -> Any:
+    """The function in a partial, or that of a method or of an object's ``__call__``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = function if hasattr(function, "__code__") else getattr(function, "__call__", None)  # noqa: B004
+    return getattr(function, "__func__", function)
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a file is this package's, Python's, an installed package's, or none."""
+    return file.startswith(("<", *_INSTALLED))
+
+
+_INSTALLED = tuple(
+    os.path.join(folder, "")
+    for folder in {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")), os.path.dirname(__file__)}
+)
 
 
 def source_files(spec: str) -> list[Path]:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cmdp_fast import event_loop
-from cmdp_fast.errors import InputError, first_line
-from cmdp_fast.imports import import_function
+from cmdp_fast.errors import InputError
+from cmdp_fast.imports import described, errors_named, import_function
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +35,7 @@ NO_COLUMNS = ("prompt", "completion", *KEYWORDS)
 
 
 class RewardError(RuntimeError):
-    """A reward function raised; the message names it, and the cause is its exception."""
+    """A reward function raised; the message names it and the place, and the cause is its exception."""
 
 
 class Named(NamedTuple):
@@ -91,10 +91,8 @@ def import_reward(option: str, spec: str, built_in: Sequence[str] = ()) -> Rewar
 
 
 def _made(kind: Any, what: str) -> Any:
-    try:
+    with errors_named(f"{what} is a class; name an object of it: it", kind.__init__):
         reward = kind()
-    except TypeError as error:
-        raise InputError(f"{what} is a class; name an object of it: {first_line(error)}") from error
     if not callable(reward):
         raise InputError(f"{what} is a class without __call__")
     return reward
@@ -179,6 +177,16 @@ def plain_value(value: Any) -> Any:
         return f"<{type(value).__name__}>"
 
 
+def returned(value: Any) -> str:
+    """What a function has returned that takes no such thing, in a few words. A coroutine is closed."""
+    if inspect.iscoroutine(value):
+        value.close()
+        return "a coroutine"
+    if isinstance(value, str):
+        return _short(value)
+    return repr(plain_value(value)) if isinstance(value, (bool, int, float)) else _kind(value)
+
+
 def _valid(text: str) -> str:
     """The text with half of a surrogate pair, which no file can hold, as its escape."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -206,7 +214,7 @@ def _asked(named: Named, given: Given) -> _Answer:
     logged = Logged({}, {})
     try:
         result = named.function(**_arguments(given, logged))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _of(named, error) from error
     return _checked(named, given, result, logged)
 
@@ -257,7 +265,7 @@ def _text(name: Any, function: str) -> str:
 def _of(named: Named, error: BaseException) -> Exception:
     if isinstance(error, InputError):
         return InputError(f"reward function {named.name}: {error}")
-    return RewardError(f"reward function {named.name} raised {type(error).__name__}: {first_line(error)}")
+    return RewardError(f"reward function {named.name} raised {described(error, named.function)}")
 
 
 def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer:
@@ -275,12 +283,16 @@ def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer
         values = list(() if unordered else result)
     except TypeError:
         unordered = True
-    except Exception as error:  # of a generator's own
+    except (Exception, SystemExit) as error:  # of a generator's own
         raise _of(named, error) from error
     if unordered:
         raise InputError(f"reward function {name} returned {_kind(result)}; {wanted}")
     if len(values) != count:
         raise InputError(f"reward function {name} returned {len(values)} rewards for {count} completions")
+    if coroutines := [value for value in values if inspect.iscoroutine(value)]:
+        for coroutine in coroutines:
+            coroutine.close()
+        raise InputError(f"reward function {name} returned coroutines; {wanted}")
     rewards = [
         math.nan if value is None else _number(value, f"reward function {name} returned for completion {i}", wanted)
         for i, value in enumerate(values)

@@ -18,16 +18,19 @@ in processes of their own (`cmdp_fast.judging`). A function of the user's runs h
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from cmdp_fast import reward_functions
 from cmdp_fast.errors import InputError
 from cmdp_fast.judging.reward import JudgedReward
 from cmdp_fast.messages import as_completion, text_of
 
-from ..settings.config import TrainConfig
+from ..settings.config import TrainConfig, reward_name
 from .data import Problem, last_group
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 RewardFunction = reward_functions.RewardFunction
 
+LARGEST = torch.finfo(torch.float32).max  # of a reward
 BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
 
 
@@ -50,7 +54,7 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
     }
     functions: dict[str, RewardFunction] = {}
     for spec in config.rewards:
-        name = spec if spec in built_in else spec.rpartition(":")[2]
+        name = reward_name(spec)
         if name in functions:
             raise InputError(f"--rewards {spec}: there is a reward {name!r} already, and metrics go by that name")
         if spec in built_in:
@@ -157,7 +161,10 @@ def call_rewards(
     completion_ids: list[list[int]],
     state: TrainerState,
 ) -> Judged:
-    """Calls each function once for all completions."""
+    """Calls each function once for all completions.
+
+    Raises InputError, which names the function, if one raises or returns anything but finite numbers, NaN and None.
+    """
     prompts = [row["prompt"] for row in rows]
     given = reward_functions.Given(
         prompts=prompts,
@@ -166,7 +173,16 @@ def call_rewards(
         columns=reward_functions.columns_of(rows),
         trainer_state=state,
     )
-    rewards, logged = reward_functions.call([reward_functions.Named(*each) for each in functions.items()], given)
+    try:
+        rewards, logged = reward_functions.call([reward_functions.Named(*each) for each in functions.items()], given)
+    except reward_functions.RewardError as error:
+        raise InputError(str(error)) from error.__cause__
+    for name, values in zip(functions, rewards, strict=True):
+        if (largest := max((abs(value) for value in values if not math.isnan(value)), default=0.0)) > LARGEST:
+            raise InputError(
+                f"reward function {name} returned a reward of size {largest:g}, infinite in float32: expected finite "
+                "numbers or None"
+            )
     failed = {
         name: [float(bool(failure)) for failure in function.failures]
         for name, function in functions.items()

@@ -18,8 +18,9 @@ from fractions import Fraction
 from typing import Any
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.imports import import_function
+from cmdp_fast.imports import errors_named, import_function
 from cmdp_fast.messages import as_completion, text_of
+from cmdp_fast.reward_functions import name_of, returned
 
 from ..settings.config import TrainConfig
 from .data import Problem
@@ -131,12 +132,16 @@ def load_step_verifier(config: TrainConfig, example: Problem) -> StepVerifier | 
 
 
 def call_step_verifier(verifier: StepVerifier, rows: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-    """1 where all steps of a completion are right, 0 where not, NaN where there is nothing to check."""
-    verdicts = []
+    """1 where all steps of a completion are right, 0 where not, NaN where there is nothing to check.
+
+    Raises InputError, which names the verifier, if it raises or returns anything else.
+    """
+    verdicts, what = [], f"the step verifier {name_of(verifier)}"
     for row, text in zip(rows, texts, strict=True):
-        columns = {name: value for name, value in row.items() if name != "prompt"}
-        verdict = verifier(row["prompt"], as_completion(row["prompt"], text), **columns)
+        columns = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+        with errors_named(what, verifier):
+            verdict = verifier(row["prompt"], as_completion(row["prompt"], text), **columns)
         if not (verdict is None or isinstance(verdict, bool)):
-            raise InputError(f"the step verifier returned {verdict!r}: expected True, False or None")
+            raise InputError(f"{what} returned {returned(verdict)}: expected True, False or None")
         verdicts.append(math.nan if verdict is None else float(verdict))
     return verdicts
