@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import sysconfig
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,9 @@ from typing import Any
 from cmdp_fast.errors import InputError, first_line
 
 LONGEST = 300  # characters of somebody else's message
+NOTICE = 60.0  # seconds after which it is said what is waited for
+
+_log = logging.getLogger(__name__)
 
 
 def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Callable[..., Any]:
@@ -82,6 +87,31 @@ def described(error: BaseException, function: Any = None) -> str:
     if definition and not places:
         places = [(definition.co_filename, definition.co_firstlineno)]
     return f"{type(error).__name__}: {text}" + (f" ({places[-1][0]}:{places[-1][1]})" if places else "")
+
+
+@contextmanager
+def told_of(what: str, thread: str = "") -> Iterator[None]:
+    """Says so if the body has not ended after `NOTICE` seconds, and at which line it is: in this thread, or in that of
+    a name.
+
+    It is waited for all the same: no thread can be ended from outside, and one that was left behind would go on.
+    """
+    caller = threading.get_ident()
+
+    def tell() -> None:
+        ident = next((each.ident for each in threading.enumerate() if each.name == thread), caller)
+        frame = sys._current_frames().get(ident or caller)
+        places = ((each.f_code.co_filename, line) for each, line in traceback.walk_stack(frame)) if frame else iter(())
+        place = next((f", it is at {file}:{line}" for file, line in places if not _is_installed(file)), "")
+        _log.warning("%s has not returned for %g s%s", what, NOTICE, place)
+
+    timer = threading.Timer(NOTICE, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _plain(function: Any) -> Any:

@@ -22,7 +22,7 @@ import torch
 
 from cmdp_fast import event_loop
 from cmdp_fast.errors import InputError
-from cmdp_fast.imports import described, errors_named, import_function
+from cmdp_fast.imports import described, errors_named, import_function, told_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,7 +115,8 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def call(functions: Sequence[Named], given: Given) -> Outcome:
     """Calls each function once, with the same arguments: plain ones in turn, then the coroutine functions together.
 
-    These run in a thread of their own (`event_loop`), so this may be called where a loop runs already. If one raises,
+    One that does not return is waited for, and told of in the log (`imports.told_of`). Coroutine functions
+    run in a thread of their own (`event_loop`), so this may be called where a loop runs already. If one raises,
     the others are cancelled. Raises RewardError for an exception of a function's own, InputError for an InputError of
     its own, for a result other than a number or None per completion (in a list, tuple, array or tensor), and if a
     column that was logged has not a value per completion. The message names the function, or the column.
@@ -123,7 +124,9 @@ def call(functions: Sequence[Named], given: Given) -> Outcome:
     answers = {i: _asked(named, given) for i, named in enumerate(functions) if not is_async(named.function)}
     later = {i: named for i, named in enumerate(functions) if i not in answers}
     if later:
-        awaited = event_loop.run(lambda: concurrently([_awaited(named, given) for named in later.values()]))
+        names = ", ".join(named.name for named in later.values())
+        with told_of(f"reward function {names}", event_loop.THREAD):
+            awaited = event_loop.run(lambda: concurrently([_awaited(named, given) for named in later.values()]))
         answers |= dict(zip(later, awaited, strict=True))
     return _outcome([answers[i] for i in range(len(functions))])
 
@@ -212,11 +215,12 @@ def _outcome(answers: Sequence[_Answer]) -> Outcome:
 
 def _asked(named: Named, given: Given) -> _Answer:
     logged = Logged({}, {})
-    try:
-        result = named.function(**_arguments(given, logged))
-    except (Exception, SystemExit) as error:
-        raise _of(named, error) from error
-    return _checked(named, given, result, logged)
+    with told_of(f"reward function {named.name}"):
+        try:
+            result = named.function(**_arguments(given, logged))
+        except (Exception, SystemExit) as error:
+            raise _of(named, error) from error
+        return _checked(named, given, result, logged)
 
 
 async def _awaited(named: Named, given: Given) -> _Answer:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import gc
 import json
+import logging
 import re
+import threading
 
 import pytest
 from tiny_pair import arguments, settings
 
+from cmdp_fast import imports
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import described
@@ -177,3 +181,59 @@ def test_the_whole_traceback_is_there_for_the_asking(mine, pair, tmp_path, capsy
     assert main(command) == 2
     told = capsys.readouterr().err
     assert "in deep\n    return json.loads(text)" in told and told.splitlines()[-1].startswith("cmdp-fast: error: ")
+
+
+class Heard(logging.Handler):
+    """What functions that would never return wait for: that something is said of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.event, self.lines = threading.Event(), list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+        self.event.set()
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    handler = Heard()
+    monkeypatch.setattr(imports, "NOTICE", 0.01)
+    logging.getLogger(imports.__name__).addHandler(handler)
+    yield handler
+    logging.getLogger(imports.__name__).removeHandler(handler)
+
+
+@pytest.mark.parametrize("form", ["plain", "generator", "coroutine that blocks", "coroutine", "verifier", "judge"])
+def test_one_that_does_not_return_is_named_with_its_place(form, heard, pair):
+    """A run stood still and said nothing."""
+
+    def hangs(*_, completions=(), **__):
+        assert heard.event.wait(60)
+        return {"verifier": True, "judge": "tie"}.get(form, [1.0] * len(completions))
+
+    def hangs_later(completions, **_):
+        assert heard.event.wait(60)
+        yield from (1.0 for _ in completions)
+
+    async def hangs_at_once(completions, **_):
+        return hangs(completions=completions)
+
+    async def hangs_waiting(completions, **_):
+        while not heard.event.is_set():
+            await asyncio.sleep(0.01)
+        return [1.0] * len(completions)
+
+    functions = {"generator": hangs_later, "coroutine that blocks": hangs_at_once, "coroutine": hangs_waiting}
+    if form == "verifier":
+        assert call_step_verifier(hangs, [ROW], ["a"]) == [1.0]
+    elif form == "judge":
+        assert compare_pairs(hangs, [ROW], ["a"], ["b"]).tie == 1
+    else:
+        state = trainer_state(settings(pair))
+        judged = call_rewards({"mine": functions.get(form, hangs)}, [ROW], ["a"], [[1]], state)
+        assert judged.rewards == {"mine": [1.0]}
+    what = {"verifier": "the step verifier hangs", "judge": "the judge hangs"}.get(form, "reward function mine")
+    assert heard.lines[0].startswith(f"{what} has not returned for 0.01 s")
+    if form != "coroutine":  # one that waits in a loop is nowhere
+        assert re.search(rf", it is at {re.escape(__file__)}:\d+$", heard.lines[0])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.imports import errors_named, import_function
+from cmdp_fast.imports import errors_named, import_function, told_of
 from cmdp_fast.messages import as_completion, text_of
 from cmdp_fast.reward_functions import name_of, returned
 
@@ -89,7 +89,7 @@ def compare_pairs(judge: Judge, rows: Sequence[Problem], ours: Sequence[str], th
 
 def _asked(judge: Judge, prompt: Any, first: Any, second: Any, columns: dict[str, Any]) -> Verdict:
     what = f"the judge {name_of(judge)}"
-    with errors_named(what, judge):
+    with errors_named(what, judge), told_of(what):
         verdict: Any = judge(prompt, first, second, **columns)
     if not isinstance(verdict, str) or verdict not in _EXCHANGED:
         raise InputError(f"{what} returned {returned(verdict)}: expected 'first', 'second' or 'tie'")

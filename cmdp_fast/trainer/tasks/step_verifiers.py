@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.imports import errors_named, import_function
+from cmdp_fast.imports import errors_named, import_function, told_of
 from cmdp_fast.messages import as_completion, text_of
 from cmdp_fast.reward_functions import name_of, returned
 
@@ -69,7 +69,7 @@ def call_step_verifier(verifier: StepVerifier, rows: Sequence[Problem], texts: S
     verdicts, what = [], f"the step verifier {name_of(verifier)}"
     for row, text in zip(rows, texts, strict=True):
         columns = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
-        with errors_named(what, verifier):
+        with errors_named(what, verifier), told_of(what):
             verdict = verifier(row["prompt"], as_completion(row["prompt"], text), **columns)
         if not (verdict is None or isinstance(verdict, bool)):
             raise InputError(f"{what} returned {returned(verdict)}: expected True, False or None")
