@@ -19,9 +19,8 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line, readable
 
-LONGEST = 300  # characters of somebody else's message
 NOTICE = 60.0  # seconds after which it is said what is waited for
 
 _log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ def errors_named(what: str, function: Any) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"{what}: {readable(str(error))}") from error
     except (Exception, SystemExit) as error:
         raise InputError(f"{what} raised {described(error, function)}") from error
 
@@ -77,8 +76,6 @@ def described(error: BaseException, function: Any = None) -> str:
     That is the last line of code that was not installed, else of the function's own file, else where the function
     begins: it could not be called.
     """
-    text = first_line(error)
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     definition: CodeType | None = getattr(_plain(function), "__code__", None)
     own = definition and definition.co_filename
     passed = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
@@ -86,7 +83,9 @@ def described(error: BaseException, function: Any = None) -> str:
     places = places or [place for place in passed if place[0] == own]
     if definition and not places:
         places = [(definition.co_filename, definition.co_firstlineno)]
-    return f"{type(error).__name__}: {text}" + (f" ({places[-1][0]}:{places[-1][1]})" if places else "")
+    return f"{type(error).__name__}: {readable(first_line(error))}" + (
+        f" ({places[-1][0]}:{places[-1][1]})" if places else ""
+    )
 
 
 @contextmanager

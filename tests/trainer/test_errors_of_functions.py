@@ -57,7 +57,7 @@ def forgotten_each(completions, **_):
 
 def generated(completions, **_):
     yield 1.0
-    raise ValueError("x" * 1000 + "\\n\\x1b[2J")
+    raise ValueError("\\ud800\\u202e\\x1b" + "x" * 1000 + "\\n2")
 
 def narrow(completions):
     return [1.0] * len(completions)
@@ -72,7 +72,7 @@ REWARDS = {
     "later": "returned a value of type float; expected 2 numbers or None, one per completion",
     "forgotten": "returned a coroutine: expected it to be defined with `async def`",
     "forgotten_each": "returned coroutines; expected 2 numbers or None, one per completion",
-    "generated": r"raised ValueError: x{{300}}\.\.\. \({file}:36\)",
+    "generated": r"raised ValueError: \?{{3}}x{{297}}\.\.\. \({file}:36\)",
     "narrow": r"raised TypeError: narrow\(\) got an unexpected keyword argument 'answer' \({file}:38\)",
 }
 

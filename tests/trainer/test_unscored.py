@@ -18,6 +18,7 @@ from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.settings.values import typed, words
 from cmdp_fast.trainer.tasks.data import load_problems
 from cmdp_fast.trainer.tasks.judge import programmatic
+from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards, trainer_state
 
 BASELINES = ("rloo", "grpo", "position_rloo", "gae")
 # Groups of four: one failed judge; two opinions of four; a single one; none.
@@ -121,6 +122,15 @@ def test_means_are_of_those_with_an_opinion(pair):
     assert metrics["reward_std"] == pytest.approx(opinions.std().item())
     assert metrics["rewards/reward/mean"] == pytest.approx(opinions.mean().item())
     assert metrics["cmdp/accuracy"] == 2 / 16 and metrics["cmdp/unjudged"] == 10 / 16
+
+
+def test_no_reference_is_no_opinion(pair):
+    """A completion of the text `None` was right."""
+    config = settings(pair, rewards=("exact_answer", "brevity"))
+    rows = [{"prompt": "", "answer": answer} for answer in (None, "None", "9")]
+    judged = call_rewards(load_rewards(config, rows[0]), rows, ["None"] * 3, [[1]] * 3, trainer_state(config))
+    exact, brief = judged.rewards.values()
+    assert math.isnan(exact[0]) and math.isnan(brief[0]) and exact[1:] == [1.0, 0.0] and brief[1] > brief[2] == 0
 
 
 def test_of_several_functions_those_with_an_opinion_are_added_up(pair):

@@ -4,8 +4,10 @@
 
 `prompts` and `completions` are texts, or lists of chat messages where the dataset's prompts are; `completion_ids`
 lists of token ids without padding; `columns` the other columns of the dataset but for `completion`, a value per
-completion. None means that the function has no opinion: such a completion earns nothing from it. A function may be a
-coroutine function, a partial, an object (or its class) with `__call__`: `cmdp_fast/reward_functions.py` calls them.
+completion. None, and NaN, means that the function has no opinion: the rewards of those that have one are added up, and
+a completion on which none has one is left out of its group's baseline (`cmdp_fast.credit.task_rewards`). A function
+may be a coroutine function, a partial, an object (or its class) with `__call__`: `cmdp_fast/reward_functions.py` calls
+them.
 
 `trainer_state` is a `transformers.TrainerState` with the steps done so far as `global_step` (0 before the first step,
 and where nothing is trained), `max_steps` and `epoch`. `log_metric(name, value)` adds a number to the metrics of the
@@ -13,7 +15,8 @@ step, the mean over all calls of its name; `log_extra(column, values)` adds a va
 evaluation, in their `extra`.
 
 A completion is hostile input. Judges of other packages that parse it, math-verify and those of reasoning-gym, are asked
-in processes of their own (`cmdp_fast.judging`). A function of the user's runs here, as the user's code.
+in processes of their own (`cmdp_fast.judging`). What runs here takes a time that grows with the length of the text, or
+is given up (`data.last_group`). A function of the user's runs here too, as the user's code.
 """
 
 from __future__ import annotations
@@ -70,11 +73,12 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
 
 
 def exact_answer(pattern: re.Pattern[str]) -> RewardFunction:
-    """1 if the final answer is the reference answer, character by character but for spaces at the ends; else 0."""
+    """1 if the final answer is the reference answer, character by character but for spaces at the ends; else 0. None
+    where there is no reference."""
 
     def reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
         return [
-            float(final_answer(text_of(completion), pattern) == str(expected).strip())
+            None if expected is None else float(final_answer(text_of(completion), pattern) == str(expected).strip())
             for completion, expected in zip(completions, answer, strict=True)
         ]
 
@@ -82,7 +86,7 @@ def exact_answer(pattern: re.Pattern[str]) -> RewardFunction:
 
 
 def brevity(pattern: re.Pattern[str], max_new_tokens: int) -> RewardFunction:
-    """0.2 (1 - tokens / max_new_tokens) for a completion that `exact_answer` accepts, else 0.
+    """0.2 (1 - tokens / max_new_tokens) for a completion that `exact_answer` accepts, else 0; None where it has none.
 
     A bonus to go with `exact_answer`. A wrong answer earns nothing however short, or an empty completion would be the
     easiest way to it.
@@ -93,7 +97,7 @@ def brevity(pattern: re.Pattern[str], max_new_tokens: int) -> RewardFunction:
         completions: Sequence[Any], completion_ids: Sequence[list[int]], answer: Sequence[Any], **_: Any
     ) -> list[float | None]:
         return [
-            BREVITY_BONUS * (1 - len(ids) / max_new_tokens) if is_right else 0.0
+            BREVITY_BONUS * (1 - len(ids) / max_new_tokens) if is_right else is_right
             for is_right, ids in zip(right(completions=completions, answer=answer), completion_ids, strict=True)
         ]
 
