@@ -22,7 +22,8 @@ import torch
 
 from cmdp_fast import event_loop
 from cmdp_fast.errors import InputError
-from cmdp_fast.imports import described, errors_named, import_function, told_of
+from cmdp_fast.imports import import_function
+from cmdp_fast.own_code import described, errors_named, told_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,7 +116,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def call(functions: Sequence[Named], given: Given) -> Outcome:
     """Calls each function once, with the same arguments: plain ones in turn, then the coroutine functions together.
 
-    One that does not return is waited for, and told of in the log (`imports.told_of`). Coroutine functions
+    One that does not return is waited for, and told of in the log (`own_code.told_of`). Coroutine functions
     run in a thread of their own (`event_loop`), so this may be called where a loop runs already. If one raises,
     the others are cancelled. Raises RewardError for an exception of a function's own, InputError for an InputError of
     its own, for a result other than a number or None per completion (in a list, tuple, array or tensor), and if a

@@ -13,10 +13,10 @@ import threading
 import pytest
 from tiny_pair import arguments, settings
 
-from cmdp_fast import imports
+from cmdp_fast import own_code
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.imports import described
+from cmdp_fast.own_code import described
 from cmdp_fast.trainer.tasks.judge import compare_pairs
 from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards, trainer_state
 from cmdp_fast.trainer.tasks.step_verifiers import call_step_verifier
@@ -198,10 +198,10 @@ class Heard(logging.Handler):
 @pytest.fixture
 def heard(monkeypatch):
     handler = Heard()
-    monkeypatch.setattr(imports, "NOTICE", 0.01)
-    logging.getLogger(imports.__name__).addHandler(handler)
+    monkeypatch.setattr(own_code, "NOTICE", 0.01)
+    logging.getLogger(own_code.__name__).addHandler(handler)
     yield handler
-    logging.getLogger(imports.__name__).removeHandler(handler)
+    logging.getLogger(own_code.__name__).removeHandler(handler)
 
 
 @pytest.mark.parametrize("form", ["plain", "generator", "coroutine that blocks", "coroutine", "verifier", "judge"])

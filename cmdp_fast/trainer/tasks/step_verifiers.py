@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.imports import errors_named, import_function, told_of
+from cmdp_fast.imports import import_function
 from cmdp_fast.messages import as_completion, text_of
+from cmdp_fast.own_code import errors_named, told_of
 from cmdp_fast.reward_functions import name_of, returned
 
 from ..settings.config import TrainConfig
