@@ -17,7 +17,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.messages import as_completion, text_of
 from cmdp_fast.own_code import errors_named, told_of
-from cmdp_fast.reward_functions import name_of, returned
+from cmdp_fast.reward_functions import NO_COLUMNS, name_of, returned
 
 from ..settings.config import TrainConfig
 from .data import Problem
@@ -69,7 +69,7 @@ def call_step_verifier(verifier: StepVerifier, rows: Sequence[Problem], texts: S
     """
     verdicts, what = [], f"the step verifier {name_of(verifier)}"
     for row, text in zip(rows, texts, strict=True):
-        columns = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+        columns = {name: value for name, value in row.items() if name not in NO_COLUMNS}
         with errors_named(what, verifier), told_of(what):
             verdict = verifier(row["prompt"], as_completion(row["prompt"], text), **columns)
         if not (verdict is None or isinstance(verdict, bool)):
