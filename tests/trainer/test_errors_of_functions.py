@@ -16,7 +16,7 @@ from tiny_pair import arguments, settings
 from cmdp_fast import own_code
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.own_code import described
+from cmdp_fast.own_code import described, told_of
 from cmdp_fast.trainer.tasks.judge import compare_pairs
 from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards, trainer_state
 from cmdp_fast.trainer.tasks.step_verifiers import call_step_verifier
@@ -220,7 +220,9 @@ def test_one_that_does_not_return_is_named_with_its_place(form, heard, pair):
         return hangs(completions=completions)
 
     async def hangs_waiting(completions, **_):
-        while not heard.event.is_set():
+        for _ in range(6000):
+            if heard.event.is_set():
+                break
             await asyncio.sleep(0.01)
         return [1.0] * len(completions)
 
@@ -235,5 +237,21 @@ def test_one_that_does_not_return_is_named_with_its_place(form, heard, pair):
         assert judged.rewards == {"mine": [1.0]}
     what = {"verifier": "the step verifier hangs", "judge": "the judge hangs"}.get(form, "reward function mine")
     assert heard.lines[0].startswith(f"{what} has not returned for 0.01 s")
-    if form != "coroutine":  # one that waits in a loop is nowhere
+    if "coroutine" not in form:  # it may not have begun, and one that waits in a loop is nowhere
         assert re.search(rf", it is at {re.escape(__file__)}:\d+$", heard.lines[0])
+
+
+def test_the_place_is_that_of_the_thread_that_is_asked_about(heard):
+    begun = threading.Event()
+
+    def stands_still() -> None:
+        begun.set()
+        heard.event.wait(60)
+
+    thread = threading.Thread(target=stands_still, name="theirs")
+    thread.start()
+    assert begun.wait(60)
+    with told_of("it", "theirs"):
+        thread.join()
+    line = stands_still.__code__.co_firstlineno
+    assert heard.lines[0] in {f"it has not returned for 0.01 s, it is at {__file__}:{line + after}" for after in (1, 2)}
