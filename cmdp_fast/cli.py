@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 COMMANDS = """\
@@ -67,6 +68,8 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     try:
         return run(arguments)
     except InputError as error:
+        if os.environ.get("CMDP_FAST_TRACEBACK") == "1":
+            _tell_all("".join(traceback.format_exception(error)))  # of several processes one has the cause
         _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
@@ -76,9 +79,13 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
 
 def _say(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # the others of several processes have the same (trainer/distributed.py)
-        from cmdp_fast.errors import without_controls
+        _tell_all(f"cmdp-fast: {message}")
 
-        print(f"cmdp-fast: {without_controls(message)}", file=sys.stderr)
+
+def _tell_all(message: str) -> None:
+    from cmdp_fast.errors import without_controls
+
+    print(without_controls(message), file=sys.stderr)
 
 
 def _runner(command: str) -> Callable[[Sequence[str]], int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cmdp_fast import objective
 from cmdp_fast.constraint import Constraint
+from cmdp_fast.errors import InputError
 from cmdp_fast.objective import GroupAdvantage
 from cmdp_fast.ops.budget import budget_trace, modified_reward
 from cmdp_fast.reference import BudgetTrace
@@ -119,6 +120,53 @@ def sequence_advantage(
     of_batch = objective.grpo(returns, len(returns), EPS, scored=scored).scale
     divisor = of_batch if scale == "batch" else undivided
     return GroupAdvantage(advantage * by_group / divisor, divisor)
+
+
+class TaskRewards(NamedTuple):
+    """The task's rewards of N completions."""
+
+    reward: Tensor  # [N], a number for each
+    scored: Tensor  # [N] bool: whether it is the task's
+
+
+def task_rewards(rewards: Tensor, weights: Tensor, group_size: int) -> TaskRewards:
+    """One task reward per completion [N], from those of each function [N, F], where NaN means no opinion: the sum, with
+    ``weights`` [F], over the functions that have one, as TRL's.
+
+    A completion on which no function has an opinion is not scored. TRL leaves it out of the group's mean and deviation
+    and gives it an advantage of 0. Here it is left out of them as well, and its own reward is the mean of its group's
+    scored ones (0 without any): the task says nothing for or against it, and only the constraint acts. ``group_size``
+    neighbours are a group.
+
+    Raises InputError for an infinite reward, in all processes: nothing can be compared with it, and its group's
+    advantages would be NaN. (TRL makes them 0, or 3e38 without a division.)
+    """
+    if rewards.isinf().any():
+        raise InputError("a reward function returned an infinite reward (in float32); expected finite numbers or None")
+    total = (rewards * weights.to(rewards)).nansum(1).unflatten(0, (-1, group_size))
+    if not total.isfinite().all():
+        raise InputError("the weighted rewards of a completion add up to infinity (in float32)")
+    scored = ~rewards.isnan().all(1).unflatten(0, (-1, group_size))
+    # As the baseline sums them up, to the last bit: the difference is multiplied by up to 1e4
+    neutral = torch.where(scored, total, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
+    return TaskRewards(torch.where(scored, total, neutral).flatten(), scored.flatten())
+
+
+def position_advantage(
+    score: Tensor, unconstrained: Tensor, group_size: int, mask: Tensor, scored: Tensor | None = None
+) -> Tensor:
+    """`objective.position_rloo` [B, T] of scores [B, T] in contiguous groups.
+
+    ``scored`` [B] bool (None: all are) says which completions have a reward of the task's own. The baseline falls where
+    completions end, so one that has none would get an advantage from its length: it is compared by what the constraint
+    has made of the task reward alone, the score less ``unconstrained``, the return of the task reward
+    (broadcast to [B, T]).
+    """
+    compared = objective.position_rloo(score, group_size, mask, scored=scored)
+    if scored is None:
+        return compared
+    by_constraint = objective.position_rloo(score - unconstrained, group_size, mask, scored=scored)
+    return torch.where(scored[:, None], compared, by_constraint)
 
 
 def last_token(mask: Tensor) -> Tensor:

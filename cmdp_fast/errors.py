@@ -17,6 +17,13 @@ def without_controls(text: str) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def readable(text: str, most: int = 300) -> str:
+    """A message that a completion may have written, fit for a terminal, a log and a file: short, one line, no control
+    codes, nothing that turns the direction of writing, and no half of a character."""
+    short = text if len(text) <= most else f"{text[:most]}..."
+    return "".join(c if c.isprintable() else "?" for c in short)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error raised by code that is not ours, to be quoted inside one of ours."""
     try:

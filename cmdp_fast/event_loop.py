@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+THREAD = "cmdp_fast event loop"
 PATIENCE = 5.0  # seconds that code which was interrupted gets to come to an end
 
 
@@ -76,7 +77,7 @@ class _EventLoop:
     def _start(self) -> None:
         if self._loop is None:
             self._loop = _new_loop()
-        self._thread = threading.Thread(target=_run, args=(self._loop,), name="cmdp_fast event loop", daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name=THREAD, daemon=True)
         self._thread.start()
 
     def _stop(self) -> None:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.own_code import described
 
 
 def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Callable[..., Any]:
     """The function that ``module:function`` or ``path/file.py:function`` names.
 
-    Raises InputError, which names the option and the built-in functions, if there is none.
+    Raises InputError, which names the option and the built-in functions, if there is none, and for whatever its file
+    raises.
     """
     module_name, colon, function_name = spec.rpartition(":")
     if not colon:
@@ -38,6 +40,8 @@ def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Cal
                 module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
         raise InputError(f"{option} {spec}: {first_line(error)}") from error
+    except (Exception, SystemExit) as error:  # of the file's own lines
+        raise InputError(f"{option} {spec}: its import raised {described(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"{option} {spec}: {module_name} has no function {function_name!r}")

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cmdp_fast import event_loop
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
+from cmdp_fast.own_code import described, errors_named, told_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +36,7 @@ NO_COLUMNS = ("prompt", "completion", *KEYWORDS)
 
 
 class RewardError(RuntimeError):
-    """A reward function raised; the message names it, and the cause is its exception."""
+    """A reward function raised; the message names it and the place, and the cause is its exception."""
 
 
 class Named(NamedTuple):
@@ -91,10 +92,8 @@ def import_reward(option: str, spec: str, built_in: Sequence[str] = ()) -> Rewar
 
 
 def _made(kind: Any, what: str) -> Any:
-    try:
+    with errors_named(f"{what} is a class; name an object of it: it", kind.__init__):
         reward = kind()
-    except TypeError as error:
-        raise InputError(f"{what} is a class; name an object of it: {first_line(error)}") from error
     if not callable(reward):
         raise InputError(f"{what} is a class without __call__")
     return reward
@@ -117,7 +116,8 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def call(functions: Sequence[Named], given: Given) -> Outcome:
     """Calls each function once, with the same arguments: plain ones in turn, then the coroutine functions together.
 
-    These run in a thread of their own (`event_loop`), so this may be called where a loop runs already. If one raises,
+    One that does not return is waited for, and told of in the log (`own_code.told_of`). Coroutine functions
+    run in a thread of their own (`event_loop`), so this may be called where a loop runs already. If one raises,
     the others are cancelled. Raises RewardError for an exception of a function's own, InputError for an InputError of
     its own, for a result other than a number or None per completion (in a list, tuple, array or tensor), and if a
     column that was logged has not a value per completion. The message names the function, or the column.
@@ -125,7 +125,9 @@ def call(functions: Sequence[Named], given: Given) -> Outcome:
     answers = {i: _asked(named, given) for i, named in enumerate(functions) if not is_async(named.function)}
     later = {i: named for i, named in enumerate(functions) if i not in answers}
     if later:
-        awaited = event_loop.run(lambda: concurrently([_awaited(named, given) for named in later.values()]))
+        names = ", ".join(named.name for named in later.values())
+        with told_of(f"reward function {names}", event_loop.THREAD):
+            awaited = event_loop.run(lambda: concurrently([_awaited(named, given) for named in later.values()]))
         answers |= dict(zip(later, awaited, strict=True))
     return _outcome([answers[i] for i in range(len(functions))])
 
@@ -179,6 +181,16 @@ def plain_value(value: Any) -> Any:
         return f"<{type(value).__name__}>"
 
 
+def returned(value: Any) -> str:
+    """What a function has returned that takes no such thing, in a few words. A coroutine is closed."""
+    if inspect.iscoroutine(value):
+        value.close()
+        return "a coroutine"
+    if isinstance(value, str):
+        return _short(value)
+    return repr(plain_value(value)) if isinstance(value, (bool, int, float)) else _kind(value)
+
+
 def _valid(text: str) -> str:
     """The text with half of a surrogate pair, which no file can hold, as its escape."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -204,11 +216,12 @@ def _outcome(answers: Sequence[_Answer]) -> Outcome:
 
 def _asked(named: Named, given: Given) -> _Answer:
     logged = Logged({}, {})
-    try:
-        result = named.function(**_arguments(given, logged))
-    except Exception as error:
-        raise _of(named, error) from error
-    return _checked(named, given, result, logged)
+    with told_of(f"reward function {named.name}"):
+        try:
+            result = named.function(**_arguments(given, logged))
+        except (Exception, SystemExit) as error:
+            raise _of(named, error) from error
+        return _checked(named, given, result, logged)
 
 
 async def _awaited(named: Named, given: Given) -> _Answer:
@@ -257,7 +270,7 @@ def _text(name: Any, function: str) -> str:
 def _of(named: Named, error: BaseException) -> Exception:
     if isinstance(error, InputError):
         return InputError(f"reward function {named.name}: {error}")
-    return RewardError(f"reward function {named.name} raised {type(error).__name__}: {first_line(error)}")
+    return RewardError(f"reward function {named.name} raised {described(error, named.function)}")
 
 
 def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer:
@@ -275,12 +288,16 @@ def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer
         values = list(() if unordered else result)
     except TypeError:
         unordered = True
-    except Exception as error:  # of a generator's own
+    except (Exception, SystemExit) as error:  # of a generator's own
         raise _of(named, error) from error
     if unordered:
         raise InputError(f"reward function {name} returned {_kind(result)}; {wanted}")
     if len(values) != count:
         raise InputError(f"reward function {name} returned {len(values)} rewards for {count} completions")
+    if coroutines := [value for value in values if inspect.iscoroutine(value)]:
+        for coroutine in coroutines:
+            coroutine.close()
+        raise InputError(f"reward function {name} returned coroutines; {wanted}")
     rewards = [
         math.nan if value is None else _number(value, f"reward function {name} returned for completion {i}", wanted)
         for i, value in enumerate(values)

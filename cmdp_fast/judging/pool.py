@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, readable
 
 HERE = Path(__file__).parent
 MEMORY = 1 << 30  # bytes that a completion may take beside those of the judge itself
@@ -216,8 +216,3 @@ def _end(process: subprocess.Popen[bytes], answers: int) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def readable(text: str) -> str:
-    """A message that a completion may have written, fit for a terminal and a log: short, one line, no control codes."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]

@@ -117,7 +117,8 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
         messages = gather_object([None if error is None else str(error)])
         first = next((message for message in messages if message is not None), None)
-        error = None if first is None else InputError(first)
+        if first is not None and first != str(error):  # else it is this process's own, with its cause
+            error = InputError(first)
     if error is not None:
         raise error
 

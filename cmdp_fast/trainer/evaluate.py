@@ -51,12 +51,13 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(figures, samples) of a policy on some problems, `eval_generations` completions each.
 
-    ``accuracy`` counts completions whose reward is at least `correct_at`; ``constraint_satisfaction`` those whose
+    ``accuracy`` counts those whose `accuracy_reward` is at least `correct_at`; ``constraint_satisfaction`` those whose
     cumulative cost is within the budget at the end, ``never_violated`` those where it was at every token (the same but
     for costs that may be negative), ``prefix_satisfaction`` (with a `prefix_budget`) those whose every prefix is likely
     enough for the teacher, ``reasoning_success`` (with a `step_verifier`) those whose steps are all right among
     the share ``reasoning_checked`` that has any to check; ``unjudged`` those on which a judge in a process of its own
-    gave no verdict (it raised, hung or died); ``mean_cumulative_kl`` is the mean over completions of the
+    gave no verdict (it raised, hung or died), or the `accuracy_reward` none; ``mean_cumulative_kl`` is the mean over
+    completions of the
     exact reverse KL summed over the tokens, in nats, ``cvar_cumulative_kl`` that of the worst tenth; ``…_cumulative``,
     ``mean_excess``, ``…_token_cost`` and ``first_violation`` (a share of the length) are those of the cost that the
     budget is for; ``mean_length`` counts tokens with the end of sequence, ``truncated`` completions without one;
@@ -82,19 +83,19 @@ def evaluate(
                 parts.append(collector.complete(policy, rows[some], prompts[some], Clock()))
             else:
                 parts.append(collector.collect(policy, rows[some], prompts[some], constraint, Clock()))
-            samples += _samples(parts[-1], rows[some], config.correct_at)
+            samples += _samples(parts[-1], rows[some])
     metrics = collector.measure(joined(parts), constraint, len(everything))
     figures = {ours: metrics[theirs] for ours, theirs in FIGURES.items() if theirs in metrics}
     return figures | {"examples": len(everything)}, whole(samples, len(everything), collector.accelerator)
 
 
-def _samples(part: Completions, rows: list[Problem], correct_at: float) -> list[dict[str, Any]]:
+def _samples(part: Completions, rows: list[Problem]) -> list[dict[str, Any]]:
     """A dict per completion."""
     length = part.rollout.mask.sum(1)
     columns: dict[str, list[Any]] = {
         "prompt": [row["prompt"] for row in rows],
         "completion": part.texts,
-        "correct": (part.task_reward >= correct_at).tolist(),
+        "correct": part.correct.tolist(),
         "length": length.tolist(),
         "finished": part.rollout.finished.tolist(),
     }

@@ -6,6 +6,8 @@ the metrics that are logged.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 import cmdp_fast as cf
 from cmdp_fast import batches, objective, scoring
 from cmdp_fast.constraint import Constraint
-from cmdp_fast.credit import at_last_token
+from cmdp_fast.credit import at_last_token, task_rewards
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
 from cmdp_fast.reward_functions import Logged
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class Completions:
@@ -40,7 +44,9 @@ class Completions:
 
     rollout: Rollout
     texts: list[str]
-    task_reward: Tensor  # [B], all reward functions together
+    task_reward: Tensor  # [B], all reward functions together; of one that is not scored the mean of its group
+    scored: Tensor  # [B] bool: whether any reward function has an opinion
+    correct: Tensor  # [B] bool, by the one reward function that says so
     named_rewards: dict[str, Tensor]  # [B] each, NaN where the function has no opinion
     failed: dict[str, Tensor]  # [B] each, 1 where a judge that is asked elsewhere said nothing: it raised, hung or died
     sound: Tensor | None  # [B], 1 where all steps are right, 0 where not, NaN where there is nothing to check
@@ -109,6 +115,9 @@ class Collector:
         self.rollout = rollout
         self.problem_count = problem_count  # to train on, of which an epoch is made
         self.steps_done = 0  # which reward functions are told
+        self.weights = torch.tensor(config.reward_weights or (1.0,) * len(rewards))
+        self.judging = config.accuracy_reward or next(iter(rewards))  # which says whether a completion is right
+        self._told: set[str] = set()  # reward functions of which it was said that they have no opinion
         models = (student,) if teacher is None else (student, teacher)
         self.scoring = scoring.make_scoring(
             config.logits, models, vocab_size, config.temperature, config.teacher_temperature
@@ -123,8 +132,12 @@ class Collector:
         prompts: list[list[int]],
         clock: Clock,
         mixed_with: Callable[[Tensor], Any] | None = None,
+        group_size: int = 1,
     ) -> Completions:
-        """Completions of the prompts by a policy, with their rewards. The user's `rollout` samples for the student."""
+        """Completions of the prompts by a policy, with their rewards. The user's `rollout` samples for the student.
+
+        ``group_size`` neighbours are compared with one another; rows that are not in such groups with none.
+        """
         with clock.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
             model = self.accelerator.unwrap_model(policy)
             if self.rollout is not None and policy is self.student and mixed_with is None:
@@ -146,8 +159,10 @@ class Collector:
             if self.step_verifier is not None:
                 verdicts = call_step_verifier(self.step_verifier, rows, texts)
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
-            total = torch.stack(list(named.values())).nansum(0)
-            return Completions(rollout, texts, total, named, failed, sound, logged=judged.logged)
+            size = 1 if len(rows) % group_size else group_size
+            total, scored = task_rewards(torch.stack(list(named.values()), 1), self.weights, size)
+            correct = named[self.judging] >= self.config.correct_at  # not where it has no opinion
+            return Completions(rollout, texts, total, scored, correct, named, failed, sound, logged=judged.logged)
 
     def _sampling_of(self, policy: nn.Module) -> Sampling:
         """The teacher is sampled at its own temperature where it has one: at that it is compared with."""
@@ -164,10 +179,13 @@ class Collector:
         *,
         sampler: nn.Module | None = None,
         mixed_with: Callable[[Tensor], Any] | None = None,
+        group_size: int = 1,
         **options: Any,
     ) -> Experience:
         """Completions by `sampler` (None: the policy itself) as policy and teacher see them; see `score`."""
-        completions = self.complete(policy if sampler is None else sampler, rows, prompts, clock, mixed_with)
+        completions = self.complete(
+            policy if sampler is None else sampler, rows, prompts, clock, mixed_with, group_size
+        )
         with clock.phase("scoring"):
             return self.score(completions, policy, constraint, clock, **options)
 
@@ -225,28 +243,42 @@ class Collector:
         """
         e = gathered(experience, self.accelerator, count)
         length = e.rollout.mask.sum(1).float()
-        right = e.task_reward >= self.config.correct_at
+        reward = e.task_reward[e.scored]
         metrics = {
-            "reward": e.task_reward.mean(),
-            "reward_std": e.task_reward.std(),
+            "reward": reward.mean(),
+            "reward_std": reward.std() if len(reward) > 1 else reward.new_tensor(math.nan),
             "completions/mean_length": length.mean(),
             "completions/min_length": length.min(),
             "completions/max_length": length.max(),
             "completions/clipped_ratio": 1.0 - e.rollout.finished.float().mean(),
-            "cmdp/accuracy": right.float().mean(),
+            "cmdp/accuracy": e.correct.float().mean(),
         }
         metrics |= {f"rewards/{name}/mean": value.nanmean() for name, value in e.named_rewards.items()}
-        if e.failed:
-            metrics |= {f"rewards/{name}/failed": value.mean() for name, value in e.failed.items()}
-            metrics["cmdp/unjudged"] = torch.stack(list(e.failed.values())).amax(0).mean()
+        self._tell_of_silence(e.named_rewards)
+        metrics |= {f"rewards/{name}/failed": value.mean() for name, value in e.failed.items()}
+        unjudged = torch.stack([e.named_rewards[self.judging].isnan(), *(value > 0 for value in e.failed.values())])
+        if e.failed or unjudged.any():
+            metrics["cmdp/unjudged"] = unjudged.any(0).float().mean()
         if e.sound is not None:
             metrics["cmdp/reasoning_success"] = e.sound.nanmean()
             metrics["cmdp/reasoning_checked"] = 1.0 - e.sound.isnan().float().mean()
         if isinstance(e, Experience):
-            metrics |= self._divergence(e, constraint, right)
+            metrics |= self._divergence(e, constraint)
         return as_numbers(metrics)
 
-    def _divergence(self, e: Experience, constraint: Constraint, right: Tensor) -> dict[str, Tensor]:
+    def _tell_of_silence(self, named_rewards: dict[str, Tensor]) -> None:
+        """Says it once of a reward function that has no opinion on any completion of a step, or of an evaluation."""
+        silent = {name for name, value in named_rewards.items() if value.isnan().all()} - self._told
+        for name in sorted(silent) if self.accelerator.is_main_process else ():
+            _log.warning(
+                "the reward %s has no opinion (None or NaN) on any of %d completions: it has no part in what is "
+                "learned from them. This is said once",
+                name,
+                len(named_rewards[name]),
+            )
+        self._told |= silent
+
+    def _divergence(self, e: Experience, constraint: Constraint) -> dict[str, Tensor]:
         """Metrics of the statistics under student and teacher, and of the constraint."""
         mask = e.rollout.mask
         tokens = mask.sum()
@@ -260,7 +292,7 @@ class Collector:
             mask=mask,
             budget=constraint.budget,
             modified=e.reward.sum(1),
-            correct=right,
+            correct=e.correct,
         )
         if self.config.prefix_budget:
             likelihood = cf.token_cost(e.stats, "nll")

@@ -171,6 +171,21 @@ def test_math_verify_is_given_up_in_time():
     assert reward.failures[0] == "no answer within 1 s"
 
 
+def test_math_verify_has_its_time_where_it_cannot_be_isolated(monkeypatch):
+    pytest.importorskip("math_verify")
+    real = pool.Connection
+
+    def elsewhere(about, *arguments):
+        if about["isolated"]:
+            raise pool.IsolationError("cannot be isolated here")
+        return real(about, *arguments)
+
+    monkeypatch.setattr(pool, "Connection", elsewhere)
+    reward = rewards.math_verify(EVERYTHING, 1.0)
+    assert reward(completions=["$9^{9^{9^{9}}}$", "$5$"], answer=["5", "5"])[1] == 1.0
+    assert reward.failures == ["no answer within 1 s", ""]
+
+
 def test_a_pattern_that_takes_forever_finds_nothing(caplog):
     assert last_group(re.compile(r"(-?\d+)(?!.*\d)"), "1" * 10_000 + " 1") is None  # with the cube of the length
     assert "takes more than" in caplog.text

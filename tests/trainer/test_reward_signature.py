@@ -13,7 +13,6 @@ from tiny_pair import arguments, learner_of, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.reward_functions import RewardError
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.tasks.data import load_problems
@@ -121,7 +120,7 @@ def test_a_run_writes_whatever_is_logged(pair, tmp_path):
 @pytest.mark.parametrize("name", ["failing", "failing_later"])
 def test_an_exception_names_the_function(name, pair):
     learner, rows, prompts = learner_of(with_rewards(pair, "lengths", name))
-    with pytest.raises(RewardError, match=f"reward function {name} raised LookupError: no such judge"):
+    with pytest.raises(InputError, match=rf"^reward function {name} raised LookupError: no such judge \({FILE}:\d+\)$"):
         learner.step(rows, prompts)
 
 

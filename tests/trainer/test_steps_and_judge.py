@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from tiny_pair import settings
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.tasks import equations as reading
 from cmdp_fast.trainer.tasks.judge import Preferences, compare_pairs, load_judge
 from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards, trainer_state
 from cmdp_fast.trainer.tasks.step_verifiers import arithmetic_chain, call_step_verifier, equations, load_step_verifier
@@ -63,6 +65,16 @@ EQUATIONS = {
         "3+4 = 7*1 = 7",
         "x = 3, so 3+4=7",
         "3+4=7,7+2=9",
+        "1) 3+4=7",
+        "US$5 + US$3 = x, $5 + $3 = $8",
+        "(-3)+5=2, -(3+4)*2 = -14, 7--3=10",
+        "Total(3+4=7)",
+        "10/3 = (3.33)",
+        "3+4=7=x",
+        "\ud8003+4=7 and 3+4=7\x00\u202e",
+        "1+" * 3000 + "1=3001",  # was too long to be looked at
+        "(" * 30_000 + "1+1" + ")" * 30_000 + "=2",
+        "1+1=" * 3000 + "2",
     ],
     False: [
         "3+4=8",
@@ -74,6 +86,10 @@ EQUATIONS = {
         "She has $1,000 x 2 = $2,100.",
         "**3 + 4 = 8**",
         "2 - (3 - 1) = 1",
+        "1+" * 3000 + "1=3000",
+        "1+1=" * 3000 + "3",
+        "3+4) = 8",
+        "((3+4) = 8)",
     ],
     None: [
         "A9",
@@ -91,8 +107,22 @@ EQUATIONS = {
         "3 + 4 = 7,000x",
         "(1" * 3000,
         "1" * 5000,
-        "1+" * 3000 + "1=3001",
-        "(" * 300 + "1+1" + ")" * 300 + "=2",
+        "2(3+4)=15",  # a product, of which the bracket alone tells nothing
+        "f(3+4)=8",
+        "(x+2)-1+1=2",
+        "1+(2=3)",
+        "-(1+1=3",
+        "007+1=9",
+        "9**9**9=1",
+        "9^9^9+1=1",
+        "٣+٤=٨",
+        "²+1=2",
+        "9" * 400 + "+1=2",
+        "1." + "9" * 400 + "+1=2",
+        "9*" * 1000 + "9=1",  # larger than any float
+        "+".join(f"1/{n}" for n in range(1, 2000)) + "=8",  # a denominator of 3000 bits
+        "((1+" * 3000 + "=2",
+        "-(" * 3000 + "1=2",
     ],
 }
 
@@ -101,6 +131,47 @@ EQUATIONS = {
 def test_equations(sound, text):
     assert equations("", text) is sound
     assert equations([], [{"role": "assistant", "content": text}]) is sound
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "((1+",
+        "1+1=",
+        "((1+1=",
+        "-(-(",
+        "(1 ",
+        "1)+1=",
+        "1,000",
+        "1x1=",
+        "$",
+        "1/3+",
+        "9*",
+        "7=",
+        "=",
+        "- 1",
+        "1.1.",
+        "=)",
+    ],
+)
+def test_equations_read_a_text_once(text, monkeypatch):
+    """The work per character is bounded: of tokens that are read, of fractions, and of those that wait."""
+    read, calculated = [], []
+    takes, calculate = reading._Expression.takes, reading._Expression._calculate
+    monkeypatch.setattr(reading._Expression, "takes", lambda *given: read.append(1) or takes(*given))
+    monkeypatch.setattr(reading._Expression, "_calculate", lambda *given: calculated.append(1) or calculate(*given))
+    for end in ("", "=1x", "1=1", ")=2"):
+        whole = text * 5000 + end
+        equations("", whole)
+        assert len(read) <= 2 * len(whole) and len(calculated) <= 2 * len(whole)
+        read.clear(), calculated.clear()
+
+
+def test_numbers_that_are_calculated_with_stay_small(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(reading, "Fraction", lambda *given: sizes.append(max(map(abs, given))) or Fraction(*given))
+    assert equations("", "*".join(["9" * 300] * 500) + "=1;" + "9" * 10**6 + "=1+1;1." + "9" * 10**6 + "=1+1") is None
+    assert 500 <= len(sizes) < 600 and max(sizes) < 10**309
 
 
 def test_calling_a_verifier(tmp_path, pair):

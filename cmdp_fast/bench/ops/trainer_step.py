@@ -161,7 +161,7 @@ def score_and_update(learner: Any, inputs: Inputs) -> Values:
     rollout = Rollout(prompts, torch.ones_like(prompts) > 0, tokens, torch.ones_like(tokens) > 0, whole)
     reward = torch.tensor(_parity(tokens.tolist()), device=tokens.device)
     constraint = learner.constraint()
-    completions = Completions(rollout, [], reward, named_rewards={}, failed={}, sound=None)
+    completions = Completions(rollout, [], reward, whole, reward > 0, named_rewards={}, failed={}, sound=None)
     experience = learner.collector.score(completions, learner.student, constraint, learner.clock, keep_outputs=True)
     metrics = learner.update(experience, learner.method.targets(experience, constraint), constraint)
     return {"reverse_kl": experience.stats.reverse_kl, "gradient norm": torch.tensor(metrics["grad_norm"])}

@@ -21,7 +21,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.messages import as_completion
 from cmdp_fast.scoring import Models, Outputs
 
-from .advantage import TaskRewards, sequence_advantages, task_rewards
+from .advantage import sequence_advantages
 from .completions_table import Row, add_columns, table_rows
 from .config import CMDPDistillationConfig
 from .metrics import constraint_metrics
@@ -136,7 +136,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
         reward = cf.modified_reward(task_reward.to(cost.dtype), cost, trace, constraint=self.args.constraint, mask=mask)
         return cf.ConstrainedReward(stats, trace, reward)
 
-    def _task_rewards(self, inputs: Sequence[dict[str, Any]], batch: Batch, group_size: int) -> TaskRewards:
+    def _task_rewards(self, inputs: Sequence[dict[str, Any]], batch: Batch, group_size: int) -> credit.TaskRewards:
         """The task rewards of the completions of all processes; 0 without reward functions."""
         ids = [
             tokens[kept].tolist()
@@ -159,7 +159,7 @@ class CMDPDistillationTrainer(DistillationTrainer):
                 self._judged.extend(gather_object(table_rows(named, logged.rows())))
             rewards = torch.tensor(numbers, device=self.accelerator.device).T
         rewards = batches.gathered(rewards, self.accelerator)
-        task = task_rewards(rewards, torch.ones(rewards.shape[1]), group_size)
+        task = credit.task_rewards(rewards, torch.ones(rewards.shape[1]), group_size)
         if self.reward_functions:
             self._log_rewards(rewards, reward_functions.mean_metrics(logged, self.accelerator))
         return task

@@ -14,7 +14,7 @@ from cmdp_fast import batches, credit, objective
 from cmdp_fast.errors import InputError
 from cmdp_fast.scoring import Models, Outputs, ScoredBatch
 
-from .advantage import TaskRewards, position_advantages, sequence_advantages, task_rewards
+from .advantage import position_advantages, sequence_advantages
 from .config import CMDPGRPOConfig
 from .metrics import constraint_metrics
 from .scoring import Batch, TRLScoring, trained_tokens
@@ -90,7 +90,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         group_size = self.num_generations if training else self.num_generations_eval
         size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         mask = trained_tokens(batch)
-        task = task_rewards(self._rewards, self.reward_weights, group_size)
+        task = credit.task_rewards(self._rewards, self.reward_weights, group_size)
         mine = batches.of_this_process(len(mask), self.accelerator)
         task_reward = credit.at_last_token(task.reward[mine], mask)
 
@@ -123,7 +123,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         return batch
 
     def _advantages(
-        self, account: ScoredBatch, task: TaskRewards, task_reward: Tensor, mask: Tensor, group_size: int
+        self, account: ScoredBatch, task: credit.TaskRewards, task_reward: Tensor, mask: Tensor, group_size: int
     ) -> tuple[Tensor, Tensor]:
         """(advantage [B, T], the number [B, 1] by which it was divided); ``task_reward`` [B, T]: of this process."""
         if self.args.baseline == "position_rloo":

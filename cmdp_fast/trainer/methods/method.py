@@ -48,7 +48,10 @@ class Method(ABC):
     def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
         """A completion of each prompt, sampled and scored."""
         return self.collector.collect(
-            self.student, problems, prompts, constraint, self.clock, keep_outputs=True, value_head=self.value_head
+            *(self.student, problems, prompts, constraint, self.clock),
+            group_size=self.config.num_generations,
+            keep_outputs=True,
+            value_head=self.value_head,
         )
 
     def targets(self, experience: Experience, constraint: Constraint) -> Targets:

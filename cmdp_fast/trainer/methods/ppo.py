@@ -30,20 +30,25 @@ class PPO(Method):
         term, divided by the divisor of the advantages; with a value head, ``value``, its target."""
         c, mask = self.config, experience.rollout.mask
         direct = objective.direct_coefficient(experience.trace, constraint, mask=mask)
+        scored = None if experience.scored.all() else experience.scored
         if c.baseline == "gae":
             assert experience.value is not None
             beyond = self.beyond(experience) if c.bootstrap_truncated else None
             advantage, value = objective.gae(
                 experience.reward, experience.value, mask=mask, gamma=c.gamma, lam=c.gae_lambda, beyond=beyond
             )
+            if scored is not None:
+                advantage = torch.where(scored[:, None], advantage, self._by_constraint(experience, constraint))
             return {"advantage": advantage, "direct": direct, "value": value}
         if c.baseline == "position_rloo":
             score = credit.score(
                 experience.reward, experience.last_reward, experience.trace, constraint, mask=mask, gamma=c.gamma
             )
-            return {"advantage": objective.position_rloo(score, c.num_generations, mask), "direct": direct}
+            unconstrained = objective.returns_to_go(experience.last_reward, mask=mask, gamma=c.gamma)
+            advantage = credit.position_advantage(score, unconstrained, c.num_generations, mask, scored)
+            return {"advantage": advantage, "direct": direct}
         returns = objective.returns_to_go(experience.reward, mask=mask, gamma=c.gamma)[:, 0]
-        advantage, scale = credit.sequence_advantage(returns, c.num_generations, c.baseline)
+        advantage, scale = credit.sequence_advantage(returns, c.num_generations, c.baseline, scored=scored)
         return {"advantage": torch.where(mask, advantage[:, None], 0.0), "direct": direct / scale[:, None]}
 
     @torch.no_grad()
@@ -58,6 +63,20 @@ class PPO(Method):
                 value = value_head(self.collector.outputs(student, longer))
                 values[index] = value.gather(1, place[:, None])[:, 0]
         return values
+
+    def _by_constraint(self, experience: Experience, constraint: Constraint) -> Tensor:
+        """The worth [B, T] of each token by what the constraint makes of the task's reward alone.
+
+        It is all that there is to learn from a completion that is not scored. A value head knows it only together with
+        the task's reward, so the group's other completions are the baseline.
+        """
+        mask, gamma = experience.rollout.mask, self.config.gamma
+        score = credit.score(
+            experience.reward, experience.last_reward, experience.trace, constraint, mask=mask, gamma=gamma
+        )
+        score = score - objective.returns_to_go(experience.last_reward, mask=mask, gamma=gamma)
+        groups = [row // self.config.num_generations for row in range(len(mask))]
+        return credit.less_others(score, groups, mask)
 
     def loss(self, part: Experience, target: Targets, constraint: Constraint, over: float) -> Loss:
         c, mask = self.config, part.rollout.mask
@@ -74,7 +93,8 @@ class PPO(Method):
             normalizer=over,
         )
         if self.value_head is not None:
-            error = torch.where(mask, self.value_head(outputs[0]) - target["value"], 0.0)
+            known = mask & part.scored[:, None]
+            error = torch.where(known, self.value_head(outputs[0]) - target["value"], 0.0)
             metrics["loss/value"] = error.square().sum() / over
             loss = loss + metrics["loss/value"]
         return Loss(loss, {name: value.detach() for name, value in metrics.items()}, outputs[0])
@@ -83,7 +103,7 @@ class PPO(Method):
         """With a value head, how much of the returns' variance it predicts."""
         if experience.value is None:
             return {}
-        tensors = (experience.value, targets["value"], experience.rollout.mask)
+        tensors = (experience.value, targets["value"], experience.rollout.mask & experience.scored[:, None])
         value, target, mask = (batches.gathered(tensor, self.accelerator) for tensor in tensors)
         return {"value/explained_variance": float(explained_variance(value, target, mask))}
 

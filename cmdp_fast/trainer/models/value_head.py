@@ -29,6 +29,8 @@ class ValueHead(nn.Module):
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(target - value) / Var(target) over the tokens [B, T] of the mask, a scalar: 1 is a perfect prediction, 0
-    no better than a constant, below 0 worse. NaN if all targets are equal."""
+    no better than a constant, below 0 worse. NaN if all targets are equal, or there are none."""
     error, spread = (target - value)[mask], target[mask]
+    if len(spread) < 2:
+        return value.new_tensor(torch.nan)
     return torch.where(spread.var() > 0, 1.0 - error.var() / spread.var(), torch.nan)

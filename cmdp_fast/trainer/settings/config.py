@@ -6,6 +6,7 @@ looks at every number and name before a model is loaded.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,17 @@ class TrainConfig(
             f"--num-generations must be at least {least} to compare, not {self.num_generations}",
         )
         _check(len(self.rewards) > 0, "--rewards names no reward function")
+        weights = self.reward_weights
+        _check(
+            len(weights) in (0, len(self.rewards)) and all(map(math.isfinite, weights)),
+            f"--reward-weights must be a finite number for each of the {len(self.rewards)} --rewards, not "
+            f"{' '.join(map(str, weights))}",
+        )
+        names = [reward_name(spec) for spec in self.rewards]
+        _check(
+            self.accuracy_reward in ("", *names),
+            f"--accuracy-reward must be one of {', '.join(names)}, not {self.accuracy_reward}",
+        )
         for name in ("answer_pattern", "reference_pattern"):
             _check_pattern(f"--{_flag(name)}", getattr(self, name))
         _check(len(self.lora_target) > 0, "--lora-target names no module")
@@ -108,6 +120,11 @@ class TrainConfig(
     def batch_size(self) -> int:
         """Completions per step, of each process."""
         return self.prompts_per_step * self.num_generations
+
+
+def reward_name(spec: str) -> str:
+    """The name under which a reward of `rewards` is logged."""
+    return spec.rpartition(":")[2]
 
 
 def _flag(name: str) -> str:

@@ -14,7 +14,13 @@ class RewardSettings:
 
     rewards: tuple[str, ...] = ("exact_answer",)
     """`exact_answer`, `math_verify`, `reasoning_gym` (the task's own judge), `brevity` (a small bonus for short right
-    answers), or your function as `module:function` or `path/file.py:function`. Several are added up."""
+    answers), or your function as `module:function` or `path/file.py:function`. Several are added up. A completion on
+    which none has an opinion (None or NaN) is left out of its group's baseline, and only the constraint acts on it."""
+    reward_weights: tuple[float, ...] = ()
+    """The weight of each reward in the sum, in the order of `rewards`. Empty: 1 each."""
+    accuracy_reward: str = ""
+    """The one reward, by its name, that says whether a completion is right: see `correct_at`. Its weight has no part in
+    that. Empty: the first of `rewards`."""
     answer_pattern: str = ""
     """Regular expression whose first group is the final answer; the last match in the completion counts. Empty: the
     whole completion is the answer, in which `math_verify` looks for one: it takes a sum that is only repeated for its
@@ -26,7 +32,8 @@ class RewardSettings:
     """Run the judges of `reasoning_gym` where they cannot be isolated (they are on Linux, with Landlock and
     libseccomp). Many of them evaluate an answer as Python, so a completion can then do all that you can."""
     correct_at: float = 1.0
-    """A completion counts as right in `accuracy` when its reward is at least this."""
+    """A completion counts as right in `accuracy` when its `accuracy_reward` is at least this; not where that has no
+    opinion."""
     step_verifier: str = ""
     """The checker of a solution's steps, for `reasoning_success`: `arithmetic_chain` (the built-in models' sums),
     `equations` (every equation between numbers in free text), or your function as for `rewards`. Empty: nothing."""

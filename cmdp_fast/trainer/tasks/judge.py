@@ -8,7 +8,6 @@ orders, and only a preference that survives the exchange counts; anything else i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,8 @@ from typing import Any, Literal
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.messages import as_completion, text_of
+from cmdp_fast.own_code import errors_named, told_of
+from cmdp_fast.reward_functions import name_of, returned
 
 from ..settings.config import TrainConfig
 from .data import Problem
@@ -47,8 +48,9 @@ def load_judge(spec: str, config: TrainConfig, example: Problem) -> Judge:
 def programmatic(config: TrainConfig, example: Problem) -> Judge:
     """The judge that needs no model: the right answer first, then sound steps, then brevity.
 
-    The configuration's rewards say whether a completion is right, its step verifier whether it is sound (without a
-    verifier, and where it finds nothing to check, none is); the shorter text wins where both are equal in these.
+    The configuration's `accuracy_reward` says whether a completion is right, its step verifier whether it is sound
+    (without a verifier, and where it finds nothing to check, none is); the shorter text wins where both are equal in
+    these.
     Rewards are shown the texts and no token ids.
     """
     rewards, verifier = load_rewards(config, example), load_step_verifier(config, example)
@@ -56,7 +58,7 @@ def programmatic(config: TrainConfig, example: Problem) -> Judge:
     def rank(row: Problem, completion: Any) -> tuple[bool, bool, int]:
         text = text_of(completion)
         values = call_rewards(rewards, [row], [text], [[]], trainer_state(config)).rewards
-        right = sum(v for [v] in values.values() if not math.isnan(v)) >= config.correct_at
+        right = values[config.accuracy_reward or next(iter(values))][0] >= config.correct_at
         sound = verifier is not None and call_step_verifier(verifier, [row], [text]) == [1.0]
         return right, sound, -len(text)
 
@@ -71,21 +73,25 @@ def programmatic(config: TrainConfig, example: Problem) -> Judge:
 def compare_pairs(judge: Judge, rows: Sequence[Problem], ours: Sequence[str], theirs: Sequence[str]) -> Preferences:
     """How often ``judge`` prefers our completion of a problem to theirs; texts, one per row each.
 
-    Raises InputError for a verdict that is not one.
+    Raises InputError, which names the judge, if it raises or its verdict is not one.
     """
     counts = {"win": 0, "tie": 0, "loss": 0, "disagreement": 0}
     for row, our, their in zip(rows, ours, theirs, strict=True):
-        prompt, columns = row["prompt"], {name: value for name, value in row.items() if name != "prompt"}
+        prompt = row["prompt"]
+        columns = {name: value for name, value in row.items() if name not in ("prompt", "first", "second")}
         our_text, their_text = as_completion(prompt, our), as_completion(prompt, their)
-        straight = _checked(judge(prompt, our_text, their_text, **columns))
-        exchanged = _EXCHANGED[_checked(judge(prompt, their_text, our_text, **columns))]
+        straight = _asked(judge, prompt, our_text, their_text, columns)
+        exchanged = _EXCHANGED[_asked(judge, prompt, their_text, our_text, columns)]
         agreed = straight if straight == exchanged else "tie"
         counts[{"first": "win", "second": "loss", "tie": "tie"}[agreed]] += 1
         counts["disagreement"] += straight != exchanged
     return Preferences(**{name: count / len(rows) for name, count in counts.items()})
 
 
-def _checked(verdict: Any) -> Verdict:
-    if verdict not in _EXCHANGED:
-        raise InputError(f"the judge returned {verdict!r}: expected 'first', 'second' or 'tie'")
+def _asked(judge: Judge, prompt: Any, first: Any, second: Any, columns: dict[str, Any]) -> Verdict:
+    what = f"the judge {name_of(judge)}"
+    with errors_named(what, judge), told_of(what):
+        verdict: Any = judge(prompt, first, second, **columns)
+    if not isinstance(verdict, str) or verdict not in _EXCHANGED:
+        raise InputError(f"{what} returned {returned(verdict)}: expected 'first', 'second' or 'tie'")
     return verdict

@@ -4,8 +4,10 @@
 
 `prompts` and `completions` are texts, or lists of chat messages where the dataset's prompts are; `completion_ids`
 lists of token ids without padding; `columns` the other columns of the dataset but for `completion`, a value per
-completion. None means that the function has no opinion: such a completion earns nothing from it. A function may be a
-coroutine function, a partial, an object (or its class) with `__call__`: `cmdp_fast/reward_functions.py` calls them.
+completion. None, and NaN, means that the function has no opinion: the rewards of those that have one are added up, and
+a completion on which none has one is left out of its group's baseline (`cmdp_fast.credit.task_rewards`). A function
+may be a coroutine function, a partial, an object (or its class) with `__call__`: `cmdp_fast/reward_functions.py` calls
+them.
 
 `trainer_state` is a `transformers.TrainerState` with the steps done so far as `global_step` (0 before the first step,
 and where nothing is trained), `max_steps` and `epoch`. `log_metric(name, value)` adds a number to the metrics of the
@@ -13,21 +15,25 @@ step, the mean over all calls of its name; `log_extra(column, values)` adds a va
 evaluation, in their `extra`.
 
 A completion is hostile input. Judges of other packages that parse it, math-verify and those of reasoning-gym, are asked
-in processes of their own (`cmdp_fast.judging`). A function of the user's runs here, as the user's code.
+in processes of their own (`cmdp_fast.judging`). What runs here takes a time that grows with the length of the text, or
+is given up (`data.last_group`). A function of the user's runs here too, as the user's code.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from cmdp_fast import reward_functions
 from cmdp_fast.errors import InputError
 from cmdp_fast.judging.reward import JudgedReward
 from cmdp_fast.messages import as_completion, text_of
 
-from ..settings.config import TrainConfig
+from ..settings.config import TrainConfig, reward_name
 from .data import Problem, last_group
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 
 RewardFunction = reward_functions.RewardFunction
 
+LARGEST = torch.finfo(torch.float32).max  # of a reward
 BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
 
 
@@ -50,7 +57,7 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
     }
     functions: dict[str, RewardFunction] = {}
     for spec in config.rewards:
-        name = spec if spec in built_in else spec.rpartition(":")[2]
+        name = reward_name(spec)
         if name in functions:
             raise InputError(f"--rewards {spec}: there is a reward {name!r} already, and metrics go by that name")
         if spec in built_in:
@@ -66,11 +73,12 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
 
 
 def exact_answer(pattern: re.Pattern[str]) -> RewardFunction:
-    """1 if the final answer is the reference answer, character by character but for spaces at the ends; else 0."""
+    """1 if the final answer is the reference answer, character by character but for spaces at the ends; else 0. None
+    where there is no reference."""
 
     def reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
         return [
-            float(final_answer(text_of(completion), pattern) == str(expected).strip())
+            None if expected is None else float(final_answer(text_of(completion), pattern) == str(expected).strip())
             for completion, expected in zip(completions, answer, strict=True)
         ]
 
@@ -78,7 +86,7 @@ def exact_answer(pattern: re.Pattern[str]) -> RewardFunction:
 
 
 def brevity(pattern: re.Pattern[str], max_new_tokens: int) -> RewardFunction:
-    """0.2 (1 - tokens / max_new_tokens) for a completion that `exact_answer` accepts, else 0.
+    """0.2 (1 - tokens / max_new_tokens) for a completion that `exact_answer` accepts, else 0; None where it has none.
 
     A bonus to go with `exact_answer`. A wrong answer earns nothing however short, or an empty completion would be the
     easiest way to it.
@@ -89,7 +97,7 @@ def brevity(pattern: re.Pattern[str], max_new_tokens: int) -> RewardFunction:
         completions: Sequence[Any], completion_ids: Sequence[list[int]], answer: Sequence[Any], **_: Any
     ) -> list[float | None]:
         return [
-            BREVITY_BONUS * (1 - len(ids) / max_new_tokens) if is_right else 0.0
+            BREVITY_BONUS * (1 - len(ids) / max_new_tokens) if is_right else is_right
             for is_right, ids in zip(right(completions=completions, answer=answer), completion_ids, strict=True)
         ]
 
@@ -157,7 +165,10 @@ def call_rewards(
     completion_ids: list[list[int]],
     state: TrainerState,
 ) -> Judged:
-    """Calls each function once for all completions."""
+    """Calls each function once for all completions.
+
+    Raises InputError, which names the function, if one raises or returns anything but finite numbers, NaN and None.
+    """
     prompts = [row["prompt"] for row in rows]
     given = reward_functions.Given(
         prompts=prompts,
@@ -166,7 +177,16 @@ def call_rewards(
         columns=reward_functions.columns_of(rows),
         trainer_state=state,
     )
-    rewards, logged = reward_functions.call([reward_functions.Named(*each) for each in functions.items()], given)
+    try:
+        rewards, logged = reward_functions.call([reward_functions.Named(*each) for each in functions.items()], given)
+    except reward_functions.RewardError as error:
+        raise InputError(str(error)) from error.__cause__
+    for name, values in zip(functions, rewards, strict=True):
+        if (largest := max((abs(value) for value in values if not math.isnan(value)), default=0.0)) > LARGEST:
+            raise InputError(
+                f"reward function {name} returned a reward of size {largest:g}, infinite in float32: expected finite "
+                "numbers or None"
+            )
     failed = {
         name: [float(bool(failure)) for failure in function.failures]
         for name, function in functions.items()
