@@ -72,7 +72,7 @@ class Sampling:
     """
 
     max_new_tokens: int
-    temperature: float
+    temperature: float  # 0: the most likely token each time (greedy)
     eos: tuple[int, ...]
     pad: int
     suppress: tuple[int, ...] = ()  # columns that one of the models does not have
@@ -247,11 +247,10 @@ def _plain_sampling(policy: CausalLM, sampling: Sampling) -> Iterator[None]:
     from transformers import GenerationConfig
 
     own = policy.generation_config
+    drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     policy.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        do_sample=sampling.temperature > 0,
+        **(drawn if sampling.temperature > 0 else {}),
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=list(sampling.eos),
         pad_token_id=sampling.pad,

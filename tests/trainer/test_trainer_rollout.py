@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -50,6 +51,19 @@ def test_top_p_draws_from_the_likely_tokens_only(pair):
     nucleus = set(order[ranked.cumsum(0) - ranked < 0.5].tolist())
     drawn = set(generate(learner.student, prompts[:1] * 500, learner.collector.sampling).tokens[:, 0].tolist())
     assert drawn == nucleus and len(nucleus) < len(p)
+
+
+def test_temperature_0_takes_the_most_likely_token(pair):
+    """And nothing else is set that a greedy search has no use for."""
+    learner, _, prompts = learner_of(settings(pair, top_k=3, top_p=0.5))
+    sampling = dataclasses.replace(learner.collector.sampling, temperature=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [drawn] = {tuple(ids) for ids in generate(learner.student, prompts[:1] * 20, sampling).completion_ids()}
+    ids = list(prompts[0])
+    for token in drawn:
+        assert token == int(learner.student(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
 
 
 SERVER = """
