@@ -22,11 +22,13 @@ from cmdp_fast.reward_functions import Logged
 
 from .distributed import together
 from .records.clock import Clock
-from .rollout import Rollout, RolloutFunction, Sampling, call_rollout, generate
+from .rollout import Rollout, Sampling, generate
 from .settings.config import TrainConfig
+from .stops import cut_text
 from .tasks.data import Problem
 from .tasks.rewards import RewardFunction, call_rewards, trainer_state
 from .tasks.step_verifiers import StepVerifier, call_step_verifier
+from .user_rollout import RolloutFunction, call_rollout
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -126,7 +128,8 @@ class Collector:
                 synced = self.accelerator.distributed_type == "FSDP"
                 rollout = generate(model, prompts, self.sampling, mixed_with=mixed_with, synced_gpus=synced)
             ids = rollout.completion_ids()
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts = [cut_text(text, self.config.stop_strings) for text in decoded]
         with clock.phase("scoring"), together(self.accelerator):
             state = trainer_state(self.config, self.steps_done, self.problem_count, self.accelerator)
             judged = call_rewards(self.rewards, rows, texts, ids, state)
@@ -139,6 +142,7 @@ class Collector:
                 verdicts = call_step_verifier(self.step_verifier, rows, texts)
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
             total = torch.stack(list(named.values())).nansum(0)
+            total = total - self.config.missing_eos_penalty * (~rollout.finished)
             return Completions(rollout, texts, total, named, failed, sound, logged=judged.logged)
 
     def collect(

@@ -17,6 +17,7 @@ from cmdp_fast.errors import InputError
 
 from ..methods import METHODS, MethodEntry
 from .budget import BudgetSettings
+from .completion import CompletionSettings
 from .evaluation import EvaluationSettings
 from .models import ModelSettings
 from .ranges import Range
@@ -28,7 +29,14 @@ from .task import TaskSettings
 
 @dataclass(frozen=True)
 class TrainConfig(
-    EvaluationSettings, StepSettings, BudgetSettings, RewardSettings, TaskSettings, ModelSettings, RunSettings
+    EvaluationSettings,
+    CompletionSettings,
+    StepSettings,
+    BudgetSettings,
+    RewardSettings,
+    TaskSettings,
+    ModelSettings,
+    RunSettings,
 ):
     """Settings of `cmdp-fast train`; of several bases a dataclass takes the fields of the last one first."""
 
@@ -54,6 +62,7 @@ class TrainConfig(
         _check(len(self.rewards) > 0, "--rewards names no reward function")
         for name in ("answer_pattern", "reference_pattern"):
             _check_pattern(f"--{_flag(name)}", getattr(self, name))
+        _check(all(self.stop_tokens) and all(self.stop_strings), "--stop-tokens and --stop-strings take no empty text")
         _check(len(self.lora_target) > 0, "--lora-target names no module")
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
         if self.kind == "worst_case":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from cmdp_fast.errors import InputError
 
@@ -14,13 +14,14 @@ from .config import TrainConfig
 def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Settings as the types that TrainConfig has. Raises InputError, which names the source, for those it has not."""
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    kinds = get_type_hints(TrainConfig)
     for key, value in values.items():
         if key not in fields:
             raise InputError(f"{source}: there is no setting named {key!r}")
         default = fields[key].default
         expected = dict if default is dataclasses.MISSING else type(default)
         if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-            kind = type(default[0])
+            kind = type(default[0]) if default else get_args(kinds[key])[0]
             values[key] = value = tuple(float(item) if (kind, type(item)) == (float, int) else item for item in value)
             if any(type(item) is not kind for item in value):
                 raise InputError(f"{source}: {key} must be a list of {kind.__name__}, not {list(value)!r}")
