@@ -75,7 +75,8 @@ def compare_pairs(judge: Judge, rows: Sequence[Problem], ours: Sequence[str], th
     """
     counts = {"win": 0, "tie": 0, "loss": 0, "disagreement": 0}
     for row, our, their in zip(rows, ours, theirs, strict=True):
-        prompt, columns = row["prompt"], {name: value for name, value in row.items() if name != "prompt"}
+        prompt = row["prompt"]
+        columns = {name: value for name, value in row.items() if name not in ("prompt", "first", "second")}
         our_text, their_text = as_completion(prompt, our), as_completion(prompt, their)
         straight = _checked(judge(prompt, our_text, their_text, **columns))
         exchanged = _EXCHANGED[_checked(judge(prompt, their_text, our_text, **columns))]

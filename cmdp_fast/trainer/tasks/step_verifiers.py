@@ -20,6 +20,7 @@ from typing import Any
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.messages import as_completion, text_of
+from cmdp_fast.reward_functions import NO_COLUMNS
 
 from ..settings.config import TrainConfig
 from .data import Problem
@@ -134,7 +135,7 @@ def call_step_verifier(verifier: StepVerifier, rows: Sequence[Problem], texts: S
     """1 where all steps of a completion are right, 0 where not, NaN where there is nothing to check."""
     verdicts = []
     for row, text in zip(rows, texts, strict=True):
-        columns = {name: value for name, value in row.items() if name != "prompt"}
+        columns = {name: value for name, value in row.items() if name not in NO_COLUMNS}
         verdict = verifier(row["prompt"], as_completion(row["prompt"], text), **columns)
         if not (verdict is None or isinstance(verdict, bool)):
             raise InputError(f"the step verifier returned {verdict!r}: expected True, False or None")
