@@ -16,7 +16,7 @@ from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.settings.config import TrainConfig
-from cmdp_fast.trainer.settings.recipe import METHOD_FILES, RECIPES
+from cmdp_fast.trainer.settings.recipe import METHOD_FILES, RECIPES, read_recipe
 
 BAD_INPUT = {
     "budget 0": (dict(budget=0), "--budget must be a positive number, not 0.0"),
@@ -76,6 +76,28 @@ def test_option_that_does_not_exist(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--no-such-option=1"])
     assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("option", ["--task-args", "--chat-template-kwargs"])
+@pytest.mark.parametrize("text", ["[1]", "3", "{"])
+def test_json_that_is_no_object(option, text, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--recipe", "quickstart", f"{option}={text}"])
+    assert exit_.value.code == 2 and option in capsys.readouterr().err
+
+
+def test_settings_that_are_empty_lists_by_default(tmp_path):
+    """The type of their items stands in their field alone."""
+    recipe = tmp_path / "mine.toml"
+    needed = 'student = "a"\nteacher = "b"\ntask = "chain_sum"\n'
+    recipe.write_text(needed + 'stop_strings = ["###"]\nstop_tokens = ["<|im_end|>"]')
+    config = read_recipe(str(recipe))
+    assert config.stop_strings == ("###",) and config.stop_tokens == ("<|im_end|>",)
+    again = parse(["--recipe", str(recipe), "--stop-strings", "a", "b"])
+    assert again.stop_strings == ("a", "b")
+    recipe.write_text("stop_strings = [3]")
+    with pytest.raises(InputError, match=r"stop_strings must be a list of str, not \[3\]"):
+        read_recipe(str(recipe))
 
 
 def test_commands(capsys):
