@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from chain import chain_model
@@ -100,6 +102,22 @@ def test_generation_ends_with_its_last_stop_string(chains):
     learner.student.register_forward_pre_hook(lambda *_: calls.append(1))
     generate(learner.student, prompts, learner.collector.sampling)
     assert len(calls) == 3
+
+
+def test_rows_that_end_at_different_tokens(chains):
+    """What `generate` fills a row with after its stop string is no part of it."""
+    learner, _, _ = learner_of(settings(chains, stop_strings=("+2",)))
+    tokenizer = learner.collector.tokenizer
+    prompts = [ids_of(tokenizer, text) for text in ("9=", "1", "9+")]
+    rollout = generate(learner.student, prompts, learner.collector.sampling)
+    assert tokenizer.batch_decode(rollout.completion_ids()) == ["1+2", "+2", "2=1+2"] and rollout.finished.all()
+
+
+def test_what_the_last_token_has_behind_a_string_is_no_text(chains):
+    learner, rows, prompts = learner_of(settings(chains, stop_strings=("+2",)))
+    learner.collector.tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: ["1+2=7"] * len(ids))
+    completions = learner.collector.complete(learner.student, rows, prompts, Clock())
+    assert completions.texts == ["1+2"] * len(rows)
 
 
 class Pieces:
