@@ -37,6 +37,7 @@ def keep_end_tokens(model: CausalLM, ends: Sequence[int]) -> None:
     named = model.generation_config.eos_token_id
     if {*ends} != {*(named if isinstance(named, list) else [named])}:
         model.generation_config.eos_token_id = list(ends)
+        model.generation_config._from_model_config = False  # or transformers may make it anew from that when it is read
 
 
 def common_end_tokens(
