@@ -172,8 +172,11 @@ def _rendered(row: Problem, tokenizer: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """What a value looks like, in an error."""
-    text = repr(value)
+    """What a value looks like, in an error; somebody else's may be one that cannot be printed."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

@@ -70,7 +70,7 @@ def _tokens(ids: Any, sampling: Sampling, option: str) -> list[int]:
         )
     for token in tokens:
         if not 0 <= token < sampling.vocab_size:
-            raise InputError(f"{option} returned token {token}, {expected}")
+            raise InputError(f"{option} returned token {short(token)}, {expected}")
     if any(token in sampling.eos for token in tokens[:-1]):
         raise InputError(f"{option} returned tokens after an end of sequence: {short(tokens)}")
     return tokens

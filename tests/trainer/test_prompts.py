@@ -19,6 +19,7 @@ from cmdp_fast.trainer.experience import Collector
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.rollout import encode_prompts, generate
 from cmdp_fast.trainer.tasks import data, judge, step_verifiers
+from cmdp_fast.trainer.tasks.prompts import with_prompt
 
 NO_ROWS, NO_JSON = "there are no rows in it", "JSON parse error"
 BROKEN = {
@@ -68,6 +69,12 @@ def test_a_broken_file_is_one_line(case, pair, tmp_path, capfd):
     with pytest.raises(InputError, match=expected) as raised:
         data.load_problems(settings(pair, dataset=str(path), answer_column="answer"))
     assert str(path) in str(raised.value) and len(str(raised.value).splitlines()) == 1 and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["1\ud800", [{"role": "user", "content": [{"text": "1\ud800"}]}]])
+def test_a_text_that_is_not_unicode(prompt, pair):
+    with pytest.raises(InputError, match="the prompt of row 7 is not valid Unicode"):
+        with_prompt({"prompt": prompt}, settings(pair), "row 7")
 
 
 def test_one_column_may_be_prompt_and_answer(pair):

@@ -111,6 +111,7 @@ def test_a_rollout_of_the_users_own_is_scored_again(pair, tmp_path):
         ({"completion_ids": [[3], [3, 2, 3]]}, "after an end of sequence"),
         ({"completion_ids": [[3], [17]]}, "returned token 17, expected tokens from 0 to 16"),
         ({"completion_ids": [[3], [-1]]}, "returned token -1"),
+        ({"completion_ids": [[3], [10**5000]]}, "returned token <int>, expected tokens from 0 to 16"),
         (
             {"completion_ids": [[3], [3, 2]], "logprobs": [[-1.0], [-1.0]]},
             "logprobs of other lengths .* 1 numbers for 2",
