@@ -52,6 +52,9 @@ class TrainConfig(
         _check(
             not self.streaming or self.dataset, "--streaming reads a --dataset, reasoning-gym makes its own problems"
         )
+        for name in ("task_args", "chat_template_kwargs"):
+            value = getattr(self, name)
+            _check(isinstance(value, dict), f"--{_flag(name)} must be a JSON object, not {value!r}")
         _check(self.chat or not self.system_prompt, "--system-prompt is part of a chat: add --chat")
         check_choices(self)
         least = 2 if self.grouped else 1

@@ -10,16 +10,7 @@ import tyro
 
 from .ranges import BETWEEN_0_AND_1, NOT_NEGATIVE, POSITIVE
 
-
-def json_object(text: str) -> dict[str, Any]:
-    """The dict that a text is as JSON. Raises ValueError for any other text."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"expected names with values in braces, not {text}")
-    return value
-
-
-Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json_object, metavar="JSON")]
+Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
 
 @dataclass(frozen=True)
