@@ -31,6 +31,9 @@ class CausalLM(Protocol):
     def generate(self, **options: Any) -> Any:
         """Prompts with completions, token ids [B, P + T]."""
 
+    def get_input_embeddings(self) -> Any:
+        """The embedding of tokens, with its weight [V, H]."""
+
     def get_output_embeddings(self) -> Any:
         """The head's linear layer, with its weight [V, H]."""
 

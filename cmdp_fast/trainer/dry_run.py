@@ -6,15 +6,17 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.scoring import make_scoring
-from cmdp_fast.vocabulary import common_vocabulary
 
 from .material import load
 from .models.memory_estimate import MemoryEstimate, estimate_memory
+from .padding import misled_by_padding
 from .records.metrics_log import check_trackers
 from .records.report import Report
 from .records.run_folder import check_run_folder
+from .rollout import make_sampling
 from .settings.config import TrainConfig
 
 
@@ -30,7 +32,11 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     material = load(config, report)
     assert material.teacher is not None  # a valid configuration names one
     models = (material.student, material.teacher)
-    make_scoring(config.logits, models, common_vocabulary(*models), config.temperature)
+    sampling = make_sampling(config, *models, material.tokenizer)
+    scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature)
+    roles = dict(zip(("student", "teacher"), models, strict=True))
+    if misled := misled_by_padding(roles, scoring.outputs, sampling.vocab_size, sampling.pad):
+        raise InputError(misled)
     if config.rollout:
         import_function("--rollout", config.rollout)
     longest = max(len(ids) for ids in material.prompts)

@@ -24,11 +24,13 @@ from cmdp_fast.reward_functions import Logged
 
 from .distributed import together
 from .records.clock import Clock
-from .rollout import Rollout, RolloutFunction, Sampling, call_rollout, generate
+from .rollout import Rollout, Sampling, generate
 from .settings.config import TrainConfig
+from .stops import cut_text
 from .tasks.data import Problem
 from .tasks.rewards import RewardFunction, call_rewards, trainer_state
 from .tasks.step_verifiers import StepVerifier, call_step_verifier
+from .user_rollout import RolloutFunction, call_rollout
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -147,7 +149,8 @@ class Collector:
                 synced = self.accelerator.distributed_type == "FSDP"
                 rollout = generate(model, prompts, self._sampling_of(policy), mixed_with=mixed_with, synced_gpus=synced)
             ids = rollout.completion_ids()
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts = [cut_text(text, self.config.stop_strings) for text in decoded]
         with clock.phase("scoring"), together(self.accelerator):
             state = trainer_state(self.config, self.steps_done, self.problem_count, self.accelerator)
             judged = call_rewards(self.rewards, rows, texts, ids, state)
@@ -161,6 +164,7 @@ class Collector:
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
             size = 1 if len(rows) % group_size else group_size
             total, scored = task_rewards(torch.stack(list(named.values()), 1), self.weights, size)
+            total = total - self.config.missing_eos_penalty * (scored & ~rollout.finished)
             correct = named[self.judging] >= self.config.correct_at  # not where it has no opinion
             return Completions(rollout, texts, total, scored, correct, named, failed, sound, logged=judged.logged)
 

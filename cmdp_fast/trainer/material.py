@@ -10,7 +10,7 @@ from cmdp_fast.errors import InputError
 from .causal_lm import CausalLM
 from .models.pair import load_pair
 from .records.report import Report
-from .rollout import drop_long_prompts, encode_prompts
+from .rollout import check_tokens, drop_long_prompts, encode_prompts
 from .settings.config import TrainConfig
 from .tasks.data import Problem, load_problems
 from .tasks.rewards import RewardFunction, load_rewards
@@ -49,7 +49,9 @@ def load(config: TrainConfig, report: Report) -> Material:
         held_out=problems.held_out[: config.eval_prompts],
     )
     models = [model for model in (student, teacher) if model is not None]
-    _check_lengths(config, models, material.prompts + encode_prompts(material.held_out, tokenizer))
+    prompts = material.prompts + encode_prompts(material.held_out, tokenizer)
+    check_tokens(prompts, models)
+    _check_lengths(config, models, prompts)
     return material
 
 

@@ -1,16 +1,8 @@
 """Sampling completions: the batch in which prompts and completions lie, and the function that fills it.
 
 Prompts are padded on the left, completions on the right, so that every completion starts in the same column. `mask`
-marks the completion's real tokens: everything up to the end-of-sequence token, which counts, or up to the length
-limit if there is none (a truncated completion).
-
-A function of the user's own may sample instead, on a server for instance:
-
-    rollout(prompts, sampling, policy) -> {"completion_ids": [[...], ...], "logprobs": [[...], ...] or None}
-
-`prompts` are lists of token ids, `sampling` a `Sampling`, `policy` the student as a transformers model, whose weights a
-server needs. A completion's ids end with its end-of-sequence token, or without one at the length limit. `logprobs`, in
-nats, are only compared with those that the trainer computes itself.
+marks the completion's real tokens: everything up to the end-of-sequence token or the one that completes a stop string
+(`stops.py`), which counts, or up to the length limit if there is none (a truncated completion).
 """
 
 from __future__ import annotations
@@ -23,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.vocabulary import common_vocabulary
 
 from .causal_lm import CausalLM
 from .records.report import Report
+from .settings.config import TrainConfig
+from .stops import common_end_tokens, cut_tokens, ends_with_string, string_criterion
 from .tasks.data import Problem, Problems
-
-RolloutFunction = Callable[..., dict[str, Any]]
 
 
 @dataclass
@@ -40,7 +33,7 @@ class Rollout:
     prompt_mask: Tensor
     tokens: Tensor
     mask: Tensor
-    finished: Tensor  # [B]: has an end-of-sequence token
+    finished: Tensor  # [B]: ends with an end-of-sequence token or a stop string
     sampler_logprob: Tensor | None = None  # [B, T], where the sampler reports it
 
     def __len__(self) -> int:
@@ -58,6 +51,11 @@ class Rollout:
             drawn,
         )
 
+    def without_truncated(self) -> Rollout:
+        """The same completions with nothing marked of those that are not finished (TRL's `mask_truncated_completions`):
+        they count for no loss."""
+        return replace(self, mask=self.mask & self.finished[:, None])
+
     def completion_ids(self) -> list[list[int]]:
         """The completions without padding."""
         return _lists(self.tokens, self.mask)
@@ -72,37 +70,121 @@ class Sampling:
     """
 
     max_new_tokens: int
-    temperature: float
+    temperature: float  # 0: the most likely token each time (greedy)
     eos: tuple[int, ...]
     pad: int
+    vocab_size: int  # columns that all models have, the tokens that may be sampled
     suppress: tuple[int, ...] = ()  # columns that one of the models does not have
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int = 0  # prompts at once; 0: all
+    stop_strings: tuple[str, ...] = ()
+    tokenizer: Any = None  # which these need
+
+    def cut(self, ids: list[int]) -> list[int]:
+        """A completion up to its first stop string."""
+        return cut_tokens(ids, self.stop_strings, self.tokenizer)
+
+    def is_finished(self, ids: list[int]) -> bool:
+        """Whether a completion, which has been cut, has come to its end."""
+        return ids[-1] in self.eos or ends_with_string(ids, self.stop_strings, self.tokenizer)
 
 
-def end_tokens(model: CausalLM, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end a completion: the tokenizer's, and those that the model's generation settings name."""
-    configured = model.generation_config.eos_token_id
-    configured = [] if configured is None else configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({tokenizer.eos_token_id, *configured}))
+def make_sampling(config: TrainConfig, student: CausalLM, teacher: CausalLM | None, tokenizer: Any) -> Sampling:
+    """As a configuration says, for both models. Raises InputError for stop tokens that there are not, and for a model
+    that cannot end with any of its own."""
+    models = (student,) if teacher is None else (student, teacher)
+    vocab_size = common_vocabulary(*models)
+    width = max(common_vocabulary(each) for each in models)  # the teacher is sampled from as well
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        eos=common_end_tokens(student, teacher, tokenizer, config.stop_tokens, vocab_size),
+        pad=padding_token(tokenizer, models),
+        vocab_size=vocab_size,
+        suppress=tuple(range(vocab_size, width)),
+        top_k=config.top_k,
+        top_p=config.top_p,
+        batch_size=config.rollout_batch_size,
+        stop_strings=config.stop_strings,
+        tokenizer=tokenizer,
+    )
+
+
+def padding_token(tokenizer: Any, models: Sequence[CausalLM]) -> int:
+    """The tokenizer's padding where every model has an embedding of it, else its end of sequence, else token 0: padding
+    is masked, and read all the same."""
+    rows = min(embedding_rows(model) for model in models)
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token < rows), 0)
+
+
+def embedding_rows(model: CausalLM) -> int:
+    """The number of tokens that a model has an embedding for."""
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    return rows
 
 
 def encode_prompts(rows: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
-    """Token ids of the rows' prompts; the chat template is applied to lists of messages."""
+    """Token ids of the rows' prompts; the chat template is applied to lists of messages, with the row's `tools` and
+    `chat_template_kwargs`.
+
+    What a tokenizer puts in front of a text stays, what it puts behind, an end of sequence, does not: the completion
+    goes on there. Raises InputError for a prompt without tokens and for messages that the template refuses.
+    """
+    behind = _tokens_behind(tokenizer)
     ids = []
     for row in rows:
         prompt = row["prompt"]
         if isinstance(prompt, str):
-            ids.append(tokenizer(prompt)["input_ids"])
-        elif tokenizer.chat_template is None:
-            raise InputError("the prompts are chat messages, but the student's tokenizer has no chat template")
+            given = tokenizer(prompt)["input_ids"]
+            ids.append(given[: len(given) - behind])
         else:
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-            ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids.append(tokenizer(_rendered(row, tokenizer), add_special_tokens=False)["input_ids"])
         if not ids[-1]:
-            raise InputError(f"the prompt {prompt!r} has no tokens")
+            raise InputError(f"the prompt {short(prompt)} has no tokens")
     return ids
+
+
+def _tokens_behind(tokenizer: Any) -> int:
+    """How many tokens a tokenizer puts behind every text, seen at one that it knows."""
+    for text in ("a", "1", "."):
+        plain, given = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+        for front in range(len(given) - len(plain) + 1 if plain else 0):
+            if given[front : front + len(plain)] == plain:
+                return len(given) - len(plain) - front
+    return 0
+
+
+def _rendered(row: Problem, tokenizer: Any) -> str:
+    if tokenizer.chat_template is None:
+        raise InputError("the prompts are chat messages, but the student's tokenizer has no chat template")
+    try:
+        text: str = tokenizer.apply_chat_template(
+            row["prompt"],
+            tools=row.get("tools") or None,  # some templates announce an empty list
+            add_generation_prompt=True,
+            tokenize=False,
+            **(row.get("chat_template_kwargs") or {}),
+        )
+    except Exception as error:  # of the template's own, in whatever form
+        raise InputError(f"the chat template refuses the prompt {short(row['prompt'])}: {first_line(error)}") from error
+    return text
+
+
+def short(value: Any) -> str:
+    """What a value looks like, in an error; somebody else's may be one that cannot be printed."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def check_tokens(prompts: Sequence[list[int]], models: Sequence[CausalLM]) -> None:
+    """Raises InputError for a token of a prompt that a model has no embedding for: its tokenizer has more than it."""
+    most = max(max(ids) for ids in prompts)
+    if most >= (rows := min(embedding_rows(model) for model in models)):
+        raise InputError(f"token {most} of a prompt has no embedding: the tokenizer knows it, the models have {rows}")
 
 
 def drop_long_prompts(problems: Problems, tokenizer: Any, limit: int, report: Report) -> Problems:
@@ -164,36 +246,11 @@ def assemble(
     tokens = torch.tensor([ids + [sampling.pad] * (width - len(ids)) for ids in completions], device=device)
     lengths = torch.tensor([len(ids) for ids in completions], device=device)
     mask = torch.arange(width, device=device) < lengths[:, None]
-    finished = torch.tensor([ids[-1] in sampling.eos for ids in completions], device=device)
+    finished = torch.tensor([sampling.is_finished(ids) for ids in completions], device=device)
     drawn = None
     if logprobs is not None:
         drawn = torch.tensor([[*row, *[0.0] * (width - len(row))] for row in logprobs], device=device)
     return Rollout(prompt_ids, prompt_mask, tokens, mask, finished, drawn)
-
-
-def call_rollout(
-    function: RolloutFunction, name: str, prompts: list[list[int]], sampling: Sampling, policy: CausalLM
-) -> Rollout:
-    """The completions that a function of the user's samples. Raises InputError for anything that it may not return."""
-    result = function(prompts=prompts, sampling=sampling, policy=policy)
-    if not isinstance(result, dict) or "completion_ids" not in result:
-        raise InputError(
-            f"--rollout {name} must return a dict with completion_ids, it returned {type(result).__name__}"
-        )
-    completions = [list(ids) for ids in result["completion_ids"]]
-    if len(completions) != len(prompts):
-        raise InputError(f"--rollout {name} returned {len(completions)} completions for {len(prompts)} prompts")
-    for ids in completions:
-        if not 0 < len(ids) <= sampling.max_new_tokens:
-            raise InputError(
-                f"--rollout {name} returned a completion of {len(ids)} tokens, expected 1 to {sampling.max_new_tokens}"
-            )
-        if any(token in sampling.eos for token in ids[:-1]):
-            raise InputError(f"--rollout {name} returned tokens after an end of sequence: {ids}")
-    logprobs = result.get("logprobs")
-    if logprobs is not None and [len(row) for row in logprobs] != [len(ids) for ids in completions]:
-        raise InputError(f"--rollout {name} returned logprobs of other lengths than its completions")
-    return assemble(prompts, completions, sampling, policy.device, logprobs)
 
 
 def completion_mask(tokens: Tensor, eos: Sequence[int]) -> Tensor:
@@ -210,18 +267,22 @@ def completion_mask(tokens: Tensor, eos: Sequence[int]) -> Tensor:
 def _generate(
     prompts: Sequence[list[int]], policy: CausalLM, sampling: Sampling, mixed_with: Any, synced_gpus: bool
 ) -> list[list[int]]:
-    from transformers import LogitsProcessorList
+    from transformers import LogitsProcessorList, StoppingCriteriaList
 
     prompt_ids, prompt_mask = _left_padded(prompts, sampling.pad, policy.device)
+    criteria = []
+    if sampling.stop_strings:
+        criteria.append(string_criterion(sampling.stop_strings, sampling.tokenizer, prompt_ids.shape[1]))
     with _plain_sampling(policy, sampling if mixed_with is None else replace(sampling, temperature=1.0)):
         sequences = policy.generate(
             input_ids=prompt_ids,
             attention_mask=prompt_mask.long(),
             logits_processor=None if mixed_with is None else LogitsProcessorList([mixed_with(prompt_mask)]),
+            stopping_criteria=StoppingCriteriaList(criteria),
             synced_gpus=synced_gpus,
         )
     tokens = sequences[:, prompt_ids.shape[1] :]
-    return _lists(tokens, completion_mask(tokens, sampling.eos))
+    return [sampling.cut(ids) for ids in _lists(tokens, completion_mask(tokens, sampling.eos))]
 
 
 def _lists(tokens: Tensor, mask: Tensor) -> list[list[int]]:
@@ -247,11 +308,10 @@ def _plain_sampling(policy: CausalLM, sampling: Sampling) -> Iterator[None]:
     from transformers import GenerationConfig
 
     own = policy.generation_config
+    drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     policy.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        do_sample=sampling.temperature > 0,
+        **(drawn if sampling.temperature > 0 else {}),
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=list(sampling.eos),
         pad_token_id=sampling.pad,

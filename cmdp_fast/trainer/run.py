@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
-from cmdp_fast.vocabulary import common_vocabulary
 
 from .distributed import any_process, check_training, main_first, make_accelerator, on_device, prepare_student, together
 from .experience import Collector
@@ -23,6 +23,7 @@ from .material import Material, load
 from .methods.method import method_named
 from .models.value_head import ValueHead
 from .optimization import make_optimizer, make_scheduler
+from .padding import misled_by_padding
 from .records.checkpoint import remove_checkpoints
 from .records.clock import Clock
 from .records.lock import alone_in
@@ -31,10 +32,11 @@ from .records.report import Report
 from .records.resume import is_finished
 from .records.run_folder import check_run_folder
 from .records.trust import code_of
-from .rollout import Sampling, end_tokens
+from .rollout import make_sampling
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint, warning_of_scale
 from .step import Learner
+from .stops import keep_end_tokens
 from .training import Training
 
 if TYPE_CHECKING:
@@ -105,29 +107,33 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, material: Materi
 def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Module, material: Material) -> Collector:
     """The collector of the material's student, which accelerate has on its device by now."""
     model, teacher, tokenizer = accelerator.unwrap_model(student), material.teacher, material.tokenizer
-    models = (model,) if teacher is None else (model, teacher)
-    vocab_size = common_vocabulary(*models)
-    width = max(common_vocabulary(each) for each in models)  # the teacher is sampled from as well
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        eos=end_tokens(model, tokenizer),
-        pad=tokenizer.pad_token_id,
-        suppress=tuple(range(vocab_size, width)),
-        top_k=config.top_k,
-        top_p=config.top_p,
-        batch_size=config.rollout_batch_size,
-    )
-    return Collector(
+    sampling = make_sampling(config, model, teacher, tokenizer)
+    keep_end_tokens(model, sampling.eos)
+    collector = Collector(
         config,
         accelerator=accelerator,
         student=student,
         teacher=None if teacher is None else on_device(teacher, accelerator),
         tokenizer=tokenizer,
         sampling=sampling,
-        vocab_size=vocab_size,
+        vocab_size=sampling.vocab_size,
         rewards=material.rewards,
         step_verifier=material.verifier,
         rollout=import_function("--rollout", config.rollout) if config.rollout else None,
         problem_count=len(material.problems),
     )
+    _check_padding(collector)
+    return collector
+
+
+def _check_padding(collector: Collector) -> None:
+    """Raises InputError, in every process, for a model that padding would mislead."""
+    accelerator, sampling = collector.accelerator, collector.sampling
+    models = {"student": accelerator.unwrap_model(collector.student)}
+    if collector.teacher is not None:
+        models["teacher"] = collector.teacher
+    dtypes = [torch.bfloat16] if accelerator.mixed_precision == "bf16" else []
+    misled = misled_by_padding(models, collector.outputs, sampling.vocab_size, sampling.pad, dtypes)
+    with together(accelerator):
+        if misled:
+            raise InputError(misled)

@@ -67,7 +67,10 @@ class Learner:
         if self.config.kind == "pid":
             constraint = self.price(experience, constraint)
         metrics = self.collector.measure(experience, constraint)
-        metrics |= self.update(experience, self.method.targets(experience, constraint), constraint)
+        targets = self.method.targets(experience, constraint)
+        if self.config.mask_truncated_completions:  # they are compared with the others, and give no gradient
+            experience = replace(experience, rollout=experience.rollout.without_truncated())
+        metrics |= self.update(experience, targets, constraint)
         self.collector.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
         seconds = self.clock.now() - start
@@ -127,6 +130,7 @@ class Learner:
     ) -> dict[str, Tensor]:
         """The gradient of a minibatch, one part after another; returns this process's metrics of it."""
         tokens = self._mean({"tokens": experience.rollout.mask[minibatch].sum()})["tokens"]
+        tokens = tokens or 1.0  # where all are masked there is nothing to divide
         over = len(minibatch) if self.method.mean_over == "completions" else tokens
         metrics: dict[str, Tensor] = {}
         parts = minibatch.split(self.config.micro_batch_size)

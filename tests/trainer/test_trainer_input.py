@@ -18,7 +18,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.constraint import warning_of_scale
-from cmdp_fast.trainer.settings.recipe import METHOD_FILES, RECIPES
+from cmdp_fast.trainer.settings.recipe import METHOD_FILES, RECIPES, read_recipe
 
 BAD_INPUT = {
     "budget 0": (dict(budget=0), "--budget must be a positive number, not 0.0"),
@@ -31,6 +31,11 @@ BAD_INPUT = {
     "built-in model for other problems": (dict(student="builtin:arithmetic-student"), "that are sums"),
     "task": (dict(task="basic_aritmetic", dataset=""), "did you mean basic_arithmetic"),
     "task argument": (dict(task="chain_sum", dataset="", task_args='{"terms": 3}'), "--task chain_sum"),
+    "task arguments": (
+        dict(task="chain_sum", dataset="", task_args="[1]"),
+        "--task-args must be a JSON object, not [1]",
+    ),
+    "template arguments": (dict(chat_template_kwargs="3"), "--chat-template-kwargs must be a JSON object, not 3"),
     "task and dataset": (dict(task="chain_sum"), "exactly one of --task and --dataset"),
     "dataset": (dict(dataset="./no/such.jsonl"), "--dataset ./no/such.jsonl"),
     "prompt column": (dict(prompt_column="question"), "there is no column 'question'"),
@@ -78,6 +83,20 @@ def test_option_that_does_not_exist(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--no-such-option=1"])
     assert exit_.value.code == 2
+
+
+def test_settings_that_are_empty_lists_by_default(tmp_path):
+    """The type of their items stands in their field alone."""
+    recipe = tmp_path / "mine.toml"
+    needed = 'student = "a"\nteacher = "b"\ntask = "chain_sum"\n'
+    recipe.write_text(needed + 'stop_strings = ["###"]\nstop_tokens = ["<|im_end|>"]')
+    config = read_recipe(str(recipe))
+    assert config.stop_strings == ("###",) and config.stop_tokens == ("<|im_end|>",)
+    again = parse(["--recipe", str(recipe), "--stop-strings", "a", "b"])
+    assert again.stop_strings == ("a", "b")
+    recipe.write_text("stop_strings = [3]")
+    with pytest.raises(InputError, match=r"stop_strings must be a list of str, not \[3\]"):
+        read_recipe(str(recipe))
 
 
 def test_commands(capsys):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from tiny_pair import arguments, learner_of, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.rollout import call_rollout, generate
+from cmdp_fast.trainer.rollout import generate
+from cmdp_fast.trainer.user_rollout import call_rollout
 
 
 def test_batches_of_like_length_come_back_in_order(pair):
@@ -52,6 +56,19 @@ def test_top_p_draws_from_the_likely_tokens_only(pair):
     assert drawn == nucleus and len(nucleus) < len(p)
 
 
+def test_temperature_0_takes_the_most_likely_token(pair):
+    """And nothing else is set that a greedy search has no use for."""
+    learner, _, prompts = learner_of(settings(pair, top_k=3, top_p=0.5))
+    sampling = dataclasses.replace(learner.collector.sampling, temperature=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [drawn] = {tuple(ids) for ids in generate(learner.student, prompts[:1] * 20, sampling).completion_ids()}
+    ids = list(prompts[0])
+    for token in drawn:
+        assert token == int(learner.student(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+
+
 SERVER = """
 def rollout(prompts, sampling, policy):
     completions = [[ids[0], ids[-1], sampling.eos[0]] if i % 2 else [ids[0]] for i, ids in enumerate(prompts)]
@@ -83,15 +100,52 @@ def test_a_rollout_of_the_users_own_is_scored_again(pair, tmp_path):
     ("result", "expected"),
     [
         ([], "must return a dict with completion_ids"),
+        (None, "must return a dict with completion_ids, it returned NoneType"),
         ({"completion_ids": [[3]]}, "1 completions for 2 prompts"),
+        ({"completion_ids": None}, "returned a NoneType, expected 2 completions"),
+        ({"completion_ids": [[3], None]}, "no list of integers, expected tokens from 0 to 16"),
+        ({"completion_ids": [[3], ["3"]]}, "no list of integers"),
+        ({"completion_ids": [[3], [3.5]]}, "no list of integers"),
         ({"completion_ids": [[3], []]}, "a completion of 0 tokens"),
         ({"completion_ids": [[3], [3] * 7]}, "a completion of 7 tokens, expected 1 to 6"),
         ({"completion_ids": [[3], [3, 2, 3]]}, "after an end of sequence"),
-        ({"completion_ids": [[3], [3, 2]], "logprobs": [[-1.0], [-1.0]]}, "logprobs of other lengths"),
+        ({"completion_ids": [[3], [17]]}, "returned token 17, expected tokens from 0 to 16"),
+        ({"completion_ids": [[3], [-1]]}, "returned token -1"),
+        ({"completion_ids": [[3], [10**5000]]}, "returned token <int>, expected tokens from 0 to 16"),
+        (
+            {"completion_ids": [[3], [3, 2]], "logprobs": [[-1.0], [-1.0]]},
+            "logprobs of other lengths .* 1 numbers for 2",
+        ),
+        ({"completion_ids": [[3], [3, 2]], "logprobs": [[-1.0]]}, "1 rows of logprobs for 2 prompts"),
+        ({"completion_ids": [[3], [3]], "logprobs": [[-1.0], None]}, "a NoneType, expected 1 numbers"),
+        ({"completion_ids": [[3], [3]], "logprobs": [[-1.0], [None]]}, "returned None among its logprobs"),
+        ({"completion_ids": [[3], [3]], "logprobs": [[-1.0], [math.nan]]}, "returned nan among its logprobs"),
+        ({"completion_ids": [[3], [3]], "logprobs": [[-1.0], ["x"]]}, "returned 'x' among its logprobs"),
+        ({"completion_ids": [[3], [3]], "logprobs": 1.0}, "a float, expected 2 rows of logprobs"),
     ],
 )
 def test_what_a_rollout_may_not_return(result, expected, pair):
     learner, _, prompts = learner_of(settings(pair))
     assert learner.collector.sampling.eos == (2,)
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(InputError, match=f"^--rollout mine .*{expected}"):
         call_rollout(lambda **_: result, "mine", prompts[:2], learner.collector.sampling, learner.student)
+
+
+def test_a_rollout_that_raises(pair):
+    learner, _, prompts = learner_of(settings(pair))
+
+    def down(**_):
+        raise ConnectionError("no server\nat this address")
+
+    with pytest.raises(InputError, match=r"^--rollout mine raised ConnectionError: no server$"):
+        call_rollout(down, "mine", prompts, learner.collector.sampling, learner.student)
+
+
+def test_a_rollout_may_return_arrays_and_tensors(pair):
+    learner, _, prompts = learner_of(settings(pair))
+    result = {
+        "completion_ids": [torch.tensor([3, 4]), np.array([5])],
+        "logprobs": [torch.tensor([-1.0, -2.0]), np.array([-3.0])],
+    }
+    rollout = call_rollout(lambda **_: result, "mine", prompts[:2], learner.collector.sampling, learner.student)
+    assert rollout.completion_ids() == [[3, 4], [5]] and rollout.sampler_logprob.tolist() == [[-1.0, -2.0], [-3.0, 0.0]]

@@ -130,7 +130,7 @@ def make_learner(case: Case, logits: str, dtype: torch.dtype) -> Any:
         student=student,
         teacher=teacher,
         tokenizer=SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids)),
-        sampling=Sampling(max_new_tokens=shape.length, temperature=1.0, eos=(0,), pad=0),
+        sampling=Sampling(max_new_tokens=shape.length, temperature=1.0, eos=(0,), pad=0, vocab_size=shape.vocab),
         vocab_size=shape.vocab,
         rewards={"parity": _parity},
     )

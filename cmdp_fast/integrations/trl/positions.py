@@ -10,7 +10,6 @@ calls, of the student and of a reference model, are right as well.
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import cmdp_fast as cf
-from cmdp_fast import checks
 from cmdp_fast.errors import InputError
 from cmdp_fast.heads import evaluating
-
-TOKENS, PADDING = 8, 5  # of the sequence by which a model is measured; few, for a model may have few positions
+from cmdp_fast.positions import moved_by_padding, table_of_positions
 
 
 def settle_positions(trainer: Any, teacher: Any, vocab_size: int) -> dict[str, int]:
@@ -37,7 +34,7 @@ def settle_positions(trainer: Any, teacher: Any, vocab_size: int) -> dict[str, i
     a table without room for a prompt before ``max_completion_length`` tokens.
     """
     roles = {"the student": trainer.model, "teacher_model": teacher}
-    limits = {role: limit for role, model in roles.items() if (limit := _table_of_positions(model)) is not None}
+    limits = {role: limit for role, model in roles.items() if (limit := table_of_positions(model)) is not None}
     for role, limit in limits.items():
         if trainer.args.max_completion_length >= limit:
             raise InputError(
@@ -80,49 +77,13 @@ def check_lengths(limits: dict[str, int], attention: Tensor) -> None:
 def _moved_by_padding(model: Any, vocab_size: int, trainer: Any) -> bool:
     """Whether padding changes what the head is to read at the real tokens, for any process: one may have no weights yet
     (accelerate loads some models on the first alone)."""
-    # Rotations are made in float32 whatever the model's dtype, and roundings add up through the layers: half of the
-    # digits. Measured on random models of 45 families: up to 7e-7 in float32 and .02 in bfloat16 where positions are
-    # relative, .2 to 1.5 where they are absolute.
-    floats = [torch.float32, *(p.dtype for p in model.parameters() if p.dtype in checks.LOGIT_DTYPES)]
-    allowed = math.sqrt(max(torch.finfo(dtype).eps for dtype in floats))
-    moved = _change(model, vocab_size, trainer._tokenizer.pad_token_id or 0) > allowed
+    with evaluating(model):
+        moved = moved_by_padding(
+            lambda ids, mask: cf.last_hidden_state(model, ids, mask),
+            *(model, vocab_size, trainer._tokenizer.pad_token_id or 0),
+        )
     everyones = trainer.accelerator.gather(torch.tensor([float(moved)], device=trainer.accelerator.device))
     return bool(everyones.any())
-
-
-@torch.no_grad()
-def _change(model: Any, vocab_size: int, pad: int) -> float:
-    """By how much padding changes hidden states, relative to how they differ from token to token.
-
-    The median over tokens: a rounding may send a single one to another expert. 0 where there are no numbers to compare.
-    """
-    room = _table_of_positions(model) or PADDING + TOKENS
-    count = min(TOKENS, room // 2)
-    padding = min(PADDING, room - count)
-    ids = torch.arange(1, count + 1, device=next(model.parameters()).device) * 7919 % vocab_size
-    ids = torch.where(ids == pad, (ids + 1) % vocab_size, ids)[None]  # some models find padding by its token
-    real = torch.ones_like(ids)
-    longer, mask = (nn.functional.pad(row, (padding, 0), value=value) for row, value in ((ids, pad), (real, 0)))
-    with evaluating(model):
-        both = cf.last_hidden_state(model, ids, real), cf.last_hidden_state(model, longer, mask)
-    # An adapter may have put tokens of its own in front. Not every device has float64.
-    alone, padded = (hidden[:, -count:].cpu().double() for hidden in both)
-    if not alone.isfinite().all():
-        return 0.0
-    size = (alone - alone.mean(1, keepdim=True)).norm(dim=-1)
-    off = (padded - alone).norm(dim=-1)
-    return float(torch.where(off == 0, 0.0, off / size).nan_to_num(math.inf).median())
-
-
-def _table_of_positions(model: Any) -> int | None:
-    """How many positions a model has embeddings for; None if it has no such table."""
-    config = getattr(model, "config", None)
-    number = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
-    if not isinstance(number, int):
-        return None
-    tokens = model.get_input_embeddings()
-    rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
-    return number if any(number <= row <= number + 2 for row in rows) else None  # OPT's and BioGPT's have two more
 
 
 # ------------------------------------------------------------------------------------- the positions

@@ -4,7 +4,8 @@ sft   sequence-level distillation (Kim and Rush, EMNLP 2016): the negative log-l
 kd    word-level distillation: forward KL at each token of the teacher's completions
 
 Both are means over tokens. The completions are sampled from the teacher as the student's would be; the metrics of a
-step are of those completions, so its accuracy is the teacher's. Evaluations sample from the student.
+step are of those completions, so its accuracy is the teacher's. Evaluations sample from the student. A completion ends
+with the teacher's own end, which the student learns and from then on ends with (`stops.py`).
 """
 
 from __future__ import annotations

@@ -108,6 +108,9 @@ class FrozenBase(nn.Module):
         with self._adapter_off():
             return self.get_base_model().generate(*args, **kwargs)
 
+    def get_input_embeddings(self) -> Any:
+        return self.get_base_model().get_input_embeddings()
+
     def get_output_embeddings(self) -> Any:
         return self.get_base_model().get_output_embeddings()
 

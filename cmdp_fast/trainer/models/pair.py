@@ -14,6 +14,7 @@ from cmdp_fast.vocabulary import check_tokenizers
 from ..causal_lm import CausalLM
 from ..records.report import Report
 from ..settings.config import TrainConfig
+from ..stops import end_tokens, keep_end_tokens
 from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
 from .builtin import builtin_folder
@@ -70,6 +71,7 @@ def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
     if config.lora_rank and folders["student"] == folders["teacher"]:
         return student, FrozenBase(student), tokenizer
     teacher = _load_model("teacher", folders["teacher"], frozen, trusted)
+    keep_end_tokens(teacher, end_tokens(teacher, tokenizers["teacher"]))  # its tokenizer is not needed after this
     return student, teacher.eval().requires_grad_(False), tokenizer
 
 

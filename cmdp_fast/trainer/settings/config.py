@@ -18,6 +18,7 @@ from cmdp_fast.errors import InputError
 
 from ..methods import METHODS, MethodEntry
 from .budget import BudgetSettings
+from .completion import CompletionSettings
 from .evaluation import EvaluationSettings
 from .models import ModelSettings
 from .ranges import Range
@@ -29,7 +30,14 @@ from .task import TaskSettings
 
 @dataclass(frozen=True)
 class TrainConfig(
-    EvaluationSettings, StepSettings, BudgetSettings, RewardSettings, TaskSettings, ModelSettings, RunSettings
+    EvaluationSettings,
+    CompletionSettings,
+    StepSettings,
+    BudgetSettings,
+    RewardSettings,
+    TaskSettings,
+    ModelSettings,
+    RunSettings,
 ):
     """Settings of `cmdp-fast train`; of several bases a dataclass takes the fields of the last one first."""
 
@@ -45,6 +53,9 @@ class TrainConfig(
         _check(
             not self.streaming or self.dataset, "--streaming reads a --dataset, reasoning-gym makes its own problems"
         )
+        for name in ("task_args", "chat_template_kwargs"):
+            value = getattr(self, name)
+            _check(isinstance(value, dict), f"--{_flag(name)} must be a JSON object, not {value!r}")
         _check(self.chat or not self.system_prompt, "--system-prompt is part of a chat: add --chat")
         check_choices(self)
         least = 2 if self.grouped else 1
@@ -66,6 +77,7 @@ class TrainConfig(
         )
         for name in ("answer_pattern", "reference_pattern"):
             _check_pattern(f"--{_flag(name)}", getattr(self, name))
+        _check(all(self.stop_tokens) and all(self.stop_strings), "--stop-tokens and --stop-strings take no empty text")
         _check(len(self.lora_target) > 0, "--lora-target names no module")
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
         if self.kind == "worst_case":

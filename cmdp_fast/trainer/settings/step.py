@@ -43,7 +43,7 @@ class StepSettings:
     """Sample from the most likely tokens of this total probability. The same warning holds."""
     rollout: str = ""
     """A function of yours that samples instead of `generate`, as `module:function` or `path/file.py:function`; see
-    rollout.py. Its log-probabilities are computed again and the difference is logged."""
+    user_rollout.py. Its log-probabilities are computed again and the difference is logged."""
     rollout_batch_size: Annotated[int, NOT_NEGATIVE] = 0
     """Prompts that are sampled at once, sorted by length. 0: all of a step."""
     baseline: Literal["rloo", "grpo", "position_rloo", "gae"] = "rloo"

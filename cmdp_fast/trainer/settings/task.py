@@ -42,11 +42,15 @@ class TaskSettings:
     reference_pattern: str = ""
     """Regular expression whose first group is the answer in that column; the last match counts. Empty: all of it."""
     prompt_template: str = ""
-    """A format string over the columns that makes the prompt, such as `{prompt} Think step by step.`"""
+    """A text with columns in braces that makes the prompt, such as `{prompt} Think step by step.`; `{metadata[key]}`
+    is a part of one. Of a list of messages it makes none."""
     chat: bool = False
     """The prompt is a user's message: it goes through the student's chat template."""
     system_prompt: str = ""
-    """The system's message before it (with `chat`)."""
+    """The system's message before it (with `chat`), and before lists of messages, which may have none of their own."""
+    chat_template_kwargs: Json = field(default_factory=dict)
+    """Variables of the student's chat template as JSON, such as `{"enable_thinking": false}`. A column
+    `chat_template_kwargs` has those of its row, which count more, and a column `tools` its tools as JSON schemas."""
     max_prompt_length: Annotated[int, NOT_NEGATIVE] = 0
     """Problems with a prompt of more tokens are left out, and their number is printed. 0: none may be too long."""
     holdout_fraction: Annotated[float, BETWEEN_0_AND_1] = 0.2

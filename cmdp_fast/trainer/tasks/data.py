@@ -1,7 +1,7 @@
 """The source of the problems: a reasoning-gym task by name, or any dataset with a prompt and an answer column.
 
 A problem is a dict with `prompt` (a text, or a list of chat messages), usually `answer`, and the other columns of
-its source; all but the prompt are passed on to the reward functions.
+its source; all but the prompt are passed on to the reward functions. `prompts.py` makes the prompt of a row.
 
 Training and held-out problems never overlap: a problem is held out if a hash of its prompt says so. The hash knows
 neither the seed nor the order, so that a model warmed up on training problems (`models/builtin.py`) has seen none that
@@ -16,6 +16,7 @@ import logging
 import random
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ import regex
 from cmdp_fast.errors import InputError, first_line
 
 from ..settings.config import TrainConfig
+from .prompts import check_template_kwargs, with_prompt
 
 Problem = dict[str, Any]
 
@@ -45,13 +47,14 @@ class Problems(NamedTuple):
 
 def load_problems(config: TrainConfig) -> Problems:
     """The problems that a configuration asks for; raises InputError if there are none to train or to evaluate on."""
+    check_template_kwargs(config.chat_template_kwargs, "--chat-template-kwargs")
     if config.task:
         rows = reasoning_gym_rows(config.task, config.task_args, config.task_size)
     else:
         rows = _dataset_rows(config, config.dataset_split)
-    rows = _distinct(_with_prompt(row, config) for row in rows)
+    rows = _distinct(_with_prompts(rows, config))
     if config.dataset and config.eval_split:
-        held_out = _distinct(_with_prompt(row, config) for row in _dataset_rows(config, config.eval_split))
+        held_out = _distinct(_with_prompts(_dataset_rows(config, config.eval_split), config))
         kept_out = {_key(row["prompt"]) for row in held_out}
         train = [row for row in rows if _key(row["prompt"]) not in kept_out]
     else:
@@ -62,6 +65,11 @@ def load_problems(config: TrainConfig) -> Problems:
         raise InputError(f"{source}: {len(rows)} problems leave {len(train)} to train on and {len(held_out)} held out")
     held_out.sort(key=lambda row: _digest(row["prompt"]))
     return Problems(train, held_out)
+
+
+def _with_prompts(rows: list[Problem], config: TrainConfig) -> Iterator[Problem]:
+    source = f"--task {config.task}" if config.task else f"--dataset {config.dataset}"
+    return (with_prompt(row, config, f"{source}, row {number},") for number, row in enumerate(rows, 1))
 
 
 def is_held_out(prompt: Any, fraction: float) -> bool:
@@ -107,25 +115,25 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Problem]:
     if not path.exists() and name in packaged_modules._PACKAGED_DATASETS_MODULES:
         # To `datasets` a way of reading any file in the working directory, for older versions pickles too.
         raise InputError(f"--dataset {name}: that is a format, not a dataset; give a hub id, a file or a folder")
-    quiet = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     stream = config.streaming
     try:
-        if path.is_file():
-            loaded = datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train", streaming=stream)
-        elif (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(name)[split]
-        elif (path / "state.json").is_file():
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, config.dataset_config or None, split=split, streaming=stream)
-        rows = list(islice(loaded, config.max_rows or None))
-    except (OSError, RuntimeError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"--dataset {name}: {first_line(error)}") from error
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()
-    columns = list(rows[0]) if rows else []
+        with _quietly():
+            if path.is_file():
+                loaded = datasets.load_dataset(
+                    _LOADERS[path.suffix], data_files=str(path), split="train", streaming=stream
+                )
+            elif (path / "dataset_dict.json").is_file():
+                loaded = datasets.load_from_disk(name)[split]
+            elif (path / "state.json").is_file():
+                loaded = datasets.load_from_disk(name)
+            else:
+                loaded = datasets.load_dataset(name, config.dataset_config or None, split=split, streaming=stream)
+            rows = list(islice(loaded, config.max_rows or None))
+    except Exception as error:  # of a library that reads anybody's files, in whatever form
+        raise InputError(f"--dataset {name}: {_reason(error)}") from error
+    if not rows:
+        raise InputError(f"--dataset {name}: there are no rows in it")
+    columns = list(rows[0])
     wanted = {"prompt": config.prompt_column}
     if config.answer_column != "answer" or "answer" in columns:  # a reward of the user's may need none
         wanted["answer"] = config.answer_column
@@ -136,9 +144,36 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Problem]:
             )
     renamed = []
     for row in rows:
-        taken = {role: row.pop(column) for role, column in wanted.items()}
-        renamed.append({**row, **taken})
+        taken = {role: row.get(column) for role, column in wanted.items()}
+        renamed.append({name: value for name, value in row.items() if name not in wanted.values()} | taken)
     return [_with_reference(row, config) for row in renamed] if config.reference_pattern else renamed
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Neither progress nor a log of what the error will say."""
+    import datasets
+
+    bars, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _reason(error: Exception) -> str:
+    """What an error of `datasets` comes from: its own says no more than that there was one."""
+    import datasets
+
+    if isinstance(error, StopIteration):  # its JSON reader looks for a first row
+        return "there are no rows in it"
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        return first_line(error.__cause__)
+    return first_line(error)
 
 
 def _with_reference(row: Problem, config: TrainConfig) -> Problem:
@@ -169,24 +204,8 @@ def _tell_of(pattern: str) -> None:
     _log.warning("the pattern %r takes more than %g s on a text: no answer is found in such", pattern, SEARCH)
 
 
-def _with_prompt(row: Problem, config: TrainConfig) -> Problem:
-    if config.prompt_template:
-        try:
-            row = {**row, "prompt": config.prompt_template.format_map(row)}
-        except (KeyError, IndexError, ValueError) as error:
-            columns = ", ".join(row)
-            raise InputError(
-                f"--prompt-template {config.prompt_template!r} does not fit the columns {columns}: {first_line(error)}"
-            ) from error
-    if config.chat and isinstance(row["prompt"], str):
-        said = [("system", config.system_prompt)] if config.system_prompt else []
-        messages = [{"role": role, "content": text} for role, text in [*said, ("user", row["prompt"])]]
-        row = {**row, "prompt": messages}
-    return row
-
-
 def _key(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
 
 
 def _digest(prompt: Any) -> float:
@@ -195,5 +214,10 @@ def _digest(prompt: Any) -> float:
 
 
 def _distinct(rows: Any) -> list[Problem]:
-    """The rows with prompts not seen before, in order."""
-    return list({_key(row["prompt"]): row for row in reversed(list(rows))}.values())[::-1]
+    """The rows that ask what was not asked before, in order: the same prompt with other tools is another."""
+    return list({_asked(row): row for row in reversed(list(rows))}.values())[::-1]
+
+
+def _asked(row: Problem) -> str:
+    around = [row.get(name) for name in ("tools", "chat_template_kwargs")] if isinstance(row["prompt"], list) else []
+    return json.dumps([row["prompt"], *around], sort_keys=True, default=str)
