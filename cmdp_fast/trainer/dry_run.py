@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from cmdp_fast.imports import import_function
 from cmdp_fast.scoring import make_scoring
 from cmdp_fast.vocabulary import common_vocabulary
@@ -30,7 +32,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     material = load(config, report)
     assert material.teacher is not None  # a valid configuration names one
     models = (material.student, material.teacher)
-    make_scoring(config.logits, models, common_vocabulary(*models), config.temperature)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):  # as in the training
+        make_scoring(config.logits, models, common_vocabulary(*models), config.temperature)
     if config.rollout:
         import_function("--rollout", config.rollout)
     longest = max(len(ids) for ids in material.prompts)

@@ -104,7 +104,8 @@ class Collector:
         self.problem_count = problem_count  # to train on, of which an epoch is made
         self.steps_done = 0  # which reward functions are told
         models = (student,) if teacher is None else (student, teacher)
-        self.scoring = scoring.make_scoring(config.logits, models, vocab_size, config.temperature)
+        with accelerator.autocast():  # without it float32 copies do not meet the bfloat16 weights around them
+            self.scoring = scoring.make_scoring(config.logits, models, vocab_size, config.temperature)
 
     # ------------------------------------------------------------------------------------- sample
 

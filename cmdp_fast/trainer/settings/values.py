@@ -20,7 +20,7 @@ def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
         default = fields[key].default
         expected = dict if default is dataclasses.MISSING else type(default)
         if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-            kind = type(default[0])
+            kind = type(default[0]) if default else str
             values[key] = value = tuple(float(item) if (kind, type(item)) == (float, int) else item for item in value)
             if any(type(item) is not kind for item in value):
                 raise InputError(f"{source}: {key} must be a list of {kind.__name__}, not {list(value)!r}")
