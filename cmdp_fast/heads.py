@@ -134,8 +134,8 @@ def _unwrapped(model: Any) -> list[nn.Module]:
 def _output_embedding(chain: list[nn.Module]) -> nn.Module:
     """The head that the model calls: the outermost wrapper that knows a head says which, and of peft's original and
     copies of it (`modules_to_save`) it is the one that is switched on."""
-    get: Any = next((get for m in chain if callable(get := getattr(m, "get_output_embeddings", None))), None)
-    head: Any = get() if get is not None else None
+    named: list[Any] = [getattr(module, "get_output_embeddings", None) for module in chain]
+    head: Any = next((get() for get in named if callable(get)), None)
     if isinstance(getattr(head, "original_module", None), nn.Module):
         active = [name for name in head.active_adapters if name in head.modules_to_save]
         head = head.original_module if head.disable_adapters or not active else head.modules_to_save[active[0]]
