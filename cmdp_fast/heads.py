@@ -87,7 +87,8 @@ def head_of(model: Any) -> Head:
 
     The first call for a model runs it once, in evaluation mode, without gradients, on two tokens, with logits from
     -1000 to 1000 put in the place of the head's; later calls return what was found with the parameters of the moment.
-    Under DDP or FSDP every rank must make the first call, best before training. Tied embeddings are fine.
+    Under DDP or FSDP every rank must make the first call, best before training. Tied embeddings are fine. Where
+    peft trains a copy of the head (`modules_to_save`), it is the copy, or the original while the adapter is off.
 
     Under FSDP2 call it after `last_hidden_state`, in each step and on every rank. Where the forward pass leaves the
     head together, its weight is the one that FSDP gathered, until the backward pass frees it. Where not

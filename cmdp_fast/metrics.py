@@ -68,7 +68,7 @@ def budget_metrics(
 def frac_reward_zero_std(reward: Tensor, group: int) -> Tensor:
     """The share of groups whose rewards are all equal, so that they teach nothing by comparison: TRL's name. ``reward``
     [B], groups of so many in a row; NaN, a completion without a reward, counts in none. A scalar tensor."""
-    groups = reward.view(-1, group)
+    groups = reward.reshape(-1, group)
     highest = torch.where(groups.isnan(), -torch.inf, groups).amax(1)
     lowest = torch.where(groups.isnan(), torch.inf, groups).amin(1)
     return (highest <= lowest).float().mean()

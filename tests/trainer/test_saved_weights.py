@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,9 +80,10 @@ def test_tensors_that_the_architecture_ignores_are_said(sharded, pair, tmp_path,
     weights = load_file(file) | more
     save_file(weights, file, metadata={"format": "pt"})
     if sharded:
-        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
-        with open(f"{pair['student']}/model.safetensors.index.json", "w") as lines:
-            json.dump(index, lines)
+        part = "model-00001-of-00001.safetensors"
+        Path(file).rename(Path(file).with_name(part))
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, part)}
+        Path(f"{file}.index.json").write_text(json.dumps(index))
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp.*"])
     student, _, _ = load_pair(settings(pair), [], Report())
     said = [line for line in capsys.readouterr().out.splitlines() if "without a place" in line]

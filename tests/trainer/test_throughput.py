@@ -109,11 +109,12 @@ def counted(model, ids, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_operations_are_those_that_are_counted(tied, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "tied", "gpt2"])
+def test_operations_are_those_that_are_counted(family, tmp_path):
     """All matrix products of a model, less attention's own."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, seed=0, layers=2), attn_implementation="eager")
-    if tied:
+    folder = tiny_model(tmp_path, seed=0, layers=2, family="gpt2" if family == "gpt2" else "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    if family == "tied":
         model.config.tie_word_embeddings = True
         model.tie_weights()
     ids = torch.randint(3, 10, (3, 7))

@@ -31,6 +31,7 @@ def init(**options):
 def stubs(tmp_path, monkeypatch):
     """Packages of these names that keep what they are asked for."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     found = {}
     for name in ("wandb", "trackio"):
         (tmp_path / f"{name}.py").write_text(STUB)
@@ -56,6 +57,14 @@ def test_a_run_that_goes_on_is_the_same_run(pair, stubs, tmp_path):
     assert first["resume"] == again["resume"] == "allow" and first["name"] == "run"
     assert ["resume" in options for options in stubs["trackio"].begun] == [False, False, True]
     assert stubs["trackio"].begun[2]["resume"] == "allow"
+
+
+def test_an_id_of_the_environment_is_taken_and_kept(pair, stubs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "sweep-1")
+    begun(tmp_path, pair)
+    monkeypatch.delenv("WANDB_RUN_ID")
+    begun(tmp_path, pair, steps=[{"step": 1}])
+    assert [options["id"] for options in stubs["wandb"].begun] == ["sweep-1", "sweep-1"]
 
 
 def test_a_run_that_begins_again_is_another(pair, stubs, tmp_path):

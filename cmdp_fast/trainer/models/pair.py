@@ -109,11 +109,11 @@ def _dropped(model: Any, name: str, unexpected: Iterable[str]) -> list[str]:
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     stored: list[str] = []
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if index := cached_file(name, "model.safetensors.index.json", **quiet):
-        stored = list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    elif file := cached_file(name, "model.safetensors", **quiet):
+    if file := cached_file(name, "model.safetensors", **quiet):  # first of all, as transformers has it
         with safe_open(file, "pt") as tensors:
             stored = list(tensors.keys())
+    elif index := cached_file(name, "model.safetensors.index.json", **quiet):
+        stored = list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
     silent = {key for key in stored if any(re.search(pattern, key) for pattern in ignored)} - model.state_dict().keys()
     return sorted(silent | set(unexpected))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import secrets
 from collections.abc import Sequence
@@ -101,7 +102,8 @@ def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path,
 
 
 def _wandb_id(folder: Path, goes_on: bool) -> str:
-    """The id by which wandb knows the run: a new one, kept in the run's folder, or the one that is kept there.
+    """The id by which wandb knows the run: a new one (`WANDB_RUN_ID` if it is set), kept in the run's folder, or the
+    one that is kept there.
 
     Raises InputError if what is kept there is damaged.
     """
@@ -109,11 +111,11 @@ def _wandb_id(folder: Path, goes_on: bool) -> str:
     if goes_on and path.exists():
         try:
             known = read_sealed(path).get("wandb")
-            if not isinstance(known, str) or not re.fullmatch("[0-9a-f]{16}", known):
+            if not isinstance(known, str) or not re.fullmatch(r"[\w.-]{1,128}", known, re.ASCII):
                 raise Damaged(f"{TRACKERS} holds no id of wandb's")
         except Damaged as error:
             raise InputError(f"{folder}: {error}; without that file wandb gets a new run") from error
         return known
-    new = secrets.token_hex(8)
+    new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
     write_sealed(path, {"wandb": new})
     return new

@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..settings.config import TrainConfig
 from .clock import Clock
@@ -39,9 +39,6 @@ PEAKS = {
     "NVIDIA L4": 121e12,
     "NVIDIA L40S": 362e12,
 }
-
-# What transformers' configurations call the number of experts, of which a token passes some.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class Throughput:
@@ -131,13 +128,12 @@ def training_flops(weights: float, trained: float, tokens: float) -> float:
 
 
 def matrix_weights(model: Any, trained: bool = False) -> int:
-    """The weights that a token is multiplied by: all matrices but an embedding that is looked up. `trained`: only those
+    """The weights that a token is multiplied by: all matrices but embeddings that are looked up. `trained`: only those
     that are. Under an adapter the model's own, or where it is asked for without, as `FrozenBase` does, not its."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     absent = (".original_module.",) if inner is model else (".lora_", ".modules_to_save.")
-    embedding, head = inner.get_input_embeddings(), model.get_output_embeddings()
-    tables = [] if embedding is None else [p for p in embedding.parameters() if p is not head.weight]
-    looked_up = {id(p) for p in tables}
+    head = model.get_output_embeddings()
+    looked_up = {id(m.weight) for m in inner.modules() if isinstance(m, nn.Embedding) and m.weight is not head.weight}
     return sum(
         p.numel()
         for name, p in inner.named_parameters()
@@ -150,8 +146,8 @@ def matrix_weights(model: Any, trained: bool = False) -> int:
 
 def has_experts(model: Any) -> bool:
     """Whether a token passes some of a model's weights only, which are not counted here."""
-    text = model.config.get_text_config()
-    return any((getattr(text, name, None) or 1) > 1 for name in EXPERTS)
+    settings = model.config.get_text_config().to_dict().items()
+    return any("experts" in name and value not in (None, 0, 1, False) for name, value in settings)
 
 
 def peak(config: TrainConfig, device: torch.device) -> float | None:
