@@ -72,8 +72,9 @@ class Learner:
         if self.config.grouped:
             metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(experience.task_reward, group)})
         rollout = experience.rollout
-        passed, real = read_tokens(rollout.prompt_mask, rollout.mask)  # as wide as the step's longest
-        metrics |= {"num_tokens": self.tokens_seen, **self.throughput.end(float(rollout.mask.sum()), passed, real)}
+        given = read_tokens(rollout.prompt_mask, rollout.mask)  # every row as wide as the step's longest
+        took = self.throughput.end(sampled=float(rollout.mask.sum()), real=given[1], given=given)
+        metrics |= {"num_tokens": self.tokens_seen, **took}
         return _with_logged(metrics, mean_metrics(experience.logged, self.accelerator))
 
     @property

@@ -91,7 +91,7 @@ def test_figures_are_of_all_processes(pair, monkeypatch):
     meter = Throughput(settings(pair), Several(), clock, None, None)
     meter.begin()
     clock.seconds["update"] += 2.0
-    figures = meter.end(sampled=100.0, passed=50.0, real=40.0)
+    figures = meter.end(sampled=100.0, real=40.0, given=(200.0, 160.0))
     assert figures["timing_s/update"] == 6.0 and figures["timing_s/rollout"] == 0.0 and figures["perf/memory"] == 15.0
     assert figures["tokens_per_second"] == pytest.approx(600 / figures["step_time"])
     assert figures["perf/padding_share"] == pytest.approx(0.2)
@@ -150,7 +150,7 @@ def test_share_of_the_peak(pair, monkeypatch):
         meter = Throughput(settings(pair, **changes), learner.accelerator, Clock(), student, teacher)
         meter.begin()
         meter.clock.seconds["update"] = 0.5
-        return meter.end(sampled=10.0, passed=20.0, real=12.0)
+        return meter.end(sampled=10.0, real=12.0, given=(50.0, 30.0))
 
     student, teacher = matrix_weights(learner.student), matrix_weights(learner.teacher)
     update = 2 * 6 * student * 12

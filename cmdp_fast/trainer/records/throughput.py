@@ -62,25 +62,29 @@ class Throughput:
             torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         self._start = self.clock.wait()
 
-    def end(self, sampled: float, passed: float, real: float) -> dict[str, float]:
-        """The figures of the step. Of this process: tokens that were sampled, tokens that a model was given with all
-        completions once, and how many of these were real. Every process must call this."""
+    def end(self, *, sampled: float, real: float, given: tuple[float, float]) -> dict[str, float]:
+        """The figures of the step; every process must call this, with what is its own.
+
+        ``sampled``: tokens that were sampled. ``real``: tokens that a model reads to read every completion once, its
+        prompt among them, without padding. ``given``: the tokens that models were given, with padding, in any passes,
+        and the real ones among these.
+        """
         elapsed = self.clock.wait() - self._start
         seconds = {name: self.clock.seconds.get(name, 0.0) - self._before.get(name, 0.0) for name in PHASES}
         memory = _memory(self.accelerator.device)
         largest = torch.tensor([elapsed, *seconds.values(), *memory.values()], dtype=torch.float32)
-        totals = torch.tensor([sampled, passed, real], dtype=torch.float32)
+        totals = torch.tensor([sampled, real, *given], dtype=torch.float32)
         both = self.accelerator.gather(torch.cat([largest, totals]).to(self.accelerator.device))
         both = both.cpu().view(-1, len(largest) + len(totals))
         elapsed, *maxima = both[:, : len(largest)].amax(0).tolist()
-        sampled, passed, real = both[:, len(largest) :].double().sum(0).tolist()
+        sampled, real, *given_to_all = both[:, len(largest) :].double().sum(0).tolist()
         names = [*(f"timing_s/{name}" for name in PHASES), *memory]
         figures = {
             "step_time": elapsed,
             "tokens_per_second": sampled / elapsed,
             **dict(zip(names, maxima, strict=True)),
         }
-        return figures | {"perf/padding_share": padding_share(passed, real)} | self._utilisation(figures, real)
+        return figures | {"perf/padding_share": padding_share(*given_to_all)} | self._utilisation(figures, real)
 
     def _utilisation(self, figures: dict[str, float], real: float) -> dict[str, float]:
         """Model FLOPs as a share of the devices' peak, of the step and of its update; nothing where that is unknown."""
