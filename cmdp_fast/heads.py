@@ -82,7 +82,7 @@ def last_hidden_state(
     model returns.
     """
     chain = _unwrapped(model)
-    head = _output_embedding(chain[-1])
+    head = _output_embedding(chain)
     if inputs.get("labels") is not None:
         raise TypeError("labels= makes the model compute a loss, and so logits; expected its other inputs only")
     return _hidden_states(chain, head, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs})
@@ -93,7 +93,8 @@ def head_of(model: Any) -> Head:
 
     The first call for a model runs it once, in evaluation mode, without gradients, on two tokens, with logits from
     -1000 to 1000 put in the place of the head's; later calls return what was found with the parameters of the moment.
-    Under DDP or FSDP every rank must make the first call, best before training. Tied embeddings are fine.
+    Under DDP or FSDP every rank must make the first call, best before training. Tied embeddings are fine. Where
+    peft trains a copy of the head (`modules_to_save`), it is the copy, or the original while the adapter is off.
 
     Under FSDP2 call it after `last_hidden_state`, in each step and on every rank. Where the forward pass leaves the
     head together, its weight is the one that FSDP gathered, until the backward pass frees it. Where not
@@ -106,7 +107,7 @@ def head_of(model: Any) -> Head:
     """
     chain = _unwrapped(model)
     inner = chain[-1]
-    linear = _plain_linear(_output_embedding(inner), inner)
+    linear = _plain_linear(_output_embedding(chain), inner)
     candidates = _candidates(inner)
     known = _known.get(inner)
     if known is None or known[0] != candidates:
@@ -137,12 +138,17 @@ def _unwrapped(model: Any) -> list[nn.Module]:
         chain.append(inner)
 
 
-def _output_embedding(inner: nn.Module) -> nn.Module:
-    get: Any = getattr(inner, "get_output_embeddings", None)
-    head = get() if callable(get) else None
+def _output_embedding(chain: list[nn.Module]) -> nn.Module:
+    """The head that the model calls: the outermost wrapper that knows a head says which, and of peft's original and
+    copies of it (`modules_to_save`) it is the one that is switched on."""
+    named: list[Any] = [getattr(module, "get_output_embeddings", None) for module in chain]
+    head: Any = next((get() for get in named if callable(get)), None)
+    if isinstance(getattr(head, "original_module", None), nn.Module):
+        active = [name for name in head.active_adapters if name in head.modules_to_save]
+        head = head.original_module if head.disable_adapters or not active else head.modules_to_save[active[0]]
     if not isinstance(head, nn.Module):
         raise TypeError(
-            f"{type(inner).__name__} has no output embedding; expected a causal language model whose "
+            f"{type(chain[-1]).__name__} has no output embedding; expected a causal language model whose "
             "get_output_embeddings() returns its head"
         )
     return head

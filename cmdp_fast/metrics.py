@@ -65,6 +65,15 @@ def budget_metrics(
     }
 
 
+def frac_reward_zero_std(reward: Tensor, group: int) -> Tensor:
+    """The share of groups whose rewards are all equal, so that they teach nothing by comparison: TRL's name. ``reward``
+    [B], groups of so many in a row; NaN, a completion without a reward, counts in none. A scalar tensor."""
+    groups = reward.reshape(-1, group)
+    highest = torch.where(groups.isnan(), -torch.inf, groups).amax(1)
+    lowest = torch.where(groups.isnan(), torch.inf, groups).amin(1)
+    return (highest <= lowest).float().mean()
+
+
 def as_numbers(values: dict[str, Tensor]) -> dict[str, float]:
     """Scalars as floats, with one wait for the device that most of them are on."""
     device = next(iter(values.values())).device

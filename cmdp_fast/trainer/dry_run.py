@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.scoring import make_scoring
@@ -33,9 +35,11 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     assert material.teacher is not None  # a valid configuration names one
     models = (material.student, material.teacher)
     sampling = make_sampling(config, *models, material.tokenizer)
-    scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature)
     roles = dict(zip(("student", "teacher"), models, strict=True))
-    if misled := misled_by_padding(roles, scoring.outputs, sampling.vocab_size, sampling.pad):
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):  # as in the training
+        scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature)
+        misled = misled_by_padding(roles, scoring.outputs, sampling.vocab_size, sampling.pad)
+    if misled:
         raise InputError(misled)
     if config.rollout:
         import_function("--rollout", config.rollout)

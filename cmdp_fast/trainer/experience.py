@@ -121,9 +121,10 @@ class Collector:
         self.judging = config.accuracy_reward or next(iter(rewards))  # which says whether a completion is right
         self._told: set[str] = set()  # reward functions of which it was said that they have no opinion
         models = (student,) if teacher is None else (student, teacher)
-        self.scoring = scoring.make_scoring(
-            config.logits, models, vocab_size, config.temperature, config.teacher_temperature
-        )
+        with accelerator.autocast():  # without it float32 copies do not meet the bfloat16 weights around them
+            self.scoring = scoring.make_scoring(
+                config.logits, models, vocab_size, config.temperature, config.teacher_temperature
+            )
 
     # ------------------------------------------------------------------------------------- sample
 

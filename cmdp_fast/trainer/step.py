@@ -28,11 +28,12 @@ from cmdp_fast import objective
 from cmdp_fast.constraint import KINDS, Constraint
 from cmdp_fast.credit import of_last_token
 from cmdp_fast.errors import InputError
-from cmdp_fast.metrics import as_numbers
+from cmdp_fast.metrics import as_numbers, frac_reward_zero_std
 from cmdp_fast.reward_functions import mean_metrics
 
 from .experience import Experience, Metrics
 from .methods.method import Method, Targets
+from .records.throughput import Throughput, read_tokens
 from .settings.constraint import training_constraint
 from .tasks.data import Problem
 
@@ -48,6 +49,8 @@ class Learner:
         kp, ki, kd = self.config.pid_gains
         self.pid = objective.PIDController(kp=kp, ki=ki, kd=kd, initial_integral=self.config.coefficient)
         self.tokens_seen = 0
+        models = self.accelerator.unwrap_model(self.student), self.teacher
+        self.throughput = Throughput(self.config, self.accelerator, self.clock, *models)
 
     @property
     def steps_done(self) -> int:
@@ -56,7 +59,7 @@ class Learner:
 
     def step(self, problems: list[Problem], prompts: list[list[int]]) -> Metrics:
         """Improves the student on some problems, this process's share; returns the metrics of all processes."""
-        start = self.clock.now()
+        self.throughput.begin()
         group = self.config.num_generations
         constraint = self.constraint()
         experience = self.method.collect(
@@ -73,9 +76,12 @@ class Learner:
         metrics |= self.update(experience, targets, constraint)
         self.collector.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
-        seconds = self.clock.now() - start
-        per_second = metrics["completions/mean_length"] * len(experience.rollout) * self._processes / seconds
-        metrics |= {"num_tokens": self.tokens_seen, "step_time": seconds, "tokens_per_second": per_second}
+        if self.config.grouped:
+            metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(experience.task_reward, group)})
+        rollout = experience.rollout
+        given = read_tokens(rollout.prompt_mask, rollout.mask)  # every row as wide as the step's longest
+        took = self.throughput.end(sampled=float(rollout.mask.sum()), real=given[1], given=given)
+        metrics |= {"num_tokens": self.tokens_seen, **took}
         return _with_logged(metrics, mean_metrics(experience.logged, self.accelerator))
 
     @property

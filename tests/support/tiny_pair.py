@@ -111,4 +111,6 @@ def learner_of(config: TrainConfig, **reward_functions) -> tuple[Learner, list, 
 
 
 def untimed(metrics: dict) -> dict:
-    return {name: value for name, value in metrics.items() if name not in ("step_time", "tokens_per_second")}
+    """Without the figures that depend on the machine, or on the number of processes."""
+    timed = ("step_time", "tokens_per_second", "timing_s/", "perf/")
+    return {name: value for name, value in metrics.items() if not name.startswith(timed)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -63,6 +64,8 @@ def test_steps_are_those_of_one_process_with_the_doubled_batch(pair, tied):
         (pair, {"kind": "pid", "coefficient": 0.5, "baseline": "gae"}),
         (pair, {"algorithm": "gkd", "jsd_beta": 0.0}),
     ]
+    if importlib.util.find_spec("peft"):
+        cases.append(({**tied, "teacher": tied["student"]}, {"lora_rank": 4, "lora_modules_to_save": ("lm_head",)}))
     in_two_processes(same_steps, [(*case, take_steps(*case)) for case in cases])
 
 

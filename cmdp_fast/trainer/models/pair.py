@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import json
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,14 @@ def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    student = _load_model("student", folders["student"], frozen if config.lora_rank else torch.float32, trusted)
+    student, dropped = _load_model(
+        "student", folders["student"], frozen if config.lora_rank else torch.float32, trusted
+    )
+    if dropped:
+        report.say(
+            f"--student {config.student}: its files hold tensors without a place in a {type(student).__name__} "
+            f"({len(dropped)}, {_common_name(dropped)}): they are not read, and a saved student has none of them"
+        )
     if config.gradient_checkpointing:
         recompute_layers(student)
     if config.lora_rank:
@@ -70,13 +80,14 @@ def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
         return student, None, tokenizer
     if config.lora_rank and folders["student"] == folders["teacher"]:
         return student, FrozenBase(student), tokenizer
-    teacher = _load_model("teacher", folders["teacher"], frozen, trusted)
+    teacher, _ = _load_model("teacher", folders["teacher"], frozen, trusted)
     keep_end_tokens(teacher, end_tokens(teacher, tokenizers["teacher"]))  # its tokenizer is not needed after this
     return student, teacher.eval().requires_grad_(False), tokenizer
 
 
-def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> Any:
-    """A causal language model from safetensors, which hold numbers and nothing that could run."""
+def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> tuple[Any, list[str]]:
+    """A causal language model from safetensors, which hold numbers and nothing that could run; and the tensors of its
+    files that transformers leaves out."""
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -85,7 +96,35 @@ def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> Any:
         raise InputError(
             f"--{role} {name} lacks {len(missing)} of the weights of a {type(model).__name__}: {missing[0]}, …"
         )
-    return model
+    return model, _dropped(model, name, info["unexpected_keys"])
+
+
+def _dropped(model: Any, name: str, unexpected: Iterable[str]) -> list[str]:
+    """The names of the tensors that a model's files hold and the model does not.
+
+    transformers tells of those that it does not expect, and keeps silent about others that its architecture ignores on
+    purpose, such as the layers of multi-token prediction.
+    """
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    stored: list[str] = []
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if file := cached_file(name, "model.safetensors", **quiet):  # first of all, as transformers has it
+        with safe_open(file, "pt") as tensors:
+            stored = list(tensors.keys())
+    elif index := cached_file(name, "model.safetensors.index.json", **quiet):
+        stored = list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    silent = {key for key in stored if any(re.search(pattern, key) for pattern in ignored)} - model.state_dict().keys()
+    return sorted(silent | set(unexpected))
+
+
+def _common_name(names: list[str]) -> str:
+    """What the names have in common, in whole parts: `mtp.…`; without that, the first of them."""
+    parts = zip(names[0].split("."), names[-1].split("."), strict=False)  # they are sorted
+    start = ".".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
+    return (names[0] if len(names) == 1 else f"{start}.…" if start else f"{names[0]}, …")[:100]
 
 
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:

@@ -8,22 +8,52 @@ from contextlib import contextmanager
 
 import torch
 
+Moment = float | torch.cuda.Event
+
 
 class Clock:
-    """Seconds spent in named phases. On a GPU it waits for the device at both ends of a phase."""
+    """Seconds spent in named phases; one phase may lie inside another.
+
+    On a GPU a moment is an event in the device's stream, so that a phase is the time from when the device comes to it
+    until it has done it. Nobody waits for the device before the `seconds` are asked for: waiting at both ends of a
+    phase, four times in a micro-batch, would keep it idle.
+    """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._seconds: dict[str, float] = {}
+        self._open: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []  # which the device has yet to reach
 
-    def now(self) -> float:
-        if self._device is not None and self._device.type == "cuda":
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Those of each phase so far; waits for the device."""
+        self.wait()
+        while self._open:
+            phase, since, until = self._open.pop(0)
+            self._book(phase, since.elapsed_time(until) / 1000)
+        return self._seconds
+
+    def wait(self) -> float:
+        """Waits for the device; the time on the host, in seconds from any beginning."""
+        if self._device is not None:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def add(self, phase: str, since: float) -> None:
+    def now(self) -> Moment:
+        """The moment at hand, from which `add` counts."""
+        if self._device is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def add(self, phase: str, since: Moment) -> None:
         """Adds the time since then to a phase."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - since
+        until = self.now()
+        if isinstance(since, float) and isinstance(until, float):
+            self._book(phase, until - since)
+        else:
+            self._open.append((phase, since, until))  # type: ignore[arg-type]  # both are events
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -33,3 +63,6 @@ class Clock:
             yield
         finally:
             self.add(name, since)
+
+    def _book(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

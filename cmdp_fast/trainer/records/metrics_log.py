@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +16,12 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json, sync, write_text, writing
 
 from ..settings.config import TrainConfig
+from .digest import Damaged, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+TRACKERS = "trackers.json"  # the run's names with the trackers that give it one
 
 
 class MetricsLog:
@@ -75,16 +81,41 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path, step: int) -> None:
-    """The trackers under the run's name; TensorBoard forgets its events of later steps than this."""
+    """The trackers under the run's name, going on with what they have of it after `step` steps.
+
+    TensorBoard forgets its events of later steps. wandb keeps its own, and takes no second figures for these steps.
+    """
     from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
     makers = {
         "tensorboard": lambda: TensorBoardTracker("tensorboard", folder, purge_step=step + 1),
-        "wandb": lambda: WandBTracker("cmdp_fast", name=folder.name, dir=str(folder)),
-        "trackio": lambda: TrackioTracker("cmdp_fast", name=folder.name),
+        "wandb": lambda: WandBTracker(
+            "cmdp_fast", name=folder.name, dir=str(folder), id=_wandb_id(folder, step > 0), resume="allow"
+        ),
+        "trackio": lambda: TrackioTracker("cmdp_fast", name=folder.name, **({"resume": "allow"} if step else {})),
     }
     accelerator.log_with = [makers[name]() for name in config.trackers]  # the folder did not exist before
     accelerator.init_trackers("cmdp_fast")
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":  # which would make a run of its own of them
             tracker.store_init_configuration(json.loads(as_json(asdict(config))))
+
+
+def _wandb_id(folder: Path, goes_on: bool) -> str:
+    """The id by which wandb knows the run: a new one (`WANDB_RUN_ID` if it is set), kept in the run's folder, or the
+    one that is kept there.
+
+    Raises InputError if what is kept there is damaged.
+    """
+    path = folder / TRACKERS
+    if goes_on and path.exists():
+        try:
+            known = read_sealed(path).get("wandb")
+            if not isinstance(known, str) or not re.fullmatch(r"[\w.-]{1,128}", known, re.ASCII):
+                raise Damaged(f"{TRACKERS} holds no id of wandb's")
+        except Damaged as error:
+            raise InputError(f"{folder}: {error}; without that file wandb gets a new run") from error
+        return known
+    new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
+    write_sealed(path, {"wandb": new})
+    return new

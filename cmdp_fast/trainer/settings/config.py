@@ -79,6 +79,10 @@ class TrainConfig(
             _check_pattern(f"--{_flag(name)}", getattr(self, name))
         _check(all(self.stop_tokens) and all(self.stop_strings), "--stop-tokens and --stop-strings take no empty text")
         _check(len(self.lora_target) > 0, "--lora-target names no module")
+        _check(
+            self.lora_rank or not self.lora_modules_to_save,
+            "--lora-modules-to-save is for an adapter: it needs --lora-rank",
+        )
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
         if self.kind == "worst_case":
             _check(

@@ -25,11 +25,15 @@ class ModelSettings:
     are held in bfloat16 (for GPUs)."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Train an adapter of this rank and leave the student's own weights as they are. If the teacher is the same model,
-    its weights are shared. `student/` gets the merged model, `student/adapter` the adapter. 0: train all weights."""
+    its weights are shared. `student/` gets the merged model in float32, `student/adapter` the adapter. 0: train all
+    weights."""
     lora_alpha: Annotated[float, POSITIVE] = 32.0
     """The adapter's part of the output is multiplied by this over the rank."""
     lora_target: tuple[str, ...] = ("all-linear",)
     """Ends of the names of the modules that get an adapter, such as `q_proj v_proj`. `all-linear`: every linear layer
     but the head."""
+    lora_modules_to_save: tuple[str, ...] = ()
+    """Ends of the names of layers that are trained whole beside the adapter, as copies, such as `lm_head` (peft's
+    `modules_to_save`). A head that is tied to the embedding becomes one of its own."""
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more time."""

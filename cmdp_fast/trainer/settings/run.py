@@ -29,7 +29,8 @@ class RunSettings:
     """Write a checkpoint every so many steps and after the last one; the last two are kept. 0: only when interrupted,
     and one for the time that the end of the run takes."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself."""
+    """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself. A run that
+    is resumed goes on as the same run there."""
     seed: int = 0
     """Seed of the prompts' order and of the sampling."""
     dry_run: bool = False
