@@ -29,6 +29,7 @@ from cmdp_fast.reward_functions import mean_metrics
 
 from .experience import Experience, Metrics
 from .methods.method import Method, Targets
+from .micro_batches import Lengths, lengths_of
 from .settings.constraint import training_constraint
 from .tasks.data import Problem
 
@@ -85,9 +86,10 @@ class Learner:
         """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""
         c, history = self.config, list[Metrics]()
         with self.clock.phase("update"):
+            lengths = lengths_of(experience.rollout)
             for _ in range(c.epochs):
                 for minibatch in torch.randperm(len(experience.rollout)).split(c.minibatch_size):
-                    metrics = self._accumulate(experience, targets, constraint, minibatch)
+                    metrics = self._accumulate(experience, targets, constraint, minibatch, lengths)
                     history.append(self._mean(metrics) | self.descend())
             learning_rate = float(self.scheduler.get_last_lr()[0])
             self.scheduler.step()
@@ -95,16 +97,16 @@ class Learner:
         return means | self.method.explained(experience, targets) | {"learning_rate": learning_rate}
 
     def _accumulate(
-        self, experience: Experience, targets: Targets, constraint: Constraint, minibatch: Tensor
+        self, experience: Experience, targets: Targets, constraint: Constraint, minibatch: Tensor, lengths: Lengths
     ) -> dict[str, Tensor]:
         """The gradient of a minibatch, one part after another; returns this process's metrics of it."""
         tokens = self._mean({"tokens": experience.rollout.mask[minibatch].sum()})["tokens"]
         over = len(minibatch) if self.method.mean_over == "completions" else tokens
         metrics: dict[str, Tensor] = {}
-        parts = minibatch.split(self.config.micro_batch_size)
-        for rows in parts:
-            with self._gradients_stay_here(rows is not parts[-1]):
-                part, target = experience.rows(rows), {name: tensor[rows] for name, tensor in targets.items()}
+        parts = self.collector.splitter(minibatch.tolist(), lengths)
+        for some in parts:
+            with self._gradients_stay_here(some is not parts[-1]):
+                part, target = experience.rows(some), {name: some.of(tensor) for name, tensor in targets.items()}
                 loss, figures, outputs = self.method.loss(part, target, constraint, over)
                 self.backward(loss, outputs)
             share = part.rollout.mask.sum() / tokens
