@@ -20,7 +20,7 @@ from cmdp_fast.credit import at_last_token
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
 from cmdp_fast.reward_functions import Logged
 
-from .distributed import together
+from .distributed import any_process, together
 from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
 from .records.clock import Clock
 from .rollout import Rollout, RolloutFunction, Sampling, call_rollout, generate
@@ -230,6 +230,8 @@ class Collector:
             if keep_outputs and part is parts[0]:
                 most = self.config.teacher_cache_mb * 2**20
                 kept = KeptOutputs.if_they_fit(rollout.mask, lengths.completions, outputs[1], most)
+                if any_process(kept is None, self.accelerator):  # a teacher that is spread over all is asked by all
+                    kept = None
             if kept is not None:
                 kept.rows(part).keep(outputs[1], some.mask)
         account, value = in_order(parts, settled)
