@@ -143,6 +143,10 @@ def test_micro_batches_are_as_wide_as_their_longest(pair):
     """12 completions of 33 tokens: what goes through the models is counted in scoring, and in the update again."""
     learner, rows, prompts = learner_of(settings(pair, epochs=1, minibatch_size=12, micro_batch_size=1))
     learner.collector.rollout = unlike
-    learner.step(rows, prompts)
-    splitter, real = learner.collector.splitter, 33 + 4 * sum(map(len, prompts))
+    read: list[int] = []
+    for model in (learner.student, learner.teacher):
+        model.get_input_embeddings().register_forward_hook(lambda _, ids, __: read.append(ids[0].numel()))
+    learner.step(rows, [ids[-n:] for n, ids in zip((1, 3, 99), prompts, strict=True)])
+    splitter, real = learner.collector.splitter, 33 + 4 * (1 + 3 + len(prompts[2]))
     assert splitter.real_tokens == splitter.padded_tokens == 2 * real
+    assert len(read) == 36 and sum(read) == 3 * (real - 12)  # nobody reads a completion's last token; the teacher once
