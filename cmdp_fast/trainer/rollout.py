@@ -46,18 +46,6 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def rows(self, index: Tensor | slice) -> Rollout:
-        """Some of the completions."""
-        drawn = None if self.sampler_logprob is None else self.sampler_logprob[index]
-        return Rollout(
-            self.prompt_ids[index],
-            self.prompt_mask[index],
-            self.tokens[index],
-            self.mask[index],
-            self.finished[index],
-            drawn,
-        )
-
     def completion_ids(self) -> list[list[int]]:
         """The completions without padding."""
         return _lists(self.tokens, self.mask)
