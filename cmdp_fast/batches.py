@@ -48,8 +48,13 @@ def _concatenated(parts: Sequence[Tensor]) -> Tensor:
     if parts[0].dim() == 1:
         return torch.cat(list(parts))
     width = max(part.shape[1] for part in parts)
-    behind = (0, 0) * (parts[0].dim() - 2)  # pad() counts axes from the last
-    return torch.cat([torch.nn.functional.pad(part, (*behind, 0, width - part.shape[1])) for part in parts])
+    return torch.cat([widened(part, width) for part in parts])
+
+
+def widened(rows: Tensor, width: int) -> Tensor:
+    """Rows [B, T, ...] with zeros at their end, [B, width, ...]."""
+    behind = (0, 0) * (rows.dim() - 2)  # pad() counts axes from the last
+    return torch.nn.functional.pad(rows, (*behind, 0, width - rows.shape[1]))
 
 
 def gathered(batch: V, accelerator: Accelerator) -> V:

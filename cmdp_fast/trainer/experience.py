@@ -22,7 +22,8 @@ from cmdp_fast.credit import at_last_token, task_rewards
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
 from cmdp_fast.reward_functions import Logged
 
-from .distributed import together
+from .distributed import any_process, together
+from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
 from .records.clock import Clock
 from .rollout import Rollout, Sampling, generate
 from .settings.config import TrainConfig
@@ -55,6 +56,39 @@ class Completions:
     logged: Logged = field(default=Logged({}, {}), kw_only=True)  # by the reward functions of this process
 
 
+class KeptOutputs:
+    """A model's outputs at the tokens of B completions, kept without padding."""
+
+    def __init__(self, first: Tensor, outputs: Tensor) -> None:
+        self.first = first  # [B], the place of each completion's first token
+        self.outputs = outputs  # [N, ...], of all completions that were scored
+
+    @classmethod
+    def if_they_fit(cls, mask: Tensor, lengths: Sequence[int], like: Tensor, most: int) -> KeptOutputs | None:
+        """Places for the tokens of a mask [B, T] whose rows have these lengths, and for outputs [b, t, ...] like these;
+        None if they take more than ``most`` bytes."""
+        total, size = sum(lengths), like[0, 0].numel() * like.element_size()
+        if total * size > most:
+            return None
+        counts = mask.sum(1)
+        return cls(counts.cumsum(0) - counts, like.new_empty(total, *like.shape[2:]))
+
+    def keep(self, outputs: Tensor, mask: Tensor) -> None:
+        """Takes the outputs [B, T, ...] of these completions, with their mask [B, T]."""
+        self.outputs[self._places(mask)[mask]] = outputs[mask]
+
+    def rows(self, part: MicroBatch) -> KeptOutputs:
+        """Those of some completions, in the same memory."""
+        return KeptOutputs(part.of(self.first), self.outputs)
+
+    def padded(self, mask: Tensor) -> Tensor:
+        """[B, T, ...] for the mask [B, T] of these completions; any numbers at its padding."""
+        return self.outputs[torch.where(mask, self._places(mask), 0)]
+
+    def _places(self, mask: Tensor) -> Tensor:
+        return self.first[:, None] + mask.cumsum(1) - 1
+
+
 @dataclass
 class Experience(Completions):
     """The same, scored: tensors [B, T] each."""
@@ -64,7 +98,7 @@ class Experience(Completions):
     reward: Tensor  # modified
     last_reward: Tensor  # the task reward at its token
     value: Tensor | None = None  # a value head's prediction
-    teacher_outputs: Tensor | None = None  # [B, T, ...], if they are kept
+    teacher_outputs: KeptOutputs | None = None
 
     def cost(self, constraint: Constraint) -> Tensor:
         """The constraint's cost of each token, [B, T] in nats."""
@@ -75,16 +109,17 @@ class Experience(Completions):
     def rows(self, index: Tensor) -> Experience:
         """Some of the completions, without their texts."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: part.of(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(
             self,
             **tensors,
-            rollout=self.rollout.rows(index),
+            rollout=part.of_rollout(self.rollout),
             texts=[],
             named_rewards={},
             failed={},
-            stats=cf.TokenStats(*(column[index] for column in self.stats)),
-            trace=cf.BudgetTrace(*(column[index] for column in self.trace)),
+            stats=cf.TokenStats(*map(part.of, self.stats)),
+            trace=cf.BudgetTrace(*map(part.of, self.trace)),
+            teacher_outputs=self.teacher_outputs and self.teacher_outputs.rows(part),
         )
 
 
@@ -120,6 +155,7 @@ class Collector:
         self.weights = torch.tensor(config.reward_weights or (1.0,) * len(rewards))
         self.judging = config.accuracy_reward or next(iter(rewards))  # which says whether a completion is right
         self._told: set[str] = set()  # reward functions of which it was said that they have no opinion
+        self.splitter = Splitter(config, accelerator)
         models = (student,) if teacher is None else (student, teacher)
         with accelerator.autocast():  # without it float32 copies do not meet the bfloat16 weights around them
             self.scoring = scoring.make_scoring(
@@ -208,30 +244,35 @@ class Collector:
         value_head: nn.Module | None = None,
     ) -> Experience:
         """Statistics, account and modified reward of each token; the teacher's outputs too if they fit in the cache."""
-        rollout, teacher, values = completions.rollout, self.teacher, list[Tensor]()
+        rollout, teacher = completions.rollout, self.teacher
         assert teacher is not None
         last_reward = at_last_token(completions.task_reward, rollout.mask)
 
-        def settle(index: slice) -> tuple[cf.ConstrainedReward, Tensor]:
-            part = rollout.rows(index)
-            outputs = (self.outputs(policy, part), self.outputs(teacher, part))
+        lengths, width = lengths_of(rollout), rollout.tokens.shape[1]
+        parts = self.splitter(range(len(rollout)), lengths)
+        settled: list[tuple[cf.ConstrainedReward, Tensor | None]] = []
+        kept: KeptOutputs | None = None
+        for part in parts:
+            some = part.of_rollout(rollout)
+            outputs = (self.outputs(policy, some), self.outputs(teacher, some))
             with clock.phase("kernels"):
-                settled = self.scoring.constrained_reward(
-                    *((policy, teacher), outputs, part.tokens, last_reward[index]),
-                    mask=part.mask,
+                account = self.scoring.constrained_reward(
+                    *((policy, teacher), outputs, some.tokens, part.of(last_reward)),
+                    mask=some.mask,
                     constraint=constraint,
                 )
-            if value_head is not None:
-                values.append(torch.where(part.mask, value_head(outputs[0]), 0.0))
-            return settled, outputs[1]
-
-        cache_bytes = self.config.teacher_cache_mb * 2**20 if keep_outputs else 0
-        account = scoring.score(len(rollout), settle, at_once=self.config.micro_batch_size, cache_bytes=cache_bytes)
+            value = None if value_head is None else torch.where(some.mask, value_head(outputs[0]), 0.0)
+            settled.append((widened(account, width), None if value is None else batches.widened(value, width)))
+            if keep_outputs and part is parts[0]:
+                most = self.config.teacher_cache_mb * 2**20
+                kept = KeptOutputs.if_they_fit(rollout.mask, lengths.completions, outputs[1], most)
+                if any_process(kept is None, self.accelerator):  # a teacher that is spread over all is asked by all
+                    kept = None
+            if kept is not None:
+                kept.rows(part).keep(outputs[1], some.mask)
+        account, value = in_order(parts, settled)
         return Experience(
-            **vars(completions),
-            **account._asdict(),
-            last_reward=last_reward,
-            value=torch.cat(values) if values else None,
+            **vars(completions), **account._asdict(), last_reward=last_reward, value=value, teacher_outputs=kept
         )
 
     def outputs(self, model: nn.Module, rollout: Rollout) -> Tensor:

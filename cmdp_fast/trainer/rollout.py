@@ -39,18 +39,6 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def rows(self, index: Tensor | slice) -> Rollout:
-        """Some of the completions."""
-        drawn = None if self.sampler_logprob is None else self.sampler_logprob[index]
-        return Rollout(
-            self.prompt_ids[index],
-            self.prompt_mask[index],
-            self.tokens[index],
-            self.mask[index],
-            self.finished[index],
-            drawn,
-        )
-
     def without_truncated(self) -> Rollout:
         """The same completions with nothing marked of those that are not finished (TRL's `mask_truncated_completions`):
         they count for no loss."""

@@ -33,6 +33,7 @@ from cmdp_fast.reward_functions import mean_metrics
 
 from .experience import Experience, Metrics
 from .methods.method import Method, Targets
+from .micro_batches import Lengths, lengths_of
 from .records.throughput import Throughput, read_tokens
 from .settings.constraint import training_constraint
 from .tasks.data import Problem
@@ -60,6 +61,8 @@ class Learner:
     def step(self, problems: list[Problem], prompts: list[list[int]]) -> Metrics:
         """Improves the student on some problems, this process's share; returns the metrics of all processes."""
         self.throughput.begin()
+        splitter = self.collector.splitter
+        before = splitter.padded_tokens, splitter.real_tokens
         group = self.config.num_generations
         constraint = self.constraint()
         experience = self.method.collect(
@@ -70,17 +73,17 @@ class Learner:
         if self.config.kind == "pid":
             constraint = self.price(experience, constraint)
         metrics = self.collector.measure(experience, constraint)
-        targets = self.method.targets(experience, constraint)
+        targets, rollout = self.method.targets(experience, constraint), experience.rollout
         if self.config.mask_truncated_completions:  # they are compared with the others, and give no gradient
-            experience = replace(experience, rollout=experience.rollout.without_truncated())
+            experience = replace(experience, rollout=rollout.without_truncated())
         metrics |= self.update(experience, targets, constraint)
         self.collector.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
         if self.config.grouped:
             metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(experience.task_reward, group)})
-        rollout = experience.rollout
-        given = read_tokens(rollout.prompt_mask, rollout.mask)  # every row as wide as the step's longest
-        took = self.throughput.end(sampled=float(rollout.mask.sum()), real=given[1], given=given)
+        given = splitter.padded_tokens - before[0], splitter.real_tokens - before[1]
+        real = read_tokens(rollout.prompt_mask, rollout.mask)
+        took = self.throughput.end(sampled=float(rollout.mask.sum()), real=real, given=given)
         metrics |= {"num_tokens": self.tokens_seen, **took}
         return _with_logged(metrics, mean_metrics(experience.logged, self.accelerator))
 
@@ -122,9 +125,10 @@ class Learner:
         """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""
         history = list[Metrics]()
         with self.clock.phase("update"):
+            lengths = lengths_of(experience.rollout)
             for _ in range(self.config.epochs):
                 for minibatch in minibatches(len(experience.rollout), self.config.minibatch_size):
-                    metrics = self._accumulate(experience, targets, constraint, minibatch)
+                    metrics = self._accumulate(experience, targets, constraint, minibatch, lengths)
                     history.append(self._mean(metrics) | self.descend())
             learning_rate = float(self.scheduler.get_last_lr()[0])
             self.scheduler.step()
@@ -132,17 +136,17 @@ class Learner:
         return means | self.method.explained(experience, targets) | {"learning_rate": learning_rate}
 
     def _accumulate(
-        self, experience: Experience, targets: Targets, constraint: Constraint, minibatch: Tensor
+        self, experience: Experience, targets: Targets, constraint: Constraint, minibatch: Tensor, lengths: Lengths
     ) -> dict[str, Tensor]:
         """The gradient of a minibatch, one part after another; returns this process's metrics of it."""
         tokens = self._mean({"tokens": experience.rollout.mask[minibatch].sum()})["tokens"]
         tokens = tokens or 1.0  # where all are masked there is nothing to divide
         over = len(minibatch) if self.method.mean_over == "completions" else tokens
         metrics: dict[str, Tensor] = {}
-        parts = minibatch.split(self.config.micro_batch_size)
-        for rows in parts:
-            with self._gradients_stay_here(rows is not parts[-1]):
-                part, target = experience.rows(rows), {name: tensor[rows] for name, tensor in targets.items()}
+        parts = self.collector.splitter(minibatch.tolist(), lengths)
+        for some in parts:
+            with self._gradients_stay_here(some is not parts[-1]):
+                part, target = experience.rows(some), {name: some.of(tensor) for name, tensor in targets.items()}
                 loss, figures, outputs = self.method.loss(part, target, constraint, over)
                 self.backward(loss, outputs)
             share = part.rollout.mask.sum() / tokens

@@ -100,11 +100,10 @@ def make(pair: dict[str, str], accelerator: Any, changes: dict[str, Any]) -> tup
         pair,
         prompts_per_step=prompts,
         minibatch_size=4 * prompts,
-        micro_batch_size=3,
         holdout_fraction=0.4,
         eval_generations=1,
         rollout=f"{__file__}:completions",
-        **changes,
+        **{"micro_batch_size": 3, **changes},
     )
     problems = data.load_problems(config)
     student, teacher, tokenizer = load_pair(config, problems.train, Report())

@@ -63,6 +63,10 @@ def test_steps_are_those_of_one_process_with_the_doubled_batch(pair, tied):
         (tied, {"logits": "full", "cost": "jsd"}),
         (pair, {"kind": "pid", "coefficient": 0.5, "baseline": "gae"}),
         (pair, {"algorithm": "gkd", "jsd_beta": 0.0}),
+        (
+            pair,
+            {"micro_batch_tokens": 18, "micro_batch_size": 8},
+        ),  # not as many micro-batches in one process as in the other
     ]
     if importlib.util.find_spec("peft"):
         cases.append(({**tied, "teacher": tied["student"]}, {"lora_rank": 4, "lora_modules_to_save": ("lm_head",)}))
@@ -72,7 +76,12 @@ def test_steps_are_those_of_one_process_with_the_doubled_batch(pair, tied):
 def test_sharded_steps_are_those_of_one_process(pair, tied, tmp_path):
     if not gloo_averages():
         pytest.skip(f"gloo takes a sum for the mean over ranks in torch {torch.__version__}")
-    cases = [(pair, {}), (tied, {}), (pair, {"logits": "full"}), (pair, {"teacher_cache_mb": 0})]
+    cases = [
+        (pair, {}),
+        (tied, {}),
+        (pair, {"logits": "full"}),
+        (pair, {"teacher_cache_mb": 0, "micro_batch_tokens": 18, "micro_batch_size": 8}),
+    ]
     in_two_processes(same_steps_sharded, [(*case, take_steps(*case)) for case in cases], tmp_path)
 
 

@@ -83,8 +83,9 @@ class Method(ABC):
 
     def outputs(self, part: Experience) -> tuple[Tensor, Tensor]:
         """Student's and teacher's hidden states or logits; the teacher's are those of the scoring if they were kept."""
-        teacher = part.teacher_outputs
-        if teacher is None:
+        if part.teacher_outputs is not None:
+            teacher = part.teacher_outputs.padded(part.rollout.mask)
+        else:
             with torch.no_grad():
                 teacher = self.collector.outputs(self.teacher, part.rollout)
         return self.collector.outputs(self.student, part.rollout), teacher

@@ -15,6 +15,7 @@ from cmdp_fast import batches, credit, objective
 from cmdp_fast.constraint import Constraint
 
 from ..experience import Experience, Metrics
+from ..micro_batches import lengths_of, split
 from ..models.value_head import explained_variance
 from ..rollout import Rollout
 from .method import Loss, Method, Targets
@@ -54,14 +55,16 @@ class PPO(Method):
     @torch.no_grad()
     def beyond(self, experience: Experience) -> Tensor:
         """What the value head predicts after the last token of each completion that was cut off, [B]; 0 for others."""
-        values = torch.zeros(len(experience.rollout), device=experience.rollout.tokens.device)
+        c, rollout = self.config, experience.rollout
+        values = torch.zeros(len(rollout), device=rollout.tokens.device)
         # Without wrappers: processes differ in how many were cut off, and DDP's would wait for one another.
         student, value_head = (self.accelerator.unwrap_model(model) for model in (self.student, self.value_head))
         with self.clock.phase("scoring"):
-            for index in (~experience.rollout.finished).nonzero()[:, 0].split(self.config.micro_batch_size):
-                longer, place = one_token_more(experience.rollout.rows(index))
+            cut = (~rollout.finished).nonzero()[:, 0].tolist()
+            for part in split(cut, lengths_of(rollout), count=c.micro_batch_size, tokens=c.micro_batch_tokens):
+                longer, place = one_token_more(part.of_rollout(rollout))
                 value = value_head(self.collector.outputs(student, longer))
-                values[index] = value.gather(1, place[:, None])[:, 0]
+                values[part.rows] = value.gather(1, place[:, None])[:, 0]
         return values
 
     def _by_constraint(self, experience: Experience, constraint: Constraint) -> Tensor:

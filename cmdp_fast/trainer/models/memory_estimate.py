@@ -62,6 +62,8 @@ def estimate_memory(config: TrainConfig, student: CausalLM, teacher: CausalLM, p
     trained = [p for p in ours if p.requires_grad] + value_head
     number = 2 if config.mixed_precision == "bf16" else FLOAT32  # bytes of a computed number
     rows, length = min(config.micro_batch_size, config.minibatch_size, config.batch_size), config.max_new_tokens
+    if config.micro_batch_tokens:
+        rows = min(rows, max(1, config.micro_batch_tokens // (prompt_length + length)))
     student_width, teacher_width = (_output_width(model, config.logits) for model in (student, teacher))
     cached = config.batch_size * length * teacher_width * number
     sampled = min(config.rollout_batch_size or config.batch_size, config.batch_size)

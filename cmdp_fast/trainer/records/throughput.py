@@ -106,18 +106,14 @@ class Throughput:
         return shares
 
 
-def read_tokens(prompt_mask: Tensor, mask: Tensor) -> tuple[float, float]:
-    """(tokens that a model is given with the completions of a batch, the real ones among them).
-
-    For masks [B, P] and [B, T], every row as wide as the widest. The last column predicts nothing and is not read.
-    """
-    read = torch.cat([prompt_mask, mask[:, :-1]], dim=1)
-    return float(read.numel()), float(read.sum())
+def read_tokens(prompt_mask: Tensor, mask: Tensor) -> float:
+    """Tokens that a model reads of completions with the masks [B, P] and [B, T]: the last column predicts nothing."""
+    return float(prompt_mask.sum() + mask[:, :-1].sum())
 
 
 def padding_share(passed: float, real: float) -> float:
     """The share of padding among the tokens that a model is given."""
-    return 1.0 - real / passed
+    return 1.0 - real / max(passed, 1.0)
 
 
 def forward_flops(weights: float, tokens: float) -> float:

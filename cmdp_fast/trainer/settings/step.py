@@ -69,7 +69,10 @@ class StepSettings:
     """Completions per optimizer step, of each process; the most where it does not divide their number, which is then
     split as equally as can be."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
-    """Completions that go through a model at once; gradients of a minibatch are accumulated over them."""
+    """Completions that go through a model at once, at most; gradients of a minibatch are accumulated over them."""
+    micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
+    """Tokens that go through a model at once, at most: prompts and completions, with the padding between completions of
+    like length. A completion that is longer goes alone. 0: any number."""
     teacher_cache_mb: Annotated[int, NOT_NEGATIVE] = 512
     """The teacher's hidden states (or logits) are kept from scoring to update if they fit in this, otherwise computed
     again."""

@@ -1,0 +1,157 @@
+"""Micro-batches: which completions go through a model at once, and how wide.
+
+Completions of like length go together, and each micro-batch is as wide as its own longest prompt and completion, so
+that little is computed for padding. Sums are taken in another order, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from cmdp_fast import batches
+from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
+
+from .rollout import Rollout
+from .settings.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Lengths(NamedTuple):
+    """Tokens of each prompt and of each completion of a batch: numbers on the host, asked of the device once."""
+
+    prompts: list[int]
+    completions: list[int]
+
+
+def lengths_of(rollout: Rollout) -> Lengths:
+    """The lengths in a batch."""
+    both = torch.stack((rollout.prompt_mask.sum(1), rollout.mask.sum(1))).tolist()
+    return Lengths(*both)
+
+
+class MicroBatch(NamedTuple):
+    """Some rows of a batch, the real tokens among theirs, and the columns that hold them."""
+
+    rows: list[int]
+    prompt: int  # columns, at least one
+    completion: int
+    tokens: int  # real ones of prompts and completions
+
+    @property
+    def padded(self) -> int:
+        """Places for tokens."""
+        return len(self.rows) * (self.prompt + self.completion)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its part of a tensor [B] or [B, T, ...], without the columns behind its longest completion."""
+        index = torch.tensor(self.rows, device=tensor.device)
+        return tensor[index] if tensor.dim() == 1 else tensor[:, : self.completion][index]
+
+    def of_rollout(self, rollout: Rollout) -> Rollout:
+        """Its part of the completions, without the columns before its longest prompt as well."""
+        index = torch.tensor(self.rows, device=rollout.tokens.device)
+        before = rollout.prompt_ids.shape[1] - self.prompt
+        drawn = rollout.sampler_logprob
+        return replace(
+            rollout,
+            prompt_ids=rollout.prompt_ids[:, before:][index],
+            prompt_mask=rollout.prompt_mask[:, before:][index],
+            tokens=self.of(rollout.tokens),
+            mask=self.of(rollout.mask),
+            finished=self.of(rollout.finished),
+            sampler_logprob=None if drawn is None else self.of(drawn),
+        )
+
+
+def split(rows: Sequence[int], lengths: Lengths, *, count: int, tokens: int = 0) -> list[MicroBatch]:
+    """The rows in micro-batches of like length. The longest come first: if they do not fit in memory it shows at once.
+
+    Each holds up to ``count`` completions in up to ``tokens`` places, padding included (0: any number of places); a
+    completion that alone takes more is a micro-batch of its own.
+    """
+    groups: list[list[int]] = []
+    longest_prompt = 0
+    for row in sorted(rows, key=lambda row: (lengths.completions[row], lengths.prompts[row]), reverse=True):
+        if groups:
+            prompt = max(longest_prompt, lengths.prompts[row])
+            places = (len(groups[-1]) + 1) * (prompt + lengths.completions[groups[-1][0]])
+        if not groups or len(groups[-1]) == count or 0 < tokens < places:
+            groups.append([])
+            prompt = lengths.prompts[row]
+        groups[-1].append(row)
+        longest_prompt = prompt
+    return [_measured(group, lengths) for group in groups]
+
+
+def split_into(number: int, parts: list[MicroBatch], lengths: Lengths) -> list[MicroBatch]:
+    """The same rows in ``number`` micro-batches, at most one for each row: the largest are halved until there are so
+    many."""
+    parts = list(parts)
+    while len(parts) < number:
+        at = max((i for i, part in enumerate(parts) if len(part.rows) > 1), key=lambda i: parts[i].padded)
+        rows = parts[at].rows
+        halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        parts[at : at + 1] = [_measured(half, lengths) for half in halves]
+    return parts
+
+
+def _measured(rows: list[int], lengths: Lengths) -> MicroBatch:
+    prompts, completions = ([of_all[row] for row in rows] for of_all in lengths)
+    return MicroBatch(rows, max(*prompts, 1), max(*completions, 1), sum(prompts) + sum(completions))
+
+
+def widened(account: ConstrainedReward, width: int) -> ConstrainedReward:
+    """The account [B, T] of completions as it would be with more padding, [B, width]: padding costs nothing."""
+    trace, narrow = account.trace, account.reward.shape[1]
+    last = torch.arange(width, device=account.reward.device).clamp(max=narrow - 1)
+    never = trace.first_violation == narrow
+    return ConstrainedReward(
+        TokenStats(*(batches.widened(column, width) for column in account.stats)),
+        BudgetTrace(
+            cumulative=trace.cumulative[:, last],
+            remaining=trace.remaining[:, last],
+            violated=trace.violated[:, last],
+            first_violation=torch.where(never, width, trace.first_violation),
+            excess=batches.widened(trace.excess, width),
+        ),
+        batches.widened(account.reward, width),
+    )
+
+
+V = TypeVar("V")
+
+
+def in_order(parts: Sequence[MicroBatch], values: Sequence[V]) -> V:
+    """The values of micro-batches, batches of their rows, as one batch in the order of the rows."""
+    order = torch.tensor([row for part in parts for row in part.rows]).argsort()
+    return batches.united([batches.joined(values)], lambda one: one[0][order.to(one[0].device)])
+
+
+class Splitter:
+    """`split` as the settings say, with as many micro-batches in each process; and a count of what was split."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.real_tokens = 0  # that went through the models so far, here
+        self.padded_tokens = 0  # the same, with the padding
+
+    def __call__(self, rows: Sequence[int], lengths: Lengths) -> list[MicroBatch]:
+        """The micro-batches of some rows. Every process must call it, with as many rows.
+
+        Models that are spread over processes are gathered at each pass, and gradients are exchanged at the last one.
+        """
+        c = self.config
+        parts = split(rows, lengths, count=c.micro_batch_size, tokens=c.micro_batch_tokens)
+        if c.micro_batch_tokens and self.accelerator.num_processes > 1:
+            number = torch.tensor([len(parts)], device=self.accelerator.device)
+            parts = split_into(int(self.accelerator.gather(number).max()), parts, lengths)
+        self.real_tokens += sum(part.tokens for part in parts)
+        self.padded_tokens += sum(part.padded for part in parts)
+        return parts
