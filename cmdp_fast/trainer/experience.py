@@ -106,8 +106,8 @@ class Experience(Completions):
             return self.trace.cumulative.diff(dim=1, prepend=torch.zeros_like(self.trace.cumulative[:, :1]))
         return cf.token_cost(self.stats, constraint.cost, clamp=constraint.cost_clamp)
 
-    def rows(self, index: Tensor) -> Experience:
-        """Some of the completions, without their texts."""
+    def rows(self, part: MicroBatch) -> Experience:
+        """Some of the completions, as wide as their longest, without their texts."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors: dict[str, Any] = {name: part.of(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(
