@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from cmdp_fast.imports import import_function
@@ -23,6 +22,7 @@ from .interrupts import Interrupts
 from .material import Material, load
 from .methods.method import method_named
 from .models.value_head import ValueHead
+from .optimization import make_optimizer, make_scheduler
 from .records.checkpoint import remove_checkpoints
 from .records.clock import Clock
 from .records.lock import alone_in
@@ -80,7 +80,6 @@ def train(config: TrainConfig) -> Path:
 def make_learner(config: TrainConfig, accelerator: Accelerator, material: Material) -> Learner:
     """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
-    from transformers import get_scheduler
 
     set_seed(config.seed, device_specific=accelerator.num_processes > 1)
     trained = [parameter for parameter in material.student.parameters() if parameter.requires_grad]
@@ -89,8 +88,8 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, material: Materi
     if config.has_value_head:
         value_head = ValueHead(material.student.config.get_text_config().hidden_size).to(accelerator.device)
         groups.append({"params": list(value_head.parameters()), "lr": config.value_learning_rate})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    scheduler = get_scheduler(config.lr_schedule, optimizer, config.lr_warmup_steps, config.steps)
+    optimizer = make_optimizer(config, groups)
+    scheduler = make_scheduler(config, optimizer)
     student, prepared = prepare_student(material.student, optimizer, accelerator)
     value_head = value_head and accelerator.prepare(value_head)
     collector = make_collector(config, accelerator, student, material)
