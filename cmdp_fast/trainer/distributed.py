@@ -38,10 +38,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of the run; several processes meet here. Raises InputError for a set-up that the trainer does not
     support."""
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # or DDP would hold every gradient twice
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+        mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), views]
     )
     if accelerator.distributed_type == "FSDP":
         check_sharding(accelerator, config)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 
 import pytest
+import recipe_models
 from tiny_pair import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MllamaConfig, MllamaForConditionalGeneration
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.dry_run import readable
 from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.settings.config import TrainConfig
@@ -61,6 +64,10 @@ def vision_model(folder, tokenizer_of: str) -> str:
     MllamaForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def recipe_text(name: str) -> str:
+    return (files("cmdp_fast.trainer") / "recipes" / f"{name}.toml").read_text()
 
 
 def run(recipe: str, student: str, teacher: str, dataset: str, output) -> tuple[dict, list[dict]]:
@@ -124,6 +131,20 @@ def test_recipe_is_valid_and_names_its_run(name):
     recipe = read_recipe(name)
     recipe.validate()
     assert recipe.run_name == name
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-math", "llama-3.2"])
+def test_memory_in_the_head_is_that_of_a_dry_run(name):
+    head = recipe_text(name).splitlines()
+    missing = [line for line in recipe_models.table(name) if line not in head]
+    assert not missing, "`python tests/support/recipe_models.py` prints the lines"
+    if name == "qwen2.5-math":
+        _, each = recipe_models.memory_of(name, processes=8)
+        assert f"# Each of eight processes holds all of the models: {readable(each.update)}." in recipe_text(name)
+    else:
+        _, memory = recipe_models.memory_of(name)
+        spread = memory.weights + memory.gradients + (memory.optimizer or 0) + memory.teacher_weights
+        assert f"are {readable(spread // 8)} together on each" in recipe_text(name)
 
 
 def test_weights_that_are_missing_are_not_made_up(pair, tmp_path):
