@@ -76,8 +76,8 @@ def memory_of(recipe: str, processes: int = 1) -> tuple[TrainConfig, MemoryEstim
     """The settings, and what the dry run would say with prompts of the longest length."""
     config = dataclasses.replace(read_recipe(recipe), **(ON_EIGHT if processes > 1 else {}))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student, teacher = (model_of(n, t) for n, t in zip(MODELS[recipe], (torch.float32, torch.bfloat16)))
-        teacher.requires_grad_(False)
+        student = model_of(MODELS[recipe][0], torch.float32)
+        teacher = model_of(MODELS[recipe][1], torch.bfloat16).requires_grad_(False)
     gpu = torch.device("cuda")
     return config, estimate_memory(config, student, teacher, config.max_prompt_length, processes=processes, device=gpu)
 

@@ -91,7 +91,7 @@ def test_update(changes, larger):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_rollout(precision, larger):
     config = settings(larger, mixed_precision=precision, max_new_tokens=LENGTH)
-    learner, rows, prompts = learner_of(config)
+    learner, _, prompts = learner_of(config)
     estimate = estimate_memory(config, learner.student, learner.teacher, PROMPT, device=torch.device("cpu"))
     sampling = dataclasses.replace(learner.collector.sampling, eos=(VOCAB - 1,), suppress=(VOCAB - 1,))
     group = [ids for ids in prompts for _ in range(4)]
