@@ -27,6 +27,7 @@ from cmdp_fast.ops.linear_constrained import linear_constrained_reward
 from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
+from cmdp_fast.split_rows import SplitRows
 
 Models = tuple[Any, Any]  # student (or the policy in its place) and teacher
 Outputs = tuple[Tensor, Tensor]  # of both
@@ -200,12 +201,13 @@ def make_scoring(logits: str, models: tuple[Any, ...], vocab_size: int, temperat
 
 
 class ScoredBatch(NamedTuple):
-    """Completions against their budget, tensors ``[B, T]``; the teacher's outputs ``[B, T, ...]`` if they were kept."""
+    """Completions against their budget, tensors ``[B, T]``; the teacher's outputs ``[B, T, ...]`` if they were kept, as
+    `SplitRows` where a part of them lies in the host's memory."""
 
     stats: TokenStats
     trace: BudgetTrace
     reward: Tensor  # modified
-    teacher_outputs: Tensor | None
+    teacher_outputs: Tensor | SplitRows | None
 
 
 def score(
@@ -214,20 +216,26 @@ def score(
     *,
     at_once: int,
     cache_bytes: int = 0,
+    spills: bool = False,
 ) -> ScoredBatch:
     """The account of ``count`` completions, scored ``at_once`` at a time.
 
     ``settle`` is given rows, reads them with both models, and returns their statistics, trace and modified reward, and
-    the teacher's outputs. These are kept if those of all rows take at most ``cache_bytes``.
+    the teacher's outputs. These are kept if those of all rows take at most ``cache_bytes``; ``spills``: the rows that
+    do not fit are kept in the host's memory.
     """
     settled: list[ConstrainedReward] = []
-    kept: Tensor | None = None
+    kept: Tensor | SplitRows | None = None
     for start in range(0, count, at_once):
         part = slice(start, min(start + at_once, count))
         one, teacher = settle(part)
         settled.append(one)
-        if count * teacher[0].numel() * teacher.element_size() <= cache_bytes:
+        fitting = cache_bytes // max(1, teacher[0].nbytes)
+        if fitting >= count:
             kept = teacher.new_empty(count, *teacher.shape[1:]) if kept is None else kept
+        elif spills:
+            kept = SplitRows(teacher, count, fitting) if kept is None else kept
+        if kept is not None:
             kept[part] = teacher
     return ScoredBatch(*batches.joined(settled), kept)
 

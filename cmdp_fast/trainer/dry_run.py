@@ -13,6 +13,8 @@ from cmdp_fast.vocabulary import common_vocabulary
 
 from .material import load
 from .models.memory_estimate import MemoryEstimate, estimate_memory
+from .models.offload import check_offload
+from .optimization import check_optimizer
 from .records.metrics_log import check_trackers
 from .records.report import Report
 from .records.run_folder import check_run_folder
@@ -27,6 +29,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     """
     report = Report()
     check_trackers(config)
+    check_optimizer(config)
+    check_offload(config)
     check_run_folder(config)
     material = load(config, report)
     assert material.teacher is not None  # a valid configuration names one

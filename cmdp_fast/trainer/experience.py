@@ -19,6 +19,7 @@ from cmdp_fast.constraint import Constraint
 from cmdp_fast.credit import at_last_token
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
 from cmdp_fast.reward_functions import Logged
+from cmdp_fast.split_rows import SplitRows
 
 from .distributed import together
 from .records.clock import Clock
@@ -56,12 +57,12 @@ class Experience(Completions):
     reward: Tensor  # modified
     last_reward: Tensor  # the task reward at its token
     value: Tensor | None = None  # a value head's prediction
-    teacher_outputs: Tensor | None = None  # [B, T, ...], if they are kept
+    teacher_outputs: Tensor | SplitRows | None = None  # [B, T, ...], if they are kept
 
     def rows(self, index: Tensor) -> Experience:
         """Some of the completions, without their texts."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: v[index] for name, v in values.items() if isinstance(v, (Tensor, SplitRows))}
         return replace(
             self,
             **tensors,
@@ -190,7 +191,12 @@ class Collector:
             return settled, outputs[1]
 
         cache_bytes = self.config.teacher_cache_mb * 2**20 if keep_outputs else 0
-        account = scoring.score(len(rollout), settle, at_once=self.config.micro_batch_size, cache_bytes=cache_bytes)
+        account = scoring.score(
+            *(len(rollout), settle),
+            at_once=self.config.micro_batch_size,
+            cache_bytes=cache_bytes,
+            spills=keep_outputs and self.config.offload_teacher,
+        )
         return Experience(
             **vars(completions),
             **account._asdict(),

@@ -78,12 +78,12 @@ def optimizer_bytes(config: TrainConfig, parameters: Sequence[Tensor]) -> int | 
             for parameter in shapes:
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
-            return sum(tensor.nbytes for state in optimizer.state.values() for tensor in _moments(state).values())
+            return sum(tensor.nbytes for state in optimizer.state.values() for tensor in moments(state).values())
     except (RuntimeError, NotImplementedError):  # native code that wants numbers
         return None
 
 
-def _moments(state: dict[str, Any]) -> dict[str, Tensor]:
+def moments(state: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a parameter's state, without counters."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
 

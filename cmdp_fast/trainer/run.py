@@ -21,8 +21,9 @@ from .experience import Collector
 from .interrupts import Interrupts
 from .material import Material, load
 from .methods.method import method_named
+from .models.offload import check_offload
 from .models.value_head import ValueHead
-from .optimization import make_optimizer, make_scheduler
+from .optimization import check_optimizer, make_optimizer, make_scheduler
 from .records.checkpoint import remove_checkpoints
 from .records.clock import Clock
 from .records.lock import alone_in
@@ -50,6 +51,8 @@ def train(config: TrainConfig) -> Path:
     KeyboardInterrupt is raised.
     """
     check_trackers(config)
+    check_optimizer(config)
+    check_offload(config)
     accelerator = make_accelerator(config)
     report = Report(accelerator.is_main_process)
     with Interrupts(patient=accelerator.num_processes > 1) as interrupts, ExitStack() as held:

@@ -29,6 +29,7 @@ from cmdp_fast.reward_functions import mean_metrics
 
 from .experience import Experience, Metrics
 from .methods.method import Method, Targets
+from .models.offload import Offload
 from .settings.constraint import training_constraint
 from .tasks.data import Problem
 
@@ -41,6 +42,7 @@ class Learner:
         self.collector, self.clock = method.collector, method.clock
         self.config, self.accelerator = method.config, method.accelerator
         self.student, self.teacher = method.student, method.teacher
+        self.offload = Offload(self.config, self.teacher, optimizer)
         kp, ki, kd = self.config.pid_gains
         self.pid = objective.PIDController(kp=kp, ki=ki, kd=kd, initial_integral=self.config.coefficient)
         self.tokens_seen = 0
@@ -84,7 +86,7 @@ class Learner:
     def update(self, experience: Experience, targets: Targets, constraint: Constraint) -> Metrics:
         """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""
         c, history = self.config, list[Metrics]()
-        with self.clock.phase("update"):
+        with self.clock.phase("update"), self.offload.updating():
             for _ in range(c.epochs):
                 for minibatch in torch.randperm(len(experience.rollout)).split(c.minibatch_size):
                     metrics = self._accumulate(experience, targets, constraint, minibatch)
@@ -155,6 +157,7 @@ class Learner:
         """Continues from `state_dict`."""
         self.collector.steps_done, self.tokens_seen = state["steps_done"], state["tokens_seen"]
         self.pid.load_state_dict(state["pid"])
+        self.offload.rest()  # a checkpoint's optimizer is read to where the parameters are
 
 
 def _with_logged(metrics: Metrics, logged: Metrics) -> Metrics:

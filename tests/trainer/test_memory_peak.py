@@ -81,7 +81,8 @@ def test_update(changes, larger):
     targets = learner.method.targets(experience, learner.constraint())
     torch.nn.Module.zero_grad(learner.student)
     peak = peak_of(lambda: learner.update(experience, targets, learner.constraint()))
-    expected = estimate.update - estimate.at_rest - estimate.teacher_outputs
+    held = estimate.weights + estimate.teacher_weights + (estimate.optimizer or 0) + estimate.teacher_outputs
+    expected = estimate.update - held
     widths = [SIZES["hidden_size"]] * 2
     tiles = 2 * LENGTH * VOCAB * 2 * 4 + VOCAB * sum(widths) * 4  # at most: they need not all be there at the peak
     numbers = 2 * LENGTH * 8 * 64  # a few dozen of each token: states, statistics, the loss
@@ -100,7 +101,7 @@ def test_rollout(precision, larger):
         with learner.accelerator.autocast():
             assert generate(learner.student, group, sampling).tokens.shape == (12, LENGTH)
 
-    expected = estimate.rollout - estimate.at_rest
+    expected = estimate.rollout - (estimate.weights + estimate.teacher_weights + (estimate.optimizer or 0))
     logits = 2 * 12 * VOCAB * 4  # how many of them a sampler holds at once is not counted to the last
     assert abs(peak_of(sample) - expected) <= logits
     if precision == "bf16":  # without either of these the estimate would be off by more

@@ -84,6 +84,7 @@ class Method(ABC):
         if teacher is None:
             with torch.no_grad():
                 teacher = self.collector.outputs(self.teacher, part.rollout)
+        assert isinstance(teacher, Tensor)  # as some rows of kept ones are, wherever the others lie
         return self.collector.outputs(self.student, part.rollout), teacher
 
 

@@ -20,6 +20,7 @@ from ..causal_lm import CausalLM
 from ..optimization import optimizer_bytes
 from ..settings.config import TrainConfig
 from .live_bytes import on_shapes
+from .offload import layers_of
 from .value_head import ValueHead
 
 FLOAT32, HALF = 4, 2
@@ -34,9 +35,11 @@ class MemoryEstimate:
     teacher_parameters: int  # of its own: 0 if it is the student without its adapter
     weights: int  # of the student and the value head
     teacher_weights: int
+    teacher_in_update: int  # of them, its head under --offload-teacher
     gradients: int
     buckets: int  # in which DDP exchanges the gradients; 0 for a process alone
     optimizer: int | None  # its state; None: not known
+    optimizer_in_rollout: int  # of it, nothing under --offload-optimizer
     step: int  # numbers that the optimizer makes for a step and drops
     copies: int | None  # the student's weights in bfloat16, which autocast makes and keeps; None: not known
     teacher_outputs: int  # kept from scoring to update; 0 if they do not fit --teacher-cache-mb
@@ -47,19 +50,16 @@ class MemoryEstimate:
     sampling: int  # made and dropped while they are sampled, beside the cache
 
     @property
-    def at_rest(self) -> int:
-        """Held throughout."""
-        return self.weights + self.teacher_weights + (self.optimizer or 0) + self.buckets
-
-    @property
     def rollout(self) -> int:
         """While completions are sampled; without what is not known."""
-        return self.at_rest + (self.copies or 0) + (self.cache or 0) + self.sampling
+        held = self.weights + self.teacher_weights + self.optimizer_in_rollout + self.buckets
+        return held + (self.copies or 0) + (self.cache or 0) + self.sampling
 
     @property
     def update(self) -> int:
         """In the backward pass or the optimizer's step; without what is not known."""
-        held = self.at_rest + self.gradients + self.teacher_outputs
+        held = self.weights + self.teacher_in_update + (self.optimizer or 0) + self.buckets
+        held += self.gradients + self.teacher_outputs
         passing = (self.copies or 0) + (self.activations or 0) + self.outputs + self.backward
         return held + max(passing, self.step)
 
@@ -96,19 +96,23 @@ def estimate_memory(
     head = head_bytes(config, student, teacher, rows * length, device)
     update = update_bytes(config, student, rows, prompt_length + length - 1)
     sampling = sampling_bytes(config, student, sampled, prompt_length, length)
-    gradients = _bytes(trained)
+    gradients, state = _bytes(trained), optimizer_bytes(config, trained)
+    away = {id(tensor) for tensor in layers_of(teacher)} if config.offload_teacher else set[int]()
+    room = config.teacher_cache_mb * 2**20
     return MemoryEstimate(
         parameters=_count(ours),
         trained_parameters=_count(trained),
         teacher_parameters=_count(theirs),
         weights=_bytes(ours + value_head),
         teacher_weights=_bytes(theirs),
+        teacher_in_update=_bytes([p for p in theirs if id(p) not in away]),
         gradients=0 if processes > 1 and not accumulates else gradients,  # else they lie in the buckets
         buckets=gradients if processes > 1 else 0,
-        optimizer=optimizer_bytes(config, trained),
+        optimizer=state,
+        optimizer_in_rollout=0 if config.offload_optimizer else (state or 0),
         step=gradients if config.optim == "adamw_torch" and device.type != "cpu" else 0,  # all parameters at once
         copies=update and update.copies + head.copy,
-        teacher_outputs=cached if cached <= config.teacher_cache_mb * 2**20 else 0,
+        teacher_outputs=min(cached, room) if cached <= room or config.offload_teacher else 0,
         activations=update and update.kept,
         outputs=rows * length * (widths[1] + (widths[0] if config.logits == "full" else 0)) * number,
         backward=max(head.backward, update.backward - head.copy if update else 0),
