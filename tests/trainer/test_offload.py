@@ -19,6 +19,8 @@ from cmdp_fast.trainer.models import offload
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.models.offload import HostCopies, Offload, check_offload, layers_of, move_state
 from cmdp_fast.trainer.optimization import check_optimizer, make_optimizer, moments
+from cmdp_fast.trainer.records.checkpoint import load_checkpoint, save_checkpoint
+from cmdp_fast.trainer.records.report import Report
 
 
 class Moves(TorchDispatchMode):
@@ -226,3 +228,20 @@ def test_the_default_is_adamw_as_it_was(pair):
     assert [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == [
         {k: v for k, v in g.items() if k != "params"} for g in expected.param_groups
     ]
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"])
+def test_a_run_goes_on_from_a_checkpoint(name, pair, tmp_path):
+    """With every optimizer, bitwise."""
+    config = settings(pair, optim=name, offload_optimizer=True)
+    learner, rows, prompts = learner_of(config)
+    learner.step(rows, prompts)
+    save_checkpoint(learner.accelerator, tmp_path, 1, {"ppo": learner.state_dict()})
+    expected = untimed(learner.step(rows, prompts))
+    again, rows, prompts = learner_of(config)
+    state = load_checkpoint(again.accelerator, again.student, tmp_path, Report())
+    again.load_state_dict(state["ppo"])
+    again.scheduler.step()
+    assert untimed(again.step(rows, prompts)) == expected
+    weights = again.student.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in learner.student.state_dict().items())
