@@ -28,6 +28,7 @@ from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
 from cmdp_fast.split_rows import SplitRows
+from cmdp_fast.unmasked import unmasked
 
 Models = tuple[Any, Any]  # student (or the policy in its place) and teacher
 Outputs = tuple[Tensor, Tensor]  # of both
@@ -250,7 +251,13 @@ def completion_logits(model: Any, completions: TokenBatch) -> Tensor:
 
 
 def completion_hidden(model: Any, completions: TokenBatch) -> Tensor:
-    """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`."""
+    """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`.
+
+    Without an attention mask where the batch allows it; logits would have to be copied, hidden states are small.
+    """
+    if (sequences := unmasked(completions)) is not None:
+        keep = sequences.input_ids.shape[1] - sequences.earliest
+        return sequences.select(last_hidden_state(model, sequences.input_ids, logits_to_keep=keep, use_cache=False))
     return _last(last_hidden_state(model, **_inputs(completions)), completions)
 
 
