@@ -6,10 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_pair import learner_of, settings
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cmdp_fast.trainer.distributed import make_accelerator
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.rollout import generate
 
@@ -106,3 +109,20 @@ def test_rollout(precision, larger):
     assert abs(peak_of(sample) - expected) <= logits
     if precision == "bf16":  # without either of these the estimate would be off by more
         assert min(estimate.copies, estimate.cache / 2) > logits
+
+
+def test_gradients_lie_in_the_buckets_of_ddp(pair):
+    """Once, and not in tensors of their own beside them."""
+    learner, _, _ = learner_of(settings(pair))
+    handler = make_accelerator(learner.config).ddp_handler
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        student = DistributedDataParallel(learner.student, **handler.to_kwargs())
+        for _ in range(2):  # DDP makes its buckets anew after the first
+            student.zero_grad()
+            student(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
+        gradients = [p.grad for p in student.parameters()]
+        storages = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in gradients}
+        assert len(storages) < len(gradients) and sum(storages.values()) == sum(g.nbytes for g in gradients)
+    finally:
+        dist.destroy_process_group()
