@@ -19,9 +19,12 @@ class Unmasked(NamedTuple):
     input_ids: Tensor  # [B, W]: prompt and completion but for its last token, W as long as the longest
     outputs: Tensor  # [B, T]: the place of the output that predicts each token; where masked, any
     earliest: int  # of these places
+    aligned: bool  # whether all completions begin at it
 
     def select(self, hidden: Tensor) -> Tensor:
         """The outputs ``[B, T, ...]`` that predict the completions, from all ``[B, W, ...]`` or the last of them."""
+        if self.aligned and hidden.shape[1] == self.outputs.shape[1]:
+            return hidden  # to take them for nothing would copy the gradient
         left_out = self.input_ids.shape[1] - hidden.shape[1]
         places = (self.outputs - left_out)[..., None].expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, places)
@@ -38,13 +41,11 @@ def unmasked(completions: Any) -> Unmasked | None:
     device = mask.device
     in_front = torch.arange(width, device=device) >= (width - prompts)[:, None]
     behind = torch.arange(tokens, device=device) < lengths[:, None]
-    fits = torch.equal(in_front, prompt_mask) and torch.equal(behind, mask)
-    if not fits:
-        return None
+    fits = (in_front == prompt_mask).all() & (behind == mask).all()
     ends = prompts + lengths
-    figures = torch.stack([prompts.min(), prompts.max(), ends.max()]).tolist()
-    shortest, longest, end = (int(figure) for figure in figures)
-    if shortest == 0:
+    # One copy from the device for all that the host has to know
+    fits, shortest, longest, end = torch.stack([fits.long(), prompts.min(), prompts.max(), ends.max()]).tolist()
+    if not fits or shortest == 0:
         return None
     size = max(end - 1, longest)
     place = torch.arange(size, device=device)
@@ -53,4 +54,4 @@ def unmasked(completions: Any) -> Unmasked | None:
     first = real[:, :1]  # a token that the model has, whatever the padding is
     input_ids = torch.where(place < ends[:, None], real, first)
     outputs = (prompts[:, None] - 1 + torch.arange(tokens, device=device)).clamp(max=size - 1)
-    return Unmasked(input_ids, outputs, shortest - 1)
+    return Unmasked(input_ids, outputs, shortest - 1, shortest == longest)

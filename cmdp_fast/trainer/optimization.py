@@ -67,7 +67,11 @@ def _optimizer_class(config: TrainConfig) -> tuple[Callable[..., torch.optim.Opt
 
 
 def optimizer_bytes(config: TrainConfig, parameters: Sequence[Tensor]) -> int | None:
-    """The optimizer's state for some parameters, after a step on shapes alone; None where it takes no shapes."""
+    """The optimizer's state for some parameters, after a step on shapes alone.
+
+    Native code that wants numbers, bitsandbytes' for one, takes a step with a million of them, and the share of each is
+    counted. None where that fails here too, such as code that runs on GPUs alone.
+    """
     from torch._guards import detect_fake_mode
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -79,7 +83,16 @@ def optimizer_bytes(config: TrainConfig, parameters: Sequence[Tensor]) -> int | 
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
             return sum(tensor.nbytes for state in optimizer.state.values() for tensor in moments(state).values())
-    except (RuntimeError, NotImplementedError):  # native code that wants numbers
+    except (RuntimeError, NotImplementedError):
+        pass
+    try:
+        sample = nn.Parameter(torch.zeros(2**10, 2**10))
+        optimizer = make_optimizer(config, [{"params": [sample], "lr": config.learning_rate}])
+        sample.grad = torch.zeros_like(sample)
+        optimizer.step()
+        size = sum(tensor.nbytes for tensor in moments(optimizer.state[sample]).values())
+        return size * sum(p.numel() for p in parameters) // sample.numel()
+    except (RuntimeError, NotImplementedError, AttributeError):
         return None
 
 

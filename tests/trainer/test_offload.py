@@ -8,17 +8,18 @@ import weakref
 import pytest
 import torch
 from tiny_pair import learner_of, settings, untimed
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from cmdp_fast import scoring
 from cmdp_fast.errors import InputError
 from cmdp_fast.split_rows import SplitRows
+from cmdp_fast.trainer import optimization
 from cmdp_fast.trainer.models import offload
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.models.offload import HostCopies, Offload, check_offload, layers_of, move_state
-from cmdp_fast.trainer.optimization import check_optimizer, make_optimizer, moments
+from cmdp_fast.trainer.optimization import check_optimizer, make_optimizer, moments, optimizer_bytes
 from cmdp_fast.trainer.records.checkpoint import load_checkpoint, save_checkpoint
 from cmdp_fast.trainer.records.report import Report
 
@@ -218,6 +219,21 @@ def test_a_package_that_is_missing_is_named(pair, monkeypatch):
     assert "\n" not in str(raised.value)
     with pytest.raises(InputError, match="--offload-optimizer does not work with --optim paged_adamw_8bit"):
         check_offload(settings(pair, optim="paged_adamw_8bit", offload_optimizer=True))
+
+
+def test_state_of_an_optimizer_that_takes_no_shapes(pair, monkeypatch):
+    """Counted on a million numbers of a parameter instead."""
+    config = settings(pair)
+    parameters = [torch.nn.Parameter(torch.zeros(300, 7)), torch.nn.Parameter(torch.zeros(11))]
+    expected = optimizer_bytes(config, parameters)
+
+    def native(config, groups):
+        if any(isinstance(p, FakeTensor) for group in groups for p in group["params"]):
+            raise RuntimeError("needs an address")
+        return make_optimizer(config, groups)
+
+    monkeypatch.setattr(optimization, "make_optimizer", native)
+    assert optimizer_bytes(config, parameters) == expected == 2 * 4 * (2100 + 11)
 
 
 def test_the_default_is_adamw_as_it_was(pair):
