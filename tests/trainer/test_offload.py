@@ -261,3 +261,31 @@ def test_a_run_goes_on_from_a_checkpoint(name, pair, tmp_path):
     assert untimed(again.step(rows, prompts)) == expected
     weights = again.student.state_dict()
     assert all(torch.equal(weights[key], value) for key, value in learner.student.state_dict().items())
+
+
+def test_the_update_alone_has_the_optimizer_and_lacks_the_teacher(pair, monkeypatch):
+    config = settings(pair, offload_teacher=True, offload_optimizer=True, minibatch_size=12, micro_batch_size=12)
+    learner, rows, prompts = learner_of(config)
+    order = []
+    for name, owner, attribute in (
+        ("teacher leaves", HostCopies, "leave"),
+        ("teacher comes", HostCopies, "bring"),
+        ("rolls out", learner.collector, "complete"),
+        ("scores", learner.collector, "score"),
+        ("loss", learner.method, "loss"),
+        ("descends", learner, "descend"),
+    ):
+        function = getattr(owner, attribute)
+        monkeypatch.setattr(
+            owner, attribute, lambda *a, _name=name, _f=function, **k: order.append(_name) or _f(*a, **k)
+        )
+    monkeypatch.setattr(
+        offload, "move_state", lambda _, *, to_host: order.append("state leaves" if to_host else "state comes")
+    )
+    learner.step(rows, prompts)
+    updates = ["loss", "descends"] * config.epochs
+    away, back = ["teacher leaves", "state comes"], ["state leaves", "teacher comes"]
+    assert order == ["rolls out", "scores", *away, *updates, *back]
+    order.clear()
+    learner.load_state_dict(learner.state_dict())  # of a checkpoint, whose optimizer is read to the device
+    assert order == back
