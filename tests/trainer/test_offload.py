@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cmdp_fast import scoring
 from cmdp_fast.errors import InputError
 from cmdp_fast.split_rows import SplitRows
 from cmdp_fast.trainer import optimization
+from cmdp_fast.trainer.distributed import check_sharding
 from cmdp_fast.trainer.models import offload
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.models.offload import HostCopies, Offload, check_offload, layers_of, move_state
@@ -289,3 +291,19 @@ def test_the_update_alone_has_the_optimizer_and_lacks_the_teacher(pair, monkeypa
     order.clear()
     learner.load_state_dict(learner.state_dict())  # of a checkpoint, whose optimizer is read to the device
     assert order == back
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"offload_teacher": True}, "--offload-teacher"),
+        ({"offload_optimizer": True}, "--offload-optimizer"),
+        ({"optim": "adafactor"}, "--optim adafactor"),
+    ],
+)
+def test_fsdp_refuses_what_it_cannot_do(changes, option, pair):
+    plugin = SimpleNamespace(state_dict_type="FULL_STATE_DICT")
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), is_fsdp2=True)
+    check_sharding(accelerator, settings(pair))
+    with pytest.raises(InputError, match=f"^{option} does not work with FSDP"):
+        check_sharding(accelerator, settings(pair, **changes))
