@@ -17,7 +17,7 @@ from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.rollout import generate
 
 PROMPT, LENGTH, VOCAB = 4, 28, 1500
-SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,6 @@ def of_full_length(prompts, sampling, policy):
         {"mixed_precision": "bf16"},
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
         {"logits": "full"},
-        {"optim": "adafactor"},
     ],
     ids=str,
 )
