@@ -23,22 +23,23 @@ class SplitRows:
     def __len__(self) -> int:
         return len(self.here) + len(self.elsewhere)
 
-    def __setitem__(self, rows: slice, values: Tensor) -> None:
-        """Writes some rows that lie one behind the other; ``rows`` has both ends and no step."""
-        border = min(max(len(self.here) - rows.start, 0), len(values))  # how many of the values belong here
-        self.here[rows.start : rows.start + border] = values[:border]
-        start = rows.start + border - len(self.here)
-        if border < len(values):
-            self.elsewhere[start : start + len(values) - border].copy_(values[border:])
+    def __setitem__(self, rows: slice | Tensor, values: Tensor) -> None:
+        """Writes the values ``[N, ...]`` to a slice that has both ends and no step, or to an index ``[N]`` of int64."""
+        index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()
+        is_here = index < len(self.here)
+        if is_here.any():
+            self.here[index[is_here].to(values.device)] = values[is_here.to(values.device)]
+        if not is_here.all():
+            self.elsewhere[index[~is_here] - len(self.here)] = values[~is_here.to(values.device)].cpu()
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """The rows of an index ``[N]`` of int64, on the device: ``[N, ...]``."""
-        index = index.cpu()
-        is_here = index < len(self.here)
-        rows = self.here.new_empty(len(index), *self.here.shape[1:])
+        """The rows of an index of int64 of any shape, on the device: ``[*index.shape, ...]``."""
+        flat = index.flatten().cpu()
+        is_here = flat < len(self.here)
+        rows = self.here.new_empty(len(flat), *self.here.shape[1:])
         device = rows.device
         if is_here.any():
-            rows[is_here.to(device)] = self.here[index[is_here].to(device)]
+            rows[is_here.to(device)] = self.here[flat[is_here].to(device)]
         if not is_here.all():
-            rows[~is_here.to(device)] = self.elsewhere[index[~is_here] - len(self.here)].to(device)
-        return rows
+            rows[~is_here.to(device)] = self.elsewhere[flat[~is_here] - len(self.here)].to(device)
+        return rows.unflatten(0, index.shape) if index.numel() else rows.reshape(*index.shape, *rows.shape[1:])

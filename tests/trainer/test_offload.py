@@ -58,6 +58,12 @@ def test_split_rows_are_the_rows(here, at_once):
     for index in ([6, 0, 3], [0], [6], [2, 2, 5], list(range(7)), []):
         index = torch.tensor(index, dtype=torch.long)
         assert torch.equal(split[index], whole[index])
+    places = torch.tensor([[6, 1], [3, 0]])
+    assert torch.equal(split[places], whole[places])
+    values = torch.randn(3, 3, 2)
+    split[torch.tensor([5, 0, 2])] = values
+    assert torch.equal(split[torch.tensor([0, 2, 5])], values[[1, 2, 0]])
+    assert torch.equal(split[torch.tensor([1, 3, 4, 6])], whole[[1, 3, 4, 6]])
 
 
 @pytest.mark.parametrize("here", [0, 2, 5])
