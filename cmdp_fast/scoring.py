@@ -27,6 +27,7 @@ from cmdp_fast.ops.linear_constrained import linear_constrained_reward
 from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
+from cmdp_fast.unmasked import unmasked
 
 Models = tuple[Any, Any]  # student (or the policy in its place) and teacher
 Outputs = tuple[Tensor, Tensor]  # of both
@@ -256,7 +257,7 @@ def score(
         part = slice(start, min(start + at_once, count))
         one, teacher = settle(part)
         settled.append(one)
-        if count * teacher[0].numel() * teacher.element_size() <= cache_bytes:
+        if teacher[0].nbytes * count <= cache_bytes:
             kept = teacher.new_empty(count, *teacher.shape[1:]) if kept is None else kept
             kept[part] = teacher
     return ScoredBatch(*batches.joined(settled), kept)
@@ -272,7 +273,13 @@ def completion_logits(model: Any, completions: TokenBatch) -> Tensor:
 
 
 def completion_hidden(model: Any, completions: TokenBatch) -> Tensor:
-    """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`."""
+    """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`.
+
+    Without an attention mask where the batch allows it; logits would have to be copied, hidden states are small.
+    """
+    if (sequences := unmasked(completions)) is not None:
+        keep = sequences.input_ids.shape[1] - sequences.earliest
+        return sequences.select(last_hidden_state(model, sequences.input_ids, logits_to_keep=keep, use_cache=False))
     return _last(last_hidden_state(model, **_inputs(completions)), completions)
 
 

@@ -19,7 +19,7 @@ def free_memory(device: torch.device) -> int | None:
     """
     if device.type == "cpu":
         return _free_on_the_host()
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return None
     free, _ = torch.cuda.mem_get_info(device)
     try:

@@ -38,9 +38,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of the run; several processes meet here. Raises InputError for a set-up that the trainer does not
     support."""
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # or DDP would hold every gradient twice
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE), views]
     try:
         accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
     except (ImportError, ValueError, NotImplementedError) as error:
@@ -83,6 +84,11 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         raise InputError("--baseline gae does not work with FSDP, whose optimizer has the student's parameters alone")
     if config.lora_rank:
         raise InputError("--lora-rank does not work with FSDP: an adapter is small, DDP serves it")
+    if config.offload_teacher or config.offload_optimizer:
+        option = "--offload-teacher" if config.offload_teacher else "--offload-optimizer"
+        raise InputError(f"{option} does not work with FSDP: its models are spread, set fsdp_offload_params there")
+    if config.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise InputError(f"--optim {config.optim} does not work with FSDP: only adamw_torch and adamw_torch_fused do")
     if config.mixes_teacher:
         raise InputError("minillm with --teacher-mix does not work with FSDP: the teacher would have to keep step")
 

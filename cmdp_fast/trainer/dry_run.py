@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +15,8 @@ from cmdp_fast.scoring import make_scoring
 
 from .material import load
 from .models.memory_estimate import MemoryEstimate, estimate_memory
+from .models.offload import check_offload
+from .optimization import check_optimizer
 from .padding import misled_by_padding
 from .records.metrics_log import check_trackers
 from .records.report import Report
@@ -30,6 +33,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     """
     report = Report()
     check_trackers(config)
+    check_optimizer(config)
+    check_offload(config)
     check_run_folder(config)
     material = load(config, report)
     assert material.teacher is not None  # a valid configuration names one
@@ -44,7 +49,7 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     if config.rollout:
         import_function("--rollout", config.rollout)
     longest = max(len(ids) for ids in material.prompts)
-    memory = estimate_memory(config, *models, longest)
+    memory = estimate_memory(config, *models, longest, processes=_replicas())
     print(settings_text(config))
     print(
         f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on, "
@@ -52,6 +57,11 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     )
     print_memory(config, memory)
     return memory
+
+
+def _replicas() -> int:
+    """The processes that hold all of the models each, as accelerate's launcher or torchrun has set them up."""
+    return 1 if os.environ.get("ACCELERATE_USE_FSDP") == "true" else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def settings_text(config: TrainConfig) -> str:
@@ -67,33 +77,57 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
+class MemoryRow(NamedTuple):
+    """A kind of tensor, or what is held in a part of a step."""
+
+    name: str
+    size: int | None  # bytes; None: not known
+    about: str
+
+
+def memory_rows(config: TrainConfig, memory: MemoryEstimate) -> list[MemoryRow]:
+    """The table of `print_memory`; the last two are what is held in rollout and update."""
+    m = memory
+    shared = not m.teacher_parameters
+    kept = f"{config.batch_size} completions" if m.teacher_outputs else "computed again, see --teacher-cache-mb"
+    layers = "of a micro-batch" + (", inputs of the layers" if config.gradient_checkpointing else "")
+    outputs = "the teacher's" if config.logits == "tiled" else "both models'"
+    unknown = "not known for this model"
+    rows = [
+        MemoryRow("student", m.weights, f"{m.parameters:,} parameters"),
+        MemoryRow("gradients", m.gradients, f"{m.trained_parameters:,} parameters trained"),
+        MemoryRow("DDP's buckets", m.buckets, "gradients as they are exchanged") if m.buckets else None,
+        MemoryRow("optimizer", m.optimizer, config.optim),
+        MemoryRow(
+            "teacher", m.teacher_weights, "the student's weights" if shared else f"{m.teacher_parameters:,} parameters"
+        ),
+        MemoryRow("teacher's outputs", m.teacher_outputs, kept),
+        MemoryRow("weights in bfloat16", m.copies, "of the student, made by autocast") if m.copies != 0 else None,
+        MemoryRow("outputs", m.outputs, f"{outputs}, of a micro-batch"),
+        MemoryRow("activations", m.activations, layers if m.activations is not None else unknown),
+        MemoryRow("backward", m.backward, "the head's gradient and tiles, or a layer's"),
+        MemoryRow("optimizer's step", m.step, "instead of the four before") if m.step else None,
+        MemoryRow("keys and values", m.cache, "of the completions sampled at once" if m.cache is not None else unknown),
+        MemoryRow("sampling", m.sampling, "beside them"),
+        MemoryRow("rollout", m.rollout, "estimate, all that is held then"),
+        MemoryRow("update", m.update, "estimate, all that is held then"),
+    ]
+    return [row for row in rows if row is not None]
+
+
 def print_memory(config: TrainConfig, memory: MemoryEstimate) -> None:
     """A line per kind of tensor."""
     from rich.console import Console
     from rich.table import Table
 
-    m = memory
-    shared = not m.teacher_parameters
-    kept = f"{config.batch_size} completions" if m.teacher_outputs else "computed again, see --teacher-cache-mb"
-    layers = "estimate" + (", inputs of the layers and one layer" if config.gradient_checkpointing else "")
-    rows = [
-        ("student", m.weights, f"{m.parameters:,} parameters"),
-        ("gradients", m.gradients, f"{m.trained_parameters:,} parameters trained"),
-        ("optimizer", m.optimizer, "AdamW, two numbers for each of them"),
-        ("teacher", m.teacher_weights, "the student's weights" if shared else f"{m.teacher_parameters:,} parameters"),
-        ("teacher's outputs", m.teacher_outputs, kept),
-        ("outputs", m.outputs, "of both models for a micro-batch"),
-        ("activations", m.activations, layers if m.activations is not None else "not known for this model"),
-        ("keys and values", m.cache, "estimate, of the completions sampled at once"),
-        ("rollout", m.rollout, "estimate, all that is held then"),
-        ("update", m.update, "estimate, all that is held then"),
-    ]
+    rows = memory_rows(config, memory)
     table = Table(title="memory of a process, completions at full length")
     table.add_column("what", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("of what")
-    for index, (name, size, about) in enumerate(rows):
-        table.add_row(name, "?" if size is None else readable(size), about, end_section=index == len(rows) - 3)
+    for row in rows:
+        size = "?" if row.size is None else readable(row.size)
+        table.add_row(row.name, size, row.about, end_section=row is rows[-3])
     Console().print(table)
 
 

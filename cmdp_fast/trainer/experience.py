@@ -21,6 +21,7 @@ from cmdp_fast.constraint import Constraint
 from cmdp_fast.credit import at_last_token, task_rewards
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
 from cmdp_fast.reward_functions import Logged
+from cmdp_fast.split_rows import SplitRows
 
 from .distributed import any_process, together
 from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
@@ -59,19 +60,27 @@ class Completions:
 class KeptOutputs:
     """A model's outputs at the tokens of B completions, kept without padding."""
 
-    def __init__(self, first: Tensor, outputs: Tensor) -> None:
+    def __init__(self, first: Tensor, outputs: Tensor | SplitRows) -> None:
         self.first = first  # [B], the place of each completion's first token
         self.outputs = outputs  # [N, ...], of all completions that were scored
 
     @classmethod
-    def if_they_fit(cls, mask: Tensor, lengths: Sequence[int], like: Tensor, most: int) -> KeptOutputs | None:
-        """Places for the tokens of a mask [B, T] whose rows have these lengths, and for outputs [b, t, ...] like these;
-        None if they take more than ``most`` bytes."""
+    def if_they_fit(
+        cls, mask: Tensor, lengths: Sequence[int], like: Tensor, most: int, spills: bool
+    ) -> KeptOutputs | None:
+        """Places for the tokens of a mask [B, T] whose rows have these lengths, and for outputs [b, t, ...] like these.
+
+        Where they take more than ``most`` bytes: None, or if it ``spills`` the rest of them in the host's memory.
+        """
         total, size = sum(lengths), like[0, 0].numel() * like.element_size()
-        if total * size > most:
+        if total * size > most and not spills:
             return None
-        counts = mask.sum(1)
-        return cls(counts.cumsum(0) - counts, like.new_empty(total, *like.shape[2:]))
+        counts, flat = mask.sum(1), like.flatten(0, 1)
+        here = min(total, most // size)
+        return cls(
+            counts.cumsum(0) - counts,
+            SplitRows(flat, total, here) if here < total else flat.new_empty(total, *flat.shape[1:]),
+        )
 
     def keep(self, outputs: Tensor, mask: Tensor) -> None:
         """Takes the outputs [B, T, ...] of these completions, with their mask [B, T]."""
@@ -265,7 +274,8 @@ class Collector:
             settled.append((widened(account, width), None if value is None else batches.widened(value, width)))
             if keep_outputs and part is parts[0]:
                 most = self.config.teacher_cache_mb * 2**20
-                kept = KeptOutputs.if_they_fit(rollout.mask, lengths.completions, outputs[1], most)
+                spills = self.config.offload_teacher
+                kept = KeptOutputs.if_they_fit(rollout.mask, lengths.completions, outputs[1], most, spills)
                 if any_process(kept is None, self.accelerator):  # a teacher that is spread over all is asked by all
                     kept = None
             if kept is not None:

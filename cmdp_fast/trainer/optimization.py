@@ -3,20 +3,103 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+
+from cmdp_fast.errors import InputError, first_line
 
 from .settings.config import TrainConfig
 
+BETAS = (0.9, 0.95)
+_UNUSABLE = {  # parts of transformers' names
+    "galore": "wants a list of modules",
+    "apollo": "wants a list of modules",
+    "lomo": "takes its step inside the backward pass",
+    "schedule_free": "wants to be told of every evaluation",
+    "xla": "needs a TPU",
+    "npu": "needs an NPU",
+}
 ParameterGroups = Iterable[dict[str, Any]]
 
 
 def make_optimizer(config: TrainConfig, groups: ParameterGroups) -> torch.optim.Optimizer:
     """The optimizer of some groups of parameters, each of which has its own learning rate, ``lr``."""
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    kind, options = _optimizer_class(config)
+    return kind([{**group, "weight_decay": config.weight_decay} for group in groups], **options)
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raises InputError for a name that is not in transformers' list, that the trainer cannot use, or whose package is
+    missing."""
+    _optimizer_class(config)
+
+
+def _optimizer_class(config: TrainConfig) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    """The class that `--optim` names and its options, as transformers' Trainer finds them."""
+    from transformers import Trainer
+    from transformers.training_args import OptimizerNames
+
+    name = config.optim
+    if name not in (known := [each.value for each in OptimizerNames]):
+        raise InputError(f"--optim {name}: not in transformers' list, which is {', '.join(known)}")
+    for part, reason in _UNUSABLE.items():
+        if part in name:
+            raise InputError(f"--optim {name} cannot be used here: it {reason}")
+    # The arguments that it reads; a TrainingArguments would begin a set-up of several processes anew.
+    asked: Any = SimpleNamespace(
+        optim=OptimizerNames(name),
+        optim_args=None,
+        learning_rate=config.learning_rate,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_epsilon=1e-8,
+        weight_decay=config.weight_decay,
+    )
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(asked)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--optim {name}: {first_line(error)}") from error
+    return kind, options
+
+
+def optimizer_bytes(config: TrainConfig, parameters: Sequence[Tensor]) -> int | None:
+    """The optimizer's state for some parameters, after a step on shapes alone.
+
+    Native code that wants numbers, bitsandbytes' for one, takes a step with a million of them, and the share of each is
+    counted. None where that fails here too, such as code that runs on GPUs alone.
+    """
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with detect_fake_mode(list(parameters)) or FakeTensorMode():
+            shapes = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in parameters]
+            optimizer = make_optimizer(config, [{"params": shapes, "lr": config.learning_rate}])
+            for parameter in shapes:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step()
+            return sum(tensor.nbytes for state in optimizer.state.values() for tensor in moments(state).values())
+    except (RuntimeError, NotImplementedError):
+        pass
+    try:
+        sample = nn.Parameter(torch.zeros(2**10, 2**10))
+        optimizer = make_optimizer(config, [{"params": [sample], "lr": config.learning_rate}])
+        sample.grad = torch.zeros_like(sample)
+        optimizer.step()
+        size = sum(tensor.nbytes for tensor in moments(optimizer.state[sample]).values())
+        return size * sum(p.numel() for p in parameters) // sample.numel()
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return None
+
+
+def moments(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a parameter's state, without counters."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
 
 
 def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> LRScheduler:

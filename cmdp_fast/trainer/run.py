@@ -22,8 +22,9 @@ from .experience import Collector
 from .interrupts import Interrupts
 from .material import Material, load
 from .methods.method import method_named
+from .models.offload import check_offload
 from .models.value_head import ValueHead
-from .optimization import make_optimizer, make_scheduler
+from .optimization import check_optimizer, make_optimizer, make_scheduler
 from .padding import misled_by_padding
 from .records.checkpoint import remove_checkpoints
 from .records.clock import Clock
@@ -53,6 +54,8 @@ def train(config: TrainConfig) -> Path:
     KeyboardInterrupt is raised.
     """
     check_trackers(config)
+    check_optimizer(config)
+    check_offload(config)
     accelerator = make_accelerator(config)
     check_training(accelerator)
     report = Report(accelerator.is_main_process)

@@ -34,6 +34,7 @@ from cmdp_fast.reward_functions import mean_metrics
 from .experience import Experience, Metrics
 from .methods.method import Method, Targets
 from .micro_batches import Lengths, lengths_of
+from .models.offload import Offload
 from .records.throughput import Throughput, read_tokens
 from .settings.constraint import training_constraint
 from .tasks.data import Problem
@@ -47,6 +48,7 @@ class Learner:
         self.collector, self.clock = method.collector, method.clock
         self.config, self.accelerator = method.config, method.accelerator
         self.student, self.teacher = method.student, method.teacher
+        self.offload = Offload(self.config, self.teacher, optimizer)
         kp, ki, kd = self.config.pid_gains
         self.pid = objective.PIDController(kp=kp, ki=ki, kd=kd, initial_integral=self.config.coefficient)
         self.tokens_seen = 0
@@ -124,7 +126,7 @@ class Learner:
     def update(self, experience: Experience, targets: Targets, constraint: Constraint) -> Metrics:
         """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""
         history = list[Metrics]()
-        with self.clock.phase("update"):
+        with self.clock.phase("update"), self.offload.updating():
             lengths = lengths_of(experience.rollout)
             for _ in range(self.config.epochs):
                 for minibatch in minibatches(len(experience.rollout), self.config.minibatch_size):
@@ -204,6 +206,7 @@ class Learner:
         """Continues from `state_dict`."""
         self.collector.steps_done, self.tokens_seen = state["steps_done"], state["tokens_seen"]
         self.pid.load_state_dict(state["pid"])
+        self.offload.rest()  # a checkpoint's optimizer is read to where the parameters are
 
 
 def minibatches(count: int, size: int) -> tuple[Tensor, ...]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
+import recipe_models
 from tiny_pair import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MllamaConfig, MllamaForConditionalGeneration
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.dry_run import readable
 from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.settings.config import TrainConfig
@@ -61,6 +66,10 @@ def vision_model(folder, tokenizer_of: str) -> str:
     MllamaForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def recipe_text(name: str) -> str:
+    return (files("cmdp_fast.trainer") / "recipes" / f"{name}.toml").read_text()
 
 
 def run(recipe: str, student: str, teacher: str, dataset: str, output) -> tuple[dict, list[dict]]:
@@ -124,6 +133,32 @@ def test_recipe_is_valid_and_names_its_run(name):
     recipe = read_recipe(name)
     recipe.validate()
     assert recipe.run_name == name
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-math", pytest.param("llama-3.2", marks=pytest.mark.slow)])
+def test_memory_in_the_head_is_that_of_a_dry_run(name):
+    of_this_project()
+    missing = [line for line in recipe_models.table(name) if line not in recipe_text(name).splitlines()]
+    assert not missing, "`python tests/support/recipe_models.py` prints the lines"
+
+
+@pytest.mark.slow
+def test_memory_on_eight_is_that_in_the_head():
+    of_this_project()
+    _, each = recipe_models.memory_of("qwen2.5-math", processes=8)
+    assert f"# Each of eight processes holds all of the models: {readable(each.update)}." in recipe_text("qwen2.5-math")
+    _, memory = recipe_models.memory_of("llama-3.2")
+    spread = memory.weights + memory.gradients + (memory.optimizer or 0) + memory.teacher_weights
+    assert f"are {readable(spread // 8)} together on each" in recipe_text("llama-3.2")
+
+
+def of_this_project() -> None:
+    """Skips where other versions keep other tensors than those of constraints.txt."""
+    lines = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    pins = [line.split(";")[0].strip() for line in lines]
+    for name in ("torch", "transformers"):
+        if f"{name}=={metadata.version(name).split('+')[0]}" not in pins:
+            pytest.skip(f"the heads are computed with the {name} of constraints.txt")
 
 
 def test_weights_that_are_missing_are_not_made_up(pair, tmp_path):

@@ -88,6 +88,7 @@ class Method(ABC):
         else:
             with torch.no_grad():
                 teacher = self.collector.outputs(self.teacher, part.rollout)
+        assert isinstance(teacher, Tensor)  # as some rows of kept ones are, wherever the others lie
         return self.collector.outputs(self.student, part.rollout), teacher
 
 

@@ -34,6 +34,7 @@ def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    check_attention(config)
     sources = {"student": config.student, **({"teacher": config.teacher} if config.teacher else {})}
     folders, tokenizers = {}, {}
     trusted = config.trust_remote_code
@@ -63,9 +64,8 @@ def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    student, dropped = _load_model(
-        "student", folders["student"], frozen if config.lora_rank else torch.float32, trusted
-    )
+    own = frozen if config.lora_rank else torch.float32
+    student, dropped = _load_model("student", folders["student"], own, config)
     if dropped:
         report.say(
             f"--student {config.student}: its files hold tensors without a place in a {type(student).__name__} "
@@ -80,18 +80,20 @@ def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
         return student, None, tokenizer
     if config.lora_rank and folders["student"] == folders["teacher"]:
         return student, FrozenBase(student), tokenizer
-    teacher, _ = _load_model("teacher", folders["teacher"], frozen, trusted)
+    teacher, _ = _load_model("teacher", folders["teacher"], frozen, config)
     keep_end_tokens(teacher, end_tokens(teacher, tokenizers["teacher"]))  # its tokenizer is not needed after this
     return student, teacher.eval().requires_grad_(False), tokenizer
 
 
-def _load_model(role: str, name: str, dtype: torch.dtype, trusted: bool) -> tuple[Any, list[str]]:
+def _load_model(role: str, name: str, dtype: torch.dtype, config: TrainConfig) -> tuple[Any, list[str]]:
     """A causal language model from safetensors, which hold numbers and nothing that could run; and the tensors of its
     files that transformers leaves out."""
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    model, info = _load(AutoModelForCausalLM, role, name, trusted, **options)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    model, info = _load(AutoModelForCausalLM, role, name, config.trust_remote_code, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
         raise InputError(
             f"--{role} {name} lacks {len(missing)} of the weights of a {type(model).__name__}: {missing[0]}, …"
@@ -130,7 +132,9 @@ def _common_name(names: list[str]) -> str:
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
     try:
         return auto.from_pretrained(name, trust_remote_code=trusted, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if _attention_failed(error, attention := options.get("attn_implementation", "")):
+            raise InputError(f"--attn-implementation {attention}: {role} {name}: {first_line(error)}") from error
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
         reason = first_line(error)
         if "trust_remote_code" in str(error):
@@ -143,3 +147,30 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
                 "are read; convert them with save_pretrained where you trust them"
             ) from error
         raise InputError(f"--{role} {name}: no causal language model in this {kind}: {reason}") from error
+
+
+def check_attention(config: TrainConfig) -> None:
+    """Raises InputError for an implementation of attention that transformers does not know, that is not installed, or
+    that is code from the hub."""
+    from transformers import AttentionInterface
+    from transformers.utils import import_utils
+
+    name = config.attn_implementation
+    if "/" in name and not config.trust_remote_code:
+        raise InputError(
+            f"--attn-implementation {name} is code from the hub, which would run: --trust-remote-code if you have read "
+            "it"
+        )
+    known = ["eager", *sorted(key for key in AttentionInterface().valid_keys() if "|" not in key)]
+    if name and "/" not in name and name not in known:
+        raise InputError(f"--attn-implementation {name}: transformers has {', '.join(known)}")
+    if name.startswith("flash_") and config.mixed_precision == "no":
+        raise InputError(f"--attn-implementation {name} computes in half precision: it needs --mixed-precision bf16")
+    version = name.removeprefix("flash_attention_")
+    installed = getattr(import_utils, f"is_flash_attn_{version}_available", None)
+    if version != name and installed is not None and not installed():
+        raise InputError(f"--attn-implementation {name} needs the package flash-attn and a GPU that it serves")
+
+
+def _attention_failed(error: BaseException, attention: str) -> bool:
+    return bool(attention) and any(word in str(error).lower() for word in ("attention", "attn", attention))

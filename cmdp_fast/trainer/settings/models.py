@@ -37,3 +37,11 @@ class ModelSettings:
     `modules_to_save`). A head that is tied to the embedding becomes one of its own."""
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more time."""
+    attn_implementation: str = ""
+    """How the models compute attention, by transformers' name: `sdpa`, `eager`, `flash_attention_2`, … Empty: as
+    transformers chooses."""
+    offload_teacher: bool = False
+    """Keep the teacher's layers in the host's memory during the update, which has its head alone and its outputs; those
+    that do not fit `teacher_cache_mb` are kept in the host's memory too, and not computed again."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory but for the update."""

@@ -84,12 +84,15 @@ class StepSettings:
     clip_high: Annotated[float, POSITIVE] = 0.2
     """PPO's clip above 1."""
     learning_rate: Annotated[float, POSITIVE] = 1e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after `lr_warmup_steps`; linear and cosine would be 0 in the step after the last."""
     lr_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps before that of the peak, over which the learning rate rises: with 5 of them from 1/6 to 5/6 of it."""
+    optim: str = "adamw_torch"
+    """The optimizer, by transformers' name: adamw_torch, adamw_torch_fused, adamw_8bit or paged_adamw_8bit (both of
+    bitsandbytes), adafactor, … The betas of Adam's kin are 0.9 and 0.95."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    """AdamW's weight decay."""
+    """The optimizer's weight decay."""
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """The gradient is scaled down to this norm; a value head's by itself."""
