@@ -94,7 +94,7 @@ def head_of(model: Any) -> Head:
     The first call for a model runs it once, in evaluation mode, without gradients, on two tokens, with logits from
     -1000 to 1000 put in the place of the head's; later calls return what was found with the parameters of the moment.
     Under DDP or FSDP every rank must make the first call, best before training. Tied embeddings are fine. Where
-    peft trains a copy of the head (`modules_to_save`), it is the copy, or the original while the adapter is off.
+    peft trains a copy of the head ("modules to save"), it is the copy, or the original while the adapter is off.
 
     Under FSDP2 call it after `last_hidden_state`, in each step and on every rank. Where the forward pass leaves the
     head together, its weight is the one that FSDP gathered, until the backward pass frees it. Where not
@@ -140,7 +140,7 @@ def _unwrapped(model: Any) -> list[nn.Module]:
 
 def _output_embedding(chain: list[nn.Module]) -> nn.Module:
     """The head that the model calls: the outermost wrapper that knows a head says which, and of peft's original and
-    copies of it (`modules_to_save`) it is the one that is switched on."""
+    copies of it ("modules to save") it is the one that is switched on."""
     named: list[Any] = [getattr(module, "get_output_embeddings", None) for module in chain]
     head: Any = next((get() for get in named if callable(get)), None)
     if isinstance(getattr(head, "original_module", None), nn.Module):

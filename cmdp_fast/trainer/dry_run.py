@@ -42,8 +42,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     sampling = make_sampling(config, *models, material.tokenizer)
     roles = dict(zip(("student", "teacher"), models, strict=True))
     with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):  # as in the training
-        scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature)
-        misled = misled_by_padding(roles, scoring.outputs, sampling.vocab_size, sampling.pad)
+        make_scoring(config.logits, models, sampling.vocab_size, config.temperature)
+        misled = misled_by_padding(roles, sampling.vocab_size, sampling.pad)
     if misled:
         raise InputError(misled)
     if config.rollout:

@@ -7,6 +7,7 @@ marks the completion's real tokens: everything up to the end-of-sequence token o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -107,9 +108,9 @@ def padding_token(tokenizer: Any, models: Sequence[CausalLM]) -> int:
 
 
 def embedding_rows(model: CausalLM) -> int:
-    """The number of tokens that a model has an embedding for."""
-    rows: int = model.get_input_embeddings().weight.shape[0]
-    return rows
+    """The number of tokens that a model has an embedding for; of one without embeddings, as many as there can be."""
+    embeddings = model.get_input_embeddings()
+    return sys.maxsize if embeddings is None else int(embeddings.weight.shape[0])
 
 
 def encode_prompts(rows: Sequence[Problem], tokenizer: Any) -> list[list[int]]:

@@ -137,7 +137,8 @@ def _check_padding(collector: Collector) -> None:
     if collector.teacher is not None:
         models["teacher"] = collector.teacher
     dtypes = [torch.bfloat16] if accelerator.mixed_precision == "bf16" else []
-    misled = misled_by_padding(models, collector.outputs, sampling.vocab_size, sampling.pad, dtypes)
+    with accelerator.autocast():
+        misled = misled_by_padding(models, sampling.vocab_size, sampling.pad, dtypes)
     with together(accelerator):
         if misled:
             raise InputError(misled)

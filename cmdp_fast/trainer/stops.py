@@ -10,6 +10,7 @@ prompt's. The completion is cut after the token that completes it, its text afte
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from cmdp_fast.errors import InputError
 
 from .causal_lm import CausalLM
+
+_log = logging.getLogger(__name__)
 
 MARGIN = 4  # tokens: a character's bytes may lie in four, and some tokenizers drop a space where a text begins
 
@@ -46,8 +49,8 @@ def common_end_tokens(
     """The tokens that end a completion: those of both models and those that the user names. The teacher's tokenizer has
     been asked when it was loaded.
 
-    Raises InputError for a name of none, and for a model that cannot end with any of its own among the ``vocab_size``
-    columns of the logits that both have.
+    Raises InputError for a name of none. A model that cannot end with any of its own among the ``vocab_size`` columns
+    of the logits that both have is warned of: all of its completions take their full length.
     """
     wanted = [token_named("--stop-tokens", name, tokenizer) for name in names]
     own = {"student": (*end_tokens(student, tokenizer), *wanted)}
@@ -55,9 +58,10 @@ def common_end_tokens(
         own["teacher"] = (*end_tokens(teacher), *wanted)
     for role, ends in own.items():
         if ends and min(ends) >= vocab_size:
-            raise InputError(
-                f"the {role} ends with token {min(ends)}, beyond the {vocab_size} columns of the logits that count; "
-                "--stop-tokens can name another"
+            _log.warning(
+                "the %s ends with token %d, beyond the %d columns of the logits that count: its completions take their "
+                "full length; --stop-tokens can name another end",
+                *(role, min(ends), vocab_size),
             )
     return tuple(sorted({token for ends in own.values() for token in ends}))
 

@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from cmdp_fast import scoring
 from cmdp_fast.errors import InputError
 from cmdp_fast.split_rows import SplitRows
 from cmdp_fast.trainer import optimization
 from cmdp_fast.trainer.distributed import check_sharding
+from cmdp_fast.trainer.experience import KeptOutputs
+from cmdp_fast.trainer.micro_batches import Lengths, split
 from cmdp_fast.trainer.models import offload
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.models.offload import HostCopies, Offload, check_offload, layers_of, move_state
@@ -68,24 +69,26 @@ def test_split_rows_are_the_rows(here, at_once):
 
 @pytest.mark.parametrize("here", [0, 2, 5])
 def test_outputs_that_do_not_fit_spill(here):
-    """Of five rows the first fit; without spilling all or none are kept."""
-    outputs = torch.randn(5, 4, 3)
+    """Of five completions' tokens the first fit; without spilling all or none are kept."""
+    mask = torch.arange(4) < torch.tensor([4, 1, 3, 2, 4])[:, None]
+    outputs, lengths, size = torch.randn(5, 4, 3), mask.sum(1).tolist(), 3 * 4
+    whole = Lengths([1] * 5, lengths)
 
-    def settle(part):
-        return scoring.ConstrainedReward(*[(torch.zeros(part.stop - part.start, 4),)] * 2, torch.zeros(0)), outputs[
-            part
-        ]
+    def kept(spills):
+        made = KeptOutputs.if_they_fit(mask, lengths, outputs[:2], 3 * here * size + 1, spills)
+        for part in split(range(5), whole, count=2) if made else ():
+            made.rows(part).keep(part.of(outputs), part.of(mask))
+        return made
 
-    def kept(**options):
-        return scoring.score(5, settle, at_once=2, cache_bytes=here * outputs[0].nbytes + 1, **options).teacher_outputs
-
-    rows = torch.tensor([4, 0, 2])
-    assert torch.equal(kept(spills=True)[rows], outputs[rows])
-    if here < 5:
-        assert len(kept(spills=True).here) == here
-        assert kept() is None
+    spilled = kept(True)
+    for part in split([4, 0, 2], whole, count=2):
+        some = part.of(mask)
+        assert torch.equal(spilled.rows(part).padded(some)[some], part.of(outputs)[some])
+    if 3 * here < sum(lengths):
+        assert len(spilled.outputs.here) == 3 * here
+        assert kept(False) is None
     else:
-        assert torch.equal(kept(), outputs)
+        assert isinstance(kept(False).outputs, torch.Tensor)
 
 
 def teacher_calls(learner) -> list[int]:

@@ -190,7 +190,7 @@ def test_minibatches_are_as_equal_as_can_be(count, size, expected):
 def test_an_update_takes_a_step_for_each_minibatch(pair, monkeypatch):
     learner, rows, prompts = learner_of(settings(pair, epochs=2, minibatch_size=5))
     sizes, accumulate = [], learner._accumulate
-    monkeypatch.setattr(learner, "_accumulate", lambda *args: sizes.append(len(args[-1])) or accumulate(*args))
+    monkeypatch.setattr(learner, "_accumulate", lambda *args: sizes.append(len(args[3])) or accumulate(*args))
     learner.step(rows, prompts)
     assert sizes == [4, 4, 4] * 2
 

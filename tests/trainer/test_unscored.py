@@ -14,6 +14,7 @@ from cmdp_fast import credit, objective
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.evaluate import evaluate
+from cmdp_fast.trainer.micro_batches import lengths_of, split
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.settings.values import typed, words
 from cmdp_fast.trainer.tasks.data import load_problems
@@ -104,8 +105,9 @@ def test_a_value_head_learns_nothing_from_it(pair):
     learner, constraint, experience = collected(pair, baseline="gae", budget=1e9, value_learning_rate=0.1)
     targets = learner.method.targets(experience, constraint)
     for rows, learns in ((SCORED, True), (~SCORED, False)):
-        chosen = torch.arange(16)[rows]
-        part, target = experience.rows(chosen), {name: value[chosen] for name, value in targets.items()}
+        chosen = torch.arange(16)[rows].tolist()
+        (some,) = split(chosen, lengths_of(experience.rollout), count=16)
+        part, target = experience.rows(some), {name: some.of(value) for name, value in targets.items()}
         loss = learner.method.loss(part, target, constraint, float(len(chosen)))
         assert (loss.metrics["loss/value"] > 0) == learns
     silent, constraint, experience = collected(pair, nothing, baseline="gae", budget=1e9)
