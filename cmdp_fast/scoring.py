@@ -26,6 +26,7 @@ from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.linear_constrained import linear_constrained_reward
 from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_stats import token_stats
+from cmdp_fast.packed import packed
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
 from cmdp_fast.unmasked import unmasked
 
@@ -49,6 +50,7 @@ class _AtTemperatures:
     vocab_size: int  # columns that count
     temperature: float
     teacher_temperature: float = 0.0  # 0: the policy's
+    padding_free: bool = False  # completions are read one after another in a row (`packed.py`)
 
     @property
     def teacher_factor(self) -> float:
@@ -62,7 +64,7 @@ class FromLogits(_AtTemperatures):
 
     def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
-        return completion_logits(model, completions)
+        return completion_logits(model, completions, self.padding_free)
 
     def constrained_reward(
         self,
@@ -131,7 +133,7 @@ class FromHiddenStates(_AtTemperatures):
 
     def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
-        return completion_hidden(model, completions)
+        return completion_hidden(model, completions, self.padding_free)
 
     def constrained_reward(
         self,
@@ -212,18 +214,23 @@ def _gathered(head: Head) -> Head:
 
 
 def make_scoring(
-    logits: str, models: tuple[Any, ...], vocab_size: int, temperature: float, teacher_temperature: float = 0.0
+    logits: str,
+    models: tuple[Any, ...],
+    vocab_size: int,
+    temperature: float,
+    teacher_temperature: float = 0.0,
+    padding_free: bool = False,
 ) -> Scoring:
     """The scoring that the setting ``logits`` names, with the policy's temperature and the teacher's (0: the same).
     Raises InputError for a model whose head is not known."""
     if logits == "full":
-        return FromLogits(vocab_size, temperature, teacher_temperature)
+        return FromLogits(vocab_size, temperature, teacher_temperature, padding_free)
     for name, model in zip(("student", "teacher"), models, strict=False):  # or a student alone
         try:
             head_of(model)
         except (TypeError, ValueError) as error:
             raise InputError(f"{name}: {error}; with --logits full it can be used all the same") from error
-    return FromHiddenStates(vocab_size, temperature, teacher_temperature)
+    return FromHiddenStates(vocab_size, temperature, teacher_temperature, padding_free)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -267,16 +274,24 @@ def score(
 # The reading of completions
 
 
-def completion_logits(model: Any, completions: TokenBatch) -> Tensor:
-    """The logits [B, T, V] from which the completions' tokens were, or would be, drawn."""
+def completion_logits(model: Any, completions: TokenBatch, padding_free: bool = False) -> Tensor:
+    """The logits [B, T, V] from which the completions' tokens were, or would be, drawn.
+
+    ``padding_free``: read in one row, where the batch allows it. Logits of the prompts are made there too.
+    """
+    if padding_free and (row := packed(completions)) is not None:
+        return row.select(model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits)
     return _last(model(**_inputs(completions)).logits, completions)
 
 
-def completion_hidden(model: Any, completions: TokenBatch) -> Tensor:
+def completion_hidden(model: Any, completions: TokenBatch, padding_free: bool = False) -> Tensor:
     """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`.
 
-    Without an attention mask where the batch allows it; logits would have to be copied, hidden states are small.
+    Without an attention mask where the batch allows it, ``padding_free`` in one row; logits would have to be copied,
+    hidden states are small.
     """
+    if padding_free and (row := packed(completions)) is not None:
+        return row.select(last_hidden_state(model, row.input_ids, position_ids=row.position_ids, use_cache=False))
     if (sequences := unmasked(completions)) is not None:
         keep = sequences.input_ids.shape[1] - sequences.earliest
         return sequences.select(last_hidden_state(model, sequences.input_ids, logits_to_keep=keep, use_cache=False))

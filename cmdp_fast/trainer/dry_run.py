@@ -17,7 +17,7 @@ from .material import load
 from .models.memory_estimate import MemoryEstimate, estimate_memory
 from .models.offload import check_offload
 from .optimization import check_optimizer
-from .padding import misled_by_padding
+from .padding import misled_by_packing, misled_by_padding
 from .records.metrics_log import check_trackers
 from .records.report import Report
 from .records.run_folder import check_run_folder
@@ -41,9 +41,14 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     models = (material.student, material.teacher)
     sampling = make_sampling(config, *models, material.tokenizer)
     roles = dict(zip(("student", "teacher"), models, strict=True))
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):  # as in the training
-        make_scoring(config.logits, models, sampling.vocab_size, config.temperature)
-        misled = misled_by_padding(roles, sampling.vocab_size, sampling.pad)
+    half = config.mixed_precision == "bf16"
+    dtypes = [torch.bfloat16] if half else []
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as in the training
+        free = config.padding_free
+        scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature, padding_free=free)
+        misled = misled_by_padding(roles, sampling.vocab_size, sampling.pad, dtypes)
+        if not misled and free:
+            misled = misled_by_packing(roles, scoring.outputs, sampling.vocab_size, dtypes)
     if misled:
         raise InputError(misled)
     if config.rollout:

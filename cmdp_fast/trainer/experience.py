@@ -168,7 +168,8 @@ class Collector:
         models = (student,) if teacher is None else (student, teacher)
         with accelerator.autocast():  # without it float32 copies do not meet the bfloat16 weights around them
             self.scoring = scoring.make_scoring(
-                config.logits, models, vocab_size, config.temperature, config.teacher_temperature
+                *(config.logits, models, vocab_size, config.temperature, config.teacher_temperature),
+                padding_free=config.padding_free,
             )
 
     # ------------------------------------------------------------------------------------- sample

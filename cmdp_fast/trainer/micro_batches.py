@@ -1,7 +1,8 @@
 """Micro-batches: which completions go through a model at once, and how wide.
 
 Completions of like length go together, and each micro-batch is as wide as its own longest prompt and completion, so
-that little is computed for padding. Sums are taken in another order, and nothing else changes.
+that little is computed for padding; with `--padding-free` nothing is (`cmdp_fast/packed.py`). Sums are taken in another
+order, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ class MicroBatch(NamedTuple):
     prompt: int  # columns, at least one
     completion: int
     tokens: int  # real ones of prompts and completions
+    packed: bool = False  # whether a model reads them without padding
 
     @property
     def padded(self) -> int:
-        """Places for tokens."""
-        return len(self.rows) * (self.prompt + self.completion)
+        """Places for tokens in what a model reads."""
+        return self.tokens if self.packed else len(self.rows) * (self.prompt + self.completion)
 
     def of(self, tensor: Tensor) -> Tensor:
         """Its part of a tensor [B] or [B, T, ...], without the columns behind its longest completion."""
@@ -70,24 +72,28 @@ class MicroBatch(NamedTuple):
         )
 
 
-def split(rows: Sequence[int], lengths: Lengths, *, count: int, tokens: int = 0) -> list[MicroBatch]:
+def split(
+    rows: Sequence[int], lengths: Lengths, *, count: int, tokens: int = 0, packed: bool = False
+) -> list[MicroBatch]:
     """The rows in micro-batches of like length. The longest come first: if they do not fit in memory it shows at once.
 
-    Each holds up to ``count`` completions in up to ``tokens`` places, padding included (0: any number of places); a
-    completion that alone takes more is a micro-batch of its own.
+    Each holds up to ``count`` completions in up to ``tokens`` places, padding included unless they are ``packed`` (0:
+    any number of places); a completion that alone takes more is a micro-batch of its own.
     """
     groups: list[list[int]] = []
-    longest_prompt = 0
+    longest_prompt = real = 0
     for row in sorted(rows, key=lambda row: (lengths.completions[row], lengths.prompts[row]), reverse=True):
+        own = lengths.prompts[row] + lengths.completions[row]
         if groups:
             prompt = max(longest_prompt, lengths.prompts[row])
-            places = (len(groups[-1]) + 1) * (prompt + lengths.completions[groups[-1][0]])
+            padded = (len(groups[-1]) + 1) * (prompt + lengths.completions[groups[-1][0]])
+            places = real + own if packed else padded
         if not groups or len(groups[-1]) == count or 0 < tokens < places:
             groups.append([])
-            prompt = lengths.prompts[row]
+            prompt, real = lengths.prompts[row], 0
         groups[-1].append(row)
-        longest_prompt = prompt
-    return [_measured(group, lengths) for group in groups]
+        longest_prompt, real = prompt, real + own
+    return [_measured(group, lengths, packed) for group in groups]
 
 
 def split_into(number: int, parts: list[MicroBatch], lengths: Lengths) -> list[MicroBatch]:
@@ -96,15 +102,15 @@ def split_into(number: int, parts: list[MicroBatch], lengths: Lengths) -> list[M
     parts = list(parts)
     while len(parts) < number:
         at = max((i for i, part in enumerate(parts) if len(part.rows) > 1), key=lambda i: parts[i].padded)
-        rows = parts[at].rows
+        rows, packed = parts[at].rows, parts[at].packed
         halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-        parts[at : at + 1] = [_measured(half, lengths) for half in halves]
+        parts[at : at + 1] = [_measured(half, lengths, packed) for half in halves]
     return parts
 
 
-def _measured(rows: list[int], lengths: Lengths) -> MicroBatch:
+def _measured(rows: list[int], lengths: Lengths, packed: bool) -> MicroBatch:
     prompts, completions = ([of_all[row] for row in rows] for of_all in lengths)
-    return MicroBatch(rows, max(*prompts, 1), max(*completions, 1), sum(prompts) + sum(completions))
+    return MicroBatch(rows, max(*prompts, 1), max(*completions, 1), sum(prompts) + sum(completions), packed)
 
 
 def widened(account: ConstrainedReward, width: int) -> ConstrainedReward:
@@ -148,7 +154,7 @@ class Splitter:
         Models that are spread over processes are gathered at each pass, and gradients are exchanged at the last one.
         """
         c = self.config
-        parts = split(rows, lengths, count=c.micro_batch_size, tokens=c.micro_batch_tokens)
+        parts = split(rows, lengths, count=c.micro_batch_size, tokens=c.micro_batch_tokens, packed=c.padding_free)
         if c.micro_batch_tokens and self.accelerator.num_processes > 1:
             number = torch.tensor([len(parts)], device=self.accelerator.device)
             parts = split_into(int(self.accelerator.gather(number).max()), parts, lengths)

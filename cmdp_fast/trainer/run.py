@@ -25,7 +25,7 @@ from .methods.method import method_named
 from .models.offload import check_offload
 from .models.value_head import ValueHead
 from .optimization import check_optimizer, make_optimizer, make_scheduler
-from .padding import misled_by_padding
+from .padding import misled_by_packing, misled_by_padding
 from .records.checkpoint import remove_checkpoints
 from .records.clock import Clock
 from .records.lock import alone_in
@@ -131,7 +131,7 @@ def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Mo
 
 
 def _check_padding(collector: Collector) -> None:
-    """Raises InputError, in every process, for a model that padding would mislead."""
+    """Raises InputError, in every process, for a model that padding would mislead, or rows without."""
     accelerator, sampling = collector.accelerator, collector.sampling
     models = {"student": accelerator.unwrap_model(collector.student)}
     if collector.teacher is not None:
@@ -139,6 +139,8 @@ def _check_padding(collector: Collector) -> None:
     dtypes = [torch.bfloat16] if accelerator.mixed_precision == "bf16" else []
     with accelerator.autocast():
         misled = misled_by_padding(models, sampling.vocab_size, sampling.pad, dtypes)
+        if not misled and collector.config.padding_free:
+            misled = misled_by_packing(models, collector.outputs, sampling.vocab_size, dtypes)
     with together(accelerator):
         if misled:
             raise InputError(misled)

@@ -61,7 +61,8 @@ class PPO(Method):
         student, value_head = (self.accelerator.unwrap_model(model) for model in (self.student, self.value_head))
         with self.clock.phase("scoring"):
             cut = (~rollout.finished).nonzero()[:, 0].tolist()
-            for part in split(cut, lengths_of(rollout), count=c.micro_batch_size, tokens=c.micro_batch_tokens):
+            bounds = {"count": c.micro_batch_size, "tokens": c.micro_batch_tokens}
+            for part in split(cut, lengths_of(rollout), **bounds, packed=c.padding_free):
                 longer, place = one_token_more(part.of_rollout(rollout))
                 value = value_head(self.collector.outputs(student, longer))
                 values[part.rows] = value.gather(1, place[:, None])[:, 0]
