@@ -67,6 +67,7 @@ def test_steps_are_those_of_one_process_with_the_doubled_batch(pair, tied):
             pair,
             {"micro_batch_tokens": 18, "micro_batch_size": 8},
         ),  # not as many micro-batches in one process as in the other
+        (pair, {"micro_batch_tokens": 18, "padding_free": True}),
     ]
     if importlib.util.find_spec("peft"):
         cases.append(({**tied, "teacher": tied["student"]}, {"lora_rank": 4, "lora_modules_to_save": ("lm_head",)}))
@@ -81,6 +82,7 @@ def test_sharded_steps_are_those_of_one_process(pair, tied, tmp_path):
         (tied, {}),
         (pair, {"logits": "full"}),
         (pair, {"teacher_cache_mb": 0, "micro_batch_tokens": 18, "micro_batch_size": 8}),
+        (pair, {"teacher_cache_mb": 0, "padding_free": True}),
     ]
     in_two_processes(same_steps_sharded, [(*case, take_steps(*case)) for case in cases], tmp_path)
 
