@@ -72,7 +72,7 @@ class StepSettings:
     """Completions that go through a model at once, at most; gradients of a minibatch are accumulated over them."""
     micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """Tokens that go through a model at once, at most: prompts and completions, with the padding between completions of
-    like length. A completion that is longer goes alone. 0: any number."""
+    like length (with `padding_free` there is none). A completion that is longer goes alone. 0: any number."""
     padding_free: bool = False
     """Whether the completions of a micro-batch are read one after another in a single row, without padding. It pays
     with an `attn_implementation` of flash attention; others compute, and mask, each token of the row against all
