@@ -48,6 +48,7 @@ def evaluate(
     clock: Clock,
     report: Report | None = None,
     who: str = "student",
+    seed: int = EVALUATION_SEED,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(figures, samples) of a policy on some problems, `eval_generations` completions each.
 
@@ -65,7 +66,8 @@ def evaluate(
     budget. For a collector without a teacher all that compares with one is absent.
 
     A sample is one completion's part of these, with what reward functions log of it as ``extra``. Several processes
-    evaluate a share each. The random state of the training is left as it was. With a `report` there is a progress bar.
+    evaluate a share each. ``seed`` decides what is sampled. The random state of the training is left as it was. With a
+    `report` there is a progress bar.
     """
     config, constraint = collector.config, evaluation_constraint(collector.config)
     everything = [row for row in rows for _ in range(config.eval_generations)]
@@ -75,7 +77,7 @@ def evaluate(
     parts: list[Completions] = []
     samples: list[dict[str, Any]] = []
     with clock.phase("evaluation"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(EVALUATION_SEED + collector.accelerator.process_index)
+        torch.manual_seed(seed + collector.accelerator.process_index)
         starts = range(0, len(rows), config.batch_size)
         for start in report.track(starts, f"evaluating {who}") if report else starts:
             some = slice(start, start + config.batch_size)
@@ -87,6 +89,21 @@ def evaluate(
     metrics = collector.measure(joined(parts), constraint, len(everything))
     figures = {ours: metrics[theirs] for ours, theirs in FIGURES.items() if theirs in metrics}
     return figures | {"examples": len(everything)}, whole(samples, len(everything), collector.accelerator)
+
+
+def of_several(samples: list[dict[str, Any]], n: int) -> dict[str, float]:
+    """mean@n and pass@k from ``n`` completions of each problem, one problem's behind another's.
+
+    mean@n is the share of right ones. pass@k, for n and the powers of two below it, is the chance that of k completions
+    one is right: 1 - C(n - c, k)/C(n, k) where c of the n are, the estimator without bias of Chen et al. 2021
+    (arXiv 2107.03374, equation 1), as a mean over problems.
+    """
+    right = [sum(bool(sample["correct"]) for sample in samples[i : i + n]) for i in range(0, len(samples), n)]
+    figures = {f"mean@{n}": sum(right) / len(samples)}
+    for k in sorted({n, *(2**i for i in range(1, n.bit_length()) if 2**i < n)}):
+        missed = (math.comb(n - c, k) / math.comb(n, k) for c in right)
+        figures[f"pass@{k}"] = 1.0 - sum(missed) / len(right)
+    return figures
 
 
 def _samples(part: Completions, rows: list[Problem]) -> list[dict[str, Any]]:

@@ -1,23 +1,34 @@
-"""`cmdp-fast evaluate`: the figures of a run's evaluations for any student, with or without a teacher."""
+"""`cmdp-fast evaluate`: the figures of a run's evaluations for any student, with or without a teacher.
+
+It evaluates all that it is given: the sets of `--eval-dataset`, else the dataset. Of a task, which makes its own
+problems, and of a dataset with `--held-out`, it takes those that a training with the same settings holds out, as that
+does itself.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import write_json
 
 from .distributed import main_first, make_accelerator, on_device
-from .evaluate import evaluate
-from .material import load
+from .evaluate import EVALUATION_SEED, evaluate, of_several
+from .experience import Collector
+from .material import Material, load
 from .parse import parse_as
 from .records.clock import Clock
 from .records.report import Report
 from .run import make_collector
 from .settings.config import TrainConfig
+from .settings.ranges import NOT_NEGATIVE
+from .tasks.data import Problem, evaluation_sets, held_out_alone
+
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -26,21 +37,47 @@ class EvaluateConfig(TrainConfig):
 
     REQUIRED_MODELS: ClassVar[tuple[str, ...]] = ("student",)
 
+    temperature: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Temperature of the sampling. 0: the most likely token each time; divergences are then those of the policy at
+    temperature 1."""
+    held_out: bool = False
+    """Of a dataset without `eval_split`, evaluate only the part that a training with these settings holds out."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the sampling; of several the mean is shown, and the standard deviation. Empty: a training's own."""
     json: str = ""
     """File for the figures, beside the table on the terminal."""
 
+    def validate(self) -> None:
+        """Raises InputError on the first value that cannot work; no model or dataset is touched."""
+        super().validate()
+        if not self.temperature and (self.eval_generations > 1 or len(self.seeds) > 1):
+            raise InputError("--temperature 0 gives the same completion each time: one generation and one seed are all")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"--seeds {' '.join(map(str, self.seeds))}: one stands twice")
+
 
 def parse_evaluate(args: Sequence[str], prog: str = "cmdp-fast evaluate") -> EvaluateConfig:
-    """The configuration that the command line asks for, validated; see `parse_as`."""
+    """The configuration that the command line asks for, validated; see `parse_as`.
+
+    Without `--eval-prompts` on it all problems of a dataset are evaluated, and as many of a task's as in a training.
+    """
     description = (
-        "Measure a student on held-out problems. A recipe gives task, teacher and budget; settings of the training "
-        "have no effect. With an empty --teacher= the figures that compare with one are left out."
+        "Measure a student on all problems of a dataset, or on the held-out ones of a task. A recipe gives task, "
+        "teacher and budget; settings of the training have no effect. With an empty --teacher= the figures that "
+        "compare with one are left out."
     )
-    return parse_as(EvaluateConfig, args, prog, description)
+    config = parse_as(EvaluateConfig, args, prog, description)
+    asked = any(word.split("=")[0].replace("_", "-") == "--eval-prompts" for word in args)
+    return config if asked or _takes_held_out(config) else replace(config, eval_prompts=0)
 
 
-def evaluate_student(config: EvaluateConfig) -> dict[str, float]:
-    """Prints the figures that `evaluate` documents and returns them; writes them to the file that was asked for.
+def _takes_held_out(config: EvaluateConfig) -> bool:
+    return not config.eval_dataset and (bool(config.task) or (config.held_out and not config.eval_split))
+
+
+def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
+    """Prints the figures that `evaluate` and `of_several` document and returns them; writes them to the file that was
+    asked for. Of several sets they are returned by name, as ``sets``.
 
     They are those that a run with the same settings reports of the same student. Raises InputError for anything that
     cannot be used, before anything is sampled.
@@ -49,28 +86,66 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, float]:
         raise InputError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
     accelerator = make_accelerator(config)
     report = Report(accelerator.is_main_process)
-    material = main_first(lambda: load(config, report), accelerator)
+    sets = main_first(lambda: _sets(config), accelerator)
+    material = main_first(lambda: load(config, report, sets), accelerator)
     student = on_device(material.student, accelerator)
-    collector = make_collector(config, accelerator, student, material)
-    figures, _ = evaluate(collector, student, material.held_out, Clock(), report)
-    if accelerator.is_main_process:
-        print_figures(config, figures)
+    collector = _collector(config, accelerator, student, material)
+    figures: dict[str, Any] = {}
+    for name, rows in material.sets.items():
+        runs = [_figures(config, collector, student, rows, report, seed) for seed in config.seeds or (EVALUATION_SEED,)]
+        figures[name] = _together(runs)
+        if accelerator.is_main_process:
+            print_figures(config, figures[name], name)
+    found = {"sets": figures} if len(figures) > 1 else next(iter(figures.values()))
     if config.json and accelerator.is_main_process:
-        about = {"student": config.student, "teacher": config.teacher or None, "recipe": config.recipe}
-        write_json(Path(config.json), {**about, "budget": config.budget if config.teacher else None, **figures})
-    return figures
+        about: dict[str, Any] = {"student": config.student, "teacher": config.teacher or None, "recipe": config.recipe}
+        about |= {"seeds": list(config.seeds)} if config.seeds else {}
+        write_json(Path(config.json), {**about, "budget": config.budget if config.teacher else None, **found})
+    return found
 
 
-def print_figures(config: EvaluateConfig, figures: dict[str, float]) -> None:
+def _sets(config: EvaluateConfig) -> dict[str, list[Problem]]:
+    return held_out_alone(config) if _takes_held_out(config) else evaluation_sets(config)
+
+
+def _collector(config: EvaluateConfig, accelerator: Any, student: Any, material: Material) -> Collector:
+    """The collector of the student; the kernels divide by a temperature, which is 1 where none is sampled with."""
+    collector = make_collector(replace(config, temperature=config.temperature or 1.0), accelerator, student, material)
+    if not config.temperature:
+        collector.sampling = replace(collector.sampling, temperature=0.0)
+    return collector
+
+
+def _figures(
+    config: EvaluateConfig, collector: Collector, student: Any, rows: list[Problem], report: Report, seed: int
+) -> Figures:
+    figures, samples = evaluate(collector, student, rows, Clock(), report, seed=seed)
+    return figures | (of_several(samples, config.eval_generations) if config.eval_generations > 1 else {})
+
+
+def _together(runs: list[Figures]) -> dict[str, Any]:
+    """The figures of one seed, or the means over several with their standard deviations."""
+    if len(runs) == 1:
+        return runs[0]
+    values = {name: [run[name] for run in runs] for name in runs[0]}
+    spread = {name: statistics.stdev(each) for name, each in values.items() if name != "examples"}
+    return {name: statistics.fmean(each) for name, each in values.items()} | {"standard_deviation": spread}
+
+
+def print_figures(config: EvaluateConfig, figures: dict[str, Any], name: str = "") -> None:
     """A line per figure."""
     from rich.console import Console
     from rich.table import Table
 
-    against = f"against {config.teacher}, budget {config.budget:g} nats" if config.teacher else "without a teacher"
-    print(f"{config.student} {against}")
+    unit = "nats per token" if config.budget_per_token else "nats"
+    against = f"against {config.teacher}, budget {config.budget:g} {unit}" if config.teacher else "without a teacher"
+    print(f"{config.student} {against}{f', on {name}' if name else ''}")
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
-    for name, value in figures.items():
-        table.add_row(name.replace("_", " "), f"{value:.4g}")
+    spread = figures.get("standard_deviation", {})
+    for figure, value in figures.items():
+        if figure != "standard_deviation":
+            both = f"{value:.4g} ± {spread[figure]:.2g}" if figure in spread else f"{value:.4g}"
+            table.add_row(figure.replace("_", " "), both)
     Console().print(table)

@@ -8,7 +8,8 @@ from typing import Any
 from cmdp_fast.errors import InputError
 
 from .causal_lm import CausalLM
-from .models.pair import load_pair
+from .models.pair import find_pair, load_pair
+from .records.origin import origin_of
 from .records.report import Report
 from .rollout import check_tokens, drop_long_prompts, encode_prompts
 from .settings.config import TrainConfig
@@ -29,39 +30,51 @@ class Material:
     problems: list[Problem] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)  # token ids
     held_out: list[Problem] = field(default_factory=list)
+    sets: dict[str, list[Problem]] = field(default_factory=dict)  # to evaluate on, where nothing is trained
+    origin: dict[str, str] = field(default_factory=dict)  # digests of problems and models, see `records/origin.py`
 
 
-def load(config: TrainConfig, report: Report) -> Material:
-    """Everything, the models on the CPU. Raises InputError for material that cannot be used."""
-    problems = load_problems(config)
-    rewards = load_rewards(config, problems.train[0])
-    verifier = load_step_verifier(config, problems.train[0])
-    student, teacher, tokenizer = load_pair(config, problems.train, report)
-    problems = drop_long_prompts(problems, tokenizer, config.max_prompt_length, report)
-    material = Material(
+def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | None = None) -> Material:
+    """Everything, the models on the CPU and last: what can be refused without them is. ``sets``: of problems by name,
+    for an evaluation without a training. Raises InputError for material that cannot be used."""
+    parts = list(load_problems(config)) if sets is None else list(sets.values())
+    # A built-in model is made of a task's problems to train on
+    train = parts[0] if sets is None else load_problems(config).train if config.task else []
+    example = parts[0][0]
+    rewards = load_rewards(config, example)
+    verifier = load_step_verifier(config, example)
+    found = find_pair(config, train, report)
+    parts = drop_long_prompts(parts, found.tokenizer, config.max_prompt_length, report)
+    evaluated = parts[1:] if sets is None else parts
+    evaluated = [rows[: config.eval_prompts or None] for rows in evaluated]
+    prompts = encode_prompts(parts[0], found.tokenizer) if sets is None else []
+    every = prompts + [ids for rows in evaluated for ids in encode_prompts(rows, found.tokenizer)]
+    _check_lengths(config, found.configs, every)
+    origin = origin_of(found.folders, parts)
+    student, teacher, tokenizer = load_pair(config, train, report, found)
+    check_tokens(every, [model for model in (student, teacher) if model is not None])
+    return Material(
         student=student,
         teacher=teacher,
         tokenizer=tokenizer,
         rewards=rewards,
         verifier=verifier,
-        problems=problems.train,
-        prompts=encode_prompts(problems.train, tokenizer),
-        held_out=problems.held_out[: config.eval_prompts],
+        problems=parts[0] if sets is None else [],
+        prompts=prompts,
+        held_out=evaluated[0],
+        sets={} if sets is None else dict(zip(sets, evaluated, strict=True)),
+        origin=origin,
     )
-    models = [model for model in (student, teacher) if model is not None]
-    prompts = material.prompts + encode_prompts(material.held_out, tokenizer)
-    check_tokens(prompts, models)
-    _check_lengths(config, models, prompts)
-    return material
 
 
-def _check_lengths(config: TrainConfig, models: list[CausalLM], prompts: list[list[int]]) -> None:
-    """Raises InputError if a prompt and its completion may not fit into a model's positions."""
+def _check_lengths(config: TrainConfig, models: dict[str, Any], prompts: list[list[int]]) -> None:
+    """Raises InputError if a prompt and its completion may not fit into the positions of a model, of which the
+    configuration is given."""
     longest = max(len(ids) for ids in prompts)
-    for model in models:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for about in models.values():
+        limit = getattr(about.get_text_config(), "max_position_embeddings", None)
         if limit and longest + config.max_new_tokens > limit:
             raise InputError(
                 f"a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens} do not fit "
-                f"the {limit} positions of {model.config.name_or_path}"
+                f"the {limit} positions of {about.name_or_path}"
             )

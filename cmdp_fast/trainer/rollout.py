@@ -23,7 +23,7 @@ from .causal_lm import CausalLM
 from .records.report import Report
 from .settings.config import TrainConfig
 from .stops import common_end_tokens, cut_tokens, ends_with_string, string_criterion
-from .tasks.data import Problem, Problems
+from .tasks.data import Problem
 
 
 @dataclass
@@ -176,13 +176,15 @@ def check_tokens(prompts: Sequence[list[int]], models: Sequence[CausalLM]) -> No
         raise InputError(f"token {most} of a prompt has no embedding: the tokenizer knows it, the models have {rows}")
 
 
-def drop_long_prompts(problems: Problems, tokenizer: Any, limit: int, report: Report) -> Problems:
-    """The problems whose prompt has at most `limit` tokens (0: all); prints how many were left out.
+def drop_long_prompts(
+    problems: Sequence[list[Problem]], tokenizer: Any, limit: int, report: Report
+) -> list[list[Problem]]:
+    """Those problems of some sets whose prompt has at most `limit` tokens (0: all); prints how many were left out.
 
-    Raises InputError if none are left to train or to evaluate on.
+    Raises InputError if none are left of a set.
     """
     if not limit:
-        return problems
+        return list(problems)
     parts = []
     for rows in problems:
         lengths = [len(ids) for ids in encode_prompts(rows, tokenizer)]
@@ -191,10 +193,9 @@ def drop_long_prompts(problems: Problems, tokenizer: Any, limit: int, report: Re
             raise InputError(
                 f"--max-prompt-length {limit}: all prompts are longer, the shortest has {min(lengths)} tokens"
             )
-    kept = Problems(*parts)
-    if dropped := sum(map(len, problems)) - sum(map(len, kept)):
+    if dropped := sum(map(len, problems)) - sum(map(len, parts)):
         report.say(f"left out {dropped} of {sum(map(len, problems))} problems: prompts of more than {limit} tokens")
-    return kept
+    return parts
 
 
 def generate(

@@ -30,6 +30,7 @@ from .records.checkpoint import remove_checkpoints
 from .records.clock import Clock
 from .records.lock import alone_in
 from .records.metrics_log import check_trackers
+from .records.origin import check_origin
 from .records.report import Report
 from .records.resume import is_finished
 from .records.run_folder import check_run_folder
@@ -75,6 +76,9 @@ def train(config: TrainConfig) -> Path:
         if warning := warning_of_scale(config):
             report.say(f"warning: {warning}")
         material = main_first(lambda: load(config, report), accelerator)
+        with together(accelerator):
+            if config.resume and accelerator.is_main_process:
+                check_origin(config, material.origin, report.say)
         learner = make_learner(config, accelerator, material)
         constraint = evaluation_constraint(config)
         report.say(

@@ -19,7 +19,14 @@ from .evaluate import evaluate
 from .interrupts import Interrupts
 from .material import Material
 from .models.saving import save_student
-from .records.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
+from .records.checkpoint import (
+    checkpoints,
+    folders_of_steps,
+    load_checkpoint,
+    remove_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from .records.curves import plot_curves
 from .records.ending import write_summary
 from .records.metrics_log import MetricsLog
@@ -68,7 +75,7 @@ class Training:
             self._log_evaluation(0, self.results["student_before"])
         with together(self.accelerator):
             if self.config.resume and self.accelerator.is_main_process:
-                write_config(self.folder, self.config, self.code)
+                write_config(self.folder, self.config, self.code, self.material.origin)
 
     def _make_folder(self, held: ExitStack) -> Path:
         """The run's folder, made by the main process; that of a run to be resumed is there and has no checkpoint."""
@@ -79,7 +86,7 @@ class Training:
             if self.config.resume:
                 self.report.say(f"{self.config.resume} has no checkpoint yet: it begins again")
             elif self.accelerator.is_main_process:
-                folder = [str(make_run_folder(self.config, self.code, held, self.report.say))]
+                folder = [str(make_run_folder(self.config, self.code, self.material.origin, held, self.report.say))]
         return Path(broadcast_object_list(folder)[0])
 
     def _state(self) -> dict[str, Any]:
@@ -155,6 +162,8 @@ class Training:
             with together(self.accelerator):
                 self.log.step(step, metrics)
             self.report.status(_status(metrics, constraint))
+            if step < c.steps and c.save_student_every and step % c.save_student_every == 0:
+                self._save_student(step)
             if step < c.steps and c.eval_every and step % c.eval_every == 0:
                 self._log_evaluation(step, self._evaluated(self.learner.student)[0])
             if any_process(interrupts.received, self.accelerator):
@@ -165,8 +174,18 @@ class Training:
     def _checkpoint(self) -> None:
         done = self.learner.steps_done
         if done > self.saved:
-            save_checkpoint(self.accelerator, self.folder, done, self._state())
+            save_checkpoint(self.accelerator, self.folder, done, self._state(), self.config.keep)
             self.saved = done
+
+    def _save_student(self, step: int) -> None:
+        """The student of a step into a folder of its own; older ones are removed once it is whole."""
+        model, weights = whole_student(self.learner.student, self.accelerator)
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                name = f"step-{step:06d}"
+                save_student(model, self.material.tokenizer, self.folder / "students", weights, name)
+                for old in folders_of_steps(self.folder / "students")[: -self.config.keep]:
+                    remove_checkpoint(old)
 
     def _evaluated(self, policy: nn.Module, who: str = "") -> Any:
         report = self.report if who else None

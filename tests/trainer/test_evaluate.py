@@ -93,8 +93,11 @@ def test_the_command_finds_what_the_run_reported(pair, tmp_path, capsys):
     assert main(arguments(pair, tmp_path, prefix_budget=1.0)) == 0
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     student, file = str(tmp_path / "r" / "student"), tmp_path / "figures.json"
-    assert main(command(pair, tmp_path, student=student, json=file, prefix_budget=1.0)) == 0
+    again = command(pair, tmp_path, student=student, json=file, prefix_budget=1.0)
+    assert main([*again, "--held-out"]) == 0
     found = json.loads(file.read_text())
+    several = {name: found.pop(name) for name in ("mean@3", "pass@2", "pass@3")}
+    assert several["mean@3"] == pytest.approx(found["accuracy"]) and several["pass@2"] <= several["pass@3"]
     assert found == summary["student_after"] | {
         "student": student,
         "teacher": pair["teacher"],
@@ -104,7 +107,7 @@ def test_the_command_finds_what_the_run_reported(pair, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "constraint satisfaction" in output and f"{found['mean_cumulative_kl']:.4g}" in output
 
-    assert main(command(pair, tmp_path, student=student, teacher="", json=file)) == 0
+    assert main([*command(pair, tmp_path, student=student, teacher="", json=file), "--held-out"]) == 0
     alone = json.loads(file.read_text())
     assert alone["teacher"] is None and alone["accuracy"] == found["accuracy"]
     assert not any("cumulative" in name or "constraint" in name for name in alone)

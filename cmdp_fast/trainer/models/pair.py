@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,23 +25,34 @@ from .recompute import recompute_layers
 from .smollm2 import smollm2_folder
 
 
-def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> tuple[CausalLM, CausalLM | None, Any]:
-    """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none.
+class Found(NamedTuple):
+    """What is known of student and teacher before their weights are read: by role, the teacher where there is one."""
 
-    The weights that are trained are float32: all of the student's, or those of its adapter. A teacher that is the
-    student without its adapter is a `FrozenBase`. Raises InputError if a model cannot be loaded or used as the
-    configuration says, or if the tokenizers differ.
+    folders: dict[str, str]  # or hub ids
+    configs: dict[str, Any]
+    tokenizers: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's, ready for prompts."""
+        return self.tokenizers["student"]
+
+
+def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> Found:
+    """Where student and teacher are, their configurations and tokenizers; built-in ones are made if they are not there.
+
+    Raises InputError if one is not there, or if the tokenizers differ.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     check_attention(config)
     sources = {"student": config.student, **({"teacher": config.teacher} if config.teacher else {})}
-    folders, tokenizers = {}, {}
+    folders, configs, tokenizers = {}, {}, {}
     trusted = config.trust_remote_code
     for role, name in sources.items():  # everything cheap before anything is trained or read
         if not name.startswith("builtin:"):
             folders[role] = name
-            about = _load(AutoConfig, role, name, trusted)
+            about = configs[role] = _load(AutoConfig, role, name, trusted)
             kernel = str(getattr(about, "_attn_implementation", None) or "")
             if "/" in kernel and not trusted:
                 raise InputError(
@@ -53,6 +64,7 @@ def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
         if name.startswith("builtin:"):
             made = smollm2_folder(name, report) if "smollm2" in name else builtin_folder(name, config, train, report)
             folders[role] = str(made)
+            configs[role] = _load(AutoConfig, role, folders[role], trusted)
             tokenizers[role] = _load(AutoTokenizer, role, folders[role], trusted)
     if config.teacher:
         check_tokenizers(tokenizers["student"], tokenizers["teacher"])
@@ -63,6 +75,20 @@ def load_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
         raise InputError(f"--student {config.student}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return Found(folders, configs, tokenizers)
+
+
+def load_pair(
+    config: TrainConfig, train: Sequence[Problem], report: Report, found: Found | None = None
+) -> tuple[CausalLM, CausalLM | None, Any]:
+    """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none.
+
+    The weights that are trained are float32: all of the student's, or those of its adapter. A teacher that is the
+    student without its adapter is a `FrozenBase`. ``found``: what `find_pair` says, if it was asked already. Raises
+    InputError if a model cannot be loaded or used as the configuration says, or if the tokenizers differ.
+    """
+    folders, _, tokenizers = found or find_pair(config, train, report)
+    tokenizer = tokenizers["student"]
     frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     own = frozen if config.lora_rank else torch.float32
     student, dropped = _load_model("student", folders["student"], own, config)

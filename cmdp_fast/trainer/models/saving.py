@@ -13,15 +13,18 @@ from cmdp_fast.files import sync, sync_folder, writing
 from .adapter import has_adapter, save_adapted
 
 
-def save_student(student: Any, tokenizer: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
-    """Puts the student with its tokenizer into `folder/student`, in place of an earlier one once it is complete.
+def save_student(
+    student: Any, tokenizer: Any, folder: Path, weights: dict[str, Any] | None = None, name: str = "student"
+) -> None:
+    """Puts the student with its tokenizer into `folder/name`, in place of an earlier one once it is complete.
 
     `weights` where the model does not hold them all itself. Raises InputError if they cannot be written.
     """
-    target, part, old = (folder / name for name in ("student", ".student.part", ".student.old"))
+    target, part, old = (folder / each for each in (name, f".{name}.part", f".{name}.old"))
     _clear(target, part, old)
     try:
         with writing(target):
+            folder.mkdir(exist_ok=True)
             if has_adapter(student):
                 save_adapted(student, part)
             else:

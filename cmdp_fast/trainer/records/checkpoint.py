@@ -31,13 +31,17 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-KEPT = 2
 MANIFEST = "run.json"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    complete = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return folders_of_steps(run / "checkpoints")
+
+
+def folders_of_steps(parent: Path) -> list[Path]:
+    """The folders named after a step, oldest first."""
+    complete = [path for path in parent.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -61,8 +65,8 @@ def remove_checkpoints(run: Path) -> None:
         remove_checkpoint(folder)
 
 
-def save_checkpoint(accelerator: Accelerator, run: Path, step: int, state: dict[str, Any]) -> Path:
-    """Writes the checkpoint of a step, with `state` (JSON) in it; every process must call this.
+def save_checkpoint(accelerator: Accelerator, run: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+    """Writes the checkpoint of a step, with `state` (JSON) in it, and keeps so many; every process must call this.
 
     Raises InputError if it cannot be written: the checkpoints that there are stay as they are.
     """
@@ -83,7 +87,7 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, state: dict[
                 sync_folder(part)
                 os.rename(part, target)
                 sync(target.parent)
-                for old in checkpoints(run)[:-KEPT]:
+                for old in checkpoints(run)[:-keep]:
                     remove_checkpoint(old)
     except InputError as error:
         if accelerator.is_main_process:

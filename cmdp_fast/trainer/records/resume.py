@@ -15,7 +15,12 @@ from .checkpoint import checkpoints
 from .digest import Damaged, read_sealed
 from .ending import finished_summary
 
-CHANGEABLE = ("resume", "dry_run", "steps", "checkpoint_every", "eval_every", "trackers")
+CHANGEABLE = (
+    *("resume", "dry_run", "steps", "checkpoint_every", "eval_every", "trackers", "save_student_every", "keep"),
+    # These change the memory that a step takes and its figures by rounding alone: a run that ran out of it can go on.
+    *("micro_batch_size", "micro_batch_tokens", "rollout_batch_size", "padding_free", "attn_implementation"),
+    *("gradient_checkpointing", "teacher_cache_mb", "offload_teacher", "offload_optimizer"),
+)
 
 
 def read_config(run: Path) -> tuple[TrainConfig, dict[str, str]]:
@@ -28,7 +33,7 @@ def read_config(run: Path) -> tuple[TrainConfig, dict[str, str]]:
         values = read_sealed(run / "config.json")
     except Damaged as error:
         raise InputError(f"--resume {run}: no run that can be resumed: {error}") from error
-    code = values.pop("code", None)
+    code, _ = values.pop("code", None), values.pop("origin", None)
     if not isinstance(code, dict):
         raise InputError(f"--resume {run}: no run that can be resumed: config.json lacks the sha256 of its code")
     source = str(run / "config.json")

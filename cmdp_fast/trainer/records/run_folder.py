@@ -25,7 +25,9 @@ def check_run_folder(config: TrainConfig) -> None:
         raise InputError(f"{folder} exists: choose another --name, or remove it")
 
 
-def make_run_folder(config: TrainConfig, code: dict[str, str], held: ExitStack, say: Callable[[str], None]) -> Path:
+def make_run_folder(
+    config: TrainConfig, code: dict[str, str], origin: dict[str, str], held: ExitStack, say: Callable[[str], None]
+) -> Path:
     """A new folder for the run, with `config.json` in it and its lock `held` from the moment that it is there.
 
     Without --name it is the recipe's name, followed by the first number that is free. It is made under a hidden name,
@@ -39,7 +41,7 @@ def make_run_folder(config: TrainConfig, code: dict[str, str], held: ExitStack, 
     try:
         with ExitStack() as lock:
             lock.enter_context(alone_in(part, say))
-            write_config(part, config, code)
+            write_config(part, config, code, origin)
             with writing(part):
                 sync_folder(part)
                 folder = _rename(part, parent, config)
@@ -51,9 +53,11 @@ def make_run_folder(config: TrainConfig, code: dict[str, str], held: ExitStack, 
     return folder
 
 
-def write_config(folder: Path, config: TrainConfig, code: dict[str, str]) -> None:
-    """`config.json`: the settings, and the sha256 of the code that they name (`trust.py`)."""
-    write_sealed(folder / "config.json", {**asdict(replace(config, resume="", dry_run=False)), "code": code})
+def write_config(folder: Path, config: TrainConfig, code: dict[str, str], origin: dict[str, str]) -> None:
+    """`config.json`: the settings, the sha256 of the code that they name (`trust.py`), and digests of what they name
+    beside it (`origin.py`)."""
+    settings = asdict(replace(config, resume="", dry_run=False))
+    write_sealed(folder / "config.json", {**settings, "code": code, "origin": origin})
 
 
 def _rename(part: Path, parent: Path, config: TrainConfig) -> Path:

@@ -12,9 +12,13 @@ from .ranges import NOT_NEGATIVE, POSITIVE
 class EvaluationSettings:
     """What is evaluated, and when."""
 
-    eval_prompts: Annotated[int, POSITIVE] = 256
-    """Held-out problems per evaluation; all of them if there are fewer."""
+    eval_dataset: tuple[str, ...] = ()
+    """Problems to evaluate on in place of a part of the training's: a hub id, a file or a folder, with the columns of
+    `dataset`. A training takes one; `cmdp-fast evaluate` any number, each as `NAME=DATASET` or without a name. Of
+    several splits it is `eval_split`, or else `test`."""
+    eval_prompts: Annotated[int, NOT_NEGATIVE] = 256
+    """Problems per evaluation, of each set; all of them if there are fewer, or with 0."""
     eval_generations: Annotated[int, POSITIVE] = 1
-    """Completions per held-out problem, sampled as in training."""
+    """Completions per problem, sampled as in training."""
     eval_every: Annotated[int, NOT_NEGATIVE] = 0
     """Evaluate every so many steps for the curves. 0: only before and after."""

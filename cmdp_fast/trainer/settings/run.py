@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .ranges import NOT_NEGATIVE
+from .ranges import NOT_NEGATIVE, POSITIVE
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,17 @@ class RunSettings:
     """Folder that holds the runs."""
     resume: str = ""
     """Folder of a run that stopped, to be finished from its last checkpoint. Its settings are those of its
-    `config.json`; only `steps`, `checkpoint_every`, `eval_every` and `trackers` may be changed. Code that it names
-    runs only if you name it again, in the same words."""
+    `config.json`; only `steps`, `checkpoint_every`, `save_student_every`, `keep`, `eval_every`, `trackers` and what
+    decides about memory alone (`micro_batch_size`, `gradient_checkpointing`, …) may be changed. Code that it names runs
+    only if you name it again, in the same words."""
     checkpoint_every: Annotated[int, NOT_NEGATIVE] = 0
-    """Write a checkpoint every so many steps and after the last one; the last two are kept. 0: only when interrupted,
-    and one for the time that the end of the run takes."""
+    """Write a checkpoint every so many steps and after the last one. 0: only when interrupted, and one for the time
+    that the end of the run takes."""
+    save_student_every: Annotated[int, NOT_NEGATIVE] = 0
+    """Put the student into `students/step-…` of the run's folder every so many steps, as a model that transformers
+    loads. 0: only at the end, in `student`."""
+    keep: Annotated[int, POSITIVE] = 2
+    """How many of the checkpoints, and of the students saved on the way, are kept: the last ones."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself. A run that
     is resumed goes on as the same run there."""

@@ -15,7 +15,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice
@@ -51,10 +51,13 @@ def load_problems(config: TrainConfig) -> Problems:
     if config.task:
         rows = reasoning_gym_rows(config.task, config.task_args, config.task_size)
     else:
-        rows = _dataset_rows(config, config.dataset_split)
+        rows = _dataset_rows(config, Source("--dataset", config.dataset, config.dataset_split))
     rows = _distinct(_with_prompts(rows, config))
-    if config.dataset and config.eval_split:
-        held_out = _distinct(_with_prompts(_dataset_rows(config, config.eval_split), config))
+    others = evaluation_sets(config) if config.eval_dataset or (config.dataset and config.eval_split) else {}
+    if len(others) > 1:
+        raise InputError(f"--eval-dataset {' '.join(config.eval_dataset)}: a training takes one, evaluate any number")
+    if others:
+        held_out = _distinct(next(iter(others.values())))
         kept_out = {_key(row["prompt"]) for row in held_out}
         train = [row for row in rows if _key(row["prompt"]) not in kept_out]
     else:
@@ -67,8 +70,47 @@ def load_problems(config: TrainConfig) -> Problems:
     return Problems(train, held_out)
 
 
-def _with_prompts(rows: list[Problem], config: TrainConfig) -> Iterator[Problem]:
-    source = f"--task {config.task}" if config.task else f"--dataset {config.dataset}"
+class Source(NamedTuple):
+    """A dataset that an option names, and the split of it; an empty one: the only one, else `test`."""
+
+    option: str
+    name: str
+    split: str
+    or_only: bool = False  # the only split where there is none of that name
+
+
+def evaluation_sets(config: TrainConfig) -> dict[str, list[Problem]]:
+    """The problems that an evaluation is asked for, by the name of their set: those of each `eval_dataset`, else all of
+    the dataset's `eval_split`, or of the dataset. Nothing is left out and no problem of them held out.
+
+    Raises InputError for a name that stands twice, and for a dataset that cannot be read.
+    """
+    named = [_named(text) for text in config.eval_dataset]
+    if len({name for name, _ in named}) < len(named):
+        raise InputError(f"--eval-dataset {' '.join(config.eval_dataset)}: two have one name; give NAME=DATASET")
+    sources = {name: Source("--eval-dataset", path, config.eval_split) for name, path in named}
+    if not sources:
+        split = config.eval_split or config.dataset_split
+        sources = {"": Source("--dataset", config.dataset, split, or_only=not config.eval_split)}
+    return {
+        name: list(_with_prompts(_dataset_rows(config, source), config, f"{source.option} {source.name}"))
+        for name, source in sources.items()
+    }
+
+
+def _named(text: str) -> tuple[str, str]:
+    """(name, dataset) of NAME=DATASET, or of a dataset alone, which is its name."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and name and path and not Path(text).exists() else (text, text)
+
+
+def held_out_alone(config: TrainConfig) -> dict[str, list[Problem]]:
+    """The problems that a training with these settings holds out, as the only set of an evaluation."""
+    return {"": load_problems(config).held_out}
+
+
+def _with_prompts(rows: list[Problem], config: TrainConfig, source: str = "") -> Iterator[Problem]:
+    source = source or (f"--task {config.task}" if config.task else f"--dataset {config.dataset}")
     return (with_prompt(row, config, f"{source}, row {number},") for number, row in enumerate(rows, 1))
 
 
@@ -105,17 +147,20 @@ def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
         waiting = waiting[size:]
 
 
-def _dataset_rows(config: TrainConfig, split: str) -> list[Problem]:
+def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
     import datasets
     from datasets import packaged_modules
 
-    name, path = config.dataset, Path(config.dataset)
+    said, name, path = f"{source.option} {source.name}", source.name, Path(source.name)
     if path.is_file() and path.suffix not in _LOADERS:
-        raise InputError(f"--dataset {name}: a file must end in {', '.join(_LOADERS)}")
+        raise InputError(f"{said}: a file must end in {', '.join(_LOADERS)}")
     if not path.exists() and name in packaged_modules._PACKAGED_DATASETS_MODULES:
         # To `datasets` a way of reading any file in the working directory, for older versions pickles too.
-        raise InputError(f"--dataset {name}: that is a format, not a dataset; give a hub id, a file or a folder")
+        raise InputError(f"{said}: that is a format, not a dataset; give a hub id, a file or a folder")
+    if (path.is_file() or (path / "state.json").is_file()) and source.split not in ("", "train"):
+        raise InputError(f"{said}: it has one split, not {source.split!r}; --eval-dataset takes another file")
     stream = config.streaming
+    subset = config.dataset_config or None if name == config.dataset else None
     try:
         with _quietly():
             if path.is_file():
@@ -123,30 +168,43 @@ def _dataset_rows(config: TrainConfig, split: str) -> list[Problem]:
                     _LOADERS[path.suffix], data_files=str(path), split="train", streaming=stream
                 )
             elif (path / "dataset_dict.json").is_file():
-                loaded = datasets.load_from_disk(name)[split]
+                parts = datasets.load_from_disk(name)
+                loaded = parts[_split(source, parts)]
             elif (path / "state.json").is_file():
                 loaded = datasets.load_from_disk(name)
             else:
-                loaded = datasets.load_dataset(name, config.dataset_config or None, split=split, streaming=stream)
+                split = source.split
+                if not split or source.or_only:
+                    split = _split(source, datasets.get_dataset_split_names(name, subset))
+                loaded = datasets.load_dataset(name, subset, split=split, streaming=stream)
             rows = list(islice(loaded, config.max_rows or None))
     except Exception as error:  # of a library that reads anybody's files, in whatever form
-        raise InputError(f"--dataset {name}: {_reason(error)}") from error
+        raise InputError(f"{said}: {_reason(error)}") from error
     if not rows:
-        raise InputError(f"--dataset {name}: there are no rows in it")
+        raise InputError(f"{said}: there are no rows in it")
     columns = list(rows[0])
     wanted = {"prompt": config.prompt_column}
     if config.answer_column != "answer" or "answer" in columns:  # a reward of the user's may need none
         wanted["answer"] = config.answer_column
     for role, column in wanted.items():
         if column not in columns:
-            raise InputError(
-                f"--dataset {name}: there is no column {column!r} for the {role}, only {', '.join(columns)}"
-            )
+            raise InputError(f"{said}: there is no column {column!r} for the {role}, only {', '.join(columns)}")
     renamed = []
     for row in rows:
         taken = {role: row.get(column) for role, column in wanted.items()}
         renamed.append({name: value for name, value in row.items() if name not in wanted.values()} | taken)
     return [_with_reference(row, config) for row in renamed] if config.reference_pattern else renamed
+
+
+def _split(source: Source, names: Iterable[str]) -> str:
+    """The split of those that a dataset has."""
+    present = list(names)
+    if len(present) == 1 and (source.or_only or not source.split):
+        return present[0]
+    wanted = source.split or "test"
+    if wanted not in present and (not source.split or source.or_only):
+        raise InputError(f"of its splits {', '.join(present)} none is {wanted!r}: --eval-split names one")
+    return wanted
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""What a run is made of beside its settings: its problems, its student and its teacher, as digests in `config.json`.
+
+A run that goes on with other problems or another teacher under the same path would be a mixture of two. The digest of
+the problems is of every row that is trained or evaluated on, in order. That of a model is of its small files whole, and
+of each file of weights its name, its size and `PIECES` pieces, the first of which holds the names and shapes: a digest
+of fourteen gigabytes would take a minute. A model that was trained further is noticed, since that moves every weight;
+weights that were changed between the pieces alone are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmdp_fast.errors import InputError
+
+from ..settings.config import TrainConfig
+from .digest import Damaged, read_sealed, sha256
+
+PIECES, PIECE = 16, 1 << 20  # of a file of weights; bytes of each
+WHOLE = (".json", ".jinja", ".model", ".txt", ".py")  # endings of the small files
+
+
+def origin_of(folders: Mapping[str, str], problems: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """The digests of some sets of problems, and of the models that lie in these folders, or under these hub ids."""
+    return {"problems": _of_problems(problems), **{role: _of_model(_local(name)) for role, name in folders.items()}}
+
+
+def check_origin(config: TrainConfig, now: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Raises InputError if the run to be resumed began with other problems or models.
+
+    Says so where it recorded none: an earlier version of this package began it.
+    """
+    try:
+        began = read_sealed(Path(config.resume) / "config.json").get("origin")
+    except Damaged as error:
+        raise InputError(f"--resume {config.resume}: {error}") from error
+    if not isinstance(began, dict):
+        say(f"{config.resume} recorded no digests of its problems and models: they are not compared")
+        return
+    source = f"--task {config.task}" if config.task else f"--dataset {config.dataset}"
+    named = {"problems": f"the problems of {source} are", "student": f"the files of --student {config.student} are"}
+    named["teacher"] = f"the files of --teacher {config.teacher} are"
+    for what, digest in now.items():
+        if began.get(what) != digest:
+            raise InputError(
+                f"--resume {config.resume}: {named[what]} not what the run began with (sha256 {digest[:12]}, recorded "
+                f"{str(began.get(what))[:12]}): put that back, or begin another run"
+            )
+
+
+def _of_problems(sets: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    digest = hashlib.sha256()
+    for rows in sets:
+        digest.update(b"\x00set\x00")
+        for row in rows:  # of what is no JSON, an image for one, the kind alone: its text may hold an address
+            text = json.dumps(row, ensure_ascii=True, default=lambda value: type(value).__name__)
+            digest.update(text.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _of_model(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in WHOLE:
+            digest.update(f"{path.name} {sha256(path)}\n".encode())
+        elif path.is_file() and path.suffix == ".safetensors":
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            with open(path, "rb") as file:
+                for start in _starts(path.stat().st_size):
+                    file.seek(start)
+                    digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def _starts(size: int) -> list[int]:
+    """Where the pieces of a file begin: all of a small one, else the first, the last and some between, evenly apart."""
+    if size <= PIECES * PIECE:
+        return list(range(0, size, PIECE))
+    return [i * (size - PIECE) // (PIECES - 1) for i in range(PIECES)]
+
+
+def _local(name: str) -> Path:
+    """The folder of a model, that of its files in the hub's cache where it is a hub id."""
+    if (folder := Path(name)).is_dir():
+        return folder
+    from transformers.utils import cached_file
+
+    found = cached_file(name, "config.json")
+    assert found is not None  # its configuration has been read
+    return Path(found).parent

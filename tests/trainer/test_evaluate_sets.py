@@ -1,0 +1,136 @@
+"""What `cmdp-fast evaluate` evaluates: all that it is given, several sets and seeds, greedily or with samples."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from itertools import combinations
+
+import pytest
+import torch
+from test_evaluate import command
+from tiny_pair import arguments, settings
+from transformers import AutoModelForCausalLM
+
+from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
+from cmdp_fast.trainer import material
+from cmdp_fast.trainer.evaluate import of_several
+from cmdp_fast.trainer.records.report import Report
+from cmdp_fast.trainer.tasks import data
+
+ROWS = [{"prompt": f"{i}+{j}=", "answer": str(i + j)} for i in range(4) for j in range(5)]
+
+
+def written(path, rows=ROWS):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def figures(pair, tmp_path, *words, **changes):
+    file = tmp_path / "figures.json"
+    changes = {"student": pair["teacher"], "eval_generations": 1, "teacher": "", "json": file, **changes}
+    assert main([*command(pair, tmp_path, **changes), *words]) == 0
+    return json.loads(file.read_text())
+
+
+def test_all_that_is_given_is_evaluated(pair, tmp_path):
+    whole = written(tmp_path / "all.jsonl")
+    assert figures(pair, tmp_path, dataset=whole)["examples"] == 20  # 4, the held-out fifth
+    assert figures(pair, tmp_path, dataset=whole, eval_prompts=7)["examples"] == 7
+    twice = written(tmp_path / "twice.jsonl", ROWS[:3] * 2)
+    assert figures(pair, tmp_path, dataset=twice)["examples"] == 6
+    assert figures(pair, tmp_path, "--held-out", dataset=whole)["examples"] < 20
+
+
+def test_no_part_to_train_on_is_needed(pair, tmp_path):
+    written(tmp_path / "folder" / "test.jsonl", ROWS[:6])
+    assert figures(pair, tmp_path, dataset=tmp_path / "folder")["examples"] == 6
+    written(tmp_path / "folder" / "train.jsonl", ROWS[6:9])
+    assert figures(pair, tmp_path, dataset=tmp_path / "folder", eval_split="test")["examples"] == 6
+    assert figures(pair, tmp_path, dataset=tmp_path / "folder")["examples"] == 3
+
+
+def test_a_file_has_one_split(pair, tmp_path, capsys):
+    whole = written(tmp_path / "all.jsonl")
+    for start in (command(pair, tmp_path, dataset=whole), arguments(pair, tmp_path, dataset=whole)):
+        assert main([*start, "--eval-split", "test"]) == 2
+        assert "it has one split, not 'test'; --eval-dataset takes another file" in capsys.readouterr().err
+
+
+def test_several_sets(pair, tmp_path, capsys):
+    one, other = written(tmp_path / "one.jsonl", ROWS[:4]), written(tmp_path / "other.jsonl", ROWS[4:9])
+    found = figures(pair, tmp_path, "--eval-dataset", f"small={one}", other)
+    assert {name: each["examples"] for name, each in found["sets"].items()} == {"small": 4, other: 5}
+    assert "on small" in capsys.readouterr().out
+    assert main([*command(pair, tmp_path), "--eval-dataset", f"a={one}", f"a={other}"]) == 2
+    assert "two have one name" in capsys.readouterr().err
+
+
+def test_a_training_is_evaluated_on_a_set_of_its_own(pair, tmp_path):
+    other = written(tmp_path / "other.jsonl", [{"prompt": "0+9=", "answer": "9"}, *ROWS[:2]])
+    problems = data.load_problems(settings(pair, eval_dataset=(other,)))
+    assert {row["prompt"] for row in problems.held_out} == {"0+9=", "0+0=", "0+1="}
+    assert len(problems.train) == 9 and "0+9=" not in {row["prompt"] for row in problems.train}
+    with pytest.raises(InputError, match="a training takes one"):
+        data.load_problems(settings(pair, eval_dataset=(other, f"more={other}")))
+
+
+def test_greedy_and_seeds(pair, tmp_path):
+    whole = written(tmp_path / "all.jsonl")
+    greedy = [figures(pair, tmp_path, dataset=whole, temperature=0, teacher=pair["student"]) for _ in range(2)]
+    assert greedy[0] == greedy[1] and greedy[0]["mean_cumulative_kl"] > 0
+    one, two = (figures(pair, tmp_path, "--seeds", seed, dataset=whole)["mean_length"] for seed in "12")
+    both = figures(pair, tmp_path, "--seeds", "1", "2", dataset=whole)
+    assert one != two and both["mean_length"] == pytest.approx((one + two) / 2) and both["seeds"] == [1, 2]
+    assert both["standard_deviation"]["mean_length"] == pytest.approx(abs(one - two) / 2**0.5)
+
+
+def test_greedy_is_one_completion(pair, tmp_path, capsys):
+    assert main(command(pair, tmp_path, temperature=0, eval_generations=2)) == 2
+    assert "--temperature 0 gives the same completion each time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_pass_at_k_is_the_share_of_choices_with_a_right_one(n):
+    counts = [0, 1, n // 2, n]
+    samples = [{"correct": i < c} for c in counts for i in range(n)]
+    found = of_several(samples, n)
+    assert found.pop(f"mean@{n}") == pytest.approx(sum(counts) / (n * len(counts)))
+    assert list(found) == [f"pass@{k}" for k in sorted({n, 2, 4} - {k for k in (2, 4) if k > n})]
+    for name, value in found.items():
+        k = int(name.removeprefix("pass@"))
+        hits = [[any(i < c for i in chosen) for chosen in combinations(range(n), k)] for c in counts]
+        expected = sum(Fraction(sum(each), len(each)) for each in hits) / len(hits)
+        assert value == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_students_are_saved_on_the_way(pair, tmp_path):
+    words = arguments(pair, tmp_path, steps=6, save_student_every=1, keep=2, checkpoint_every=2, eval_every=0)
+    assert main(words) == 0
+    run = tmp_path / "r"
+    assert sorted(path.name for path in (run / "students").iterdir()) == ["step-000004", "step-000005"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    models = [AutoModelForCausalLM.from_pretrained(run / name) for name in ("students/step-000005", "student")]
+    states = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
+    assert 0 < (states[0] - states[1]).abs().max() < 0.1  # a step apart
+    student = str(run / "students" / "step-000005")
+    assert figures(pair, tmp_path, student=student)["examples"] == 10
+    assert main(["train", f"--resume={run}"]) == 0  # it is whole, and finished
+
+
+def test_data_is_refused_before_a_model_is_read(pair, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: read.append(a))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    long = written(tmp_path / "long.jsonl", [*ROWS, {"prompt": "1" * 60, "answer": "1"}])
+    for changes, expected in (
+        ({"dataset": str(empty)}, "no rows"),
+        ({"dataset": long}, "do not fit the 64 positions"),
+        ({"chat": True}, "no chat template"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            material.load(settings(pair, **changes), Report())
+    assert not read
