@@ -155,7 +155,7 @@ def test_run_and_evaluation_of_what_it_saved(same, tmp_path):
     assert main([*options, "--gradient-checkpointing"]) == 0
     after = json.loads((tmp_path / "r" / "summary.json").read_text())["student_after"]
     command = ["evaluate", *arguments({**same, "student": str(tmp_path / "r" / "student")}, tmp_path)[1:]]
-    assert main([*command, f"--json={tmp_path / 'figures.json'}"]) == 0
+    assert main([*command, "--held-out", f"--json={tmp_path / 'figures.json'}"]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["mean_cumulative_kl"] == pytest.approx(after["mean_cumulative_kl"], rel=1e-3)
     assert after["mean_cumulative_kl"] > 0

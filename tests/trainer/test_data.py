@@ -78,7 +78,7 @@ def test_long_prompts_are_left_out_and_counted(pair, tmp_path, capsys):
     problems = data.load_problems(settings(pair, dataset=lines(tmp_path / "p.jsonl", rows)))
     tokenizer = AutoTokenizer.from_pretrained(pair["student"])
     report = Report()
-    assert drop_long_prompts(problems, tokenizer, 0, report) == problems and not capsys.readouterr().out
+    assert drop_long_prompts(problems, tokenizer, 0, report) == list(problems) and not capsys.readouterr().out
     kept = drop_long_prompts(problems, tokenizer, 3, report)
     everything = [row["prompt"] for part in problems for row in part]
     assert [row["prompt"] for part in kept for row in part] == [p for p in everything if len(p) <= 3]

@@ -98,7 +98,7 @@ ROW = {"prompt": "1+8=", "metadata": {"key": ["a", "b"]}, "a.b": 3, "0": "zero",
 def test_what_a_template_may_name(template, expected, pair, tmp_path):
     path = written(tmp_path / "p.jsonl", [ROW, {**ROW, "prompt": "2"}])
     config = settings(pair, dataset=path, prompt_template=template + "{prompt}", holdout_fraction=0.5)
-    rows = data._dataset_rows(config, "train")
+    rows = data._dataset_rows(config, data.Source("--dataset", config.dataset, "train"))
     assert [row["prompt"] for row in data._with_prompts(rows, config)] == [
         expected + "1+8=",
         expected.replace("1+8=", "2") + "2",
