@@ -50,8 +50,8 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     prompts = encode_prompts(parts[0], found.tokenizer) if sets is None else []
     every = prompts + [ids for rows in evaluated for ids in encode_prompts(rows, found.tokenizer)]
     _check_lengths(config, found.configs, every)
-    origin = origin_of(found.folders, parts)
     student, teacher, tokenizer = load_pair(config, train, report, found)
+    origin = origin_of(found.folders, parts)  # now, for the weights of a hub's model are there
     check_tokens(every, [model for model in (student, teacher) if model is not None])
     return Material(
         student=student,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 
+import numpy
 import pytest
+import torch
 from test_resume import command, metrics
-from tiny_pair import PROBLEMS, arguments, tiny_model
+from tiny_pair import PROBLEMS, arguments, settings, tiny_model
 
 from cmdp_fast.cli import main
+from cmdp_fast.trainer import material
 from cmdp_fast.trainer.records import origin
 from cmdp_fast.trainer.records.digest import read_sealed, write_sealed
+from cmdp_fast.trainer.records.report import Report
 
 
 @pytest.fixture
@@ -41,6 +46,36 @@ def test_what_it_began_with_may_not_change(stopped, capsys):
     assert "the files of --teacher" in (error := capsys.readouterr().err) and "begin another run" in error
     tiny_model(teacher, seed=9)
     assert goes_on(run) == 0
+
+
+def test_another_student_is_noticed_and_another_file_beside_it_is_not(pair, tmp_path, capsys):
+    student = tiny_model(tmp_path / "student", seed=3)
+    words = arguments({**pair, "student": student}, tmp_path, checkpoint_every=1, eval_every=0, lr_schedule="constant")
+    assert main(words) == 0
+    (tmp_path / "student" / "notes.json").write_text("{}")
+    assert goes_on(tmp_path / "r") == 0
+    tiny_model(tmp_path / "student", seed=4)
+    assert main(["train", f"--resume={tmp_path / 'r'}", "--steps=4"]) == 2
+    assert "the files of --student" in capsys.readouterr().err
+
+
+def test_weights_that_come_with_the_first_run_count_from_then_on(pair, monkeypatch):
+    """Those of a hub's model are not there before it is loaded."""
+    loaded = []
+    load_pair, origin_of = material.load_pair, material.origin_of
+    monkeypatch.setattr(material, "load_pair", lambda *given: loaded.append(True) or load_pair(*given))
+    monkeypatch.setattr(material, "origin_of", lambda *given: origin_of(*given) if loaded else pytest.fail("too early"))
+    assert material.load(settings(pair), Report()).origin.keys() == {"problems", "student", "teacher"}
+
+
+def test_every_value_of_a_row_counts():
+    rows = [
+        {"prompt": "1", "x": x} for x in (b"a", b"b", (1, 2), {(1, 2): 3}, {(1, 2): 4}, date(2026, 1, 2), torch.ones)
+    ]
+    rows += [{"prompt": "1", "x": numpy.arange(n)} for n in (2, 3)]
+    digests = [origin.origin_of({}, [[row]])["problems"] for row in rows]
+    assert len(set(digests)) == len(rows)
+    assert digests == [origin.origin_of({}, [[row]])["problems"] for row in rows]
 
 
 def test_a_run_that_recorded_nothing_goes_on(stopped, capsys):

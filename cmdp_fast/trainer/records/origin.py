@@ -1,10 +1,10 @@
 """What a run is made of beside its settings: its problems, its student and its teacher, as digests in `config.json`.
 
 A run that goes on with other problems or another teacher under the same path would be a mixture of two. The digest of
-the problems is of every row that is trained or evaluated on, in order. That of a model is of its small files whole, and
-of each file of weights its name, its size and `PIECES` pieces, the first of which holds the names and shapes: a digest
-of fourteen gigabytes would take a minute. A model that was trained further is noticed, since that moves every weight;
-weights that were changed between the pieces alone are not.
+the problems is of every row that is trained or evaluated on, in order. That of a model is of the small files that
+transformers reads, whole, and of each file of weights its name, its size, its header of names and shapes, and `PIECES`
+pieces: a digest of fourteen gigabytes would take a minute. A model that was trained further is noticed, since that
+moves every weight; weights that were changed between the pieces alone are not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from ..settings.config import TrainConfig
 from .digest import Damaged, read_sealed, sha256
 
 PIECES, PIECE = 16, 1 << 20  # of a file of weights; bytes of each
-WHOLE = (".json", ".jinja", ".model", ".txt", ".py")  # endings of the small files
+HEADER = 1 << 26  # bytes at most: the length that a file names may be anything
+WHOLE = ("config.json", "generation_config.json", "added_tokens.json", "special_tokens_map.json", "merges.txt")
+WHOLE_LIKE = ("tokenizer", "vocab", "chat_template", "model.safetensors.index")  # beginnings of other names
+WHOLE_KINDS = (".model", ".py")  # of a tokenizer; a model's own code
 
 
 def origin_of(folders: Mapping[str, str], problems: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, str]:
@@ -56,24 +60,44 @@ def _of_problems(sets: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     digest = hashlib.sha256()
     for rows in sets:
         digest.update(b"\x00set\x00")
-        for row in rows:  # of what is no JSON, an image for one, the kind alone: its text may hold an address
-            text = json.dumps(row, ensure_ascii=True, default=lambda value: type(value).__name__)
-            digest.update(text.encode() + b"\n")
+        for row in rows:
+            digest.update(json.dumps(_plain(row)).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A value of a row as JSON: of bytes and images a digest, of dates their text, of anything else its kind alone, for
+    its text may hold an address."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return [[_plain(key), _plain(item)] for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if callable(content := getattr(value, "tobytes", None)):  # of images and arrays
+        return hashlib.sha256(content()).hexdigest()
+    return value.isoformat() if isinstance(value, (date, time)) else type(value).__name__
 
 
 def _of_model(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in WHOLE:
+        if path.is_file() and _is_whole(path):
             digest.update(f"{path.name} {sha256(path)}\n".encode())
         elif path.is_file() and path.suffix == ".safetensors":
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
             with open(path, "rb") as file:
+                digest.update(file.read(min(HEADER, int.from_bytes(file.read(8), "little"))))
                 for start in _starts(path.stat().st_size):
                     file.seek(start)
                     digest.update(file.read(PIECE))
     return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    return path.name in WHOLE or path.name.startswith(WHOLE_LIKE) or path.suffix in WHOLE_KINDS
 
 
 def _starts(size: int) -> list[int]:

@@ -17,7 +17,8 @@ from .ending import finished_summary
 
 CHANGEABLE = (
     *("resume", "dry_run", "steps", "checkpoint_every", "eval_every", "trackers", "save_student_every", "keep"),
-    # These change the memory that a step takes and its figures by rounding alone: a run that ran out of it can go on.
+    # These change the memory that a step takes: a run that ran out of it can go on. Its figures change by rounding, and
+    # with `rollout_batch_size` other random numbers meet other prompts, which is as good a sample.
     *("micro_batch_size", "micro_batch_tokens", "rollout_batch_size", "padding_free", "attn_implementation"),
     *("gradient_checkpointing", "teacher_cache_mb", "offload_teacher", "offload_optimizer"),
 )
