@@ -190,6 +190,7 @@ def test_the_free_memory_of_a_gpu(monkeypatch):
     given = {"mem_get_info": (100, 1000), "memory_stats_as_nested_dict": held}
     for name, value in given.items():
         monkeypatch.setattr(torch.cuda, name, {gpu: value}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert free_memory.free_memory(gpu) == 140
 
