@@ -7,6 +7,7 @@ does itself.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ class EvaluateConfig(TrainConfig):
     """Settings of `cmdp-fast evaluate`: those of a training, whose recipe gives the task and the budget."""
 
     REQUIRED_MODELS: ClassVar[tuple[str, ...]] = ("student",)
+    TRAINS: ClassVar[bool] = False
 
     temperature: Annotated[float, NOT_NEGATIVE] = 1.0
     """Temperature of the sampling. 0: the most likely token each time; divergences are then those of the policy at
@@ -105,7 +107,15 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _sets(config: EvaluateConfig) -> dict[str, list[Problem]]:
-    return held_out_alone(config) if _takes_held_out(config) else evaluation_sets(config)
+    if _takes_held_out(config):
+        return held_out_alone(config)
+    sets = evaluation_sets(config)
+    for name, rows in sets.items():
+        if {"exact_answer", "math_verify"} & set(config.rewards) and "answer" not in rows[0]:
+            raise InputError(
+                f"{name or config.dataset}: there is no column for the answer that --rewards compares with"
+            )
+    return sets
 
 
 def _collector(config: EvaluateConfig, accelerator: Any, student: Any, material: Material) -> Collector:
@@ -127,9 +137,16 @@ def _together(runs: list[Figures]) -> dict[str, Any]:
     """The figures of one seed, or the means over several with their standard deviations."""
     if len(runs) == 1:
         return runs[0]
-    values = {name: [run[name] for run in runs] for name in runs[0]}
-    spread = {name: statistics.stdev(each) for name, each in values.items() if name != "examples"}
-    return {name: statistics.fmean(each) for name, each in values.items()} | {"standard_deviation": spread}
+    names = list(dict.fromkeys(name for run in runs for name in run if name != "examples"))
+    values = {name: [run.get(name, 0.0) for run in runs] for name in names}  # absent: nothing of the kind happened
+    spread = {name: _deviation(each) for name, each in values.items()}
+    means = {name: statistics.fmean(each) for name, each in values.items()}
+    return {**means, "examples": runs[0]["examples"], "standard_deviation": spread}
+
+
+def _deviation(values: list[float]) -> float:
+    """The sample's, NaN where a value is."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def print_figures(config: EvaluateConfig, figures: dict[str, Any], name: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -71,6 +72,7 @@ class Training:
                 self._evaluate(who, policy)
             self.folder = self._make_folder(held)
             with together(self.accelerator):
+                self._drop_students_after(0)
                 self.log = MetricsLog(self.folder, self.accelerator, self.config)
             self._log_evaluation(0, self.results["student_before"])
         with together(self.accelerator):
@@ -114,6 +116,7 @@ class Training:
         if done > self.config.steps:
             raise InputError(f"--steps {self.config.steps}: {self.folder} has {done} behind it")
         with together(self.accelerator):
+            self._drop_students_after(done)
             self.log = MetricsLog(self.folder, self.accelerator, self.config, state["metrics"], state["evaluations"])
         self.report.say(f"{self.folder} goes on after step {done}")
 
@@ -186,6 +189,15 @@ class Training:
                 save_student(model, self.material.tokenizer, self.folder / "students", weights, name)
                 for old in folders_of_steps(self.folder / "students")[: -self.config.keep]:
                     remove_checkpoint(old)
+
+    def _drop_students_after(self, step: int) -> None:
+        """Those of another future than the one that begins at this step, and parts that a kill has left."""
+        if self.accelerator.is_main_process:
+            for folder in folders_of_steps(self.folder / "students"):
+                if int(folder.name.removeprefix("step-")) > step:
+                    remove_checkpoint(folder)
+            for part in (self.folder / "students").glob(".*.part"):
+                shutil.rmtree(part, ignore_errors=True)
 
     def _evaluated(self, policy: nn.Module, who: str = "") -> Any:
         report = self.report if who else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from fractions import Fraction
 from itertools import combinations
 
@@ -16,6 +18,7 @@ from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import material
 from cmdp_fast.trainer.evaluate import of_several
+from cmdp_fast.trainer.evaluate_student import _together
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.tasks import data
 
@@ -134,3 +137,31 @@ def test_data_is_refused_before_a_model_is_read(pair, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=expected):
             material.load(settings(pair, **changes), Report())
     assert not read
+
+
+def test_seeds_of_which_figures_differ():
+    runs = [{"accuracy": 1.0, "reasoning_success": math.nan, "examples": 3}, {"accuracy": 0.5, "unjudged": 0.5}]
+    found = _together([run | {"examples": 3, "reasoning_success": math.nan} for run in runs])
+    assert found["unjudged"] == 0.25 and found["examples"] == 3 and found["accuracy"] == 0.75
+    assert math.isnan(found["reasoning_success"]) and math.isnan(found["standard_deviation"]["reasoning_success"])
+
+
+def test_sets_alone_and_sets_without_answers(pair, tmp_path, capsys):
+    one, bare = written(tmp_path / "one.jsonl", ROWS[:4]), written(tmp_path / "bare.jsonl", [{"prompt": "1+1="}])
+    found = figures(pair, tmp_path, f"--eval-dataset={one}", dataset="")
+    assert found["examples"] == 4
+    assert main([*command(pair, tmp_path, teacher=""), "--eval-dataset", one, bare]) == 2
+    assert "there is no column for the answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", [1, 2])  # without another checkpoint the run begins again
+def test_students_of_another_future_go(keep, pair, tmp_path):
+    words = arguments(pair, tmp_path, steps=6, save_student_every=5, keep=keep, checkpoint_every=3, eval_every=0)
+    assert main([*words, "--lr-schedule=constant"]) == 0
+    run = tmp_path / "r"
+    (run / "students" / "step-000005").rename(run / "students" / "step-000006")
+    (run / "students" / ".step-000006.part").mkdir()
+    for path in (run / "checkpoints" / "step-000006", run / "summary.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(["train", f"--resume={run}"]) == 0
+    assert [path.name for path in (run / "students").iterdir()] == ["step-000005"]

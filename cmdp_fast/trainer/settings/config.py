@@ -42,12 +42,14 @@ class TrainConfig(
     """Settings of `cmdp-fast train`; of several bases a dataclass takes the fields of the last one first."""
 
     REQUIRED_MODELS: ClassVar[tuple[str, ...]] = ("student", "teacher")
+    TRAINS: ClassVar[bool] = True  # or evaluates alone
 
     def validate(self) -> None:
         """Raises InputError on the first value that cannot work; no model or dataset is touched."""
         for name in self.REQUIRED_MODELS:
             _check(getattr(self, name), f"--{name} is missing: give a hub id, a folder or a builtin:… model")
-        _check(bool(self.task) != bool(self.dataset), "give exactly one of --task and --dataset")
+        has_own = not self.TRAINS and self.eval_dataset and not self.task and not self.dataset
+        _check(has_own or bool(self.task) != bool(self.dataset), "give exactly one of --task and --dataset")
         check_ranges(self)
         _check(not self.streaming or self.max_rows > 0, "--streaming needs to know how much to read: --max-rows")
         _check(
