@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 class InputError(ValueError):
@@ -22,6 +23,16 @@ def readable(text: str, most: int = 300) -> str:
     codes, nothing that turns the direction of writing, and no half of a character."""
     short = text if len(text) <= most else f"{text[:most]}..."
     return "".join(c if c.isprintable() else "?" for c in short)
+
+
+def shown(value: Any) -> str:
+    """What a value looks like, fit for a message as `readable` says; somebody else's may be one that cannot be
+    printed."""
+    try:
+        text = repr(value)
+    except Exception:  # its text is made by code that is not ours, and the message is of something else
+        text = f"<{type(value).__name__}>"
+    return readable(text, 200)
 
 
 def first_line(error: BaseException) -> str:

@@ -38,9 +38,17 @@ def packed(completions: Any) -> Packed | None:
     if sequences is None:
         return None
     # Of a prompt of one token and nothing behind it, that token: it predicts nothing, but the row is never empty
-    lengths = (completions.prompt_mask.sum(1) + completions.mask.sum(1) - 1).clamp(min=1)[:, None]
-    place = torch.arange(sequences.input_ids.shape[1], device=lengths.device).expand_as(sequences.input_ids)
-    read = place < lengths
+    lengths = (completions.prompt_mask.sum(1) + completions.mask.sum(1) - 1).clamp(min=1)
     begin = lengths.cumsum(0) - lengths
-    outputs = begin + torch.minimum(sequences.outputs, lengths - 1)
-    return Packed(sequences.input_ids[read][None], place[read][None], outputs)
+    sequence, place = places(lengths, sequences.real)
+    outputs = begin[:, None] + torch.minimum(sequences.outputs, lengths[:, None] - 1)
+    return Packed(sequences.input_ids[sequence, place][None], place[None], outputs)
+
+
+def places(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(row, column) [N] of every token of rows of these lengths [B], one row behind another; N, ``total``, is told, so
+    that the host need not wait for it."""
+    rows = torch.arange(len(lengths), device=lengths.device)
+    row = rows.repeat_interleave(lengths, output_size=total)
+    begin = lengths.cumsum(0) - lengths
+    return row, torch.arange(total, device=lengths.device) - begin[row]

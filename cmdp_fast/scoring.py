@@ -28,7 +28,7 @@ from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.packed import packed
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
-from cmdp_fast.unmasked import unmasked
+from cmdp_fast.unmasked import Lengths, unmasked
 
 Models = tuple[Any, Any]  # student (or the policy in its place) and teacher
 Outputs = tuple[Tensor, Tensor]  # of both
@@ -41,6 +41,7 @@ class TokenBatch(Protocol):
     prompt_mask: Tensor
     tokens: Tensor
     mask: Tensor
+    lengths: Lengths | None  # where the host knows them, and the masks have no holes
 
 
 @dataclass

@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 
+class Lengths(NamedTuple):
+    """Tokens of each prompt and of each completion of a batch: numbers on the host."""
+
+    prompts: list[int]
+    completions: list[int]
+
+
 class Unmasked(NamedTuple):
     """Sequences with their padding behind them."""
 
@@ -20,6 +27,7 @@ class Unmasked(NamedTuple):
     outputs: Tensor  # [B, T]: the place of the output that predicts each token; where masked, any
     earliest: int  # of these places
     aligned: bool  # whether all completions begin at it
+    real: int  # tokens that are read and no padding
 
     def select(self, hidden: Tensor) -> Tensor:
         """The outputs ``[B, T, ...]`` that predict the completions, from all ``[B, W, ...]`` or the last of them."""
@@ -33,25 +41,35 @@ class Unmasked(NamedTuple):
 def unmasked(completions: Any) -> Unmasked | None:
     """The sequences of prompts [B, P] with padding in front and completions [B, T] with padding behind.
 
-    None where that cannot be: a prompt without tokens, or a mask with holes, which attention has to leave out.
+    None where that cannot be: a prompt without tokens, or a mask with holes, which attention has to leave out. The host
+    waits for the device only where the batch does not tell its ``lengths``.
     """
-    prompt_mask, mask = completions.prompt_mask.bool(), completions.mask.bool()
-    prompts, lengths = prompt_mask.sum(1), mask.sum(1)
-    width, tokens = prompt_mask.shape[1], mask.shape[1]
-    device = mask.device
-    in_front = torch.arange(width, device=device) >= (width - prompts)[:, None]
-    behind = torch.arange(tokens, device=device) < lengths[:, None]
-    fits = (in_front == prompt_mask).all() & (behind == mask).all()
-    ends = prompts + lengths
-    # One copy from the device for all that the host has to know
-    fits, shortest, longest, end = torch.stack([fits.long(), prompts.min(), prompts.max(), ends.max()]).tolist()
-    if not fits or shortest == 0:
+    lengths: Lengths | None = completions.lengths or _lengths(completions)
+    if lengths is None or min(lengths.prompts) == 0:
         return None
-    size = max(end - 1, longest)
+    prompts = completions.prompt_mask.sum(1)
+    ends = prompts + completions.mask.sum(1)
+    width, tokens, device = completions.prompt_mask.shape[1], completions.mask.shape[1], ends.device
+    shortest, longest = min(lengths.prompts), max(lengths.prompts)
+    read = [max(prompt + completion - 1, 1) for prompt, completion in zip(*lengths, strict=True)]
+    size = max(*read, longest)
     place = torch.arange(size, device=device)
     ids = torch.cat([completions.prompt_ids, completions.tokens], dim=1)
     real = ids.gather(1, (place + (width - prompts)[:, None]).clamp(max=ids.shape[1] - 1))
     first = real[:, :1]  # a token that the model has, whatever the padding is
     input_ids = torch.where(place < ends[:, None], real, first)
     outputs = (prompts[:, None] - 1 + torch.arange(tokens, device=device)).clamp(max=size - 1)
-    return Unmasked(input_ids, outputs, shortest - 1, shortest == longest)
+    return Unmasked(input_ids, outputs, shortest - 1, shortest == longest, sum(read))
+
+
+def _lengths(completions: Any) -> Lengths | None:
+    """The lengths in a batch; None where a mask has holes."""
+    prompt_mask, mask = completions.prompt_mask.bool(), completions.mask.bool()
+    prompts, lengths = prompt_mask.sum(1), mask.sum(1)
+    width, tokens = prompt_mask.shape[1], mask.shape[1]
+    in_front = torch.arange(width, device=mask.device) >= (width - prompts)[:, None]
+    behind = torch.arange(tokens, device=mask.device) < lengths[:, None]
+    fits = (in_front == prompt_mask).all() & (behind == mask).all()
+    # One copy from the device for all that the host has to know
+    holes, both = torch.cat([(~fits).long()[None], prompts, lengths]).tolist(), len(prompts)
+    return None if holes[0] else Lengths(holes[1 : both + 1], holes[both + 1 :])

@@ -33,7 +33,7 @@ def batch(prompts=(3, 5, 1), lengths=(4, 1, 6), seed=0) -> SimpleNamespace:
     mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
     prompt_ids = torch.randint(3, 101, prompt_mask.shape, generator=generator).masked_fill(~prompt_mask, 0)
     ids = torch.randint(3, 101, mask.shape, generator=generator).masked_fill(~mask, 0)
-    return SimpleNamespace(prompt_ids=prompt_ids, prompt_mask=prompt_mask, tokens=ids, mask=mask)
+    return SimpleNamespace(prompt_ids=prompt_ids, prompt_mask=prompt_mask, tokens=ids, mask=mask, lengths=None)
 
 
 def with_a_mask(model, completions) -> torch.Tensor:

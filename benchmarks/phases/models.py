@@ -8,26 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from public_models import QWEN2_5_1_5B, QWEN2_5_7B
 
-# Of Qwen2.5-1.5B and 7B, from their public configurations.
-STUDENT: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-TEACHER: dict[str, Any] = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
+STUDENT, TEACHER = QWEN2_5_1_5B, QWEN2_5_7B
 TOY: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 16,

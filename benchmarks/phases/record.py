@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 FORMAT = 1
 DONE, FAILED, ABSENT, LEFT_OUT, RUNNING = "done", "failed", "absent", "left out", "running"
 TRACE = 12  # lines of a traceback
@@ -80,7 +83,7 @@ class Record:
 
     def write(self) -> None:
         part = self.path.with_name(f".{self.path.name}")
-        text = json.dumps(finite(self.content), indent=1, allow_nan=False, default=str)
+        text = json.dumps(portable(finite(self.content), self.path.parent), indent=1, allow_nan=False, default=str)
         with open(part, "w", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
@@ -180,6 +183,20 @@ def told(error: BaseException) -> dict[str, Any]:
 
 def stamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def portable(value: Any, out: Path, root: Path = ROOT, temporary: str = tempfile.gettempdir()) -> Any:
+    """The value without the places that files have on one machine: those of the checkout and of the record's folder
+    are told from there, and temporary folders are ``TMP``."""
+    if isinstance(value, dict):
+        return {key: portable(item, out, root, temporary) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item, out, root, temporary) for item in value]
+    if not isinstance(value, str):
+        return value
+    for folder in sorted((str(out), str(root)), key=len, reverse=True):  # one may lie in the other
+        value = value.replace(f"{folder}{os.sep}", "").replace(folder, ".")
+    return re.sub(rf"{re.escape(temporary)}{re.escape(os.sep)}tmp\w+", "TMP", value)
 
 
 def finite(value: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.scoring import make_scoring
 
@@ -17,7 +16,7 @@ from .material import load
 from .models.memory_estimate import MemoryEstimate, estimate_memory
 from .models.offload import check_offload
 from .optimization import check_optimizer
-from .padding import misled_by_packing, misled_by_padding
+from .padding import check_reading
 from .records.metrics_log import check_trackers
 from .records.report import Report
 from .records.run_folder import check_run_folder
@@ -42,15 +41,10 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     sampling = make_sampling(config, *models, material.tokenizer)
     roles = dict(zip(("student", "teacher"), models, strict=True))
     half = config.mixed_precision == "bf16"
-    dtypes = [torch.bfloat16] if half else []
     with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as in the training
         free = config.padding_free
         scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature, padding_free=free)
-        misled = misled_by_padding(roles, sampling.vocab_size, sampling.pad, dtypes)
-        if not misled and free:
-            misled = misled_by_packing(roles, scoring.outputs, sampling.vocab_size, dtypes)
-    if misled:
-        raise InputError(misled)
+        check_reading(roles, scoring.outputs, sampling, padding_free=free, half=half)
     if config.rollout:
         import_function("--rollout", config.rollout)
     longest = max(len(ids) for ids in material.prompts)

@@ -54,6 +54,10 @@ class EvaluateConfig(TrainConfig):
         super().validate()
         if not self.temperature and (self.eval_generations > 1 or len(self.seeds) > 1):
             raise InputError("--temperature 0 gives the same completion each time: one generation and one seed are all")
+        if self.held_out and (self.eval_dataset or self.eval_split):
+            raise InputError(
+                "--held-out is a part of --dataset: not with --eval-dataset or --eval-split, which are whole"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds {' '.join(map(str, self.seeds))}: one stands twice")
 
@@ -94,7 +98,9 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     collector = _collector(config, accelerator, student, material)
     figures: dict[str, Any] = {}
     for name, rows in material.sets.items():
-        runs = [_figures(config, collector, student, rows, report, seed) for seed in config.seeds or (EVALUATION_SEED,)]
+        # Each process has a random state of its own, and none of one seed is one of another
+        seeds = [seed * accelerator.num_processes for seed in config.seeds] or [EVALUATION_SEED]
+        runs = [_figures(config, collector, student, rows, report, seed) for seed in seeds]
         figures[name] = _together(runs)
         if accelerator.is_main_process:
             print_figures(config, figures[name], name)

@@ -20,11 +20,12 @@ from cmdp_fast import batches, objective, scoring
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.credit import at_last_token, task_rewards
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
+from cmdp_fast.packed import places
 from cmdp_fast.reward_functions import Logged
-from cmdp_fast.split_rows import SplitRows
 
 from .distributed import any_process, together
 from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
+from .models.split_rows import SplitRows
 from .records.clock import Clock
 from .rollout import Rollout, Sampling, generate
 from .settings.config import TrainConfig
@@ -82,9 +83,10 @@ class KeptOutputs:
             SplitRows(flat, total, here) if here < total else flat.new_empty(total, *flat.shape[1:]),
         )
 
-    def keep(self, outputs: Tensor, mask: Tensor) -> None:
-        """Takes the outputs [B, T, ...] of these completions, with their mask [B, T]."""
-        self.outputs[self._places(mask)[mask]] = outputs[mask]
+    def keep(self, outputs: Tensor, mask: Tensor, part: MicroBatch) -> None:
+        """Takes the outputs [b, t, ...] of some completions, of which these are ``rows``, with their mask [b, t]."""
+        row, column = places(mask.sum(1), sum(part.lengths.completions))
+        self.outputs[self.first[row] + column] = outputs[row, column]
 
     def rows(self, part: MicroBatch) -> KeptOutputs:
         """Those of some completions, in the same memory."""
@@ -280,7 +282,7 @@ class Collector:
                 if any_process(kept is None, self.accelerator):  # a teacher that is spread over all is asked by all
                     kept = None
             if kept is not None:
-                kept.rows(part).keep(outputs[1], some.mask)
+                kept.rows(part).keep(outputs[1], some.mask, part)
         account, value = in_order(parts, settled)
         return Experience(
             **vars(completions), **account._asdict(), last_reward=last_reward, value=value, teacher_outputs=kept

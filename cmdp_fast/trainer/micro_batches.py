@@ -8,14 +8,15 @@ order, and nothing else changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from cmdp_fast import batches
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
+from cmdp_fast.unmasked import Lengths
 
 from .rollout import Rollout
 from .settings.config import TrainConfig
@@ -24,51 +25,66 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Lengths(NamedTuple):
-    """Tokens of each prompt and of each completion of a batch: numbers on the host, asked of the device once."""
-
-    prompts: list[int]
-    completions: list[int]
-
-
 def lengths_of(rollout: Rollout) -> Lengths:
-    """The lengths in a batch."""
+    """The lengths in a batch, asked of the device once."""
     both = torch.stack((rollout.prompt_mask.sum(1), rollout.mask.sum(1))).tolist()
     return Lengths(*both)
 
 
-class MicroBatch(NamedTuple):
-    """Some rows of a batch, the real tokens among theirs, and the columns that hold them."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some rows of a batch, as wide as the longest of their prompts and completions."""
 
     rows: list[int]
-    prompt: int  # columns, at least one
-    completion: int
-    tokens: int  # real ones of prompts and completions
+    lengths: Lengths  # of these rows
     packed: bool = False  # whether a model reads them without padding
+    _index: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def prompt(self) -> int:
+        """Columns of the prompts, at least one."""
+        return max(*self.lengths.prompts, 1)
+
+    @property
+    def completion(self) -> int:
+        """Columns of the completions, at least one."""
+        return max(*self.lengths.completions, 1)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of prompts and completions."""
+        return sum(self.lengths.prompts) + sum(self.lengths.completions)
 
     @property
     def padded(self) -> int:
         """Places for tokens in what a model reads."""
         return self.tokens if self.packed else len(self.rows) * (self.prompt + self.completion)
 
+    def index(self, device: torch.device) -> Tensor:
+        """The rows on a device, brought there once and without waiting for it."""
+        if device not in self._index:
+            rows = torch.tensor(self.rows, pin_memory=device.type == "cuda")
+            self._index[device] = rows.to(device, non_blocking=True)
+        return self._index[device]
+
     def of(self, tensor: Tensor) -> Tensor:
         """Its part of a tensor [B] or [B, T, ...], without the columns behind its longest completion."""
-        index = torch.tensor(self.rows, device=tensor.device)
+        index = self.index(tensor.device)
         return tensor[index] if tensor.dim() == 1 else tensor[:, : self.completion][index]
 
     def of_rollout(self, rollout: Rollout) -> Rollout:
         """Its part of the completions, without the columns before its longest prompt as well."""
-        index = torch.tensor(self.rows, device=rollout.tokens.device)
+        index = self.index(rollout.tokens.device)
         before = rollout.prompt_ids.shape[1] - self.prompt
         drawn = rollout.sampler_logprob
-        return replace(
-            rollout,
+        return Rollout(
             prompt_ids=rollout.prompt_ids[:, before:][index],
             prompt_mask=rollout.prompt_mask[:, before:][index],
             tokens=self.of(rollout.tokens),
             mask=self.of(rollout.mask),
             finished=self.of(rollout.finished),
             sampler_logprob=None if drawn is None else self.of(drawn),
+            lengths=self.lengths,
         )
 
 
@@ -109,8 +125,7 @@ def split_into(number: int, parts: list[MicroBatch], lengths: Lengths) -> list[M
 
 
 def _measured(rows: list[int], lengths: Lengths, packed: bool) -> MicroBatch:
-    prompts, completions = ([of_all[row] for row in rows] for of_all in lengths)
-    return MicroBatch(rows, max(*prompts, 1), max(*completions, 1), sum(prompts) + sum(completions), packed)
+    return MicroBatch(rows, Lengths(*([of_all[row] for row in rows] for of_all in lengths)), packed)
 
 
 def widened(account: ConstrainedReward, width: int) -> ConstrainedReward:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line, shown
+from cmdp_fast.unmasked import Lengths
 from cmdp_fast.vocabulary import common_vocabulary
 
 from .causal_lm import CausalLM
@@ -36,6 +37,7 @@ class Rollout:
     mask: Tensor
     finished: Tensor  # [B]: ends with an end-of-sequence token or a stop string
     sampler_logprob: Tensor | None = None  # [B, T], where the sampler reports it
+    lengths: Lengths | None = None  # where the host knows them already: masks are then as long, and without holes
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -43,7 +45,7 @@ class Rollout:
     def without_truncated(self) -> Rollout:
         """The same completions with nothing marked of those that are not finished (TRL's `mask_truncated_completions`):
         they count for no loss."""
-        return replace(self, mask=self.mask & self.finished[:, None])
+        return replace(self, mask=self.mask & self.finished[:, None], lengths=None)
 
     def completion_ids(self) -> list[list[int]]:
         """The completions without padding."""
@@ -130,7 +132,7 @@ def encode_prompts(rows: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
         else:
             ids.append(tokenizer(_rendered(row, tokenizer), add_special_tokens=False)["input_ids"])
         if not ids[-1]:
-            raise InputError(f"the prompt {short(prompt)} has no tokens")
+            raise InputError(f"the prompt {shown(prompt)} has no tokens")
     return ids
 
 
@@ -156,17 +158,8 @@ def _rendered(row: Problem, tokenizer: Any) -> str:
             **(row.get("chat_template_kwargs") or {}),
         )
     except Exception as error:  # of the template's own, in whatever form
-        raise InputError(f"the chat template refuses the prompt {short(row['prompt'])}: {first_line(error)}") from error
+        raise InputError(f"the chat template refuses the prompt {shown(row['prompt'])}: {first_line(error)}") from error
     return text
-
-
-def short(value: Any) -> str:
-    """What a value looks like, in an error; somebody else's may be one that cannot be printed."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def check_tokens(prompts: Sequence[list[int]], models: Sequence[CausalLM]) -> None:

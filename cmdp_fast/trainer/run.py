@@ -11,10 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 
 from .distributed import any_process, check_training, main_first, make_accelerator, on_device, prepare_student, together
@@ -25,7 +23,7 @@ from .methods.method import method_named
 from .models.offload import check_offload
 from .models.value_head import ValueHead
 from .optimization import check_optimizer, make_optimizer, make_scheduler
-from .padding import misled_by_packing, misled_by_padding
+from .padding import check_reading
 from .records.checkpoint import remove_checkpoints
 from .records.clock import Clock
 from .records.lock import alone_in
@@ -130,21 +128,8 @@ def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Mo
         rollout=import_function("--rollout", config.rollout) if config.rollout else None,
         problem_count=len(material.problems),
     )
-    _check_padding(collector)
+    models = {"student": model, **({} if collector.teacher is None else {"teacher": collector.teacher})}
+    half = accelerator.mixed_precision == "bf16"
+    with together(accelerator), accelerator.autocast():
+        check_reading(models, collector.outputs, sampling, padding_free=config.padding_free, half=half)
     return collector
-
-
-def _check_padding(collector: Collector) -> None:
-    """Raises InputError, in every process, for a model that padding would mislead, or rows without."""
-    accelerator, sampling = collector.accelerator, collector.sampling
-    models = {"student": accelerator.unwrap_model(collector.student)}
-    if collector.teacher is not None:
-        models["teacher"] = collector.teacher
-    dtypes = [torch.bfloat16] if accelerator.mixed_precision == "bf16" else []
-    with accelerator.autocast():
-        misled = misled_by_padding(models, sampling.vocab_size, sampling.pad, dtypes)
-        if not misled and collector.config.padding_free:
-            misled = misled_by_packing(models, collector.outputs, sampling.vocab_size, dtypes)
-    with together(accelerator):
-        if misled:
-            raise InputError(misled)

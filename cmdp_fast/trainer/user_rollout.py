@@ -14,10 +14,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, shown
+from cmdp_fast.own_code import errors_named, told_of
 
 from .causal_lm import CausalLM
-from .rollout import Rollout, Sampling, assemble, short
+from .rollout import Rollout, Sampling, assemble
 
 RolloutFunction = Callable[..., dict[str, Any]]
 
@@ -28,10 +29,8 @@ def call_rollout(
     """The completions that a function of the user's samples. Raises InputError if it raises, and for anything that it
     may not return."""
     option = f"--rollout {name}"
-    try:
+    with errors_named(option, function), told_of(option):
         result = function(prompts=prompts, sampling=sampling, policy=policy)
-    except Exception as error:
-        raise InputError(f"{option} raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(result, dict) or "completion_ids" not in result:
         raise InputError(f"{option} must return a dict with completion_ids, it returned {type(result).__name__}")
     rows = _sized(result["completion_ids"], len(prompts), f"{option} returned", "completions", "prompts")
@@ -50,7 +49,7 @@ def _sized(values: Any, count: int, what: str, of: str, to: str) -> list[Any]:
     """The values as a list of so many."""
     try:
         listed = list(values)
-    except Exception as error:
+    except Exception as error:  # an object of the user's, whose iteration is the user's code
         raise InputError(f"{what} a {type(values).__name__}, expected {count} {of}") from error
     if len(listed) != count:
         raise InputError(f"{what} {len(listed)} {of} for {count} {to}")
@@ -62,7 +61,7 @@ def _tokens(ids: Any, sampling: Sampling, option: str) -> list[int]:
     expected = f"expected tokens from 0 to {sampling.vocab_size - 1}"
     try:
         tokens = [operator.index(token) for token in ids]
-    except Exception as error:
+    except Exception as error:  # likewise
         raise InputError(f"{option} returned a completion that is no list of integers, {expected}") from error
     if not 0 < len(tokens) <= sampling.max_new_tokens:
         raise InputError(
@@ -70,9 +69,9 @@ def _tokens(ids: Any, sampling: Sampling, option: str) -> list[int]:
         )
     for token in tokens:
         if not 0 <= token < sampling.vocab_size:
-            raise InputError(f"{option} returned token {short(token)}, {expected}")
+            raise InputError(f"{option} returned token {shown(token)}, {expected}")
     if any(token in sampling.eos for token in tokens[:-1]):
-        raise InputError(f"{option} returned tokens after an end of sequence: {short(tokens)}")
+        raise InputError(f"{option} returned tokens after an end of sequence: {shown(tokens)}")
     return tokens
 
 
@@ -84,8 +83,8 @@ def _numbers(row: Any, count: int, option: str) -> list[float]:
     for value in listed:
         try:
             finite = math.isfinite(value)
-        except Exception:
+        except (TypeError, ValueError, OverflowError):  # no number, a tensor of several, one that no float can hold
             finite = False
         if not finite:
-            raise InputError(f"{option} returned {short(value)} among its logprobs, expected finite numbers, in nats")
+            raise InputError(f"{option} returned {shown(value)} among its logprobs, expected finite numbers, in nats")
     return [float(value) for value in listed]

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from public_models import QWEN2_5_1_5B, QWEN2_5_7B
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM
 
@@ -17,25 +18,7 @@ from cmdp_fast.trainer.models.memory_estimate import MemoryEstimate, estimate_me
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.recipe import read_recipe
 
-QWEN_STUDENT = {
-    "model_type": "qwen2",
-    "vocab_size": 151_936,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 4096,
-}
-QWEN_TEACHER = QWEN_STUDENT | {
-    "vocab_size": 152_064,
-    "hidden_size": 3584,
-    "intermediate_size": 18_944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
+QWEN: dict[str, Any] = {"model_type": "qwen2", "max_position_embeddings": 4096}
 LLAMA_STUDENT = {
     "model_type": "llama",
     "vocab_size": 128_256,
@@ -60,7 +43,7 @@ LLAMA_TEACHER = {
     "max_position_embeddings": 131_072,
     "pad_token_id": 128_004,
 }
-MODELS = {"qwen2.5-math": (QWEN_STUDENT, QWEN_TEACHER), "llama-3.2": (LLAMA_STUDENT, LLAMA_TEACHER)}
+MODELS = {"qwen2.5-math": (QWEN | QWEN2_5_1_5B, QWEN | QWEN2_5_7B), "llama-3.2": (LLAMA_STUDENT, LLAMA_TEACHER)}
 ON_EIGHT = {"prompts_per_step": 2, "minibatch_size": 4, "micro_batch_size": 4}
 
 

@@ -42,6 +42,8 @@ def test_all_that_is_given_is_evaluated(pair, tmp_path):
     whole = written(tmp_path / "all.jsonl")
     assert figures(pair, tmp_path, dataset=whole)["examples"] == 20  # 4, the held-out fifth
     assert figures(pair, tmp_path, dataset=whole, eval_prompts=7)["examples"] == 7
+    many = written(tmp_path / "many.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(300)])
+    assert figures(pair, tmp_path, dataset=many)["examples"] == 300  # a training's evaluations have 256 at most
     twice = written(tmp_path / "twice.jsonl", ROWS[:3] * 2)
     assert figures(pair, tmp_path, dataset=twice)["examples"] == 6
     assert figures(pair, tmp_path, "--held-out", dataset=whole)["examples"] < 20
@@ -82,12 +84,18 @@ def test_a_training_is_evaluated_on_a_set_of_its_own(pair, tmp_path):
 
 def test_greedy_and_seeds(pair, tmp_path):
     whole = written(tmp_path / "all.jsonl")
-    greedy = [figures(pair, tmp_path, dataset=whole, temperature=0, teacher=pair["student"]) for _ in range(2)]
+    changes = {"dataset": whole, "temperature": 0, "teacher": pair["student"]}
+    greedy = [figures(pair, tmp_path, "--seeds", seed, **changes) | {"seeds": None} for seed in "12"]
     assert greedy[0] == greedy[1] and greedy[0]["mean_cumulative_kl"] > 0
     one, two = (figures(pair, tmp_path, "--seeds", seed, dataset=whole)["mean_length"] for seed in "12")
     both = figures(pair, tmp_path, "--seeds", "1", "2", dataset=whole)
     assert one != two and both["mean_length"] == pytest.approx((one + two) / 2) and both["seeds"] == [1, 2]
     assert both["standard_deviation"]["mean_length"] == pytest.approx(abs(one - two) / 2**0.5)
+
+
+def test_a_held_out_part_is_one_of_a_dataset(pair, tmp_path, capsys):
+    assert main([*command(pair, tmp_path), "--held-out", "--eval-split", "test"]) == 2
+    assert "--held-out is a part of --dataset" in capsys.readouterr().err
 
 
 def test_greedy_is_one_completion(pair, tmp_path, capsys):

@@ -10,22 +10,28 @@ import torch
 from tiny_models import gradients
 from tiny_pair import learner_of, settings
 
-from cmdp_fast import batches
+from cmdp_fast import batches, packed, scoring, unmasked
 from cmdp_fast.credit import at_last_token
 from cmdp_fast.trainer.experience import Experience
-from cmdp_fast.trainer.micro_batches import Lengths, MicroBatch, lengths_of, split, split_into
+from cmdp_fast.trainer.micro_batches import lengths_of, split, split_into
+from cmdp_fast.unmasked import Lengths
 
 
 def test_bounds_and_order():
     lengths = Lengths([2, 5, 1, 1, 2], [3, 3, 9, 1, 3])
     parts = split([4, 3, 2, 1, 0], lengths, count=2)
-    assert parts == [MicroBatch([2, 1], 5, 9, 18), MicroBatch([4, 0], 2, 3, 10), MicroBatch([3], 1, 1, 2)]
+    assert [(part.rows, part.prompt, part.completion, part.tokens) for part in parts] == [
+        ([2, 1], 5, 9, 18),
+        ([4, 0], 2, 3, 10),
+        ([3], 1, 1, 2),
+    ]
     assert [part.padded for part in parts] == [28, 10, 2]
     # 16 places: the second has 10 for itself, and 8 for each of two; the count still holds
     assert [part.rows for part in split(range(5), lengths, count=9, tokens=16)] == [[2], [1, 0], [4, 3]]
     assert [part.rows for part in split(range(5), lengths, count=1, tokens=16)] == [[2], [1], [0], [4], [3]]
     assert [part.rows for part in split(range(5), lengths, count=9, tokens=1)] == [[2], [1], [0], [4], [3]]
-    assert split([0], Lengths([0], [0]), count=3, tokens=7) == [MicroBatch([0], 1, 1, 0)]
+    (empty,) = split([0], Lengths([0], [0]), count=3, tokens=7)
+    assert (empty.prompt, empty.completion, empty.tokens) == (1, 1, 0)
     assert split([], lengths, count=3) == []
 
 
@@ -150,3 +156,20 @@ def test_micro_batches_are_as_wide_as_their_longest(pair):
     splitter, real = learner.collector.splitter, 33 + 4 * (1 + 3 + len(prompts[2]))
     assert splitter.real_tokens == splitter.padded_tokens == 2 * real
     assert len(read) == 36 and sum(read) == 3 * (real - 12)  # nobody reads a completion's last token; the teacher once
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("algorithm", ["ppo", "minillm"])
+def test_lengths_that_the_host_knows_are_not_asked_for(algorithm, padding_free, pair, monkeypatch):
+    """For each micro-batch it would wait for the device, and the layout is that of the lengths that it would get."""
+    learner, rows, prompts = learner_of(settings(pair, algorithm=algorithm, padding_free=padding_free))
+    learner.collector.rollout = unlike
+    asked, made = [], []
+    measure, lay_out = unmasked._lengths, unmasked.unmasked
+    monkeypatch.setattr(unmasked, "_lengths", lambda given: asked.append(given) or measure(given))
+    for module in (packed, scoring):
+        monkeypatch.setattr(module, "unmasked", lambda given: made.append(given) or lay_out(given))
+    learner.step(rows, prompts)
+    assert not asked and made
+    for completions in made:
+        assert completions.lengths == measure(completions)

@@ -14,17 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.split_rows import SplitRows
 from cmdp_fast.trainer import optimization
 from cmdp_fast.trainer.distributed import check_sharding
 from cmdp_fast.trainer.experience import KeptOutputs
-from cmdp_fast.trainer.micro_batches import Lengths, split
+from cmdp_fast.trainer.micro_batches import split
 from cmdp_fast.trainer.models import offload
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.models.offload import HostCopies, Offload, check_offload, layers_of, move_state
+from cmdp_fast.trainer.models.split_rows import SplitRows
 from cmdp_fast.trainer.optimization import check_optimizer, make_optimizer, moments, optimizer_bytes
 from cmdp_fast.trainer.records.checkpoint import load_checkpoint, save_checkpoint
 from cmdp_fast.trainer.records.report import Report
+from cmdp_fast.unmasked import Lengths
 
 
 class Moves(TorchDispatchMode):
@@ -53,9 +54,9 @@ class Moves(TorchDispatchMode):
 def test_split_rows_are_the_rows(here, at_once):
     whole = torch.randn(7, 3, 2)
     split = SplitRows(whole, 7, here)
-    assert (len(split.here), len(split.elsewhere), len(split)) == (here, 7 - here, 7)
-    for start in range(0, 7, at_once):
-        split[start : min(start + at_once, 7)] = whole[start : start + at_once]
+    assert (len(split.here), len(split.elsewhere)) == (here, 7 - here)
+    for rows in torch.arange(7).split(at_once):
+        split[rows] = whole[rows]
     for index in ([6, 0, 3], [0], [6], [2, 2, 5], list(range(7)), []):
         index = torch.tensor(index, dtype=torch.long)
         assert torch.equal(split[index], whole[index])
@@ -77,7 +78,7 @@ def test_outputs_that_do_not_fit_spill(here):
     def kept(spills):
         made = KeptOutputs.if_they_fit(mask, lengths, outputs[:2], 3 * here * size + 1, spills)
         for part in split(range(5), whole, count=2) if made else ():
-            made.rows(part).keep(part.of(outputs), part.of(mask))
+            made.rows(part).keep(part.of(outputs), part.of(mask), part)
         return made
 
     spilled = kept(True)

@@ -65,7 +65,7 @@ class PPO(Method):
             for part in split(cut, lengths_of(rollout), **bounds, packed=c.padding_free):
                 longer, place = one_token_more(part.of_rollout(rollout))
                 value = value_head(self.collector.outputs(student, longer))
-                values[part.rows] = value.gather(1, place[:, None])[:, 0]
+                values[part.index(values.device)] = value.gather(1, place[:, None])[:, 0]
         return values
 
     def _by_constraint(self, experience: Experience, constraint: Constraint) -> Tensor:
@@ -118,4 +118,4 @@ def one_token_more(rollout: Rollout) -> tuple[Rollout, Tensor]:
     place = torch.arange(1, rollout.mask.shape[1] + 1, device=rollout.mask.device).mul(rollout.mask).amax(1)
     tokens, mask = (torch.cat([each, torch.zeros_like(each[:, :1])], 1) for each in (rollout.tokens, rollout.mask))
     mask[torch.arange(len(place), device=place.device), place] = True
-    return replace(rollout, tokens=tokens, mask=mask, sampler_logprob=None), place
+    return replace(rollout, tokens=tokens, mask=mask, sampler_logprob=None, lengths=None), place

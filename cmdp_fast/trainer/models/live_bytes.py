@@ -1,4 +1,8 @@
-"""The bytes of tensors that are alive while something runs, without memory for them: on shapes alone."""
+"""The bytes of tensors that are alive while something runs, without memory for them: on shapes alone.
+
+PyTorch's own tracker (`torch.distributed._tools.mem_tracker`) has the weights that autocast copies among the
+activations; they are kept from one pass to the next, in the rollout too, and have to be told apart.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@ state.
 
 In the update the student needs the optimizer, and of the teacher its head and the hidden states that were kept. In
 everything else, rollout, scoring and evaluations, the teacher is whole and the optimizer away.
+
+accelerate's `cpu_offload_with_hook` would take the head along, and bring to the host in each step what never changes.
 """
 
 from __future__ import annotations

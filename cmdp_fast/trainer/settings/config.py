@@ -172,7 +172,7 @@ def check_ranges(config: TrainConfig) -> None:
 
 def check_choices(config: TrainConfig) -> None:
     """Raises InputError for a name that is not one of its field's."""
-    for name, kind in get_type_hints(TrainConfig).items():
+    for name, kind in get_type_hints(type(config)).items():
         choices, value = get_args(kind), getattr(config, name)
         if get_origin(kind) is Literal:
             _check(value in choices, f"--{_flag(name)} must be one of {', '.join(choices)}, not {value}")

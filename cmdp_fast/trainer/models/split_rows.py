@@ -20,12 +20,9 @@ class SplitRows:
             (count - here, *shape), dtype=like.dtype, device="cpu", pin_memory=like.device.type == "cuda"
         )
 
-    def __len__(self) -> int:
-        return len(self.here) + len(self.elsewhere)
-
-    def __setitem__(self, rows: slice | Tensor, values: Tensor) -> None:
-        """Writes the values ``[N, ...]`` to a slice that has both ends and no step, or to an index ``[N]`` of int64."""
-        index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()
+    def __setitem__(self, rows: Tensor, values: Tensor) -> None:
+        """Writes the values ``[N, ...]`` to an index ``[N]`` of int64."""
+        index = rows.cpu()
         is_here = index < len(self.here)
         if is_here.any():
             self.here[index[is_here].to(values.device)] = values[is_here.to(values.device)]
