@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import hosted
@@ -304,3 +305,25 @@ def test_a_value_that_is_off_or_was_not_written_is_a_problem(tmp_path, monkeypat
     assert len(problems) == 2 and all("entropy: error 0.0001" in problem for problem in problems)
     monkeypatch.setattr(Batch, "statistics", unwritten)
     assert "float32 gradient is not finite" in checks.against_float64(here, "torch", inputs)["problems"]
+
+
+def test_a_record_names_no_place_of_one_machine(tmp_path, phases):
+    record, _ = phases
+    root, out = record.ROOT, tmp_path / "out"
+    out.mkdir()
+    made = record.Record.new(out / "prove.json", "prove", "prove", True, 60)
+    made.content["parts"] = [
+        {
+            "command": [f"{root}/tests/ops", f"--rootdir={root}", f"--junit-xml={out}/tests-0.xml"],
+            "error": f"no {tempfile.gettempdir()}/tmpab_12/runs",
+            "seconds": 1.5,
+        }
+    ]
+    made.write()
+    assert record.Record.read(out / "prove.json").parts == [
+        {
+            "command": ["tests/ops", "--rootdir=.", "--junit-xml=tests-0.xml"],
+            "error": "no TMP/runs",
+            "seconds": 1.5,
+        }
+    ]
