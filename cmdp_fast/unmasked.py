@@ -2,7 +2,7 @@
 
 A token of a causal model sees those before it alone. With padding at the end no real token sees any, whatever stands
 there, and the plain causal pattern is exact: transformers then makes no mask of B x W x W, which is 1 GiB for four rows
-of 16,384 tokens, and attention takes its fastest kernel. Models without a mask (recurrent ones) are right too.
+of 16,384 tokens, and attention may take kernels that know none. Models without a mask (recurrent ones) are right too.
 """
 
 from __future__ import annotations

@@ -130,6 +130,6 @@ def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Mo
     )
     models = {"student": model, **({} if collector.teacher is None else {"teacher": collector.teacher})}
     half = accelerator.mixed_precision == "bf16"
-    with together(accelerator), accelerator.autocast():
+    with together(accelerator), accelerator.autocast():  # all read the same tokens, and find the same
         check_reading(models, collector.outputs, sampling, padding_free=config.padding_free, half=half)
     return collector

@@ -9,7 +9,7 @@ from torch import Tensor
 class SplitRows:
     """A tensor ``[B, ...]`` of which the device has the first rows and the host the others; read some rows at a time.
 
-    On a GPU the host's memory is pinned, so that rows come back at the speed of the bus.
+    For a GPU the host's memory is pinned, from which it copies by itself.
     """
 
     def __init__(self, like: Tensor, count: int, here: int) -> None:

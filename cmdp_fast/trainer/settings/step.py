@@ -74,8 +74,8 @@ class StepSettings:
     """Tokens that go through a model at once, at most: prompts and completions, with the padding between completions of
     like length (with `padding_free` there is none). A completion that is longer goes alone. 0: any number."""
     padding_free: bool = False
-    """Whether the completions of a micro-batch are read one after another in a single row, without padding. It pays
-    with an `attn_implementation` of flash attention; others compute, and mask, each token of the row against all
+    """Whether the completions of a micro-batch are read one after another in a single row, without padding. It is
+    meant for an `attn_implementation` of flash attention; others compute, and mask, each token of the row against all
     others. Models that mix such sequences (Bloom, Mamba, OPT, …) are refused. Sampling has padding in any case."""
     teacher_cache_mb: Annotated[int, NOT_NEGATIVE] = 512
     """The teacher's hidden states (or logits) are kept from scoring to update if they fit in this, otherwise computed
