@@ -32,9 +32,9 @@ On the machine, in the checkout that the wheel was made of (other kernels than t
     export PYTHONPATH=$PWD/build/site
     python3 benchmarks/gpu.py prove --out results      # then logits, linear, train
 
-On an H200 `prove` took 224 s and `linear` 240 s. In 265 s `logits` had done 24 of its 65 parts, and in 300 s `train` three
-of five; --only runs others later. Join phases with `;`: exit code 1 says that some part failed, which the next one does not
-depend on.
+On an H200 `prove` took 224 s and `linear` 240 s. In 265 s `logits` had done 24 of its 65 parts, and in 300 s `train`
+three of five; --only runs others later. Join phases with `;`: exit code 1 says that some part failed, which the next
+one does not depend on.
 
 A checkout whose package is not installed is used as it is: Triton needs no more than gcc and Python.h, for its
 launcher, and the native module and the CUDA kernels are there if `python setup.py build_ext --inplace` (with
