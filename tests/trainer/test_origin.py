@@ -109,7 +109,8 @@ def test_any_piece_of_a_file_of_weights_counts(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_with_less_memory(pair, tmp_path):
-    """The rest of its figures are the same but for rounding."""
+    """The rest of its figures are the same but for the rounding of float32, whose sums are taken in another order."""
+    roundings = 100 * torch.finfo(torch.float32).eps  # of gradients, which two steps of the optimiser carry on
     assert main(command(pair, tmp_path, steps=3, checkpoint_every=1)) == 0
     assert main(command(pair, tmp_path, steps=3, checkpoint_every=1, name="s", micro_batch_size=12)) == 0
     more = [f"--resume={tmp_path / 's'}", "--steps=5", "--micro-batch-size=2", "--micro-batch-tokens=40"]
@@ -118,4 +119,4 @@ def test_a_run_goes_on_with_less_memory(pair, tmp_path):
     assert main(["train", f"--resume={tmp_path / 'r'}", "--steps=5"]) == 0
     for one, other in zip(metrics(tmp_path / "r")[3:], metrics(tmp_path / "s")[3:], strict=True):
         for name in ("loss", "grad_norm", "reward", "cmdp/mean_cumulative"):
-            assert other[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), name
+            assert other[name] == pytest.approx(one[name], rel=roundings), name
