@@ -126,6 +126,14 @@ def test_means_are_of_those_with_an_opinion(pair):
     assert metrics["cmdp/accuracy"] == 2 / 16 and metrics["cmdp/unjudged"] == 10 / 16
 
 
+def test_a_failed_judge_makes_no_spread(pair):
+    """It had the mean of the seven others, which is not 0.1 in float32."""
+    judged = [0.1] * 7 + [None]
+    config = settings(pair, prompts_per_step=1, num_generations=8)
+    learner, rows, prompts = learner_of(config, reward=lambda completions, **_: judged)
+    assert learner.step(rows, prompts)["frac_reward_zero_std"] == 1.0
+
+
 def test_no_reference_is_no_opinion(pair):
     """A completion of the text `None` was right."""
     config = settings(pair, rewards=("exact_answer", "brevity"))
