@@ -13,9 +13,10 @@ from tiny_pair import arguments, learner_of, settings
 from cmdp_fast import credit, objective
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.evaluate import evaluate
+from cmdp_fast.trainer.evaluate import evaluate, of_several
 from cmdp_fast.trainer.micro_batches import lengths_of, split
 from cmdp_fast.trainer.records.clock import Clock
+from cmdp_fast.trainer.records.samples import samples_text
 from cmdp_fast.trainer.settings.values import typed, words
 from cmdp_fast.trainer.tasks.data import load_problems
 from cmdp_fast.trainer.tasks.judge import programmatic
@@ -132,6 +133,17 @@ def test_a_failed_judge_makes_no_spread(pair):
     config = settings(pair, prompts_per_step=1, num_generations=8)
     learner, rows, prompts = learner_of(config, reward=lambda completions, **_: judged)
     assert learner.step(rows, prompts)["frac_reward_zero_std"] == 1.0
+
+
+def test_a_sample_without_an_opinion_is_neither_right_nor_wrong(pair):
+    """It was wrong."""
+    config = settings(pair, eval_generations=4)
+    learner, rows, _ = learner_of(config, reward=lambda completions, **_: [1.0, 0.0, None, math.nan])
+    figures, samples = evaluate(learner.collector, learner.student, rows[:1], Clock())
+    assert [sample["correct"] for sample in samples] == [True, False, None, None]
+    verdicts = [line.split("[")[-1].split(",")[0] for line in samples_text([("", samples)]).splitlines()[2:]]
+    assert verdicts == ["right", "wrong", "not judged", "not judged"]
+    assert figures["accuracy"] == of_several(samples, 4)["mean@4"] == 0.25 and figures["unjudged"] == 0.5
 
 
 def test_no_reference_is_no_opinion(pair):
