@@ -152,3 +152,15 @@ def test_the_divergences_of_a_completion_leave_masked_tokens_out() -> None:
     found = metrics.divergences(stats, mask)
     assert found.kl.tolist() == [0.5] and found.k1.tolist() == [-0.5]
     assert found.k3.item() == pytest.approx(2.718281828**0.5 - 1 - 0.5)
+
+
+def test_a_reward_of_weight_0_is_logged_alone() -> None:
+    """It made the failed judge of -5, -5, -5, None one that says 0: an advantage of 5."""
+    judged = torch.tensor([-5.0, -5.0, -5.0, torch.nan])
+    both = torch.stack([judged, torch.ones(4)], 1)
+    reward, scored = credit.task_rewards(both, torch.tensor([1.0, 0.0]), 4)
+    assert scored.tolist() == [True, True, True, False] and reward.tolist() == [-5.0] * 4
+    reward, scored = credit.task_rewards(both, torch.tensor([1.0, -2.0]), 4)
+    assert scored.all() and reward.tolist() == [-7.0, -7.0, -7.0, -2.0]
+    reward, scored = credit.task_rewards(both, torch.zeros(2), 4)  # for the constraint alone, with a mean to be logged
+    assert scored.all() and not reward.any()

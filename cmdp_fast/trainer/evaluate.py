@@ -85,7 +85,7 @@ def evaluate(
                 parts.append(collector.complete(policy, rows[some], prompts[some], Clock()))
             else:
                 parts.append(collector.collect(policy, rows[some], prompts[some], constraint, Clock()))
-            samples += _samples(parts[-1], rows[some])
+            samples += _samples(parts[-1], rows[some], collector.judging)
     metrics = collector.measure(joined(parts), constraint, len(everything))
     figures = {ours: metrics[theirs] for ours, theirs in FIGURES.items() if theirs in metrics}
     return figures | {"examples": len(everything)}, whole(samples, len(everything), collector.accelerator)
@@ -106,13 +106,13 @@ def of_several(samples: list[dict[str, Any]], n: int) -> dict[str, float]:
     return figures
 
 
-def _samples(part: Completions, rows: list[Problem]) -> list[dict[str, Any]]:
-    """A dict per completion."""
-    length = part.rollout.mask.sum(1)
+def _samples(part: Completions, rows: list[Problem], judging: str) -> list[dict[str, Any]]:
+    """A dict per completion; `correct` is None where the reward that says so has no opinion."""
+    length, unjudged = part.rollout.mask.sum(1), part.named_rewards[judging].isnan().tolist()
     columns: dict[str, list[Any]] = {
         "prompt": [row["prompt"] for row in rows],
         "completion": part.texts,
-        "correct": part.correct.tolist(),
+        "correct": [None if none else right for right, none in zip(part.correct.tolist(), unjudged, strict=True)],
         "length": length.tolist(),
         "finished": part.rollout.finished.tolist(),
     }

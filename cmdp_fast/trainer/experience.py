@@ -212,8 +212,8 @@ class Collector:
                 verdicts = call_step_verifier(self.step_verifier, rows, texts)
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
             size = 1 if len(rows) % group_size else group_size
-            total, scored = task_rewards(torch.stack(list(named.values()), 1), self.weights, size)
-            total = total - self.config.missing_eos_penalty * (scored & ~rollout.finished)
+            penalty = self.config.missing_eos_penalty * ~rollout.finished
+            total, scored = task_rewards(torch.stack(list(named.values()), 1), self.weights, size, penalty)
             correct = named[self.judging] >= self.config.correct_at  # not where it has no opinion
             return Completions(rollout, texts, total, scored, correct, named, failed, sound, logged=judged.logged)
 

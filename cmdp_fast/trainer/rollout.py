@@ -117,7 +117,7 @@ def embedding_rows(model: CausalLM) -> int:
 
 def encode_prompts(rows: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
     """Token ids of the rows' prompts; the chat template is applied to lists of messages, with the row's `tools` and
-    `chat_template_kwargs`.
+    `chat_template_kwargs`. Where the last message is the assistant's the completion goes on with it.
 
     What a tokenizer puts in front of a text stays, what it puts behind, an end of sequence, does not: the completion
     goes on there. Raises InputError for a prompt without tokens and for messages that the template refuses.
@@ -149,11 +149,13 @@ def _tokens_behind(tokenizer: Any) -> int:
 def _rendered(row: Problem, tokenizer: Any) -> str:
     if tokenizer.chat_template is None:
         raise InputError("the prompts are chat messages, but the student's tokenizer has no chat template")
+    begun = row["prompt"][-1]["role"] == "assistant"
     try:
         text: str = tokenizer.apply_chat_template(
             row["prompt"],
             tools=row.get("tools") or None,  # some templates announce an empty list
-            add_generation_prompt=True,
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
             tokenize=False,
             **(row.get("chat_template_kwargs") or {}),
         )

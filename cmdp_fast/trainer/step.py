@@ -82,10 +82,11 @@ class Learner:
         self.collector.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
         if self.config.grouped:
-            metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(experience.task_reward, group)})
-        given = splitter.padded_tokens - before[0], splitter.real_tokens - before[1]
+            given = torch.where(experience.scored, experience.task_reward, math.nan)  # a group's mean may be rounded
+            metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(given, group)})
+        read = splitter.padded_tokens - before[0], splitter.real_tokens - before[1]
         real = read_tokens(rollout.prompt_mask, rollout.mask)
-        took = self.throughput.end(sampled=float(rollout.mask.sum()), real=real, given=given)
+        took = self.throughput.end(sampled=float(rollout.mask.sum()), real=real, given=read)
         metrics |= {"num_tokens": self.tokens_seen, **took}
         return _with_logged(metrics, mean_metrics(experience.logged, self.accelerator))
 

@@ -180,6 +180,18 @@ def test_a_system_message_before_messages(chatting, tmp_path):
     assert asked(settings(chatting, dataset=path))["4"] == "A1=4;"
 
 
+def test_an_answer_that_has_begun_goes_on(pair):
+    """It was closed, and another one opened behind it. A template that changes it is refused."""
+    rows = [{"prompt": [*messages(f"{i}"), {"role": "assistant", "content": f"{i}+"}]} for i in range(2)]
+    tokenizer = AutoTokenizer.from_pretrained(pair["student"])
+    template = "{% for m in messages %}={{ m['content'] }};{% endfor %}"
+    tokenizer.chat_template = template + "{{ 'A' if add_generation_prompt }}"
+    assert [tokenizer.decode(ids) for ids in encode_prompts(rows, tokenizer)] == ["=0;=0+", "=1;=1+"]
+    tokenizer.chat_template = template.replace("m['content']", "m['content'][:1]")
+    with pytest.raises(InputError, match="the chat template refuses the prompt"):
+        encode_prompts(rows[:1], tokenizer)
+
+
 def test_arguments_of_the_chat_template(chatting, tmp_path):
     """Those of a row count more; as JSON or as the columns of a table, which are filled with None."""
     tools = [{"a": 1}, {"b": 2, "c": 3}]  # a table makes three columns of them

@@ -13,9 +13,10 @@ from tiny_pair import arguments, learner_of, settings
 from cmdp_fast import credit, objective
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.evaluate import evaluate
+from cmdp_fast.trainer.evaluate import evaluate, of_several
 from cmdp_fast.trainer.micro_batches import lengths_of, split
 from cmdp_fast.trainer.records.clock import Clock
+from cmdp_fast.trainer.records.samples import samples_text
 from cmdp_fast.trainer.settings.values import typed, words
 from cmdp_fast.trainer.tasks.data import load_problems
 from cmdp_fast.trainer.tasks.judge import programmatic
@@ -55,18 +56,19 @@ def collected(pair, reward=given, **changes):
 # ---------------------------------------------------------------------------------------------------- no opinion
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
-def test_a_completion_without_an_opinion_is_worth_nothing_to_the_task(pair, baseline):
-    """Its advantage was +5 in the first group, and those of the others were -1.67."""
-    learner, constraint, experience = collected(pair, baseline=baseline, budget=1e9)
+@pytest.mark.parametrize(("baseline", "gamma"), [*((name, 1.0) for name in BASELINES), ("rloo", 0.7), ("grpo", 0.7)])
+def test_a_completion_without_an_opinion_is_worth_nothing_to_the_task(pair, baseline, gamma):
+    """Its advantage was +5 in the first group, and those of the others were -1.67. With a discount, a shorter or longer
+    one than the others had the difference."""
+    learner, constraint, experience = collected(pair, baseline=baseline, gamma=gamma, budget=1e9)
     targets = learner.method.targets(experience, constraint)
     advantage = targets["advantage"]
-    assert torch.equal(experience.scored, SCORED)
+    assert torch.equal(experience.scored, SCORED) and len(set(experience.rollout.mask.sum(1).tolist())) > 1
     assert not advantage[~SCORED].any()  # 0, and not nearly so
     assert advantage[SCORED].isfinite().all() and advantage[4].any()
-    if baseline in ("rloo", "grpo"):
+    if baseline in ("rloo", "grpo") and gamma == 1:
         assert not advantage[:3].any()  # three that are equal
-    if baseline == "rloo":
+    if baseline == "rloo" and gamma == 1:
         assert advantage[[4, 6], 0].tolist() == [1.0, -1.0]
 
 
@@ -126,13 +128,34 @@ def test_means_are_of_those_with_an_opinion(pair):
     assert metrics["cmdp/accuracy"] == 2 / 16 and metrics["cmdp/unjudged"] == 10 / 16
 
 
+def test_a_failed_judge_makes_no_spread(pair):
+    """It had the mean of the seven others, which is not 0.1 in float32."""
+    judged = [0.1] * 7 + [None]
+    config = settings(pair, prompts_per_step=1, num_generations=8)
+    learner, rows, prompts = learner_of(config, reward=lambda completions, **_: judged)
+    assert learner.step(rows, prompts)["frac_reward_zero_std"] == 1.0
+
+
+def test_a_sample_without_an_opinion_is_neither_right_nor_wrong(pair):
+    """It was wrong."""
+    config = settings(pair, eval_generations=4)
+    learner, rows, _ = learner_of(config, reward=lambda completions, **_: [1.0, 0.0, None, math.nan])
+    figures, samples = evaluate(learner.collector, learner.student, rows[:1], Clock())
+    assert [sample["correct"] for sample in samples] == [True, False, None, None]
+    verdicts = [line.split("[")[-1].split(",")[0] for line in samples_text([("", samples)]).splitlines()[2:]]
+    assert verdicts == ["right", "wrong", "not judged", "not judged"]
+    assert figures["accuracy"] == of_several(samples, 4)["mean@4"] == 0.25 and figures["unjudged"] == 0.5
+
+
 def test_no_reference_is_no_opinion(pair):
     """A completion of the text `None` was right."""
     config = settings(pair, rewards=("exact_answer", "brevity"))
-    rows = [{"prompt": "", "answer": answer} for answer in (None, "None", "9")]
-    judged = call_rewards(load_rewards(config, rows[0]), rows, ["None"] * 3, [[1]] * 3, trainer_state(config))
+    rows = [{"prompt": "", "answer": answer} for answer in (None, "None", "9", math.nan)]
+    texts = ["None", "None", "None", "nan"]
+    judged = call_rewards(load_rewards(config, rows[0]), rows, texts, [[1]] * 4, trainer_state(config))
     exact, brief = judged.rewards.values()
-    assert math.isnan(exact[0]) and math.isnan(brief[0]) and exact[1:] == [1.0, 0.0] and brief[1] > brief[2] == 0
+    assert all(math.isnan(values[i]) for values in (exact, brief) for i in (0, 3))
+    assert exact[1:3] == [1.0, 0.0] and brief[1] > brief[2] == 0
 
 
 def test_of_several_functions_those_with_an_opinion_are_added_up(pair):
@@ -215,7 +238,7 @@ def test_accuracy_may_be_another_reward_s(pair, tmp_path):
         settings(pair, rewards=names, accuracy_reward="mine")
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (1.0, 2.0, 3.0), (1.0, math.nan), (math.inf, 1.0)])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 2.0, 3.0), (1.0, math.nan), (math.inf, 1.0), (1e39, 1.0)])
 def test_weights_are_one_finite_number_each(pair, weights):
     with pytest.raises(InputError, match="--reward-weights must be a finite number for each of the 2 --rewards, not"):
         settings(pair, rewards=("exact_answer", "brevity"), reward_weights=weights)

@@ -49,6 +49,8 @@ class PPO(Method):
             advantage = credit.position_advantage(score, unconstrained, c.num_generations, mask, scored)
             return {"advantage": advantage, "direct": direct}
         returns = objective.returns_to_go(experience.reward, mask=mask, gamma=c.gamma)[:, 0]
+        if scored is not None and c.gamma < 1:
+            returns = self._without_length(returns, experience, constraint)
         advantage, scale = credit.sequence_advantage(returns, c.num_generations, c.baseline, scored=scored)
         return {"advantage": torch.where(mask, advantage[:, None], 0.0), "direct": direct / scale[:, None]}
 
@@ -81,6 +83,22 @@ class PPO(Method):
         score = score - objective.returns_to_go(experience.last_reward, mask=mask, gamma=gamma)
         groups = [row // self.config.num_generations for row in range(len(mask))]
         return credit.less_others(score, groups, mask)
+
+    def _without_length(self, returns: Tensor, experience: Experience, constraint: Constraint) -> Tensor:
+        """The returns [B], with the task's part in those of completions that are not scored made the mean of their
+        group's: the mean of its rewards, discounted over another length, would be worth something."""
+        mask, group = experience.rollout.mask, self.config.num_generations
+
+        def discounted(reward: Tensor) -> Tensor:
+            return objective.returns_to_go(reward, mask=mask, gamma=self.config.gamma)[:, 0]
+
+        task, scored = (x.unflatten(0, (-1, group)) for x in (discounted(experience.last_reward), experience.scored))
+        mean = torch.where(scored, task, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
+        own = discounted(objective.task_part(experience.last_reward, experience.trace, constraint))
+        end = credit.last_token(mask).float()
+        kept = objective.task_part(end, experience.trace, constraint).sum(1)  # 1, or 0 where the constraint takes it
+        neutral = returns - own + kept * mean.expand_as(task).flatten()
+        return torch.where(experience.scored, returns, neutral)
 
     def loss(self, part: Experience, target: Targets, constraint: Constraint, over: float) -> Loss:
         c, mask = self.config, part.rollout.mask

@@ -21,7 +21,7 @@ def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
     for heading, samples in parts:
         lines += [heading, "=" * len(heading)]
         for s in samples:
-            verdict = "right" if s["correct"] else "wrong"
+            verdict = {True: "right", False: "wrong", None: "not judged"}[s["correct"]]
             budget = "within budget" if s["feasible"] else "OVER BUDGET"
             text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}, {s['cumulative']:.2f}, {budget}]"
             lines.append(without_controls(text))

@@ -6,7 +6,6 @@ looks at every number and name before a model is loaded.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ class TrainConfig(
         _check(len(self.rewards) > 0, "--rewards names no reward function")
         weights = self.reward_weights
         _check(
-            len(weights) in (0, len(self.rewards)) and all(map(math.isfinite, weights)),
+            len(weights) in (0, len(self.rewards)) and all(abs(weight) < 1e38 for weight in weights),  # in float32
             f"--reward-weights must be a finite number for each of the {len(self.rewards)} --rewards, not "
             f"{' '.join(map(str, weights))}",
         )

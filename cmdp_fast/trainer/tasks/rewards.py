@@ -74,13 +74,15 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
 
 def exact_answer(pattern: re.Pattern[str]) -> RewardFunction:
     """1 if the final answer is the reference answer, character by character but for spaces at the ends; else 0. None
-    where there is no reference."""
+    where there is no reference, or NaN, as tables have it."""
+
+    def right(text: str, expected: Any) -> float | None:
+        if expected is None or expected != expected:
+            return None
+        return float(final_answer(text, pattern) == str(expected).strip())
 
     def reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
-        return [
-            None if expected is None else float(final_answer(text_of(completion), pattern) == str(expected).strip())
-            for completion, expected in zip(completions, answer, strict=True)
-        ]
+        return [right(text_of(completion), expected) for completion, expected in zip(completions, answer, strict=True)]
 
     return reward
 
