@@ -82,7 +82,8 @@ class Learner:
         self.collector.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
         if self.config.grouped:
-            metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(experience.task_reward, group)})
+            rewards = experience.task_reward.masked_fill(~experience.scored, torch.nan)
+            metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(rewards, group)})
         given = splitter.padded_tokens - before[0], splitter.real_tokens - before[1]
         real = read_tokens(rollout.prompt_mask, rollout.mask)
         took = self.throughput.end(sampled=float(rollout.mask.sum()), real=real, given=given)
