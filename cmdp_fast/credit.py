@@ -129,16 +129,15 @@ class TaskRewards(NamedTuple):
     scored: Tensor  # [N] bool: whether it is the task's
 
 
-def task_rewards(rewards: Tensor, weights: Tensor, group_size: int, penalty: Tensor | float = 0.0) -> TaskRewards:
+def task_rewards(rewards: Tensor, weights: Tensor, group_size: int, *, deducted: Tensor | float = 0.0) -> TaskRewards:
     """One task reward per completion [N], from those of each function [N, F], where NaN means no opinion: the sum, with
-    ``weights`` [F], over the functions that have one, as TRL's. ``penalty`` [N] is taken from that of one that is
-    scored.
+    ``weights`` [F], over the functions that have one, as TRL's, less what is ``deducted`` [N] from it.
 
     A completion on which no function has an opinion is not scored. TRL leaves it out of the group's mean and deviation
     and gives it an advantage of 0. Here it is left out of them as well, and its own reward is the mean of its group's
-    scored ones (0 without any), penalties included: the task says nothing for or against it, and only the constraint
-    acts. A function with the weight 0 beside others is only logged: its opinion scores nothing (in TRL it does, as 0).
-    ``group_size`` neighbours are a group.
+    scored ones (0 without any), with nothing deducted: the task says nothing for or against it, and only the constraint
+    acts. A function of weight 0, which is there to be logged, scores no completion, unless none has another weight; in
+    TRL it makes the reward of one that has no other opinion 0. ``group_size`` neighbours are a group.
 
     Raises InputError for an infinite reward, in all processes: nothing can be compared with it, and its group's
     advantages would be NaN. (TRL makes them 0, or 3e38 without a division.)
@@ -146,12 +145,11 @@ def task_rewards(rewards: Tensor, weights: Tensor, group_size: int, penalty: Ten
     if rewards.isinf().any():
         raise InputError("a reward function returned an infinite reward (in float32); expected finite numbers or None")
     weights = weights.to(rewards)
-    total = (rewards * weights).nansum(1)
+    total = ((rewards * weights).nansum(1) - deducted).unflatten(0, (-1, group_size))
     if not total.isfinite().all():
         raise InputError("the weighted rewards of a completion add up to infinity (in float32)")
     counts = (weights != 0) | (weights == 0).all()
-    scored = (~rewards.isnan() & counts).any(1).unflatten(0, (-1, group_size))
-    total = (total - penalty).unflatten(0, (-1, group_size))
+    scored = (counts & ~rewards.isnan()).any(1).unflatten(0, (-1, group_size))
     # As the baseline sums them up, to the last bit: the difference is multiplied by up to 1e4
     neutral = torch.where(scored, total, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
     return TaskRewards(torch.where(scored, total, neutral).flatten(), scored.flatten())

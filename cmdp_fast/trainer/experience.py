@@ -50,7 +50,7 @@ class Completions:
     rollout: Rollout
     texts: list[str]
     task_reward: Tensor  # [B], all reward functions together; of one that is not scored the mean of its group
-    scored: Tensor  # [B] bool: whether any reward function has an opinion
+    scored: Tensor  # [B] bool: whether any reward function that counts has an opinion
     correct: Tensor  # [B] bool, by the one reward function that says so
     named_rewards: dict[str, Tensor]  # [B] each, NaN where the function has no opinion
     failed: dict[str, Tensor]  # [B] each, 1 where a judge that is asked elsewhere said nothing: it raised, hung or died
@@ -213,7 +213,7 @@ class Collector:
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
             size = 1 if len(rows) % group_size else group_size
             penalty = self.config.missing_eos_penalty * ~rollout.finished
-            total, scored = task_rewards(torch.stack(list(named.values()), 1), self.weights, size, penalty)
+            total, scored = task_rewards(torch.stack(list(named.values()), 1), self.weights, size, deducted=penalty)
             correct = named[self.judging] >= self.config.correct_at  # not where it has no opinion
             return Completions(rollout, texts, total, scored, correct, named, failed, sound, logged=judged.logged)
 

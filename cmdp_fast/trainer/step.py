@@ -82,11 +82,11 @@ class Learner:
         self.collector.steps_done += 1
         self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
         if self.config.grouped:
-            given = torch.where(experience.scored, experience.task_reward, math.nan)  # a group's mean may be rounded
-            metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(given, group)})
-        read = splitter.padded_tokens - before[0], splitter.real_tokens - before[1]
-        real = read_tokens(rollout.prompt_mask, rollout.mask)
-        took = self.throughput.end(sampled=float(rollout.mask.sum()), real=real, given=read)
+            rewards = experience.task_reward.masked_fill(~experience.scored, torch.nan)
+            metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(rewards, group)})
+        given = splitter.padded_tokens - before[0], splitter.real_tokens - before[1]
+        real, learned = (read_tokens(each.prompt_mask, each.mask) for each in (rollout, experience.rollout))
+        took = self.throughput.end(sampled=float(rollout.mask.sum()), real=real, learned=learned, given=given)
         metrics |= {"num_tokens": self.tokens_seen, **took}
         return _with_logged(metrics, mean_metrics(experience.logged, self.accelerator))
 

@@ -243,16 +243,3 @@ def test_the_penalty_of_a_missing_end(pair):
     experience = learner.method.collect([*rows] * 4, [*prompts] * 4, learner.constraint())
     assert experience.task_reward.tolist() == [1.0, -0.75, 0.0, -0.75]
     assert experience.named_rewards["exact_answer"].tolist() == [1.0, 0.0, 0.0, 0.0]
-
-
-def test_the_penalty_of_a_missing_end_says_nothing_for_a_failed_judge(pair):
-    """It was compared, without the penalty, with others that had it: the advantage of the last one was 0.75."""
-    learner, rows, prompts = truncating(pair, missing_eos_penalty=0.75, baseline="rloo", budget=1e9)
-    learner.collector.rewards = {"judge": lambda completions, **_: [0.5, 0.5, 0.5, None]}
-    learner.collector.judging = "judge"
-    one = ids_of(learner.collector.tokenizer, "9")
-    learner.collector.rollout = lambda **_: {"completion_ids": [one] * 4}
-    constraint = learner.constraint()
-    experience = learner.method.collect([*rows] * 4, [*prompts] * 4, constraint)
-    assert experience.scored.tolist() == [True, True, True, False] and not experience.rollout.finished.any()
-    assert not learner.method.targets(experience, constraint)["advantage"].any()

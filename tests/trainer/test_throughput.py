@@ -47,6 +47,20 @@ def test_a_step_has_its_figures(pair):
     assert not any(name.startswith(("perf/mfu", "perf/hfu")) or "allocated" in name for name in metrics), "on a CPU"
 
 
+def test_truncated_completions_that_are_masked_are_not_learned_from(pair, monkeypatch):
+    """`perf/mfu/update` counted them: with the longest ones masked it was no lower bound."""
+    learner, rows, prompts = learner_of(settings(pair, mask_truncated_completions=True, prompts_per_step=2))
+    completions = [[4, 5, 6, 7], [4, learner.collector.sampling.eos[0]]] * 4
+    learner.collector.rollout = lambda **_: {"completion_ids": completions}
+    told = {}
+    end = learner.throughput.end
+    monkeypatch.setattr(learner.throughput, "end", lambda **given: told.update(given) or end(**given))
+    learner.step(rows, prompts)
+    tokens = sum(len(ids) for ids in prompts)
+    # Of four tokens three are read, of two that end before the last column both
+    assert told["real"] == 4 * tokens + 4 * (3 + 2) and told["learned"] == 2 * tokens + 4 * 2
+
+
 @pytest.mark.parametrize("name", ["timing_s/update", "perf/padding_share", "frac_reward_zero_std"])
 def test_a_reward_function_logs_over_none_of_them(name, pair):
     reward = lambda completions, log_metric, **_: log_metric(name, 1.0) or [0.0] * len(completions)  # noqa: E731
@@ -72,6 +86,7 @@ def test_padding_is_what_the_models_are_given():
     prompt = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
     completion = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
     assert read_tokens(prompt, completion) == 11.0
+    assert read_tokens(prompt, completion & torch.tensor([[False], [True]])) == 5.0  # the other is not learned from
     assert throughput.padding_share(14.0, 11.0) == pytest.approx(3 / 14)
 
 
@@ -91,7 +106,7 @@ def test_figures_are_of_all_processes(pair, monkeypatch):
     meter = Throughput(settings(pair), Several(), clock, None, None)
     meter.begin()
     clock.seconds["update"] += 2.0
-    figures = meter.end(sampled=100.0, real=40.0, given=(200.0, 160.0))
+    figures = meter.end(sampled=100.0, real=40.0, learned=40.0, given=(200.0, 160.0))
     assert figures["timing_s/update"] == 6.0 and figures["timing_s/rollout"] == 0.0 and figures["perf/memory"] == 15.0
     assert figures["tokens_per_second"] == pytest.approx(600 / figures["step_time"])
     assert figures["perf/padding_share"] == pytest.approx(0.2)
@@ -140,7 +155,8 @@ def test_weights_under_an_adapter(tmp_path, pair):
 
 
 def test_share_of_the_peak(pair, monkeypatch):
-    """By hand: 12 tokens, and 2 epochs; the student has 2832 weights in matrices, as the teacher has and one layer."""
+    """By hand: 12 tokens, 9 of them learned from in 2 epochs; the student has 2832 weights in matrices, as the
+    teacher has and one layer."""
     learner, _, _ = learner_of(settings(pair))
     monkeypatch.setattr(throughput, "peak", lambda config, device: 1e6)
     monkeypatch.setattr(throughput, "_memory", lambda device: {})
@@ -150,10 +166,10 @@ def test_share_of_the_peak(pair, monkeypatch):
         meter = Throughput(settings(pair, **changes), learner.accelerator, Clock(), student, teacher)
         meter.begin()
         meter.clock.seconds["update"] = 0.5
-        return meter.end(sampled=10.0, real=12.0, given=(50.0, 30.0))
+        return meter.end(sampled=10.0, real=12.0, learned=9.0, given=(50.0, 30.0))
 
     student, teacher = matrix_weights(learner.student), matrix_weights(learner.teacher)
-    update = 2 * 6 * student * 12
+    update = 2 * 6 * student * 9
     one = figures()
     assert one["perf/mfu/update"] == pytest.approx(update / 0.5e6)
     whole = update + 2 * 12 * (student + student + teacher)

@@ -72,6 +72,39 @@ def test_a_completion_without_an_opinion_is_worth_nothing_to_the_task(pair, base
         assert advantage[[4, 6], 0].tolist() == [1.0, -1.0]
 
 
+@pytest.mark.parametrize("baseline", ["rloo", "grpo"])
+def test_a_missing_end_of_the_others_says_nothing_of_it(baseline, pair):
+    """The penalty was taken from the others' rewards alone, so that a failed judge was worth up to 0.6."""
+    learner, constraint, experience = collected(pair, baseline=baseline, budget=1e9, missing_eos_penalty=0.6)
+    penalised = ~experience.rollout.finished
+    assert penalised[SCORED].any() and penalised[~SCORED].any()
+    advantage = learner.method.targets(experience, constraint)["advantage"]
+    assert not advantage[~SCORED].any()
+    given = torch.tensor([0.0 if value is None or math.isnan(value) else value for value in GIVEN])
+    torch.testing.assert_close(experience.task_reward[SCORED], (given - 0.6 * penalised)[SCORED])
+    reward = experience.task_reward.view(4, 4)
+    means = (torch.where(SCORED.view(4, 4), reward, 0.0).sum(1) / SCORED.view(4, 4).sum(1).clamp(min=1))[:, None]
+    assert torch.equal(reward[~SCORED.view(4, 4)], means.expand(4, 4)[~SCORED.view(4, 4)])
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "minillm"])
+def test_it_tells_no_group_of_equal_rewards_apart(algorithm, pair):
+    """Its mean, 0.8999999 of three 0.9, or for minillm 0, counted as a reward of its own: a share of 0."""
+    learner, rows, prompts = learner_of(
+        settings(pair, algorithm=algorithm, teacher_mix=0.0, baseline="rloo"),
+        reward=lambda completions, **_: [0.9, 0.9, 0.9, None] * 2 + [None] * 4,
+    )
+    assert learner.step(rows, prompts)["frac_reward_zero_std"] == 1.0
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "gkd", "minillm", "sft"])
+def test_its_modified_reward_is_logged_alike_by_all_methods(algorithm, pair):
+    """That of minillm, sft and kd counted its task reward as 0, and not as its group's mean."""
+    config = settings(pair, algorithm=algorithm, teacher_mix=0.0, budget=1e9)
+    learner, rows, prompts = learner_of(config, reward=lambda completions, **_: [2.0, None, None, 4.0] * 3)
+    assert learner.step(rows, prompts)["cmdp/modified_reward"] == 3.0
+
+
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("kind", ["cmdp", "lagrangian"])
 def test_the_constraint_acts_on_it(pair, baseline, kind):
@@ -126,14 +159,6 @@ def test_means_are_of_those_with_an_opinion(pair):
     assert metrics["reward_std"] == pytest.approx(opinions.std().item())
     assert metrics["rewards/reward/mean"] == pytest.approx(opinions.mean().item())
     assert metrics["cmdp/accuracy"] == 2 / 16 and metrics["cmdp/unjudged"] == 10 / 16
-
-
-def test_a_failed_judge_makes_no_spread(pair):
-    """It had the mean of the seven others, which is not 0.1 in float32."""
-    judged = [0.1] * 7 + [None]
-    config = settings(pair, prompts_per_step=1, num_generations=8)
-    learner, rows, prompts = learner_of(config, reward=lambda completions, **_: judged)
-    assert learner.step(rows, prompts)["frac_reward_zero_std"] == 1.0
 
 
 def test_a_sample_without_an_opinion_is_neither_right_nor_wrong(pair):

@@ -43,6 +43,7 @@ class MiniLLM(Method):
             constraint,
             self.clock,
             mixed_with=self._mixture if mix else None,
+            group_size=self.config.num_generations,
             keep_outputs=True,
         )
 

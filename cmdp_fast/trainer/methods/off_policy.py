@@ -28,7 +28,10 @@ class OffPolicy(Method):
 
     def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
         return self.collector.collect(
-            self.student, problems, prompts, constraint, self.clock, sampler=self.teacher, keep_outputs=True
+            *(self.student, problems, prompts, constraint, self.clock),
+            sampler=self.teacher,
+            group_size=self.config.num_generations,
+            keep_outputs=True,
         )
 
     def loss(self, part: Experience, target: Targets, constraint: Constraint, over: float) -> Loss:

@@ -62,31 +62,32 @@ class Throughput:
             torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         self._start = self.clock.wait()
 
-    def end(self, *, sampled: float, real: float, given: tuple[float, float]) -> dict[str, float]:
+    def end(self, *, sampled: float, real: float, learned: float, given: tuple[float, float]) -> dict[str, float]:
         """The figures of the step; every process must call this, with what is its own.
 
         ``sampled``: tokens that were sampled. ``real``: tokens that a model reads to read every completion once, its
-        prompt among them, without padding. ``given``: the tokens that models were given, with padding, in any passes,
-        and the real ones among these.
+        prompt among them, without padding. ``learned``: those of the completions that the update learns from.
+        ``given``: the tokens that models were given, with padding, in any passes, and the real ones among these.
         """
         elapsed = self.clock.wait() - self._start
         seconds = {name: self.clock.seconds.get(name, 0.0) - self._before.get(name, 0.0) for name in PHASES}
         memory = _memory(self.accelerator.device)
         largest = torch.tensor([elapsed, *seconds.values(), *memory.values()], dtype=torch.float32)
-        totals = torch.tensor([sampled, real, *given], dtype=torch.float32)
+        totals = torch.tensor([sampled, real, learned, *given], dtype=torch.float32)
         both = self.accelerator.gather(torch.cat([largest, totals]).to(self.accelerator.device))
         both = both.cpu().view(-1, len(largest) + len(totals))
         elapsed, *maxima = both[:, : len(largest)].amax(0).tolist()
-        sampled, real, *given_to_all = both[:, len(largest) :].double().sum(0).tolist()
+        sampled, real, learned, *given_to_all = both[:, len(largest) :].double().sum(0).tolist()
         names = [*(f"timing_s/{name}" for name in PHASES), *memory]
         figures = {
             "step_time": elapsed,
             "tokens_per_second": sampled / elapsed,
             **dict(zip(names, maxima, strict=True)),
         }
-        return figures | {"perf/padding_share": padding_share(*given_to_all)} | self._utilisation(figures, real)
+        figures["perf/padding_share"] = padding_share(*given_to_all)
+        return figures | self._utilisation(figures, real, learned)
 
-    def _utilisation(self, figures: dict[str, float], real: float) -> dict[str, float]:
+    def _utilisation(self, figures: dict[str, float], real: float, learned: float) -> dict[str, float]:
         """Model FLOPs as a share of the devices' peak, of the step and of its update; nothing where that is unknown."""
         if self._peak is None:
             return {}
@@ -95,20 +96,21 @@ class Throughput:
         samples = {"sft": teacher, "kd": teacher}.get(c.algorithm, student + teacher * c.mixes_teacher)
         rollout = 0.0 if c.rollout else forward_flops(samples, real)  # a function of the user's samples elsewhere
         scoring = forward_flops(student + teacher, real)
-        update = c.epochs * training_flops(student, trained, real)
+        update = c.epochs * training_flops(student, trained, learned)
         in_update = figures["timing_s/update"] * at_peak
         shares = {
             "perf/mfu/step": (rollout + scoring + update) / (figures["step_time"] * at_peak),
             "perf/mfu/update": update / in_update,
         }
         if c.gradient_checkpointing:
-            shares["perf/hfu/update"] = (update + c.epochs * forward_flops(student, real)) / in_update
+            shares["perf/hfu/update"] = (update + c.epochs * forward_flops(student, learned)) / in_update
         return shares
 
 
 def read_tokens(prompt_mask: Tensor, mask: Tensor) -> float:
-    """Tokens that a model reads of completions with the masks [B, P] and [B, T]: the last column predicts nothing."""
-    return float(prompt_mask.sum() + mask[:, :-1].sum())
+    """Tokens that a model reads of completions with the masks [B, P] and [B, T]: the last column predicts nothing. Of
+    one without a token, which nobody has to read, none."""
+    return float((prompt_mask & mask.any(1, keepdim=True)).sum() + mask[:, :-1].sum())
 
 
 def padding_share(passed: float, real: float) -> float:

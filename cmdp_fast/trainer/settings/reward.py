@@ -17,7 +17,8 @@ class RewardSettings:
     answers), or your function as `module:function` or `path/file.py:function`. Several are added up. A completion on
     which none has an opinion (None or NaN) is left out of its group's baseline, and only the constraint acts on it."""
     reward_weights: tuple[float, ...] = ()
-    """The weight of each reward in the sum, in the order of `rewards`; one with 0 is only logged. Empty: 1 each."""
+    """The weight of each reward in the sum, in the order of `rewards`. Empty: 1 each. A reward of weight 0 is logged,
+    and is no opinion on a completion."""
     accuracy_reward: str = ""
     """The one reward, by its name, that says whether a completion is right: see `correct_at`. Its weight has no part in
     that. Empty: the first of `rewards`."""
