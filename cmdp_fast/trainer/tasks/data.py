@@ -27,8 +27,8 @@ import regex
 from cmdp_fast.errors import InputError, first_line
 
 from ..settings.config import TrainConfig
-from .hashed import HASHED, entries
 from .prompts import check_template_kwargs, with_prompt
+from .varying import VARYING, entries
 
 Problem = dict[str, Any]
 
@@ -135,7 +135,7 @@ def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: in
         source = reasoning_gym.create_dataset(task, **every)
     except (TypeError, AssertionError, ValueError) as error:
         raise InputError(f"--task {task}: {first_line(error)}") from error
-    made = entries(task, every) if task in HASHED else source
+    made = entries(task, every) if task in VARYING else source
     return [{"prompt": e["question"], "answer": e["answer"], "metadata": e["metadata"]} for e in made]
 
 
