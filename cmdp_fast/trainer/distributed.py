@@ -107,6 +107,20 @@ def whole(shares: Sequence[T], count: int, accelerator: Accelerator) -> list[T]:
     return list(shares) if accelerator.num_processes == 1 else gather_object(list(shares))[:count]
 
 
+def check_alike(digest: str, accelerator: Accelerator) -> None:
+    """Raises InputError in every process if one has other problems than the first, by their digest: each takes its
+    share by number."""
+    from accelerate.utils import gather_object
+
+    digests = [digest] if accelerator.num_processes == 1 else gather_object([digest])
+    if others := [number for number, each in enumerate(digests) if each != digests[0]]:
+        raise InputError(
+            f"process {others[0]} has other problems than process 0 (sha256 {digests[others[0]][:12]}, not "
+            f"{digests[0][:12]}): all must read the same data, and a task that makes it otherwise in "
+            "each process needs PYTHONHASHSEED=0"
+        )
+
+
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
     """An InputError of one process in the body becomes an InputError of all of them, with the same message.

@@ -18,6 +18,7 @@ from .models.offload import check_offload
 from .optimization import check_optimizer
 from .padding import check_reading
 from .records.metrics_log import check_trackers
+from .records.origin import check_origin
 from .records.report import Report
 from .records.run_folder import check_run_folder
 from .rollout import make_sampling
@@ -36,6 +37,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     check_offload(config)
     check_run_folder(config)
     material = load(config, report)
+    if config.resume:
+        check_origin(config, material.origin, report.say)
     assert material.teacher is not None  # a valid configuration names one
     models = (material.student, material.teacher)
     sampling = make_sampling(config, *models, material.tokenizer)

@@ -15,7 +15,16 @@ from torch import nn
 
 from cmdp_fast.imports import import_function
 
-from .distributed import any_process, check_training, main_first, make_accelerator, on_device, prepare_student, together
+from .distributed import (
+    any_process,
+    check_alike,
+    check_training,
+    main_first,
+    make_accelerator,
+    on_device,
+    prepare_student,
+    together,
+)
 from .experience import Collector
 from .interrupts import Interrupts
 from .material import Material, load
@@ -74,6 +83,7 @@ def train(config: TrainConfig) -> Path:
         if warning := warning_of_scale(config):
             report.say(f"warning: {warning}")
         material = main_first(lambda: load(config, report), accelerator)
+        check_alike(material.origin["problems"], accelerator)
         with together(accelerator):
             if config.resume and accelerator.is_main_process:
                 check_origin(config, material.origin, report.say)

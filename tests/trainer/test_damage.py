@@ -7,17 +7,20 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_pair import arguments, learner_of, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import parse
 from cmdp_fast.trainer.models import builtin, cache
+from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records import checkpoint as run_checkpoints
 from cmdp_fast.trainer.records import digest
 from cmdp_fast.trainer.records.checkpoint import MANIFEST
@@ -188,6 +191,41 @@ def test_what_lies_beside_or_behind_a_link_is_not_read(run, learner, tmp_path, c
     path.rename(tmp_path / "model.safetensors")
     path.symlink_to(tmp_path / "model.safetensors")
     check_taken_before(learner, folder, "model.safetensors does not belong there", capsys)
+
+
+def test_a_whole_checkpoint_stays_where_it_cannot_be_loaded(run, learner, tmp_path, monkeypatch):
+    """Memory may be short, for one."""
+    shutil.copytree(run, tmp_path / "r")
+
+    def short(folder):
+        if folder.name == "step-000002":
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(learner.accelerator, "load_state", short)
+    monkeypatch.setattr(run_checkpoints, "_check_random_numbers", lambda _: None)
+    with pytest.raises(InputError, match=r"step-000002 cannot be loaded, .* as they were written: out of memory"):
+        run_checkpoints.load_checkpoint(learner.accelerator, learner.student, tmp_path / "r", Report())
+    assert [path.name for path in run_checkpoints.checkpoints(tmp_path / "r")] == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("file", "damage", "named"),
+    [
+        ("model.safetensors", lambda content: content[:-1], "not fully covered"),
+        ("model.safetensors", lambda content: b"", "header too small"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 16', b'"hidden_size": 32'), "weight is [1"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 16', b'"hidden_size": "a"'), "'hidden_size'"),
+        ("tokenizer.json", lambda content: b"[1]", "no causal language model"),
+    ],
+)
+def test_a_model_with_a_damaged_file(role, file, damage, named, pair, tmp_path):
+    """One line, whichever library finds it."""
+    shutil.copytree(pair[role], tmp_path / role)
+    path = tmp_path / role / file
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=f"--{role} .*{re.escape(named)}"):
+        load_pair(settings({**pair, role: str(tmp_path / role)}), [], Report())
 
 
 @pytest.mark.parametrize("link", [".config.json", ".lock", "metrics.jsonl", "student", "checkpoints"])

@@ -44,6 +44,8 @@ def test_what_it_began_with_may_not_change(stopped, capsys):
     tiny_model(teacher, seed=10)
     assert goes_on(run) == 2
     assert "the files of --teacher" in (error := capsys.readouterr().err) and "begin another run" in error
+    assert main(["train", f"--resume={run}", "--steps=3", "--dry-run"]) == 2
+    assert "the files of --teacher" in capsys.readouterr().err
     tiny_model(teacher, seed=9)
     assert goes_on(run) == 0
 
@@ -104,8 +106,21 @@ def test_any_piece_of_a_file_of_weights_counts(tmp_path, monkeypatch):
     changed = [bytes([*whole[:at], whole[at] ^ 1, *whole[at + 1 :]]) for at in (start + 7 for start in starts)]
     found = {digest(content) for content in (whole, whole + b"more", *changed)}
     assert len(found) == 2 + len(starts)
-    (folder / "optimizer.pt").write_bytes(b"no part of the model")
-    assert digest(whole) in found
+    for beside in ("optimizer.pt", "consolidated.safetensors"):
+        (folder / beside).write_bytes(b"no part of what transformers reads")
+        assert digest(whole) in found
+    (folder / "adapter_model.safetensors").write_bytes(b"which it puts into the model")
+    assert digest(whole) not in found
+
+
+def test_the_files_that_an_index_names_count(tmp_path):
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = []
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(20))
+        found.append(origin.origin_of({"teacher": str(tmp_path)}, [])["teacher"])
+    assert found[0] != found[1] == found[2]
 
 
 def test_a_run_goes_on_with_less_memory(pair, tmp_path):

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from tiny_pair import PROBLEMS, learner_of, settings
@@ -14,6 +19,7 @@ from transformers import AutoTokenizer
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
+from cmdp_fast.trainer import distributed
 from cmdp_fast.trainer.models import builtin
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.settings.recipe import read_recipe
@@ -136,6 +142,25 @@ def test_the_judge_of_the_task(isolation):
         completions=["A99999", f"A{row['answer']}"], answer=[row["answer"]] * 2, metadata=[row["metadata"]] * 2
     )
     assert wrong < right == 1.0
+
+
+def test_a_task_that_draws_from_sets_is_the_same_in_every_process():
+    """Under another hash seed than this process has."""
+    code = "import json, reasoning_gym as r; d = r.create_dataset('ransom_note', seed=1, size=3); "
+    code += "print(json.dumps([e['question'] for e in d]))"
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "0"}, capture_output=True, check=True
+    )
+    rows = data.reasoning_gym_rows("ransom_note", {}, 3)
+    assert [row["prompt"] for row in rows] == json.loads(elsewhere.stdout)
+
+
+def test_processes_have_the_same_problems(monkeypatch):
+    two = SimpleNamespace(num_processes=2)
+    for others, alike in ((["a", "a"], True), (["a", "b"], False)):
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda given, others=others: others)
+        with nullcontext() if alike else pytest.raises(InputError, match="process 1 has other problems"):
+            distributed.check_alike("a", two)
 
 
 def test_math_verify_reward():

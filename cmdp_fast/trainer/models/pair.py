@@ -117,12 +117,19 @@ def _load_model(role: str, name: str, dtype: torch.dtype, config: TrainConfig) -
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # its own error names no tensor
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     model, info = _load(AutoModelForCausalLM, role, name, config.trust_remote_code, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
         raise InputError(
             f"--{role} {name} lacks {len(missing)} of the weights of a {type(model).__name__}: {missing[0]}, …"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        tensor, stored, expected = mismatched[0]
+        raise InputError(
+            f"--{role} {name}: its {tensor} is {list(stored)}, and a {type(model).__name__} with its config.json has "
+            f"{list(expected)} there ({len(mismatched)} such)"
         )
     return model, _dropped(model, name, info["unexpected_keys"])
 
@@ -158,7 +165,7 @@ def _common_name(names: list[str]) -> str:
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
     try:
         return auto.from_pretrained(name, trust_remote_code=trusted, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of libraries that read anybody's files, in whatever form
         if _attention_failed(error, attention := options.get("attn_implementation", "")):
             raise InputError(f"--attn-implementation {attention}: {role} {name}: {first_line(error)}") from error
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
@@ -167,7 +174,7 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
             raise InputError(
                 f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
             ) from error
-        if options.get("use_safetensors") and "safetensors" in reason:
+        if isinstance(error, OSError) and options.get("use_safetensors") and "safetensors" in reason:
             raise InputError(
                 f"--{role} {name}: no safetensors in this {kind}. Other files are pickles, which can run code as they "
                 "are read; convert them with save_pretrained where you trust them"

@@ -101,7 +101,8 @@ def load_checkpoint(accelerator: Accelerator, student: nn.Module, run: Path, rep
     """Loads into all that the accelerator has prepared, and returns the `state`; every process must call this.
 
     If the last checkpoint is not as it was written, says so and takes the one before; later ones are removed, for they
-    belong to another future. Raises InputError, which names them, if there is none that can be read.
+    belong to another future. One that is as it was written and cannot be loaded stays: memory may be short, or a disk
+    away. Raises InputError, which names it, then, and if there is none that is as it was written.
     """
     failures: list[str] = []
     reshard(student)
@@ -109,12 +110,12 @@ def load_checkpoint(accelerator: Accelerator, student: nn.Module, run: Path, rep
         try:
             with together(accelerator):
                 state = _manifest(accelerator, folder)
-            with together(accelerator):
-                _load(accelerator, folder)
         except InputError as error:
             failures.append(str(error))
             report.say(str(error))
             continue
+        with together(accelerator):
+            _load(accelerator, folder)
         if failures:
             report.say(f"going on from the one before, {folder}")
             with together(accelerator), writing(folder.parent):
@@ -150,7 +151,9 @@ def _load(accelerator: Accelerator, folder: Path) -> None:
         accelerator.load_state(folder)
         _check_random_numbers(folder / f"random_states_{accelerator.process_index}.pkl")
     except Exception as error:  # each library has errors of its own for a file that it cannot read
-        raise InputError(f"{folder} cannot be read: {first_line(error)}") from error
+        raise InputError(
+            f"{folder} cannot be loaded, though its files are as they were written: {first_line(error)}"
+        ) from error
 
 
 def _check_random_numbers(path: Path) -> None:

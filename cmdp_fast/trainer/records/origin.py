@@ -23,7 +23,10 @@ from .digest import Damaged, read_sealed, sha256
 
 PIECES, PIECE = 16, 1 << 20  # of a file of weights; bytes of each
 HEADER = 1 << 26  # bytes at most: the length that a file names may be anything
-WHOLE = ("config.json", "generation_config.json", "added_tokens.json", "special_tokens_map.json", "merges.txt")
+WHOLE = (
+    *("config.json", "generation_config.json", "added_tokens.json", "special_tokens_map.json", "merges.txt"),
+    "adapter_config.json",  # transformers puts an adapter that lies beside a model into it
+)
 WHOLE_LIKE = ("tokenizer", "vocab", "chat_template", "model.safetensors.index")  # beginnings of other names
 WHOLE_KINDS = (".model", ".py")  # of a tokenizer; a model's own code
 
@@ -82,11 +85,11 @@ def _plain(value: Any) -> Any:
 
 
 def _of_model(folder: Path) -> str:
-    digest = hashlib.sha256()
+    digest, weights = hashlib.sha256(), _weights(folder)
     for path in sorted(folder.iterdir()):
         if path.is_file() and _is_whole(path):
             digest.update(f"{path.name} {sha256(path)}\n".encode())
-        elif path.is_file() and path.suffix == ".safetensors":
+        elif path.is_file() and path.name in weights:
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
             with open(path, "rb") as file:
                 digest.update(file.read(min(HEADER, int.from_bytes(file.read(8), "little"))))
@@ -94,6 +97,15 @@ def _of_model(folder: Path) -> str:
                     file.seek(start)
                     digest.update(file.read(PIECE))
     return digest.hexdigest()
+
+
+def _weights(folder: Path) -> set[str]:
+    """The files of weights that transformers reads. A hub's folder may hold the same weights in other files besides,
+    `consolidated.safetensors` for one, or get them later."""
+    whole, index, adapter = "model.safetensors", folder / "model.safetensors.index.json", "adapter_model.safetensors"
+    if (folder / whole).is_file() or not index.is_file():
+        return {whole, adapter}
+    return {adapter, *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
 
 
 def _is_whole(path: Path) -> bool:

@@ -28,6 +28,7 @@ from cmdp_fast.errors import InputError, first_line
 
 from ..settings.config import TrainConfig
 from .prompts import check_template_kwargs, with_prompt
+from .varying import VARYING, entries
 
 Problem = dict[str, Any]
 
@@ -120,7 +121,7 @@ def is_held_out(prompt: Any, fraction: float) -> bool:
 
 
 def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: int = 1) -> list[Problem]:
-    """`size` problems of a reasoning-gym task as rows with prompt, answer and metadata."""
+    """`size` problems of a reasoning-gym task as rows with prompt, answer and metadata, the same in every process."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -130,10 +131,12 @@ def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: in
         close = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)[:3]
         raise InputError(f"--task {task}: reasoning-gym has no such task (did you mean {', '.join(close)}?)")
     try:
-        source = reasoning_gym.create_dataset(task, **{"seed": seed, "size": size, **arguments})
+        every = {"seed": seed, "size": size, **arguments}
+        source = reasoning_gym.create_dataset(task, **every)
     except (TypeError, AssertionError, ValueError) as error:
         raise InputError(f"--task {task}: {first_line(error)}") from error
-    return [{"prompt": e["question"], "answer": e["answer"], "metadata": e["metadata"]} for e in source]
+    made = entries(task, every) if task in VARYING else source
+    return [{"prompt": e["question"], "answer": e["answer"], "metadata": e["metadata"]} for e in made]
 
 
 def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
