@@ -22,6 +22,7 @@ from .records.report import Report
 from .records.run_folder import check_run_folder
 from .rollout import make_sampling
 from .settings.config import TrainConfig
+from .settings.unread import warnings_of
 
 
 def dry_run(config: TrainConfig) -> MemoryEstimate:
@@ -35,6 +36,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     check_optimizer(config)
     check_offload(config)
     check_run_folder(config)
+    for warning in warnings_of(config):
+        report.say(f"warning: {warning}")
     material = load(config, report)
     assert material.teacher is not None  # a valid configuration names one
     models = (material.student, material.teacher)

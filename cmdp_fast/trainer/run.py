@@ -35,7 +35,8 @@ from .records.run_folder import check_run_folder
 from .records.trust import code_of
 from .rollout import make_sampling
 from .settings.config import TrainConfig
-from .settings.constraint import evaluation_constraint, warning_of_scale
+from .settings.constraint import evaluation_constraint
+from .settings.unread import warnings_of
 from .step import Learner
 from .stops import keep_end_tokens
 from .training import Training
@@ -71,7 +72,7 @@ def train(config: TrainConfig) -> Path:
                 remove_checkpoints(Path(config.resume))  # where it was killed before it could
             report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
             return Path(config.resume)
-        if warning := warning_of_scale(config):
+        for warning in warnings_of(config):
             report.say(f"warning: {warning}")
         material = main_first(lambda: load(config, report), accelerator)
         with together(accelerator):

@@ -18,6 +18,7 @@ from ..records.digest import Damaged
 from ..records.ending import finished_summary
 from ..settings.config import TrainConfig
 from ..settings.recipe import read_recipe, tomllib
+from ..settings.unread import check_read
 from ..settings.values import typed, words
 
 DEFAULT_METHODS = (
@@ -141,6 +142,7 @@ def variant(spec: str, recipe: str) -> Variant:
     config = replace(read_recipe(recipe, method), **overrides)
     try:
         config.validate()
+        check_read(config, overrides)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     return Variant(":".join([Path(method).stem, *([changes] if changes else [])]), method, overrides, config)
