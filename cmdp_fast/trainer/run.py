@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from cmdp_fast.imports import import_function
-
 from .distributed import any_process, check_training, main_first, make_accelerator, on_device, prepare_student, together
 from .experience import Collector
 from .interrupts import Interrupts
@@ -126,7 +124,7 @@ def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Mo
         vocab_size=sampling.vocab_size,
         rewards=material.rewards,
         step_verifier=material.verifier,
-        rollout=import_function("--rollout", config.rollout) if config.rollout else None,
+        rollout=material.rollout,
         problem_count=len(material.problems),
     )
     models = {"student": model, **({} if collector.teacher is None else {"teacher": collector.teacher})}

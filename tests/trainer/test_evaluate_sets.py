@@ -158,8 +158,10 @@ def test_sets_alone_and_sets_without_answers(pair, tmp_path, capsys):
     one, bare = written(tmp_path / "one.jsonl", ROWS[:4]), written(tmp_path / "bare.jsonl", [{"prompt": "1+1="}])
     found = figures(pair, tmp_path, f"--eval-dataset={one}", dataset="")
     assert found["examples"] == 4
-    assert main([*command(pair, tmp_path, teacher=""), "--eval-dataset", one, bare]) == 2
-    assert "there is no column for the answer" in capsys.readouterr().err
+    for reward in ("exact_answer", "brevity", "math_verify"):
+        assert main([*command(pair, tmp_path, teacher=""), "--rewards", reward, "--eval-dataset", one, bare]) == 2
+        expected = f"--rewards {reward} needs the column 'answer', there are only prompt in {bare}\n"
+        assert capsys.readouterr().err.endswith(expected)
 
 
 @pytest.mark.parametrize("keep", [1, 2])  # without another checkpoint the run begins again

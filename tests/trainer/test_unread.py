@@ -32,7 +32,6 @@ UNREAD = {
     "--prompt-column question": "it is for --dataset",
     "--dataset-config main": "it is for a --dataset with configurations",
     "--task= --dataset a.jsonl --task-size 9": "it is for --task",
-    "--eval-dataset a.jsonl --holdout-fraction 0.1": "it is for a training without --eval-dataset",
     "--rewards a.py:f --answer-pattern (x)": "it is for the --rewards exact_answer, brevity",
     "--judge-timeout 9": "it is for the --rewards math_verify and reasoning_gym",
     "--unisolated-judges": "it is for the --rewards reasoning_gym",

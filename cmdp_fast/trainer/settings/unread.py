@@ -81,11 +81,6 @@ READERS = (
         ("dataset_config",), lambda c: c.dataset and not Path(c.dataset).is_file(), "a --dataset with configurations"
     ),
     Reader(
-        ("holdout_fraction",),
-        lambda c: not c.eval_dataset and not (c.dataset and c.eval_split),
-        "a training without --eval-dataset and --eval-split, which takes its evaluation's problems from its own",
-    ),
-    Reader(
         ("answer_pattern",),
         lambda c: PATTERNS & {*c.rewards},
         "the --rewards exact_answer, brevity, math_verify and reasoning_gym",
