@@ -14,7 +14,7 @@ import asyncio
 import functools
 import inspect
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,6 +106,19 @@ def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or (
         not isinstance(function, type) and inspect.iscoroutinefunction(function.__call__)
     )
+
+
+def check_call(what: str, function: Any, keywords: Iterable[str], positional: int = 0) -> None:
+    """Raises InputError if a function does not take a call with these keywords, after so many arguments without one, as
+    far as Python can tell before."""
+    try:
+        signature = inspect.signature(function)
+    except Exception:  # of something without one, or of an object of the user's
+        return
+    try:
+        signature.bind(*[None] * positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        raise InputError(f"{what} cannot be called with {', '.join(keywords)}: {error}; expected **kwargs") from error
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -247,7 +260,7 @@ async def _guarded(named: Named, given: Given) -> _Answer:
 
 
 def _arguments(given: Given, logged: Logged) -> dict[str, Any]:
-    """The keywords of a function."""
+    """The keywords of a function. The lists are its own: one that sorts or empties them changes nobody else's."""
 
     def log_metric(name: str, value: Any) -> None:
         number = _number(value, f"log_metric({_short(name)}, ...) got", "expected a number")
@@ -258,7 +271,8 @@ def _arguments(given: Given, logged: Logged) -> dict[str, Any]:
 
     told = given._asdict()
     columns = told.pop("columns")
-    return {**columns, **told, "log_extra": log_extra, "log_metric": log_metric}
+    told = {name: list(value) if isinstance(value, list) else value for name, value in {**columns, **told}.items()}
+    return {**told, "log_extra": log_extra, "log_metric": log_metric}
 
 
 def _text(name: Any, function: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cmdp_fast.imports import import_function
 from cmdp_fast.scoring import make_scoring
 
 from .material import load
@@ -23,6 +22,7 @@ from .records.report import Report
 from .records.run_folder import check_run_folder
 from .rollout import make_sampling
 from .settings.config import TrainConfig
+from .settings.unread import warnings_of
 
 
 def dry_run(config: TrainConfig) -> MemoryEstimate:
@@ -48,11 +48,11 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
         free = config.padding_free
         scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature, padding_free=free)
         check_reading(roles, scoring.outputs, sampling, padding_free=free, half=half)
-    if config.rollout:
-        import_function("--rollout", config.rollout)
     longest = max(len(ids) for ids in material.prompts)
     memory = estimate_memory(config, *models, longest, processes=_replicas())
     print(settings_text(config))
+    for warning in warnings_of(config):
+        print(f"warning: {warning}")
     print(
         f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on, "
         f"prompts of up to {longest} tokens"

@@ -26,7 +26,8 @@ from .records.clock import Clock
 from .records.report import Report
 from .run import make_collector
 from .settings.config import TrainConfig
-from .settings.ranges import NOT_NEGATIVE
+from .settings.ranges import NOT_NEGATIVE, SEED
+from .settings.recipe import read_recipe
 from .tasks.data import Problem, evaluation_sets, held_out_alone
 
 Figures = dict[str, float]
@@ -54,10 +55,14 @@ class EvaluateConfig(TrainConfig):
         super().validate()
         if not self.temperature and (self.eval_generations > 1 or len(self.seeds) > 1):
             raise InputError("--temperature 0 gives the same completion each time: one generation and one seed are all")
+        if self.dry_run:
+            raise InputError("--dry-run is for `cmdp-fast train`: an evaluation has none")
         if self.held_out and (self.eval_dataset or self.eval_split):
             raise InputError(
                 "--held-out is a part of --dataset: not with --eval-dataset or --eval-split, which are whole"
             )
+        for seed in self.seeds:
+            SEED.check("--seeds", seed)
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds {' '.join(map(str, self.seeds))}: one stands twice")
 
@@ -65,7 +70,8 @@ class EvaluateConfig(TrainConfig):
 def parse_evaluate(args: Sequence[str], prog: str = "cmdp-fast evaluate") -> EvaluateConfig:
     """The configuration that the command line asks for, validated; see `parse_as`.
 
-    Without `--eval-prompts` on it all problems of a dataset are evaluated, and as many of a task's as in a training.
+    Without `--eval-prompts`, on it or in a recipe for its dataset, all problems of a dataset are evaluated, and as many
+    of a task's as in a training.
     """
     description = (
         "Measure a student on all problems of a dataset, or on the held-out ones of a task. A recipe gives task, "
@@ -74,7 +80,16 @@ def parse_evaluate(args: Sequence[str], prog: str = "cmdp-fast evaluate") -> Eva
     )
     config = parse_as(EvaluateConfig, args, prog, description)
     asked = any(word.split("=")[0].replace("_", "-") == "--eval-prompts" for word in args)
-    return config if asked or _takes_held_out(config) else replace(config, eval_prompts=0)
+    return config if asked or _takes_held_out(config) or _recipe_asks(config) else replace(config, eval_prompts=0)
+
+
+def _recipe_asks(config: EvaluateConfig) -> bool:
+    """Whether the recipe says how much is evaluated, of the problems that it names itself."""
+    if config.resume:
+        return False
+    recipe = read_recipe(config.recipe, config.method)
+    own = (recipe.dataset, recipe.eval_dataset) == (config.dataset, config.eval_dataset) != ("", ())
+    return own and recipe.eval_prompts != TrainConfig.eval_prompts
 
 
 def _takes_held_out(config: EvaluateConfig) -> bool:
@@ -90,6 +105,8 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     """
     if config.json and not Path(config.json).parent.is_dir():
         raise InputError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
+    if config.json and Path(config.json).is_dir():
+        raise InputError(f"--json {config.json} is a folder, expected a file")
     accelerator = make_accelerator(config)
     report = Report(accelerator.is_main_process)
     sets = main_first(lambda: _sets(config), accelerator)
@@ -116,13 +133,7 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
 def _sets(config: EvaluateConfig) -> dict[str, list[Problem]]:
     if _takes_held_out(config):
         return held_out_alone(config)
-    sets = evaluation_sets(config)
-    for name, rows in sets.items():
-        if {"exact_answer", "math_verify"} & set(config.rewards) and "answer" not in rows[0]:
-            raise InputError(
-                f"{name or config.dataset}: there is no column for the answer that --rewards compares with"
-            )
-    return sets
+    return evaluation_sets(config)
 
 
 def _collector(config: EvaluateConfig, accelerator: Any, student: Any, material: Material) -> Collector:

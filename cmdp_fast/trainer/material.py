@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.imports import import_function
 
 from .causal_lm import CausalLM
 from .models.pair import find_pair, load_pair
@@ -14,8 +15,9 @@ from .records.report import Report
 from .rollout import check_tokens, drop_long_prompts, encode_prompts
 from .settings.config import TrainConfig
 from .tasks.data import Problem, load_problems
-from .tasks.rewards import RewardFunction, load_rewards
-from .tasks.step_verifiers import StepVerifier, load_step_verifier
+from .tasks.rewards import RewardFunction, check_columns, load_rewards
+from .tasks.step_verifiers import StepVerifier, check_verifier, load_step_verifier
+from .user_rollout import RolloutFunction
 
 
 @dataclass(kw_only=True)
@@ -27,6 +29,7 @@ class Material:
     tokenizer: Any
     rewards: dict[str, RewardFunction]
     verifier: StepVerifier | None = None
+    rollout: RolloutFunction | None = None
     problems: list[Problem] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)  # token ids
     held_out: list[Problem] = field(default_factory=list)
@@ -40,9 +43,12 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     parts = list(load_problems(config)) if sets is None else list(sets.values())
     # A built-in model is made of a task's problems to train on
     train = parts[0] if sets is None else load_problems(config).train if config.task else []
-    example = parts[0][0]
-    rewards = load_rewards(config, example)
-    verifier = load_step_verifier(config, example)
+    rewards = load_rewards(config, parts[0][0])
+    verifier = load_step_verifier(config, parts[0][0])
+    for name, rows in zip(sets or _sources(config), parts, strict=True):
+        check_columns(config, rewards, rows[0], where := name or config.dataset or config.task)
+        check_verifier(config, verifier, rows[0], where)
+    rollout = import_function("--rollout", config.rollout) if config.rollout else None
     found = find_pair(config, train, report)
     parts = drop_long_prompts(parts, found.tokenizer, config.max_prompt_length, report)
     evaluated = parts[1:] if sets is None else parts
@@ -59,12 +65,18 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
         tokenizer=tokenizer,
         rewards=rewards,
         verifier=verifier,
+        rollout=rollout,
         problems=parts[0] if sets is None else [],
         prompts=prompts,
         held_out=evaluated[0],
         sets={} if sets is None else dict(zip(sets, evaluated, strict=True)),
         origin=origin,
     )
+
+
+def _sources(config: TrainConfig) -> tuple[str, str]:
+    """The names of what a training's problems and its evaluation's come from."""
+    return config.dataset, " ".join(config.eval_dataset) or config.dataset
 
 
 def _check_lengths(config: TrainConfig, models: dict[str, Any], prompts: list[list[int]]) -> None:

@@ -18,6 +18,7 @@ from .records.resume import check_changes, read_config
 from .records.trust import check_named_again, check_unchanged, without_code
 from .settings.config import TrainConfig
 from .settings.recipe import read_recipe
+from .settings.unread import changed, check_read
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -41,6 +42,8 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
         default = kind(**vars(read_recipe(base.recipe, base.method)))
         config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
         config.validate()
+        if config.TRAINS:
+            check_read(config, changed(config, default))
         return config
     began, code = read_config(Path(base.resume))
     default = kind(**vars(without_code(began)))

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from cmdp_fast.imports import import_function
-
 from .distributed import (
     any_process,
     check_alike,
@@ -44,7 +42,8 @@ from .records.run_folder import check_run_folder
 from .records.trust import code_of
 from .rollout import make_sampling
 from .settings.config import TrainConfig
-from .settings.constraint import evaluation_constraint, warning_of_scale
+from .settings.constraint import evaluation_constraint
+from .settings.unread import warnings_of
 from .step import Learner
 from .stops import keep_end_tokens
 from .training import Training
@@ -80,7 +79,7 @@ def train(config: TrainConfig) -> Path:
                 remove_checkpoints(Path(config.resume))  # where it was killed before it could
             report.say(f"{config.resume} is finished: {config.steps} of {config.steps} steps; more with --steps")
             return Path(config.resume)
-        if warning := warning_of_scale(config):
+        for warning in warnings_of(config):
             report.say(f"warning: {warning}")
         material = main_first(lambda: load(config, report), accelerator)
         check_alike(material.origin["problems"], accelerator)
@@ -135,7 +134,7 @@ def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Mo
         vocab_size=sampling.vocab_size,
         rewards=material.rewards,
         step_verifier=material.verifier,
-        rollout=import_function("--rollout", config.rollout) if config.rollout else None,
+        rollout=material.rollout,
         problem_count=len(material.problems),
     )
     models = {"student": model, **({} if collector.teacher is None else {"teacher": collector.teacher})}

@@ -102,12 +102,13 @@ def make(pair: dict[str, str], accelerator: Any, changes: dict[str, Any]) -> tup
         minibatch_size=4 * prompts,
         holdout_fraction=0.4,
         eval_generations=1,
-        rollout=f"{__file__}:completions",
         **{"micro_batch_size": 3, **changes},
     )
     problems = data.load_problems(config)
     student, teacher, tokenizer = load_pair(config, problems.train, Report())
-    material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards={"mine": reward})
+    material = Material(
+        student=student, teacher=teacher, tokenizer=tokenizer, rewards={"mine": reward}, rollout=completions
+    )
     return make_learner(config, accelerator, material), problems
 
 

@@ -33,7 +33,7 @@ def estimate(pair, **changes):
 
 def test_prints_and_leaves_nothing(pair, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("a dry run must not train"))
-    command = [*arguments(pair, tmp_path / "runs", task_args='{"a": [1, 2.5]}'), "--dry-run"]
+    command = [*arguments(pair, tmp_path / "runs"), "--dry-run"]
     expected = dataclasses.asdict(parse.parse(command[1:]))
     capsys.readouterr()
     assert main(command) == 0

@@ -17,6 +17,8 @@ from cmdp_fast import own_code
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.own_code import described, told_of
+from cmdp_fast.trainer import material
+from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.tasks.judge import compare_pairs
 from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards, trainer_state
 from cmdp_fast.trainer.tasks.step_verifiers import call_step_verifier
@@ -255,3 +257,41 @@ def test_the_place_is_that_of_the_thread_that_is_asked_about(heard):
         thread.join()
     line = stands_still.__code__.co_firstlineno
     assert heard.lines[0] in {f"it has not returned for 0.01 s, it is at {__file__}:{line + after}" for after in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("option", "function", "error"),
+    [
+        ("rewards", "narrow", "got an unexpected keyword argument 'note'"),
+        ("rewards", "noted", "missing a required argument: 'note'"),
+        ("step_verifier", "narrow", "too many positional arguments"),
+        ("rollout", "missing", "has no function 'missing'"),
+    ],
+)
+def test_a_call_that_cannot_be_is_refused_before_a_model_is_read(
+    option, function, error, mine, pair, tmp_path, monkeypatch
+):
+    """Those to evaluate on lack a column of those to train on."""
+    mine.write_text(mine.read_text() + "\ndef noted(completions, note, **_):\n    return [1.0] * len(completions)\n")
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    spec = f"{mine}:{function}"
+    config = settings(pair, eval_dataset=(str(other),), **{option: (spec,) if option == "rewards" else spec})
+    monkeypatch.setattr(material, "find_pair", None)
+    with pytest.raises(InputError, match=f"--{option.replace('_', '-')} {re.escape(spec)}.*{re.escape(error)}"):
+        material.load(config, Report())
+
+
+def test_a_function_that_empties_its_lists_changes_nobody_else_s(pair):
+    def empties(prompts, completions, answer, **_):
+        for each in (prompts, completions, answer):
+            each.clear()
+        return []
+
+    config = settings(pair)
+    functions = {"empties": empties, "exact_answer": load_rewards(config, ROW)["exact_answer"]}
+    given = [ROW] * 2, ["a", "b"], [[1], [2]], trainer_state(config)
+    with pytest.raises(InputError, match="reward function empties returned 0 rewards for 2 completions"):
+        call_rewards(functions, *given)
+    functions["empties"] = lambda **columns: empties(**columns) or [1.0] * 2
+    assert call_rewards(functions, *given).rewards["exact_answer"] == [0.0, 0.0]

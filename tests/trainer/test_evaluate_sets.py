@@ -18,7 +18,7 @@ from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import material
 from cmdp_fast.trainer.evaluate import of_several
-from cmdp_fast.trainer.evaluate_student import _together
+from cmdp_fast.trainer.evaluate_student import _together, parse_evaluate
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.tasks import data
 
@@ -117,6 +117,30 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_one(n):
         assert value == pytest.approx(float(expected), abs=1e-12)
 
 
+def test_a_recipe_says_how_much_of_its_own_dataset(pair, tmp_path):
+    whole, recipe = written(tmp_path / "all.jsonl"), tmp_path / "mine.toml"
+    recipe.write_text(f'student = "a"\ndataset = "{whole}"\neval_prompts = 7\n')
+    other = written(tmp_path / "other.jsonl", ROWS[:9])
+    for words, expected in (((), 7), (("--eval-dataset", other), 0), (("--dataset", other), 0)):
+        assert parse_evaluate(["--recipe", str(recipe), *words]).eval_prompts == expected
+    assert parse_evaluate(["--recipe", "smollm2", "--task=", "--dataset", whole]).eval_prompts == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--seeds -1", "--seeds must be in [0, 2147483648), not -1"),
+        (f"--seeds {2**70}", "--seeds must be in [0, 2147483648)"),
+        ("--dry-run", "--dry-run is for `cmdp-fast train`"),
+        ("--json .", "--json . is a folder, expected a file"),
+    ],
+)
+def test_refused_before_a_model_is_read(words, expected, pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(material, "find_pair", None)
+    assert main([*command(pair, tmp_path), *words.split()]) == 2
+    assert expected in capsys.readouterr().err
+
+
 def test_students_are_saved_on_the_way(pair, tmp_path):
     words = arguments(pair, tmp_path, steps=6, save_student_every=1, keep=2, checkpoint_every=2, eval_every=0)
     assert main(words) == 0
@@ -158,8 +182,10 @@ def test_sets_alone_and_sets_without_answers(pair, tmp_path, capsys):
     one, bare = written(tmp_path / "one.jsonl", ROWS[:4]), written(tmp_path / "bare.jsonl", [{"prompt": "1+1="}])
     found = figures(pair, tmp_path, f"--eval-dataset={one}", dataset="")
     assert found["examples"] == 4
-    assert main([*command(pair, tmp_path, teacher=""), "--eval-dataset", one, bare]) == 2
-    assert "there is no column for the answer" in capsys.readouterr().err
+    for reward in ("exact_answer", "brevity", "math_verify"):
+        assert main([*command(pair, tmp_path, teacher=""), "--rewards", reward, "--eval-dataset", one, bare]) == 2
+        expected = f"--rewards {reward} needs the column 'answer', there are only prompt in {bare}\n"
+        assert capsys.readouterr().err.endswith(expected)
 
 
 @pytest.mark.parametrize("keep", [1, 2])  # without another checkpoint the run begins again

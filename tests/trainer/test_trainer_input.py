@@ -50,6 +50,10 @@ BAD_INPUT = {
     "existing folder": (dict(name="taken"), "choose another --name"),
     "recipe": (dict(recipe="slowstart"), "--recipe slowstart"),
     "one completion a prompt": (dict(num_generations=1), "--num-generations"),
+    "seed below 0": (dict(seed=-1), "--seed must be in [0, 2147483648), not -1"),
+    "seed beyond all numbers": (dict(seed="9" * 400), "--seed must be in [0, 2147483648), not 999"),
+    "long name": (dict(name="a" * 300), "--name is the name of a folder, of up to 200 bytes"),
+    "a file as a folder": (dict(output_dir="{bare}"), "is a file, expected a folder"),
     "worst case of a divergence": (dict(kind="worst_case"), "--cost nll"),
 }
 
@@ -66,7 +70,7 @@ def test_bad_input(case, pair, tmp_path, capsys, monkeypatch):
     bare.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in PROBLEMS))
     changes = {
         name: value.format(tmp=tmp_path, other_tokenizer=other, bare=bare)
-        if name in ("student", "teacher", "dataset")
+        if name in ("student", "teacher", "dataset", "output_dir")
         else value
         for name, value in changes.items()
     }
@@ -165,6 +169,8 @@ def test_other_task_of_reasoning_gym(pair, tmp_path, isolation):
         ("budget = true", "budget must be float"),
         ("steps =", "not valid TOML"),
         ('baseline = "none"', "--baseline must be one of rloo"),
+        ('rewards = "exact_answer"', "rewards must be a list, not 'exact_answer'"),
+        ('resume = "runs/a"', "resume is for the command line, a recipe cannot set it"),
     ],
 )
 def test_recipe_errors(line, expected, tmp_path):

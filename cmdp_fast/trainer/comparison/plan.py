@@ -17,7 +17,9 @@ from cmdp_fast.files import as_json
 from ..records.digest import Damaged
 from ..records.ending import finished_summary
 from ..settings.config import TrainConfig
+from ..settings.ranges import SEED
 from ..settings.recipe import read_recipe, tomllib
+from ..settings.unread import check_read
 from ..settings.values import typed, words
 
 DEFAULT_METHODS = (
@@ -109,6 +111,8 @@ def plan(config: CompareConfig) -> list[SeededRun]:
         given = getattr(config, name)
         if not given or len(set(given)) < len(given):
             raise InputError(f"--{name} must be one or more, each once, not {' '.join(map(str, given)) or 'none'}")
+    for seed in config.seeds:
+        SEED.check("--seeds", seed)
     if config.jobs < 0:
         raise InputError(f"--jobs must not be negative, it is {config.jobs}")
     variants = [variant(spec, config.recipe) for spec in config.methods]
@@ -141,6 +145,7 @@ def variant(spec: str, recipe: str) -> Variant:
     config = replace(read_recipe(recipe, method), **overrides)
     try:
         config.validate()
+        check_read(config, overrides)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     return Variant(":".join([Path(method).stem, *([changes] if changes else [])]), method, overrides, config)

@@ -19,7 +19,10 @@ from .lock import alone_in
 
 
 def check_run_folder(config: TrainConfig) -> None:
-    """Raises InputError if the run was given a name that is taken."""
+    """Raises InputError if the run was given a name that is taken, or a place that is a file."""
+    for place in (Path(config.output_dir), *Path(config.output_dir).parents):
+        if not config.resume and place.exists() and not place.is_dir():
+            raise InputError(f"--output-dir {config.output_dir}: {place} is a file, expected a folder")
     folder = Path(config.output_dir) / config.run_name
     if config.name and not config.resume and folder.exists():
         raise InputError(f"{folder} exists: choose another --name, or remove it")

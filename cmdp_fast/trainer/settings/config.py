@@ -26,6 +26,8 @@ from .run import RunSettings
 from .step import StepSettings
 from .task import TaskSettings
 
+LONGEST_NAME = 200  # bytes; file systems take 255, and a folder that is made has a longer one meanwhile
+
 
 @dataclass(frozen=True)
 class TrainConfig(
@@ -105,7 +107,11 @@ class TrainConfig(
             "--bootstrap-truncated asks a value head: it needs --baseline gae",
         )
         _check(
-            "/" not in self.name and self.name not in (".", ".."), f"--name is the name of a folder, not {self.name!r}"
+            "/" not in self.name
+            and "\0" not in self.name
+            and self.name not in (".", "..")
+            and len(self.name.encode("utf-8", "surrogateescape")) <= LONGEST_NAME,
+            f"--name is the name of a folder, of up to {LONGEST_NAME} bytes, not {self.name!r}",
         )
 
     @property

@@ -18,7 +18,7 @@ class Range:
 
     def check(self, option: str, value: float) -> None:
         """Raises InputError, which names the option, for a number outside."""
-        if not (math.isfinite(value) and self.holds(value)):
+        if not (-math.inf < value < math.inf and self.holds(value)):  # math.isfinite takes no int beyond a float
             raise InputError(f"{option} {self.says} {value}")
 
 
@@ -27,4 +27,5 @@ NOT_NEGATIVE = Range(lambda value: value >= 0, "must not be negative, it is")
 ABOVE_0_UP_TO_1 = Range(lambda value: 0 < value <= 1, "must be in (0, 1], not")
 FROM_0_TO_1 = Range(lambda value: 0 <= value <= 1, "must be in [0, 1], not")
 FROM_0_BELOW_1 = Range(lambda value: 0 <= value < 1, "must be in [0, 1), not")
+SEED = Range(lambda value: 0 <= value < 2**31, "must be in [0, 2147483648), not")  # numpy's end at 2^32
 BETWEEN_0_AND_1 = Range(lambda value: 0 < value < 1, "must be between 0 and 1, not")

@@ -27,12 +27,21 @@ def read_recipe(name: str, method: str = "") -> TrainConfig:
     not valid, and for settings that do not exist or have the wrong type.
     """
     values = _read("recipe", name, RECIPES)
+    _check_own("recipe", name, values, "recipe", "resume")
     method = method or values.get("method", "")
     if method:
-        values |= _read("method", method, METHOD_FILES) | {"method": method}
+        own = _read("method", method, METHOD_FILES)
+        _check_own("method", method, own, "recipe", "resume", "method")
+        values |= own | {"method": method}
     config = TrainConfig(**{**values, "recipe": name})
     check_choices(config)
     return config
+
+
+def _check_own(option: str, name: str, values: dict[str, Any], *others: str) -> None:
+    for other in others:
+        if other in values:
+            raise InputError(f"--{option} {name}: {other} is for the command line, a {option} cannot set it")
 
 
 def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .ranges import NOT_NEGATIVE, POSITIVE
+from .ranges import NOT_NEGATIVE, POSITIVE, SEED
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RunSettings:
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the metrics go beside `metrics.jsonl`; wandb and trackio are packages that you install yourself. A run that
     is resumed goes on as the same run there."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the prompts' order and of the sampling."""
     dry_run: bool = False
     """Load and check models and data, print the settings and an estimate of the memory, and stop there."""

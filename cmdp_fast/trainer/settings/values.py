@@ -28,7 +28,8 @@ def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
         elif isinstance(default, float) and type(value) is int:
             values[key] = value = float(value)
         if type(value) is not expected:
-            raise InputError(f"{source}: {key} must be {expected.__name__}, not {value!r}")
+            kind_of = {"tuple": "a list", "dict": "a table"}.get(expected.__name__, expected.__name__)
+            raise InputError(f"{source}: {key} must be {kind_of}, not {value!r}")
     return values
 
 

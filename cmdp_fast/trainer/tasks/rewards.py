@@ -43,7 +43,29 @@ if TYPE_CHECKING:
 RewardFunction = reward_functions.RewardFunction
 
 LARGEST = torch.finfo(torch.float32).max  # of a reward
+NEEDED = {  # columns, by the name of a built-in reward
+    **dict.fromkeys(("exact_answer", "brevity", "math_verify"), ("answer",)),
+    "reasoning_gym": ("answer", "metadata"),
+}
 BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
+
+
+def check_columns(config: TrainConfig, functions: dict[str, RewardFunction], example: Problem, where: str) -> None:
+    """Raises InputError if a reward function does not fit a problem, one of a set that ``where`` names."""
+    given = [*reward_functions.columns_of([example]), *reward_functions.KEYWORDS]
+    for spec, function in zip(config.rewards, functions.values(), strict=True):
+        if spec in NEEDED:
+            _check_needed(spec, example, f" in {where}")
+        else:
+            reward_functions.check_call(f"{where}: --rewards {spec}", function, given)
+
+
+def _check_needed(spec: str, example: Problem, where: str = "") -> None:
+    for column in NEEDED[spec]:
+        if column not in example:
+            raise InputError(
+                f"--rewards {spec} needs the column {column!r}, there are only {', '.join(example)}{where}"
+            )
 
 
 def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunction]:
@@ -61,11 +83,7 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
         if name in functions:
             raise InputError(f"--rewards {spec}: there is a reward {name!r} already, and metrics go by that name")
         if spec in built_in:
-            needed = ("answer", "metadata") if spec == "reasoning_gym" else ("answer",)
-            if missing := [column for column in needed if column not in example]:
-                raise InputError(
-                    f"--rewards {spec} needs the column {missing[0]!r}, there are only {', '.join(example)}"
-                )
+            _check_needed(spec, example)
             functions[spec] = built_in[spec]()
         else:
             functions[name] = reward_functions.import_reward("--rewards", spec, sorted(built_in))

@@ -17,7 +17,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.messages import as_completion, text_of
 from cmdp_fast.own_code import errors_named, told_of
-from cmdp_fast.reward_functions import NO_COLUMNS, name_of, returned
+from cmdp_fast.reward_functions import NO_COLUMNS, check_call, name_of, returned
 
 from ..settings.config import TrainConfig
 from .data import Problem
@@ -55,11 +55,27 @@ def load_step_verifier(config: TrainConfig, example: Problem) -> StepVerifier | 
     if not spec:
         return None
     if spec == "arithmetic_chain":
-        expression = example.get("metadata", {}).get("expression")
-        if not isinstance(expression, str):
-            raise InputError(f"--step-verifier {spec} checks reasoning-gym's sums (basic_arithmetic, chain_sum) alone")
-        worked_solution(expression)
+        _check_sum(example)
     return BUILT_IN.get(spec) or import_function("--step-verifier", spec, sorted(BUILT_IN))
+
+
+def check_verifier(config: TrainConfig, verifier: StepVerifier | None, example: Problem, where: str) -> None:
+    """Raises InputError if the step verifier does not fit a problem, one of a set that ``where`` names."""
+    if config.step_verifier == "arithmetic_chain":
+        _check_sum(example)
+    elif verifier is not None and config.step_verifier not in BUILT_IN:
+        given = [name for name in example if name not in NO_COLUMNS]
+        check_call(f"{where}: --step-verifier {config.step_verifier}", verifier, given, positional=2)
+
+
+def _check_sum(example: Problem) -> None:
+    metadata = example.get("metadata")
+    expression = metadata.get("expression") if isinstance(metadata, dict) else None
+    if not isinstance(expression, str):
+        raise InputError(
+            "--step-verifier arithmetic_chain checks reasoning-gym's sums (basic_arithmetic, chain_sum) alone"
+        )
+    worked_solution(expression)
 
 
 def call_step_verifier(verifier: StepVerifier, rows: Sequence[Problem], texts: Sequence[str]) -> list[float]:

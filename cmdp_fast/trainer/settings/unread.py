@@ -1,0 +1,128 @@
+"""Settings that were asked for and that nothing in the run would read: each with what would have to be the case.
+
+Recipes and methods go over one another, so a configuration may hold any number of them. Only what the command line
+itself has changed is refused: whoever writes `--gae-lambda 0.95` expects it to do something.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from cmdp_fast.constraint import KINDS
+from cmdp_fast.errors import InputError
+
+from ..methods import METHODS, MethodEntry
+from .config import TrainConfig
+from .constraint import warning_of_scale
+
+
+class Reader(NamedTuple):
+    """Settings, whether a run with a configuration reads them, and which one does."""
+
+    settings: tuple[str, ...]
+    reads: Callable[[TrainConfig], object]
+    which: str
+
+
+def _algorithms(kept: Callable[[MethodEntry], object]) -> str:
+    return f"--algorithm {' or '.join(name for name, entry in METHODS.items() if kept(entry))}"
+
+
+def _compares(entry: MethodEntry) -> bool:
+    return entry.compares
+
+
+def _clips(entry: MethodEntry) -> bool:
+    return entry.compares or entry.groups
+
+
+def _of_kinds(settings: tuple[str, ...], kept: Callable[[str], object]) -> Reader:
+    """Settings of some kinds of modified reward, which are for the methods that compare completions."""
+    kinds = " or ".join(kind for kind in KINDS if kept(kind))
+    return Reader(
+        settings, lambda c: c.entry.compares and kept(c.kind), f"{_algorithms(_compares)} with --kind {kinds}"
+    )
+
+
+PATTERNS = {"exact_answer", "brevity", "math_verify", "reasoning_gym"}
+JUDGES = {"math_verify", "reasoning_gym"}
+
+READERS = (
+    Reader(("baseline", "kind", "gamma"), lambda c: _compares(c.entry), _algorithms(_compares)),
+    Reader(
+        ("gae_lambda", "value_learning_rate"),
+        lambda c: c.has_value_head,
+        f"{_algorithms(_compares)} with --baseline gae",
+    ),
+    Reader(("clip_low", "clip_high"), lambda c: _clips(c.entry), _algorithms(_clips)),
+    Reader(("teacher_mix",), lambda c: c.entry.mixes, _algorithms(lambda entry: entry.mixes)),
+    Reader(
+        ("jsd_beta",),
+        lambda c: c.entry.diverges or c.cost == "jsd",
+        f"--cost jsd and {_algorithms(lambda entry: entry.diverges)}",
+    ),
+    _of_kinds(("penalty",), lambda kind: KINDS[kind].penalised),
+    _of_kinds(("discrepancy_weight",), lambda kind: KINDS[kind].direct == "discrepancy"),
+    _of_kinds(("coefficient",), lambda kind: KINDS[kind].coefficient),
+    _of_kinds(("pid_gains",), lambda kind: kind == "pid"),
+    Reader(("budget_start",), lambda c: c.budget_steps, "--budget-steps"),
+    Reader(("lora_alpha", "lora_target"), lambda c: c.lora_rank, "--lora-rank"),
+    Reader(("task_args", "task_size"), lambda c: c.task, "--task"),
+    Reader(("dataset_split",), lambda c: c.dataset, "--dataset"),
+    Reader(
+        ("eval_split", "prompt_column", "answer_column", "reference_pattern", "max_rows"),
+        lambda c: c.dataset or c.eval_dataset,
+        "--dataset",
+    ),
+    Reader(
+        ("dataset_config",), lambda c: c.dataset and not Path(c.dataset).is_file(), "a --dataset with configurations"
+    ),
+    Reader(
+        ("answer_pattern",),
+        lambda c: PATTERNS & {*c.rewards},
+        "the --rewards exact_answer, brevity, math_verify and reasoning_gym",
+    ),
+    Reader(("judge_timeout",), lambda c: JUDGES & {*c.rewards}, "the --rewards math_verify and reasoning_gym"),
+    Reader(("unisolated_judges",), lambda c: "reasoning_gym" in c.rewards, "the --rewards reasoning_gym"),
+)
+
+
+def changed(config: TrainConfig, base: TrainConfig) -> list[str]:
+    """The names of the settings in which two configurations differ."""
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    return [name for name in names if getattr(config, name) != getattr(base, name)]
+
+
+def check_read(config: TrainConfig, asked: Iterable[str]) -> None:
+    """Raises InputError if one of the settings that were ``asked`` for would be read by nothing in a training."""
+    for name in asked:
+        for reader in READERS:
+            value = getattr(config, name)
+            if name in reader.settings and not reader.reads(config) and value != getattr(_DEFAULTS, name):
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} {_shown(value)} would have no effect: it is for {reader.which}")
+
+
+_DEFAULTS = TrainConfig()
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def warnings_of(config: TrainConfig) -> list[str]:
+    """What a training has to say of its settings before it begins."""
+    return [warning for warning in (warning_of_scale(config), warning_of_reward(config)) if warning]
+
+
+def warning_of_reward(config: TrainConfig) -> str:
+    """The warning of a method that learns from no reward, with settings of the reward: they change what is logged of
+    it alone. Empty if there are none."""
+    names = [name for name in ("reward_weights", "missing_eos_penalty") if getattr(config, name)]
+    if config.entry.compares or not names:
+        return ""
+    options = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+    return f"--algorithm {config.algorithm} learns from no reward: {options} change the logged reward alone"

@@ -1,0 +1,92 @@
+"""Settings that a training would not read are refused where they were asked for, and only there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.comparison.plan import variant
+from cmdp_fast.trainer.evaluate_student import parse_evaluate
+from cmdp_fast.trainer.parse import parse
+from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.settings.unread import READERS, check_read, warnings_of
+
+OF_PPO = "it is for --algorithm ppo"
+UNREAD = {
+    "--gae-lambda 0.9": f"{OF_PPO} with --baseline gae",
+    "--method sft --baseline gae": OF_PPO,
+    "--method minillm --gamma 0.9": OF_PPO,
+    "--method gkd --clip-low 0.1": "it is for --algorithm ppo or minillm",
+    "--method kd --teacher-mix 0.5": "it is for --algorithm minillm",
+    "--jsd-beta 0.1": "it is for --cost jsd and --algorithm gkd",
+    "--method lagrangian --penalty 2": f"{OF_PPO} with --kind cmdp or saute or worst_case",
+    "--method pid --discrepancy-weight 2": f"{OF_PPO} with --kind cmdp or hinge",
+    "--method hinge --coefficient 0.3": f"{OF_PPO} with --kind lagrangian or pid or barrier",
+    "--pid-gains 1 1 1": f"{OF_PPO} with --kind pid",
+    "--method sft --penalty 2": f"{OF_PPO} with --kind cmdp or saute or worst_case",
+    "--budget-start 5": "it is for --budget-steps",
+    "--lora-target q_proj": "it is for --lora-rank",
+    "--prompt-column question": "it is for --dataset",
+    "--dataset-config main": "it is for a --dataset with configurations",
+    "--task= --dataset a.jsonl --task-size 9": "it is for --task",
+    "--rewards a.py:f --answer-pattern (x)": "it is for the --rewards exact_answer, brevity",
+    "--judge-timeout 9": "it is for the --rewards math_verify and reasoning_gym",
+    "--unisolated-judges": "it is for the --rewards reasoning_gym",
+}
+
+
+@pytest.mark.parametrize("words", UNREAD)
+def test_what_nothing_reads_is_refused(words):
+    with pytest.raises(InputError, match=f"would have no effect: {re.escape(UNREAD[words])}"):
+        parse(words.split())
+
+
+READ = (
+    *("--baseline gae --gae-lambda 0.9", "--method gkd --jsd-beta 0.1", "--cost jsd --jsd-beta 0.1"),
+    *(
+        "--method minillm --teacher-mix 0.5 --clip-low 0.1",
+        "--method saute --penalty 2",
+        "--lora-rank 4 --lora-alpha 8",
+    ),
+    *("--budget-start 5 --budget-steps 3", "--eval-dataset a.jsonl --prompt-column question --max-rows 3"),
+    "--task= --dataset=a --dataset-config main --eval-split test --answer-column solution",
+    "--method sft --mask-truncated-completions --teacher-temperature 0.5 --accuracy-reward exact_answer",
+    "--gae-lambda 1.0 --jsd-beta 0.5",  # as they are
+)
+
+
+@pytest.mark.parametrize("words", READ)
+def test_what_is_read_is_not(words):
+    parse(words.split())
+
+
+@pytest.mark.parametrize("method", ["sft", "gkd", "lagrangian"])
+def test_recipes_and_methods_go_with_each_other(method):
+    """They set what others of them do not read; nobody asked for that on the command line."""
+    parse(["--recipe=tempting", f"--method={method}"])
+
+
+def test_an_evaluation_takes_the_settings_of_a_training():
+    parse_evaluate(["--gae-lambda", "0.9"])
+
+
+def test_a_method_of_a_comparison():
+    with pytest.raises(InputError, match=r"--methods sft:gamma=0\.9: --gamma 0\.9 would have no effect"):
+        variant("sft:gamma=0.9", "quickstart")
+
+
+def test_readers_are_of_settings_that_there_are():
+    names = [name for reader in READERS for name in reader.settings]
+    assert len({*names}) == len(names) and {*names} <= {field.name for field in dataclasses.fields(TrainConfig)}
+    check_read(TrainConfig(), names)
+
+
+def test_settings_of_the_reward_beside_a_method_without_one():
+    changes = {"missing_eos_penalty": 1.0, "reward_weights": (2.0,)}
+    [warning] = warnings_of(TrainConfig(algorithm="sft", **changes))
+    told = "--reward-weights and --missing-eos-penalty change the logged reward alone"
+    assert warning == f"--algorithm sft learns from no reward: {told}"
+    assert not warnings_of(TrainConfig(**changes)) and not warnings_of(TrainConfig(algorithm="sft"))
