@@ -194,6 +194,8 @@ class Collector:
             if self.rollout is not None and policy is self.student and mixed_with is None:
                 with together(self.accelerator):
                     rollout = call_rollout(self.rollout, self.config.rollout, prompts, self.sampling, model)
+                if any_process(rollout.sampler_logprob is None, self.accelerator):  # all of them gather it, or none
+                    rollout.sampler_logprob = None
             else:
                 synced = self.accelerator.distributed_type == "FSDP"
                 rollout = generate(model, prompts, self._sampling_of(policy), mixed_with=mixed_with, synced_gpus=synced)
@@ -386,6 +388,8 @@ def _united(parts: Sequence[Completions], unite: Callable[[Sequence[Tensor]], Te
         return {name: batches.united([getattr(o, name) for o in objects], unite) for name in names}
 
     rollouts = [part.rollout for part in parts]
+    if any(each.sampler_logprob is None for each in rollouts):
+        rollouts = [replace(each, sampler_logprob=None) for each in rollouts]
     nothing = torch.zeros(0, 0, dtype=torch.long)
     rollout = Rollout(nothing, nothing.bool(), **fields_of(rollouts, ("tokens", "mask", "finished", "sampler_logprob")))
     # In the order of the fields: processes that gather one after the other must agree on it.

@@ -80,10 +80,13 @@ class Learner:
             experience = replace(experience, rollout=rollout.without_truncated())
         metrics |= self.update(experience, targets, constraint)
         self.collector.steps_done += 1
-        self.tokens_seen += round(metrics["completions/mean_length"] * len(experience.rollout) * self._processes)
+        means = {"tokens": rollout.prompt_mask.sum() + rollout.mask.sum()}  # `num_tokens` has the prompts, as TRL's
         if self.config.grouped:
             rewards = experience.task_reward.masked_fill(~experience.scored, torch.nan)
-            metrics |= self._mean({"frac_reward_zero_std": frac_reward_zero_std(rewards, group)})
+            means["frac_reward_zero_std"] = frac_reward_zero_std(rewards, group)
+        of_all = self._mean(means)
+        self.tokens_seen += round(of_all.pop("tokens") * self._processes)
+        metrics |= of_all
         given = splitter.padded_tokens - before[0], splitter.real_tokens - before[1]
         real, learned = (read_tokens(each.prompt_mask, each.mask) for each in (rollout, experience.rollout))
         took = self.throughput.end(sampled=float(rollout.mask.sum()), real=real, learned=learned, given=given)

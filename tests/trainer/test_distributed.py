@@ -114,7 +114,7 @@ def test_a_run_of_two_processes_and_its_second_half(pair, tmp_path):
     assert main(["train", f"--resume={tmp_path / 'half'}", "--steps=6"]) == 2  # one process cannot go on with it
 
 
-REWARD_THAT_LOGS = """
+FUNCTIONS_THAT_TELL = """
 import os
 RANK = int(os.environ["RANK"])
 async def reward(completions, trainer_state, log_metric, log_extra, **columns):
@@ -126,15 +126,20 @@ async def reward(completions, trainer_state, log_metric, log_extra, **columns):
         log_metric("in one", 4.0)
         log_extra("rank", [RANK] * len(completions))
     return [1.0] * len(completions)
+def rollout(prompts, sampling, policy):
+    # log-probabilities in one process alone: the gathers of the other were others, and both were aborted
+    return {"completion_ids": [[4, 5]] * len(prompts), "logprobs": None if RANK else [[-1.0, -1.0]] * len(prompts)}
 """
 
 
-def test_what_rewards_log_is_that_of_both(pair, tmp_path):
-    (tmp_path / "mine.py").write_text(REWARD_THAT_LOGS)
-    run = arguments(pair, tmp_path / "runs", eval_every=0, steps=2, rewards=f"{tmp_path / 'mine.py'}:reward")
+def test_what_functions_tell_is_that_of_both(pair, tmp_path):
+    (tmp_path / "mine.py").write_text(FUNCTIONS_THAT_TELL)
+    functions = {"rewards": f"{tmp_path / 'mine.py'}:reward", "rollout": f"{tmp_path / 'mine.py'}:rollout"}
+    run = arguments(pair, tmp_path / "runs", eval_every=0, steps=2, **functions)
     in_two_processes(run_command, run, tmp_path / "shown", 0)
     logged = [(step["everywhere"], step["in one"]) for step in lines(tmp_path / "runs" / "r")]
     assert logged == [(0.5, 3.5)] * 2
+    assert not any("sampling/" in name for step in lines(tmp_path / "runs" / "r") for name in step)
     assert [step["epoch"] for step in lines(tmp_path / "runs" / "r")] == [0.0, pytest.approx(2 * 3 / 9)]
     samples = (tmp_path / "runs" / "r" / "samples.jsonl").read_text().splitlines()
     assert {sample.get("extra", {}).get("rank") for sample in map(json.loads, samples)} == {None, 1}

@@ -55,8 +55,9 @@ def test_truncated_completions_that_are_masked_are_not_learned_from(pair, monkey
     told = {}
     end = learner.throughput.end
     monkeypatch.setattr(learner.throughput, "end", lambda **given: told.update(given) or end(**given))
-    learner.step(rows, prompts)
+    counted = learner.step(rows, prompts)["num_tokens"]
     tokens = sum(len(ids) for ids in prompts)
+    assert counted == 4 * tokens + 4 * (4 + 2), "prompts too, as TRL's: it was completions alone"
     # Of four tokens three are read, of two that end before the last column both
     assert told["real"] == 4 * tokens + 4 * (3 + 2) and told["learned"] == 2 * tokens + 4 * 2
 

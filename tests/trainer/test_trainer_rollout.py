@@ -13,6 +13,8 @@ from tiny_pair import arguments, learner_of, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.evaluate import evaluate
+from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.rollout import generate
 from cmdp_fast.trainer.user_rollout import call_rollout
 
@@ -94,6 +96,15 @@ def test_a_rollout_of_the_users_own_is_scored_again(pair, tmp_path):
     teachers = learner.collector.collect(learner.teacher, rows, prompts, learner.constraint(), learner.clock)
     assert teachers.rollout.sampler_logprob is None  # the function samples for the student alone
     assert main(arguments(pair, tmp_path, rollout=spec)) == 0
+
+
+def test_logprobs_of_some_calls_alone_are_compared_with_nothing(pair):
+    """The batches of an evaluation were joined by the first: 'NoneType' object has no attribute 'shape'."""
+    learner, rows, _ = learner_of(settings(pair, num_generations=2, prompts_per_step=1, baseline="rloo"))
+    given = iter([[[-1.0, -1.0]] * 2, None, [[-1.0, -1.0]] * 2, None])
+    learner.collector.rollout = lambda **_: {"completion_ids": [[4, 5]] * 2, "logprobs": next(given)}
+    figures, samples = evaluate(learner.collector, learner.student, rows[:1] * 2, Clock())
+    assert len(samples) == 6 and figures["mean_length"] == 2.0
 
 
 @pytest.mark.parametrize(
