@@ -360,6 +360,11 @@ def budget_trace(
     )
 
 
+def _weighed(weight: float, amount: Tensor) -> Tensor:
+    """An amount as often as its weight says: 0 of it is nothing, even where it is infinite."""
+    return weight * amount if weight else torch.zeros_like(amount)
+
+
 def modified_reward(
     task_reward: Tensor,
     cost: Tensor,
@@ -404,18 +409,18 @@ def modified_reward(
         penalty_at = "crossing" if kind == "cmdp" else "every"
     charged = crossing if penalty_at == "crossing" else violated
     if kind == "cmdp":
-        value = torch.where(violated, 0.0, reward) - penalty * charged - discrepancy_weight * excess
+        value = torch.where(violated, 0.0, reward) - penalty * charged - _weighed(discrepancy_weight, excess)
     elif kind == "hinge":
-        value = reward - discrepancy_weight * excess
+        value = reward - _weighed(discrepancy_weight, excess)
     elif kind in ("saute", "worst_case"):
         value = torch.where(violated, 0.0, reward) - penalty * charged
     elif kind in ("lagrangian", "pid"):
-        value = reward - float(coefficient or 0.0) * paid
+        value = reward - _weighed(float(coefficient or 0.0), paid)
     else:  # barrier: log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}); remaining_0 = d
         remaining = trace.remaining.double()
         start = (remaining + trace.cumulative.double())[..., :1]
         before = torch.cat([start, remaining[..., :-1]], dim=-1)
         inside = (remaining > 0).long().cumprod(-1) > 0
         step = torch.log(torch.where(inside & remaining.isfinite(), remaining / before, 1.0))
-        value = torch.where(inside, reward + float(coefficient or 0.0) * step, -barrier_slope * paid)
+        value = torch.where(inside, reward + float(coefficient or 0.0) * step, -_weighed(barrier_slope, paid))
     return torch.where(keep, value, 0.0).to(dtype)

@@ -74,6 +74,9 @@ struct RewardInput {
   bool violated, crossing;
 };
 
+// An amount as often as its weight says: 0 of it is nothing, even where it is infinite.
+CMDP_HD inline double weighed(double weight, double amount) { return weight == 0 ? 0 : weight * amount; }
+
 struct RewardState {
   double remaining_before = 0;
   bool started = false, inside = true;  // barrier only: still within the budget
@@ -82,20 +85,20 @@ struct RewardState {
     const bool charged = rule.penalty_at_crossing ? in.crossing : in.violated;
     switch (rule.kind) {
       case RewardKind::cmdp:
-        return (in.violated ? 0 : reward) - (charged ? rule.penalty : 0) - rule.discrepancy_weight * in.excess;
+        return (in.violated ? 0 : reward) - (charged ? rule.penalty : 0) - weighed(rule.discrepancy_weight, in.excess);
       case RewardKind::hinge:
-        return reward - rule.discrepancy_weight * in.excess;
+        return reward - weighed(rule.discrepancy_weight, in.excess);
       case RewardKind::saute:
         return (in.violated ? 0 : reward) - (charged ? rule.penalty : 0);
       case RewardKind::lagrangian:
-        return reward - rule.coefficient * in.cost;
+        return reward - weighed(rule.coefficient, in.cost);
       case RewardKind::barrier: {
         // log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}), and remaining_0 = d.
         const double before = started ? remaining_before : in.remaining + in.cumulative;
         started = true;
         remaining_before = in.remaining;
         inside = inside && in.remaining > 0;
-        if (!inside) return -rule.barrier_slope * in.cost;
+        if (!inside) return -weighed(rule.barrier_slope, in.cost);
         // An infinite budget has no barrier.
         return reward + (std::isinf(in.remaining) ? 0 : rule.coefficient * std::log(in.remaining / before));
       }

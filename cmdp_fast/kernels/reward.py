@@ -56,24 +56,30 @@ class Moment(NamedTuple):
 
 
 @triton.jit
+def weighed(weight, amount):
+    """An amount as often as its weight says: 0 of it is nothing, even where it is infinite."""
+    return tl.where(weight == 0.0, 0.0, weight * amount)
+
+
+@triton.jit
 def reward_of(moment, formula, amounts):
     """The modified reward of the unmasked tokens of a `Moment`, after a `Formula` and its `Amounts`."""
     given, cost, remaining = moment.task_reward, moment.cost, moment.remaining
     charged = moment.crossing if formula.at_crossing else moment.violated
     paid = tl.where(charged, amounts.penalty, 0.0)
     if formula.kind == "cmdp":
-        return tl.where(moment.violated, 0.0, given) - paid - amounts.discrepancy_weight * moment.excess
+        return tl.where(moment.violated, 0.0, given) - paid - weighed(amounts.discrepancy_weight, moment.excess)
     elif formula.kind == "hinge":
-        return given - amounts.discrepancy_weight * moment.excess
+        return given - weighed(amounts.discrepancy_weight, moment.excess)
     elif formula.kind == "saute":
         return tl.where(moment.violated, 0.0, given) - paid
     elif formula.kind == "lagrangian":
-        return given - amounts.coefficient * cost
+        return given - weighed(amounts.coefficient, cost)
     else:  # barrier: log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}), and remaining_0 = d
         before = tl.where(moment.started, moment.remaining_before, remaining + moment.cumulative)
         # An infinite budget has no barrier.
         step = tl.log(tl.where(moment.inside & (remaining != float("inf")), remaining / before, 1.0))
-        return tl.where(moment.inside, given + amounts.coefficient * step, -amounts.barrier_slope * cost)
+        return tl.where(moment.inside, given + amounts.coefficient * step, -weighed(amounts.barrier_slope, cost))
 
 
 @direct

@@ -244,6 +244,32 @@ def test_an_infinite_cost_is_paid_once(backend):
         assert not reward.isnan().any(), kind
 
 
+@pytest.mark.parametrize(
+    "amounts",
+    [
+        {"kind": "lagrangian", "coefficient": 0.0},
+        {"kind": "pid", "coefficient": 0.0},
+        {"kind": "barrier", "coefficient": 0.0, "barrier_slope": 0.0},
+        {"kind": "hinge", "discrepancy_weight": 0.0},
+        {"kind": "cmdp", "discrepancy_weight": 0.0, "penalty": 2.0},
+    ],
+    ids=lambda amounts: amounts["kind"],
+)
+def test_no_part_of_an_infinite_cost_is_nothing(amounts, backend):
+    """Where its weight is 0 the cost has no say: the task's reward was NaN with a teacher that excludes a token."""
+    cost = torch.tensor([[0.5, torch.inf, 0.25]])
+    trace = cf.budget_trace(cost, 1.0, backend=backend)
+    reward = cf.modified_reward(torch.ones(1, 3), cost, trace, backend=backend, **amounts)
+    kept = (
+        [1.0, -2.0, 0.0]
+        if amounts["kind"] == "cmdp"
+        else [1.0, 0.0, 0.0]
+        if amounts["kind"] == "barrier"
+        else [1.0] * 3
+    )
+    assert reward.tolist() == [kept]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.7])
 def test_a_cost_equal_to_the_budget_is_feasible_in_any_dtype(dtype, budget, backend):
