@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -200,11 +201,13 @@ def test_calling_a_verifier(tmp_path, pair):
     [
         ("sums", SUM, "--step-verifier sums: neither one of arithmetic_chain, equations nor module:function"),
         ("arithmetic_chain", {"prompt": "3 + 4 + 2=", "answer": "9"}, "checks reasoning-gym's sums"),
+        ("arithmetic_chain", {**SUM, "metadata": None}, "checks reasoning-gym's sums"),
         ("arithmetic_chain", {**SUM, "metadata": {"expression": "3 * 4"}}, "cannot solve '3 * 4'"),
+        ("arithmetic_chain", {**SUM, "metadata": {"expression": "1+" + "9" * 5000}}, "cannot solve '1+999"),
     ],
 )
 def test_verifiers_that_do_not_fit(spec, row, expected, pair):
-    with pytest.raises(InputError, match=expected.replace("*", r"\*")):
+    with pytest.raises(InputError, match=re.escape(expected)):
         load_step_verifier(settings(pair, step_verifier=spec), row)
 
 

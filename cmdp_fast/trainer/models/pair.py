@@ -158,7 +158,7 @@ def _common_name(names: list[str]) -> str:
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
     try:
         return auto.from_pretrained(name, trust_remote_code=trusted, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of a library that reads anybody's files, in whatever form
         if _attention_failed(error, attention := options.get("attn_implementation", "")):
             raise InputError(f"--attn-implementation {attention}: {role} {name}: {first_line(error)}") from error
         kind = "folder" if Path(name).is_dir() else "hub id or folder"

@@ -55,7 +55,8 @@ def load_step_verifier(config: TrainConfig, example: Problem) -> StepVerifier | 
     if not spec:
         return None
     if spec == "arithmetic_chain":
-        expression = example.get("metadata", {}).get("expression")
+        about = example.get("metadata")
+        expression = about.get("expression") if isinstance(about, dict) else None
         if not isinstance(expression, str):
             raise InputError(f"--step-verifier {spec} checks reasoning-gym's sums (basic_arithmetic, chain_sum) alone")
         worked_solution(expression)
