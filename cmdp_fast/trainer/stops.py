@@ -32,7 +32,7 @@ def end_tokens(model: CausalLM, tokenizer: Any = None) -> tuple[int, ...]:
     settings = (model.generation_config, model.config, model.config.get_text_config())
     named: Any = next((s.eos_token_id for s in settings if getattr(s, "eos_token_id", None) is not None), [])
     ends = {getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, (list, tuple)) else [named])}
-    return tuple(sorted(ends - {None}))
+    return tuple(sorted(token for token in ends if token is not None and token >= 0))  # some write -1 for none
 
 
 def keep_end_tokens(model: CausalLM, ends: Sequence[int]) -> None:

@@ -180,6 +180,16 @@ def test_a_system_message_before_messages(chatting, tmp_path):
     assert asked(settings(chatting, dataset=path))["4"] == "A1=4;"
 
 
+def test_a_table_s_none_is_no_part_of_a_message(pair):
+    """Where one row has calls of tools a table has them for all: Llama's template refused each of the others."""
+    rows = [{"role": "user", "content": "1"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    table = [{"role": "user", "content": "1", "tool_calls": None}, {**rows[1], "name": None}]
+    table[1]["tool_calls"] = [{"name": "f", "arguments": None}]
+    rows.append({"role": "user", "content": [{"text": "2"}]})
+    table.append({"role": "user", "content": [{"text": "2", "image": None}], "name": None})
+    assert with_prompt({"prompt": table}, settings(pair), "row 1")["prompt"] == rows
+
+
 def test_an_answer_that_has_begun_goes_on(pair):
     """It was closed, and another one opened behind it. A template that changes it is refused."""
     rows = [{"prompt": [*messages(f"{i}"), {"role": "assistant", "content": f"{i}+"}]} for i in range(2)]

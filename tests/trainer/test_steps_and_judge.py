@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -75,6 +76,11 @@ EQUATIONS = {
         "1+" * 3000 + "1=3001",  # was too long to be looked at
         "(" * 30_000 + "1+1" + ")" * 30_000 + "=2",
         "1+1=" * 3000 + "2",
+        # Each of these was wrong, or its multiplication not looked at
+        r"\(2 \times 3 + 1 = 7\), 6 = 2 + 1 \cdot 4, 1 + 1 = 4 \div 2",
+        "2 · 3 + 1 = 7, 2⋅3+1=7, 10 − 3 + 1 = 8, 1 + 1 = 4 – 2",
+        r"\left(2 + 3\right) \times 2 = 10, \$2\,+\,\$2 = \$4",
+        "3 + 4 = 7 (the sum of 3 + 4 = 7)",
     ],
     False: [
         "3+4=8",
@@ -90,6 +96,10 @@ EQUATIONS = {
         "1+1=" * 3000 + "3",
         "3+4) = 8",
         "((3+4) = 8)",
+        r"2 \times 3 + 1 = 8",
+        "2 · 3 = 5",
+        "10 − 3 = 6",
+        "the sum of 3 + 4 = 8",
     ],
     None: [
         "A9",
@@ -107,6 +117,11 @@ EQUATIONS = {
         "3 + 4 = 7,000x",
         "(1" * 3000,
         "1" * 5000,
+        # Parts of something longer, of which each was wrong
+        r"√4 + 1 = 3, 10 mod 3 + 1 = 2, 4 + 4 = 3 (mod 5), 4 + 4 = 3 \pmod{5}",
+        r"1 1/2 + 1 = 2 1/2, 1 + 1 1/2 = 2 1/2, 1 + 1.5 = 2\frac{1}{2}, 2 + 4 = 2(3), (2)(3) + 1 = 7",
+        "12:30 + 1 = 13:30, half of 4 + 1 = 3, 20% of 50 + 1 = 11, 1/2 of 4 + 1 = 3, 3 choose 2 + 1 = 4",
+        "17 / 5 = 3 R 2, 17 / 5 = 3 remainder 2",
         "2(3+4)=15",  # a product, of which the bracket alone tells nothing
         "f(3+4)=8",
         "(x+2)-1+1=2",
@@ -152,6 +167,9 @@ def test_equations(sound, text):
         "- 1",
         "1.1.",
         "=)",
+        r"1 \times ",
+        "=1 1/1",
+        "– 1–",
     ],
 )
 def test_equations_read_a_text_once(text, monkeypatch):
@@ -200,11 +218,13 @@ def test_calling_a_verifier(tmp_path, pair):
     [
         ("sums", SUM, "--step-verifier sums: neither one of arithmetic_chain, equations nor module:function"),
         ("arithmetic_chain", {"prompt": "3 + 4 + 2=", "answer": "9"}, "checks reasoning-gym's sums"),
+        ("arithmetic_chain", {**SUM, "metadata": None}, "checks reasoning-gym's sums"),
         ("arithmetic_chain", {**SUM, "metadata": {"expression": "3 * 4"}}, "cannot solve '3 * 4'"),
+        ("arithmetic_chain", {**SUM, "metadata": {"expression": "1+" + "9" * 5000}}, "cannot solve '1+999"),
     ],
 )
 def test_verifiers_that_do_not_fit(spec, row, expected, pair):
-    with pytest.raises(InputError, match=expected.replace("*", r"\*")):
+    with pytest.raises(InputError, match=re.escape(expected)):
         load_step_verifier(settings(pair, step_verifier=spec), row)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,15 @@ def test_a_student_of_its_text_learns_that_end(algorithm, chains, tmp_path):
 def test_models_that_end_alike_are_left_as_they_are(pair):
     learner, _, _ = learner_of(settings(pair))
     assert learner.student.generation_config.eos_token_id == 2 and learner.collector.sampling.eos == (2,)
+
+
+def test_an_end_of_minus_one_is_none(pair, tmp_path):
+    """It was a token of its own, and the saved student's too."""
+    folder = tiny_model(tmp_path, 0)
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text()) | {"eos_token_id": -1}))
+    learner, _, _ = learner_of(settings({**pair, "student": folder}))
+    assert learner.collector.sampling.eos == (2,) and learner.student.generation_config.eos_token_id == [2]
 
 
 def test_stop_tokens_by_name(chains):

@@ -17,10 +17,20 @@ from typing import NamedTuple
 # A number, perhaps with thousands separated and a currency in front; a sign or a bracket. Digits are those of ASCII.
 _TOKEN = re.compile(r"\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|[-+*/()=]")
 # An expression that is a part of something longer tells nothing: what stands before one, and what after it.
-_WITHIN = re.compile(r"(?<=[\w.^%+*/-])(?!\$)|(?<=[-+*/^%] )|(?<=\))(?=-)")
-_GOES_ON = re.compile(r"\w|\.\d|,\d{3}| ?[%*/^]| ?[-+] ?\w|(?: ?\))+ ?[-+*/^%] ?[($]*\w")
-_MARKUP = re.compile(r"^\s*[-*+•]\s+|(?<!\d)\*\*|\*\*(?!\d)")  # bullets and bold type
-_TIMES, _DIVIDED = re.compile(r"(?<=[\d)]) ?[x×] ?(?=[-$(\d])"), re.compile(r" ?÷ ?")
+_WITHIN = re.compile(
+    r"(?<=[\w.^%+*/√∛±-])(?!\$)|(?<=[-+*/^%√∛±] )|(?<=\))(?=[-(\d])|(?<=\d:)|(?<=\d )(?=\d+/\d)"
+    r"|(?<=[\d%f] of )|(?<=mod )|(?<=choose )"
+)
+_GOES_ON = re.compile(
+    r"\w|\.\d|,\d{3}|:\d| \d+/\d|\(| ?[%*/^]| ?[-+] ?\w|(?: ?\))+ ?[-+*/^%] ?[($]*\w"
+    r"| ?\\(?:[dt]?frac|sqrt|pi|binom)| ?\(? ?\\?[bp]?mod\b| (?:[rR] ?\d|remainder)"
+)
+_MARKUP = re.compile(r"^\s*[-*+•·∙]\s+|(?<!\d)\*\*|\*\*(?!\d)")  # bullets and bold type
+# Operators as LaTeX and Unicode have them, and what LaTeX puts between signs.
+_TIMES = re.compile(r"(?<=[\d)]) ?x ?(?=[-$(\d])| ?(?:[×·⋅∙]|\\(?:times|cdot)(?![a-zA-Z])) ?")
+_DIVIDED = re.compile(r" ?(?:÷|\\div(?![a-zA-Z])) ?")
+_MINUS = re.compile(r"−|(?<=[\d)])–(?=[$(\d])|(?<=[\d)] )–(?= [$(\d])")
+_SPACING = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[,;!](?=[ \d\\+*/()=-])|\\(?=[$%])")
 BITS = 1024  # of a numerator or denominator
 DIGITS = 308  # of a number in the text
 
@@ -36,16 +46,17 @@ _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2}
 def all_hold(text: str) -> bool | None:
     """Whether every equation between numbers is right; None if there is none.
 
-    An equation has + - * / (or x × ÷) on one side at least. A decimal fraction that stands alone on a side may be
-    rounded to its last digit. Equations with letters, powers or percentages in them are not looked at, nor are those
-    with numbers beyond `BITS`.
+    An equation has + - * / (or x × · ÷, and LaTeX's) on one side at least. A decimal fraction that stands alone on a
+    side may be rounded to its last digit. Equations with letters, powers or percentages in them are not looked at,
+    nor are those with numbers beyond `BITS`.
     """
     found = None
     for line in text.splitlines():
         if "=" not in line:
             continue
         line = " ".join(line.split())
-        line = " ".join(_DIVIDED.sub("/", _TIMES.sub("*", _MARKUP.sub("", line))).split())
+        line = _MINUS.sub("-", _SPACING.sub("", _MARKUP.sub("", line)))
+        line = " ".join(_DIVIDED.sub("/", _TIMES.sub("*", line)).split())
         for sides in _equations(line):
             holds = _holds(sides)
             if holds is False:

@@ -38,6 +38,8 @@ def with_prompt(row: dict[str, Any], config: TrainConfig, where: str) -> dict[st
         prompt = [{"role": "user", "content": prompt}]
     else:
         _check_messages(prompt, where)
+        # Templates ask whether a message has `tool_calls`; of its content they ask whether it is None.
+        prompt = [{**_without_none(message), "content": _without_none(message["content"])} for message in prompt]
     if config.system_prompt:
         if any(message["role"] in ("system", "developer") for message in prompt):
             raise InputError(f"--system-prompt: {where} has a system message of its own; there can be one")

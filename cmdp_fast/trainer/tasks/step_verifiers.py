@@ -40,8 +40,8 @@ def arithmetic_chain(prompt: Any, completion: Any, metadata: dict[str, Any], **_
 def equations(prompt: Any, completion: Any, **_: Any) -> bool | None:
     """Whether every equation between numbers in a text is right, such as ``48 / 2 = 24``; None if there is none.
 
-    An equation has + - * / (or x × ÷) on one side at least. A decimal fraction that stands alone on a side may be
-    rounded to its last digit. Equations with letters, powers or percentages in them are not looked at.
+    An equation has + - * / (or x × · ÷, and LaTeX's) on one side at least. A decimal fraction that stands alone on a
+    side may be rounded to its last digit. Equations with letters, powers or percentages in them are not looked at.
     """
     return all_hold(text_of(completion))
 
