@@ -45,7 +45,7 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     train = parts[0] if sets is None else load_problems(config).train if config.task else []
     rewards = load_rewards(config, parts[0][0])
     verifier = load_step_verifier(config, parts[0][0])
-    for name, rows in zip(sets or _sources(config), parts, strict=True):
+    for name, rows in (_by_source(config, parts) if sets is None else sets).items():
         check_columns(config, rewards, rows, where := name or config.dataset or config.task)
         check_verifier(config, verifier, rows[0], where)
     rollout = import_function("--rollout", config.rollout) if config.rollout else None
@@ -75,9 +75,13 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     )
 
 
-def _sources(config: TrainConfig) -> tuple[str, str]:
-    """The names of what a training's problems and its evaluation's come from."""
-    return config.dataset, " ".join(config.eval_dataset) or config.dataset
+def _by_source(config: TrainConfig, parts: list[list[Problem]]) -> dict[str, list[Problem]]:
+    """A training's problems, and those of its evaluation, by the name of what they come from."""
+    if config.eval_dataset:
+        return dict(zip(("", *config.eval_dataset), parts, strict=True))
+    if config.dataset and config.eval_split:
+        return dict(zip(("", f"--eval-split {config.eval_split}"), parts, strict=True))
+    return {"": [row for rows in parts for row in rows]}
 
 
 def _check_lengths(config: TrainConfig, models: dict[str, Any], prompts: list[list[int]]) -> None:

@@ -27,7 +27,10 @@ BROKEN = {
     "null": ("null\n", "p.jsonl begins with null, expected an object for each row"),
     "null in a list": ('[null, {"prompt": "1"}]', "p.jsonl begins with null"),
     "blank lines": ("\n\n", NO_ROWS),
-    "one prompt": ('{"prompt": "1", "answer": "1"}\n' * 3, "1 problems with prompts of their own, of 3 rows, leave"),
+    "one prompt": (
+        '{"prompt": "1", "answer": "1"}\n' * 3,
+        r"1 problems \(of 3 rows, some of which ask the same\) leave",
+    ),
     "JSON in a text": (json.dumps({"prompt": '[{"role": "user"}]'}), "a text that begins as a list of chat messages"),
     "Python in a text": (json.dumps({"prompt": "[{'content': 'a', "}), "a text that begins as a list of chat messages"),
     "not JSON": ('{"prompt": "1", "answer": "1"}\n{nope\n', NO_JSON),

@@ -67,7 +67,7 @@ def load_problems(config: TrainConfig) -> Problems:
         held_out = [row for row in rows if is_held_out(row["prompt"], config.holdout_fraction)]
     source = config.task or config.dataset
     if not train or not held_out:
-        distinct = f" with prompts of their own, of {count} rows," if count > len(rows) else ""
+        distinct = f" (of {count} rows, some of which ask the same)" if count > len(rows) else ""
         raise InputError(
             f"{source}: {len(rows)} problems{distinct} leave {len(train)} to train on and {len(held_out)} held out"
         )
