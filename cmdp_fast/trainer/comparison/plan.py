@@ -138,7 +138,7 @@ def variant(spec: str, recipe: str) -> Variant:
         key, equals, text = change.partition("=")
         if not equals or not key.isidentifier():
             raise InputError(f"{source}: expected key=value after the colon, not {change!r}")
-        if key in ("recipe", "method", "name", "output_dir", "seed"):
+        if key in ("recipe", "method", "name", "output_dir", "seed", "resume", "dry_run"):
             raise InputError(f"{source}: {key} is for the comparison to choose")
         overrides[key] = _value(key, text)
     overrides = typed(overrides, source)
