@@ -316,6 +316,6 @@ def test_cells_and_columns(recipe):
 
 
 def test_sweeps_differ_in_one_setting(recipe):
-    labels = [f"lagrangian:coefficient={c}" for c in (0.5, 0.1, 0.2)] + ["lagrangian:coefficient=0.3,penalty=2", "cmdp"]
+    labels = [f"lagrangian:coefficient={c}" for c in (0.5, 0.1, 0.2)] + ["lagrangian:coefficient=0.3,gamma=0.5", "cmdp"]
     found = sweeps([row(label, recipe) for label in labels], "coefficient", lambda r: r.config.kind == "lagrangian")
     assert [[r.config.coefficient for r in curve] for curve in found] == [[0.1, 0.2, 0.5]]
