@@ -118,7 +118,8 @@ def check_call(what: str, function: Any, keywords: Iterable[str], positional: in
     try:
         signature.bind(*[None] * positional, **dict.fromkeys(keywords))
     except TypeError as error:
-        raise InputError(f"{what} cannot be called with {', '.join(keywords)}: {error}; expected **kwargs") from error
+        hint = "; **kwargs takes those that it has no name for" if "unexpected" in str(error) else ""
+        raise InputError(f"{what} cannot be called with {', '.join(keywords)}: {error}{hint}") from error
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -45,6 +45,9 @@ class EvaluateConfig(TrainConfig):
     temperature 1."""
     held_out: bool = False
     """Of a dataset without `eval_split`, evaluate only the part that a training with these settings holds out."""
+    resume: str = ""
+    """Folder of a run, whose settings are taken: its `student/` is evaluated (`student` names another) on what the run
+    was evaluated on. Code that it names runs only if you name it again, in the same words."""
     seeds: tuple[int, ...] = ()
     """Seeds of the sampling; of several the mean is shown, and the standard deviation. Empty: a training's own."""
     json: str = ""
@@ -93,7 +96,8 @@ def _recipe_asks(config: EvaluateConfig) -> bool:
 
 
 def _takes_held_out(config: EvaluateConfig) -> bool:
-    return not config.eval_dataset and (bool(config.task) or (config.held_out and not config.eval_split))
+    held_out = config.held_out or config.resume
+    return not config.eval_dataset and (bool(config.task) or bool(held_out and not config.eval_split))
 
 
 def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:

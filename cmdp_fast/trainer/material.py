@@ -12,7 +12,7 @@ from .causal_lm import CausalLM
 from .models.pair import find_pair, load_pair
 from .records.origin import origin_of
 from .records.report import Report
-from .rollout import check_tokens, drop_long_prompts, encode_prompts
+from .rollout import check_tokens, check_variables, drop_long_prompts, encode_prompts
 from .settings.config import TrainConfig
 from .tasks.data import Problem, load_problems
 from .tasks.rewards import RewardFunction, check_columns, load_rewards
@@ -45,11 +45,12 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     train = parts[0] if sets is None else load_problems(config).train if config.task else []
     rewards = load_rewards(config, parts[0][0])
     verifier = load_step_verifier(config, parts[0][0])
-    for name, rows in zip(sets or _sources(config), parts, strict=True):
-        check_columns(config, rewards, rows[0], where := name or config.dataset or config.task)
+    for name, rows in (_by_source(config, parts) if sets is None else sets).items():
+        check_columns(config, rewards, rows, where := name or config.dataset or config.task)
         check_verifier(config, verifier, rows[0], where)
     rollout = import_function("--rollout", config.rollout) if config.rollout else None
     found = find_pair(config, train, report)
+    check_variables(config.chat_template_kwargs, found.tokenizer)
     parts = drop_long_prompts(parts, found.tokenizer, config.max_prompt_length, report)
     evaluated = parts[1:] if sets is None else parts
     evaluated = [rows[: config.eval_prompts or None] for rows in evaluated]
@@ -74,9 +75,13 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     )
 
 
-def _sources(config: TrainConfig) -> tuple[str, str]:
-    """The names of what a training's problems and its evaluation's come from."""
-    return config.dataset, " ".join(config.eval_dataset) or config.dataset
+def _by_source(config: TrainConfig, parts: list[list[Problem]]) -> dict[str, list[Problem]]:
+    """A training's problems, and those of its evaluation, by the name of what they come from."""
+    if config.eval_dataset:
+        return dict(zip(("", *config.eval_dataset), parts, strict=True))
+    if config.dataset and config.eval_split:
+        return dict(zip(("", f"--eval-split {config.eval_split}"), parts, strict=True))
+    return {"": [row for rows in parts for row in rows]}
 
 
 def _check_lengths(config: TrainConfig, models: dict[str, Any], prompts: list[list[int]]) -> None:

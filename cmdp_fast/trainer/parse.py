@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
+
+from cmdp_fast.errors import InputError
 
 from .records.resume import check_changes, read_config
 from .records.trust import check_named_again, check_unchanged, without_code
@@ -47,9 +50,14 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
         return config
     began, code = read_config(Path(base.resume))
     default = kind(**vars(without_code(began)))
+    if not kind.TRAINS:  # what the run has made, and not what it began with
+        default = replace(default, student=str(Path(base.resume) / "student"))
     config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
     check_named_again(began, config, [*prog.split(), *args])
     config.validate()
-    check_changes(began, config)
+    if config.TRAINS:
+        check_changes(began, config)
+    elif config.student == default.student and not Path(config.student).is_dir():
+        raise InputError(f"--resume {config.resume}: there is no {config.student}; --student names another")
     check_unchanged(config, code)
     return config

@@ -7,8 +7,9 @@ marks the completion's real tokens: everything up to the end-of-sequence token o
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -161,7 +162,20 @@ def _rendered(row: Problem, tokenizer: Any) -> str:
         )
     except Exception as error:  # of the template's own, in whatever form
         raise InputError(f"the chat template refuses the prompt {shown(row['prompt'])}: {first_line(error)}") from error
+    if any(isinstance(message["content"], list) and str(message["content"]) in text for message in row["prompt"]):
+        raise InputError(
+            "the chat template writes the parts of a content as a Python list: give one text as the content, not "
+            f"{shown(row['prompt'])}"
+        )
     return text
+
+
+def check_variables(names: Iterable[str], tokenizer: Any) -> None:
+    """Raises InputError for a variable of `--chat-template-kwargs` that the chat template does not read."""
+    template = tokenizer.chat_template
+    for name in names:
+        if isinstance(template, str) and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise InputError(f"--chat-template-kwargs: the student's chat template has no variable {name!r}")
 
 
 def check_tokens(prompts: Sequence[list[int]], models: Sequence[CausalLM]) -> None:

@@ -191,6 +191,9 @@ REFUSED = {
     "choice": ("cmdp:baseline=mean", "--baseline must be one of"),
     "no value": ("cmdp:budget", "expected key=value"),
     "no method": (":budget=1", "expected a method's name"),
+    "another run": ("cmdp:resume=runs/a", "resume is for the comparison to choose"),
+    "no run": ("cmdp:dry_run=true", "dry_run is for the comparison to choose"),
+    "unread": ("sft:penalty=2", "--methods sft:penalty=2: --penalty 2.0 would have no effect"),
     "the comparison's own": ("cmdp:seed=1", "seed is for the comparison to choose"),
     "twice": ("cmdp cmdp", "each once"),
     "same folder": ("cmdp:rollout=a cmdp:rollout=a,", "expected key=value"),
@@ -211,7 +214,9 @@ def test_refused_at_once(case, recipe, tmp_path, capsys):
     [
         (dict(judge="nobody"), "--judge nobody: neither one of programmatic nor module:function"),
         (dict(judge_against="grpo"), "--judge-against grpo: expected one of teacher, student_before, cmdp"),
+        (dict(judge_against="student_before"), "--judge-against student_before would have no effect"),
         (dict(jobs="-1"), "--jobs must not be negative"),
+        (dict(seeds="-1"), "--seeds must be in [0, 2147483648), not -1"),
     ],
 )
 def test_refused_options(options, expected, recipe, tmp_path, capsys):
@@ -311,6 +316,6 @@ def test_cells_and_columns(recipe):
 
 
 def test_sweeps_differ_in_one_setting(recipe):
-    labels = [f"lagrangian:coefficient={c}" for c in (0.5, 0.1, 0.2)] + ["lagrangian:coefficient=0.3,penalty=2", "cmdp"]
+    labels = [f"lagrangian:coefficient={c}" for c in (0.5, 0.1, 0.2)] + ["lagrangian:coefficient=0.3,gamma=0.5", "cmdp"]
     found = sweeps([row(label, recipe) for label in labels], "coefficient", lambda r: r.config.kind == "lagrangian")
     assert [[r.config.coefficient for r in curve] for curve in found] == [[0.1, 0.2, 0.5]]

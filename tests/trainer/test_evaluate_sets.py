@@ -117,6 +117,21 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_one(n):
         assert value == pytest.approx(float(expected), abs=1e-12)
 
 
+def test_of_a_run_it_is_the_student_that_was_trained(pair, tmp_path, capsys):
+    """It was the one that the run began with, on the problems that it was trained on as well."""
+    assert main(arguments(pair, tmp_path, steps=1, eval_every=0)) == 0
+    run, file = tmp_path / "r", tmp_path / "figures.json"
+    expected = json.loads((run / "summary.json").read_text())["student_after"]
+    assert main(["evaluate", f"--resume={run}", f"--json={file}"]) == 0
+    assert expected.items() <= json.loads(file.read_text()).items()
+    other = written(tmp_path / "other.jsonl", ROWS[:3])
+    words = ["--eval-dataset", other, "--student", pair["student"], "--temperature", "0", "--eval-generations", "1"]
+    assert parse_evaluate([f"--resume={run}", *words]).student == pair["student"]
+    shutil.rmtree(run / "student")
+    assert main(["evaluate", f"--resume={run}"]) == 2
+    assert f"there is no {run / 'student'}; --student names another" in capsys.readouterr().err
+
+
 def test_a_recipe_says_how_much_of_its_own_dataset(pair, tmp_path):
     whole, recipe = written(tmp_path / "all.jsonl"), tmp_path / "mine.toml"
     recipe.write_text(f'student = "a"\ndataset = "{whole}"\neval_prompts = 7\n')

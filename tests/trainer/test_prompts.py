@@ -17,13 +17,22 @@ from cmdp_fast.trainer import material
 from cmdp_fast.trainer.dry_run import dry_run
 from cmdp_fast.trainer.experience import Collector
 from cmdp_fast.trainer.records.report import Report
-from cmdp_fast.trainer.rollout import encode_prompts, generate
+from cmdp_fast.trainer.rollout import check_variables, encode_prompts, generate
 from cmdp_fast.trainer.tasks import data, judge, step_verifiers
 from cmdp_fast.trainer.tasks.prompts import with_prompt
 
 NO_ROWS, NO_JSON = "there are no rows in it", "JSON parse error"
 BROKEN = {
     "empty": ("", NO_ROWS),
+    "null": ("null\n", "p.jsonl begins with null, expected an object for each row"),
+    "null in a list": ('[null, {"prompt": "1"}]', "p.jsonl begins with null"),
+    "blank lines": ("\n\n", NO_ROWS),
+    "one prompt": (
+        '{"prompt": "1", "answer": "1"}\n' * 3,
+        r"1 problems \(of 3 rows, some of which ask the same\) leave",
+    ),
+    "JSON in a text": (json.dumps({"prompt": '[{"role": "user"}]'}), "a text that begins as a list of chat messages"),
+    "Python in a text": (json.dumps({"prompt": "[{'content': 'a', "}), "a text that begins as a list of chat messages"),
     "not JSON": ('{"prompt": "1", "answer": "1"}\n{nope\n', NO_JSON),
     "zeros": ('{"prompt": "1", "answer": "1"}\n\x00\n', NO_JSON),
     "half a pair": ('{"prompt": "1\\ud800", "answer": "1"}\n', "surrogate pair"),
@@ -38,6 +47,15 @@ BROKEN = {
     "messages of text": ('{"prompt": ["a"]}\n', "a message that is of type str, expected a dict with role and content"),
     "no role": ('{"prompt": [{"content": "a"}]}\n', "a message that is of type dict"),
     "no content": ('{"prompt": [{"role": "user"}]}\n', "a message that is of type dict"),
+    **{
+        name: (json.dumps({"prompt": [message]}), expected)
+        for name, message, expected in (
+            ("None as content", {"role": "user", "content": None}, "of user whose content is None, expected a text"),
+            ("number as content", {"role": "user", "content": 3}, "whose content is of type int, expected a text"),
+            ("image", {"role": "user", "content": [{"type": "image"}]}, r"a part that is no text \(image\)"),
+            ("text as part", {"role": "user", "content": ["a"]}, r"a part that is no text \(str\)"),
+        )
+    },
     "tools": ('{"prompt": [{"role": "user", "content": "1"}], "tools": "{"}\n', "tools of .* row 1, is not JSON"),
     "tool": ('{"prompt": [{"role": "user", "content": "1"}], "tools": ["f"]}\n', "must hold JSON schemas"),
     "kwargs": (
@@ -227,6 +245,22 @@ def test_arguments_of_the_chat_template(chatting, tmp_path):
         data.load_problems(settings(chatting, chat_template_kwargs={"tokenize": True}))
     with pytest.raises(InputError, match=r"--chat-template-kwargs is part of a chat, .* add --chat"):
         data.load_problems(settings(chatting, chat_template_kwargs={"enable_thinking": False}))
+
+
+def test_a_variable_that_the_template_does_not_read(chatting):
+    tokenizer = AutoTokenizer.from_pretrained(chatting["student"])
+    check_variables(["enable_thinking"], tokenizer)
+    with pytest.raises(InputError, match="the student's chat template has no variable 'enable_thinkin'"):
+        check_variables(["enable_thinkin"], tokenizer)
+
+
+def test_parts_that_a_template_writes_as_a_list(chatting):
+    tokenizer = AutoTokenizer.from_pretrained(chatting["student"])
+    rows = [{"prompt": [{"role": "user", "content": [{"type": "text", "text": "1"}]}]}]
+    with pytest.raises(InputError, match="the chat template writes the parts of a content as a Python list"):
+        encode_prompts(rows, tokenizer)
+    tokenizer.chat_template = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}="
+    assert tokenizer.decode(encode_prompts(rows, tokenizer)[0]) == "1="
 
 
 def test_a_template_that_refuses_a_prompt(chatting, tmp_path):

@@ -8,7 +8,6 @@ import re
 import pytest
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.comparison.plan import variant
 from cmdp_fast.trainer.evaluate_student import parse_evaluate
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.settings.config import TrainConfig
@@ -71,11 +70,6 @@ def test_recipes_and_methods_go_with_each_other(method):
 
 def test_an_evaluation_takes_the_settings_of_a_training():
     parse_evaluate(["--gae-lambda", "0.9"])
-
-
-def test_a_method_of_a_comparison():
-    with pytest.raises(InputError, match=r"--methods sft:gamma=0\.9: --gamma 0\.9 would have no effect"):
-        variant("sft:gamma=0.9", "quickstart")
 
 
 def test_readers_are_of_settings_that_there_are():

@@ -20,7 +20,7 @@ from cmdp_fast.trainer.records.samples import samples_text
 from cmdp_fast.trainer.settings.values import typed, words
 from cmdp_fast.trainer.tasks.data import load_problems
 from cmdp_fast.trainer.tasks.judge import programmatic
-from cmdp_fast.trainer.tasks.rewards import call_rewards, load_rewards, trainer_state
+from cmdp_fast.trainer.tasks.rewards import call_rewards, check_columns, load_rewards, trainer_state
 
 BASELINES = ("rloo", "grpo", "position_rloo", "gae")
 # Groups of four: one failed judge; two opinions of four; a single one; none.
@@ -181,6 +181,35 @@ def test_no_reference_is_no_opinion(pair):
     exact, brief = judged.rewards.values()
     assert all(math.isnan(values[i]) for values in (exact, brief) for i in (0, 3))
     assert exact[1:3] == [1.0, 0.0] and brief[1] > brief[2] == 0
+
+
+def test_a_table_with_gaps_holds_numbers_with_a_point(pair, tmp_path):
+    """Every answer was wrong: a column of whole numbers is one of floats where a row has none."""
+    path = tmp_path / "gaps.csv"
+    path.write_text("prompt,answer\n1+1=,2\n1+2=,\n1+3=,4\n" + "".join(f"{i}+5=,{i + 5}\n" for i in range(9)))
+    config = settings(pair, dataset=str(path))
+    rows = [row for part in load_problems(config) for row in part]
+    texts = ["9" if row["answer"] is None else f"{row['answer']:.0f}" for row in rows]
+    judged = call_rewards(load_rewards(config, rows[0]), rows, texts, [[1]] * 12, trainer_state(config))
+    values = [value for value in judged.rewards["exact_answer"] if not math.isnan(value)]
+    assert values == [1.0] * 11
+    rows = [{"prompt": "", "answer": answer} for answer in (2.0, 2.0, 2.5, 2, math.nan)]
+    texts = ["2.0", "3", "2", "2.0", "nan"]
+    judged = call_rewards(load_rewards(config, rows[0]), rows, texts, [[1]] * 5, trainer_state(config))
+    assert judged.rewards["exact_answer"][:4] == [1.0, 0.0, 0.0, 0.0]
+    assert math.isnan(judged.rewards["exact_answer"][4])
+
+
+@pytest.mark.parametrize("reward", ["exact_answer", "brevity", "math_verify"])
+def test_answers_that_nothing_can_equal_are_refused(pair, reward):
+    config = settings(pair, rewards=(reward,))
+    functions = load_rewards(config, {"prompt": "", "answer": ""})
+    for answer, expected in ((["3"], "holds a list"), ({"value": "3"}, "holds a dict"), (None, "empty in all 2 rows")):
+        rows = [{"prompt": "", "answer": answer}] * 2
+        with pytest.raises(InputError, match=f"--rewards {reward}.* of a.jsonl.* {expected}"):
+            check_columns(config, functions, rows, "a.jsonl")
+    rows = [{"prompt": "", "answer": answer} for answer in (None, "3")]
+    check_columns(config, functions, rows, "a.jsonl")
 
 
 def test_of_several_functions_those_with_an_opinion_are_added_up(pair):

@@ -41,6 +41,8 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
     labels = tuple(dict.fromkeys(run.variant.label for run in runs))
     if config.judge_against not in (*REFERENCES, *labels):
         raise InputError(f"--judge-against {config.judge_against}: expected one of {', '.join((*REFERENCES, *labels))}")
+    if config.judge_against != CompareConfig.judge_against and not config.judge:
+        raise InputError(f"--judge-against {config.judge_against} would have no effect: it is for --judge")
     judge = load_judge(config.judge, runs[0].config, load_problems(runs[0].config).train[0]) if config.judge else None
     folder = folder_of(config)
     with writing(folder):

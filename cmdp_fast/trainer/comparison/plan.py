@@ -19,7 +19,7 @@ from ..records.ending import finished_summary
 from ..settings.config import TrainConfig
 from ..settings.ranges import SEED
 from ..settings.recipe import read_recipe, tomllib
-from ..settings.unread import check_read
+from ..settings.unread import changed, check_read
 from ..settings.values import typed, words
 
 DEFAULT_METHODS = (
@@ -138,14 +138,15 @@ def variant(spec: str, recipe: str) -> Variant:
         key, equals, text = change.partition("=")
         if not equals or not key.isidentifier():
             raise InputError(f"{source}: expected key=value after the colon, not {change!r}")
-        if key in ("recipe", "method", "name", "output_dir", "seed"):
+        if key in ("recipe", "method", "name", "output_dir", "seed", "resume", "dry_run"):
             raise InputError(f"{source}: {key} is for the comparison to choose")
         overrides[key] = _value(key, text)
     overrides = typed(overrides, source)
-    config = replace(read_recipe(recipe, method), **overrides)
+    base = read_recipe(recipe, method)
+    config = replace(base, **overrides)
     try:
         config.validate()
-        check_read(config, overrides)
+        check_read(config, changed(config, base))
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     return Variant(":".join([Path(method).stem, *([changes] if changes else [])]), method, overrides, config)

@@ -10,6 +10,7 @@ is held out.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -53,6 +54,7 @@ def load_problems(config: TrainConfig) -> Problems:
         rows = reasoning_gym_rows(config.task, config.task_args, config.task_size)
     else:
         rows = _dataset_rows(config, Source("--dataset", config.dataset, config.dataset_split))
+    count = len(rows)
     rows = _distinct(_with_prompts(rows, config))
     others = evaluation_sets(config) if config.eval_dataset or (config.dataset and config.eval_split) else {}
     if len(others) > 1:
@@ -66,7 +68,10 @@ def load_problems(config: TrainConfig) -> Problems:
         held_out = [row for row in rows if is_held_out(row["prompt"], config.holdout_fraction)]
     source = config.task or config.dataset
     if not train or not held_out:
-        raise InputError(f"{source}: {len(rows)} problems leave {len(train)} to train on and {len(held_out)} held out")
+        distinct = f" (of {count} rows, some of which ask the same)" if count > len(rows) else ""
+        raise InputError(
+            f"{source}: {len(rows)} problems{distinct} leave {len(train)} to train on and {len(held_out)} held out"
+        )
     held_out.sort(key=lambda row: _digest(row["prompt"]))
     return Problems(train, held_out)
 
@@ -162,6 +167,7 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
         raise InputError(f"{said}: that is a format, not a dataset; give a hub id, a file or a folder")
     if (path.is_file() or (path / "state.json").is_file()) and source.split not in ("", "train"):
         raise InputError(f"{said}: it has one split, not {source.split!r}; --eval-dataset takes another file")
+    _check_beginning(path, said)
     stream = config.streaming
     subset = config.dataset_config or None if name == config.dataset else None
     try:
@@ -210,6 +216,16 @@ def _split(source: Source, names: Iterable[str]) -> str:
     return wanted
 
 
+def _check_beginning(path: Path, said: str) -> None:
+    """Raises InputError for a JSON file that begins with null: pyarrow's reader would end the process."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.suffix in (".json", ".jsonl") and file.is_file():
+            with open(file, "rb") as opened:
+                start = opened.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n[")
+            if start.startswith(b"null"):
+                raise InputError(f"{said}: {file.name} begins with null, expected an object for each row")
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Neither progress nor a log of what the error will say."""
@@ -230,7 +246,8 @@ def _reason(error: Exception) -> str:
     """What an error of `datasets` comes from: its own says no more than that there was one."""
     import datasets
 
-    if isinstance(error, StopIteration):  # its JSON reader looks for a first row
+    # Its JSON reader looks for a first row; of a table without any it keeps no split
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return "there are no rows in it"
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         return first_line(error.__cause__)

@@ -17,6 +17,7 @@ from ..settings.config import TrainConfig
 EXPECTED = "expected a text or a list of chat messages"
 
 _FIELD = re.compile(r"([^.\[\]]+)((?:\[[^\[\]]+\])*)")  # a column, and keys or positions in what it holds
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # as a table without lists holds them
 _KEY = re.compile(r"\[([^\[\]]+)\]")
 
 
@@ -95,6 +96,15 @@ def _kind(value: Any) -> str:
 
 
 def _check_text(text: str, where: str) -> None:
+    if _MESSAGES.match(text):
+        raise InputError(
+            f"the prompt of {where} is a text that begins as a list of chat messages does: expected the list itself, "
+            "which JSON and Parquet files can hold"
+        )
+    _check_unicode(text, where)
+
+
+def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -113,7 +123,22 @@ def _check_messages(prompt: Any, where: str) -> None:
             raise InputError(
                 f"the prompt of {where} has a message that is {_kind(message)}, expected a dict with role and content"
             )
-    _check_text(json.dumps(prompt, ensure_ascii=False, default=str), where)
+        _check_content(message, where)
+    _check_unicode(json.dumps(prompt, ensure_ascii=False, default=str), where)
+
+
+def _check_content(message: dict[str, Any], where: str) -> None:
+    """Raises InputError for a content that is neither a text nor texts in parts; a call of a tool may have none."""
+    content = message["content"]
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return
+    what = f"the prompt of {where} has a message of {message['role']} whose content"
+    if not isinstance(content, list):
+        raise InputError(f"{what} is {_kind(content)}, expected a text")
+    for part in content:
+        kind = part.get("type") or "text" if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InputError(f"{what} has a part that is no text ({kind}): the models are given texts alone")
 
 
 def _template_arguments(row: dict[str, Any], config: TrainConfig, where: str) -> dict[str, Any]:

@@ -50,12 +50,14 @@ NEEDED = {  # columns, by the name of a built-in reward
 BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
 
 
-def check_columns(config: TrainConfig, functions: dict[str, RewardFunction], example: Problem, where: str) -> None:
-    """Raises InputError if a reward function does not fit a problem, one of a set that ``where`` names."""
-    given = [*reward_functions.columns_of([example]), *reward_functions.KEYWORDS]
+def check_columns(config: TrainConfig, functions: dict[str, RewardFunction], rows: list[Problem], where: str) -> None:
+    """Raises InputError if a reward function does not fit the problems of a set, which ``where`` names."""
+    given = [*reward_functions.columns_of(rows[:1]), *reward_functions.KEYWORDS]
     for spec, function in zip(config.rewards, functions.values(), strict=True):
         if spec in NEEDED:
-            _check_needed(spec, example, f" in {where}")
+            _check_needed(spec, rows[0], f" in {where}")
+            if spec != "reasoning_gym":  # whose judges take what its tasks give
+                _check_references(spec, rows, where)
         else:
             reward_functions.check_call(f"{where}: --rewards {spec}", function, given)
 
@@ -66,6 +68,21 @@ def _check_needed(spec: str, example: Problem, where: str = "") -> None:
             raise InputError(
                 f"--rewards {spec} needs the column {column!r}, there are only {', '.join(example)}{where}"
             )
+
+
+def _check_references(spec: str, rows: list[Problem], where: str) -> None:
+    for row in rows:
+        if isinstance(row["answer"], (list, dict)):
+            raise InputError(
+                f"--rewards {spec} compares with a text or a number, and the column for the answer of {where} holds a "
+                f"{type(row['answer']).__name__}"
+            )
+    if all(_is_none(row["answer"]) for row in rows):
+        raise InputError(f"--rewards {spec}: the column for the answer of {where} is empty in all {len(rows)} rows")
+
+
+def _is_none(answer: Any) -> bool:
+    return answer is None or (isinstance(answer, float) and math.isnan(answer))
 
 
 def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunction]:
@@ -92,17 +109,23 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
 
 def exact_answer(pattern: re.Pattern[str]) -> RewardFunction:
     """1 if the final answer is the reference answer, character by character but for spaces at the ends; else 0. None
-    where there is no reference, or NaN, as tables have it."""
+    where there is no reference, or NaN, as tables have it.
 
-    def right(text: str, expected: Any) -> float | None:
-        if expected is None or expected != expected:
-            return None
-        return float(final_answer(text, pattern) == str(expected).strip())
+    A number without a fraction is itself with and without a point: a table with gaps holds 3 as 3.0.
+    """
 
     def reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
-        return [right(text_of(completion), expected) for completion, expected in zip(completions, answer, strict=True)]
+        return [
+            None if _is_none(expected) else float(final_answer(text_of(completion), pattern) in _texts(expected))
+            for completion, expected in zip(completions, answer, strict=True)
+        ]
 
     return reward
+
+
+def _texts(expected: Any) -> set[str]:
+    whole = isinstance(expected, float) and expected.is_integer()
+    return {str(expected).strip(), *([str(int(expected))] if whole else [])}
 
 
 def brevity(pattern: re.Pattern[str], max_new_tokens: int) -> RewardFunction:
