@@ -106,10 +106,12 @@ class Training:
     def _restore(self, state: dict[str, Any]) -> None:
         try:
             _check_records(state)
-            if _form(state["schedule"]) != _form(self.learner.scheduler.state_dict()):
+            known = self.learner.scheduler.state_dict()
+            schedule = {name: value for name, value in state["schedule"].items() if name in known}  # of any torch
+            if "last_epoch" not in schedule or any(_form(known[name]) != _form(schedule[name]) for name in schedule):
                 raise ValueError("its schedule is of another form")
             self.learner.load_state_dict(state["ppo"])
-            self.learner.scheduler.load_state_dict(state["schedule"])
+            self.learner.scheduler.load_state_dict(schedule)
             self.learner.clock.seconds.update(state["seconds"])
             self.results, self.samples = state["results"], state["samples"]
         except Exception as error:  # it is as it was written, and was not written by this program
