@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from cmdp_fast.errors import InputError, first_line
@@ -65,36 +65,6 @@ def _optimizer_class(config: TrainConfig) -> tuple[Callable[..., torch.optim.Opt
     except (ImportError, ValueError) as error:
         raise InputError(f"--optim {name}: {first_line(error)}") from error
     return kind, options
-
-
-def optimizer_bytes(config: TrainConfig, parameters: Sequence[Tensor]) -> int | None:
-    """The optimizer's state for some parameters, after a step on shapes alone.
-
-    Native code that wants numbers, bitsandbytes' for one, takes a step with a million of them, and the share of each is
-    counted. None where that fails here too, such as code that runs on GPUs alone.
-    """
-    from torch._guards import detect_fake_mode
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    try:
-        with detect_fake_mode(list(parameters)) or FakeTensorMode():
-            shapes = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in parameters]
-            optimizer = make_optimizer(config, [{"params": shapes, "lr": config.learning_rate}])
-            for parameter in shapes:
-                parameter.grad = torch.empty_like(parameter)
-            optimizer.step()
-            return sum(tensor.nbytes for state in optimizer.state.values() for tensor in moments(state).values())
-    except RuntimeError:  # of code that wants numbers
-        pass
-    try:
-        sample = nn.Parameter(torch.zeros(2**10, 2**10))
-        optimizer = make_optimizer(config, [{"params": [sample], "lr": config.learning_rate}])
-        sample.grad = torch.zeros_like(sample)
-        optimizer.step()
-        size = sum(tensor.nbytes for tensor in moments(optimizer.state[sample]).values())
-        return size * sum(p.numel() for p in parameters) // sample.numel()
-    except (RuntimeError, AttributeError):  # of code for GPUs; bitsandbytes has no such function without one
-        return None
 
 
 def moments(state: dict[str, Any]) -> dict[str, Tensor]:

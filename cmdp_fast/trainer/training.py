@@ -28,7 +28,7 @@ from .records.checkpoint import (
     remove_checkpoints,
     save_checkpoint,
 )
-from .records.curves import plot_curves
+from .records.curves import CURVES, plot_curves
 from .records.ending import write_summary
 from .records.metrics_log import MetricsLog
 from .records.report import Report
@@ -105,11 +105,15 @@ class Training:
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
+            _check_records(state)
+            known = self.learner.scheduler.state_dict()
+            schedule = {name: value for name, value in state["schedule"].items() if name in known}  # of any torch
+            if "last_epoch" not in schedule or any(_form(known[name]) != _form(schedule[name]) for name in schedule):
+                raise ValueError("its schedule is of another form")
             self.learner.load_state_dict(state["ppo"])
-            self.learner.scheduler.load_state_dict(state["schedule"])
+            self.learner.scheduler.load_state_dict(schedule)
             self.learner.clock.seconds.update(state["seconds"])
             self.results, self.samples = state["results"], state["samples"]
-            _check_records(state)
         except Exception as error:  # it is as it was written, and was not written by this program
             raise InputError(f"{self.folder}: its last checkpoint is not one of such a run: {error!r}") from error
         done = self.saved = self.learner.steps_done
@@ -260,13 +264,27 @@ def _check_records(state: dict[str, Any]) -> None:
     steps = [record["step"] for name in ("metrics", "evaluations") for record in state[name]]
     figures = [state["results"][who]["accuracy"] for who in ("teacher", "student_before")]
     samples = [sample["completion"] for some in state["samples"].values() for sample in some]
+    drawn = [record[name] for name, _ in CURVES for record in state["metrics"]]
+    drawn += [record[name] for _, name in CURVES for record in state["evaluations"]]
     if not (
-        all(type(step) is int for step in [state["ppo"]["steps_done"], *steps])
+        all(_form(value) in ("number", "NoneType") for value in drawn)  # None: it was not finite
+        and _form([*state["seconds"].values()]) == ["number"] * len(state["seconds"])
+        and type(state["ppo"]["tokens_seen"]) is int
+        and all(type(step) is int for step in [state["ppo"]["steps_done"], *steps])
         and all(isinstance(figure, float) for figure in figures)
         and all(isinstance(sample, str) for sample in samples)
         and state["ppo"]["steps_done"] == len(state["metrics"]) > 0
     ):
         raise ValueError("its records are of another form")
+
+
+def _form(value: Any) -> Any:
+    """What kind of values stand where in a value out of JSON."""
+    if isinstance(value, dict):
+        return {name: _form(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_form(each) for each in value]
+    return "number" if type(value) in (int, float) else type(value).__name__
 
 
 def summary(

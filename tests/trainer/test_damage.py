@@ -162,6 +162,10 @@ def test_a_manifest_that_somebody_wrote(case, run, learner, tmp_path, capsys):
         {"results": {}},
         {"samples": {"a": [1]}},
         {"seconds": 5},
+        {"seconds": {"rollout": "x"}},
+        {"schedule": {"optimizer": "x"}},
+        {"metrics": [{"step": 1}, {"step": 2}]},
+        {"ppo": {"steps_done": 2, "tokens_seen": "x"}},
     ],
     ids=str,
 )

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cmdp_fast.trainer.distributed import make_accelerator
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
+from cmdp_fast.trainer.models.optimizer_bytes import optimizer_bytes
+from cmdp_fast.trainer.optimization import make_optimizer
 from cmdp_fast.trainer.rollout import generate
 
 PROMPT, LENGTH, VOCAB = 4, 28, 1500
@@ -125,3 +127,22 @@ def test_gradients_lie_in_the_buckets_of_ddp(pair):
         assert len(storages) < len(gradients) and sum(storages.values()) == sum(g.nbytes for g in gradients)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    ("name", "decay"), [("adamw_torch", 0.0), ("adafactor", 0.0), ("sgd", 0.1), ("adagrad", 0.0), ("rmsprop", 0.1)]
+)
+def test_numbers_that_an_optimizer_makes_in_a_step(name, decay, at_once, pair):
+    config = settings(pair, optim=name, weight_decay=decay)
+    parameters = [torch.nn.Parameter(torch.ones(*shape)) for shape in ((100, 100), (300, 100), (100, 100))]
+    optimizer = make_optimizer(config, [{"params": parameters, "lr": 1e-3}])
+    for group in optimizer.param_groups:
+        if at_once and "foreach" in group:
+            group["foreach"] = True
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        made = peak_of(optimizer.step)  # the second time the optimizer has its state
+    assert made == pytest.approx(optimizer_bytes(config, parameters, at_once=at_once).step, rel=0.01)
+    assert made > parameters[1].nbytes * 0.99

@@ -14,15 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer import optimization
 from cmdp_fast.trainer.distributed import check_sharding
 from cmdp_fast.trainer.experience import KeptOutputs
 from cmdp_fast.trainer.micro_batches import split
-from cmdp_fast.trainer.models import offload
+from cmdp_fast.trainer.models import offload, optimizer_bytes
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.models.offload import HostCopies, Offload, check_offload, layers_of, move_state
 from cmdp_fast.trainer.models.split_rows import SplitRows
-from cmdp_fast.trainer.optimization import check_optimizer, make_optimizer, moments, optimizer_bytes
+from cmdp_fast.trainer.optimization import check_optimizer, make_optimizer, moments
 from cmdp_fast.trainer.records.checkpoint import load_checkpoint, save_checkpoint
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.unmasked import Lengths
@@ -237,15 +236,16 @@ def test_state_of_an_optimizer_that_takes_no_shapes(pair, monkeypatch):
     """Counted on a million numbers of a parameter instead."""
     config = settings(pair)
     parameters = [torch.nn.Parameter(torch.zeros(300, 7)), torch.nn.Parameter(torch.zeros(11))]
-    expected = optimizer_bytes(config, parameters)
+    expected = optimizer_bytes.optimizer_bytes(config, parameters, at_once=False).state
 
     def native(config, groups):
         if any(isinstance(p, FakeTensor) for group in groups for p in group["params"]):
             raise RuntimeError("needs an address")
         return make_optimizer(config, groups)
 
-    monkeypatch.setattr(optimization, "make_optimizer", native)
-    assert optimizer_bytes(config, parameters) == expected == 2 * 4 * (2100 + 11)
+    monkeypatch.setattr(optimizer_bytes, "make_optimizer", native)
+    found = optimizer_bytes.optimizer_bytes(config, parameters, at_once=False)
+    assert found == (expected, 0) and expected == 2 * 4 * (2100 + 11)
 
 
 def test_the_default_is_adamw_as_it_was(pair):

@@ -65,6 +65,25 @@ def test_merge_over_bfloat16_keeps_every_change(tied, pair, tmp_path):
     assert_no_worse(saved(IDS).logits, copy.deepcopy(student).float()(IDS).logits, exact)
 
 
+@torch.no_grad()
+def test_adapters_of_experts_are_merged(pair, tmp_path):
+    """Whose weights are parameters of one module: peft puts a layer around it for each of them."""
+    pytest.importorskip("peft")
+    base = tiny_model(tmp_path / "base", seed=1, family="mixtral")
+    with torch.enable_grad():
+        student, _, _ = trained_and_saved({**pair, "student": base, "teacher": base}, tmp_path, lora_rank=2)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    changed = set()
+    for name, module in student.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            parameter = getattr(module, "parameter_name", "weight")  # of older versions, which have a layer per expert
+            frozen = module.get_base_layer().get_parameter(parameter)
+            merged = saved.get_parameter(f"{name.replace('.base_layer', '')}.{parameter}")
+            assert torch.equal(merged, frozen + module.get_delta_weight("default")) and not torch.equal(merged, frozen)
+            changed.add(parameter)
+    assert "weight" in changed
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_full_training_saves_the_dtype_that_it_names(precision, pair, tmp_path):
     student, weights, config = trained_and_saved(pair, tmp_path, mixed_precision=precision)

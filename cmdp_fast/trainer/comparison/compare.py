@@ -25,6 +25,7 @@ from ..records.lock import alone_in
 from ..records.report import Report
 from ..tasks.data import load_problems
 from ..tasks.judge import Judge, compare_pairs, load_judge
+from .alike import check_code, check_origins
 from .plan import REFERENCES, CompareConfig, Result, SeededRun, folder_of, plan, summary_of
 from .plots import plot_bars, plot_budgets, plot_pareto
 from .table import csv_of_results, csv_of_rows, markdown, print_rows, summarise
@@ -49,13 +50,17 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, report.say) as lock:
         finished = {run.folder: summary for run in runs if (summary := summary_of(run)) is not None}
+        done = [run for run in runs if run.folder in finished]
         todo = [run for run in runs if run.folder not in finished]
+        check_code(done)
+        check_origins(done)
         for run in todo:
             _remove(run.folder, report)
         jobs = config.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
         report.say(f"{folder}: {len(runs)} runs, {len(finished)} of them finished already, {jobs} at a time")
         failures = {run.folder: why for run, why in run_all(todo, jobs, folder / "logs", lock, report) if why}
         results = [Result(run, summary_of(run), failures.get(run.folder, "")) for run in runs]
+        check_origins([*done, *(r.run for r in results if r.run in todo and r.summary is not None)])
         if judge is not None:
             results = judged(results, judge, config.judge_against, report)
         write(folder, results, ["cmdp-fast", "compare", *arguments], report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ def merged_weights(student: Any) -> dict[str, Tensor]:
     for name, weight in student.state_dict().items():
         if ".lora_" in name:
             continue
-        name = name.replace(".base_layer.", ".")
+        name = _without_adapter(name)
         for module, active in copied.items():
             if name.startswith(f"{module}.original_module."):
                 name = ""  # its trained copy takes the place
@@ -96,9 +97,16 @@ def merged_weights(student: Any) -> dict[str, Tensor]:
             weights[name] = read.setdefault(weight.data_ptr(), whole)
     for name, module in student.named_modules():
         if hasattr(module, "get_delta_weight"):
+            place = f"{_without_adapter(name)}.{getattr(module, 'parameter_name', 'weight')}"
             for adapter in module.active_adapters:
-                weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight(adapter).cpu().float()
+                weights[place] = weights[place] + module.get_delta_weight(adapter).cpu().float()
     return weights
+
+
+def _without_adapter(name: str) -> str:
+    """A name in the model without adapter. peft puts a layer around each that it adapts, and around experts, whose
+    weights are parameters of one module, as many as it adapts of these."""
+    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name)
 
 
 def _copied(student: Any) -> dict[str, str]:

@@ -17,10 +17,10 @@ import cmdp_fast as cf
 from cmdp_fast.ops.tile_size import tile_shape
 
 from ..causal_lm import CausalLM
-from ..optimization import optimizer_bytes
 from ..settings.config import TrainConfig
 from .live_bytes import on_shapes
 from .offload import layers_of
+from .optimizer_bytes import optimizer_bytes
 from .value_head import ValueHead
 
 FLOAT32, HALF = 4, 2
@@ -98,7 +98,8 @@ def estimate_memory(
     head = head_bytes(config, student, teacher, rows * length, device)
     update = update_bytes(config, student, rows, prompt_length + length - 1)
     sampling = sampling_bytes(config, student, sampled, prompt_length, length)
-    gradients, state = _bytes(trained), optimizer_bytes(config, trained)
+    gradients = _bytes(trained)
+    state, step = optimizer_bytes(config, trained, at_once=device.type != "cpu")
     away = {id(tensor) for tensor in layers_of(teacher)} if config.offload_teacher else set[int]()
     room = config.teacher_cache_mb * 2**20
     return MemoryEstimate(
@@ -112,7 +113,7 @@ def estimate_memory(
         buckets=gradients if processes > 1 else 0,
         optimizer=state,
         optimizer_in_rollout=0 if config.offload_optimizer else (state or 0),
-        step=gradients if config.optim == "adamw_torch" and device.type != "cpu" else 0,  # all parameters at once
+        step=step,
         copies=update and update.copies + head.copy,
         teacher_outputs=min(cached, room) if cached <= room or config.offload_teacher else 0,
         activations=update and update.kept,

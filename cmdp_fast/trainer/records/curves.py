@@ -9,6 +9,13 @@ from cmdp_fast.files import replacing
 
 from .metrics_log import MetricsLog
 
+# What is drawn: a training batch's figure, and that of an evaluation.
+CURVES = (
+    ("cmdp/accuracy", "accuracy"),
+    ("cmdp/cumulative_kl", "mean_cumulative_kl"),
+    ("cmdp/constraint_satisfaction", "constraint_satisfaction"),
+)
+
 
 def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_accuracy: float) -> None:
     """Accuracy, cumulative KL, satisfaction: training batches as lines, evaluations as dots."""
@@ -17,12 +24,12 @@ def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_acc
     comparable = constraint.cost == "reverse_kl" and not constraint.per_token
     budget = constraint.budget if comparable else None
     panels = (
-        ("accuracy", "cmdp/accuracy", "accuracy", teacher_accuracy, "teacher"),
-        ("cumulative KL (nats)", "cmdp/cumulative_kl", "mean_cumulative_kl", budget, "budget"),
-        ("constraint satisfaction", "cmdp/constraint_satisfaction", "constraint_satisfaction", None, ""),
+        ("accuracy", teacher_accuracy, "teacher"),
+        ("cumulative KL (nats)", budget, "budget"),
+        ("constraint satisfaction", None, ""),
     )
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (title, training, held_out, level, label) in zip(figure.subplots(1, 3), panels, strict=True):
+    for axes, (training, held_out), (title, level, label) in zip(figure.subplots(1, 3), CURVES, panels, strict=True):
         axes.plot([s["step"] for s in log.steps], [s[training] for s in log.steps], lw=1, alpha=0.7, label="training")
         axes.plot([e["step"] for e in log.evaluations], [e[held_out] for e in log.evaluations], "o-", label="held out")
         if level is not None:
