@@ -84,3 +84,9 @@ def test_settings_of_the_reward_beside_a_method_without_one():
     told = "--reward-weights and --missing-eos-penalty change the logged reward alone"
     assert warning == f"--algorithm sft learns from no reward: {told}"
     assert not warnings_of(TrainConfig(**changes)) and not warnings_of(TrainConfig(algorithm="sft"))
+
+
+def test_a_warm_up_that_never_ends_is_told():
+    assert not warnings_of(TrainConfig(steps=6, lr_warmup_steps=5))
+    [warning] = warnings_of(TrainConfig(steps=5, lr_warmup_steps=5))
+    assert warning.endswith("the last one 5/6 of it")

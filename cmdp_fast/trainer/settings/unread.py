@@ -115,7 +115,8 @@ def _shown(value: object) -> str:
 
 def warnings_of(config: TrainConfig) -> list[str]:
     """What a training has to say of its settings before it begins."""
-    return [warning for warning in (warning_of_scale(config), warning_of_reward(config)) if warning]
+    warnings = warning_of_scale(config), warning_of_reward(config), warning_of_warmup(config)
+    return [warning for warning in warnings if warning]
 
 
 def warning_of_reward(config: TrainConfig) -> str:
@@ -126,3 +127,13 @@ def warning_of_reward(config: TrainConfig) -> str:
         return ""
     options = " and ".join(f"--{name.replace('_', '-')}" for name in names)
     return f"--algorithm {config.algorithm} learns from no reward: {options} change the logged reward alone"
+
+
+def warning_of_warmup(config: TrainConfig) -> str:
+    """The warning of a warm-up that the run does not live to the end of. Empty if it does."""
+    if config.lr_warmup_steps < config.steps:
+        return ""
+    return (
+        f"--lr-warmup-steps {config.lr_warmup_steps} with --steps {config.steps}: no step has the whole learning rate, "
+        f"the last one {config.steps}/{config.lr_warmup_steps + 1} of it"
+    )
