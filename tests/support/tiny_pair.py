@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cmdp_fast.imports import import_function
 from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.models import builtin
 from cmdp_fast.trainer.models.pair import load_pair
@@ -104,7 +105,8 @@ def learner_of(config: TrainConfig, **reward_functions) -> tuple[Learner, list, 
     student, teacher, tokenizer = load_pair(config, problems.train, Report())
     functions = reward_functions or rewards.load_rewards(config, problems.train[0])
     AcceleratorState._reset_state(reset_partial_state=True)  # or the first precision of the process would stay
-    material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards=functions)
+    rollout = import_function("--rollout", config.rollout) if config.rollout else None
+    material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards=functions, rollout=rollout)
     learner = make_learner(config, Accelerator(mixed_precision=config.mixed_precision), material)
     rows = problems.train[: config.prompts_per_step]
     return learner, rows, encode_prompts(rows, tokenizer)

@@ -223,9 +223,7 @@ def test_the_divisor_forgets_the_discrepancy_weight(pair):
         torch.testing.assert_close(targets[1][name], targets[0][name], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "change", [{"pad_token_id": 99}, {"hidden_size": "a"}, {"hidden_size": 32}, {"num_attention_heads": 0}]
-)
+@pytest.mark.parametrize("change", [{"pad_token_id": 99}, {"hidden_size": "a"}, {"num_attention_heads": 0}])
 def test_a_model_s_damaged_configuration_is_one_line(change, pair, tmp_path):
     folder = tiny_model(tmp_path, 0)
     path = tmp_path / "config.json"
