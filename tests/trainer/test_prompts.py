@@ -17,7 +17,7 @@ from cmdp_fast.trainer import material
 from cmdp_fast.trainer.dry_run import dry_run
 from cmdp_fast.trainer.experience import Collector
 from cmdp_fast.trainer.records.report import Report
-from cmdp_fast.trainer.rollout import check_variables, encode_prompts, generate
+from cmdp_fast.trainer.rollout import encode_prompts, generate
 from cmdp_fast.trainer.tasks import data, judge, step_verifiers
 from cmdp_fast.trainer.tasks.prompts import with_prompt
 
@@ -248,10 +248,9 @@ def test_arguments_of_the_chat_template(chatting, tmp_path):
 
 
 def test_a_variable_that_the_template_does_not_read(chatting):
-    tokenizer = AutoTokenizer.from_pretrained(chatting["student"])
-    check_variables(["enable_thinking"], tokenizer)
+    config = settings(chatting, chat=True, chat_template_kwargs={"enable_thinking": False, "enable_thinkin": False})
     with pytest.raises(InputError, match="the student's chat template has no variable 'enable_thinkin'"):
-        check_variables(["enable_thinkin"], tokenizer)
+        material.load(config, Report())
 
 
 def test_parts_that_a_template_writes_as_a_list(chatting):

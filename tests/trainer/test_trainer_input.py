@@ -53,6 +53,7 @@ BAD_INPUT = {
     "seed below 0": (dict(seed=-1), "--seed must be in [0, 2147483648), not -1"),
     "seed beyond all numbers": (dict(seed="9" * 400), "--seed must be in [0, 2147483648), not 999"),
     "long name": (dict(name="a" * 300), "--name is the name of a folder, of up to 200 bytes"),
+    "zero in a name": (dict(name="a\0"), "--name is the name of a folder"),
     "a file as a folder": (dict(output_dir="{bare}"), "is a file, expected a folder"),
     "worst case of a divergence": (dict(kind="worst_case"), "--cost nll"),
 }
