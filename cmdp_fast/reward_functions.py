@@ -112,7 +112,7 @@ def check_call(what: str, function: Any, keywords: Iterable[str], positional: in
     """Raises InputError if a function does not take a call with these keywords, after so many arguments without one, as
     far as Python can tell before."""
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)  # of what is called: a wrapper may take more
     except Exception:  # of something without one, or of an object of the user's
         return
     try:

@@ -17,6 +17,7 @@ from cmdp_fast import own_code
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.own_code import described, told_of
+from cmdp_fast.reward_functions import KEYWORDS, check_call
 from cmdp_fast.trainer import material
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.tasks.judge import compare_pairs
@@ -295,3 +296,13 @@ def test_a_function_that_empties_its_lists_changes_nobody_else_s(pair):
         call_rewards(functions, *given)
     functions["empties"] = lambda **columns: empties(**columns) or [1.0] * 2
     assert call_rewards(functions, *given).rewards["exact_answer"] == [0.0, 0.0]
+
+
+def test_a_wrapper_is_called_as_itself():
+    """It may take more than the function that it wraps, whose signature Python would tell of it."""
+
+    @functools.wraps(len)
+    def wrapper(completions, **_):
+        return [float(len(each)) for each in completions]
+
+    check_call("wrapper", wrapper, ["answer", *KEYWORDS])

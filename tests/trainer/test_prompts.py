@@ -208,6 +208,13 @@ def test_a_table_s_none_is_no_part_of_a_message(pair):
     assert with_prompt({"prompt": table}, settings(pair), "row 1")["prompt"] == rows
 
 
+def test_a_part_that_is_a_thought_is_a_text(pair):
+    """Templates of models that think, Magistral's for one, tell the two kinds apart."""
+    parts = [{"type": "text", "text": "1"}, {"type": "thinking", "thinking": "2", "closed": True}]
+    row = {"prompt": [{"role": "system", "content": parts}]}
+    assert with_prompt(row, settings(pair), "row 1") == row
+
+
 def test_an_answer_that_has_begun_goes_on(pair):
     """It was closed, and another one opened behind it. A template that changes it is refused."""
     rows = [{"prompt": [*messages(f"{i}"), {"role": "assistant", "content": f"{i}+"}]} for i in range(2)]

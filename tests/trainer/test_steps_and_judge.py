@@ -102,6 +102,7 @@ EQUATIONS = {
         "the sum of 3 + 4 = 8",
     ],
     None: [
+        "Step 1 – 3 + 4 = 7",  # a dash, or a minus
         "A9",
         "",
         "5 = 6",  # nothing is calculated

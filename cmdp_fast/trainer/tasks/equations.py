@@ -55,13 +55,25 @@ def all_hold(text: str) -> bool | None:
         if "=" not in line:
             continue
         line = " ".join(line.split())
-        line = _MINUS.sub("-", _SPACING.sub("", _MARKUP.sub("", line)))
-        line = " ".join(_DIVIDED.sub("/", _TIMES.sub("*", line)).split())
-        for sides in _equations(line):
-            holds = _holds(sides)
-            if holds is False:
-                return False
-            found = found or holds
+        line = _SPACING.sub("", _MARKUP.sub("", line))
+        holds = _line_holds(_MINUS.sub("-", line))
+        if holds is False and "–" in line and _line_holds(line.replace("−", "-")):
+            holds = None  # the dash may stand between words, as in "Step 1 – 3 + 4 = 7"
+        if holds is False:
+            return False
+        found = found or holds
+    return found
+
+
+def _line_holds(line: str) -> bool | None:
+    """The same of a line, whose products and quotients may be written in any way."""
+    found = None
+    line = " ".join(_DIVIDED.sub("/", _TIMES.sub("*", line)).split())
+    for sides in _equations(line):
+        holds = _holds(sides)
+        if holds is False:
+            return False
+        found = found or holds
     return found
 
 

@@ -128,7 +128,8 @@ def _check_messages(prompt: Any, where: str) -> None:
 
 
 def _check_content(message: dict[str, Any], where: str) -> None:
-    """Raises InputError for a content that is neither a text nor texts in parts; a call of a tool may have none."""
+    """Raises InputError for a content that is neither a text nor texts in parts, thoughts among them; a call of a tool
+    may have none."""
     content = message["content"]
     if isinstance(content, str) or (content is None and message.get("tool_calls")):
         return
@@ -137,7 +138,7 @@ def _check_content(message: dict[str, Any], where: str) -> None:
         raise InputError(f"{what} is {_kind(content)}, expected a text")
     for part in content:
         kind = part.get("type") or "text" if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
+        if kind not in ("text", "thinking") or not isinstance(part.get(kind), str):
             raise InputError(f"{what} has a part that is no text ({kind}): the models are given texts alone")
 
 
