@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny_pair import PROBLEMS, tiny_model
 
 
@@ -17,6 +18,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_precision() -> Iterator[None]:
+    """A process has one precision for accelerate, the first that is asked for: one test's is not the next one's."""
+    yield
+    if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
