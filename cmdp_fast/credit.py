@@ -150,9 +150,15 @@ def task_rewards(rewards: Tensor, weights: Tensor, group_size: int, *, deducted:
         raise InputError("the weighted rewards of a completion add up to infinity (in float32)")
     counts = (weights != 0) | (weights == 0).all()
     scored = (counts & ~rewards.isnan()).any(1).unflatten(0, (-1, group_size))
-    # As the baseline sums them up, to the last bit: the difference is multiplied by up to 1e4
-    neutral = torch.where(scored, total, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
-    return TaskRewards(torch.where(scored, total, neutral).flatten(), scored.flatten())
+    return TaskRewards(torch.where(scored, total, mean_of_scored(total, scored)).flatten(), scored.flatten())
+
+
+def mean_of_scored(values: Tensor, scored: Tensor) -> Tensor:
+    """The mean [G, 1] of those ``values`` [G, n] of each group that are ``scored`` [G, n], 0 without any.
+
+    It is summed up as the baseline is, to the last bit: the difference is multiplied by up to 1e4.
+    """
+    return torch.where(scored, values, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
 
 
 def position_advantage(

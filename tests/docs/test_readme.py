@@ -103,10 +103,28 @@ def test_block(block, tmp_path):
 
 
 def test_the_loop_learns_and_keeps_the_budget():
+    """In expectation, not by the last 32 completions: of seeds 0 to 2 on two backends the KL was 1.87 to 1.97 nats, and
+    the reward 0.03 to 0.14 above that of the student before, with seed 0 by 0.11 or more."""
     got = run(named(OPERATIONS, "A training loop in plain PyTorch"))
-    assert got["out"].trace.violated[:, -1].float().mean() < 0.25
-    rewarded = got["task_reward"][:, -1].mean()
-    assert rewarded > 0.3, "a random student has 0.25"
+    vocab, nn = got["vocab"], torch.nn
+    torch.manual_seed(0)  # as the block does
+    _, before = (nn.Sequential(nn.Embedding(vocab, 16), nn.Linear(16, vocab)) for _ in range(2))
+    (kl_before, reward_before), (kl, reward) = (in_expectation(one, got) for one in (before, got["student"]))
+    assert kl_before > 4 and kl < got["constraint"].budget
+    assert reward > reward_before + 0.05
+
+
+def in_expectation(student, got):
+    """(cumulative KL, reward) of a student of the block, whose next token depends on the last one alone."""
+    tokens = torch.arange(got["vocab"])
+    with torch.no_grad():
+        p, q = (model(tokens).double().log_softmax(-1) for model in (student, got["teacher"]))
+    at, kl, good = torch.full((len(tokens),), 1 / len(tokens)).double(), 0.0, 0.0
+    for _ in range(got["length"]):
+        kl += at @ (p.exp() * (p - q)).sum(-1)
+        at = at @ p.exp()
+        good += at[:8].sum() / got["length"]
+    return kl, good
 
 
 FAMILIES = {

@@ -218,6 +218,7 @@ def test_a_whole_checkpoint_stays_where_it_cannot_be_loaded(run, learner, tmp_pa
     [
         ("model.safetensors", lambda content: content[:-1], "not fully covered"),
         ("model.safetensors", lambda content: b"", "header too small"),
+        ("model.safetensors", lambda content: bytes(len(content)), "no causal language model"),
         ("config.json", lambda content: content.replace(b'"hidden_size": 16', b'"hidden_size": 32'), "weight is [1"),
         ("config.json", lambda content: content.replace(b'"hidden_size": 16', b'"hidden_size": "a"'), "'hidden_size'"),
         ("tokenizer.json", lambda content: b"[1]", "no causal language model"),

@@ -93,7 +93,7 @@ class PPO(Method):
             return objective.returns_to_go(reward, mask=mask, gamma=self.config.gamma)[:, 0]
 
         task, scored = (x.unflatten(0, (-1, group)) for x in (discounted(experience.last_reward), experience.scored))
-        mean = torch.where(scored, task, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
+        mean = credit.mean_of_scored(task, scored)
         own = discounted(objective.task_part(experience.last_reward, experience.trace, constraint))
         end = credit.last_token(mask).float()
         kept = objective.task_part(end, experience.trace, constraint).sum(1)  # 1, or 0 where the constraint takes it

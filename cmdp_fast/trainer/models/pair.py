@@ -174,7 +174,7 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
             raise InputError(
                 f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
             ) from error
-        if isinstance(error, OSError) and options.get("use_safetensors") and "safetensors" in reason:
+        if options.get("use_safetensors") and "safetensors" in reason:
             raise InputError(
                 f"--{role} {name}: no safetensors in this {kind}. Other files are pickles, which can run code as they "
                 "are read; convert them with save_pretrained where you trust them"

@@ -1,4 +1,4 @@
-"""Settings that were asked for and that nothing in the run would read: each with what would have to be the case.
+"""Settings that were asked for and that change nothing a run learns, spends or evaluates: each with what reads it.
 
 Recipes and methods go over one another, so a configuration may hold any number of them. Only what the command line
 itself has changed is refused: whoever writes `--gae-lambda 0.95` expects it to do something.
@@ -20,7 +20,7 @@ from .constraint import warning_of_scale
 
 
 class Reader(NamedTuple):
-    """Settings, whether a run with a configuration reads them, and which one does."""
+    """Settings, whether they change anything in a run with a configuration, and in which one they do."""
 
     settings: tuple[str, ...]
     reads: Callable[[TrainConfig], object]
@@ -97,7 +97,10 @@ def changed(config: TrainConfig, base: TrainConfig) -> list[str]:
 
 
 def check_read(config: TrainConfig, asked: Iterable[str]) -> None:
-    """Raises InputError if one of the settings that were ``asked`` for would be read by nothing in a training."""
+    """Raises InputError if one of the settings that were ``asked`` for would change nothing that a training learns.
+
+    A few of them still change a figure that is logged, such as `cmdp/modified_reward` of a method without a reward.
+    """
     for name in asked:
         for reader in READERS:
             value = getattr(config, name)
