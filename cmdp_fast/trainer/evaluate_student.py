@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -18,6 +19,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.files import write_json
 
 from .distributed import check_alike, main_first, make_accelerator, on_device
+from .engine.engines import Engines, check_engines, make_engines
 from .evaluate import EVALUATION_SEED, evaluate, of_several
 from .experience import Collector
 from .material import Material, load
@@ -111,21 +113,24 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
         raise InputError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
     if config.json and Path(config.json).is_dir():
         raise InputError(f"--json {config.json} is a folder, expected a file")
+    check_engines(config)
     accelerator = make_accelerator(config)
     report = Report(accelerator.is_main_process)
     sets = main_first(lambda: _sets(config), accelerator)
     material = main_first(lambda: load(config, report, sets), accelerator)
     check_alike(material.origin["problems"], accelerator)
     student = on_device(material.student, accelerator)
-    collector = _collector(config, accelerator, student, material)
     figures: dict[str, Any] = {}
-    for name, rows in material.sets.items():
-        # Each process has a random state of its own, and none of one seed is one of another
-        seeds = [seed * accelerator.num_processes for seed in config.seeds] or [EVALUATION_SEED]
-        runs = [_figures(config, collector, student, rows, report, seed) for seed in seeds]
-        figures[name] = _together(runs)
-        if accelerator.is_main_process:
-            print_figures(config, figures[name], name)
+    with ExitStack() as held:
+        engines = make_engines(config, accelerator, material, report, held)
+        collector = _collector(config, accelerator, student, material, engines)
+        for name, rows in material.sets.items():
+            # Each process has a random state of its own, and none of one seed is one of another
+            seeds = [seed * accelerator.num_processes for seed in config.seeds] or [EVALUATION_SEED]
+            runs = [_figures(config, collector, student, rows, report, seed) for seed in seeds]
+            figures[name] = _together(runs)
+            if accelerator.is_main_process:
+                print_figures(config, figures[name], name)
     found = {"sets": figures} if len(figures) > 1 else next(iter(figures.values()))
     if config.json and accelerator.is_main_process:
         about: dict[str, Any] = {"student": config.student, "teacher": config.teacher or None, "recipe": config.recipe}
@@ -140,9 +145,13 @@ def _sets(config: EvaluateConfig) -> dict[str, list[Problem]]:
     return evaluation_sets(config)
 
 
-def _collector(config: EvaluateConfig, accelerator: Any, student: Any, material: Material) -> Collector:
+def _collector(
+    config: EvaluateConfig, accelerator: Any, student: Any, material: Material, engines: Engines
+) -> Collector:
     """The collector of the student; the kernels divide by a temperature, which is 1 where none is sampled with."""
-    collector = make_collector(replace(config, temperature=config.temperature or 1.0), accelerator, student, material)
+    collector = make_collector(
+        replace(config, temperature=config.temperature or 1.0), accelerator, student, material, engines
+    )
     if not config.temperature:
         collector.sampling = replace(collector.sampling, temperature=0.0)
     return collector

@@ -24,6 +24,7 @@ from cmdp_fast.packed import places
 from cmdp_fast.reward_functions import Logged
 
 from .distributed import any_process, together
+from .engine.engine import Engine
 from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
 from .models.split_rows import SplitRows
 from .records.clock import Clock
@@ -150,6 +151,8 @@ class Collector:
         rewards: dict[str, RewardFunction],
         step_verifier: StepVerifier | None = None,
         rollout: RolloutFunction | None = None,
+        engine: Engine | None = None,
+        teacher_engine: Engine | None = None,
         problem_count: int = 0,
     ) -> None:
         self.config = config
@@ -161,6 +164,8 @@ class Collector:
         self.rewards = rewards
         self.step_verifier = step_verifier
         self.rollout = rollout
+        self.engine, self.teacher_engine = engine, teacher_engine
+        self.upcoming: list[list[int]] | None = None  # the prompts of the next step, to be begun with this one's
         self.problem_count = problem_count  # to train on, of which an epoch is made
         self.steps_done = 0  # which reward functions are told
         self.weights = torch.tensor(config.reward_weights or (1.0,) * len(rewards))
@@ -185,13 +190,18 @@ class Collector:
         mixed_with: Callable[[Tensor], Any] | None = None,
         group_size: int = 1,
     ) -> Completions:
-        """Completions of the prompts by a policy, with their rewards. The user's `rollout` samples for the student.
+        """Completions of the prompts by a policy, with their rewards. The user's `rollout` samples for the student,
+        an engine for the model that it serves.
 
         ``group_size`` neighbours are compared with one another; rows that are not in such groups with none.
         """
         with clock.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
             model = self.accelerator.unwrap_model(policy)
-            if self.rollout is not None and policy is self.student and mixed_with is None:
+            engine = self.engine if policy is self.student else self.teacher_engine
+            if engine is not None and mixed_with is None:
+                upcoming, self.upcoming = self.upcoming, None
+                rollout = engine.sample(policy, prompts, self._sampling_of(policy), self.steps_done, upcoming)
+            elif self.rollout is not None and policy is self.student and mixed_with is None:
                 with together(self.accelerator):
                     rollout = call_rollout(self.rollout, self.config.rollout, prompts, self.sampling, model)
                 if any_process(rollout.sampler_logprob is None, self.accelerator):  # all of them gather it, or none

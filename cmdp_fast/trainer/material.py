@@ -34,6 +34,7 @@ class Material:
     prompts: list[list[int]] = field(default_factory=list)  # token ids
     held_out: list[Problem] = field(default_factory=list)
     sets: dict[str, list[Problem]] = field(default_factory=dict)  # to evaluate on, where nothing is trained
+    longest: int = 0  # tokens of a prompt with its completion, at most
     origin: dict[str, str] = field(default_factory=dict)  # digests of problems and models, see `records/origin.py`
 
 
@@ -48,7 +49,7 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     for name, rows in (_by_source(config, parts) if sets is None else sets).items():
         check_columns(config, rewards, rows, where := name or config.dataset or config.task)
         check_verifier(config, verifier, rows[0], where)
-    rollout = import_function("--rollout", config.rollout) if config.rollout else None
+    rollout = import_function("--rollout", config.rollout) if config.rollout not in ("", "vllm") else None
     found = find_pair(config, train, report)
     check_variables(config.chat_template_kwargs, found.tokenizer)
     parts = drop_long_prompts(parts, found.tokenizer, config.max_prompt_length, report)
@@ -56,7 +57,8 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     evaluated = [rows[: config.eval_prompts or None] for rows in evaluated]
     prompts = encode_prompts(parts[0], found.tokenizer) if sets is None else []
     every = prompts + [ids for rows in evaluated for ids in encode_prompts(rows, found.tokenizer)]
-    _check_lengths(config, found.configs, every)
+    longest = max(len(ids) for ids in every) + config.max_new_tokens
+    _check_lengths(config, found.configs, longest)
     student, teacher, tokenizer = load_pair(config, train, report, found)
     origin = origin_of(found.folders, parts)  # now, for the weights of a hub's model are there
     check_tokens(every, [model for model in (student, teacher) if model is not None])
@@ -71,6 +73,7 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
         prompts=prompts,
         held_out=evaluated[0],
         sets={} if sets is None else dict(zip(sets, evaluated, strict=True)),
+        longest=longest,
         origin=origin,
     )
 
@@ -84,14 +87,13 @@ def _by_source(config: TrainConfig, parts: list[list[Problem]]) -> dict[str, lis
     return {"": [row for rows in parts for row in rows]}
 
 
-def _check_lengths(config: TrainConfig, models: dict[str, Any], prompts: list[list[int]]) -> None:
-    """Raises InputError if a prompt and its completion may not fit into the positions of a model, of which the
-    configuration is given."""
-    longest = max(len(ids) for ids in prompts)
+def _check_lengths(config: TrainConfig, models: dict[str, Any], longest: int) -> None:
+    """Raises InputError if a prompt and its completion, of so many tokens, may not fit into the positions of a model,
+    of which the configuration is given."""
     for about in models.values():
         limit = getattr(about.get_text_config(), "max_position_embeddings", None)
-        if limit and longest + config.max_new_tokens > limit:
+        if limit and longest > limit:
             raise InputError(
-                f"a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens} do not fit "
-                f"the {limit} positions of {about.name_or_path}"
+                f"a prompt of {longest - config.max_new_tokens} tokens and --max-new-tokens {config.max_new_tokens} do "
+                f"not fit the {limit} positions of {about.name_or_path}"
             )

@@ -23,6 +23,7 @@ from .distributed import (
     prepare_student,
     together,
 )
+from .engine.engines import NONE, Engines, check_engines, make_engines
 from .experience import Collector
 from .interrupts import Interrupts
 from .material import Material, load
@@ -63,6 +64,7 @@ def train(config: TrainConfig) -> Path:
     check_trackers(config)
     check_optimizer(config)
     check_offload(config)
+    check_engines(config)
     accelerator = make_accelerator(config)
     check_training(accelerator)
     report = Report(accelerator.is_main_process)
@@ -86,7 +88,8 @@ def train(config: TrainConfig) -> Path:
         with together(accelerator):
             if config.resume and accelerator.is_main_process:
                 check_origin(config, material.origin, report.say)
-        learner = make_learner(config, accelerator, material)
+        engines = make_engines(config, accelerator, material, report, held)
+        learner = make_learner(config, accelerator, material, engines)
         constraint = evaluation_constraint(config)
         report.say(
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
@@ -99,7 +102,7 @@ def train(config: TrainConfig) -> Path:
     return training.folder
 
 
-def make_learner(config: TrainConfig, accelerator: Accelerator, material: Material) -> Learner:
+def make_learner(config: TrainConfig, accelerator: Accelerator, material: Material, engines: Engines = NONE) -> Learner:
     """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
 
@@ -114,12 +117,18 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, material: Materi
     scheduler = make_scheduler(config, optimizer)
     student, prepared = prepare_student(material.student, optimizer, accelerator)
     value_head = value_head and accelerator.prepare(value_head)
-    collector = make_collector(config, accelerator, student, material)
+    collector = make_collector(config, accelerator, student, material, engines)
     method = method_named(config.algorithm)(collector, Clock(accelerator.device), value_head)
     return Learner(method, optimizer=prepared, scheduler=scheduler)
 
 
-def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Module, material: Material) -> Collector:
+def make_collector(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    student: nn.Module,
+    material: Material,
+    engines: Engines = NONE,
+) -> Collector:
     """The collector of the material's student, which accelerate has on its device by now."""
     model, teacher, tokenizer = accelerator.unwrap_model(student), material.teacher, material.tokenizer
     sampling = make_sampling(config, model, teacher, tokenizer)
@@ -135,6 +144,8 @@ def make_collector(config: TrainConfig, accelerator: Accelerator, student: nn.Mo
         rewards=material.rewards,
         step_verifier=material.verifier,
         rollout=material.rollout,
+        engine=engines[0],
+        teacher_engine=engines[1],
         problem_count=len(material.problems),
     )
     models = {"student": model, **({} if collector.teacher is None else {"teacher": collector.teacher})}

@@ -70,6 +70,8 @@ class Training:
         else:
             for who, policy in (("teacher", self.learner.teacher), ("student_before", self.learner.student)):
                 self._evaluate(who, policy)
+                if who == "teacher" and self.learner.collector.teacher_engine and not self.config.entry.of_teacher:
+                    self.learner.collector.teacher_engine.close()  # it is not sampled from again
             self.folder = self._make_folder(held)
             with together(self.accelerator):
                 self._drop_students_after(0)
@@ -163,8 +165,13 @@ class Training:
         for _ in range(self.learner.steps_done):
             next(batches)
         remaining = range(self.learner.steps_done + 1, c.steps + 1)
+        upcoming = share(next(batches), self.accelerator)
         for step in self.report.track(remaining, f"training {self.folder}"):
-            chosen, constraint = share(next(batches), self.accelerator), self.learner.constraint()
+            chosen, constraint = upcoming, self.learner.constraint()
+            upcoming = share(next(batches), self.accelerator) if step < c.steps else []
+            if c.rollout_ahead:
+                prompts = [material.prompts[i] for i in upcoming for _ in range(c.num_generations)]
+                self.learner.collector.upcoming = prompts
             metrics = self.learner.step([material.problems[i] for i in chosen], [material.prompts[i] for i in chosen])
             with together(self.accelerator):
                 self.log.step(step, metrics)

@@ -22,12 +22,14 @@ class MethodEntry(NamedTuple):
     """Whether its loss is the divergence with ``--jsd-beta``."""
     mixes: bool = False
     """Whether it samples from a mixture with ``--teacher-mix`` of the teacher."""
+    of_teacher: bool = False
+    """Whether its completions are the teacher's."""
 
 
 METHODS: dict[str, MethodEntry] = {
     "ppo": MethodEntry("ppo:PPO", compares=True),
     "gkd": MethodEntry("gkd:GKD", diverges=True),
     "minillm": MethodEntry("minillm:MiniLLM", groups=True, mixes=True),
-    "sft": MethodEntry("off_policy:SequenceLevel"),
-    "kd": MethodEntry("off_policy:WordLevel"),
+    "sft": MethodEntry("off_policy:SequenceLevel", of_teacher=True),
+    "kd": MethodEntry("off_policy:WordLevel", of_teacher=True),
 }

@@ -20,6 +20,9 @@ CHANGEABLE = (
     # These change the memory that a step takes: a run that ran out of it can go on. Its figures change by rounding, and
     # with `rollout_batch_size` other random numbers meet other prompts, which is as good a sample.
     *("micro_batch_size", "micro_batch_tokens", "rollout_batch_size", "padding_free", "attn_implementation"),
+    # Where the servers of the rollouts are, and how they are started
+    *("rollout_url", "rollout_teacher_url", "rollout_python", "rollout_args", "rollout_devices", "rollout_folder"),
+    *("rollout_timeout", "rollout_tolerance"),
     *("gradient_checkpointing", "teacher_cache_mb", "offload_teacher", "offload_optimizer"),
 )
 

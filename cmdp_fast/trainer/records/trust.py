@@ -22,6 +22,8 @@ from .digest import sha256
 
 # The settings that can let code run.
 CODE = ("rewards", "step_verifier", "rollout", "trust_remote_code", "unisolated_judges")
+# Those that name programs, and where a run's prompts and weights go.
+PLACES = ("rollout_python", "rollout_args", "rollout_url", "rollout_teacher_url", "rollout_folder")
 
 
 def without_code(config: TrainConfig) -> TrainConfig:
@@ -65,7 +67,8 @@ def check_unchanged(now: TrainConfig, recorded: dict[str, str]) -> None:
 
 
 def _naming_code(config: TrainConfig) -> list[str]:
-    return [name for name in CODE if getattr(config, name) is True or _functions(getattr(config, name))]
+    code = [name for name in CODE if getattr(config, name) is True or _functions(getattr(config, name))]
+    return code + [name for name in PLACES if getattr(config, name) != getattr(TrainConfig, name)]
 
 
 def _functions(value: Any) -> list[str]:

@@ -22,6 +22,7 @@ from .evaluation import EvaluationSettings
 from .models import ModelSettings
 from .ranges import Range
 from .reward import RewardSettings
+from .rollout import RolloutSettings, check_rollout
 from .run import RunSettings
 from .step import StepSettings
 from .task import TaskSettings
@@ -33,6 +34,7 @@ LONGEST_NAME = 200  # bytes; file systems take 255, and a folder that is made ha
 class TrainConfig(
     EvaluationSettings,
     CompletionSettings,
+    RolloutSettings,
     StepSettings,
     BudgetSettings,
     RewardSettings,
@@ -87,6 +89,7 @@ class TrainConfig(
             "--lora-modules-to-save is for an adapter: it needs --lora-rank",
         )
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
+        check_rollout(self, self.rollout, self.mixes_teacher)
         if self.kind == "worst_case":
             _check(
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"

@@ -42,8 +42,9 @@ class StepSettings:
     top_p: Annotated[float, ABOVE_0_UP_TO_1] = 1.0
     """Sample from the most likely tokens of this total probability. The same warning holds."""
     rollout: str = ""
-    """A function of yours that samples instead of `generate`, as `module:function` or `path/file.py:function`; see
-    user_rollout.py. Its log-probabilities are computed again and the difference is logged."""
+    """What samples instead of `generate`: `vllm`, or a function of yours, as `module:function` or
+    `path/file.py:function`; see user_rollout.py. Its log-probabilities are computed again and the difference is
+    logged."""
     rollout_batch_size: Annotated[int, NOT_NEGATIVE] = 0
     """Prompts that are sampled at once, sorted by length. 0: all of a step."""
     baseline: Literal["rloo", "grpo", "position_rloo", "gae"] = "rloo"

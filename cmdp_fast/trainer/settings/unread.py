@@ -86,6 +86,23 @@ READERS = (
         "the --rewards exact_answer, brevity, math_verify and reasoning_gym",
     ),
     Reader(("judge_timeout",), lambda c: JUDGES & {*c.rewards}, "the --rewards math_verify and reasoning_gym"),
+    Reader(
+        (
+            "rollout_url",
+            "rollout_teacher_url",
+            "rollout_timeout",
+            "rollout_tolerance",
+            "rollout_ahead",
+            "rollout_folder",
+        ),
+        lambda c: c.rollout == "vllm",
+        "--rollout vllm",
+    ),
+    Reader(
+        ("rollout_python", "rollout_args", "rollout_devices"),
+        lambda c: c.rollout == "vllm" and not c.rollout_url,
+        "--rollout vllm without --rollout-url",
+    ),
     Reader(("unisolated_judges",), lambda c: "reasoning_gym" in c.rewards, "the --rewards reasoning_gym"),
 )
 

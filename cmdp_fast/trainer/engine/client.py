@@ -1,0 +1,148 @@
+"""One server's HTTP interface: what it is asked, how long it may take, and how often it is asked again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cmdp_fast.errors import InputError, first_line, readable
+
+from ..settings.config import TrainConfig
+
+WAITS = (0.5, 2.0, 5.0)  # seconds before it is asked again, where it may only have been busy or between two starts
+LONGEST = 1 << 30  # bytes of an answer; an honest one of 64 completions with 32k tokens each has a quarter
+CONNECT = 10.0  # seconds
+PASSING = (429, 502, 503, 504)  # states that may pass
+
+
+class Client:
+    """A server of vLLM at ``url``. ``gone`` says why it will not answer any more, "" if it may.
+
+    Every call may come from any thread, and raises InputError, which names the server, if there is no answer within
+    ``seconds`` or it is an error.
+    """
+
+    def __init__(self, url: str, seconds: float, gone: Callable[[], str] = lambda: "", key: str = "") -> None:
+        self.url, self.seconds, self.gone = url.rstrip("/"), seconds, gone
+        self.name = f"the vLLM server at {self.url}"
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def get(self, path: str) -> Any:
+        """The JSON of a page."""
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON that a request is answered with, None where that is empty."""
+        return self._ask("POST", path, body)
+
+    def answers(self) -> bool:
+        """Whether it is there and in health, asked once."""
+        import requests
+
+        try:
+            return requests.get(f"{self.url}/health", headers=self._headers, timeout=CONNECT).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        import requests
+
+        until = time.monotonic() + self.seconds
+        why = ""
+        for wait in (*WAITS, None):
+            try:
+                status, content = self._once(method, path, body, until)
+                if status < 400:
+                    return _json(content, f"{self.url}/{path}")
+                why = f"answered {status}{_reason(content)}"
+                if status not in PASSING:
+                    break
+            except requests.Timeout:
+                why = f"has not answered in {self.seconds:g} s (--rollout-timeout)"
+                break
+            except (requests.RequestException, OSError) as error:
+                why = f"cannot be reached: {_cause(error)}"
+            if wait is None or time.monotonic() + wait > until or self.gone():
+                break
+            time.sleep(wait)
+        if gone := self._settled():
+            raise InputError(gone)
+        raise InputError(f"{self.name} {why} ({method} /{path})")
+
+    def _settled(self) -> str:
+        """`gone`, a moment after an error: a process that fails closes its connections before it ends."""
+        for _ in range(10):
+            if gone := self.gone():
+                return gone
+            time.sleep(0.1)
+        return ""
+
+    def _once(self, method: str, path: str, body: dict[str, Any] | None, until: float) -> tuple[int, bytes]:
+        """(status, content). A server that sends a byte now and then is not waited for any longer than a silent one."""
+        import requests
+
+        left = max(until - time.monotonic(), 0.1)
+        content = bytearray()
+        with requests.request(
+            *(method, f"{self.url}/{path}"), json=body, headers=self._headers, stream=True, timeout=(CONNECT, left)
+        ) as response:
+            for piece in response.iter_content(1 << 16):
+                content += piece
+                if len(content) > LONGEST:
+                    raise InputError(f"{self.url}/{path} answered with more than {LONGEST} bytes")
+                if time.monotonic() > until:
+                    raise requests.Timeout
+            return response.status_code, bytes(content)
+
+
+def client_of(url: str, config: TrainConfig) -> Client:
+    """A server that runs elsewhere; its key is the environment's, as vLLM's own."""
+    return Client(url, config.rollout_timeout, key=os.environ.get("VLLM_API_KEY", ""))
+
+
+def version_of(client: Client) -> str:
+    answer = client.get("version")
+    return str(answer.get("version", "")) if isinstance(answer, dict) else ""
+
+
+def served_model(client: Client, longest: int) -> str:
+    """The model that a server serves. Raises InputError if it has no room for prompts and completions so long."""
+    try:
+        model = client.get("v1/models")["data"][0]
+        name, room = str(model["id"]), int(model["max_model_len"])
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise InputError(f"{client.name} names no model: expected a server of vLLM") from error
+    if room < longest:
+        raise InputError(
+            f"{client.name} takes {room} tokens, expected {longest}: start it with --max-model-len {longest}"
+        )
+    return name
+
+
+def _json(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content) if content.strip() else None
+    except (ValueError, RecursionError) as error:
+        if content.startswith(b"Success"):  # of the adapters' routes
+            return None
+        raise InputError(f"{where} answered with something that is not JSON: {first_line(error)}") from error
+
+
+def _reason(content: bytes) -> str:
+    """The message of an error that vLLM answers with."""
+    try:
+        error = json.loads(content)
+        error = error.get("error", error)
+        message = error.get("message", error) if isinstance(error, dict) else error
+    except (ValueError, AttributeError, RecursionError):
+        message = content.decode(errors="replace")
+    return f": {readable(str(message).strip())}" if message else ""
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of a connection that was not made or was lost, without the objects around it."""
+    text = first_line(error)
+    return readable(text.rsplit(": ", 1)[-1].strip(")'\""))

@@ -1,0 +1,264 @@
+"""Completions from vLLM: what a collector asks in place of `generate`.
+
+Prompts and completions go as token ids; nothing is tokenised twice. The main process starts the server, or knows the
+servers that run elsewhere, and brings each step's weights there; every process asks for completions of its own prompts.
+The server's log-probabilities come with them, for the correction of what is learned from tokens that are not quite the
+student's own (`cmdp_fast.objective.sampler_weights`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cmdp_fast.errors import InputError
+
+from ..distributed import together, whole_student
+from ..records.report import Report
+from ..rollout import Rollout, Sampling, assemble
+from ..settings.config import TrainConfig
+from . import answers
+from .client import Client, client_of, served_model, version_of
+from .probe import Probe
+from .server import Server
+from .weights import Weights, dtype_name
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CONCURRENT = 128  # requests of a process at once; a server batches their sequences as it has room
+Pending = tuple[list[list[int]], "Future[list[answers.Drawn]]"]
+
+
+class Engine:
+    """The servers of a model, started when they are first asked. A context: they end with it.
+
+    ``role`` is student or teacher, ``urls`` are servers that run elsewhere, ``longest`` is the number of tokens that a
+    prompt and its completion take at most, ``prompts`` are some to compare servers and trainer on.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        report: Report,
+        *,
+        role: str,
+        urls: Sequence[str],
+        weights: Weights,
+        tokenizer: Any,
+        prompts: list[list[int]],
+        longest: int,
+    ) -> None:
+        self.config, self.accelerator, self.report = config, accelerator, report
+        self.role, self.urls, self.weights, self.tokenizer = role, list(urls), weights, tokenizer
+        self.longest = longest
+        self._probe = Probe.of(prompts, longest, config.max_new_tokens)
+        self._clients: list[Client] = []
+        self._names: list[str] = []  # of the model, at each
+        self._step: int | None = None  # whose weights the servers have
+        self._server: Server | None = None
+        self._folder: Path | None = None
+        self._pending: Pending | None = None
+        self._threads = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(keep_log=kind is not None)
+
+    def close(self, keep_log: bool = False) -> None:
+        """Ends the server and removes its files; the log may stay. It is started again if it is asked again."""
+        if self._server is not None:
+            self._server.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads, self._pending = ThreadPoolExecutor(1), None
+        if self._folder is not None:
+            for path in self._folder.iterdir():
+                if not (keep_log and path.suffix == ".log"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not any(self._folder.iterdir()):
+                self._folder.rmdir()
+        self._server, self._folder, self._step, self._clients = None, None, None, []
+
+    # ------------------------------------------------------------------------------------- sample
+
+    def sample(
+        self,
+        policy: nn.Module,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        step: int,
+        upcoming: list[list[int]] | None = None,
+    ) -> Rollout:
+        """A completion of each prompt by the policy with its weights after so many steps, with log-probabilities.
+
+        ``upcoming``: the prompts of the next step, which are begun with these weights; then these prompts' completions
+        are those that were begun a step ago, if they were. Every process must call this. Raises InputError.
+        """
+        drawn: list[answers.Drawn] | None = None
+        if self._pending is not None:
+            theirs, future = self._pending
+            with together(self.accelerator):
+                begun = future.result()  # before other weights come
+            if upcoming is not None:
+                self._pending = None
+                drawn = begun if theirs == prompts else None
+        if drawn is None or upcoming:
+            self._bring(policy, sampling, step)
+        if drawn is None:
+            seeds = _seeds(prompts)
+            with together(self.accelerator):
+                drawn = self._ask(prompts, seeds, sampling)
+        if upcoming:
+            self._pending = upcoming, self._threads.submit(self._ask, upcoming, _seeds(upcoming), sampling)
+        tokens, logprobs = [each.tokens for each in drawn], [each.logprobs for each in drawn]
+        return assemble(prompts, tokens, sampling, self.accelerator.device, logprobs)
+
+    def _ask(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[answers.Drawn]:
+        """Completions of prompts, equal neighbours in one request; of several servers each gets every so manieth."""
+        groups = list(_groups(prompts, 1 if sampling.temperature == 0 else len(prompts)))
+        shares = [i % len(self._clients) for i in range(len(groups))]
+
+        def one(share: int, prompt: list[int], count: int, seed: int) -> list[answers.Drawn]:
+            client = self._clients[share]
+            body = answers.request(self._names[share], prompt, count, seed, sampling)
+            return answers.completions(client.post("v1/completions", body), prompt, count, sampling, client.name)
+
+        threads = ThreadPoolExecutor(min(len(groups), CONCURRENT))
+        try:
+            asked = [
+                threads.submit(one, share, prompt, count, seed)
+                for share, (prompt, count), seed in zip(shares, groups, seeds, strict=False)
+            ]
+            parts = [future.result() for future in asked]
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the others
+        for share, client in enumerate(self._clients):
+            some = [each for own, part in zip(shares, parts, strict=True) if own == share for each in part]
+            if some:
+                answers.check_texts(some, sampling, client.name)
+        return list(itertools.chain.from_iterable(parts))
+
+    # ------------------------------------------------------------------------------------- weights
+
+    def _bring(self, policy: nn.Module, sampling: Sampling, step: int) -> None:
+        """Has the servers take the policy's weights, if they have others, and sees to it that they did."""
+        if self._step is not None and (self._step == step or not self.weights.changes):
+            return
+        model, state = whole_student(policy, self.accelerator) if self.weights.changes else (policy, None)
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                self._serve(model, state, step)
+        self._know_servers()
+        self._check(policy, sampling, step)
+        self._step = step
+
+    def _serve(self, model: Any, state: dict[str, torch.Tensor] | None, step: int) -> None:
+        """In the main process: writes the weights, and starts a server with them or has the servers take them."""
+        folder = self._folder = self._folder or self._make_folder()
+        written = self.weights.write(model, state, folder)
+        begins = not self._clients
+        if begins:
+            self._find_servers(written)
+        if not (begins and self._server is not None and self.weights.begun_with):
+            for client in self._clients:
+                self.weights.load(client, written)
+        for old in folder.glob("adapter-*"):
+            if old != written:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _make_folder(self) -> Path:
+        where = self.config.rollout_folder or None
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f"cmdp-fast-{self.role}-", dir=where))
+        except OSError as error:
+            raise InputError(f"--rollout-folder {where}: {error.strerror}") from error
+        if where:
+            folder.chmod(0o755)  # a server elsewhere may be another user's
+        return folder
+
+    def _find_servers(self, written: Path) -> None:
+        if self.urls:
+            self._clients = [client_of(url, self.config) for url in self.urls]
+            return
+        assert self._folder is not None
+        tokenizer = self._folder / "tokenizer"
+        self.tokenizer.save_pretrained(tokenizer)
+        log = self._folder / "vllm.log"
+        c, on_cpu = self.config, self.accelerator.device.type == "cpu"
+        options = [
+            *self.weights.options(written),
+            *("--served-model-name", "model", "--tokenizer", str(tokenizer), "--dtype", dtype_name(c)),
+            *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
+            *("--max-model-len", str(self.longest), "--disable-uvicorn-access-log"),
+            *(["--trust-remote-code"] if c.trust_remote_code else []),
+            *(["--enforce-eager"] if on_cpu else []),
+        ]
+        self.report.say(f"starting vLLM for the {self.role}; its log: {log}")
+        since = time.monotonic()
+        self._server = Server(c, options, log, on_cpu)
+        client = Client(self._server.url, c.rollout_timeout, self._server.gone)
+        self._server.wait(client, c.rollout_timeout)
+        self._clients = [client]
+        took = time.monotonic() - since
+        self.report.say(
+            f"vLLM {version_of(client)} serves the {self.role} in {dtype_name(c)} (started in {took:.0f} s)"
+        )
+
+    def _know_servers(self) -> None:
+        """Has every process know the servers that the main process knows, and what each calls the model."""
+        from accelerate.utils import broadcast_object_list
+
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                served = [served_model(client, self.longest) for client in self._clients]
+                self._names = [self.weights.name(each) for each in served]
+        known = broadcast_object_list([[client.url for client in self._clients], self._names])
+        if not self.accelerator.is_main_process:
+            self._clients, self._names = [client_of(url, self.config) for url in known[0]], known[1]
+
+    def _check(self, policy: nn.Module, sampling: Sampling, step: int) -> None:
+        """Raises InputError unless every server has the policy's weights; see `probe.py`."""
+        from accelerate.utils import broadcast_object_list
+
+        probe, asked = self._probe, list[torch.Tensor]()
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                if not probe.drawn:
+                    probe.extend(self._clients[0], self._names[0], sampling)
+                asked = [probe.asked(*known) for known in zip(self._clients, self._names, strict=True)]
+        probe.sequences, probe.drawn = broadcast_object_list([probe.sequences, probe.drawn])
+        with self.accelerator.autocast():
+            ours, sampled = probe.scored(self.accelerator.unwrap_model(policy), sampling)
+        tolerance = self.config.rollout_tolerance or (0.02 if dtype_name(self.config) == "float32" else 0.2)
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                if self._step is None and not sampling.top_k and sampling.top_p == 1.0 and sampling.temperature:
+                    probe.compare_drawn(sampled, tolerance, self._clients[0].name)
+                for client, theirs in zip(self._clients, asked, strict=True):
+                    probe.compare(theirs, ours, step, tolerance, client.name)
+        probe.remember(step, ours)
+
+
+def _groups(prompts: list[list[int]], most: int) -> Iterator[tuple[list[int], int]]:
+    """Equal neighbours as one, with their number, up to ``most``."""
+    for ids, equal in itertools.groupby(prompts):
+        count = sum(1 for _ in equal)
+        for start in range(0, count, most):
+            yield ids, min(most, count - start)
+
+
+def _seeds(prompts: Sequence[object]) -> list[int]:
+    """A seed for each prompt, from the process's random numbers; far apart, for a server counts on from each."""
+    return torch.randint(2**47, (len(prompts),)).tolist()

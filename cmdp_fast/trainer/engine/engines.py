@@ -1,0 +1,63 @@
+"""The engines of a run: of the student, and of the teacher where it is sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cmdp_fast.errors import InputError
+
+from ..material import Material
+from ..records.report import Report
+from ..rollout import encode_prompts
+from ..settings.config import TrainConfig
+from .client import client_of, version_of
+from .engine import Engine
+from .probe import PROMPTS
+from .server import find_python
+from .weights import Adapter, Fixed, Weights, WholeModel, dtype_name
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Engines = tuple[Engine | None, Engine | None]  # of student and teacher
+NONE: Engines = (None, None)
+
+
+def make_engines(
+    config: TrainConfig, accelerator: Accelerator, material: Material, report: Report, held: ExitStack
+) -> Engines:
+    """Those of student and teacher where `--rollout vllm` asks for them; they end with ``held``."""
+    if config.rollout != "vllm":
+        return None, None
+    prompts = material.prompts or encode_prompts(material.held_out[:PROMPTS], material.tokenizer)
+
+    def engine(role: str, urls: Sequence[str], weights: Weights) -> Engine:
+        about: Any = {"role": role, "urls": urls, "weights": weights, "tokenizer": material.tokenizer}
+        made = Engine(config, accelerator, report, prompts=prompts, longest=material.longest, **about)
+        return held.enter_context(made)
+
+    source = str(material.student.config.name_or_path)
+    whole = WholeModel(material.tokenizer, getattr(torch, dtype_name(config)))
+    of_student = whole if not config.lora_rank or config.lora_modules_to_save else Adapter(source, config.lora_rank)
+    teacher = None
+    if material.teacher is not None and (config.rollout_teacher_url or not config.rollout_url):
+        fixed = Fixed(str(material.teacher.config.name_or_path))
+        teacher = engine("teacher", config.rollout_teacher_url, fixed)
+    return engine("student", config.rollout_url, of_student), teacher
+
+
+def check_engines(config: TrainConfig) -> None:
+    """Raises InputError, before a model is read, where there is no vLLM to start and none that runs."""
+    if config.rollout != "vllm":
+        return
+    if config.rollout_folder and not Path(config.rollout_folder).is_dir():
+        raise InputError(f"--rollout-folder {config.rollout_folder}: there is no such folder")
+    if not config.rollout_url:
+        find_python(config)
+    for url in (*config.rollout_url, *config.rollout_teacher_url):
+        version_of(client_of(url, config))

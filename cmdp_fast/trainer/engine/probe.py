@@ -1,0 +1,123 @@
+"""Whether a server has the weights that it was given: its log-probabilities of a few tokens beside the trainer's.
+
+A transfer that was answered with success may still have changed nothing: a head that is tied, a cache, a folder of
+another machine's. The tokens are some prompts' and, behind each, a few that the server sampled once: those are compared
+as it reported them too, so that its temperature is seen as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from cmdp_fast.errors import InputError, shown
+
+from .. import drawn
+from ..causal_lm import CausalLM
+from ..rollout import Sampling
+from . import answers
+from .client import Client
+
+PROMPTS, PROMPT_TOKENS, SAMPLED = 4, 64, 8  # of each sequence
+REMEMBERED = 8  # steps
+
+
+@dataclass
+class Probe:
+    """The tokens, and what the trainer's weights of the last steps made of them: means over the tokens are in nats."""
+
+    sequences: list[list[int]]
+    sampled: int  # tokens behind each
+    drawn: list[answers.Drawn] = field(default_factory=list)
+    before: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, prompts: list[list[int]], longest: int, max_new_tokens: int) -> Probe:
+        """The beginnings of some prompts, with room for what is sampled and a token more in ``longest`` tokens."""
+        sampled = max(1, min(SAMPLED, max_new_tokens, longest - 2))
+        kept = max(1, min(PROMPT_TOKENS, longest - 1 - sampled))
+        return cls([ids[:kept] for ids in prompts[:PROMPTS]], sampled)
+
+    def extend(self, client: Client, model: str, sampling: Sampling) -> None:
+        """Puts a few sampled tokens behind each prompt."""
+        short = replace(sampling, max_new_tokens=self.sampled)
+        for ids in self.sequences:
+            answer = client.post("v1/completions", answers.request(model, ids, 1, 0, short))
+            self.drawn += answers.completions(answer, ids, 1, short, client.name)
+        answers.check_texts(self.drawn, sampling, client.name)
+        self.sequences = [[*ids, *each.tokens] for ids, each in zip(self.sequences, self.drawn, strict=True)]
+
+    def asked(self, client: Client, model: str) -> Tensor:
+        """A server's log-probabilities of all tokens but the first of each sequence, one after another."""
+        whose, values = client.name, list[float]()
+        for ids in self.sequences:
+            body = {"model": model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
+            answer = client.post("v1/completions", body)
+            try:
+                of_tokens = answer["choices"][0]["prompt_logprobs"][1:]
+                row = [each[str(token)]["logprob"] for each, token in zip(of_tokens, ids[1:], strict=True)]
+            except (TypeError, KeyError, IndexError, ValueError) as error:
+                raise InputError(f"{whose} answered without the prompt's logprobs: {shown(answer)}") from error
+            values += drawn.logprobs(row, len(row), whose)
+        return torch.tensor(values)
+
+    def compare(self, asked: Tensor, ours: Tensor, step: int, tolerance: float, whose: str) -> None:
+        """Raises InputError unless a server's log-probabilities are those of the weights of this step."""
+        apart = {each: _apart(asked, values) for each, values in {**self.before, step: ours}.items()}
+        nearest = min(apart, key=lambda each: (apart[each], each != step))
+        stale = nearest != step and apart[nearest] < apart[step] / 2
+        if stale or not apart[step] <= tolerance:  # not NaN
+            has = f"those of step {nearest}" if stale else "those of no step that is remembered"
+            raise InputError(
+                f"{whose} has other weights than it was given after step {step}: {has}. Its log-probabilities of "
+                f"{len(ours)} fixed tokens differ by {apart[step]:.3g} nats in the mean from the student's"
+                + (f", and by {apart[nearest]:.3g} from those of step {nearest}" if stale else "")
+                + f"; expected at most {tolerance:g} (--rollout-tolerance)"
+            )
+
+    def compare_drawn(self, ours: Tensor, tolerance: float, whose: str) -> None:
+        """Raises InputError unless the log-probabilities that came with the sampled tokens are those at the
+        temperature."""
+        reported = torch.tensor([value for each in self.drawn for value in each.logprobs])
+        if not (apart := _apart(reported, ours)) <= tolerance:
+            raise InputError(
+                f"{whose} reports log-probabilities that are not those it samples with: they differ by {apart:.3g} "
+                f"nats in the mean from the trainer's, expected at most {tolerance:g}; start it with "
+                "--logprobs-mode processed_logprobs"
+            )
+
+    def remember(self, step: int, ours: Tensor) -> None:
+        """Keeps what the weights of a step make of the tokens."""
+        self.before[step] = ours
+        for old in sorted(self.before)[:-REMEMBERED]:
+            del self.before[old]
+
+    @torch.no_grad()
+    def scored(self, model: CausalLM, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """(the trainer's log-probabilities of all tokens but the first of each sequence, those of the sampled tokens as
+        they are sampled), on the CPU. Every process calls the model alike."""
+        width = max(map(len, self.sequences))
+        ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in self.sequences], device=model.device)
+        lengths = torch.tensor([len(each) for each in self.sequences], device=model.device)
+        mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        plain = _logprob(logits, ids)
+        logits[..., list(sampling.suppress)] = -torch.inf
+        sampled = _logprob(logits / (sampling.temperature or 1.0), ids)
+        rows = [
+            (len(each), len(each) - len(some.tokens)) for each, some in zip(self.sequences, self.drawn, strict=True)
+        ]
+        return (
+            torch.cat([plain[i, : end - 1] for i, (end, _) in enumerate(rows)]),
+            torch.cat([sampled[i, begin - 1 : end - 1] for i, (end, begin) in enumerate(rows)]),
+        )
+
+
+def _logprob(logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().mean())

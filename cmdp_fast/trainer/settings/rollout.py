@@ -1,0 +1,76 @@
+"""Rollouts on servers of vLLM: where they are, how they are started, what is asked of them."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from cmdp_fast.errors import InputError
+
+from .ranges import NOT_NEGATIVE, POSITIVE, ZERO_OR_ONE
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Servers of vLLM for `--rollout vllm`: where they are, how they are started, what is asked of them."""
+
+    rollout_url: tuple[str, ...] = ()
+    """Servers of vLLM that run elsewhere, such as `http://10.0.0.2:8000`; each gets the weights of every step, and a
+    part of the prompts. Empty: the run starts one on this machine and ends it. The guide has the command that starts
+    them."""
+    rollout_teacher_url: tuple[str, ...] = ()
+    """Servers with the teacher, for what is sampled from it. With `rollout_url` and without these `generate` samples
+    from the teacher."""
+    rollout_python: str = ""
+    """Python of the environment that vLLM is installed in, for the server that the run starts. Empty: this one."""
+    rollout_args: str = ""
+    """Further options for the server that the run starts, as one word: `"--gpu-memory-utilization 0.4"`."""
+    rollout_devices: str = ""
+    """`CUDA_VISIBLE_DEVICES` of the server that the run starts, such as `6,7`. Empty: those of the run."""
+    rollout_folder: str = ""
+    """Folder for the weights on their way to the servers, under the same path on every machine. Empty: one of the
+    system's temporary folders, which a server elsewhere does not see."""
+    rollout_timeout: Annotated[float, POSITIVE] = 900.0
+    """Seconds that a server may take for an answer, and to start."""
+    rollout_tolerance: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Largest mean difference, in nats, between a server's log-probabilities of some fixed tokens and the trainer's
+    after each transfer of weights. 0: 0.02 between float32 and float32, else 0.2."""
+    rollout_ahead: Annotated[int, ZERO_OR_ONE] = 0
+    """1: the completions of a step are sampled while the step before updates the student, from the student before that
+    update. 0: from the student that they train."""
+
+
+def check_rollout(settings: RolloutSettings, rollout: str, mixes_teacher: bool) -> None:
+    """Raises InputError for settings of servers that cannot work; none is asked anything."""
+    if rollout and rollout != "vllm" and ":" not in rollout:
+        raise InputError(f"--rollout {rollout}: expected vllm, module:function or path/file.py:function")
+    if rollout == "vllm" and mixes_teacher:
+        raise InputError(
+            "--rollout vllm samples from one model: minillm's mixture of student and teacher needs --teacher-mix 0, or "
+            "no --rollout"
+        )
+    for name in ("rollout_url", "rollout_teacher_url"):
+        for url in getattr(settings, name):
+            if not _is_address(url):
+                raise InputError(f"--{name.replace('_', '-')} {url}: expected an address such as http://10.0.0.2:8000")
+    if settings.rollout_url and not settings.rollout_folder:
+        raise InputError(
+            "--rollout-url needs --rollout-folder, a folder under the same path on this machine and on the servers': "
+            "the weights of each step go there"
+        )
+    if settings.rollout_teacher_url and not settings.rollout_url:
+        raise InputError("--rollout-teacher-url is for a run with --rollout-url: it starts no server")
+    try:
+        shlex.split(settings.rollout_args)
+    except ValueError as error:
+        raise InputError(f"--rollout-args {settings.rollout_args}: {error}") from error
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+    except ValueError:  # a port that is none
+        return False
