@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cmdp_fast.imports import import_function
+from cmdp_fast.trainer.engine.engines import make_engines
 from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.models import builtin
 from cmdp_fast.trainer.models.pair import load_pair
@@ -100,16 +102,20 @@ def arguments(pair: dict[str, str], output: Path, **changes) -> list[str]:
     return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
 
 
-def learner_of(config: TrainConfig, **reward_functions) -> tuple[Learner, list, list]:
+def learner_of(config: TrainConfig, held: ExitStack | None = None, **reward_functions) -> tuple[Learner, list, list]:
+    """(learner, some problems, their prompts); ``held`` closes the engines of `--rollout vllm`."""
     problems = data.load_problems(config)
     student, teacher, tokenizer = load_pair(config, problems.train, Report())
     functions = reward_functions or rewards.load_rewards(config, problems.train[0])
     AcceleratorState._reset_state(reset_partial_state=True)  # or the first precision of the process would stay
-    rollout = import_function("--rollout", config.rollout) if config.rollout else None
+    rollout = import_function("--rollout", config.rollout) if config.rollout not in ("", "vllm") else None
+    prompts = encode_prompts(problems.train, tokenizer)
     material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards=functions, rollout=rollout)
-    learner = make_learner(config, Accelerator(mixed_precision=config.mixed_precision), material)
-    rows = problems.train[: config.prompts_per_step]
-    return learner, rows, encode_prompts(rows, tokenizer)
+    material.prompts, material.longest = prompts, max(map(len, prompts)) + config.max_new_tokens
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    engines = make_engines(config, accelerator, material, Report(), held or ExitStack())
+    learner = make_learner(config, accelerator, material, engines)
+    return learner, problems.train[: config.prompts_per_step], prompts[: config.prompts_per_step]
 
 
 def untimed(metrics: dict) -> dict:

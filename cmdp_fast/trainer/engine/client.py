@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import requests
+from requests.adapters import HTTPAdapter
+
 from cmdp_fast.errors import InputError, first_line, readable
 
 from ..settings.config import TrainConfig
@@ -15,6 +18,7 @@ from ..settings.config import TrainConfig
 WAITS = (0.5, 2.0, 5.0)  # seconds before it is asked again, where it may only have been busy or between two starts
 LONGEST = 1 << 30  # bytes of an answer; an honest one of 64 completions with 32k tokens each has a quarter
 CONNECT = 10.0  # seconds
+CONCURRENT = 128  # requests at once; a server batches their sequences as it has room
 PASSING = (429, 502, 503, 504)  # states that may pass
 
 
@@ -29,6 +33,9 @@ class Client:
         self.url, self.seconds, self.gone = url.rstrip("/"), seconds, gone
         self.name = f"the vLLM server at {self.url}"
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy of the environment's is for the world outside
+        self._session.mount("http", HTTPAdapter(pool_maxsize=CONCURRENT))
 
     def get(self, path: str) -> Any:
         """The JSON of a page."""
@@ -40,16 +47,12 @@ class Client:
 
     def answers(self) -> bool:
         """Whether it is there and in health, asked once."""
-        import requests
-
         try:
-            return requests.get(f"{self.url}/health", headers=self._headers, timeout=CONNECT).status_code == 200
+            return self._session.get(f"{self.url}/health", headers=self._headers, timeout=CONNECT).status_code == 200
         except requests.RequestException:
             return False
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        import requests
-
         until = time.monotonic() + self.seconds
         why = ""
         for wait in (*WAITS, None):
@@ -82,11 +85,9 @@ class Client:
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None, until: float) -> tuple[int, bytes]:
         """(status, content). A server that sends a byte now and then is not waited for any longer than a silent one."""
-        import requests
-
         left = max(until - time.monotonic(), 0.1)
         content = bytearray()
-        with requests.request(
+        with self._session.request(
             *(method, f"{self.url}/{path}"), json=body, headers=self._headers, stream=True, timeout=(CONNECT, left)
         ) as response:
             for piece in response.iter_content(1 << 16):

@@ -27,15 +27,14 @@ from ..records.report import Report
 from ..rollout import Rollout, Sampling, assemble
 from ..settings.config import TrainConfig
 from . import answers
-from .client import Client, client_of, served_model, version_of
-from .probe import Probe
+from .client import CONCURRENT, Client, client_of, served_model, version_of
+from .probe import Probe, Tolerance
 from .server import Server
 from .weights import Weights, dtype_name
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CONCURRENT = 128  # requests of a process at once; a server batches their sequences as it has room
 Pending = tuple[list[list[int]], "Future[list[answers.Drawn]]"]
 
 
@@ -241,11 +240,11 @@ class Engine:
         probe.sequences, probe.drawn = broadcast_object_list([probe.sequences, probe.drawn])
         with self.accelerator.autocast():
             ours, sampled = probe.scored(self.accelerator.unwrap_model(policy), sampling)
-        tolerance = self.config.rollout_tolerance or (0.02 if dtype_name(self.config) == "float32" else 0.2)
+        tolerance = Tolerance.of(self.config)
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 if self._step is None and not sampling.top_k and sampling.top_p == 1.0 and sampling.temperature:
-                    probe.compare_drawn(sampled, tolerance, self._clients[0].name)
+                    probe.compare_drawn(sampled, tolerance.largest, self._clients[0].name)
                 for client, theirs in zip(self._clients, asked, strict=True):
                     probe.compare(theirs, ours, step, tolerance, client.name)
         probe.remember(step, ours)

@@ -42,7 +42,9 @@ def make_engines(
         return held.enter_context(made)
 
     source = str(material.student.config.name_or_path)
-    whole = WholeModel(material.tokenizer, getattr(torch, dtype_name(config)))
+    # On a CPU vLLM packs the weights of a head, and does not pack those again that come with the embedding's
+    untied = accelerator.device.type == "cpu" and not config.rollout_url
+    whole = WholeModel(material.tokenizer, getattr(torch, dtype_name(config)), untied)
     of_student = whole if not config.lora_rank or config.lora_modules_to_save else Adapter(source, config.lora_rank)
     teacher = None
     if material.teacher is not None and (config.rollout_teacher_url or not config.rollout_url):

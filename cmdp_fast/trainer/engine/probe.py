@@ -8,6 +8,7 @@ as it reported them too, so that its temperature is seen as well.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,30 @@ from cmdp_fast.errors import InputError, shown
 from .. import drawn
 from ..causal_lm import CausalLM
 from ..rollout import Sampling
+from ..settings.config import TrainConfig
 from . import answers
 from .client import Client
+from .weights import dtype_name
 
 PROMPTS, PROMPT_TOKENS, SAMPLED = 4, 64, 8  # of each sequence
 REMEMBERED = 8  # steps
+MORE = 10.0  # times the difference of the beginning: it grows as a policy becomes sure
+
+
+class Tolerance(NamedTuple):
+    """How far a server's log-probabilities may be from the trainer's, in nats, in the mean: ``largest`` at first, and
+    what the first comparison says from then on, but for what is ``given``."""
+
+    largest: float
+    least: float
+    given: bool
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Tolerance:
+        """As the configuration says, or by the dtype that servers compute in."""
+        if config.rollout_tolerance:
+            return cls(config.rollout_tolerance, 0.0, True)
+        return cls(0.02, 1e-4, False) if dtype_name(config) == "float32" else cls(0.2, 0.02, False)
 
 
 @dataclass
@@ -32,6 +52,7 @@ class Probe:
     sampled: int  # tokens behind each
     drawn: list[answers.Drawn] = field(default_factory=list)
     before: dict[int, Tensor] = field(default_factory=dict)
+    noise: float | None = None  # the mean difference of weights that were there from the beginning
 
     @classmethod
     def of(cls, prompts: list[list[int]], longest: int, max_new_tokens: int) -> Probe:
@@ -63,19 +84,23 @@ class Probe:
             values += drawn.logprobs(row, len(row), whose)
         return torch.tensor(values)
 
-    def compare(self, asked: Tensor, ours: Tensor, step: int, tolerance: float, whose: str) -> None:
+    def compare(self, asked: Tensor, ours: Tensor, step: int, tolerance: Tolerance, whose: str) -> None:
         """Raises InputError unless a server's log-probabilities are those of the weights of this step."""
+        expected = tolerance.largest
+        if not tolerance.given and self.noise is not None:
+            expected = min(expected, max(MORE * self.noise, tolerance.least))
         apart = {each: _apart(asked, values) for each, values in {**self.before, step: ours}.items()}
         nearest = min(apart, key=lambda each: (apart[each], each != step))
         stale = nearest != step and apart[nearest] < apart[step] / 2
-        if stale or not apart[step] <= tolerance:  # not NaN
+        if stale or not apart[step] <= expected:  # not NaN
             has = f"those of step {nearest}" if stale else "those of no step that is remembered"
             raise InputError(
                 f"{whose} has other weights than it was given after step {step}: {has}. Its log-probabilities of "
                 f"{len(ours)} fixed tokens differ by {apart[step]:.3g} nats in the mean from the student's"
                 + (f", and by {apart[nearest]:.3g} from those of step {nearest}" if stale else "")
-                + f"; expected at most {tolerance:g} (--rollout-tolerance)"
+                + f"; expected at most {expected:.2g} (--rollout-tolerance)"
             )
+        self.noise = apart[step] if self.noise is None else self.noise
 
     def compare_drawn(self, ours: Tensor, tolerance: float, whose: str) -> None:
         """Raises InputError unless the log-probabilities that came with the sampled tokens are those at the

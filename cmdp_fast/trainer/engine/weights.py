@@ -7,6 +7,8 @@ or as an adapter that takes the place of the one before.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,14 +57,16 @@ class WholeModel:
 
     changes = begun_with = True
 
-    def __init__(self, tokenizer: Any, dtype: torch.dtype) -> None:
-        self.tokenizer, self.dtype = tokenizer, dtype
+    def __init__(self, tokenizer: Any, dtype: torch.dtype, untied: bool = False) -> None:
+        """``untied``: a head that is the embedding is written a second time, as a weight of its own."""
+        self.tokenizer, self.dtype, self.untied = tokenizer, dtype, untied
 
     def write(self, model: Any, state: dict[str, Tensor] | None, folder: Path) -> Path:
         """In place of those of the step before, once they are complete."""
-        if not has_adapter(model) and self.dtype != torch.float32:
-            state = _cast(model.state_dict() if state is None else state, self.dtype)
-        save_student(model, self.tokenizer, folder, state, "weights")
+        with untied(model.config) if self.untied else nullcontext():
+            if not has_adapter(model):
+                state = _cast(model.state_dict() if state is None else state, self.dtype, tied=not self.untied)
+            save_student(model, self.tokenizer, folder, state, "weights")
         return folder / "weights"
 
     def options(self, written: Path) -> list[str]:
@@ -125,12 +129,26 @@ class Fixed:
         return served
 
 
-def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in a dtype, on the CPU; those that are tied stay one."""
+@contextmanager
+def untied(config: Any) -> Iterator[None]:
+    """A model's configuration says that its head is a weight of its own."""
+    parts = {id(part): part for part in (config, config.get_text_config())}.values()
+    own = [(part, part.tie_word_embeddings) for part in parts]
+    for part in parts:
+        part.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        for part, tied in own:
+            part.tie_word_embeddings = tied
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype, tied: bool) -> dict[str, Tensor]:
+    """The weights in a dtype, on the CPU; those that are ``tied`` stay one, or become two."""
     read: dict[int, Tensor] = {}
-    return {
-        name: read.setdefault(
-            weight.data_ptr(), weight.to("cpu", dtype if weight.is_floating_point() else weight.dtype)
-        )
-        for name, weight in state.items()
-    }
+    written: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        place, again = weight.data_ptr(), weight.data_ptr() in read
+        whole = read.setdefault(place, weight.to("cpu", dtype if weight.is_floating_point() else weight.dtype))
+        written[name] = whole.clone() if again and not tied else whole
+    return written

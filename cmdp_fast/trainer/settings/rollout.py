@@ -36,7 +36,8 @@ class RolloutSettings:
     """Seconds that a server may take for an answer, and to start."""
     rollout_tolerance: Annotated[float, NOT_NEGATIVE] = 0.0
     """Largest mean difference, in nats, between a server's log-probabilities of some fixed tokens and the trainer's
-    after each transfer of weights. 0: 0.02 between float32 and float32, else 0.2."""
+    after each transfer of weights. 0: 0.02 where both compute in float32, else 0.2, and after the first comparison ten
+    times its difference if that is less."""
     rollout_ahead: Annotated[int, ZERO_OR_ONE] = 0
     """1: the completions of a step are sampled while the step before updates the student, from the student before that
     update. 0: from the student that they train."""
