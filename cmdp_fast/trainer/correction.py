@@ -37,7 +37,7 @@ def weighed(targets: dict[str, Tensor], ratio: Tensor | None, config: TrainConfi
         return targets
     weight = objective.sampler_weight(ratio, config.correction, clip=config.sampler_clip)
     names = ("advantage", "direct") if config.correction == "sequence" else ("advantage",)
-    return targets | {name: weight * targets[name] for name in names if name in targets}
+    return targets | {name: torch.where(weight != 0, weight * targets[name], 0.0) for name in names if name in targets}
 
 
 def estimate_weight(ratio: Tensor | None, config: TrainConfig) -> Tensor | None:
@@ -47,10 +47,9 @@ def estimate_weight(ratio: Tensor | None, config: TrainConfig) -> Tensor | None:
     """
     if ratio is None or config.correction is None:
         return None
-    weight = objective.estimate_weight(ratio, clip=config.sampler_clip)
-    if bool(torch.isnan(weight).any()):
+    if bool(torch.isneginf(ratio).any(1).all()):
         raise InputError(
-            f"none of the {len(weight)} completions that --rollout {config.rollout} drew is possible for the student: "
+            f"none of the {len(ratio)} completions that --rollout {config.rollout} drew is possible for the student: "
             "each has a token that it excludes; expected completions of the student as it is"
         )
-    return weight
+    return objective.estimate_weight(ratio, clip=config.sampler_clip)

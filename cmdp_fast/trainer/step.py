@@ -77,8 +77,7 @@ class Learner:
         if self.config.kind == "pid":
             constraint = self.price(experience, constraint)
         metrics = self.collector.measure(experience, constraint, corrected=True)
-        targets, rollout = self.method.targets(experience, constraint), experience.rollout
-        targets = weighed(targets, experience.sampler_log_ratio, self.config)
+        targets, rollout = self.targets(experience, constraint), experience.rollout
         if self.config.mask_truncated_completions:  # they are compared with the others, and give no gradient
             experience = replace(experience, rollout=rollout.without_truncated())
         metrics |= self.update(experience, targets, constraint)
@@ -132,6 +131,10 @@ class Learner:
         coefficient = self.pid.coefficient if self.config.kind == "pid" else self.config.coefficient
         has_one = KINDS[self.config.kind].coefficient is not None
         return training_constraint(self.config, self.steps_done, coefficient if has_one else None)
+
+    def targets(self, experience: Experience, constraint: Constraint) -> Targets:
+        """The method's, by the weights of completions that another sampler has drawn."""
+        return weighed(self.method.targets(experience, constraint), experience.sampler_log_ratio, self.config)
 
     def update(self, experience: Experience, targets: Targets, constraint: Constraint) -> Metrics:
         """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""
