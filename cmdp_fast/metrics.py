@@ -42,26 +42,29 @@ def budget_metrics(
     budget: float | Tensor,
     modified: Tensor | None = None,
     correct: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """`objective.constraint_metrics` of costs [B, T] and their account, and the following, all scalar tensors:
 
     ``modified_reward``, the mean of the returns ``modified`` [B] where there are any; ``budget``, a number or the mean
     of [B]; ``cumulative_kl``, the mean of the exact divergence per completion; ``cumulative_k1`` and ``cumulative_k3``,
     the means of its estimates; ``cumulative_kl_cvar``, the mean of the worst tenth of the exact one. A completion
-    without a token counts in none of them.
+    without a token counts in none of them. ``weight`` [B] is that of `objective.estimate_weight`, where another sampler
+    than the policy has drawn the completions.
     """
-    metrics = objective.constraint_metrics(cost, trace, mask=mask, correct=correct)
+    metrics = objective.constraint_metrics(cost, trace, mask=mask, correct=correct, weight=weight)
     real = mask.any(1)
+    weight = None if weight is None else weight[real]
     if modified is not None:
-        metrics["modified_reward"] = modified[real].mean()
+        metrics["modified_reward"] = objective.weighted_mean(modified[real], weight)
     limit = torch.as_tensor(budget, dtype=torch.float32, device=mask.device)
     kl, k1, k3 = (estimate[real] for estimate in divergence)
     return metrics | {
         "budget": limit[real].mean() if limit.dim() else limit,
-        "cumulative_kl": kl.mean(),
-        "cumulative_k1": k1.mean(),
-        "cumulative_k3": k3.mean(),
-        "cumulative_kl_cvar": objective.cvar(kl),
+        "cumulative_kl": objective.weighted_mean(kl, weight),
+        "cumulative_k1": objective.weighted_mean(k1, weight),
+        "cumulative_k3": objective.weighted_mean(k3, weight),
+        "cumulative_kl_cvar": objective.cvar(kl, weight=weight),
     }
 
 

@@ -1,6 +1,7 @@
 """From modified rewards to a loss: returns, coefficients, the clipped surrogate with its direct term, and metrics.
 
-The advantages between them stand in `cmdp_fast.advantage`; their names are offered here too.
+The advantages between them stand in `cmdp_fast.advantage`, the weights of completions that another sampler has drawn in
+`cmdp_fast.sampler_correction`; their names are offered here too.
 
 Pure functions of small tensors. B sequences of up to T tokens are padded to [B, T] with a boolean ``mask`` (None: all
 tokens are real); a masked token contributes nothing, its entries are never used (they may be NaN) and come back as 0.
@@ -41,6 +42,11 @@ from cmdp_fast.constraint import Constraint, checked
 from cmdp_fast.padded import following, kept_tokens, last_kept, suffix_scan
 from cmdp_fast.pid import PIDController as PIDController
 from cmdp_fast.reference import BudgetTrace
+from cmdp_fast.sampler_correction import estimate_weight as estimate_weight
+from cmdp_fast.sampler_correction import sampler_log_ratio as sampler_log_ratio
+from cmdp_fast.sampler_correction import sampler_metrics as sampler_metrics
+from cmdp_fast.sampler_correction import sampler_weight as sampler_weight
+from cmdp_fast.sampler_correction import weighted_mean as weighted_mean
 
 # --------------------------------------------------------------------------------------------------------------
 # Returns and the two coefficients of the gradient
@@ -231,19 +237,21 @@ def ppo_loss(
 # Metrics
 
 
-def cvar(values: Tensor, alpha: float = 0.1) -> Tensor:
+def cvar(values: Tensor, alpha: float = 0.1, *, weight: Tensor | None = None) -> Tensor:
     """The mean of the largest ``alpha`` of some values [B], a scalar: their conditional value at risk.
 
-    A fraction of a value counts as that fraction. Raises ValueError for alpha outside (0, 1].
+    With a ``weight`` [B], of the values that have the share ``alpha`` of it. A fraction of a value counts as that
+    fraction. Raises ValueError for alpha outside (0, 1].
 
     Source: Rockafellar and Uryasev 2000.
     """
     if not 0.0 < alpha <= 1.0:
         raise ValueError(f"alpha={alpha}, expected a fraction in (0, 1]")
-    size = values.shape[0]
-    share = (alpha * size - torch.arange(size, device=values.device)).clamp(0.0, 1.0)
-    worst = values.sort(descending=True).values
-    return torch.where(share > 0, worst * share, 0.0).sum() / (alpha * size)
+    worst, order = values.sort(descending=True)
+    each = torch.ones_like(values) if weight is None else weight.to(values.dtype)[order]
+    size = alpha * each.sum()
+    share = torch.minimum((size - (each.cumsum(0) - each)).clamp(min=0.0), each)
+    return torch.where(share > 0, worst * share, 0.0).sum() / size
 
 
 def constraint_metrics(
@@ -254,6 +262,7 @@ def constraint_metrics(
     correct: Tensor | None = None,
     mean_budget: float | Tensor | None = None,
     alpha: float = 0.1,
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What a run reports about its constraint, as scalar tensors on the device of ``cost`` [B, T].
 
@@ -266,6 +275,9 @@ def constraint_metrics(
     With ``correct`` [B] (bool or 0/1): ``accuracy`` and ``correct_and_feasible``. With ``mean_budget`` (a number or
     [B]): ``prefix_satisfaction``, mean 1[max_t m_t <= mean_budget] of the prefix means m_t of ``cost``.
 
+    With ``weight`` [B], of `estimate_weight`, all but ``max_token_cost`` are estimates of what completions of the
+    policy would show, from those that another sampler has drawn; ``mean_token_cost`` is the ratio of two of them.
+
     A violation is absorbing, so a sequence loses the task's reward (``cmdp``, ``saute``) where it violates once. With
     costs that may be negative (k1) or a prefix mean it may still end within its budget: satisfied, but violated.
 
@@ -277,26 +289,29 @@ def constraint_metrics(
         raise ValueError(f"cost has shape {tuple(cost.shape)}: expected at least one token")
     real = keep.any(1)
     cost, keep = torch.where(keep, cost.detach(), 0.0)[real], keep[real]
-    length = keep.sum(1)
+    length, weight = keep.sum(1), None if weight is None else weight[real]
     total, remaining = (last_kept(amount[real], keep)[:, 0] for amount in (trace.cumulative, trace.remaining))
     feasible, violated = remaining >= 0, trace.violated[real] & keep
 
+    def mean(values: Tensor) -> Tensor:
+        return weighted_mean(values.to(total.dtype), weight)
+
     metrics = {
-        "constraint_satisfaction": feasible.to(total.dtype).mean(),
-        "never_violated": 1.0 - violated.any(1).to(total.dtype).mean(),
-        "mean_excess": (-remaining).clamp(min=0.0).mean(),
-        "mean_cumulative": total.mean(),
-        "cvar": cvar(total, alpha),
-        "mean_token_cost": cost.sum() / length.sum(),
+        "constraint_satisfaction": mean(feasible),
+        "never_violated": 1.0 - mean(violated.any(1)),
+        "mean_excess": mean((-remaining).clamp(min=0.0)),
+        "mean_cumulative": mean(total),
+        "cvar": cvar(total, alpha, weight=weight),
+        "mean_token_cost": mean(cost.sum(1)) / mean(length),
         "max_token_cost": cost.masked_fill(~keep, -torch.inf).amax() if len(cost) else cost.new_tensor(torch.nan),
-        "first_violation": 1.0 - (violated.sum(1) / length).mean(),
+        "first_violation": 1.0 - mean(violated.sum(1) / length),
     }
     if correct is not None:
         right = correct[real].to(total.dtype)
-        metrics["accuracy"] = right.mean()
-        metrics["correct_and_feasible"] = (right * feasible).mean()
+        metrics["accuracy"] = mean(right)
+        metrics["correct_and_feasible"] = mean(right * feasible)
     if mean_budget is not None:
-        mean = cost.cumsum(1) / keep.long().cumsum(1).clamp(min=1)
-        limit = torch.as_tensor(mean_budget, dtype=mean.dtype, device=mean.device).expand(len(real))[real, None]
-        metrics["prefix_satisfaction"] = (mean <= limit).all(1).to(total.dtype).mean()
+        prefix = cost.cumsum(1) / keep.long().cumsum(1).clamp(min=1)
+        limit = torch.as_tensor(mean_budget, dtype=prefix.dtype, device=prefix.device).expand(len(real))[real, None]
+        metrics["prefix_satisfaction"] = mean((prefix <= limit).all(1))
     return metrics

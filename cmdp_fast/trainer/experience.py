@@ -20,13 +20,13 @@ from cmdp_fast import batches, objective, scoring
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.credit import at_last_token, task_rewards
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
-from cmdp_fast.packed import places
 from cmdp_fast.reward_functions import Logged
 
+from .correction import check_reported, estimate_weight, log_ratio
 from .distributed import any_process, together
 from .engine.engine import Engine
+from .kept_outputs import KeptOutputs
 from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
-from .models.split_rows import SplitRows
 from .records.clock import Clock
 from .rollout import Rollout, Sampling, generate
 from .settings.config import TrainConfig
@@ -59,48 +59,6 @@ class Completions:
     logged: Logged = field(default=Logged({}, {}), kw_only=True)  # by the reward functions of this process
 
 
-class KeptOutputs:
-    """A model's outputs at the tokens of B completions, kept without padding."""
-
-    def __init__(self, first: Tensor, outputs: Tensor | SplitRows) -> None:
-        self.first = first  # [B], the place of each completion's first token
-        self.outputs = outputs  # [N, ...], of all completions that were scored
-
-    @classmethod
-    def if_they_fit(
-        cls, mask: Tensor, lengths: Sequence[int], like: Tensor, most: int, spills: bool
-    ) -> KeptOutputs | None:
-        """Places for the tokens of a mask [B, T] whose rows have these lengths, and for outputs [b, t, ...] like these.
-
-        Where they take more than ``most`` bytes: None, or if it ``spills`` the rest of them in the host's memory.
-        """
-        total, size = sum(lengths), like[0, 0].numel() * like.element_size()
-        if total * size > most and not spills:
-            return None
-        counts, flat = mask.sum(1), like.flatten(0, 1)
-        here = min(total, most // size)
-        return cls(
-            counts.cumsum(0) - counts,
-            SplitRows(flat, total, here) if here < total else flat.new_empty(total, *flat.shape[1:]),
-        )
-
-    def keep(self, outputs: Tensor, mask: Tensor, part: MicroBatch) -> None:
-        """Takes the outputs [b, t, ...] of some completions, of which these are ``rows``, with their mask [b, t]."""
-        row, column = places(mask.sum(1), sum(part.lengths.completions))
-        self.outputs[self.first[row] + column] = outputs[row, column]
-
-    def rows(self, part: MicroBatch) -> KeptOutputs:
-        """Those of some completions, in the same memory."""
-        return KeptOutputs(part.of(self.first), self.outputs)
-
-    def padded(self, mask: Tensor) -> Tensor:
-        """[B, T, ...] for the mask [B, T] of these completions; any numbers at its padding."""
-        return self.outputs[torch.where(mask, self._places(mask), 0)]
-
-    def _places(self, mask: Tensor) -> Tensor:
-        return self.first[:, None] + mask.cumsum(1) - 1
-
-
 @dataclass
 class Experience(Completions):
     """The same, scored: tensors [B, T] each."""
@@ -111,6 +69,11 @@ class Experience(Completions):
     last_reward: Tensor  # the task reward at its token
     value: Tensor | None = None  # a value head's prediction
     teacher_outputs: KeptOutputs | None = None
+
+    @property
+    def sampler_log_ratio(self) -> Tensor | None:
+        """`correction.log_ratio` [B, T] of the policy."""
+        return log_ratio(self.stats.logprob, self.rollout)
 
     def cost(self, constraint: Constraint) -> Tensor:
         """The constraint's cost of each token, [B, T] in nats."""
@@ -201,9 +164,12 @@ class Collector:
             if engine is not None and mixed_with is None:
                 upcoming, self.upcoming = self.upcoming, None
                 rollout = engine.sample(policy, prompts, self._sampling_of(policy), self.steps_done, upcoming)
+                if policy is not self.student:
+                    rollout.sampler_logprob = None  # what it says is of the teacher
             elif self.rollout is not None and policy is self.student and mixed_with is None:
                 with together(self.accelerator):
                     rollout = call_rollout(self.rollout, self.config.rollout, prompts, self.sampling, model)
+                    check_reported(rollout, self.config)
                 if any_process(rollout.sampler_logprob is None, self.accelerator):  # all of them gather it, or none
                     rollout.sampler_logprob = None
             else:
@@ -307,10 +273,14 @@ class Collector:
 
     # ------------------------------------------------------------------------------------- measure
 
-    def measure(self, experience: Completions, constraint: Constraint, count: int | None = None) -> Metrics:
+    def measure(
+        self, experience: Completions, constraint: Constraint, count: int | None = None, corrected: bool = False
+    ) -> Metrics:
         """Metrics of the completions of all processes: TRL's names where TRL has one, `cmdp/` before ours. In nats.
 
         Those of the divergence are there for an `Experience` alone. `count`: only the first so many completions.
+        ``corrected``: the account of the budget and the accuracy are estimates for the policy, by the weights of what
+        another sampler has drawn for it; all else is of the completions as they are.
         """
         e = gathered(experience, self.accelerator, count)
         length = e.rollout.mask.sum(1).float()
@@ -334,7 +304,7 @@ class Collector:
             metrics["cmdp/reasoning_success"] = e.sound.nanmean()
             metrics["cmdp/reasoning_checked"] = 1.0 - e.sound.isnan().float().mean()
         if isinstance(e, Experience):
-            metrics |= self._divergence(e, constraint)
+            metrics |= self._divergence(e, constraint, corrected)
         return as_numbers(metrics)
 
     def _tell_of_silence(self, named_rewards: dict[str, Tensor]) -> None:
@@ -349,26 +319,28 @@ class Collector:
             )
         self._told |= silent
 
-    def _divergence(self, e: Experience, constraint: Constraint) -> dict[str, Tensor]:
+    def _divergence(self, e: Experience, constraint: Constraint, corrected: bool) -> dict[str, Tensor]:
         """Metrics of the statistics under student and teacher, and of the constraint."""
         mask = e.rollout.mask
         tokens = mask.sum()
         metrics = {"kl": e.stats.reverse_kl.sum() / tokens, "entropy": e.stats.entropy.sum() / tokens}
-        if e.rollout.sampler_logprob is not None:
-            off = torch.where(mask, (e.stats.logprob - e.rollout.sampler_logprob).abs(), 0.0)
-            metrics["sampling/sampling_logp_difference/mean"] = off.sum() / tokens
-            metrics["sampling/sampling_logp_difference/max"] = off.max()
+        ratio = e.sampler_log_ratio
+        weight = estimate_weight(ratio, self.config) if corrected else None
+        if ratio is not None:
+            mode = self.config.correction if corrected else None
+            metrics |= objective.sampler_metrics(ratio, mask=mask, mode=mode, clip=self.config.sampler_clip)
         ours = budget_metrics(
             *(e.cost(constraint), e.trace, divergences(e.stats, mask)),
             mask=mask,
             budget=constraint.budget,
             modified=e.reward.sum(1),
             correct=e.correct,
+            weight=weight,
         )
         if self.config.prefix_budget:
             likelihood = cf.token_cost(e.stats, "nll")
             of_prefixes = objective.constraint_metrics(
-                likelihood, e.trace, mask=mask, mean_budget=self.config.prefix_budget
+                likelihood, e.trace, mask=mask, mean_budget=self.config.prefix_budget, weight=weight
             )
             ours["prefix_satisfaction"] = of_prefixes["prefix_satisfaction"]
         if constraint.is_a.coefficient == "lambda":

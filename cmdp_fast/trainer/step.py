@@ -4,7 +4,8 @@ roll out   a method samples a group of completions of each prompt, from the stud
 score      teacher and student read them; `constrained_reward` turns their logits into costs, the account of the
            budget and the modified reward, in one pass over the vocabulary, without holding logits (`experience.py`)
 price      for `pid`, the controller sets lambda by what these completions have spent
-target     the method weighs each token; for PPO that is its advantage (`methods/ppo.py`)
+target     the method weighs each token; for PPO that is its advantage (`methods/ppo.py`). What another sampler has
+           drawn for the student is weighed by how likely the student makes it (`correction.py`)
 update     some epochs over minibatches with the method's loss
 
 The methods (`methods/`) differ in the source of the completions, in the weights of the tokens, or in the loss, and in
@@ -24,13 +25,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 import cmdp_fast as cf
-from cmdp_fast import objective
+from cmdp_fast import batches, objective
 from cmdp_fast.constraint import KINDS, Constraint
 from cmdp_fast.credit import of_last_token
 from cmdp_fast.errors import InputError
 from cmdp_fast.metrics import as_numbers, frac_reward_zero_std
 from cmdp_fast.reward_functions import mean_metrics
 
+from .correction import estimate_weight, weighed
 from .experience import Experience, Metrics
 from .methods.method import Method, Targets
 from .micro_batches import Lengths, lengths_of
@@ -74,8 +76,8 @@ class Learner:
         )
         if self.config.kind == "pid":
             constraint = self.price(experience, constraint)
-        metrics = self.collector.measure(experience, constraint)
-        targets, rollout = self.method.targets(experience, constraint), experience.rollout
+        metrics = self.collector.measure(experience, constraint, corrected=True)
+        targets, rollout = self.targets(experience, constraint), experience.rollout
         if self.config.mask_truncated_completions:  # they are compared with the others, and give no gradient
             experience = replace(experience, rollout=rollout.without_truncated())
         metrics |= self.update(experience, targets, constraint)
@@ -104,11 +106,14 @@ class Learner:
         So the costs are weighed by the lambda that they have led to, as in algorithm 1 of Stooke et al. and in
         OmniSafe, and not by that of a policy one update older. In return lambda depends a little on each of the
         completions: a bias of the order of one in their number. A budget per token is compared with the cost of
-        completions as so much times their mean length. Raises InputError if their mean cost is not finite.
+        completions as so much times their mean length. Both means are estimates for the student, where another sampler
+        has drawn the completions for it. Raises InputError if their mean cost is not finite.
         """
-        mask, spent = experience.rollout.mask, of_last_token(experience.trace.cumulative, experience.rollout.mask)
-        sums = self._mean({"cost": spent.sum(), "tokens": mask.sum(), "completions": mask.any(1).sum()})
-        cost, length = (sums[name] / sums["completions"] for name in ("cost", "tokens"))
+        mask = experience.rollout.mask
+        here = (of_last_token(experience.trace.cumulative, mask), mask.sum(1).float(), experience.sampler_log_ratio)
+        spent, lengths, ratio = batches.gathered(here, self.accelerator)
+        weight = estimate_weight(ratio, self.config)
+        cost, length = (float(objective.weighted_mean(each, weight)) for each in (spent, lengths))
         if not math.isfinite(cost):
             raise InputError(
                 f"--kind pid: the mean cost of the completions is {cost} nats, from which no lambda follows; it is "
@@ -126,6 +131,10 @@ class Learner:
         coefficient = self.pid.coefficient if self.config.kind == "pid" else self.config.coefficient
         has_one = KINDS[self.config.kind].coefficient is not None
         return training_constraint(self.config, self.steps_done, coefficient if has_one else None)
+
+    def targets(self, experience: Experience, constraint: Constraint) -> Targets:
+        """The method's, by the weights of completions that another sampler has drawn."""
+        return weighed(self.method.targets(experience, constraint), experience.sampler_log_ratio, self.config)
 
     def update(self, experience: Experience, targets: Targets, constraint: Constraint) -> Metrics:
         """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""

@@ -70,7 +70,7 @@ class Training:
         else:
             for who, policy in (("teacher", self.learner.teacher), ("student_before", self.learner.student)):
                 self._evaluate(who, policy)
-                if who == "teacher" and self.learner.collector.teacher_engine and not self.config.entry.of_teacher:
+                if who == "teacher" and self.learner.collector.teacher_engine and self.config.entry.on_policy:
                     self.learner.collector.teacher_engine.close()  # it is not sampled from again
             self.folder = self._make_folder(held)
             with together(self.accelerator):

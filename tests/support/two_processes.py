@@ -78,15 +78,18 @@ def _process(rank: int, port: int, function: Callable[..., None], arguments: tup
 
 
 def completions(prompts: list[list[int]], sampling: Any, policy: Any) -> dict[str, Any]:
-    """A rollout that depends on a prompt and on its place in a group of four, and on nothing else."""
+    """A rollout that depends on a prompt and on its place in a group of four, and on nothing else; its steps are
+    corrected for it."""
     seen: Counter[tuple[int, ...]] = Counter()
-    ids = []
+    ids: list[list[int]] = []
+    logprobs: list[list[float]] = []
     for prompt in prompts:
         seen[tuple(prompt)] = seen[tuple(prompt)] % 4 + 1
         seed = sum((i + 1) * token for i, token in enumerate(prompt)) + 7 * seen[tuple(prompt)]
         length = 2 + seed % (sampling.max_new_tokens - 1)
         ids.append([3 + (seed + 5 * i * i) % 10 for i in range(length)])
-    return {"completion_ids": ids}
+        logprobs.append([-2.0 - (seed + i) % 3 / 2 for i in range(length)])
+    return {"completion_ids": ids, "logprobs": logprobs}
 
 
 def reward(completions: list[str], **columns: Any) -> list[float]:

@@ -61,7 +61,7 @@ def test_steps_are_those_of_one_process_with_the_doubled_batch(pair, tied):
         (pair, {}),
         (tied, {}),
         (tied, {"logits": "full", "cost": "jsd"}),
-        (pair, {"kind": "pid", "coefficient": 0.5, "baseline": "gae"}),
+        (pair, {"kind": "pid", "coefficient": 0.5, "baseline": "gae", "sampler_correction": "sequence"}),
         (pair, {"algorithm": "gkd", "jsd_beta": 0.0}),
         (
             pair,

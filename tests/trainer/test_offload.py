@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.distributed import check_sharding
-from cmdp_fast.trainer.experience import KeptOutputs
+from cmdp_fast.trainer.kept_outputs import KeptOutputs
 from cmdp_fast.trainer.micro_batches import split
 from cmdp_fast.trainer.models import offload, optimizer_bytes
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory

@@ -28,6 +28,10 @@ UNREAD = {
     "--method sft --penalty 2": f"{OF_PPO} with --kind cmdp or saute or worst_case",
     "--budget-start 5": "it is for --budget-steps",
     "--lora-target q_proj": "it is for --lora-rank",
+    "--sampler-correction off": "it is for --rollout with --algorithm ppo or gkd or minillm (at --teacher-mix 0)",
+    "--method minillm --rollout a.py:f --sampler-correction token": "it is for --rollout with --algorithm ppo",
+    "--method kd --rollout a.py:f --sampler-clip 3": "it is for --rollout with --algorithm ppo or gkd",
+    "--rollout a.py:f --sampler-correction off --sampler-clip 3": "it is for --rollout with --algorithm ppo or gkd",
     "--prompt-column question": "it is for --dataset",
     "--dataset-config main": "it is for a --dataset with configurations",
     "--task= --dataset a.jsonl --task-size 9": "it is for --task",
@@ -53,6 +57,9 @@ READ = (
     *("--budget-start 5 --budget-steps 3", "--eval-dataset a.jsonl --prompt-column question --max-rows 3"),
     "--task= --dataset=a --dataset-config main --eval-split test --answer-column solution",
     "--method sft --mask-truncated-completions --teacher-temperature 0.5 --accuracy-reward exact_answer",
+    "--rollout a.py:f --sampler-correction sequence --sampler-clip 3",
+    "--method gkd --rollout a.py:f --sampler-correction token",
+    "--method minillm --teacher-mix 0 --rollout a.py:f --sampler-clip 3",
     "--gae-lambda 1.0 --jsd-beta 0.5",  # as they are
 )
 

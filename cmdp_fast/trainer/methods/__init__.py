@@ -20,16 +20,16 @@ class MethodEntry(NamedTuple):
     """Whether it compares the completions of a group, with any ``--baseline``."""
     diverges: bool = False
     """Whether its loss is the divergence with ``--jsd-beta``."""
+    on_policy: bool = True
+    """Whether it samples from the student, so that a sampler may do so for it."""
     mixes: bool = False
     """Whether it samples from a mixture with ``--teacher-mix`` of the teacher."""
-    of_teacher: bool = False
-    """Whether its completions are the teacher's."""
 
 
 METHODS: dict[str, MethodEntry] = {
     "ppo": MethodEntry("ppo:PPO", compares=True),
     "gkd": MethodEntry("gkd:GKD", diverges=True),
     "minillm": MethodEntry("minillm:MiniLLM", groups=True, mixes=True),
-    "sft": MethodEntry("off_policy:SequenceLevel", of_teacher=True),
-    "kd": MethodEntry("off_policy:WordLevel", of_teacher=True),
+    "sft": MethodEntry("off_policy:SequenceLevel", on_policy=False),
+    "kd": MethodEntry("off_policy:WordLevel", on_policy=False),
 }

@@ -6,6 +6,8 @@ the sampling is not differentiated.
 
 from __future__ import annotations
 
+import torch
+
 from cmdp_fast.constraint import Constraint
 
 from ..experience import Experience
@@ -15,8 +17,13 @@ from .method import Loss, Method, Targets
 class GKD(Method):
     """JSD(beta) on the student's own text: 0 is forward KL, 1 reverse KL."""
 
+    def targets(self, experience: Experience, constraint: Constraint) -> Targets:
+        """``direct``, the weight of a token's divergence: 1, until completions of another sampler are weighed."""
+        return {"direct": experience.rollout.mask.float()}
+
     def loss(self, part: Experience, target: Targets, constraint: Constraint, over: float) -> Loss:
         models, outputs = (self.student, self.teacher), self.outputs(part)
         with self.clock.phase("kernels"):
             value = self.scoring.divergence(models, outputs, part.rollout.mask, self.config.jsd_beta)
-        return Loss(value.sum() / over, {}, outputs[0])
+        weighed = torch.where(target["direct"] != 0, target["direct"] * value, 0.0)  # 0 * inf: no part of the loss
+        return Loss(weighed.sum() / over, {}, outputs[0])

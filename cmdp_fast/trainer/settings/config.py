@@ -143,6 +143,18 @@ class TrainConfig(
         return self.entry.mixes and self.teacher_mix > 0
 
     @property
+    def has_sampler(self) -> bool:
+        """Whether another sampler than the student draws the completions of a step for it."""
+        return bool(self.rollout) and self.entry.on_policy and not self.mixes_teacher
+
+    @property
+    def correction(self) -> Literal["token", "sequence"] | None:
+        """The weights of completions whose sampler reports log-probabilities; None: all the same."""
+        if self.sampler_correction == "off":
+            return None
+        return "token" if self.sampler_correction == "auto" else self.sampler_correction
+
+    @property
     def batch_size(self) -> int:
         """Completions per step, of each process."""
         return self.prompts_per_step * self.num_generations

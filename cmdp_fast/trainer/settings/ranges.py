@@ -27,6 +27,7 @@ NOT_NEGATIVE = Range(lambda value: value >= 0, "must not be negative, it is")
 ABOVE_0_UP_TO_1 = Range(lambda value: 0 < value <= 1, "must be in (0, 1], not")
 FROM_0_TO_1 = Range(lambda value: 0 <= value <= 1, "must be in [0, 1], not")
 FROM_0_BELOW_1 = Range(lambda value: 0 <= value < 1, "must be in [0, 1), not")
+AT_LEAST_1 = Range(lambda value: value >= 1, "must be at least 1, not")
 SEED = Range(lambda value: 0 <= value < 2**31, "must be in [0, 2147483648), not")  # numpy's end at 2^32
 ZERO_OR_ONE = Range(lambda value: value in (0, 1), "must be 0 or 1, not")
 BETWEEN_0_AND_1 = Range(lambda value: 0 < value < 1, "must be between 0 and 1, not")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..methods import METHODS
-from .ranges import ABOVE_0_UP_TO_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE
+from .ranges import ABOVE_0_UP_TO_1, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE
 
 if TYPE_CHECKING:
     Algorithm = str  # a type checker reads no choices out of a table
@@ -43,8 +43,16 @@ class StepSettings:
     """Sample from the most likely tokens of this total probability. The same warning holds."""
     rollout: str = ""
     """What samples instead of `generate`: `vllm`, or a function of yours, as `module:function` or
-    `path/file.py:function`; see user_rollout.py. Its log-probabilities are computed again and the difference is
-    logged."""
+    `path/file.py:function`; see user_rollout.py. Its log-probabilities say how far it is from the student, for which
+    there is a correction."""
+    sampler_correction: Literal["auto", "token", "sequence", "off"] = "auto"
+    """The importance weights of completions that another sampler than the student has drawn, by the log-probabilities
+    that it reports (cmdp_fast/sampler_correction.py). token: a weight of each token, in the policy gradient alone;
+    sequence: one of each completion, in all of the gradient, exact and noisier with the length. Both weigh the
+    estimates of the budget, `cmdp/…` and the cost that `pid` sees, by completions. auto: token where the sampler
+    reports log-probabilities. off: what it draws is taken for the student's."""
+    sampler_clip: Annotated[float, AT_LEAST_1] = 2.0
+    """The largest of these weights: a larger one is truncated to it."""
     rollout_batch_size: Annotated[int, NOT_NEGATIVE] = 0
     """Prompts that are sampled at once, sorted by length. 0: all of a step."""
     baseline: Literal["rloo", "grpo", "position_rloo", "gae"] = "rloo"

@@ -47,6 +47,7 @@ def _of_kinds(settings: tuple[str, ...], kept: Callable[[str], object]) -> Reade
     )
 
 
+_OF_A_SAMPLER = f"--rollout with {_algorithms(lambda entry: entry.on_policy)} (at --teacher-mix 0)"
 PATTERNS = {"exact_answer", "brevity", "math_verify", "reasoning_gym"}
 JUDGES = {"math_verify", "reasoning_gym"}
 
@@ -58,6 +59,12 @@ READERS = (
         f"{_algorithms(_compares)} with --baseline gae",
     ),
     Reader(("clip_low", "clip_high"), lambda c: _clips(c.entry), _algorithms(_clips)),
+    Reader(("sampler_correction",), lambda c: c.has_sampler, _OF_A_SAMPLER),
+    Reader(
+        ("sampler_clip",),
+        lambda c: c.has_sampler and c.correction,
+        f"{_OF_A_SAMPLER}, unless --sampler-correction is off",
+    ),
     Reader(("teacher_mix",), lambda c: c.entry.mixes, _algorithms(lambda entry: entry.mixes)),
     Reader(
         ("jsd_beta",),
@@ -135,7 +142,10 @@ def _shown(value: object) -> str:
 
 def warnings_of(config: TrainConfig) -> list[str]:
     """What a training has to say of its settings before it begins."""
-    warnings = warning_of_scale(config), warning_of_reward(config), warning_of_warmup(config)
+    warnings = (
+        *(warning_of_scale(config), warning_of_reward(config), warning_of_warmup(config)),
+        warning_of_sampler(config),
+    )
     return [warning for warning in warnings if warning]
 
 
@@ -147,6 +157,13 @@ def warning_of_reward(config: TrainConfig) -> str:
         return ""
     options = " and ".join(f"--{name.replace('_', '-')}" for name in names)
     return f"--algorithm {config.algorithm} learns from no reward: {options} change the logged reward alone"
+
+
+def warning_of_sampler(config: TrainConfig) -> str:
+    """The warning of a sampler whose difference from the student is left as it is. Empty if there is none."""
+    if config.sampler_correction != "off" or not config.has_sampler:
+        return ""
+    return "--sampler-correction off: what --rollout draws is taken for the student's, whatever its log-probabilities"
 
 
 def warning_of_warmup(config: TrainConfig) -> str:
