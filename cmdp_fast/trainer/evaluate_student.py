@@ -19,7 +19,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.files import write_json
 
 from .distributed import check_alike, main_first, make_accelerator, on_device
-from .engine.engines import Engines, check_engines, make_engines
+from .engines import Engines, check_engines, make_engines
 from .evaluate import EVALUATION_SEED, evaluate, of_several
 from .experience import Collector
 from .material import Material, load

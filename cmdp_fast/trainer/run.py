@@ -23,7 +23,7 @@ from .distributed import (
     prepare_student,
     together,
 )
-from .engine.engines import NONE, Engines, check_engines, make_engines
+from .engines import NONE, Engines, check_engines, make_engines
 from .experience import Collector
 from .interrupts import Interrupts
 from .material import Material, load

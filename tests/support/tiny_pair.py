@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cmdp_fast.imports import import_function
-from cmdp_fast.trainer.engine.engines import make_engines
+from cmdp_fast.trainer.engines import make_engines
 from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.models import builtin
 from cmdp_fast.trainer.models.pair import load_pair
@@ -34,6 +34,7 @@ def tiny_model(
     family: str = "llama",
     spare: int = 0,
     positions: int = 64,
+    head_dim: int = 8,
 ) -> str:
     """A random model with a character tokenizer; `spare` columns of its logits belong to no token."""
     tokenizer = builtin._tokenizer([alphabet])
@@ -46,7 +47,7 @@ def tiny_model(
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
-        **({} if family == "falcon" else {"head_dim": 8}),
+        **({} if family == "falcon" else {"head_dim": head_dim}),
         max_position_embeddings=positions,
         initializer_range=0.3,  # far enough from uniform for the two to differ
         bos_token_id=None,

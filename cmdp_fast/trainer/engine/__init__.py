@@ -1,6 +1,5 @@
 """Rollouts on vLLM: a server that the run starts, or servers that run elsewhere.
 
-engines.py    those of a run
 engine.py     what a collector asks: completions of prompts by the weights of a step
 server.py     a server of the run's own; keeper.py is the process that ends it, whatever becomes of the run
 client.py     one server's HTTP interface, with its time limits

@@ -11,15 +11,15 @@ import torch
 
 from cmdp_fast.errors import InputError
 
-from ..material import Material
-from ..records.report import Report
-from ..rollout import encode_prompts
-from ..settings.config import TrainConfig
-from .client import client_of, version_of
-from .engine import Engine
-from .probe import PROMPTS
-from .server import find_python
-from .weights import Adapter, Fixed, Weights, WholeModel, dtype_name
+from .engine.client import client_of, version_of
+from .engine.engine import Engine
+from .engine.probe import PROMPTS
+from .engine.server import find_python
+from .engine.weights import Adapter, Fixed, Weights, WholeModel, dtype_name
+from .material import Material
+from .records.report import Report
+from .rollout import encode_prompts
+from .settings.config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

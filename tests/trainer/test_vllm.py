@@ -1,0 +1,183 @@
+"""Rollouts on vLLM, with vLLM: what the stand-in of test_engine.py takes for granted.
+
+CMDP_FAST_VLLM_PYTHON names the Python of an environment with vLLM; .ci/vllm makes one for a CPU and runs these tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+from contextlib import ExitStack
+
+import pytest
+import torch
+from tiny_pair import PROBLEMS, arguments, learner_of, settings, tiny_model
+
+from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.engine.client import Client
+from cmdp_fast.trainer.engine.server import Server
+
+PYTHON = os.environ.get("CMDP_FAST_VLLM_PYTHON", "")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="needs vLLM: CMDP_FAST_VLLM_PYTHON names no Python that has it")
+
+EXACT = 1e-3  # nats; both compute in float32, in other orders
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """vLLM's attention on a CPU takes heads of 16, 32, ... numbers."""
+    root = tmp_path_factory.mktemp("pair")
+    problems = root / "problems.jsonl"
+    problems.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    student, teacher = (tiny_model(root / str(seed), seed=seed, layers=seed, head_dim=32) for seed in (1, 2))
+    return {"student": student, "teacher": teacher, "dataset": str(problems)}
+
+
+@pytest.fixture(scope="module")
+def server(pair, tmp_path_factory):
+    """One for all tests: a start takes half a minute. It takes whole models and adapters."""
+    log = tmp_path_factory.mktemp("server") / "vllm.log"
+    config = settings(pair, rollout="vllm", rollout_python=PYTHON)
+    options = ["--model", pair["student"], "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
+    options += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
+    options += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "1"]
+    running = Server(config, options, log, on_cpu=True)
+    try:
+        running.wait(Client(running.url, 300.0), 300.0)
+        yield running
+    finally:
+        running.close()
+    assert running.url not in subprocess.run(["ps", "axo", "args"], capture_output=True, text=True).stdout
+    assert not _children(running)
+
+
+@pytest.fixture
+def held():
+    with ExitStack() as stack:
+        yield stack
+
+
+def _children(running):
+    """Processes in the group of the server, which the keeper has made for it."""
+    listed = subprocess.run(["ps", "axo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in listed if str(running.log.parent) in line]
+
+
+def on(server, pair, tmp_path, **changes):
+    return settings(pair, rollout="vllm", rollout_url=(server.url,), rollout_folder=str(tmp_path), **changes)
+
+
+def sampled(learner, prompts, step=0, **changes):
+    """(completions, their log-probabilities by vLLM, those by the student as it samples)."""
+    sampling = dataclasses.replace(learner.collector.sampling, **changes)
+    rollout = learner.collector.engine.sample(learner.student, prompts, sampling, step)
+    rows = []
+    for prompt, ids in zip(prompts, rollout.completion_ids(), strict=True):
+        with torch.no_grad():
+            logits = learner.student(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        rows.append((ids, (logits / sampling.temperature).log_softmax(-1)))
+    return rollout, rows
+
+
+def test_each_step_is_sampled_with_its_own_weights(server, pair, held, tmp_path):
+    learner, rows, prompts = learner_of(on(server, pair, tmp_path, temperature=0.8), held)
+    for _ in range(3):
+        metrics = learner.step(rows, prompts)
+        assert metrics["sampling/sampling_logp_difference/max"] < EXACT
+        assert metrics["sampling/effective_sample_ratio"] > 0.999
+
+
+def test_an_adapter_is_sampled_with(server, pair, held, tmp_path):
+    learner, rows, prompts = learner_of(on(server, pair, tmp_path, lora_rank=4), held)
+    for _ in range(3):
+        assert learner.step(rows, prompts)["sampling/sampling_logp_difference/max"] < EXACT
+
+
+def test_completions_are_of_the_students_distribution(server, pair, held, tmp_path):
+    """First tokens, by a chi-square statistic: 1 in 10^6 samples of the right one has more."""
+    learner, _, prompts = learner_of(on(server, pair, tmp_path, temperature=0.7), held)
+    torch.manual_seed(5)
+    count = 3000
+    rollout, rows = sampled(learner, prompts[:1] * count, max_new_tokens=2)
+    expected = rows[0][1][0].exp() * count
+    seen = torch.bincount(rollout.tokens[:, 0], minlength=len(expected)).double()
+    often = expected > 5
+    statistic = float(((seen - expected)[often] ** 2 / expected[often]).sum())
+    degrees = int(often.sum())
+    assert statistic < degrees + 5 * (2 * degrees) ** 0.5 + 12
+
+
+def test_log_probabilities_are_those_of_what_was_drawn_from(server, pair, held, tmp_path):
+    """With a part of the softmax they are of that part, which sums to one."""
+    learner, _, prompts = learner_of(on(server, pair, tmp_path), held)
+    for changes in ({"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6, "temperature": 1.3}):
+        rollout, rows = sampled(learner, prompts * 3, **changes)
+        for drawn, (ids, logprob) in zip(rollout.sampler_logprob, rows, strict=True):
+            for t, token in enumerate(ids):
+                p, order = logprob[t].exp().sort(descending=True)
+                kept = torch.ones(len(p), dtype=torch.bool)
+                kept[changes.get("top_k", len(p)) :] = False
+                kept &= p.cumsum(0) - p < changes.get("top_p", 1.0)
+                assert token in order[kept].tolist()
+                assert float(drawn[t]) == pytest.approx(float(logprob[t, token] - p[kept].sum().log()), abs=EXACT)
+
+
+def test_a_seed_repeats_what_it_drew(server, pair, held, tmp_path):
+    learner, _, prompts = learner_of(on(server, pair, tmp_path), held)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(sampled(learner, [ids for ids in prompts for _ in range(4)])[0].completion_ids())
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({*map(tuple, drawn[0][:4])}) > 1  # of one prompt
+
+
+def test_completions_end_where_they_should(server, pair, held, tmp_path):
+    """At an end, a token of the user's, a string, the limit; at temperature 0 with the most likely tokens."""
+    learner, _, prompts = learner_of(on(server, pair, tmp_path, stop_tokens=("A",), stop_strings=("1+",)), held)
+    torch.manual_seed(1)
+    rollout, _ = sampled(learner, prompts * 40, max_new_tokens=5)
+    tokenizer, ends = learner.collector.tokenizer, set(learner.collector.sampling.eos)
+    texts = [tokenizer.decode(ids) for ids in rollout.completion_ids()]
+    last = {text[-2:] if text.endswith("1+") else text[-1] for text in texts}
+    assert {"A", ".", "1+"} <= last and len(ends) == 2
+    assert all("A" not in text[:-1] and "1+" not in text[:-2] for text in texts)
+    for ids, text, finished in zip(rollout.completion_ids(), texts, rollout.finished.tolist(), strict=True):
+        assert finished == (ids[-1] in ends or text.endswith("1+")) and (finished or len(ids) == 5)
+    greedy = dataclasses.replace(learner.collector.sampling, temperature=0.0, stop_strings=())
+    likely = learner.collector.engine.sample(learner.student, prompts, greedy, 0)
+    for prompt, ids in zip(prompts, likely.completion_ids(), strict=True):
+        logits = learner.student(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        assert ids == logits.argmax(-1).tolist()
+
+
+def test_a_run_samples_ahead_and_its_evaluations_do_not(server, pair, tmp_path):
+    words = {"rollout_url": server.url, "rollout_folder": tmp_path, "rollout_ahead": 1, "steps": 3}
+    assert main(arguments(pair, tmp_path / "runs", rollout="vllm", sampler_correction="sequence", **words)) == 0
+    records = [json.loads(line) for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
+    apart = [record["sampling/sampling_logp_difference/max"] for record in records]
+    assert apart[0] < EXACT < min(apart[1:])
+    assert all(0 < record["sampling/effective_sample_ratio"] <= 1 for record in records)
+
+
+def test_an_engine_that_dies_is_named_in_time(server, pair, held, tmp_path):
+    """The last test of the server: its core is killed. What is asked then ends with a line, and the server ends too."""
+    learner, rows, prompts = learner_of(on(server, pair, tmp_path, rollout_timeout=60.0), held)
+    learner.step(rows, prompts)
+    parents = {int(pid): int(parent) for pid, parent in _ps("pid,ppid")}
+    family = {server._keeper.pid}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    [core] = [int(pid) for pid, name in _ps("pid,args") if int(pid) in family and "EngineCore" in name]
+    os.kill(core, signal.SIGKILL)
+    with pytest.raises(InputError, match=f"the vLLM server at {server.url} (answered|cannot be reached)"):
+        learner.step(rows, prompts)
+
+
+def _ps(columns: str) -> list[list[str]]:
+    listed = subprocess.run(["ps", "axo", columns], capture_output=True, text=True).stdout.splitlines()[1:]
+    return [line.split(None, 1) for line in listed]
