@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from cmdp_fast.errors import InputError
 
 from .engine.client import client_of, version_of
 from .engine.engine import Engine
+from .engine.nccl import Nccl
 from .engine.probe import PROMPTS
 from .engine.server import find_python
 from .engine.weights import Adapter, Fixed, Weights, WholeModel, dtype_name
@@ -41,16 +43,23 @@ def make_engines(
         made = Engine(config, accelerator, report, prompts=prompts, longest=material.longest, **about)
         return held.enter_context(made)
 
-    source = str(material.student.config.name_or_path)
-    # On a CPU vLLM packs the weights of a head, and does not pack those again that come with the embedding's
-    untied = accelerator.device.type == "cpu" and not config.rollout_url
-    whole = WholeModel(material.tokenizer, getattr(torch, dtype_name(config)), untied)
-    of_student = whole if not config.lora_rank or config.lora_modules_to_save else Adapter(source, config.lora_rank)
     teacher = None
     if material.teacher is not None and (config.rollout_teacher_url or not config.rollout_url):
         fixed = Fixed(str(material.teacher.config.name_or_path))
         teacher = engine("teacher", config.rollout_teacher_url, fixed)
-    return engine("student", config.rollout_url, of_student), teacher
+    return engine("student", config.rollout_url, _weights(config, accelerator, material)), teacher
+
+
+def _weights(config: TrainConfig, accelerator: Accelerator, material: Material) -> Weights:
+    """The student's, on the way that the settings ask for."""
+    if config.lora_rank and not config.lora_modules_to_save:
+        return Adapter(str(material.student.config.name_or_path), config.lora_rank)
+    dtype = getattr(torch, dtype_name(config))
+    if config.rollout_transfer == "nccl":
+        return Nccl(material.tokenizer, dtype, accelerator.device, elsewhere=bool(config.rollout_url))
+    # On a CPU vLLM packs the weights of a head, and does not pack those again that come with the embedding's
+    untied = accelerator.device.type == "cpu" and not config.rollout_url
+    return WholeModel(material.tokenizer, dtype, untied)
 
 
 def check_engines(config: TrainConfig) -> None:
@@ -61,5 +70,9 @@ def check_engines(config: TrainConfig) -> None:
         raise InputError(f"--rollout-folder {config.rollout_folder}: there is no such folder")
     if not config.rollout_url:
         find_python(config)
+    if config.rollout_transfer == "nccl" and not (torch.cuda.is_available() and importlib.util.find_spec("vllm")):
+        raise InputError(
+            "--rollout-transfer nccl needs a GPU, and vLLM beside the trainer: pip install 'cmdp_fast[vllm]'"
+        )
     for url in (*config.rollout_url, *config.rollout_teacher_url):
         version_of(client_of(url, config))

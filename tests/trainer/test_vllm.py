@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+from collections import Counter
 from contextlib import ExitStack
 
 import pytest
@@ -83,18 +84,19 @@ def sampled(learner, prompts, step=0, **changes):
     return rollout, rows
 
 
+def test_an_adapter_is_sampled_with(server, pair, held, tmp_path):
+    """The first test of the server: later ones change the weights that the adapter is for."""
+    learner, rows, prompts = learner_of(on(server, pair, tmp_path, lora_rank=4), held)
+    for _ in range(3):
+        assert learner.step(rows, prompts)["sampling/sampling_logp_difference/max"] < EXACT
+
+
 def test_each_step_is_sampled_with_its_own_weights(server, pair, held, tmp_path):
     learner, rows, prompts = learner_of(on(server, pair, tmp_path, temperature=0.8), held)
     for _ in range(3):
         metrics = learner.step(rows, prompts)
         assert metrics["sampling/sampling_logp_difference/max"] < EXACT
         assert metrics["sampling/effective_sample_ratio"] > 0.999
-
-
-def test_an_adapter_is_sampled_with(server, pair, held, tmp_path):
-    learner, rows, prompts = learner_of(on(server, pair, tmp_path, lora_rank=4), held)
-    for _ in range(3):
-        assert learner.step(rows, prompts)["sampling/sampling_logp_difference/max"] < EXACT
 
 
 def test_completions_are_of_the_students_distribution(server, pair, held, tmp_path):
@@ -138,16 +140,21 @@ def test_a_seed_repeats_what_it_drew(server, pair, held, tmp_path):
 
 def test_completions_end_where_they_should(server, pair, held, tmp_path):
     """At an end, a token of the user's, a string, the limit; at temperature 0 with the most likely tokens."""
-    learner, _, prompts = learner_of(on(server, pair, tmp_path, stop_tokens=("A",), stop_strings=("1+",)), held)
-    torch.manual_seed(1)
-    rollout, _ = sampled(learner, prompts * 40, max_new_tokens=5)
+    learner, _, prompts = learner_of(on(server, pair, tmp_path, stop_tokens=("A",)), held)
     tokenizer, ends = learner.collector.tokenizer, set(learner.collector.sampling.eos)
+    torch.manual_seed(1)
+    plain = [tokenizer.decode(ids) for ids in sampled(learner, prompts * 40)[0].completion_ids()]
+    often = Counter(
+        text[i : i + 2] for text in plain for i in range(len(text) - 1) if not {*text[i : i + 2]} & {"A", "."}
+    )
+    string = often.most_common(1)[0][0]
+    rollout, _ = sampled(learner, prompts * 40, max_new_tokens=5, stop_strings=(string,))
     texts = [tokenizer.decode(ids) for ids in rollout.completion_ids()]
-    last = {text[-2:] if text.endswith("1+") else text[-1] for text in texts}
-    assert {"A", ".", "1+"} <= last and len(ends) == 2
-    assert all("A" not in text[:-1] and "1+" not in text[:-2] for text in texts)
+    last = {text[-2:] if text.endswith(string) else text[-1] for text in texts}
+    assert {"A", ".", string} <= last and len(ends) == 2
+    assert all("A" not in text[:-1] and string not in text[:-1] for text in texts)
     for ids, text, finished in zip(rollout.completion_ids(), texts, rollout.finished.tolist(), strict=True):
-        assert finished == (ids[-1] in ends or text.endswith("1+")) and (finished or len(ids) == 5)
+        assert finished == (ids[-1] in ends or text.endswith(string)) and (finished or len(ids) == 5)
     greedy = dataclasses.replace(learner.collector.sampling, temperature=0.0, stop_strings=())
     likely = learner.collector.engine.sample(learner.student, prompts, greedy, 0)
     for prompt, ids in zip(prompts, likely.completion_ids(), strict=True):
@@ -161,7 +168,7 @@ def test_a_run_samples_ahead_and_its_evaluations_do_not(server, pair, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
     apart = [record["sampling/sampling_logp_difference/max"] for record in records]
     assert apart[0] < EXACT < min(apart[1:])
-    assert all(0 < record["sampling/effective_sample_ratio"] <= 1 for record in records)
+    assert all(0 < record["sampling/effective_sample_ratio"] < 1 + 1e-5 for record in records)
 
 
 def test_an_engine_that_dies_is_named_in_time(server, pair, held, tmp_path):
@@ -174,10 +181,28 @@ def test_an_engine_that_dies_is_named_in_time(server, pair, held, tmp_path):
         family |= more
     [core] = [int(pid) for pid, name in _ps("pid,args") if int(pid) in family and "EngineCore" in name]
     os.kill(core, signal.SIGKILL)
-    with pytest.raises(InputError, match=f"the vLLM server at {server.url} (answered|cannot be reached)"):
+    with pytest.raises(InputError, match=f"the vLLM server at {server.url} (answered|cannot be reached|is not there)"):
         learner.step(rows, prompts)
 
 
 def _ps(columns: str) -> list[list[str]]:
     listed = subprocess.run(["ps", "axo", columns], capture_output=True, text=True).stdout.splitlines()[1:]
     return [line.split(None, 1) for line in listed]
+
+
+CALLS = """
+import inspect
+from vllm.distributed.weight_transfer.base import ParamMeta
+from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine as Engine
+ParamMeta("name", None, (1,))
+about = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=1, world_size=2, rank=0)
+assert about.is_sender
+inspect.signature(Engine.trainer_init).bind(about, client=HTTPVLLMWeightSyncClient("http://x", timeout=1.0), source=None)
+inspect.signature(Engine.send_weights).bind(None)
+"""
+
+
+def test_the_calls_of_the_nccl_transfer_are_vllms():
+    """No GPU is here to send from: that its classes take what engine/nccl.py gives them is all that is seen."""
+    subprocess.run([PYTHON, "-c", CALLS], check=True, capture_output=True)

@@ -35,7 +35,8 @@ class Client:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy of the environment's is for the world outside
-        self._session.mount("http", HTTPAdapter(pool_maxsize=CONCURRENT))
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=CONCURRENT))
 
     def get(self, path: str) -> Any:
         """The JSON of a page."""
@@ -51,6 +52,11 @@ class Client:
             return self._session.get(f"{self.url}/health", headers=self._headers, timeout=CONNECT).status_code == 200
         except requests.RequestException:
             return False
+
+    def check(self) -> None:
+        """Raises InputError if it is not in health: a server whose engine has died may leave a request without answer."""
+        if not self.answers():
+            raise InputError(self._settled() or f"{self.name} is not there, or its engine has died (GET /health)")
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         until = time.monotonic() + self.seconds

@@ -172,6 +172,7 @@ class Engine:
             self._find_servers(written)
         if not (begins and self._server is not None and self.weights.begun_with):
             for client in self._clients:
+                client.check()
                 self.weights.load(client, written)
         for old in folder.glob("adapter-*"):
             if old != written:
@@ -243,10 +244,10 @@ class Engine:
         tolerance = Tolerance.of(self.config)
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                if self._step is None and not sampling.top_k and sampling.top_p == 1.0 and sampling.temperature:
-                    probe.compare_drawn(sampled, tolerance.largest, self._clients[0].name)
                 for client, theirs in zip(self._clients, asked, strict=True):
                     probe.compare(theirs, ours, step, tolerance, client.name)
+                if self._step is None and not sampling.top_k and sampling.top_p == 1.0 and sampling.temperature:
+                    probe.compare_drawn(sampled, tolerance.largest, self._clients[0].name)
         probe.remember(step, ours)
 
 

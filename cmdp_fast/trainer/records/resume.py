@@ -22,7 +22,7 @@ CHANGEABLE = (
     *("micro_batch_size", "micro_batch_tokens", "rollout_batch_size", "padding_free", "attn_implementation"),
     # Where the servers of the rollouts are, and how they are started
     *("rollout_url", "rollout_teacher_url", "rollout_python", "rollout_args", "rollout_devices", "rollout_folder"),
-    *("rollout_timeout", "rollout_tolerance"),
+    *("rollout_transfer", "rollout_timeout", "rollout_tolerance"),
     *("gradient_checkpointing", "teacher_cache_mb", "offload_teacher", "offload_optimizer"),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from cmdp_fast.errors import InputError
@@ -32,6 +32,9 @@ class RolloutSettings:
     rollout_folder: str = ""
     """Folder for the weights on their way to the servers, under the same path on every machine. Empty: one of the
     system's temporary folders, which a server elsewhere does not see."""
+    rollout_transfer: Literal["folder", "nccl"] = "folder"
+    """The way of the weights to the servers: through `rollout_folder`, or from GPU to GPU with vLLM's own transfer, for
+    which vLLM has to be installed beside the trainer (no GPU has run it yet)."""
     rollout_timeout: Annotated[float, POSITIVE] = 900.0
     """Seconds that a server may take for an answer, and to start."""
     rollout_tolerance: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -56,7 +59,7 @@ def check_rollout(settings: RolloutSettings, rollout: str, mixes_teacher: bool) 
         for url in getattr(settings, name):
             if not _is_address(url):
                 raise InputError(f"--{name.replace('_', '-')} {url}: expected an address such as http://10.0.0.2:8000")
-    if settings.rollout_url and not settings.rollout_folder:
+    if settings.rollout_url and not settings.rollout_folder and settings.rollout_transfer == "folder":
         raise InputError(
             "--rollout-url needs --rollout-folder, a folder under the same path on this machine and on the servers': "
             "the weights of each step go there"

@@ -97,6 +97,7 @@ READERS = (
         (
             "rollout_url",
             "rollout_teacher_url",
+            "rollout_transfer",
             "rollout_timeout",
             "rollout_tolerance",
             "rollout_ahead",
