@@ -198,7 +198,8 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NC
 ParamMeta("name", None, (1,))
 about = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=1, world_size=2, rank=0)
 assert about.is_sender
-inspect.signature(Engine.trainer_init).bind(about, client=HTTPVLLMWeightSyncClient("http://x", timeout=1.0), source=None)
+client = HTTPVLLMWeightSyncClient("http://x", timeout=1.0)
+inspect.signature(Engine.trainer_init).bind(about, client=client, source=None)
 inspect.signature(Engine.send_weights).bind(None)
 """
 

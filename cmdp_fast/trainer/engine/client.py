@@ -54,7 +54,7 @@ class Client:
             return False
 
     def check(self) -> None:
-        """Raises InputError if it is not in health: a server whose engine has died may leave a request without answer."""
+        """Raises InputError if it is not in health: a server whose engine has died may answer nothing any more."""
         if not self.answers():
             raise InputError(self._settled() or f"{self.name} is not there, or its engine has died (GET /health)")
 

@@ -1,8 +1,8 @@
 """The way of a step's weights to the servers over NCCL, by vLLM's own weight transfer: from GPU to GPU, past any disk.
 
 vLLM has to be there beside the trainer, and a model's parameters to have the names that they have in its checkpoint
-(transformers fuses those of experts, which go through a folder). It was written after vLLM 0.32, with whose classes its calls are compared
-(tests/trainer/test_vllm.py); no GPU has run it.
+(transformers fuses those of experts, which go through a folder). It was written after vLLM 0.32, with whose classes its
+calls are compared (tests/trainer/test_vllm.py); no GPU has run it.
 """
 
 from __future__ import annotations
