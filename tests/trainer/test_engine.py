@@ -12,12 +12,24 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from tiny_pair import arguments, learner_of, settings
+from two_processes import gloo_averages, in_two_processes, sharding_accelerator
 from vllm_stand_in import StandIn
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.engine import client, keeper
+from cmdp_fast.trainer.engines import make_engines
+from cmdp_fast.trainer.evaluate import evaluate
+from cmdp_fast.trainer.material import Material
+from cmdp_fast.trainer.models.pair import load_pair
+from cmdp_fast.trainer.records.clock import Clock
+from cmdp_fast.trainer.records.report import Report
+from cmdp_fast.trainer.rollout import encode_prompts
+from cmdp_fast.trainer.run import make_learner
+from cmdp_fast.trainer.tasks import data, rewards
 
 
 @pytest.fixture
@@ -129,6 +141,40 @@ def test_sampling_ahead_is_a_step_behind(pair, server, held, tmp_path):
     order = [kind for kind in kinds if kind in ("load", 4)]
     assert order == ["load", 4, 4, 4, 4, 4, 4, "load", 4, 4, 4, "load", "load"][: len(order)]
     assert order.count(4) == 9
+
+
+def _steps_of_processes(pair, config, sharded, shown):
+    """Two steps and an evaluation in each of the processes, whose samplings have to be the student's."""
+    accelerator = sharding_accelerator() if sharded else Accelerator(cpu=True)
+    problems = data.load_problems(config)
+    student, teacher, tokenizer = load_pair(config, problems.train, Report())
+    prompts = encode_prompts(problems.train, tokenizer)
+    functions = rewards.load_rewards(config, problems.train[0])
+    material = Material(student=student, teacher=teacher, tokenizer=tokenizer, rewards=functions)
+    material.prompts, material.longest = prompts, max(map(len, prompts)) + config.max_new_tokens
+    with ExitStack() as held:
+        engines = make_engines(config, accelerator, material, Report(), held)
+        learner = make_learner(config, accelerator, material, engines)
+        rows = slice(accelerator.process_index, 2 + accelerator.process_index)
+        for _ in range(2):
+            metrics = learner.step(problems.train[rows], prompts[rows])
+            assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
+        evaluate(learner.collector, learner.student, problems.held_out, Clock())
+        seeds = torch.randint(2**47, (3,)).tolist()
+    Path(f"{shown}-{accelerator.process_index}").write_text(str(seeds))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_processes_ask_each_for_its_own(pair, server, tmp_path, sharded):
+    """The main process brings the weights, of a model that is spread as well; each has random numbers of its own."""
+    if sharded and not gloo_averages():
+        pytest.skip("gloo of this torch takes a sum for a mean")
+    config = engine_settings(pair, server, tmp_path, prompts_per_step=2, lora_rank=0)
+    in_two_processes(_steps_of_processes, pair, config, sharded, tmp_path / "seeds")
+    assert len(server.loaded) == 3
+    asked = [body["prompt"] for body in completion_requests(server) if body["n"] == 4]
+    assert len(asked) == 8 and len({*map(tuple, asked)}) == 3
+    assert (tmp_path / "seeds-0").read_text() != (tmp_path / "seeds-1").read_text()
 
 
 # ------------------------------------------------------------------------------------- what is refused
