@@ -11,6 +11,7 @@ import torch
 
 from cmdp_fast.scoring import make_scoring
 
+from .engines import check_engines
 from .material import load
 from .models.memory_estimate import MemoryEstimate, estimate_memory
 from .models.offload import check_offload
@@ -36,6 +37,7 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     check_optimizer(config)
     check_offload(config)
     check_run_folder(config)
+    check_engines(config)
     material = load(config, report)
     if config.resume:
         check_origin(config, material.origin, report.say)
@@ -109,12 +111,16 @@ def memory_rows(config: TrainConfig, memory: MemoryEstimate) -> list[MemoryRow]:
         MemoryRow("activations", m.activations, layers if m.activations is not None else unknown),
         MemoryRow("backward", m.backward, "the head's gradient and tiles, or a layer's"),
         MemoryRow("optimizer's step", m.step, "instead of the four before") if m.step else None,
-        MemoryRow("keys and values", m.cache, "of the completions sampled at once" if m.cache is not None else unknown),
-        MemoryRow("sampling", m.sampling, "beside them"),
+        *(_sampling_rows(m, unknown) if not config.rollout else [MemoryRow("sampling", None, "what --rollout takes")]),
         MemoryRow("rollout", m.rollout, "estimate, all that is held then"),
         MemoryRow("update", m.update, "estimate, all that is held then"),
     ]
     return [row for row in rows if row is not None]
+
+
+def _sampling_rows(memory: MemoryEstimate, unknown: str) -> list[MemoryRow]:
+    about = "of the completions sampled at once" if memory.cache is not None else unknown
+    return [MemoryRow("keys and values", memory.cache, about), MemoryRow("sampling", memory.sampling, "beside them")]
 
 
 def print_memory(config: TrainConfig, memory: MemoryEstimate) -> None:

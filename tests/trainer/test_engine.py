@@ -468,3 +468,11 @@ def _until(holds) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("it never was so")
+
+
+def test_a_dry_run_looks_for_the_servers_and_counts_no_sampling(pair, server, tmp_path, capsys):
+    words = {"rollout": "vllm", "rollout_url": server.url, "rollout_folder": tmp_path}
+    assert main([*arguments(pair, tmp_path / "runs", **words), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "what --rollout takes" in shown and "keys and values" not in shown
+    assert [path for path, _ in server.asked] == ["/version"]

@@ -46,7 +46,7 @@ class MemoryEstimate:
     activations: int | None  # kept by the layers for the backward pass of a micro-batch; None: not known
     outputs: int  # for a micro-batch: the teacher's hidden states, or logits of both models
     backward: int  # made and dropped in the backward pass: the gradient of the head with tiles of logits, or of a layer
-    cache: int | None  # keys and values of the completions that are sampled at once; None: not known
+    cache: int | None  # keys and values of the completions that are sampled at once, 0 with --rollout; None: not known
     sampling: int  # made and dropped while they are sampled, beside the cache
 
     @property
@@ -119,8 +119,8 @@ def estimate_memory(
         activations=update and update.kept,
         outputs=rows * length * (widths[1] + (widths[0] if config.logits == "full" else 0)) * number,
         backward=max(head.backward, update.backward - head.copy if update else 0),
-        cache=sampling and sampling.cache,
-        sampling=sampling.passing if sampling else 0,
+        cache=0 if config.rollout else sampling and sampling.cache,
+        sampling=0 if config.rollout or not sampling else sampling.passing,
     )
 
 
