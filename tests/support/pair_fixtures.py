@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 from tiny_pair import PROBLEMS, tiny_model
 
 
@@ -18,6 +21,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[None]:
+    """Figures are made and not drawn, which would take two fifths of a tiny run. A module that looks at them has a
+    fixture of this name that does nothing."""
+
+    def savefig(self: Figure, file: Path, **_: Any) -> None:
+        file.write_bytes(b"not drawn")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ PACKAGES = (
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 if not MISSING:
-    from pair_fixtures import one_thread, own_precision, pair
+    from pair_fixtures import one_thread, own_precision, pair, undrawn
 
-    __all__ = ["isolation", "one_thread", "own_precision", "pair"]
+    __all__ = ["isolation", "one_thread", "own_precision", "pair", "undrawn"]
 
 
 class Skipped(pytest.Module):

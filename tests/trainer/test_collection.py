@@ -13,7 +13,7 @@ def test_a_missing_package_is_named_and_ends_no_collection(tmp_path):
     (tmp_path / "without.py").write_text(HIDE)
     given = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))}
     environment = given | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    other = f"{HERE.parent / 'test_package.py'}::test_an_import_does_not_warn"
+    other = f"{HERE.parent / 'test_advantage.py'}::test_equal_returns_leave_the_direct_term_alone"
     command = [sys.executable, "-m", "pytest", "-p", "without", "-p", "no:cacheprovider", "-ra"]
     command += [str(HERE / "test_lock.py"), str(HERE / "test_trust.py"), other]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

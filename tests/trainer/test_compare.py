@@ -5,18 +5,25 @@ from __future__ import annotations
 import csv
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
 
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import parse
+from cmdp_fast.trainer.comparison import compare
 from cmdp_fast.trainer.comparison.compare import run_all
 from cmdp_fast.trainer.comparison.plan import DEFAULT_METHODS, CompareConfig, SeededRun, parse_compare, plan, variant
 from cmdp_fast.trainer.comparison.plots import plot_budgets, sweeps
@@ -24,6 +31,11 @@ from cmdp_fast.trainer.comparison.table import Estimate, TableRow, cell, columns
 from cmdp_fast.trainer.records.digest import read_sealed, write_sealed
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.settings.recipe import METHOD_FILES
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> None:
+    """Here figures are drawn."""
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +66,50 @@ def words(recipe: Path, folder: Path, methods: str, seeds: str = "0 1", **option
     return command + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
+class Forked:
+    """A run as `subprocess.Popen` starts it, but forked from this process, which has imported everything."""
+
+    def __init__(self, command: list[str], *, stdout: BinaryIO, env: dict[str, str], **_: object) -> None:
+        def child() -> None:
+            os.environ.update(env)
+            with open(stdout.fileno(), "w", closefd=False) as log, redirect_stdout(log), redirect_stderr(log):
+                code = main(command[command.index("train") :])
+            os._exit(code)
+
+        self.process = multiprocessing.get_context("fork").Process(target=child)
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+
+@contextmanager
+def forking() -> Iterator[None]:
+    """Runs that begin at once. `comparison` has some that import everything anew, as a user's do."""
+    stand_in = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "subprocess", stand_in)
+        yield
+
+
+@pytest.fixture
+def forked() -> Iterator[None]:
+    with forking():
+        yield
+
+
 METHODS = "cmdp lagrangian:coefficient=0.5"
 
 
 @pytest.fixture(scope="module")
-def comparison(recipe, tmp_path_factory) -> Path:
+def comparison(recipe, tmp_path_factory, one_thread) -> Path:
     """Two methods, two seeds; killed after the first run, with another one at work, and taken up again."""
     folder = tmp_path_factory.mktemp("comparison")
-    command = [sys.executable, "-m", "cmdp_fast.cli", *words(recipe, folder, METHODS, judge="programmatic")]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    command = words(recipe, folder, METHODS, judge="programmatic")
+    program = [sys.executable, "-m", "cmdp_fast.cli", *command]
+    killed = subprocess.Popen(program, stdout=subprocess.DEVNULL, start_new_session=True)
     first = folder / "runs" / "cmdp-seed0" / "summary.json"
     while not first.exists():
         assert killed.poll() is None
@@ -72,10 +119,10 @@ def comparison(recipe, tmp_path_factory) -> Path:
     assert not (folder / "table.md").exists()
     (folder / "runs" / "lagrangian-coefficient=0.5-seed1").mkdir(exist_ok=True)  # what a killed run may leave
     before = first.stat().st_mtime_ns
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with forking(), redirect_stdout(StringIO()) as said:
+        assert main(command) == 0
     assert first.stat().st_mtime_ns == before  # what was finished is not run again
-    assert "4 runs, 0 of them" not in done.stdout
+    assert "4 runs, 0 of them" not in said.getvalue()
     return folder
 
 
@@ -158,7 +205,7 @@ def test_runs_of_other_material_do_not_share_a_table(what, comparison, recipe, c
     write_sealed(other / "config.json", began)
 
 
-def test_a_run_without_its_whole_end_is_not_finished(recipe, tmp_path, capsys):
+def test_a_run_without_its_whole_end_is_not_finished(recipe, tmp_path, capsys, forked):
     """One that was killed is made anew; one that was finished and then damaged is named, and left as it is."""
     command, run = words(recipe, tmp_path, "cmdp", "0"), tmp_path / "runs" / "cmdp-seed0"
     assert main(command) == 0
@@ -168,6 +215,7 @@ def test_a_run_without_its_whole_end_is_not_finished(recipe, tmp_path, capsys):
     assert main(command) == 0
     assert "1 runs, 0 of them finished already" in capsys.readouterr().out
     assert (run / "student" / "model.safetensors").read_bytes() == whole
+    shutil.copytree(run, tmp_path / "whole")
     damages = {
         "student/model.safetensors": lambda path: path.write_bytes(whole[:-1] + b"!"),
         "samples.jsonl": lambda path: path.unlink(),
@@ -180,7 +228,8 @@ def test_a_run_without_its_whole_end_is_not_finished(recipe, tmp_path, capsys):
         assert f"{run}: {name} " in error and "remove" in error and error.count("\n") == 1
         assert (run / "student" / "model.safetensors").exists()
         shutil.rmtree(run)
-        assert main(command) == 0
+        shutil.copytree(tmp_path / "whole", run)
+    assert main(command) == 0
 
 
 def test_two_comparisons_in_a_folder(comparison, recipe, capsys):
@@ -192,7 +241,7 @@ def test_two_comparisons_in_a_folder(comparison, recipe, capsys):
     assert "is at work here" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_costs_itself(recipe, tmp_path, capsys):
+def test_a_run_that_fails_costs_itself(recipe, tmp_path, capsys, forked):
     """The second method's learning rate takes its weights to infinity."""
     methods = "cmdp cmdp:learning_rate=1e38,max_grad_norm=1e38"
     assert main(words(recipe, tmp_path, methods, "0", judge="programmatic", judge_against="cmdp")) == 1

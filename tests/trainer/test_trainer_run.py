@@ -16,6 +16,11 @@ from cmdp_fast.trainer.tasks import data
 
 
 @pytest.fixture(scope="module")
+def undrawn() -> None:
+    """Here figures are drawn."""
+
+
+@pytest.fixture(scope="module")
 def finished_run(pair, tmp_path_factory, one_thread) -> Path:
     output = tmp_path_factory.mktemp("finished")
     assert main(arguments(pair, output)) == 0

@@ -78,7 +78,8 @@ def run_all(todo: list[SeededRun], jobs: int, logs: Path, lock: int, report: Rep
     logs.mkdir(exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "CI": "1"}
-    waiting, running = todo[::-1], dict[subprocess.Popen[bytes], SeededRun]()
+    waiting = todo[::-1]
+    running: dict[subprocess.Popen[bytes], SeededRun] = {}
     try:
         for _ in report.track(range(len(todo)), f"running {len(todo)}") if todo else ():
             while waiting and len(running) < jobs:
