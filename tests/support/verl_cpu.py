@@ -91,6 +91,7 @@ class PlatformCPU(PlatformBase):
 
     def cudart(self) -> None: ...
 
+
 # verl/models/transformers/monkey_patch.py, line 356, takes a class from TRL that 1.x does not have, where TRL is there
 sys.modules["trl"] = None  # type: ignore[assignment]
 

@@ -1,7 +1,7 @@
-"""A training run of verl's own launcher on this machine's CPU, with random models: `python verl_run.py FOLDER [KEY=VALUE ...]`.
+"""A run of verl's launcher with random models on a CPU: `python tests/support/verl_run.py FOLDER [KEY=VALUE ...]`.
 
-It trains with `cmdp.yaml`, in which nothing but sizes and devices changes. Ray starts workers on this machine, the actor
-is verl's FSDP engine, the student's rollout and the teacher are `verl_rollout.py`.
+The configuration is `cmdp.yaml`, with other sizes and devices. Ray starts the workers, the actor is verl's FSDP engine,
+the student's rollout and the teacher are those of `verl_rollout.py`; with VERL_RUN_ENGINE=vllm they are vLLM's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ ROOT = SUPPORT.parent.parent
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: object = None, **_: object) -> float:
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: object = None, **_: object
+) -> float:
     """verl's signature of a reward function: how many of a completion's signs are digits."""
     return sum(sign.isdigit() for sign in solution_str) / max(len(solution_str), 1)
 
@@ -86,7 +88,8 @@ def command(folder: Path, *changes: str) -> list[str]:
         "trainer.logger": "[console,file]",
         "trainer.default_local_dir": folder / "checkpoints",
         "+ray_kwargs.ray_init.num_gpus": 2,  # places, of which verl counts one for the student and one for the teacher
-        "ray_kwargs.ray_init.num_cpus": 16,
+        "ray_kwargs.ray_init.num_cpus": 12,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "+ray_kwargs.ray_init.include_dashboard": "false",
         "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES": f"'{modules()}'",
     }
