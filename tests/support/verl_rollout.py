@@ -49,7 +49,11 @@ class Server:
 
     def _scores(self, ids: list[int], k: int) -> dict[str, list]:
         """What `extract_prompt_logprobs` of verl makes of vLLM's answer: of each token but the first its k likeliest,
-        or for k = 0 itself, and a row that stands for the token after the last."""
+        or for k = 0 itself, and a row that stands for the token after the last. A run that wants to know what its
+        teacher read names a file in VERL_RUN_SCORED."""
+        if path := os.environ.get("VERL_RUN_SCORED"):
+            with open(path, "a") as scored:
+                scored.write(f"{ids}\n")
         logprob = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         if k:
             values, tokens = logprob.topk(k, -1)

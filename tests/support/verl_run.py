@@ -6,11 +6,13 @@ the student's rollout and the teacher are those of `verl_rollout.py`; with VERL_
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from tiny_pair import tiny_model
@@ -101,26 +103,33 @@ def command(folder: Path, *changes: str) -> list[str]:
     ]
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path, name: str) -> dict[str, str]:
     """What verl and Ray are started with: our modules, no GPU, and one thread a process."""
     paths = os.pathsep.join([str(SUPPORT), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return os.environ | {
         "PYTHONPATH": paths,
         "VERL_USE_EXTERNAL_MODULES": modules(),
         "VERL_PLATFORM": "cpu",
+        # verl/workers/engine/fsdp/transformer_impl.py, line 1143, has its FSDP engine for cuda and npu alone
         "VERL_ENGINE_DEVICE": "cuda",
-        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
+        "VERL_FILE_LOGGER_PATH": str(folder / f"{name}.jsonl"),
+        "VERL_RUN_SCORED": str(folder / f"{name}.scored"),
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
     }
 
 
-def run(folder: Path, *changes: str) -> None:
-    """Trains; raises CalledProcessError where verl fails."""
+def run(folder: Path, *changes: str, name: str = "run") -> dict[int, dict[str, Any]]:
+    """Trains from the last checkpoint in a folder, or from the beginning; returns the metrics of each step, which
+    verl's logger has written to ``name``.jsonl. Raises CalledProcessError where verl fails."""
     prepare(folder)
-    subprocess.run(command(folder, *changes), env=environment(folder), cwd=folder, check=True)
+    subprocess.run(command(folder, *changes), env=environment(folder, name), cwd=folder, check=True)
+    lines = (folder / f"{name}.jsonl").read_text().splitlines()
+    return {line["step"]: line["data"] for line in map(json.loads, lines)}
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]).absolute(), *sys.argv[2:])
+    for step, metrics in run(Path(sys.argv[1]).absolute(), *sys.argv[2:]).items():
+        ours = {name: value for name, value in metrics.items() if "cmdp" in name or name == "actor/loss"}
+        print(f"step {step}", *(f"{name}={value:.5g}" for name, value in ours.items()))
