@@ -15,9 +15,12 @@ SAMPLED_COSTS = ("k1", "k3", "nll")
 SETTINGS = ("budget", "cost", "kind", "penalty", "discrepancy_weight", "coefficient", "cost_clamp")
 
 
-def constraint_from_settings(settings: Mapping[str, Any] | None, where: str) -> cf.Constraint:
+def constraint_from_settings(
+    settings: Mapping[str, Any] | None, where: str, *, keeps_multiplier: bool = False
+) -> cf.Constraint:
     """The constraint that the section ``where`` of a configuration states: some of `SETTINGS`, fields of
-    `cf.Constraint`, at least ``budget`` (nats per completion) and ``cost``.
+    `cf.Constraint`, at least ``budget`` (nats per completion) and ``cost``. ``keeps_multiplier``: the caller
+    checkpoints the state of ``pid``, which is refused otherwise.
 
     Raises InputError for a key that is unknown or missing, for a value that is not allowed, and as `check_supported`.
     Warns of ``saute`` with a cost that does not depend on the action.
@@ -28,7 +31,8 @@ def constraint_from_settings(settings: Mapping[str, Any] | None, where: str) -> 
         raise InputError(f"{where} has {sorted(unknown)}, expected some of {', '.join(SETTINGS)}")
     given = {str(name): value for name, value in settings.items()}
     _check_budget(given["budget"])
-    _check_kind(given.get("kind"))
+    if not keeps_multiplier:
+        _check_kind(given.get("kind"))
     try:
         _check_cost(given["cost"])
         constraint = cf.Constraint(**given)

@@ -21,8 +21,6 @@ pytest.importorskip(
 import transfer_queue as tq
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tensordict import TensorDict
-from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer import distillation
 from verl.trainer.distillation.losses import distillation_ppo_loss, get_distillation_loss_settings
@@ -36,12 +34,14 @@ from verl.utils.ulysses import slice_input_tensor
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
-from verl_batch import FOLDER, RESPONSES, Batch, composed, engine_outputs, loss_function, nested, padded, parts
+from verl_batch import FOLDER, RESPONSES, Batch, composed, engine_outputs, nested, padded, parts
+from verl_store import UID, meta, trainer_and_store
 
 import cmdp_fast.integrations.verl as integration
 from cmdp_fast import objective, reference
 from cmdp_fast.errors import InputError
-from cmdp_fast.integrations.verl.advantage import cost_of_batch
+from cmdp_fast.integrations.verl.advantage import charging
+from cmdp_fast.integrations.verl.config import constraint_of
 from cmdp_fast.integrations.verl.losses import actor_loss
 
 SAMPLED = ("distillation.distillation_loss.loss_mode=cmdp_sampled",)
@@ -124,8 +124,9 @@ def test_worked_example_through_verls_compute_advantage() -> None:
         },
         non_tensors={"uid": np.array(["a", "a"], dtype=object)},
     )
-    with cost_of_batch(cost):
-        ray_trainer.compute_advantage(data, "cmdp", config=algorithm(discrepancy_weight=2.0))
+    config = algorithm(discrepancy_weight=2.0)
+    with charging(cost, constraint_of(config, "algorithm")):
+        ray_trainer.compute_advantage(data, "cmdp", config=config)
     score = torch.tensor([-2.0, -2.0, -0.875, -0.375, 0.0])
     assert torch.equal(data.batch["advantages"], torch.stack([score, -score]))
     assert torch.equal(data.batch["returns"][0], torch.tensor([-2.0, -2.0, -2.0, -0.875, -0.375]))
@@ -156,7 +157,7 @@ def test_estimator_says_what_it_lacks() -> None:
         integration.compute_cmdp_advantage(rewards, mask, None, algorithm(), cost=rewards)
     for settings, message in [
         ({"cost": "reverse_kl"}, "reverse_kl, expected forward_kl, k1"),
-        ({"kind": "pid"}, "kind='pid'"),
+        ({"kind": "pid"}, "needs coefficient="),
         ({"budgett": 1}, r"algorithm.cmdp has \['budgett'\]"),
         ({"budget": -1.0}, "budget=-1.0"),
         ({"kind": "lagrangian"}, "coefficient"),
@@ -167,42 +168,6 @@ def test_estimator_says_what_it_lacks() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- trainer
-
-
-class Store:
-    """TransferQueue's place: fields of all rows, by name."""
-
-    def __init__(self, fields: dict) -> None:
-        self.fields, self.written = fields, {}
-
-    def kv_batch_get(self, keys, partition_id, select_fields) -> TensorDict:
-        data = TensorDict({name: self.fields[name] for name in select_fields if name in self.fields}, len(keys))
-        if "uid" in select_fields:
-            data["uid"] = tu.NonTensorStack(*self.fields["uid"])
-        return data
-
-    def kv_batch_put(self, keys, partition_id, fields):
-        self.written.update(fields.items())
-        return KVBatchMeta(partition_id=partition_id, keys=keys, tags=[{}] * len(keys))
-
-
-UID = ["a", "b", "a", "b"]
-
-
-def trainer_and_store(monkeypatch, batch: Batch, *overrides: str):
-    """A trainer that has not been set up, the queue it reads, and what the scoring pass has put there."""
-    config = composed("algorithm.cmdp.budget=4.0", *overrides)
-    data = batch.data()
-    outputs = engine_outputs(batch, data, loss_function(config), batch.student)
-    rewards = [torch.zeros(r).index_fill(0, torch.tensor(r - 1), i) for i, r in enumerate(RESPONSES)]
-    store = Store({**dict(data.items()), **outputs, "rm_scores": nested(rewards), "uid": UID})
-    monkeypatch.setattr(tq, "kv_batch_get", store.kv_batch_get)
-    monkeypatch.setattr(tq, "kv_batch_put", store.kv_batch_put)
-    return integration.ConstrainedTrainer(config), store, padded(rewards)
-
-
-def meta() -> KVBatchMeta:
-    return KVBatchMeta(partition_id="train", keys=[f"{uid}_{i}_0" for i, uid in enumerate(UID)], tags=[{}] * 4)
 
 
 @pytest.mark.parametrize("cost", ["forward_kl", "k1"])

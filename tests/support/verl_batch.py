@@ -141,10 +141,12 @@ def engine_outputs(batch: Batch, data: TensorDict, loss: Any, logits: list[Tenso
     )
 
 
-def loss_of(batch: Batch, config: Any, logits: list[Tensor], rows: list[int] | None = None) -> tuple[Tensor, dict]:
-    """verl's loss of a micro-batch, and its metrics."""
+def loss_of(
+    batch: Batch, config: Any, logits: list[Tensor], rows: list[int] | None = None, **sent: Any
+) -> tuple[Tensor, dict]:
+    """verl's loss of a micro-batch, and its metrics; the trainer has ``sent`` settings along."""
     rows = list(range(len(PROMPTS))) if rows is None else rows
     loss = loss_function(config)
-    data = batch.data(rows)
+    data = batch.data(rows, **sent)
     outputs = engine_outputs(batch, data, loss, [logits[i] for i in rows])
     return loss(model_output=outputs, data=data)

@@ -38,17 +38,33 @@ the sampled token alone. So here the costs are
   from the sampled token. They depend on the action, so there is no direct term; set `loss_mode: cmdp_sampled`.
 
 ``reverse_kl`` and ``jsd`` are refused: over the *teacher's* k tokens they would say nothing of where the student went.
-The ``pid`` multiplier is refused too, since verl would not checkpoint its state.
+
+**Lambda.** For ``kind: pid`` the controller of `algorithm.cmdp.pid_gains`, whose integral starts from ``coefficient``,
+sets lambda by the mean cost of a step's completions before they are priced, as `cmdp_fast.trainer` does; the workers
+get it with the batch. `cmdp_pid.json` in verl's checkpoints, beside `data.pt`, has the controller's state.
+
+**Rollout correction.** verl's importance weights of the rollout (`algorithm.rollout_correction.rollout_is`) weigh the
+score term. Those of whole completions (``sequence``) weigh the direct term too; a token's weight corrects the choice of
+that token, on which its divergence does not depend. ``rollout_rs`` may reject completions (``seq_*``) and is refused
+where it rejects tokens: what they cost would be missing from the account. Costs, lambda and metrics are means over the
+completions that were sampled, unweighted. ``bypass_mode`` is refused.
 
 **Whose costs.** The advantages charge the policy before the update, as PPO's rewards do. The direct term charges the
 policy that is being updated, at the states that were sampled, including which completions are over budget.
 
-**Tested**, on a CPU with verl's own data structures and configuration classes (0.9.1) and without starting Ray: the
-four registrations, the estimator through verl's `compute_advantage`, the losses through verl's `distillation_ppo_loss`
-on the outputs of its FSDP engine's `prepare_model_outputs`, their values and gradients against `cmdp_fast.reference`,
-micro-batches against the whole, the trainer's own steps with a dict in TransferQueue's place, and that each key of
-`cmdp.yaml` is one of verl's. **Not tested**: a training run; Megatron; multi-turn agents; the asynchronous trainers,
-which have no ``cmdp``.
+**Run**, on a CPU: verl 0.9.1's launcher with `cmdp.yaml`, Ray 2.60 and random models, for ``forward_kl`` with ``cmdp``
+and with ``pid``, with a checkpoint and a run that goes on from it (`tests/integrations/test_verl_training.py`).
+`tests/support` puts in what verl has for GPUs alone, and nothing else of it is replaced: a platform, since verl has
+none for a CPU; and a rollout of transformers' `generate` behind verl's interface of vLLM. The README's section has the
+command and the lines of verl where a CPU ends.
+
+**Tested**, with verl's own data structures and configuration classes and without Ray: the estimator through verl's
+`compute_advantage`, the losses through verl's `distillation_ppo_loss` on the outputs of its FSDP engine's
+`prepare_model_outputs`, their values and gradients against `cmdp_fast.reference`, micro-batches against the whole, the
+trainer's own steps with a dict in TransferQueue's place, and that each key of `cmdp.yaml` is one of verl's.
+
+**Not tested**: a GPU, SGLang, several nodes; Megatron; multi-turn agents; the asynchronous trainers, which have no
+``cmdp``.
 
 verl 0.9 wants transformers < 5.11; this package's other parts are tested with a newer one and accept both. So install
 it into an environment of its own: ``pip install 'cmdp_fast[verl]'``.

@@ -6,6 +6,7 @@ refers to it, in a dataclass of ours that hydra makes because ``_target_`` names
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from verl.workers.config import PolicyLossConfig
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.constraint import SAMPLED_COSTS, constraint_from_settings
+from cmdp_fast.objective import PIDController
 
 TOPK_LOSS, SAMPLED_LOSS = "cmdp", "cmdp_sampled"
 CONSTANT_NORMALIZERS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -32,10 +34,30 @@ def constraint_of(section: Mapping[str, Any] | None, where: str) -> Constraint:
 
     Raises InputError for ``reverse_kl`` (verl's teacher sends its own k tokens, whose masses give forward KL) too.
     """
-    constraint = constraint_from_settings(None if section is None else section.get("cmdp"), f"{where}.cmdp")
+    settings = (None if section is None else section.get("cmdp")) or {}
+    ours = {name: value for name, value in settings.items() if name != "pid_gains"}
+    constraint = constraint_from_settings(ours, f"{where}.cmdp", keeps_multiplier=True)
     if constraint.cost == "reverse_kl":
         raise InputError(f"{where}.cmdp.cost=reverse_kl, expected forward_kl, {', '.join(SAMPLED_COSTS)}")
     return constraint
+
+
+def multiplier_of(algorithm: Mapping[str, Any]) -> PIDController | None:
+    """The controller of lambda that `algorithm.cmdp` states, for ``kind: pid``: ``pid_gains`` are its three gains, and
+    its integral starts from ``coefficient``. Raises InputError for gains that are not three numbers, or of no use."""
+    constraint, gains = constraint_of(algorithm, "algorithm"), algorithm["cmdp"].get("pid_gains")
+    if constraint.kind != "pid":
+        if gains is not None:
+            raise InputError(f"algorithm.cmdp.pid_gains={gains} with kind={constraint.kind}, which has no controller")
+        return None
+    if gains is None:
+        return PIDController(initial_integral=constraint.price)
+    if len(gains) != 3 or not all(isinstance(gain, int | float) and math.isfinite(gain) for gain in gains):
+        raise InputError(
+            f"algorithm.cmdp.pid_gains={gains}, expected three numbers: proportional, integral, derivative"
+        )
+    kp, ki, kd = gains
+    return PIDController(kp=kp, ki=ki, kd=kd, initial_integral=constraint.price)
 
 
 def check_config(config: Any) -> Constraint:
@@ -81,6 +103,7 @@ def check_config(config: Any) -> Constraint:
     for key, (given, right) in expected.items():
         if given != right:
             raise InputError(f"{key}={given}, the trainer 'cmdp' expects {right}")
+    _check_correction(config)
     if not constraint.action_dependent and actor.strategy not in ("fsdp", "fsdp2"):
         raise InputError(
             f"actor_rollout_ref.actor.strategy={actor.strategy} with cost=forward_kl, expected fsdp or fsdp2: others "
@@ -93,3 +116,19 @@ def check_config(config: Any) -> Constraint:
             f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}, expected {', '.join(CONSTANT_NORMALIZERS)}"
         )
     return constraint
+
+
+def _check_correction(config: Any) -> None:
+    """Raises InputError for a correction of verl's that would change what a completion has spent, or not be made."""
+    correction, rollout = config.algorithm.rollout_correction, config.actor_rollout_ref.rollout
+    rejected = correction.rollout_rs
+    if rejected is not None and any(option.strip().startswith("token_") for option in rejected.split(",")):
+        raise InputError(
+            f"algorithm.rollout_correction.rollout_rs={rejected} takes tokens out of a completion, and their cost with "
+            "them; expected options seq_*, which take whole completions"
+        )
+    if (correction.rollout_is or rejected) and not rollout.calculate_log_probs:
+        raise InputError(
+            "algorithm.rollout_correction without the rollout's log-probabilities corrects nothing, "
+            "expected actor_rollout_ref.rollout.calculate_log_probs=True"
+        )

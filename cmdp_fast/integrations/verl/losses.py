@@ -8,6 +8,7 @@ is made of the logits, which only an actor's worker has: `actor_loss` is what it
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.distillation.losses import DistillationLossSettings, register_distillation_loss
 from verl.trainer.ppo.core_algos import register_policy_loss
+from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
@@ -26,6 +28,10 @@ from cmdp_fast.errors import InputError
 
 from .config import CONSTANT_NORMALIZERS, SAMPLED_LOSS, TOPK_LOSS, constraint_of
 from .costs import COST, cost_of_logits, sampled_cost
+
+COEFFICIENT, SEQUENCE_WEIGHTS = "cmdp_coefficient", "cmdp_sequence_weights"
+"""What the trainer sends along with a batch: the lambda of this step, and whether verl's ``rollout_is_weights`` are
+those of whole completions."""
 
 LOG_RATIO_LIMIT = 20.0  # as verl's own losses: a policy that has run away gives no infinite ratio
 
@@ -105,7 +111,14 @@ def compute_cmdp_direct_term(
     """k_t c_t for each token [B, T], c the forward KL to the teacher's k tokens with a bucket for the rest.
 
     k is `objective.direct_coefficient` of the budget that completions spend under the policy that is trained. So a
-    whole completion has to be in the micro-batch, as it is in verl. Differentiable through c. Metrics are means of the
+    whole completion has to be in the micro-batch, as it is in verl. The lambda of ``pid`` is the one that the trainer
+    sends.
+
+    verl's importance weights of the rollout are the score term's, of each token. Here they count where one weight
+    stands for a whole completion (``rollout_is: sequence``): the expectation of everything in it is then corrected. A
+    token's own weight corrects the choice of that token, on which its divergence does not depend.
+
+    Differentiable through c. Metrics are means of the
     micro-batch: ``distillation/cmdp_cost`` per token and ``distillation/cmdp_spent`` per completion, in nats,
     ``distillation/student_mass`` and ``distillation/teacher_mass`` of the k tokens. Raises InputError where the
     workers are not those of the trainer `cmdp`, which make the cost of the logits.
@@ -116,10 +129,16 @@ def compute_cmdp_direct_term(
             "distillation.distillation_loss.loss_mode=cmdp has no cost that was made of the logits, "
             "expected trainer.v1.trainer_mode=cmdp"
         )
+    if constraint.kind == "pid":
+        if (coefficient := tu.get(data, COEFFICIENT, default=None)) is None:
+            raise InputError("kind=pid has no lambda of this step, expected trainer.v1.trainer_mode=cmdp")
+        constraint = replace(constraint, coefficient=coefficient)
     mask = _padded(data["response_mask"]).bool()
     cost = torch.where(mask, no_padding_2_padding(model_output[COST], data).float(), 0.0)
     trace = cf.budget_trace(cost.detach(), constraint=constraint, mask=mask)
     weight = objective.direct_coefficient(trace, constraint, mask=mask)
+    if tu.get(data, SEQUENCE_WEIGHTS, default=False):
+        weight = weight * _padded(data["rollout_is_weights"])
     real = mask.sum().clamp(min=1)
     metrics = {
         "distillation/cmdp_cost": (cost.detach().sum() / real).item(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,10 +19,11 @@ import cmdp_fast as cf
 from cmdp_fast import objective
 from cmdp_fast.metrics import as_numbers
 
-from .advantage import cost_of_batch
-from .config import check_config
+from . import multiplier
+from .advantage import charging
+from .config import check_config, multiplier_of
 from .costs import SAMPLED_FIELDS, TOPK_FIELDS, cost_of_rollouts
-from .losses import actor_loss
+from .losses import COEFFICIENT, SEQUENCE_WEIGHTS, actor_loss
 
 
 class ScoringWorker(TrainingWorker):
@@ -64,6 +66,7 @@ class ConstrainedTrainer(PPOTrainerSync):
 
     def __init__(self, config: Any) -> None:
         self.constraint = check_config(config)
+        self.controller = multiplier_of(config.algorithm)
         # The name has chosen this class and is done; verl asks again for "sync" where it chooses a replay buffer.
         config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
@@ -79,6 +82,7 @@ class ConstrainedTrainer(PPOTrainerSync):
         return super()._compute_old_log_prob(batch, metrics)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """verl's, with the costs of the batch; for `pid` lambda is set by them first, as `Learner.price` does."""
         fields = SAMPLED_FIELDS if self.constraint.action_dependent else TOPK_FIELDS
         data = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=[*fields, "response_mask"]
@@ -87,7 +91,34 @@ class ConstrainedTrainer(PPOTrainerSync):
         real = mask.any(1)  # verl fills a batch up with rows that have no token to train on
         if real.any():
             trace = cf.budget_trace(cost[real].detach(), constraint=self.constraint, mask=mask[real])
-            figures = objective.constraint_metrics(cost[real], trace, mask=mask[real])
-            metrics |= {f"cmdp/{name}": value for name, value in as_numbers(figures).items()}
-        with cost_of_batch(cost):
+            figures = as_numbers(objective.constraint_metrics(cost[real], trace, mask=mask[real]))
+            if self.controller is not None:
+                self.constraint = multiplier.priced(self.constraint, self.controller, figures["mean_cumulative"])
+            if self.constraint.is_a.coefficient == "lambda":
+                figures["lambda"] = self.constraint.price
+            metrics |= {f"cmdp/{name}": value for name, value in figures.items()}
+        with charging(cost, self.constraint):
             return super()._compute_advantage(batch, metrics)
+
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        batch.extra_info[SEQUENCE_WEIGHTS] = self.config.algorithm.rollout_correction.rollout_is == "sequence"
+        if self.controller is not None:
+            batch.extra_info[COEFFICIENT] = self.constraint.coefficient
+        return super()._update_actor(batch, metrics)
+
+    # ------------------------------------------------------------------------------------------ for a checkpoint
+
+    def _save_checkpoint(self) -> None:
+        if self.controller is not None:  # first, since verl's last act is to declare the checkpoint whole
+            multiplier.save(self.controller, self._folder())
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.controller is None or self.global_steps == 0:
+            return
+        given = self.config.trainer.resume_mode == "resume_path"
+        multiplier.load(self.controller, Path(self.config.trainer.resume_from_path) if given else self._folder())
+
+    def _folder(self) -> Path:
+        return Path(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
