@@ -52,7 +52,7 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
         import datasets
         import transformers
 
-        from .errors import InputError
+        from .errors import InputError, ProcessLost
 
         run = _runner(command)
     except ModuleNotFoundError as error:
@@ -70,16 +70,24 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     except InputError as error:
         if os.environ.get("CMDP_FAST_TRACEBACK") == "1":
             _tell_all("".join(traceback.format_exception(error)))  # of several processes one has the cause
-        _say(f"error: {error}")
+        _say(f"error: {error}", each_machine=isinstance(error, ProcessLost) or not _have_met())
         return 2
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
 
 
-def _say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # the others of several processes have the same (trainer/distributed.py)
+def _say(message: str, each_machine: bool = False) -> None:
+    """Of several processes the first one speaks, of all or of `each_machine`: the others have the same to say
+    (trainer/distributed.py), unless they have not met yet, or the one that speaks is lost."""
+    if os.environ.get("LOCAL_RANK" if each_machine else "RANK", "0") == "0":
         _tell_all(f"cmdp-fast: {message}")
+
+
+def _have_met() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _tell_all(message: str) -> None:

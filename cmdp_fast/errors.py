@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what was given and what was expected."""
 
 
+class ProcessLost(InputError):
+    """Another process of the run has gone, or cannot be reached: from here on nothing can be agreed on with others."""
+
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

@@ -18,10 +18,11 @@ from typing import Annotated, Any, ClassVar
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import write_json
 
-from .distributed import check_alike, main_first, make_accelerator, on_device
+from .distributed import check_alike, main_first, on_device
 from .engines import Engines, check_engines, make_engines
 from .evaluate import EVALUATION_SEED, evaluate, of_several
 from .experience import Collector
+from .launch import make_accelerator
 from .material import Material, load
 from .parse import parse_as
 from .records.clock import Clock
@@ -118,7 +119,7 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     report = Report(accelerator.is_main_process)
     sets = main_first(lambda: _sets(config), accelerator)
     material = main_first(lambda: load(config, report, sets), accelerator)
-    check_alike(material.origin["problems"], accelerator)
+    check_alike(material.origin, accelerator)
     student = on_device(material.student, accelerator)
     figures: dict[str, Any] = {}
     with ExitStack() as held:

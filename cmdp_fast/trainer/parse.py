@@ -17,7 +17,9 @@ import tyro
 
 from cmdp_fast.errors import InputError
 
-from .records.resume import check_changes, read_config
+from .distributed import of_main, together
+from .launch import launched, meet
+from .records.resume import Begun, check_changes, read_config, spread_again
 from .records.trust import check_named_again, check_unchanged, without_code
 from .settings.config import TrainConfig
 from .settings.recipe import read_recipe
@@ -48,10 +50,22 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
         if config.TRAINS:
             check_read(config, changed(config, default))
         return config
-    began, code = read_config(Path(base.resume))
+    if not kind.TRAINS or launched() == 1:
+        return _going_on(kind, base.resume, args, prog, description, read_config(Path(base.resume)))
+    met = meet()
+    began = of_main(lambda: read_config(Path(base.resume)), met)  # others may not see the folder
+    with together(met):
+        return _going_on(kind, base.resume, args, prog, description, began)
+
+
+def _going_on(kind: type[Config], run: str, args: Sequence[str], prog: str, description: str, read: Begun) -> Config:
+    """The configuration of a run that goes on, of whose beginning this was read."""
+    began, code, processes = read
+    if kind.TRAINS and processes not in (None, here := launched()):
+        began = spread_again(began, processes, here)
     default = kind(**vars(without_code(began)))
     if not kind.TRAINS:  # what the run has made, and not what it began with
-        default = replace(default, student=str(Path(base.resume) / "student"))
+        default = replace(default, student=str(Path(run) / "student"))
     config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
     check_named_again(began, config, [*prog.split(), *args])
     config.validate()

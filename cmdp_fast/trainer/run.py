@@ -8,6 +8,7 @@ end and write a checkpoint; an error leaves the last one, as does a kill. `distr
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,8 @@ from torch import nn
 from .distributed import (
     any_process,
     check_alike,
-    check_training,
     main_first,
-    make_accelerator,
+    noticing_loss,
     on_device,
     prepare_student,
     together,
@@ -26,8 +26,10 @@ from .distributed import (
 from .engines import NONE, Engines, check_engines, make_engines
 from .experience import Collector
 from .interrupts import Interrupts
+from .launch import check_training, described, make_accelerator
 from .material import Material, load
 from .methods.method import method_named
+from .models.adapter import check_spread
 from .models.offload import check_offload
 from .models.value_head import ValueHead
 from .optimization import check_optimizer, make_optimizer, make_scheduler
@@ -68,11 +70,19 @@ def train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
     check_training(accelerator)
     report = Report(accelerator.is_main_process)
-    with Interrupts(patient=accelerator.num_processes > 1) as interrupts, ExitStack() as held:
+    again = "start it again on all machines with the same launcher, with --resume where its folder is there"
+    with (
+        Interrupts(patient=accelerator.num_processes > 1) as interrupts,
+        ExitStack() as held,
+        noticing_loss(accelerator, lambda: again),
+    ):
+        report.say(described(accelerator, config))
+        check_alike(_settings(config), accelerator)
         finished = False
         with together(accelerator):
-            check_run_folder(config)
             code = code_of(config)
+            if accelerator.is_main_process:
+                check_run_folder(config)
             if config.resume and accelerator.is_main_process:
                 held.enter_context(alone_in(Path(config.resume), report.say))
                 finished = is_finished(config, report.say)
@@ -84,7 +94,7 @@ def train(config: TrainConfig) -> Path:
         for warning in warnings_of(config):
             report.say(f"warning: {warning}")
         material = main_first(lambda: load(config, report), accelerator)
-        check_alike(material.origin["problems"], accelerator)
+        check_alike({**material.origin, **code}, accelerator)
         with together(accelerator):
             if config.resume and accelerator.is_main_process:
                 check_origin(config, material.origin, report.say)
@@ -102,10 +112,20 @@ def train(config: TrainConfig) -> Path:
     return training.folder
 
 
+def _settings(config: TrainConfig) -> dict[str, str]:
+    """The settings by option, but for the places of files: those are compared by what they hold."""
+    places = ("output_dir", "resume", "student", "teacher", "dataset", "eval_dataset", "recipe", "method")
+    places += ("rollout_python", "rollout_folder")  # of the main process alone
+    names = [field.name for field in fields(config) if field.name not in places]
+    return {f"--{name.replace('_', '-')}": str(getattr(config, name)) for name in names}
+
+
 def make_learner(config: TrainConfig, accelerator: Accelerator, material: Material, engines: Engines = NONE) -> Learner:
     """The models on their device with an optimizer, ready for a step. Seeds each process's random numbers."""
     from accelerate.utils import set_seed
 
+    if accelerator.distributed_type == "FSDP":
+        check_spread(material.student)
     set_seed(config.seed, device_specific=accelerator.num_processes > 1)
     trained = [parameter for parameter in material.student.parameters() if parameter.requires_grad]
     groups = [{"params": trained, "lr": config.learning_rate}]

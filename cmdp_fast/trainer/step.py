@@ -37,6 +37,7 @@ from .experience import Experience, Metrics
 from .methods.method import Method, Targets
 from .micro_batches import Lengths, lengths_of
 from .models.offload import Offload
+from .records.checkpoint import Trained
 from .records.throughput import Throughput, read_tokens
 from .settings.constraint import training_constraint
 from .tasks.data import Problem
@@ -210,6 +211,11 @@ class Learner:
         return dict(zip(here, self.accelerator.reduce(together, "mean").tolist(), strict=True))
 
     # ------------------------------------------------------------------------------------- for a checkpoint
+
+    @property
+    def trained(self) -> Trained:
+        """The models that are trained, and their optimizer."""
+        return Trained(self.student, self.method.value_head, self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """The state beside that of the models, the optimizer and the schedule; plain numbers."""

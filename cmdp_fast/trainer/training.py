@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from cmdp_fast.constraint import Constraint
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, ProcessLost, first_line
 from cmdp_fast.files import write_text
 
-from .distributed import any_process, share, together, whole_student
+from .distributed import any_process, noticing_loss, of_main, share, together, whole_student
 from .evaluate import evaluate
 from .interrupts import Interrupts
 from .material import Material
@@ -32,7 +32,7 @@ from .records.curves import CURVES, plot_curves
 from .records.ending import write_summary
 from .records.metrics_log import MetricsLog
 from .records.report import Report
-from .records.run_folder import make_run_folder, write_config
+from .records.run_folder import Beginning, make_run_folder, write_config
 from .records.samples import samples_text, write_samples
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
@@ -64,9 +64,11 @@ class Training:
 
         `held` gets the new folder's lock, as it has that of a run to be resumed.
         """
-        if self.config.resume and checkpoints(Path(self.config.resume)):
-            self.folder = Path(self.config.resume)
-            self._restore(load_checkpoint(self.accelerator, self.learner.student, self.folder, self.report))
+        run = self.config.resume
+        if run and of_main(lambda: bool(checkpoints(Path(run))), self.accelerator):
+            self.folder = Path(run)
+            trained, seed = self.learner.trained, self.config.seed
+            self._restore(load_checkpoint(self.accelerator, trained, self.folder, self.report, seed))
         else:
             for who, policy in (("teacher", self.learner.teacher), ("student_before", self.learner.student)):
                 self._evaluate(who, policy)
@@ -79,7 +81,7 @@ class Training:
             self._log_evaluation(0, self.results["student_before"])
         with together(self.accelerator):
             if self.config.resume and self.accelerator.is_main_process:
-                write_config(self.folder, self.config, self.code, self.material.origin)
+                write_config(self.folder, self.config, self._beginning)
 
     def _make_folder(self, held: ExitStack) -> Path:
         """The run's folder, made by the main process; that of a run to be resumed is there and has no checkpoint."""
@@ -90,8 +92,13 @@ class Training:
             if self.config.resume:
                 self.report.say(f"{self.config.resume} has no checkpoint yet: it begins again")
             elif self.accelerator.is_main_process:
-                folder = [str(make_run_folder(self.config, self.code, self.material.origin, held, self.report.say))]
+                folder = [str(make_run_folder(self.config, self._beginning, held, self.report.say))]
         return Path(broadcast_object_list(folder)[0])
+
+    @property
+    def _beginning(self) -> Beginning:
+        """What the run's folder says beside the settings."""
+        return Beginning(self.code, self.material.origin, self.accelerator.num_processes)
 
     def _state(self) -> dict[str, Any]:
         """The state in a checkpoint beside the models, the optimizer and the random numbers."""
@@ -133,13 +140,14 @@ class Training:
         error: BaseException | None = None
         try:
             interrupts.deferred = True
-            self._train(interrupts)
-            self._checkpoint_of_the_end()
-            if any_process(interrupts.received, self.accelerator):
-                raise KeyboardInterrupt
-            interrupts.deferred = self.accelerator.num_processes > 1  # they cannot leave each at its own time
-            self._evaluate("student_after", self.learner.student)
-            self._log_evaluation(self.config.steps, self.results["student_after"])
+            with noticing_loss(self.accelerator, self._what_is_left):
+                self._train(interrupts)
+                self._checkpoint_of_the_end()
+                if any_process(interrupts.received, self.accelerator):
+                    raise KeyboardInterrupt
+                interrupts.deferred = self.accelerator.num_processes > 1  # they cannot leave each at its own time
+                self._evaluate("student_after", self.learner.student)
+                self._log_evaluation(self.config.steps, self.results["student_after"])
         except BaseException as raised:
             error = raised
             raise
@@ -148,6 +156,16 @@ class Training:
             self._write(error)
         if self.accelerator.is_main_process and not self.config.checkpoint_every:
             remove_checkpoints(self.folder)
+
+    def _what_is_left(self) -> str:
+        """Where the run stood when another process was lost, for each machine that is left."""
+        done, steps = self.learner.steps_done, self.config.steps
+        at = f"in step {done + 1} of {steps}" if done < steps else f"after step {done}, the last"
+        kept = f"its last checkpoint is of step {self.saved}" if self.saved else "it has no checkpoint yet"
+        return (
+            f"{self.folder} stopped {at}; {kept}. Start it again on all machines with the same launcher and "
+            f"`train --resume {self.folder}`, which may have another number of processes"
+        )
 
     def _checkpoint_of_the_end(self) -> None:
         """Also where none is asked for: if the end of the run is stopped, it is made again from here."""
@@ -188,7 +206,8 @@ class Training:
     def _checkpoint(self) -> None:
         done = self.learner.steps_done
         if done > self.saved:
-            save_checkpoint(self.accelerator, self.folder, done, self._state(), self.config.keep)
+            trained = self.learner.trained
+            save_checkpoint(self.accelerator, trained, self.folder, done, self._state(), self.config.keep)
             self.saved = done
 
     def _save_student(self, step: int) -> None:
@@ -235,7 +254,8 @@ class Training:
                 f"{what} after step {done}; "
                 + (f"to go on from {kept[-1].name}: cmdp-fast train --resume {folder}" if kept else "no checkpoint yet")
             )
-        whole = self.accelerator.num_processes == 1 or isinstance(error, (InputError, KeyboardInterrupt, type(None)))
+        agreed = isinstance(error, (InputError, KeyboardInterrupt, type(None))) and not isinstance(error, ProcessLost)
+        whole = self.accelerator.num_processes == 1 or agreed
         shown = ((who, some[:: c.eval_generations][:SAMPLES]) for who, some in self.samples.items())
         constraint, accuracy = evaluation_constraint(c), self.results["teacher"]["accuracy"]
         writes: list[Callable[[], None]] = [

@@ -10,24 +10,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from fsdp_on_cpu import SHARDING, pretend
 from tiny_pair import settings, untimed
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from cmdp_fast.cli import main
-from cmdp_fast.trainer.distributed import share, whole_student
+from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.distributed import prepare_student, share, whole_student
 from cmdp_fast.trainer.evaluate import evaluate
+from cmdp_fast.trainer.launch import make_accelerator
 from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.models.pair import load_pair
+from cmdp_fast.trainer.models.saving import save_student
 from cmdp_fast.trainer.records import checkpoint as run_checkpoints
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.rollout import encode_prompts
 from cmdp_fast.trainer.run import make_learner
+from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.step import Learner
 from cmdp_fast.trainer.tasks import data
 
@@ -130,12 +136,20 @@ def steps(learner: Learner, problems: data.Problems, first: int = 0) -> list[dic
 def take_steps(pair: dict[str, str], changes: dict[str, Any]) -> tuple[list[dict[str, float]], dict, dict]:
     """(metrics, figures of an evaluation, weights)."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    learner, problems = make(pair, Accelerator(cpu=True), changes)
+    learner, problems = make(pair, make_accelerator(TrainConfig()), changes)
+    if learner.accelerator.num_processes > 1:
+        learner.optimizer.optimizer.register_step_pre_hook(_gradients_are_views)
     metrics = steps(learner, problems)
     figures, samples = evaluate(learner.collector, learner.student, problems.held_out, Clock())
     assert len(samples) == figures["examples"] == len(problems.held_out)
     model, _ = whole_student(learner.student, learner.accelerator)
     return metrics, figures, {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _gradients_are_views(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Of DDP's buckets, which would be a second copy of them otherwise."""
+    found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    assert len({gradient.untyped_storage().data_ptr() for gradient in found}) < len(found)
 
 
 def close(ours: Any, expected: Any) -> None:
@@ -164,25 +178,19 @@ def same_steps(cases: list[tuple[dict[str, str], dict[str, Any], Any]]) -> None:
 # ------------------------------------------------------------------------------------- fully sharded
 
 
-def sharding_accelerator() -> Any:
-    """As accelerate would make it on GPUs from fsdp2.yaml; on CPUs it does not offer FSDP by itself."""
+def sharding_accelerator(**settings: Any) -> Any:
+    """As the trainer makes it on GPUs from fsdp2.yaml."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True)
-    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        reshard_after_forward=True,
-        state_dict_type="FULL_STATE_DICT",
-        cpu_ram_efficient_loading=False,
-    )
-    return accelerator
+    os.environ.update(SHARDING)
+    pretend()
+    return make_accelerator(TrainConfig(**settings))
 
 
 def same_steps_sharded(cases: list[tuple[dict[str, str], dict[str, Any], Any]], folder: Path) -> None:
     for number, (pair, changes, (metrics, _, weights)) in enumerate(cases):
         learner, problems = make(pair, sharding_accelerator(), changes)
         for model in (learner.student, learner.teacher):  # the head's group stays together after a forward pass
+            model = getattr(model, "get_base_model", lambda model=model: model)()
             assert all(isinstance(parameter, DTensor) for parameter in model.model.layers.parameters())
         prompts = encode_prompts(problems.train, learner.collector.tokenizer)
         batches = data.shuffled(len(problems.train), 4, seed=0)
@@ -193,16 +201,18 @@ def same_steps_sharded(cases: list[tuple[dict[str, str], dict[str, Any], Any]], 
             if step == 1:
                 evaluate(learner.collector, learner.student, problems.held_out, Clock())  # leaves the head together
                 run_checkpoints.save_checkpoint(
-                    learner.accelerator, folder / str(number), 2, {"ppo": learner.state_dict()}
+                    learner.accelerator, learner.trained, folder / str(number), 2, {"ppo": learner.state_dict()}
                 )
         evaluate(learner.collector, learner.student, problems.held_out, Clock())
-        _, ours = whole_student(learner.student, learner.accelerator)
+        model, ours = whole_student(learner.student, learner.accelerator)
         if learner.accelerator.is_main_process:
             close(ours, weights)
+            if "lora_rank" in changes:
+                save_student(model, learner.collector.tokenizer, folder / str(number), ours)
 
         again, problems = make(pair, sharding_accelerator(), changes)
         run = folder / str(number)
-        again.load_state_dict(run_checkpoints.load_checkpoint(again.accelerator, again.student, run, Report())["ppo"])
+        again.load_state_dict(run_checkpoints.load_checkpoint(again.accelerator, again.trained, run, Report())["ppo"])
         close(steps(again, problems, first=2), metrics[2:])
         # sampling keeps step although completions end at different times
         again.collector.rollout = None
@@ -222,3 +232,45 @@ def run_command(arguments: list[str], shown: Path, expected: int) -> None:
     ):
         code = main(arguments)
     assert code == expected, code
+
+
+def refused_sharded(pair: dict[str, str], changes: dict[str, Any], reason: str) -> None:
+    """A learner that is not made."""
+    with pytest.raises(InputError, match=reason):
+        make(pair, sharding_accelerator(), changes)
+
+
+def run_sharded(arguments: list[str], shown: Path, expected: int) -> None:
+    """The same with FSDP2."""
+    os.environ.update(SHARDING)
+    pretend()
+    run_command(arguments, shown, expected)
+
+
+# ------------------------------------------------------------------------------------- sums of many gradients
+
+
+def loss_of(model: Any, tokens: Tensor) -> Tensor:
+    logits = model(input_ids=tokens[:, :-1]).logits.float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def gradients(model: Any) -> Tensor:
+    """Those of all parameters, one after the other."""
+    found = [parameter.grad for parameter in model.parameters()]
+    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten().double() for g in found])
+
+
+def adds_up_in_float32(student: str, tokens: Tensor, exact: Tensor, most: float) -> None:
+    """The gradient of many micro-batches, this process's part of `tokens` [N, 1, T], is off by at most so much."""
+    accelerator = sharding_accelerator(mixed_precision="bf16")
+    model = AutoModelForCausalLM.from_pretrained(student).eval()
+    model, _ = prepare_student(model, torch.optim.AdamW(model.parameters()), accelerator)
+    mine = tokens[accelerator.process_index :: accelerator.num_processes]
+    for number, some in enumerate(mine):
+        with accelerator.no_sync(model) if number + 1 < len(mine) else contextlib.nullcontext():
+            with accelerator.autocast():
+                loss = loss_of(model, some)
+            accelerator.backward(loss / len(mine))
+    off = float((gradients(model) - exact).norm() / exact.norm())
+    assert off <= most, off

@@ -12,7 +12,7 @@ from tiny_pair import arguments
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.distributed import check_training
+from cmdp_fast.trainer.launch import check_training
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,8 @@ def fresh_accelerate() -> Iterator[None]:
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps is 4"),
         ("ACCELERATE_DYNAMO_BACKEND", "inductor", "dynamo_backend is inductor"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "deepspeed"),
+        ("ACCELERATE_USE_FSDP", "true", "asks for fsdp, and this would be one process"),
+        ("CMDP_FAST_PATIENCE", "soon", "cmdp_fast_patience is 'soon', expected how many seconds"),
     ],
 )
 def test_the_environment_is_looked_at_before_any_work(name, value, expected, pair, tmp_path, capsys, monkeypatch):
@@ -45,6 +47,7 @@ def accelerator(**changes) -> SimpleNamespace:
     """The part of an accelerator that is looked at, as of a single process."""
     plain = {
         "distributed_type": DistributedType.NO,
+        "num_processes": 2,
         "gradient_accumulation_steps": 1,
         "parallelism_config": None,
         "state": SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
@@ -64,6 +67,12 @@ def accelerator(**changes) -> SimpleNamespace:
 def test_ways_to_spread_that_the_step_does_not_know(changes, expected):
     with pytest.raises(InputError, match=expected):
         check_training(accelerator(**changes))
+
+
+def test_ddp_in_place_of_the_sharding_that_was_asked_for(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="asks for FSDP, and this would be 2 processes with DDP"):
+        check_training(accelerator(distributed_type=DistributedType.MULTI_CPU))
 
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.FSDP])

@@ -45,7 +45,7 @@ def learner(pair, one_thread):
 def check_taken_before(learner, folder: Path, named: str, capsys) -> None:
     """The last checkpoint of the folder is refused, the file named, and the one before loaded."""
     capsys.readouterr()
-    loaded = run_checkpoints.load_checkpoint(learner.accelerator, learner.student, folder, Report())
+    loaded = run_checkpoints.load_checkpoint(learner.accelerator, learner.trained, folder, Report())
     shown = capsys.readouterr().out.splitlines()
     assert loaded["step"] == 1 and len(shown) == 2
     assert "step-000002 cannot be read: " in shown[0] and named in shown[0] and "step-000001" in shown[1]
@@ -75,7 +75,7 @@ def grow(content: bytearray, chance: random.Random) -> None:
 
 def test_no_damage_of_a_checkpoint_is_read(run, learner, tmp_path, capsys):
     files = sorted(path.name for path in (run / "checkpoints" / "step-000002").iterdir())
-    assert {"model.safetensors", "optimizer.bin", "random_states_0.pkl", MANIFEST} <= set(files)
+    assert {"model.bin", "optimizer.bin", "random_states.bin", MANIFEST} <= set(files)
     for name in files:
         for number, damage in enumerate((flip, zero, cut, grow) * 4):
             folder = tmp_path / f"{name}-{number}"
@@ -127,8 +127,8 @@ def test_whatever_stands_in_a_manifest(case, run, learner, tmp_path, capsys):
 
 SEALED = {
     "no files": (lambda about: about.pop("files"), "list of its files"),
-    "files that are a list": (lambda about: about.update(files=["model.safetensors"]), "list of its files"),
-    "files without a digest": (lambda about: about["files"].update({"model.safetensors": None}), "model.safetensors"),
+    "files that are a list": (lambda about: about.update(files=["model.bin"]), "list of its files"),
+    "files without a digest": (lambda about: about["files"].update({"model.bin": None}), "model.bin"),
     "a file outside": (lambda about: about["files"].update({"../step-000001/run.json": "0"}), "inside the folder"),
     "an absolute name": (lambda about: about["files"].update({"/etc/hostname": "0"}), "inside the folder"),
     "a name with a zero": (lambda about: about["files"].update({"a\0b": "0"}), "not there, or cannot be read"),
@@ -149,6 +149,16 @@ def test_a_manifest_that_somebody_wrote(case, run, learner, tmp_path, capsys):
     change(about)
     digest.write_sealed(path, about)
     check_taken_before(learner, tmp_path / "r", expected, capsys)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_as_one(run, learner, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    folder = tmp_path / "r" / "checkpoints" / "step-000002"
+    (folder / "model.bin").rename(folder / "model.safetensors")
+    about = digest.read_sealed(folder / MANIFEST)
+    about["files"]["model.safetensors"] = about["files"].pop("model.bin")
+    digest.write_sealed(folder / MANIFEST, about)
+    check_taken_before(learner, tmp_path / "r", "an earlier version of cmdp_fast wrote it", capsys)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +192,7 @@ def test_a_state_that_somebody_wrote(changes, run, pair, tmp_path, capsys):
 
 
 def test_what_lies_beside_or_behind_a_link_is_not_read(run, learner, tmp_path, capsys):
-    for name in ("pytorch_model.bin", "more/model.safetensors"):
+    for name in ("pytorch_model.bin", "more/model.bin"):
         folder = tmp_path / name.replace("/", "-")
         shutil.copytree(run, folder)
         path = folder / "checkpoints" / "step-000002" / name
@@ -191,24 +201,22 @@ def test_what_lies_beside_or_behind_a_link_is_not_read(run, learner, tmp_path, c
         check_taken_before(learner, folder, f"{name} does not belong there", capsys)
     folder = tmp_path / "linked"
     shutil.copytree(run, folder)
-    path = folder / "checkpoints" / "step-000002" / "model.safetensors"
-    path.rename(tmp_path / "model.safetensors")
-    path.symlink_to(tmp_path / "model.safetensors")
-    check_taken_before(learner, folder, "model.safetensors does not belong there", capsys)
+    path = folder / "checkpoints" / "step-000002" / "model.bin"
+    path.rename(tmp_path / "model.bin")
+    path.symlink_to(tmp_path / "model.bin")
+    check_taken_before(learner, folder, "model.bin does not belong there", capsys)
 
 
 def test_a_whole_checkpoint_stays_where_it_cannot_be_loaded(run, learner, tmp_path, monkeypatch):
     """Memory may be short, for one."""
     shutil.copytree(run, tmp_path / "r")
 
-    def short(folder):
-        if folder.name == "step-000002":
-            raise torch.OutOfMemoryError("out of memory")
+    def short(file, **options):
+        raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(learner.accelerator, "load_state", short)
-    monkeypatch.setattr(run_checkpoints, "_check_random_numbers", lambda _: None)
+    monkeypatch.setattr(run_checkpoints.torch, "load", short)
     with pytest.raises(InputError, match=r"step-000002 cannot be loaded, .* as they were written: out of memory"):
-        run_checkpoints.load_checkpoint(learner.accelerator, learner.student, tmp_path / "r", Report())
+        run_checkpoints.load_checkpoint(learner.accelerator, learner.trained, tmp_path / "r", Report())
     assert [path.name for path in run_checkpoints.checkpoints(tmp_path / "r")] == ["step-000001", "step-000002"]
 
 

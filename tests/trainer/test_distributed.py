@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,28 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from tiny_pair import arguments, tiny_model, untimed
+from transformers import AutoModelForCausalLM
 from two_processes import (
     PROCESSES,
+    adds_up_in_float32,
+    close,
     gloo_averages,
+    gradients,
     in_two_processes,
+    loss_of,
+    refused_sharded,
     run_command,
+    run_sharded,
     same_steps,
     same_steps_sharded,
     take_steps,
 )
 
+from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.distributed import share
+from cmdp_fast.trainer.records.resume import spread_again
+from cmdp_fast.trainer.settings.config import TrainConfig
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch was built without gloo"
@@ -84,7 +96,28 @@ def test_sharded_steps_are_those_of_one_process(pair, tied, tmp_path):
         (pair, {"teacher_cache_mb": 0, "micro_batch_tokens": 18, "micro_batch_size": 8}),
         (pair, {"teacher_cache_mb": 0, "padding_free": True}),
     ]
+    if importlib.util.find_spec("peft"):
+        cases += [(pair, {"lora_rank": 4}), ({**tied, "teacher": tied["student"]}, {"lora_rank": 4})]
+        apart = ({**tied, "teacher": tied["student"]}, {"lora_rank": 4, "lora_modules_to_save": ("lm_head",)})
+        in_two_processes(refused_sharded, *apart, "ties its head to its embedding")
     in_two_processes(same_steps_sharded, [(*case, take_steps(*case)) for case in cases], tmp_path)
+
+
+def test_sharded_gradients_are_added_up_in_float32(pair):
+    """As those of one process are, whose layers compute in bfloat16 as well."""
+    if not gloo_averages():
+        pytest.skip(f"gloo takes a sum for the mean over ranks in torch {torch.__version__}")
+    tokens = torch.randint(3, 13, (512, 1, 12), generator=torch.Generator().manual_seed(1))
+    found = []
+    for half in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(pair["student"]).eval()
+        for some in tokens:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                (loss_of(model, some) / len(tokens)).backward()
+        found.append(gradients(model))
+    exact, halved = found
+    off = float((halved - exact).norm() / exact.norm())
+    in_two_processes(adds_up_in_float32, pair["student"], tokens, exact, 1.4 * off)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -109,9 +142,43 @@ def test_a_run_of_two_processes_and_its_second_half(pair, tmp_path):
     samples = (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 3 * found[0]["student_after"]["examples"]
     in_two_processes(run_command, ["train", f"--resume={tmp_path / 'half'}"], tmp_path / "finished.txt", 0)
-    from cmdp_fast.cli import main
 
-    assert main(["train", f"--resume={tmp_path / 'half'}", "--steps=6"]) == 2  # one process cannot go on with it
+
+FUNCTIONS_OF_THE_PROMPT = """
+def reward(completions, **columns):
+    return [len(set(text)) / 4 for text in completions]
+def rollout(prompts, sampling, policy):
+    return {"completion_ids": [[4 + sum(ids) % 8, 4 + len(ids) + i % 4] for i, ids in enumerate(prompts)]}
+"""
+
+
+def test_a_run_goes_on_in_another_number_of_processes(pair, tmp_path, capsys):
+    """One, two that are sharded, two, and one again: the same problems, and the same steps to rounding."""
+    (tmp_path / "mine.py").write_text(FUNCTIONS_OF_THE_PROMPT)
+    functions = {"rewards": f"{tmp_path / 'mine.py'}:reward", "rollout": f"{tmp_path / 'mine.py'}:rollout"}
+    options = {"prompts_per_step": 4, "minibatch_size": 16, "eval_every": 0, "checkpoint_every": 1, **functions}
+    options |= {"lr_schedule": "constant", "lora_rank": 2 if importlib.util.find_spec("peft") else 0}
+    assert main(arguments(pair, tmp_path, name="whole", steps=4, **options)) == 0
+    assert main(arguments(pair, tmp_path, name="parts", steps=1, **options)) == 0
+    again = ["train", f"--resume={tmp_path / 'parts'}", *(f"--{name}={value}" for name, value in functions.items())]
+    if gloo_averages():
+        in_two_processes(run_sharded, [*again, "--steps=2"], tmp_path / "sharded", 0)
+        assert "step-000001 is of 1 process, here are 2" in (tmp_path / "sharded-0").read_text()
+    in_two_processes(run_command, [*again, "--steps=3"], tmp_path / "two", 0)
+    capsys.readouterr()
+    assert main([*again, "--steps=4", "--prompts-per-step=2"]) == 2
+    assert "--prompts-per-step 2: " in capsys.readouterr().err
+    assert main([*again, "--steps=4"]) == 0
+    assert "step-000003 is of 2 processes, here are 1 process on cpu" in capsys.readouterr().out
+    close(lines(tmp_path / "parts"), lines(tmp_path / "whole"))
+
+
+def test_a_step_that_does_not_divide():
+    began = TrainConfig(prompts_per_step=4, num_generations=3, minibatch_size=5)  # three optimizer steps
+    assert spread_again(began, 3, 2) == replace(began, prompts_per_step=6, minibatch_size=6)
+    assert spread_again(began, 1, 4) == replace(began, prompts_per_step=1, minibatch_size=1)
+    with pytest.raises(InputError, match="takes 4 prompts a step, 4 in each of 1: they do not divide by 3"):
+        spread_again(began, 1, 3)
 
 
 FUNCTIONS_THAT_TELL = """

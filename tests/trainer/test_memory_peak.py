@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cmdp_fast.trainer.distributed import make_accelerator
+from cmdp_fast.trainer.launch import make_accelerator
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.models.optimizer_bytes import optimizer_bytes
 from cmdp_fast.trainer.optimization import make_optimizer

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.distributed import check_sharding
 from cmdp_fast.trainer.kept_outputs import KeptOutputs
+from cmdp_fast.trainer.launch import check_sharding
 from cmdp_fast.trainer.micro_batches import split
 from cmdp_fast.trainer.models import offload, optimizer_bytes
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
@@ -264,10 +264,10 @@ def test_a_run_goes_on_from_a_checkpoint(name, pair, tmp_path):
     config = settings(pair, optim=name, offload_optimizer=True)
     learner, rows, prompts = learner_of(config)
     learner.step(rows, prompts)
-    save_checkpoint(learner.accelerator, tmp_path, 1, {"ppo": learner.state_dict()})
+    save_checkpoint(learner.accelerator, learner.trained, tmp_path, 1, {"ppo": learner.state_dict()})
     expected = untimed(learner.step(rows, prompts))
     again, rows, prompts = learner_of(config)
-    state = load_checkpoint(again.accelerator, again.student, tmp_path, Report())
+    state = load_checkpoint(again.accelerator, again.trained, tmp_path, Report())
     again.load_state_dict(state["ppo"])
     again.scheduler.step()
     assert untimed(again.step(rows, prompts)) == expected

@@ -249,7 +249,7 @@ def test_metrics_that_cannot_be_written(pair, tmp_path, uninterrupted, monkeypat
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(pair, tmp_path, uninterrupted, capsys):
     killed(kill_at(PPO, "collect", STEPS), command(pair, tmp_path))
     assert steps_kept(tmp_path / "r") == ["step-000002", "step-000004"]
-    files = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "run.json"]
+    files = ["model.bin", "optimizer.bin", "random_states.bin", "run.json"]
     for file, truncated in zip(files, (True, False, False, True), strict=True):
         folder = tmp_path / file
         shutil.copytree(tmp_path / "r", folder)
@@ -263,11 +263,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(pair, tmp_path, 
 
 def test_no_checkpoint_that_can_be_read(pair, tmp_path, capsys):
     assert main(command(pair, tmp_path, steps=2)) == 0
-    (tmp_path / "r" / "checkpoints" / "step-000002" / "model.safetensors").unlink()
+    (tmp_path / "r" / "checkpoints" / "step-000002" / "model.bin").unlink()
     capsys.readouterr()
     assert main(["train", f"--resume={tmp_path / 'r'}", "--steps=4"]) == 2
     error = capsys.readouterr().err
-    assert "no checkpoint that can be used" in error and "model.safetensors" in error
+    assert "no checkpoint that can be used" in error and "model.bin" in error
 
 
 def test_a_checkpoint_holds_no_pickle_that_is_run(pair, tmp_path, capsys):
@@ -277,18 +277,15 @@ def test_a_checkpoint_holds_no_pickle_that_is_run(pair, tmp_path, capsys):
 
     assert main(command(pair, tmp_path, steps=2)) == 0
     checkpoint = tmp_path / "r" / "checkpoints" / "step-000002"
-    for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"):
-        whole = (checkpoint / name).read_bytes() if (checkpoint / name).exists() else None
+    for name in ("model.bin", "optimizer.bin", "random_states.bin"):
+        whole = (checkpoint / name).read_bytes()
         torch.save({"state": Evil()}, checkpoint / name)
         values = digest.read_sealed(checkpoint / "run.json")
         values["files"][name] = digest.sha256(checkpoint / name)
         digest.write_sealed(checkpoint / "run.json", values)
         assert main(["train", f"--resume={tmp_path / 'r'}", "--steps=4"]) == 2
         assert not (tmp_path / "owned").exists()
-        if whole is None:
-            (checkpoint / name).unlink()
-        else:
-            (checkpoint / name).write_bytes(whole)
+        (checkpoint / name).write_bytes(whole)
 
 
 def test_a_gradient_that_is_not_finite(pair, tmp_path, monkeypatch, capsys):
@@ -358,9 +355,9 @@ def test_mixed_precision_keeps_float32_weights(pair, tmp_path):
         assert main(command(pair, tmp_path, steps=2, mixed_precision="bf16")) == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    from safetensors.torch import load_file
-
     checkpoint = tmp_path / "r" / "checkpoints" / "step-000002"
-    assert {value.dtype for value in load_file(checkpoint / "model.safetensors").values()} == {torch.float32}
+    assert {value.dtype for value in torch.load(checkpoint / "model.bin", weights_only=True).values()} == {
+        torch.float32
+    }
     optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
     assert {v.dtype for s in optimizer["state"].values() for v in s.values()} == {torch.float32}

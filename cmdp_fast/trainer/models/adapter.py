@@ -65,13 +65,15 @@ def has_adapter(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def save_adapted(student: Any, folder: Path) -> None:
+def save_adapted(student: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Saves a student with an adapter as a model that stands alone, the adapter merged into its weights, and in
     `folder/adapter` the adapter by itself, in peft's format.
 
     The merged model is float32 whatever the frozen weights are: bfloat16 would round most small changes away. The
-    weights in memory stay as they are: merging them and taking the adapter out again would round them.
+    weights in memory stay as they are: merging them and taking the adapter out again would round them. `weights`
+    where the student does not hold them all itself.
     """
+    student = student if weights is None else _whole(student, weights)
     shell = _shell(student, untied=_unties(student))
     shell.generation_config = student.generation_config
     shell.save_pretrained(folder, state_dict=merged_weights(student))
@@ -148,6 +150,27 @@ def _unties(student: Any) -> bool:
     originals = {id(getattr(module, "original_module", module).weight) for module in embeddings}
     copied = any(hasattr(module, "original_module") for module in embeddings)
     return copied and len(originals) < len(embeddings)
+
+
+def check_spread(student: Any) -> None:
+    """Raises InputError for a student that FSDP cannot spread over processes: one weight in two of its groups."""
+    if has_adapter(student) and _unties(student):
+        raise InputError(
+            f"--lora-modules-to-save does not work with FSDP where the model, {type(student).__name__}, ties its head "
+            "to its embedding: leave it out, or use DDP"
+        )
+
+
+def _whole(student: Any, weights: dict[str, Tensor]) -> Any:
+    """A student like this one, adapter and all, with these weights: its own are spread over the processes."""
+    model = _shell(student, untied=False)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Model has `tie_word_embeddings=True`")
+        model.add_adapter(next(iter(student.peft_config.values())))
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.generation_config = student.generation_config
+    return model
 
 
 def _shell(student: Any, untied: bool) -> Any:

@@ -26,7 +26,7 @@ def save_student(
         with writing(target):
             folder.mkdir(exist_ok=True)
             if has_adapter(student):
-                save_adapted(student, part)
+                save_adapted(student, part, weights)
             else:
                 student.save_pretrained(part, state_dict=weights)
             try:

@@ -1,9 +1,13 @@
 """Checkpoints: everything that the next step depends on, so that a run goes on as if it had never stopped.
 
-`checkpoints/step-000020` holds, as `Accelerator.save_state` writes them, the student's and the value head's weights
-(safetensors), the optimizer's state and each process's random numbers, and beside them `run.json`: the step, which is
-the position in the data, the schedule, lambda, all metrics so far, the sha256 of every file, and its own. All are
-compared before anything is read. Nothing is read with pickle: PyTorch loads its files with `weights_only`.
+`checkpoints/step-000020` holds the weights of student and value head (`model.bin`) and the optimizer's state
+(`optimizer.bin`), both whole and by the names of the parameters, each process's random numbers, and beside them
+`run.json`: the step, which is the position in the data, the schedule, lambda, all metrics so far, the sha256 of every
+file, and its own. All are compared before anything is read. Nothing is read with pickle: PyTorch loads its files with
+`weights_only`.
+
+The main process alone writes and reads. `torch.distributed.checkpoint` gathers what is spread and sends it out again,
+so that no other machine has to see the folder, and a run may go on in another number of processes, sharded or not.
 
 A checkpoint is written under a hidden name and takes its own once it is on the disk; only then are older ones removed.
 """
@@ -11,11 +15,13 @@ A checkpoint is written under a hidden name and takes its own once it is on the 
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,8 +29,9 @@ from torch import nn
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.files import sync, sync_folder, writing
 
-from ..distributed import reshard, together
+from ..distributed import any_process, of_main, reshard, together
 from .digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
+from .random_numbers import random_state, set_random_state
 from .report import Report
 
 if TYPE_CHECKING:
@@ -32,6 +39,21 @@ if TYPE_CHECKING:
 
 
 MANIFEST = "run.json"
+MODEL, OPTIMIZER, RANDOM = "model.bin", "optimizer.bin", "random_states.bin"
+
+
+class Trained(NamedTuple):
+    """What a checkpoint holds the tensors of: the modules as accelerate runs them, and the optimizer of both."""
+
+    student: nn.Module
+    value_head: nn.Module | None
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        """Both as one module, for the names of the parameters."""
+        named = {"student": self.student, "value": self.value_head}
+        return nn.ModuleDict({name: module for name, module in named.items() if module is not None})
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -65,23 +87,29 @@ def remove_checkpoints(run: Path) -> None:
         remove_checkpoint(folder)
 
 
-def save_checkpoint(accelerator: Accelerator, run: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator, trained: Trained, run: Path, step: int, state: dict[str, Any], keep: int = 2
+) -> Path:
     """Writes the checkpoint of a step, with `state` (JSON) in it, and keeps so many; every process must call this.
 
     Raises InputError if it cannot be written: the checkpoints that there are stay as they are.
     """
+    from accelerate.utils import gather_object
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     target = run / "checkpoints" / f"step-{step:06d}"
     part = target.with_name(f".{target.name}.part")
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the main process; nothing in others
+    tensors = get_state_dict(trained.modules, trained.optimizer, options=whole)
+    numbers = gather_object([random_state(accelerator.device)])
     try:
         with together(accelerator), writing(target):
             if accelerator.is_main_process:
                 for leftover in target.parent.glob(".*.part"):  # of a run that was killed
                     shutil.rmtree(leftover)
                 part.mkdir(parents=True)
-        with together(accelerator), writing(target):
-            accelerator.save_state(part)
-        with together(accelerator), writing(target):
-            if accelerator.is_main_process:
+                for name, value in zip((MODEL, OPTIMIZER, RANDOM), (*tensors, numbers), strict=True):
+                    torch.save(value, part / name)
                 about = {"step": step, "processes": accelerator.num_processes, "files": digests(part)}
                 write_sealed(part / MANIFEST, {**state, **about})
                 sync_folder(part)
@@ -90,78 +118,118 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, state: dict[
                 for old in checkpoints(run)[:-keep]:
                     remove_checkpoint(old)
     except InputError as error:
-        if accelerator.is_main_process:
-            shutil.rmtree(part, ignore_errors=True)
+        if not accelerator.is_main_process:
+            raise
+        shutil.rmtree(part, ignore_errors=True)
         kept = checkpoints(run)
         raise InputError(f"{error}; the last whole one is {kept[-1] if kept else 'not there yet'}") from error
     return target
 
 
-def load_checkpoint(accelerator: Accelerator, student: nn.Module, run: Path, report: Report) -> dict[str, Any]:
-    """Loads into all that the accelerator has prepared, and returns the `state`; every process must call this.
+def load_checkpoint(
+    accelerator: Accelerator, trained: Trained, run: Path, report: Report, seed: int = 0
+) -> dict[str, Any]:
+    """Loads into all that is trained, and returns the `state`; every process must call this.
 
     If the last checkpoint is not as it was written, says so and takes the one before; later ones are removed, for they
     belong to another future. One that is as it was written and cannot be loaded stays: memory may be short, or a disk
     away. Raises InputError, which names it, then, and if there is none that is as it was written.
+    Where its random numbers do not fit, for the processes are others, new ones begin, from the `seed` and the step.
     """
-    failures: list[str] = []
-    reshard(student)
-    for folder in reversed(checkpoints(run)):
-        try:
-            with together(accelerator):
-                state = _manifest(accelerator, folder)
-        except InputError as error:
-            failures.append(str(error))
-            report.say(str(error))
-            continue
-        with together(accelerator):
-            _load(accelerator, folder)
-        if failures:
-            report.say(f"going on from the one before, {folder}")
-            with together(accelerator), writing(folder.parent):
-                if accelerator.is_main_process:
-                    for later in checkpoints(run)[-len(failures) :]:
-                        remove_checkpoint(later)
-        return state
-    raise InputError(f"{run} has no checkpoint that can be used; {failures[0]}")
+    folder, state, damaged = of_main(lambda: _last_whole(run, report), accelerator)
+    reshard(trained.student)
+    _load(accelerator, trained, folder)
+    if not _continues_random_numbers(accelerator, folder):
+        from accelerate.utils import set_seed
 
-
-def _manifest(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
-    """The checkpoint's `state`. Raises InputError unless its files are as they were written; the main process looks."""
-    try:
-        state = read_sealed(folder / MANIFEST)
-        step, processes, files = (state.get(name) for name in ("step", "processes", "files"))
-        if not isinstance(step, int) or folder.name != f"step-{step:06d}":
-            raise Damaged(f"{MANIFEST} is that of step {step}")
-        if accelerator.is_main_process:
-            check_digests(folder, files)
-            check_nothing_else(folder, [MANIFEST, *state["files"]])
-    except Damaged as error:
-        raise InputError(f"{folder} cannot be read: {error}") from error
-    if processes != accelerator.num_processes:
-        raise InputError(
-            f"{folder} is one of {processes} processes, and here are {accelerator.num_processes}: "
-            "a run goes on with as many as it began with"
+        set_seed(random.Random(f"{seed} {state['step']}").randrange(2**31), device_specific=True)
+        report.say(
+            f"{folder} is of {_plural(state['processes'])}, here are {_plural(accelerator.num_processes)} on "
+            f"{accelerator.device.type}: the steps are of the same problems, and new random numbers begin, so that the "
+            "figures are those of a run that never stopped in distribution alone"
         )
+    if damaged:
+        report.say(f"going on from the one before, {folder}")
+        with together(accelerator), writing(folder.parent):
+            if accelerator.is_main_process:
+                for later in checkpoints(run)[-damaged:]:
+                    remove_checkpoint(later)
     return state
 
 
-def _load(accelerator: Accelerator, folder: Path) -> None:
+def _plural(count: int) -> str:
+    return f"{count} process" + ("es" if count > 1 else "")
+
+
+def _last_whole(run: Path, report: Report) -> tuple[Path, dict[str, Any], int]:
+    """(the last checkpoint whose files are as they were written, its `state`, how many later ones are not)."""
+    failures: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            return folder, _manifest(folder), len(failures)
+        except InputError as error:
+            failures.append(str(error))
+            report.say(str(error))
+    raise InputError(f"{run} has no checkpoint that can be used; {failures[0]}")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The checkpoint's `state`. Raises InputError unless its files are as they were written."""
     try:
-        accelerator.load_state(folder)
-        _check_random_numbers(folder / f"random_states_{accelerator.process_index}.pkl")
+        state = read_sealed(folder / MANIFEST)
+        step, processes, files = (state.get(name) for name in ("step", "processes", "files"))
+        if not isinstance(step, int) or folder.name != f"step-{step:06d}" or not isinstance(processes, int):
+            raise Damaged(f"{MANIFEST} is that of step {step}")
+        check_digests(folder, files)
+        check_nothing_else(folder, [MANIFEST, *state["files"]])
+        if {MODEL, OPTIMIZER, RANDOM} - {*state["files"]}:
+            raise Damaged("an earlier version of cmdp_fast wrote it, with which its run can be ended")
+    except Damaged as error:
+        raise InputError(f"{folder} cannot be read: {error}") from error
+    return state
+
+
+def _load(accelerator: Accelerator, trained: Trained, folder: Path) -> None:
+    """Weights and optimizer, which the main process reads and sends to the others."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    several = accelerator.num_processes > 1
+    read: list[dict[str, Any]] = [{}, {}]
+    with together(accelerator), _loading(folder):
+        if accelerator.is_main_process:
+            read = [torch.load(folder / name, map_location="cpu", weights_only=True) for name in (MODEL, OPTIMIZER)]
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+    with _loading(folder):
+        set_model_state_dict(trained.modules, read[0], options=options)
+        set_optimizer_state_dict(trained.modules, trained.optimizer, read[1], options=options)
+
+
+def _continues_random_numbers(accelerator: Accelerator, folder: Path) -> bool:
+    """Whether the random numbers of each process go on where they stood; not if there are others, or on others."""
+
+    def read() -> Any:
+        with _loading(folder):
+            return torch.load(folder / RANDOM, weights_only=True)
+
+    states, on_gpu = of_main(read, accelerator), accelerator.device.type == "cuda"
+    with together(accelerator), _loading(folder):
+        other = len(states) != accelerator.num_processes or any(("cuda" in each) != on_gpu for each in states)
+    if any_process(other, accelerator):
+        return False
+    with together(accelerator), _loading(folder):
+        set_random_state(states[accelerator.process_index], accelerator.device)
+    return True
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # each library has errors of its own for a file that it cannot read
         raise InputError(
             f"{folder} cannot be loaded, though its files are as they were written: {first_line(error)}"
         ) from error
-
-
-def _check_random_numbers(path: Path) -> None:
-    """Raises ValueError if they were not put back: accelerate passes over those that it cannot use."""
-    from accelerate.utils import load
-
-    stored = load(path)  # weights_only
-    now = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-    then = [stored["torch_manual_seed"], *stored.get("torch_cuda_manual_seed", [])]
-    if len(now) != len(then) or not all(map(torch.equal, now, then)):
-        raise ValueError(f"{path.name} does not fit this machine's devices")

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from cmdp_fast.errors import InputError
 
@@ -27,8 +28,17 @@ CHANGEABLE = (
 )
 
 
-def read_config(run: Path) -> tuple[TrainConfig, dict[str, str]]:
-    """The configuration that a run began with, and the sha256 of the code that it names.
+class Begun(NamedTuple):
+    """What a run began with: its settings, the sha256 of the code that they name, and the number of its processes
+    (None: an earlier version of this package began it)."""
+
+    config: TrainConfig
+    code: dict[str, str]
+    processes: int | None
+
+
+def read_config(run: Path) -> Begun:
+    """What stands in a run's `config.json`.
 
     Nothing that stands there is run. Raises InputError if the folder holds none, or one that cannot be used.
     """
@@ -37,16 +47,34 @@ def read_config(run: Path) -> tuple[TrainConfig, dict[str, str]]:
         values = read_sealed(run / "config.json")
     except Damaged as error:
         raise InputError(f"--resume {run}: no run that can be resumed: {error}") from error
-    code, _ = values.pop("code", None), values.pop("origin", None)
+    code, _, processes = (values.pop(name, None) for name in ("code", "origin", "processes"))
     if not isinstance(code, dict):
         raise InputError(f"--resume {run}: no run that can be resumed: config.json lacks the sha256 of its code")
+    if processes is not None and (type(processes) is not int or processes < 1):
+        raise InputError(f"--resume {run}: no run that can be resumed: config.json has {processes!r} processes")
     source = str(run / "config.json")
     config = TrainConfig(**typed(values, source))
     try:
         config.validate()
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    return config, code
+    return Begun(config, code, processes)
+
+
+def spread_again(began: TrainConfig, before: int, now: int) -> TrainConfig:
+    """The configuration of the same run in another number of processes: of the same problems in each step, and of as
+    many optimizer steps. Raises InputError if the problems do not divide."""
+    prompts = began.prompts_per_step * before
+    if prompts % now:
+        raise InputError(
+            f"the run takes {prompts} prompts a step, {began.prompts_per_step} in each of {before}: they do not divide "
+            f"by {now} processes"
+        )
+    config = dataclasses.replace(began, prompts_per_step=prompts // now)
+    parts = -(-began.batch_size // began.minibatch_size)
+    if -(-config.batch_size // config.minibatch_size) != parts:
+        config = dataclasses.replace(config, minibatch_size=-(-config.batch_size // parts))
+    return config
 
 
 def check_changes(before: TrainConfig, now: TrainConfig) -> None:

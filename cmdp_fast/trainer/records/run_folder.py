@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import sync, sync_folder, writing
@@ -28,9 +29,16 @@ def check_run_folder(config: TrainConfig) -> None:
         raise InputError(f"{folder} exists: choose another --name, or remove it")
 
 
-def make_run_folder(
-    config: TrainConfig, code: dict[str, str], origin: dict[str, str], held: ExitStack, say: Callable[[str], None]
-) -> Path:
+class Beginning(NamedTuple):
+    """What `config.json` holds beside the settings: the sha256 of the code that they name (`trust.py`), digests of what
+    they name beside it (`origin.py`), and the number of processes that take a step."""
+
+    code: dict[str, str]
+    origin: dict[str, str]
+    processes: int
+
+
+def make_run_folder(config: TrainConfig, began: Beginning, held: ExitStack, say: Callable[[str], None]) -> Path:
     """A new folder for the run, with `config.json` in it and its lock `held` from the moment that it is there.
 
     Without --name it is the recipe's name, followed by the first number that is free. It is made under a hidden name,
@@ -44,7 +52,7 @@ def make_run_folder(
     try:
         with ExitStack() as lock:
             lock.enter_context(alone_in(part, say))
-            write_config(part, config, code, origin)
+            write_config(part, config, began)
             with writing(part):
                 sync_folder(part)
                 folder = _rename(part, parent, config)
@@ -56,11 +64,10 @@ def make_run_folder(
     return folder
 
 
-def write_config(folder: Path, config: TrainConfig, code: dict[str, str], origin: dict[str, str]) -> None:
-    """`config.json`: the settings, the sha256 of the code that they name (`trust.py`), and digests of what they name
-    beside it (`origin.py`)."""
+def write_config(folder: Path, config: TrainConfig, began: Beginning) -> None:
+    """`config.json`: the settings, and what the run has begun with beside them."""
     settings = asdict(replace(config, resume="", dry_run=False))
-    write_sealed(folder / "config.json", {**settings, "code": code, "origin": origin})
+    write_sealed(folder / "config.json", {**settings, **began._asdict()})
 
 
 def _rename(part: Path, parent: Path, config: TrainConfig) -> Path:
