@@ -29,7 +29,7 @@ CASES = [
         grpo,
         {
             **{"scale_rewards": "none", "kind": "pid", "coefficient": 0.3},
-            **{"use_vllm": True, "vllm_importance_sampling_mode": "sequence_truncate"},
+            **{"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_mode": "sequence_truncate"},
         },
     ),
     (distillation, {"beta": 0.5, "budget": 2.0, "trainer": {"reward_funcs": digits}}),
