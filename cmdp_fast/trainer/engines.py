@@ -18,6 +18,7 @@ from .engine.nccl import Nccl
 from .engine.probe import PROMPTS
 from .engine.server import find_python
 from .engine.weights import Adapter, Fixed, Weights, WholeModel, dtype_name
+from .launch import host_count
 from .material import Material
 from .records.report import Report
 from .rollout import encode_prompts
@@ -36,6 +37,11 @@ def make_engines(
     """Those of student and teacher where `--rollout vllm` asks for them; they end with ``held``."""
     if config.rollout != "vllm":
         return None, None
+    if not config.rollout_url and (hosts := host_count(accelerator)) > 1:
+        raise InputError(
+            f"--rollout vllm starts a server for one machine, and these are {hosts}: start servers that all reach, and "
+            "name them with --rollout-url"
+        )
     prompts = material.prompts or encode_prompts(material.held_out[:PROMPTS], material.tokenizer)
 
     def engine(role: str, urls: Sequence[str], weights: Weights) -> Engine:
@@ -62,9 +68,13 @@ def _weights(config: TrainConfig, accelerator: Accelerator, material: Material) 
     return WholeModel(material.tokenizer, dtype, untied)
 
 
-def check_engines(config: TrainConfig) -> None:
-    """Raises InputError, before a model is read, where there is no vLLM to start and none that runs."""
+def check_engines(config: TrainConfig, is_main_process: bool = True) -> None:
+    """Raises InputError, before a model is read, where there is no vLLM to start and none that this process reaches."""
     if config.rollout != "vllm":
+        return
+    for url in (*config.rollout_url, *config.rollout_teacher_url):
+        version_of(client_of(url, config))
+    if not is_main_process:  # which brings the weights
         return
     if config.rollout_folder and not Path(config.rollout_folder).is_dir():
         raise InputError(f"--rollout-folder {config.rollout_folder}: there is no such folder")
@@ -74,5 +84,3 @@ def check_engines(config: TrainConfig) -> None:
         raise InputError(
             "--rollout-transfer nccl needs a GPU, and vLLM beside the trainer: pip install 'cmdp_fast[vllm]'"
         )
-    for url in (*config.rollout_url, *config.rollout_teacher_url):
-        version_of(client_of(url, config))

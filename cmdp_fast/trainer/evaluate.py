@@ -38,6 +38,7 @@ FIGURES = {
     "first_violation": "cmdp/first_violation",
     "mean_length": "completions/mean_length",
     "truncated": "completions/clipped_ratio",
+    "sampling_logp_difference": "sampling/sampling_logp_difference/mean",
 }
 
 
@@ -62,8 +63,10 @@ def evaluate(
     exact reverse KL summed over the tokens, in nats, ``cvar_cumulative_kl`` that of the worst tenth; ``…_cumulative``,
     ``mean_excess``, ``…_token_cost`` and ``first_violation`` (a share of the length) are those of the cost that the
     budget is for; ``mean_length`` counts tokens with the end of sequence, ``truncated`` completions without one;
-    ``examples`` is how many completions there were. The teacher's divergence from itself is 0, so it satisfies any
-    budget. For a collector without a teacher all that compares with one is absent.
+    ``examples`` is how many completions there were. ``sampling_logp_difference`` is the mean over tokens of how far, in
+    nats, the log-probabilities of a sampler are off, where one reports them: figures are of what it drew, and corrected
+    for nothing, since they say what the policy does where it is served. The teacher's divergence from itself is 0, so
+    it satisfies any budget. For a collector without a teacher all that compares with one is absent.
 
     A sample is one completion's part of these, with what reward functions log of it as ``extra``. Several processes
     evaluate a share each. ``seed`` decides what is sampled. The random state of the training is left as it was. With a

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import write_json
 
-from .distributed import check_alike, main_first, on_device
+from .distributed import check_alike, main_first, on_device, together
 from .engines import Engines, check_engines, make_engines
 from .evaluate import EVALUATION_SEED, evaluate, of_several
 from .experience import Collector
@@ -114,8 +114,9 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
         raise InputError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
     if config.json and Path(config.json).is_dir():
         raise InputError(f"--json {config.json} is a folder, expected a file")
-    check_engines(config)
     accelerator = make_accelerator(config)
+    with together(accelerator):
+        check_engines(config, accelerator.is_main_process)
     report = Report(accelerator.is_main_process)
     sets = main_first(lambda: _sets(config), accelerator)
     material = main_first(lambda: load(config, report, sets), accelerator)

@@ -136,13 +136,17 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         raise InputError("minillm with --teacher-mix does not work with FSDP: the teacher would have to keep step")
 
 
+def host_count(accelerator: Accelerator) -> int:
+    """The number of machines. Every process must call this."""
+    from accelerate.utils import gather_object
+
+    return sum(gather_object([accelerator.is_local_main_process]))
+
+
 def described(accelerator: Accelerator, config: TrainConfig) -> str:
     """Hosts, processes, sharding and precision, such as "2 hosts, 16 processes, FSDP2 over 16, bf16 over float32
     weights". Every process must call this."""
-    from accelerate.utils import gather_object
-
-    count = accelerator.num_processes
-    hosts = sum(gather_object([accelerator.is_local_main_process]))
+    count, hosts = accelerator.num_processes, host_count(accelerator)
     spread = f"FSDP2 over {count}" if accelerator.distributed_type == "FSDP" else "DDP" if count > 1 else ""
     precision = "bf16 over float32 weights" if config.mixed_precision == "bf16" else "float32"
     if config.lora_rank and config.mixed_precision == "bf16":

@@ -66,7 +66,6 @@ def train(config: TrainConfig) -> Path:
     check_trackers(config)
     check_optimizer(config)
     check_offload(config)
-    check_engines(config)
     accelerator = make_accelerator(config)
     check_training(accelerator)
     report = Report(accelerator.is_main_process)
@@ -83,6 +82,7 @@ def train(config: TrainConfig) -> Path:
             code = code_of(config)
             if accelerator.is_main_process:
                 check_run_folder(config)
+            check_engines(config, accelerator.is_main_process)
             if config.resume and accelerator.is_main_process:
                 held.enter_context(alone_in(Path(config.resume), report.say))
                 finished = is_finished(config, report.say)
@@ -114,8 +114,10 @@ def train(config: TrainConfig) -> Path:
 
 def _settings(config: TrainConfig) -> dict[str, str]:
     """The settings by option, but for the places of files: those are compared by what they hold."""
-    places = ("output_dir", "resume", "student", "teacher", "dataset", "eval_dataset", "recipe", "method")
-    places += ("rollout_python", "rollout_folder")  # of the main process alone
+    places = (
+        *("output_dir", "resume", "student", "teacher", "dataset", "eval_dataset", "recipe", "method"),
+        *("rollout_python", "rollout_folder"),  # which only the main process reads
+    )
     names = [field.name for field in fields(config) if field.name not in places]
     return {f"--{name.replace('_', '-')}": str(getattr(config, name)) for name in names}
 

@@ -4,8 +4,10 @@
 
 `prompts` are lists of token ids, `sampling` a `Sampling`, `policy` the student as a transformers model, whose weights a
 server needs. A completion's ids end with one of `sampling.eos`, or without one at the length limit; what follows one of
-`sampling.stop_strings` is cut. `logprobs`, in nats, are only compared with those that the trainer computes itself, in
-steps and evaluations where all calls, of all processes, have returned them.
+`sampling.stop_strings` is cut. `logprobs`, in nats, are those of the tokens under the distribution that they were drawn
+from: after the temperature, and after top-k and top-p where the sampler has them. They are compared with those that the
+trainer computes itself, and a step is corrected for the difference (`--sampler-correction`), in steps and evaluations
+where all calls, of all processes, have returned them.
 """
 
 from __future__ import annotations

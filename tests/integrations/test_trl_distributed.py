@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from trl_pair import digits, distillation, grpo, logged
+from trl_vllm import stand_in
 from two_processes import PROCESSES, in_two_processes
 
 pytestmark = pytest.mark.skipif(
@@ -18,12 +19,19 @@ pytestmark = pytest.mark.skipif(
 
 COMPARED = (
     *("loss", "grad_norm", "reward", "cmdp/cumulative_kl", "cmdp/cvar", "cmdp/max_token_cost"),
-    *("cmdp/constraint_satisfaction", "cmdp/modified_reward"),
+    *("cmdp/constraint_satisfaction", "cmdp/modified_reward", "cmdp/mean_cumulative"),
 )
 CASES = [
     (grpo, {"scale_rewards": "none"}),
     (grpo, {"scale_rewards": "batch", "num_iterations": 2, "loss_type": "dr_grpo"}),
     (grpo, {"scale_rewards": "none", "baseline": "position_rloo"}),
+    (
+        grpo,
+        {
+            **{"scale_rewards": "none", "kind": "pid", "coefficient": 0.3},
+            **{"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_mode": "sequence_truncate"},
+        },
+    ),
     (distillation, {"beta": 0.5, "budget": 2.0, "trainer": {"reward_funcs": digits}}),
 ]
 
@@ -44,7 +52,8 @@ def completions(trainer, count: int) -> list[list[int]]:
 def rollout(prompts, trainer):
     ids = completions(trainer, len(prompts))
     tokenizer = trainer.processing_class
-    return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": ids, "logprobs": None}
+    logprobs = [[-2.0 - (token + len(tokens)) % 3 / 2 for token in tokens] for tokens in ids]
+    return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": ids, "logprobs": logprobs}
 
 
 def take_steps(make, pair, folder, processes: int, changes) -> dict[str, list[float]]:
@@ -66,7 +75,8 @@ def same_steps(cases, pair, folder) -> None:
             assert found[name] == pytest.approx(values, abs=1e-5, rel=1e-4), (make.__name__, changes, name)
 
 
-def test_steps_of_two_processes_are_those_of_one(pair, tmp_path):
+def test_steps_of_two_processes_are_those_of_one(pair, tmp_path, monkeypatch):
+    stand_in(monkeypatch, pair["student"])  # gets the weights; `rollout` samples
     expected = [take_steps(make, pair, tmp_path, 1, changes) for make, changes in CASES]
     assert all(len(values) > 1 for found in expected for values in found.values())
     in_two_processes(same_steps, list(zip(CASES, expected, strict=True)), pair, tmp_path)

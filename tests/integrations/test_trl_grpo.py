@@ -323,7 +323,6 @@ def test_trls_table_of_completions_shows_the_advantages_that_were_used(pair, tmp
         ({"budget": -1.0}, "budget must be at least 0 nats, got -1.0"),
         ({"budget": "2"}, "budget must be a number"),
         ({"budget": math.nan}, "budget must be at least 0 nats, got nan"),
-        ({"kind": "pid", "coefficient": 1.0}, "kind='pid' has a controller"),
         ({"kind": "strict"}, "kind='strict' is unknown"),
         ({"cost": "jsd"}, "cost='jsd' is unknown; expected one of reverse_kl, forward_kl, k1, k3, nll"),
         ({"kind": "worst_case"}, "kind='worst_case' is defined for cost='nll'"),

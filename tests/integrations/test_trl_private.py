@@ -41,6 +41,9 @@ PROTOCOLS = [
         "_generate_and_score_completions",
         'self._logs["advantages"].extend(all_process_advantages.tolist())',
     ),
+    (GRPOTrainer, "_generate_and_score_completions", 'output["importance_sampling_ratio"] = vllm'),
+    (GRPOTrainer, "_generate_and_score_completions", 'output["sampling_per_token_logps"] = sampling'),
+    (GRPOTrainer, "_compute_loss", 'per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]'),
     (DistillationTrainer, "compute_loss", "loss, entropy_sum, num_valid_tokens = self._forward_redirection("),
 ]
 ATTRIBUTES = [

@@ -114,6 +114,8 @@ def test_an_evaluation_says_what_the_sampler_drew():
     figures, _ = evaluate(learner.collector, learner.student, [{"prompt": "<start>"}], Clock())
     rollout, drawn = expectations()
     assert figures["mean_cumulative"] == pytest.approx((drawn.double() @ rollout.totals).item(), rel=1e-5)
+    off = (rollout.logprob.detach() - sampler_logprob()).abs().mean(1)
+    assert figures["sampling_logp_difference"] == pytest.approx((drawn.double() @ off).item(), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------- the gradient

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from trl import DistillationConfig, GRPOConfig
@@ -17,6 +17,7 @@ from cmdp_fast import checks
 from cmdp_fast.constraint import Constraint, of_a_scaled_direct_term
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.ops.cost import FROM_STATISTICS
+from cmdp_fast.pid import PIDController
 
 
 @dataclass
@@ -107,12 +108,23 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
         default=None,
         metadata={"help": "The largest size in nats of a token's cost, for `k1`, `k3` and `nll`; without it none."},
     )
-    kind: Literal["cmdp", "hinge", "saute", "lagrangian", "barrier", "worst_case"] = field(
+    kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = field(
         default="cmdp", metadata={"help": "The modified reward: the price of being over the budget."}
     )
     coefficient: float | None = field(
         default=None,
-        metadata={"help": "The multiplier of `lagrangian`, or the weight of `barrier`; no other kind has one."},
+        metadata={
+            "help": "The multiplier of `lagrangian`, that from which the controller of `pid` starts (0.001 if not "
+            "given), or the weight of `barrier`; no other kind has one."
+        },
+    )
+    pid_gains: list[float] = field(
+        default_factory=lambda: [0.1, 0.01, 0.01],
+        metadata={
+            "help": "Proportional, integral and derivative gain of the controller of `pid`, which sets the multiplier "
+            "by the completions at hand before their advantages are computed; per nat by which their mean cost exceeds "
+            "their mean budget. Its state goes into the checkpoints."
+        },
     )
     baseline: Literal["grpo", "position_rloo"] = field(
         default="grpo",
@@ -126,10 +138,8 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
     def __post_init__(self) -> None:
         self.check_amounts()
         _require(self.budget is not None, "budget is missing: nats that a completion may spend (inf: no limit)")
-        _require(
-            self.kind != "pid",
-            "kind='pid' has a controller, which TRL's checkpoints would not hold; cmdp-fast train has it",
-        )
+        if self.kind == "pid":
+            self._check_controller()
         _checked(checks.choice, "cost", self.cost, FROM_STATISTICS)
         _checked(lambda: self.constraint)
         _require(
@@ -149,11 +159,35 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             "a budget is weighed against one reward: multi_objective_aggregation must be 'sum_then_normalize', got "
             f"{self.multi_objective_aggregation!r}",
         )
+        modes = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+        _require(
+            self.vllm_importance_sampling_mode in modes,
+            f"vllm_importance_sampling_mode must be one of {', '.join(modes)}, got "
+            f"{self.vllm_importance_sampling_mode!r}",
+        )
         super().__post_init__()
         self.constraint.warn_of_a_penalty_without_gradient(stacklevel=3)
-        if self.constraint.has_direct_term and self.scale_rewards == "group" and self.budget != math.inf:
+        if self.has_direct_term and self.scale_rewards == "group" and self.budget != math.inf:
             text = of_a_scaled_direct_term("scale_rewards='group'", "scale_rewards='none'")
             warnings.warn(text, stacklevel=3)
+
+    def _check_controller(self) -> None:
+        """Fills in the multiplier that the controller of ``pid`` starts from."""
+        _require(self.budget != math.inf, "kind='pid' compares the mean cost with the budget: it must be finite")
+        gains = self.pid_gains
+        whole = isinstance(gains, (list, tuple)) and len(gains) == 3
+        _require(whole, f"pid_gains must be three numbers, got {gains!r}")
+        for gain in gains:
+            _checked(checks.number, "pid_gains", gain)
+            _require(math.isfinite(gain), f"pid_gains must be finite numbers, got {gains!r}")
+        if self.coefficient is None:
+            self.coefficient = PIDController.initial_integral
+
+    @property
+    def has_direct_term(self) -> bool:
+        """Whether the loss may get a direct term: the controller of ``pid`` raises the multiplier from 0, too."""
+        constraint = self.constraint
+        return (replace(constraint, coefficient=1.0) if self.kind == "pid" else constraint).has_direct_term
 
     @property
     def constraint(self) -> Constraint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -16,7 +17,9 @@ from cmdp_fast.scoring import Models, Outputs, ScoredBatch
 
 from .advantage import position_advantages, sequence_advantages
 from .config import CMDPGRPOConfig
+from .controller import ConstraintController
 from .metrics import constraint_metrics
+from .sampler import Drawn, drawn, weighed
 from .scoring import Batch, TRLScoring, trained_tokens
 from .teacher import check_pair, load_teacher, prepare_teacher, suppress_unshared_columns
 
@@ -62,7 +65,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *others, **named)
         if self._is_vlm:
             raise InputError("the processing class is one of images and text; expected a tokenizer, for text alone")
-        if args.constraint.has_direct_term and self.aux_loss_enabled:
+        if args.has_direct_term and self.aux_loss_enabled:
             raise InputError(
                 "the direct term is computed from hidden states, without a mixture of experts' auxiliary loss: set "
                 "router_aux_loss_coef=0"
@@ -71,6 +74,9 @@ class CMDPGRPOTrainer(GRPOTrainer):
         suppress_unshared_columns(self, width)
         self.teacher_model = prepare_teacher(teacher, self)
         self.constraint = args.constraint
+        if args.kind == "pid":
+            kp, ki, kd = args.pid_gains
+            self.add_callback(ConstraintController(kp, ki, kd, self.constraint.price))
         self.scoring = TRLScoring(self, self.teacher_model, width)
 
     # ------------------------------------------------------------------------------------- score
@@ -99,11 +105,16 @@ class CMDPGRPOTrainer(GRPOTrainer):
                 models, outputs, tokens, task_reward[part], mask=mask[part], constraint=constraint
             )
 
-        direct = constraint.has_direct_term
+        direct = args.has_direct_term
         account = self.scoring.account(self.model, batch, settle, rows_at_once=size, keep=direct)
+        sampled = drawn(args, batch, account.stats.logprob, mask) if training else None
+        if self.controller is not None and training:
+            account = self._priced(account, task_reward, mask, sampled)
+            constraint = self.constraint
         batch["advantages"], scale = self._advantages(account, task, task_reward, mask, group_size)
         if direct:
-            batch["direct"] = objective.direct_coefficient(account.trace, constraint, mask=mask) / scale
+            weights = objective.direct_coefficient(account.trace, constraint, mask=mask) / scale
+            batch["direct"] = weighed(weights, args, batch)
             if account.teacher_outputs is not None:
                 batch["teacher_hidden"] = account.teacher_outputs
             if "old_per_token_logps" in batch:  # of the same columns and from the same operation as in the update
@@ -116,11 +127,41 @@ class CMDPGRPOTrainer(GRPOTrainer):
             trace=account.trace,
             budget=args.budget,
             reward=account.reward,
+            drawn=sampled,
         )
+        if found and constraint.is_a.coefficient == "lambda":
+            found["cmdp/lambda"] = constraint.price
         for name, value in found.items():
             self._metrics["train" if training else "eval"][name].append(value)
         self._show_advantages(batch["advantages"], mask)
         return batch
+
+    @property
+    def controller(self) -> ConstraintController | None:
+        """That of ``pid``; transformers may have put another in its place, with a checkpoint's state."""
+        callbacks = self.callback_handler.callbacks
+        return next((each for each in callbacks if isinstance(each, ConstraintController)), None)
+
+    def _priced(self, account: ScoredBatch, task_reward: Tensor, mask: Tensor, sampled: Drawn | None) -> ScoredBatch:
+        """The account by the lambda that the controller sets by these completions, of all processes; the constraint
+        has it from here on. A budget per token is compared with the mean cost of completions as so much times their
+        mean length. One without a token has no cost."""
+        assert self.controller is not None
+        spent, ratio = (
+            credit.of_last_token(account.trace.cumulative, mask),
+            None if sampled is None else sampled.log_ratio,
+        )
+        spent, lengths, ratio = batches.gathered((spent, mask.sum(1).float(), ratio), self.accelerator)
+        real = lengths > 0
+        if not real.any():
+            return account
+        weight = None if sampled is None or ratio is None else sampled._replace(log_ratio=ratio[real]).weight()
+        cost, length = (float(objective.weighted_mean(each[real], weight)) for each in (spent, lengths))
+        budget = float(self.constraint.budget) * (length if self.constraint.per_token else 1.0)
+        self.constraint = replace(self.constraint, coefficient=self.controller.update(cost, budget))
+        costs = cf.token_cost(account.stats, self.constraint.cost, clamp=self.constraint.cost_clamp)
+        reward = cf.modified_reward(task_reward, costs, account.trace, constraint=self.constraint, mask=mask)
+        return account._replace(reward=reward)
 
     def _advantages(
         self, account: ScoredBatch, task: credit.TaskRewards, task_reward: Tensor, mask: Tensor, group_size: int

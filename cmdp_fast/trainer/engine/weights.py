@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cmdp_fast.files import writing
 
-from ..models.adapter import has_adapter
+from ..models.adapter import has_adapter, whole_adapted
 from ..models.saving import save_student
 from ..settings.config import TrainConfig
 from .client import Client
@@ -92,7 +92,7 @@ class Adapter:
         """Into a folder of its own, for a server that reads one late finds what it was told of."""
         with writing(folder / "adapter"):
             written = Path(tempfile.mkdtemp(prefix="adapter-", dir=folder))
-            model.save_pretrained(written)
+            (model if state is None else whole_adapted(model, state)).save_pretrained(written)
             written.chmod(0o755)
         return written
 

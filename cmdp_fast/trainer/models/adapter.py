@@ -73,7 +73,7 @@ def save_adapted(student: Any, folder: Path, weights: dict[str, Tensor] | None =
     weights in memory stay as they are: merging them and taking the adapter out again would round them. `weights`
     where the student does not hold them all itself.
     """
-    student = student if weights is None else _whole(student, weights)
+    student = student if weights is None else whole_adapted(student, weights)
     shell = _shell(student, untied=_unties(student))
     shell.generation_config = student.generation_config
     shell.save_pretrained(folder, state_dict=merged_weights(student))
@@ -161,7 +161,7 @@ def check_spread(student: Any) -> None:
         )
 
 
-def _whole(student: Any, weights: dict[str, Tensor]) -> Any:
+def whole_adapted(student: Any, weights: dict[str, Tensor]) -> Any:
     """A student like this one, adapter and all, with these weights: its own are spread over the processes."""
     model = _shell(student, untied=False)
     with torch.device("meta"), warnings.catch_warnings():
