@@ -164,12 +164,13 @@ def _steps_of_processes(pair, config, sharded, shown):
     Path(f"{shown}-{accelerator.process_index}").write_text(str(seeds))
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_processes_ask_each_for_its_own(pair, server, tmp_path, sharded):
+@pytest.mark.parametrize(("sharded", "rank"), [(False, 0), (True, 0), (True, 2)])
+def test_processes_ask_each_for_its_own(pair, held, tmp_path, sharded, rank):
     """The main process brings the weights, of a model that is spread as well; each has random numbers of its own."""
     if sharded and not gloo_averages():
         pytest.skip("gloo of this torch takes a sum for a mean")
-    config = engine_settings(pair, server, tmp_path, prompts_per_step=2, lora_rank=0)
+    server = held.enter_context(StandIn(pair["student"]).served())
+    config = engine_settings(pair, server, tmp_path, prompts_per_step=2, lora_rank=rank)
     in_two_processes(_steps_of_processes, pair, config, sharded, tmp_path / "seeds")
     assert len(server.loaded) == 3
     asked = [body["prompt"] for body in completion_requests(server) if body["n"] == 4]

@@ -10,17 +10,20 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections import Counter
 from contextlib import ExitStack
 
 import pytest
 import torch
+from hosts import hosts, torchrun
 from tiny_pair import PROBLEMS, arguments, learner_of, settings, tiny_model
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.engine.client import Client
-from cmdp_fast.trainer.engine.server import Server
+from cmdp_fast.trainer.engine.server import SHARED_PROCESSORS, Server
 
 PYTHON = os.environ.get("CMDP_FAST_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="needs vLLM: CMDP_FAST_VLLM_PYTHON names no Python that has it")
@@ -188,6 +191,41 @@ def test_an_engine_that_dies_is_named_in_time(server, pair, held, tmp_path):
 def _ps(columns: str) -> list[list[str]]:
     listed = subprocess.run(["ps", "axo", columns], capture_output=True, text=True).stdout.splitlines()[1:]
     return [line.split(None, 1) for line in listed]
+
+
+def test_two_machines_train_and_a_third_samples(pair, tmp_path):
+    """Each a network namespace with an address of its own; the weights go through a folder that all see."""
+    with hosts(3, tmp_path) as (*machines, third):
+        url = f"http://{third.address}:8000"
+        words = ["--host", third.address, "--port", "8000", "--model", pair["student"], "--dtype", "float32"]
+        words += ["--enforce-eager", "--max-model-len", "64", "--generation-config", "vllm"]
+        words += ["--logprobs-mode", "processed_logprobs"]
+        places = {"VLLM_HOST_IP": third.address, "VLLM_SERVER_DEV_MODE": "1", **SHARED_PROCESSORS}
+        command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *words]
+        server = third.start(command, tmp_path / "vllm.log", **places)
+        try:
+            asked = f"import requests; assert requests.get({url + '/health'!r}).ok"
+            until = time.monotonic() + 300
+            while machines[0].start([sys.executable, "-c", asked], tmp_path / "asked").wait():
+                assert server.poll() is None and time.monotonic() < until, (tmp_path / "vllm.log").read_text()[-2000:]
+                time.sleep(1)
+            (tmp_path / "weights").mkdir()
+            given = {"rollout": "vllm", "rollout_url": url, "rollout_folder": tmp_path / "weights"}
+            train = arguments(pair, tmp_path / "runs", eval_every=0, **given)
+            runs = [
+                host.start(
+                    torchrun(host, machines, "cmdp_fast.cli", *train), host.folder / "log", ACCELERATE_USE_CPU="true"
+                )
+                for host in machines
+            ]
+            assert [run.wait(300) for run in runs] == [0, 0], (machines[0].folder / "log").read_text()
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+    said = (machines[0].folder / "log").read_text()
+    assert "2 hosts, 2 processes, DDP, float32" in said
+    records = [json.loads(line) for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2
+    assert all(record["sampling/sampling_logp_difference/max"] < EXACT for record in records)
 
 
 CALLS = """
