@@ -91,9 +91,9 @@ def test_weights_of_tokens_leave_the_states_and_the_future_to_the_sampler(apart,
 @pytest.mark.parametrize("seed", [8, 9])
 def test_estimates_of_the_budget_are_those_of_the_policy(seed) -> None:
     """Many draws of the sampler's, in their exact proportions: every figure but the largest cost."""
-    problem = tree()
+    problem, setting = tree(), Setting("hinge", 0.35, weight=2.0)  # some paths are over it
     theta = logits(problem, 7)
-    rollout = roll_out(problem, theta, HINGE)
+    rollout = roll_out(problem, theta, setting)
     logprob, probability = drawn(problem, logits(problem, seed))
     ratio = objective.sampler_log_ratio(rollout.logprob, logprob)
     stats = token_stats(theta[problem.state], problem.teacher.log()[problem.state], problem.tokens)
@@ -104,7 +104,7 @@ def test_estimates_of_the_budget_are_those_of_the_policy(seed) -> None:
         return budget_metrics(
             *(rollout.cost, rollout.trace, divergences(stats, mask)),
             mask=mask,
-            budget=HINGE.budget,
+            budget=setting.budget,
             modified=rollout.reward.sum(1),
             correct=correct,
             weight=weight,
@@ -115,7 +115,8 @@ def test_estimates_of_the_budget_are_those_of_the_policy(seed) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(corrected[name], value, rtol=1e-12, atol=1e-14)
     assert expected["mean_cumulative"].item() == pytest.approx(rollout.expect(rollout.totals).item(), rel=1e-12)
-    assert not torch.allclose(uncorrected["mean_cumulative"], expected["mean_cumulative"], rtol=0.01)
+    same = {name for name in expected if torch.allclose(uncorrected[name], expected[name], rtol=1e-3)}
+    assert same <= {"max_token_cost", "budget", "cvar", "cumulative_kl_cvar"}  # tails may be of the same path
 
 
 NAN, INF = math.nan, math.inf

@@ -93,6 +93,13 @@ def test_settings_of_the_reward_beside_a_method_without_one():
     assert not warnings_of(TrainConfig(**changes)) and not warnings_of(TrainConfig(algorithm="sft"))
 
 
+def test_a_sampler_that_is_not_corrected_for_is_told():
+    sampled = {"rollout": "a.py:f", "sampler_correction": "off"}
+    [warning] = warnings_of(TrainConfig(**sampled))
+    assert warning.startswith("--sampler-correction off: what --rollout draws is taken for the student's")
+    assert not warnings_of(TrainConfig(rollout="a.py:f")) and not warnings_of(TrainConfig(algorithm="sft", **sampled))
+
+
 def test_a_warm_up_that_never_ends_is_told():
     assert not warnings_of(TrainConfig(steps=6, lr_warmup_steps=5))
     [warning] = warnings_of(TrainConfig(steps=5, lr_warmup_steps=5))
