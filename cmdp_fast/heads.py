@@ -113,7 +113,7 @@ def head_of(model: Any) -> Head:
     if known is None or known[0] != candidates:
         _known[inner] = known = candidates, _measured(chain, linear, candidates)
     softcap, scale = known[1]
-    weight, bias = (_gathered(parameter, chain[0]) for parameter in (linear.weight, linear.bias))
+    weight, bias = (_gathered(parameter, chain) for parameter in (linear.weight, linear.bias))
     return Head(weight, bias, softcap, scale)
 
 
@@ -268,7 +268,7 @@ def whole(parameter: Any) -> Tensor:
     return gathered
 
 
-def _gathered(parameter: Any, model: nn.Module) -> Any:
+def _gathered(parameter: Any, chain: list[nn.Module]) -> Any:
     """A parameter of the head, all of it where FSDP2 has spread it; tensor parallelism alone leaves it as it is.
 
     As a DTensor it would be taken for columns that serve the same rows on every rank, and ranks of FSDP have their own.
@@ -277,7 +277,8 @@ def _gathered(parameter: Any, model: nn.Module) -> Any:
         return parameter
     from torch.distributed.fsdp import FSDPModule
 
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+    # An outermost model may hold the inner ones without their being its modules
+    if not any(isinstance(module, FSDPModule) for part in (chain[0], chain[-1]) for module in part.modules()):
         return parameter
     return whole(parameter)
 

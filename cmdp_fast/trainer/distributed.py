@@ -101,7 +101,7 @@ def noticing_loss(accelerator: Accelerator, then: Callable[[], str]) -> Iterator
     except RuntimeError as error:
         if accelerator.num_processes == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        reason = first_line(error).rpartition("] ")[2]  # behind the place in gloo's sources
+        reason = first_line(error).rpartition("] ")[2].partition(". ")[0]  # without the place in gloo's sources
         raise ProcessLost(f"another process is gone, or cannot be reached ({reason}); {then()}") from error
 
 

@@ -240,6 +240,11 @@ def refused_sharded(pair: dict[str, str], changes: dict[str, Any], reason: str) 
         make(pair, sharding_accelerator(), changes)
 
 
+def run_unlike(arguments: list[str], shown: Path, expected: int) -> None:
+    """The same with another budget in the second process."""
+    run_command([*arguments, "--budget=3"] if os.environ["RANK"] == "1" else arguments, shown, expected)
+
+
 def run_sharded(arguments: list[str], shown: Path, expected: int) -> None:
     """The same with FSDP2."""
     os.environ.update(SHARDING)

@@ -43,6 +43,14 @@ def test_the_environment_is_looked_at_before_any_work(name, value, expected, pai
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_is_wrong_before_processes_meet_is_said_on_each_machine(rank, pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "8")  # on the second machine
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert main(arguments(pair, tmp_path, budget=-1)) == 2
+    assert capsys.readouterr().err.count("--budget") == (rank == "0")
+
+
 def accelerator(**changes) -> SimpleNamespace:
     """The part of an accelerator that is looked at, as of a single process."""
     plain = {

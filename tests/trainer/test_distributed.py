@@ -27,6 +27,7 @@ from two_processes import (
     refused_sharded,
     run_command,
     run_sharded,
+    run_unlike,
     same_steps,
     same_steps_sharded,
     take_steps,
@@ -210,6 +211,12 @@ def test_what_functions_tell_is_that_of_both(pair, tmp_path):
     assert [step["epoch"] for step in lines(tmp_path / "runs" / "r")] == [0.0, pytest.approx(2 * 3 / 9)]
     samples = (tmp_path / "runs" / "r" / "samples.jsonl").read_text().splitlines()
     assert {sample.get("extra", {}).get("rank") for sample in map(json.loads, samples)} == {None, 1}
+
+
+def test_commands_that_differ(pair, tmp_path):
+    in_two_processes(run_unlike, arguments(pair, tmp_path / "runs", budget=2), tmp_path / "shown", 2)
+    assert "process 1 has another --budget than process 0 (3.0, not 2.0)" in (tmp_path / "shown-0").read_text()
+    assert not (tmp_path / "runs").exists()
 
 
 REWARD_THAT_FAILS_IN_ONE = """

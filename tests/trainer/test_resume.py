@@ -32,6 +32,7 @@ VARIANTS = {
     "gae": {"baseline": "gae", "lr_schedule": "cosine", "lr_warmup_steps": 3},
     "pid": {"kind": "pid", "coefficient": 0.1, "pid_gains": "0.1 0.1 0.1", "budget_start": 5.0, "budget_steps": 4},
     "lora": {"lora_rank": 2, "lr_schedule": "constant"},
+    "sgd": {"optim": "sgd", "lr_warmup_steps": 3},  # which keeps nothing of its steps
 }
 
 
@@ -126,7 +127,7 @@ def test_killed_at(moment, pair, tmp_path, uninterrupted):
     assert steps_kept(tmp_path / "r") == ["step-000004", "step-000006"]
 
 
-@pytest.mark.parametrize("variant", ["gae", "pid", "lora"])
+@pytest.mark.parametrize("variant", ["gae", "pid", "lora", "sgd"])
 def test_value_head_schedules_lambda_and_adapter_go_on(variant, pair, tmp_path, uninterrupted):
     killed(kill_at(Learner, "descend", 20), command(pair, tmp_path, variant))
     check_goes_on(tmp_path / "r", uninterrupted, variant)

@@ -205,7 +205,21 @@ def _load(accelerator: Accelerator, trained: Trained, folder: Path) -> None:
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
     with _loading(folder):
         set_model_state_dict(trained.modules, read[0], options=options)
-        set_optimizer_state_dict(trained.modules, trained.optimizer, read[1], options=options)
+    groups = of_main(lambda: _groups_alone(read[1], folder), accelerator)
+    with _loading(folder):
+        for ours, theirs in zip(trained.optimizer.param_groups, groups, strict=True) if groups else ():
+            ours.update(theirs)
+        if not groups:
+            set_optimizer_state_dict(trained.modules, trained.optimizer, read[1], options=options)
+
+
+def _groups_alone(state: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The learning rates and the like of an optimizer that keeps nothing of the steps (`sgd`), else nothing: what sets
+    an optimizer's state looks for a tensor in it."""
+    with _loading(folder):
+        if state["state"]:
+            return []
+        return [{name: value for name, value in group.items() if name != "params"} for group in state["param_groups"]]
 
 
 def _continues_random_numbers(accelerator: Accelerator, folder: Path) -> bool:
