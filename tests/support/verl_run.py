@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from importlib.resources import files
@@ -116,7 +117,7 @@ def environment(folder: Path, name: str) -> dict[str, str]:
         "VERL_RUN_SCORED": str(folder / f"{name}.scored"),
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # Ray would keep one in the home directory
     }
 
 
