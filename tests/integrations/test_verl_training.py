@@ -16,7 +16,6 @@ pytest.importorskip(
 import verl_run
 from transformers import AutoModelForCausalLM
 
-from cmdp_fast import reference
 from cmdp_fast.integrations.topk import topk_divergence_of_logits
 from cmdp_fast.objective import PIDController
 
@@ -42,7 +41,6 @@ def mean_cost(folder: Path, name: str) -> float:
             x, y = (model(ids).logits[0, PROMPT - 1 : -1] for model in (student, teacher))
         values, tokens = y.log_softmax(-1).topk(TOPK, -1)
         total += topk_divergence_of_logits(x, values, tokens).divergence.sum().item()
-        assert reference.divergence(x, y, "forward_kl").sum() > 0
     return total / len(sequences)
 
 
@@ -51,7 +49,7 @@ def test_verls_launcher_trains_and_goes_on_from_its_checkpoint(tmp_path: Path) -
     assert list(steps) == [1, 2]
     last = tmp_path / "checkpoints" / "global_step_2"
     assert {path.name for path in last.iterdir()} == {"actor", "data.pt", "cmdp_pid.json"}
-    assert steps[1]["cmdp/mean_cumulative"] == pytest.approx(mean_cost(tmp_path, "first"), rel=0.02)  # bfloat16
+    assert steps[1]["cmdp/mean_cumulative"] == pytest.approx(mean_cost(tmp_path, "first"), rel=5e-3)  # bfloat16
 
     resumed = verl_run.run(tmp_path, *SETTINGS, "trainer.total_training_steps=3", name="second")
     assert list(resumed) == [3]
@@ -59,7 +57,7 @@ def test_verls_launcher_trains_and_goes_on_from_its_checkpoint(tmp_path: Path) -
     for step, metrics in (steps | resumed).items():
         price = controller.update(metrics["cmdp/mean_cumulative"], BUDGET)
         assert metrics["cmdp/lambda"] == price > 0.1, step
-        # the engine samples from the student that is trained: its weights have been exchanged
+        # the engine samples from the student that is trained: it gets its weights
         assert metrics["training/rollout_probs_diff_max"] < 0.05
         assert metrics["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=0.05)
         direct = metrics["actor/distillation/loss"]

@@ -1,10 +1,9 @@
-"""What verl 0.9.1 lacks for a run without a GPU, put in by verl's own registries and nothing else of it replaced.
+"""What verl 0.9.1 lacks for a run without a GPU. verl imports this module in every process that it starts, from
+`VERL_USE_EXTERNAL_MODULES`.
 
-verl imports this module in every process that it starts, from `VERL_USE_EXTERNAL_MODULES`.
-
-- A platform: `verl/plugin/platform` has nvidia, npu and rocm; chosen by `VERL_PLATFORM=cpu`.
-- A rollout that samples and scores with transformers, in the place of vLLM (`verl_rollout.py`). It has to be called
-  ``vllm``: the teacher's configuration, verl/workers/config/distillation.py, refuses any name but this and sglang.
+- A platform, by verl's registry: `verl/plugin/platform` has nvidia, npu and rocm. `VERL_PLATFORM=cpu` chooses it.
+- The backend of the process group: verl/utils/distributed.py, line 89, names one for `cpu` twice, which torch refuses.
+- No TRL: verl/models/transformers/monkey_patch.py, line 356, takes a class from it that TRL 1.x does not have.
 """
 
 from __future__ import annotations
@@ -92,9 +91,7 @@ class PlatformCPU(PlatformBase):
     def cudart(self) -> None: ...
 
 
-# verl/models/transformers/monkey_patch.py, line 356, takes a class from TRL that 1.x does not have, where TRL is there
-sys.modules["trl"] = None  # type: ignore[assignment]
-
 distributed.initialize_global_process_group_ray = partial(
     distributed.initialize_global_process_group_ray, backend="cpu:gloo"
 )
+sys.modules["trl"] = None  # type: ignore[assignment]

@@ -1,4 +1,8 @@
-"""verl's rollout interface with transformers' `generate` behind it: samples for the student, scores for the teacher."""
+"""verl's rollout interface with transformers' `generate` behind it: samples for the student, scores for the teacher.
+
+It takes the name of vLLM in verl's registries: the teacher's configuration, verl/workers/config/distillation.py,
+refuses any name but this and sglang.
+"""
 
 from __future__ import annotations
 

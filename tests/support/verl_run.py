@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from importlib.resources import files
@@ -70,7 +71,7 @@ def command(folder: Path, *changes: str) -> list[str]:
         "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
         "actor_rollout_ref.actor.strategy": "fsdp2",  # torch keeps its first FSDP from a CPU
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile": "false",
-        "actor_rollout_ref.actor.optim.lr": 1e-3,
+        "actor_rollout_ref.actor.optim.lr": 0.03,  # a step shows in what is sampled next
         "actor_rollout_ref.rollout.n": 4,
         "actor_rollout_ref.rollout.agent.num_workers": 1,
         "distillation.n_gpus_per_node": 1,
@@ -116,7 +117,7 @@ def environment(folder: Path, name: str) -> dict[str, str]:
         "VERL_RUN_SCORED": str(folder / f"{name}.scored"),
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # Ray would keep one in the home directory
     }
 
 

@@ -53,7 +53,8 @@ completions that were sampled, unweighted. ``bypass_mode`` is refused.
 policy that is being updated, at the states that were sampled, including which completions are over budget.
 
 **Run**, on a CPU: verl 0.9.1's launcher with `cmdp.yaml`, Ray 2.60 and random models, for ``forward_kl`` with ``cmdp``
-and with ``pid``, with a checkpoint and a run that goes on from it (`tests/integrations/test_verl_training.py`).
+and with ``pid``, with a checkpoint and a run that goes on from it (`tests/integrations/test_verl_training.py`), and for
+``k1`` with a validation.
 `tests/support` puts in what verl has for GPUs alone, and nothing else of it is replaced: a platform, since verl has
 none for a CPU; and a rollout of transformers' `generate` behind verl's interface of vLLM. The README's section has the
 command and the lines of verl where a CPU ends.
