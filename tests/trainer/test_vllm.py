@@ -11,15 +11,19 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from collections import Counter
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
 from hosts import hosts, torchrun
 from tiny_pair import PROBLEMS, arguments, learner_of, settings, tiny_model
 
+import cmdp_fast
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.engine.client import Client
@@ -226,6 +230,34 @@ def test_two_machines_train_and_a_third_samples(pair, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 2
     assert all(record["sampling/sampling_logp_difference/max"] < EXACT for record in records)
+
+
+def test_trl_trains_on_what_vllm_drew(pair, tmp_path):
+    """In an environment with the packages of both, vLLM's before ours; its name and version say that it is for a CPU.
+    vLLM computes in bfloat16 there, which the weights see and hardly correct."""
+    environment = tmp_path / "both"
+    venv.create(environment, with_pip=False)
+    [packages] = environment.glob("lib/python*/site-packages")
+    own = subprocess.run([PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True)
+    places = [own.stdout.decode().strip(), sysconfig.get_path("purelib"), str(Path(cmdp_fast.__file__).parents[1])]
+    (packages / "both.pth").write_text("\n".join(places))
+    about = packages / "vllm-0.32.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    script = Path(__file__).parents[1] / "support" / "trl_on_vllm.py"
+    ran = subprocess.run(
+        [environment / "bin" / "python", script, pair["student"], pair["teacher"], tmp_path],
+        env={**os.environ, **SHARED_PROCESSORS, "VLLM_NO_USAGE_STATS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    records = [record for record in json.loads(ran.stdout.splitlines()[-1]) if "loss" in record]
+    assert len(records) == 3
+    for record in records:
+        assert 0 < record["sampling/sampling_logp_difference/max"] < 0.1
+        assert 0.9 < record["sampling/effective_sample_ratio"] <= 1 + 1e-6
+        assert record["cmdp/mean_cumulative"] > 0
 
 
 CALLS = """
