@@ -33,7 +33,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_a_run_learns_as_with_generate(models, tmp_path):
-    """2048 completions each: the deviation of the difference of their accuracies is .8 points."""
+    """Two points of accuracy apart at most, and three deviations of what 2048 completions of each show of that."""
     figures = {}
     for rollout, words in {"": [], "vllm": [f"--rollout-python={PYTHON}", "--rollout=vllm"]}.items():
         words += [f"--{role}={folder}" for role, folder in models.items()]
@@ -46,8 +46,9 @@ def test_a_run_learns_as_with_generate(models, tmp_path):
         figures["vllm"]["student_after"],
         figures[""]["student_after"],
     )
-    assert abs(before["accuracy"] - figures[""]["student_before"]["accuracy"]) < 0.02
-    assert abs(after["accuracy"] - generated["accuracy"]) < 0.02
+    for ours, theirs in ((before, figures[""]["student_before"]), (after, generated)):
+        p, count = theirs["accuracy"], theirs["examples"]
+        assert abs(ours["accuracy"] - p) < 0.02 + 3 * (2 * p * (1 - p) / count) ** 0.5
     assert after["accuracy"] > before["accuracy"] + 0.2
     assert after["constraint_satisfaction"] > 0.95 and generated["constraint_satisfaction"] > 0.95
     lines = (tmp_path / "with-vllm" / "metrics.jsonl").read_text().splitlines()
