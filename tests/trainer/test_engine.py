@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_pair import arguments, learner_of, settings
+from tiny_pair import arguments, learner_of, settings, tiny_model
 from two_processes import gloo_averages, in_two_processes, sharding_accelerator
 from vllm_stand_in import StandIn
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.engine import client, keeper
+from cmdp_fast.trainer.engine import answers, client, engine, keeper
 from cmdp_fast.trainer.engines import make_engines
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.records.report import Report
-from cmdp_fast.trainer.rollout import encode_prompts
+from cmdp_fast.trainer.rollout import Sampling, encode_prompts
 from cmdp_fast.trainer.run import make_learner
 from cmdp_fast.trainer.tasks import data, rewards
 
@@ -91,6 +91,18 @@ def test_columns_that_the_teacher_lacks_are_not_sampled(pair, server, held, tmp_
     sampling = dataclasses.replace(learner.collector.sampling, suppress=(5, 6), vocab_size=17)
     drawn = learner.collector.engine.sample(learner.student, prompts * 30, sampling, 0)
     assert not set(drawn.tokens[drawn.mask].tolist()) & {5, 6}
+
+
+def test_columns_that_the_student_lacks_are_not_spoken_of(pair, held, tmp_path):
+    """Models of a family pad their vocabulary differently, and vLLM refuses a bias of a column that it does not have."""
+    wide = pair | {"teacher": tiny_model(tmp_path / "wide", seed=2, layers=2, spare=3)}
+    servers = [held.enter_context(StandIn(wide[role]).served()) for role in ("student", "teacher")]
+    urls = {"rollout_url": (servers[0].url,), "rollout_teacher_url": (servers[1].url,)}
+    learner, step = stepper(engine_settings(wide, servers[0], tmp_path, **urls), held)
+    step()
+    assert {body["logit_bias"] and len(body["logit_bias"]) for body in completion_requests(servers[0])} == {None}
+    learner.collector.teacher_engine.sample(learner.teacher, [[4], [5]], learner.collector.sampling, 0)
+    assert {len(body["logit_bias"]) for body in completion_requests(servers[1])} == {3}
 
 
 def test_servers_share_the_prompts_and_all_have_the_weights(pair, held, tmp_path):
@@ -287,6 +299,19 @@ def test_a_wrong_answer_is_named(pair, server, held, tmp_path, name):
     assert server.url in str(raised.value) and str(raised.value).isprintable()
 
 
+def test_a_stop_string_may_end_within_a_token(pair):
+    """A server's text ends with the string, where the tokens go on: that is no other tokenizer."""
+
+    class Tokenizer:
+        def decode(self, ids, **_):
+            return "".join({1: "9", 2: ";;"}[token] for token in ids)
+
+    sampling = Sampling(8, 1.0, eos=(0,), pad=0, vocab_size=3, stop_strings=("9;",), tokenizer=Tokenizer())
+    answers.check_texts([answers.Drawn([1, 2], [-1.0, -1.0], "9;")], sampling, "the server")
+    with pytest.raises(InputError, match="another tokenizer"):
+        answers.check_texts([answers.Drawn([1, 2], [-1.0, -1.0], "9")], sampling, "the server")
+
+
 def test_weights_that_did_not_arrive_are_named_by_their_step(pair, server, held, tmp_path):
     _, step = stepper(engine_settings(pair, server, tmp_path), held)
     step()
@@ -440,6 +465,32 @@ def test_a_server_sees_nothing_of_the_runs_processes(pair, held, tmp_path, monke
     ]
     assert "--tensor-parallel-size 2" in (tmp_path / "words").read_text()
     assert "--host 127.0.0.1" in (tmp_path / "words").read_text()
+
+
+def test_a_server_of_the_runs_own_is_given_the_key_that_it_asks_for(pair, held, tmp_path, monkeypatch):
+    """vLLM takes VLLM_API_KEY out of its environment, which is the run's."""
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    python = fake_python(tmp_path, "exec sleep 1000")
+    stand_in = held.enter_context(StandIn(pair["student"]).served())
+    monkeypatch.setattr(engine, "Server", lambda *_: Elsewhere(stand_in.url))
+    stepper(settings(pair, rollout="vllm", rollout_python=python), held)[1]()
+    assert stand_in.keys == {"Bearer k"}
+
+
+class Elsewhere:
+    """In the place of a server of the run's own."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def wait(self, *_) -> None:
+        pass
+
+    def gone(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        pass
 
 
 def _running(words: str) -> bool:

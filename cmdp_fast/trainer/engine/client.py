@@ -105,9 +105,9 @@ class Client:
             return response.status_code, bytes(content)
 
 
-def client_of(url: str, config: TrainConfig) -> Client:
-    """A server that runs elsewhere; its key is the environment's, as vLLM's own."""
-    return Client(url, config.rollout_timeout, key=os.environ.get("VLLM_API_KEY", ""))
+def client_of(url: str, config: TrainConfig, gone: Callable[[], str] = lambda: "") -> Client:
+    """A server as the configuration asks it; its key is the environment's, where vLLM looks for its own."""
+    return Client(url, config.rollout_timeout, gone, os.environ.get("VLLM_API_KEY", ""))
 
 
 def version_of(client: Client) -> str:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.vocabulary import common_vocabulary
 
 from ..distributed import together, whole_student
 from ..records.report import Report
@@ -105,6 +107,8 @@ class Engine:
         ``upcoming``: the prompts of the next step, which are begun with these weights; then these prompts' completions
         are those that were begun a step ago, if they were. Every process must call this. Raises InputError.
         """
+        columns = common_vocabulary(self.accelerator.unwrap_model(policy))  # servers refuse a word on any other
+        sampling = replace(sampling, suppress=tuple(token for token in sampling.suppress if token < columns))
         drawn: list[answers.Drawn] | None = None
         if self._pending is not None:
             theirs, future = self._pending
@@ -208,7 +212,7 @@ class Engine:
         self.report.say(f"starting vLLM for the {self.role}; its log: {log}")
         since = time.monotonic()
         self._server = Server(c, options, log, on_cpu)
-        client = Client(self._server.url, c.rollout_timeout, self._server.gone)
+        client = client_of(self._server.url, c, self._server.gone)
         self._server.wait(client, c.rollout_timeout)
         self._clients = [client]
         took = time.monotonic() - since
