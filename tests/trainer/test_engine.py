@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from accelerate import Accelerator
 from tiny_pair import arguments, learner_of, settings, tiny_model
@@ -94,7 +97,7 @@ def test_columns_that_the_teacher_lacks_are_not_sampled(pair, server, held, tmp_
 
 
 def test_columns_that_the_student_lacks_are_not_spoken_of(pair, held, tmp_path):
-    """Models of a family pad their vocabulary differently, and vLLM refuses a bias of a column that it does not have."""
+    """Models of a family pad their vocabulary differently, and vLLM refuses a bias of a column that it has not."""
     wide = pair | {"teacher": tiny_model(tmp_path / "wide", seed=2, layers=2, spare=3)}
     servers = [held.enter_context(StandIn(wide[role]).served()) for role in ("student", "teacher")]
     urls = {"rollout_url": (servers[0].url,), "rollout_teacher_url": (servers[1].url,)}
@@ -181,11 +184,14 @@ def test_processes_ask_each_for_its_own(pair, held, tmp_path, sharded, rank):
     """The main process brings the weights, of a model that is spread as well; each has random numbers of its own."""
     if sharded and not gloo_averages():
         pytest.skip("gloo of this torch takes a sum for a mean")
-    server = held.enter_context(StandIn(pair["student"]).served())
-    config = engine_settings(pair, server, tmp_path, prompts_per_step=2, lora_rank=rank)
+    servers = [held.enter_context(StandIn(pair["student"]).served()) for _ in range(4)]
+    urls = tuple(server.url for server in servers)
+    config = engine_settings(pair, servers[0], tmp_path, rollout_url=urls, prompts_per_step=2, lora_rank=rank)
     in_two_processes(_steps_of_processes, pair, config, sharded, tmp_path / "seeds")
-    assert len(server.loaded) == 3
-    asked = [body["prompt"] for body in completion_requests(server) if body["n"] == 4]
+    assert [len(server.loaded) for server in servers] == [3] * 4
+    each = [[body["prompt"] for body in completion_requests(server) if body["n"] == 4] for server in servers]
+    assert [*map(len, each)] == [2] * 4  # of four prompts in each of two steps
+    asked = [prompt for some in each for prompt in some]
     assert len(asked) == 8 and len({*map(tuple, asked)}) == 3
     assert (tmp_path / "seeds-0").read_text() != (tmp_path / "seeds-1").read_text()
 
@@ -349,6 +355,59 @@ def test_a_server_that_hangs_is_waited_for_so_long(pair, server, held, tmp_path)
     server.fault = only("/v1/completions", lambda *_: time.sleep(2))
     with pytest.raises(InputError, match=r"has not answered in 0.5 s \(--rollout-timeout\)"):
         step()
+
+
+def test_a_run_that_fails_waits_for_no_other_answer(pair, server, held, tmp_path):
+    """Nor does its process: the others may take as long as --rollout-timeout."""
+    begun, over = threading.Event(), threading.Event()
+    held.callback(over.set)
+
+    def second_fails(body, answer):
+        if body["n"] != 4:
+            return answer
+        if not begun.is_set():
+            begun.set()
+            over.wait()
+        return 500, {"error": {"message": "dead"}}
+
+    server.fault = only("/v1/completions", second_fails)
+    words = {"rollout_url": server.url, "rollout_folder": tmp_path}
+    command = [sys.executable, "-m", "cmdp_fast.cli", *arguments(pair, tmp_path / "runs", rollout="vllm", **words)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and "answered 500: dead" in run.stderr and not over.is_set()
+
+
+def test_a_host_that_takes_no_connection_is_not_said_to_be_slow(monkeypatch):
+    """Packets to it are lost: that is known after the time for a connection, and not after that for an answer."""
+    monkeypatch.setattr(client, "WAITS", (0.0,))
+    lost = client.Client("http://10.255.255.1", 900.0)
+    tried = []
+
+    def connect(*_, **__):
+        tried.append(1)
+        raise requests.ConnectTimeout
+
+    monkeypatch.setattr(lost._session, "request", connect)
+    with pytest.raises(InputError, match="cannot be reached: no connection in 10 s"):
+        lost.get("version")
+    assert len(tried) == 2
+
+
+def test_an_answer_that_stops_in_its_middle_is_waited_for_so_long():
+    """requests has another error for that than for an answer that does not begin."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        slow = client.Client(f"http://127.0.0.1:{listening.getsockname()[1]}", 0.3)
+        threading.Thread(target=_begin_an_answer, args=(listening,), daemon=True).start()
+        with pytest.raises(InputError, match=r"has not answered in 0.3 s \(--rollout-timeout\)"):
+            slow.get("version")
+
+
+def _begin_an_answer(listening):
+    connection, _ = listening.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{")
+        connection.recv(1)
 
 
 def test_an_answer_that_never_ends_is_cut(pair, server, held, tmp_path, monkeypatch):

@@ -69,10 +69,12 @@ class Client:
                 why = f"answered {status}{_reason(content)}"
                 if status not in PASSING:
                     break
-            except requests.Timeout:
-                why = f"has not answered in {self.seconds:g} s (--rollout-timeout)"
-                break
+            except requests.ConnectTimeout:
+                why = f"cannot be reached: no connection in {CONNECT:g} s"
             except (requests.RequestException, OSError) as error:
+                if isinstance(error, requests.Timeout) or time.monotonic() > until:
+                    why = f"has not answered in {self.seconds:g} s (--rollout-timeout)"
+                    break
                 why = f"cannot be reached: {_cause(error)}"
             if wait is None or time.monotonic() + wait > until or self.gone():
                 break

@@ -13,8 +13,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from . import answers
 from .client import CONCURRENT, Client, client_of, served_model, version_of
 from .probe import Probe, Tolerance
 from .server import Server
+from .threads import begin, results
 from .weights import Weights, dtype_name
 
 if TYPE_CHECKING:
@@ -70,7 +72,6 @@ class Engine:
         self._server: Server | None = None
         self._folder: Path | None = None
         self._pending: Pending | None = None
-        self._threads = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Engine:
         return self
@@ -82,8 +83,7 @@ class Engine:
         """Ends the server and removes its files; the log may stay. It is started again if it is asked again."""
         if self._server is not None:
             self._server.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._threads, self._pending = ThreadPoolExecutor(1), None
+        self._pending = None
         if self._folder is not None:
             for path in self._folder.iterdir():
                 if not (keep_log and path.suffix == ".log"):
@@ -124,29 +124,24 @@ class Engine:
             with together(self.accelerator):
                 drawn = self._ask(prompts, seeds, sampling)
         if upcoming:
-            self._pending = upcoming, self._threads.submit(self._ask, upcoming, _seeds(upcoming), sampling)
+            self._pending = upcoming, begin([partial(self._ask, upcoming, _seeds(upcoming), sampling)])[0]
         tokens, logprobs = [each.tokens for each in drawn], [each.logprobs for each in drawn]
         return assemble(prompts, tokens, sampling, self.accelerator.device, logprobs)
 
     def _ask(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[answers.Drawn]:
-        """Completions of prompts, equal neighbours in one request; of several servers each gets every so manieth."""
+        """Completions of prompts, equal neighbours in one request; of several servers each gets every so manieth, over
+        all processes."""
         groups = list(_groups(prompts, 1 if sampling.temperature == 0 else len(prompts)))
-        shares = [i % len(self._clients) for i in range(len(groups))]
+        first = self.accelerator.process_index * len(groups)
+        shares = [i % len(self._clients) for i in range(first, first + len(groups))]
 
         def one(share: int, prompt: list[int], count: int, seed: int) -> list[answers.Drawn]:
             client = self._clients[share]
             body = answers.request(self._names[share], prompt, count, seed, sampling)
             return answers.completions(client.post("v1/completions", body), prompt, count, sampling, client.name)
 
-        threads = ThreadPoolExecutor(min(len(groups), CONCURRENT))
-        try:
-            asked = [
-                threads.submit(one, share, prompt, count, seed)
-                for share, (prompt, count), seed in zip(shares, groups, seeds, strict=False)
-            ]
-            parts = [future.result() for future in asked]
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the others
+        asked = zip(shares, groups, seeds, strict=False)
+        parts = results(begin([partial(one, share, *group, seed) for share, group, seed in asked], CONCURRENT))
         for share, client in enumerate(self._clients):
             some = [each for own, part in zip(shares, parts, strict=True) if own == share for each in part]
             if some:
