@@ -318,6 +318,16 @@ def test_a_stop_string_may_end_within_a_token(pair):
         answers.check_texts([answers.Drawn([1, 2], [-1.0, -1.0], "9")], sampling, "the server")
 
 
+def test_every_server_reports_what_it_samples_with(pair, server, held, tmp_path):
+    """Also the last of more servers than there are fixed prompts."""
+    servers = [held.enter_context(StandIn(pair["student"]).served()) for _ in range(5)]
+    servers[-1].fault, _ = FAULTS["log-probabilities of another temperature"]
+    urls = tuple(each.url for each in servers)
+    _, step = stepper(engine_settings(pair, server, tmp_path, rollout_url=urls), held)
+    with pytest.raises(InputError, match=f"{urls[-1]} reports log-probabilities that are not those .* by 0.5 nats"):
+        step()
+
+
 def test_weights_that_did_not_arrive_are_named_by_their_step(pair, server, held, tmp_path):
     _, step = stepper(engine_settings(pair, server, tmp_path), held)
     step()
@@ -465,6 +475,13 @@ def test_a_run_whose_server_fails_keeps_its_checkpoint(pair, server, tmp_path, c
         ({"rollout": "vllm", "rollout_url": "http://x:none"}, "expected an address"),
         ({"rollout": "vllm", "rollout_url": "http://x"}, "needs --rollout-folder"),
         ({"rollout": "vllm", "rollout_teacher_url": "http://x"}, "for a run with --rollout-url"),
+        (
+            {
+                **{"rollout": "vllm", "rollout_url": "http://x", "rollout_folder": "/tmp", "rollout_ahead": 1},
+                "method": "sft",
+            },
+            "would have no effect: it is for --rollout vllm where it samples what is learned from",
+        ),
         ({"rollout": "vllm", "rollout_args": "'--a"}, "No closing quotation"),
         ({"rollout": "vllm", "rollout_ahead": 2}, "must be 0 or 1"),
         ({"rollout_ahead": 1}, "would have no effect: it is for --rollout vllm"),

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.files import writing
 from cmdp_fast.vocabulary import common_vocabulary
 
 from ..distributed import together, whole_student
@@ -193,7 +194,8 @@ class Engine:
             return
         assert self._folder is not None
         tokenizer = self._folder / "tokenizer"
-        self.tokenizer.save_pretrained(tokenizer)
+        with writing(tokenizer):
+            self.tokenizer.save_pretrained(tokenizer)
         log = self._folder / "vllm.log"
         c, on_cpu = self.config, self.accelerator.device.type == "cpu"
         options = [
@@ -234,9 +236,10 @@ class Engine:
         probe, asked = self._probe, list[torch.Tensor]()
         with together(self.accelerator):
             if self.accelerator.is_main_process:
+                servers = list(zip(self._clients, self._names, strict=True))
                 if not probe.drawn:
-                    probe.extend(self._clients[0], self._names[0], sampling)
-                asked = [probe.asked(*known) for known in zip(self._clients, self._names, strict=True)]
+                    probe.extend(servers, sampling)
+                asked = results(begin([partial(probe.asked, *each) for each in servers], CONCURRENT))
         probe.sequences, probe.drawn = broadcast_object_list([probe.sequences, probe.drawn])
         with self.accelerator.autocast():
             ours, sampled = probe.scored(self.accelerator.unwrap_model(policy), sampling)
@@ -246,7 +249,7 @@ class Engine:
                 for client, theirs in zip(self._clients, asked, strict=True):
                     probe.compare(theirs, ours, step, tolerance, client.name)
                 if self._step is None and not sampling.top_k and sampling.top_p == 1.0 and sampling.temperature:
-                    probe.compare_drawn(sampled, tolerance.largest, self._clients[0].name)
+                    probe.compare_drawn(sampled, tolerance.largest, [client.name for client in self._clients])
         probe.remember(step, ours)
 
 
