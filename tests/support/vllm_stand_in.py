@@ -28,6 +28,7 @@ class StandIn:
         self.model = AutoModelForCausalLM.from_pretrained(folder)
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.loaded: list[str] = []
+        self.keys: set[str | None] = set()  # that came with the requests
         self.fault: Fault | None = None
         self._alone = threading.Lock()
 
@@ -100,6 +101,7 @@ class StandIn:
 
             def _reply(self, body: dict[str, Any]) -> None:
                 with stand_in._alone:
+                    stand_in.keys.add(self.headers["Authorization"])
                     stand_in.asked.append((self.path, body))
                     given = stand_in.answer(self.path, body)
                 if stand_in.fault is not None:

@@ -5,29 +5,32 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from accelerate import Accelerator
-from tiny_pair import arguments, learner_of, settings
+from tiny_pair import arguments, learner_of, settings, tiny_model
 from two_processes import gloo_averages, in_two_processes, sharding_accelerator
 from vllm_stand_in import StandIn
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.engine import client, keeper
+from cmdp_fast.trainer.engine import answers, client, engine, keeper
 from cmdp_fast.trainer.engines import make_engines
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.records.report import Report
-from cmdp_fast.trainer.rollout import encode_prompts
+from cmdp_fast.trainer.rollout import Sampling, encode_prompts
 from cmdp_fast.trainer.run import make_learner
 from cmdp_fast.trainer.tasks import data, rewards
 
@@ -91,6 +94,18 @@ def test_columns_that_the_teacher_lacks_are_not_sampled(pair, server, held, tmp_
     sampling = dataclasses.replace(learner.collector.sampling, suppress=(5, 6), vocab_size=17)
     drawn = learner.collector.engine.sample(learner.student, prompts * 30, sampling, 0)
     assert not set(drawn.tokens[drawn.mask].tolist()) & {5, 6}
+
+
+def test_columns_that_the_student_lacks_are_not_spoken_of(pair, held, tmp_path):
+    """Models of a family pad their vocabulary differently, and vLLM refuses a bias of a column that it has not."""
+    wide = pair | {"teacher": tiny_model(tmp_path / "wide", seed=2, layers=2, spare=3)}
+    servers = [held.enter_context(StandIn(wide[role]).served()) for role in ("student", "teacher")]
+    urls = {"rollout_url": (servers[0].url,), "rollout_teacher_url": (servers[1].url,)}
+    learner, step = stepper(engine_settings(wide, servers[0], tmp_path, **urls), held)
+    step()
+    assert {body["logit_bias"] and len(body["logit_bias"]) for body in completion_requests(servers[0])} == {None}
+    learner.collector.teacher_engine.sample(learner.teacher, [[4], [5]], learner.collector.sampling, 0)
+    assert {len(body["logit_bias"]) for body in completion_requests(servers[1])} == {3}
 
 
 def test_servers_share_the_prompts_and_all_have_the_weights(pair, held, tmp_path):
@@ -169,11 +184,14 @@ def test_processes_ask_each_for_its_own(pair, held, tmp_path, sharded, rank):
     """The main process brings the weights, of a model that is spread as well; each has random numbers of its own."""
     if sharded and not gloo_averages():
         pytest.skip("gloo of this torch takes a sum for a mean")
-    server = held.enter_context(StandIn(pair["student"]).served())
-    config = engine_settings(pair, server, tmp_path, prompts_per_step=2, lora_rank=rank)
+    servers = [held.enter_context(StandIn(pair["student"]).served()) for _ in range(4)]
+    urls = tuple(server.url for server in servers)
+    config = engine_settings(pair, servers[0], tmp_path, rollout_url=urls, prompts_per_step=2, lora_rank=rank)
     in_two_processes(_steps_of_processes, pair, config, sharded, tmp_path / "seeds")
-    assert len(server.loaded) == 3
-    asked = [body["prompt"] for body in completion_requests(server) if body["n"] == 4]
+    assert [len(server.loaded) for server in servers] == [3] * 4
+    each = [[body["prompt"] for body in completion_requests(server) if body["n"] == 4] for server in servers]
+    assert [*map(len, each)] == [2] * 4  # of four prompts in each of two steps
+    asked = [prompt for some in each for prompt in some]
     assert len(asked) == 8 and len({*map(tuple, asked)}) == 3
     assert (tmp_path / "seeds-0").read_text() != (tmp_path / "seeds-1").read_text()
 
@@ -287,6 +305,29 @@ def test_a_wrong_answer_is_named(pair, server, held, tmp_path, name):
     assert server.url in str(raised.value) and str(raised.value).isprintable()
 
 
+def test_a_stop_string_may_end_within_a_token(pair):
+    """A server's text ends with the string, where the tokens go on: that is no other tokenizer."""
+
+    class Tokenizer:
+        def decode(self, ids, **_):
+            return "".join({1: "9", 2: ";;"}[token] for token in ids)
+
+    sampling = Sampling(8, 1.0, eos=(0,), pad=0, vocab_size=3, stop_strings=("9;",), tokenizer=Tokenizer())
+    answers.check_texts([answers.Drawn([1, 2], [-1.0, -1.0], "9;")], sampling, "the server")
+    with pytest.raises(InputError, match="another tokenizer"):
+        answers.check_texts([answers.Drawn([1, 2], [-1.0, -1.0], "9")], sampling, "the server")
+
+
+def test_every_server_reports_what_it_samples_with(pair, server, held, tmp_path):
+    """Also the last of more servers than there are fixed prompts."""
+    servers = [held.enter_context(StandIn(pair["student"]).served()) for _ in range(5)]
+    servers[-1].fault, _ = FAULTS["log-probabilities of another temperature"]
+    urls = tuple(each.url for each in servers)
+    _, step = stepper(engine_settings(pair, server, tmp_path, rollout_url=urls), held)
+    with pytest.raises(InputError, match=f"{urls[-1]} reports log-probabilities that are not those .* by 0.5 nats"):
+        step()
+
+
 def test_weights_that_did_not_arrive_are_named_by_their_step(pair, server, held, tmp_path):
     _, step = stepper(engine_settings(pair, server, tmp_path), held)
     step()
@@ -324,6 +365,59 @@ def test_a_server_that_hangs_is_waited_for_so_long(pair, server, held, tmp_path)
     server.fault = only("/v1/completions", lambda *_: time.sleep(2))
     with pytest.raises(InputError, match=r"has not answered in 0.5 s \(--rollout-timeout\)"):
         step()
+
+
+def test_a_run_that_fails_waits_for_no_other_answer(pair, server, held, tmp_path):
+    """Nor does its process: the others may take as long as --rollout-timeout."""
+    begun, over = threading.Event(), threading.Event()
+    held.callback(over.set)
+
+    def second_fails(body, answer):
+        if body["n"] != 4:
+            return answer
+        if not begun.is_set():
+            begun.set()
+            over.wait()
+        return 500, {"error": {"message": "dead"}}
+
+    server.fault = only("/v1/completions", second_fails)
+    words = {"rollout_url": server.url, "rollout_folder": tmp_path}
+    command = [sys.executable, "-m", "cmdp_fast.cli", *arguments(pair, tmp_path / "runs", rollout="vllm", **words)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and "answered 500: dead" in run.stderr and not over.is_set()
+
+
+def test_a_host_that_takes_no_connection_is_not_said_to_be_slow(monkeypatch):
+    """Packets to it are lost: that is known after the time for a connection, and not after that for an answer."""
+    monkeypatch.setattr(client, "WAITS", (0.0,))
+    lost = client.Client("http://10.255.255.1", 900.0)
+    tried = []
+
+    def connect(*_, **__):
+        tried.append(1)
+        raise requests.ConnectTimeout
+
+    monkeypatch.setattr(lost._session, "request", connect)
+    with pytest.raises(InputError, match="cannot be reached: no connection in 10 s"):
+        lost.get("version")
+    assert len(tried) == 2
+
+
+def test_an_answer_that_stops_in_its_middle_is_waited_for_so_long():
+    """requests has another error for that than for an answer that does not begin."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        slow = client.Client(f"http://127.0.0.1:{listening.getsockname()[1]}", 0.3)
+        threading.Thread(target=_begin_an_answer, args=(listening,), daemon=True).start()
+        with pytest.raises(InputError, match=r"has not answered in 0.3 s \(--rollout-timeout\)"):
+            slow.get("version")
+
+
+def _begin_an_answer(listening):
+    connection, _ = listening.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{")
+        connection.recv(1)
 
 
 def test_an_answer_that_never_ends_is_cut(pair, server, held, tmp_path, monkeypatch):
@@ -381,6 +475,13 @@ def test_a_run_whose_server_fails_keeps_its_checkpoint(pair, server, tmp_path, c
         ({"rollout": "vllm", "rollout_url": "http://x:none"}, "expected an address"),
         ({"rollout": "vllm", "rollout_url": "http://x"}, "needs --rollout-folder"),
         ({"rollout": "vllm", "rollout_teacher_url": "http://x"}, "for a run with --rollout-url"),
+        (
+            {
+                **{"rollout": "vllm", "rollout_url": "http://x", "rollout_folder": "/tmp", "rollout_ahead": 1},
+                "method": "sft",
+            },
+            "would have no effect: it is for --rollout vllm where it samples what is learned from",
+        ),
         ({"rollout": "vllm", "rollout_args": "'--a"}, "No closing quotation"),
         ({"rollout": "vllm", "rollout_ahead": 2}, "must be 0 or 1"),
         ({"rollout_ahead": 1}, "would have no effect: it is for --rollout vllm"),
@@ -440,6 +541,32 @@ def test_a_server_sees_nothing_of_the_runs_processes(pair, held, tmp_path, monke
     ]
     assert "--tensor-parallel-size 2" in (tmp_path / "words").read_text()
     assert "--host 127.0.0.1" in (tmp_path / "words").read_text()
+
+
+def test_a_server_of_the_runs_own_is_given_the_key_that_it_asks_for(pair, held, tmp_path, monkeypatch):
+    """vLLM takes VLLM_API_KEY out of its environment, which is the run's."""
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    python = fake_python(tmp_path, "exec sleep 1000")
+    stand_in = held.enter_context(StandIn(pair["student"]).served())
+    monkeypatch.setattr(engine, "Server", lambda *_: Elsewhere(stand_in.url))
+    stepper(settings(pair, rollout="vllm", rollout_python=python), held)[1]()
+    assert stand_in.keys == {"Bearer k"}
+
+
+class Elsewhere:
+    """In the place of a server of the run's own."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def wait(self, *_) -> None:
+        pass
+
+    def gone(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        pass
 
 
 def _running(words: str) -> bool:

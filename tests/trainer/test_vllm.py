@@ -37,11 +37,12 @@ EXACT = 1e-3  # nats; both compute in float32, in other orders
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """vLLM's attention on a CPU takes heads of 16, 32, ... numbers."""
+    """vLLM's attention on a CPU takes heads of 16, 32, ... numbers. The teacher's logits have more columns."""
     root = tmp_path_factory.mktemp("pair")
     problems = root / "problems.jsonl"
     problems.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
-    student, teacher = (tiny_model(root / str(seed), seed=seed, layers=seed, head_dim=32) for seed in (1, 2))
+    student = tiny_model(root / "1", seed=1, head_dim=32)
+    teacher = tiny_model(root / "2", seed=2, layers=2, spare=3, head_dim=32)
     return {"student": student, "teacher": teacher, "dataset": str(problems)}
 
 

@@ -8,6 +8,7 @@ from cmdp_fast.errors import InputError, shown
 
 from .. import drawn
 from ..rollout import Sampling
+from ..stops import cut_text
 
 
 class Drawn(NamedTuple):
@@ -102,11 +103,12 @@ def check_texts(some: list[Drawn], sampling: Sampling, whose: str) -> None:
 
 
 def _alike(completion: Drawn, sampling: Sampling) -> bool:
-    """Whether the text is that of the tokens, or of all but an end of sequence, which a server may leave out."""
+    """Whether the text is that of the tokens, or of all but an end of sequence, which a server may leave out. It ends
+    with a stop string, where the last token may go on."""
     ends = completion.tokens[-1] in sampling.eos
     candidates = [completion.tokens, *([completion.tokens[:-1]] if ends else [])]
     texts = [sampling.tokenizer.decode(each, skip_special_tokens=False) for each in candidates]
-    return _letters(completion.text) in map(_letters, texts)
+    return _letters(completion.text) in [_letters(cut_text(text, sampling.stop_strings)) for text in texts]
 
 
 def _letters(text: str) -> str:

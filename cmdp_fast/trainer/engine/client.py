@@ -69,10 +69,12 @@ class Client:
                 why = f"answered {status}{_reason(content)}"
                 if status not in PASSING:
                     break
-            except requests.Timeout:
-                why = f"has not answered in {self.seconds:g} s (--rollout-timeout)"
-                break
+            except requests.ConnectTimeout:
+                why = f"cannot be reached: no connection in {CONNECT:g} s"
             except (requests.RequestException, OSError) as error:
+                if isinstance(error, requests.Timeout) or time.monotonic() > until:
+                    why = f"has not answered in {self.seconds:g} s (--rollout-timeout)"
+                    break
                 why = f"cannot be reached: {_cause(error)}"
             if wait is None or time.monotonic() + wait > until or self.gone():
                 break
@@ -105,9 +107,9 @@ class Client:
             return response.status_code, bytes(content)
 
 
-def client_of(url: str, config: TrainConfig) -> Client:
-    """A server that runs elsewhere; its key is the environment's, as vLLM's own."""
-    return Client(url, config.rollout_timeout, key=os.environ.get("VLLM_API_KEY", ""))
+def client_of(url: str, config: TrainConfig, gone: Callable[[], str] = lambda: "") -> Client:
+    """A server as the configuration asks it; its key is the environment's, where vLLM looks for its own."""
+    return Client(url, config.rollout_timeout, gone, os.environ.get("VLLM_API_KEY", ""))
 
 
 def version_of(client: Client) -> str:

@@ -13,7 +13,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ import torch
 from torch import nn
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.files import writing
+from cmdp_fast.vocabulary import common_vocabulary
 
 from ..distributed import together, whole_student
 from ..records.report import Report
@@ -30,6 +34,7 @@ from . import answers
 from .client import CONCURRENT, Client, client_of, served_model, version_of
 from .probe import Probe, Tolerance
 from .server import Server
+from .threads import begin, results
 from .weights import Weights, dtype_name
 
 if TYPE_CHECKING:
@@ -68,7 +73,6 @@ class Engine:
         self._server: Server | None = None
         self._folder: Path | None = None
         self._pending: Pending | None = None
-        self._threads = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Engine:
         return self
@@ -80,8 +84,7 @@ class Engine:
         """Ends the server and removes its files; the log may stay. It is started again if it is asked again."""
         if self._server is not None:
             self._server.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._threads, self._pending = ThreadPoolExecutor(1), None
+        self._pending = None
         if self._folder is not None:
             for path in self._folder.iterdir():
                 if not (keep_log and path.suffix == ".log"):
@@ -105,6 +108,8 @@ class Engine:
         ``upcoming``: the prompts of the next step, which are begun with these weights; then these prompts' completions
         are those that were begun a step ago, if they were. Every process must call this. Raises InputError.
         """
+        columns = common_vocabulary(self.accelerator.unwrap_model(policy))  # servers refuse a word on any other
+        sampling = replace(sampling, suppress=tuple(token for token in sampling.suppress if token < columns))
         drawn: list[answers.Drawn] | None = None
         if self._pending is not None:
             theirs, future = self._pending
@@ -120,29 +125,24 @@ class Engine:
             with together(self.accelerator):
                 drawn = self._ask(prompts, seeds, sampling)
         if upcoming:
-            self._pending = upcoming, self._threads.submit(self._ask, upcoming, _seeds(upcoming), sampling)
+            self._pending = upcoming, begin([partial(self._ask, upcoming, _seeds(upcoming), sampling)])[0]
         tokens, logprobs = [each.tokens for each in drawn], [each.logprobs for each in drawn]
         return assemble(prompts, tokens, sampling, self.accelerator.device, logprobs)
 
     def _ask(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[answers.Drawn]:
-        """Completions of prompts, equal neighbours in one request; of several servers each gets every so manieth."""
+        """Completions of prompts, equal neighbours in one request; of several servers each gets every so manieth, over
+        all processes."""
         groups = list(_groups(prompts, 1 if sampling.temperature == 0 else len(prompts)))
-        shares = [i % len(self._clients) for i in range(len(groups))]
+        first = self.accelerator.process_index * len(groups)
+        shares = [i % len(self._clients) for i in range(first, first + len(groups))]
 
         def one(share: int, prompt: list[int], count: int, seed: int) -> list[answers.Drawn]:
             client = self._clients[share]
             body = answers.request(self._names[share], prompt, count, seed, sampling)
             return answers.completions(client.post("v1/completions", body), prompt, count, sampling, client.name)
 
-        threads = ThreadPoolExecutor(min(len(groups), CONCURRENT))
-        try:
-            asked = [
-                threads.submit(one, share, prompt, count, seed)
-                for share, (prompt, count), seed in zip(shares, groups, seeds, strict=False)
-            ]
-            parts = [future.result() for future in asked]
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the others
+        asked = zip(shares, groups, seeds, strict=False)
+        parts = results(begin([partial(one, share, *group, seed) for share, group, seed in asked], CONCURRENT))
         for share, client in enumerate(self._clients):
             some = [each for own, part in zip(shares, parts, strict=True) if own == share for each in part]
             if some:
@@ -194,7 +194,8 @@ class Engine:
             return
         assert self._folder is not None
         tokenizer = self._folder / "tokenizer"
-        self.tokenizer.save_pretrained(tokenizer)
+        with writing(tokenizer):
+            self.tokenizer.save_pretrained(tokenizer)
         log = self._folder / "vllm.log"
         c, on_cpu = self.config, self.accelerator.device.type == "cpu"
         options = [
@@ -208,7 +209,7 @@ class Engine:
         self.report.say(f"starting vLLM for the {self.role}; its log: {log}")
         since = time.monotonic()
         self._server = Server(c, options, log, on_cpu)
-        client = Client(self._server.url, c.rollout_timeout, self._server.gone)
+        client = client_of(self._server.url, c, self._server.gone)
         self._server.wait(client, c.rollout_timeout)
         self._clients = [client]
         took = time.monotonic() - since
@@ -235,9 +236,10 @@ class Engine:
         probe, asked = self._probe, list[torch.Tensor]()
         with together(self.accelerator):
             if self.accelerator.is_main_process:
+                servers = list(zip(self._clients, self._names, strict=True))
                 if not probe.drawn:
-                    probe.extend(self._clients[0], self._names[0], sampling)
-                asked = [probe.asked(*known) for known in zip(self._clients, self._names, strict=True)]
+                    probe.extend(servers, sampling)
+                asked = results(begin([partial(probe.asked, *each) for each in servers], CONCURRENT))
         probe.sequences, probe.drawn = broadcast_object_list([probe.sequences, probe.drawn])
         with self.accelerator.autocast():
             ours, sampled = probe.scored(self.accelerator.unwrap_model(policy), sampling)
@@ -247,7 +249,7 @@ class Engine:
                 for client, theirs in zip(self._clients, asked, strict=True):
                     probe.compare(theirs, ours, step, tolerance, client.name)
                 if self._step is None and not sampling.top_k and sampling.top_p == 1.0 and sampling.temperature:
-                    probe.compare_drawn(sampled, tolerance.largest, self._clients[0].name)
+                    probe.compare_drawn(sampled, tolerance.largest, [client.name for client in self._clients])
         probe.remember(step, ours)
 
 

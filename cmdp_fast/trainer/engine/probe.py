@@ -7,6 +7,8 @@ as it reported them too, so that its temperature is seen as well.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -61,14 +63,16 @@ class Probe:
         kept = max(1, min(PROMPT_TOKENS, longest - 1 - sampled))
         return cls([ids[:kept] for ids in prompts[:PROMPTS]], sampled)
 
-    def extend(self, client: Client, model: str, sampling: Sampling) -> None:
-        """Puts a few sampled tokens behind each prompt."""
+    def extend(self, servers: Sequence[tuple[Client, str]], sampling: Sampling) -> None:
+        """Puts a few tokens behind each prompt, which the servers sample in turn: each does so, if there are more of
+        them the prompts begin again. ``servers`` with what each calls the model."""
         short = replace(sampling, max_new_tokens=self.sampled)
-        for ids in self.sequences:
+        begun = self.sequences * -(-len(servers) // len(self.sequences))
+        self.sequences = []
+        for ids, (client, model) in zip(begun, itertools.cycle(servers), strict=False):
             answer = client.post("v1/completions", answers.request(model, ids, 1, 0, short))
             self.drawn += answers.completions(answer, ids, 1, short, client.name)
-        answers.check_texts(self.drawn, sampling, client.name)
-        self.sequences = [[*ids, *each.tokens] for ids, each in zip(self.sequences, self.drawn, strict=True)]
+            self.sequences.append([*ids, *self.drawn[-1].tokens])
 
     def asked(self, client: Client, model: str) -> Tensor:
         """A server's log-probabilities of all tokens but the first of each sequence, one after another."""
@@ -102,16 +106,18 @@ class Probe:
             )
         self.noise = apart[step] if self.noise is None else self.noise
 
-    def compare_drawn(self, ours: Tensor, tolerance: float, whose: str) -> None:
-        """Raises InputError unless the log-probabilities that came with the sampled tokens are those at the
-        temperature."""
-        reported = torch.tensor([value for each in self.drawn for value in each.logprobs])
-        if not (apart := _apart(reported, ours)) <= tolerance:
-            raise InputError(
-                f"{whose} reports log-probabilities that are not those it samples with: they differ by {apart:.3g} "
-                f"nats in the mean from the trainer's, expected at most {tolerance:g}; start it with "
-                "--logprobs-mode processed_logprobs"
-            )
+    def compare_drawn(self, ours: Tensor, tolerance: float, whose: Sequence[str]) -> None:
+        """Raises InputError unless the log-probabilities that came with the tokens that each server sampled are those
+        at the temperature."""
+        rows = ours.split([len(each.tokens) for each in self.drawn])
+        for i, name in enumerate(whose):
+            reported = torch.tensor([value for each in self.drawn[i :: len(whose)] for value in each.logprobs])
+            if not (apart := _apart(reported, torch.cat(rows[i :: len(whose)]))) <= tolerance:
+                raise InputError(
+                    f"{name} reports log-probabilities that are not those it samples with: they differ by {apart:.3g} "
+                    f"nats in the mean from the trainer's, expected at most {tolerance:g}; start it with "
+                    "--logprobs-mode processed_logprobs"
+                )
 
     def remember(self, step: int, ours: Tensor) -> None:
         """Keeps what the weights of a step make of the tokens."""

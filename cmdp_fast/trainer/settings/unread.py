@@ -100,11 +100,15 @@ READERS = (
             "rollout_transfer",
             "rollout_timeout",
             "rollout_tolerance",
-            "rollout_ahead",
             "rollout_folder",
         ),
         lambda c: c.rollout == "vllm",
         "--rollout vllm",
+    ),
+    Reader(
+        ("rollout_ahead",),
+        lambda c: c.rollout == "vllm" and (c.entry.on_policy or c.rollout_teacher_url or not c.rollout_url),
+        "--rollout vllm where it samples what is learned from",
     ),
     Reader(
         ("rollout_python", "rollout_args", "rollout_devices"),
