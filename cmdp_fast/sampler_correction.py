@@ -62,13 +62,15 @@ def sampler_weight(log_ratio: Tensor, mode: Literal["token", "sequence"], *, cli
     return _truncated(log_ratio if mode == "token" else log_ratio.sum(1, keepdim=True), clip).exp()
 
 
-def estimate_weight(log_ratio: Tensor, *, clip: float = 2.0) -> Tensor:
+def estimate_weight(log_ratio: Tensor, *, mask: Tensor | None = None, clip: float = 2.0) -> Tensor:
     """The truncated weights of completions [B] for `weighted_mean`, from `sampler_log_ratio` [B, T] of all of them.
 
-    They are divided by the largest, of which a mean knows nothing: however small all of them are, one is 1. NaN where
-    the policy excludes every completion, so that nothing is known of it.
+    They are divided by the largest, of which a mean knows nothing: however small all of them are, one is 1. A
+    completion without a token has weight 0. NaN where the policy excludes every completion, so that nothing is known of
+    it.
     """
-    log_weight = _truncated(log_ratio.sum(1), clip)
+    real = kept_tokens(log_ratio, mask).any(1)
+    log_weight = _truncated(log_ratio.sum(1), clip).masked_fill(~real, -torch.inf)
     return (log_weight - log_weight.max()).exp() if len(log_weight) else log_weight
 
 
