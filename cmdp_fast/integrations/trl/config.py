@@ -168,7 +168,7 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
         most = self.vllm_importance_sampling_clip_max
         _require(
             most is None or most >= 1.0,
-            "vllm_importance_sampling_clip_max must be at least 1, the weight of what needs no correction, or None, got "
+            "vllm_importance_sampling_clip_max must be None or at least 1, the weight of what needs no correction, got "
             f"{most}",
         )
         super().__post_init__()
