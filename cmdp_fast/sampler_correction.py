@@ -13,7 +13,8 @@ is one over mu of what is weighted by pi/mu:
     estimates    sum w x / sum w, with the truncated weight of the completion in either mode: the mean cost of a
                  completion is a number per completion.
 
-Truncation bounds the variance and biases towards mu where mu is too rare. A weight is at least 0 and a constant, so it
+Truncation bounds the variance and biases towards mu where mu is too rare. What mu never draws, such as what top-k or
+top-p leave out, stays out: weights are then those of pi without it. A weight is at least 0 and a constant, so it
 multiplies what `ppo_loss` is linear in: the ``advantage``, and ``direct`` where it is the completion's.
 
 Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training" (truncated importance

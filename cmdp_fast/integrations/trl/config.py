@@ -168,8 +168,8 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
         most = self.vllm_importance_sampling_clip_max
         _require(
             most is None or most >= 1.0,
-            "vllm_importance_sampling_clip_max must be None or at least 1, the weight of what needs no correction, got "
-            f"{most}",
+            "vllm_importance_sampling_clip_max must be None or at least 1, the weight of what needs no correction, "
+            f"got {most}",
         )
         super().__post_init__()
         self.constraint.warn_of_a_penalty_without_gradient(stacklevel=3)
