@@ -13,7 +13,8 @@ is one over mu of what is weighted by pi/mu:
     estimates    sum w x / sum w, with the truncated weight of the completion in either mode: the mean cost of a
                  completion is a number per completion.
 
-Truncation bounds the variance and biases towards mu where mu is too rare. A weight is at least 0 and a constant, so it
+Truncation bounds the variance and biases towards mu where mu is too rare. What mu never draws, such as what top-k or
+top-p leave out, stays out: weights are then those of pi without it. A weight is at least 0 and a constant, so it
 multiplies what `ppo_loss` is linear in: the ``advantage``, and ``direct`` where it is the completion's.
 
 Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training" (truncated importance
@@ -62,13 +63,15 @@ def sampler_weight(log_ratio: Tensor, mode: Literal["token", "sequence"], *, cli
     return _truncated(log_ratio if mode == "token" else log_ratio.sum(1, keepdim=True), clip).exp()
 
 
-def estimate_weight(log_ratio: Tensor, *, clip: float = 2.0) -> Tensor:
+def estimate_weight(log_ratio: Tensor, *, mask: Tensor | None = None, clip: float = 2.0) -> Tensor:
     """The truncated weights of completions [B] for `weighted_mean`, from `sampler_log_ratio` [B, T] of all of them.
 
-    They are divided by the largest, of which a mean knows nothing: however small all of them are, one is 1. NaN where
-    the policy excludes every completion, so that nothing is known of it.
+    They are divided by the largest, of which a mean knows nothing: however small all of them are, one is 1. A
+    completion without a token has weight 0. NaN where the policy excludes every completion, so that nothing is known of
+    it.
     """
-    log_weight = _truncated(log_ratio.sum(1), clip)
+    real = kept_tokens(log_ratio, mask).any(1)
+    log_weight = _truncated(log_ratio.sum(1), clip).masked_fill(~real, -torch.inf)
     return (log_weight - log_weight.max()).exp() if len(log_weight) else log_weight
 
 

@@ -161,6 +161,9 @@ def test_products_of_thousands_of_tokens() -> None:
     ratio[2, 0] -= math.log(3.0)
     assert objective.sampler_weight(ratio, "sequence", clip=2.0).tolist() == [[2.0], [0.0], [0.0]]
     assert objective.estimate_weight(ratio[1:]).tolist() == pytest.approx([1.0, 1 / 3], rel=1e-3)
+    empty = torch.cat([torch.zeros(1, 5000), ratio[1:]])  # whose completion has no token: it is none of them
+    of_real = objective.estimate_weight(empty, mask=torch.tensor([False, True, True])[:, None].expand(3, 5000))
+    assert of_real.tolist() == [0.0, *objective.estimate_weight(ratio[1:]).tolist()]
     mean = objective.weighted_mean(torch.tensor([8.0, 4.0]), objective.estimate_weight(ratio[1:]))
     assert mean.item() == pytest.approx(7.0, rel=1e-3)
 

@@ -133,7 +133,7 @@ class Collector:
         self.steps_done = 0  # which reward functions are told
         self.weights = torch.tensor(config.reward_weights or (1.0,) * len(rewards))
         self.judging = config.accuracy_reward or next(iter(rewards))  # which says whether a completion is right
-        self._told: set[str] = set()  # reward functions of which it was said that they have no opinion
+        self._told: set[str] = set()  # what it was said of once: reward functions without an opinion, a rollout
         self.splitter = Splitter(config, accelerator)
         models = (student,) if teacher is None else (student, teacher)
         with accelerator.autocast():  # without it float32 copies do not meet the bfloat16 weights around them
@@ -172,6 +172,7 @@ class Collector:
                     check_reported(rollout, self.config)
                 if any_process(rollout.sampler_logprob is None, self.accelerator):  # all of them gather it, or none
                     rollout.sampler_logprob = None
+                    self._tell_of_no_correction()
             else:
                 synced = self.accelerator.distributed_type == "FSDP"
                 rollout = generate(model, prompts, self._sampling_of(policy), mixed_with=mixed_with, synced_gpus=synced)
@@ -318,6 +319,18 @@ class Collector:
                 len(named_rewards[name]),
             )
         self._told |= silent
+
+    def _tell_of_no_correction(self) -> None:
+        """Says it once of a `rollout` that is to be corrected if it says how, and does not."""
+        option = f"--rollout {self.config.rollout}"
+        if self.config.has_sampler and self.config.correction and option not in self._told:
+            self._told.add(option)
+            if self.accelerator.is_main_process:
+                _log.warning(
+                    "%s returned completions without logprobs: they are taken for the student's, without a correction. "
+                    "This is said once",
+                    option,
+                )
 
     def _divergence(self, e: Experience, constraint: Constraint, corrected: bool) -> dict[str, Tensor]:
         """Metrics of the statistics under student and teacher, and of the constraint."""

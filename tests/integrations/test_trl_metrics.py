@@ -18,23 +18,26 @@ import cmdp_fast as cf
 from cmdp_fast.errors import InputError
 from cmdp_fast.integrations.trl import CMDPGRPOConfig
 from cmdp_fast.integrations.trl.metrics import constraint_metrics
+from cmdp_fast.integrations.trl.sampler import Drawn
 
 
-def figures(mask: torch.Tensor, **options: object) -> dict[str, float]:
+def figures(mask: torch.Tensor, drawn: Drawn | None = None) -> dict[str, float]:
     rows = len(mask)
     x, y = make_logits(4, 3, 9)[:rows], make_logits(4, 3, 9, seed=1)[:rows]
     stats = cf.token_stats(x, y, make_tokens(4, 3, vocab=9)[:rows], mask=mask)
     trace = cf.budget_trace(stats.reverse_kl, 1.0, mask=mask)
     reward = torch.arange(3.0 * rows).view(rows, 3) * mask + 100.0 * ~mask.any(1, keepdim=True)
-    return constraint_metrics(
-        Accelerator(cpu=True), stats, stats.reverse_kl, mask, trace=trace, budget=1.0, reward=reward
-    )
+    given = {"trace": trace, "budget": 1.0, "reward": reward, "drawn": drawn}
+    return constraint_metrics(Accelerator(cpu=True), stats, stats.reverse_kl, mask, **given)
 
 
 def test_a_masked_completion_dilutes_no_figure() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.bool)
     everything, alone = figures(mask), figures(mask[:2])
     assert everything == alone and "cmdp/never_violated" in alone
+    unlikely = torch.tensor([[-50.0, -50.0, -50.0], [-50.0, -100.0, 0.0], [0.0] * 3, [0.0] * 3])  # of the student's
+    weighed, alone = (figures(mask[:n], Drawn(unlikely[:n], "sequence", 2.0)) for n in (4, 2))
+    assert weighed == alone and all(map(math.isfinite, alone.values()))
     assert figures(torch.zeros_like(mask)) == {}  # TRL would take the mean of a NaN with the other batches' figures
 
 

@@ -101,6 +101,11 @@ def test_a_mode_that_there_is_not(pair, tmp_path):
         grpo(pair, tmp_path, vllm_importance_sampling_mode="word", **VLLM)
 
 
+def test_a_bound_that_truncates_what_needs_no_correction(pair, tmp_path):
+    with pytest.raises(InputError, match=r"^vllm_importance_sampling_clip_max must be None or at least 1.*got 0\.5"):
+        grpo(pair, tmp_path, vllm_importance_sampling_clip_max=0.5, **VLLM)
+
+
 def test_pid_sees_the_cost_of_the_student(pair, tmp_path, sampler):
     trainer = trained(
         grpo, pair, tmp_path, kind="pid", coefficient=0.3, vllm_importance_sampling_mode="token_truncate", **VLLM

@@ -180,13 +180,17 @@ def test_minillm_weighs_both_parts():
 # ------------------------------------------------------------------------------------- what cannot be corrected
 
 
-def test_weights_that_were_asked_for_need_log_probabilities():
+def test_weights_that_were_asked_for_need_log_probabilities(caplog):
     def silent(**given: Any) -> dict[str, Any]:
         return draw(**given) | {"logprobs": None}
 
     with pytest.raises(InputError, match=f"^--sampler-correction token needs the log-probabilities .*{SAMPLER}"):
         step(learner_on_samples(HINGE, silent, sampler_correction="token"))
-    metrics = step(learner_on_samples(HINGE, silent))
+    learner = learner_on_samples(HINGE, silent)
+    metrics = step(learner)
+    step(learner)
+    [told] = [record.getMessage() for record in caplog.records if "logprobs" in record.getMessage()]
+    assert told.startswith(f"{SAMPLER} returned completions without logprobs: they are taken for the student's")
     rollout, drawn = expectations()
     assert metrics["cmdp/mean_cumulative"] == pytest.approx((drawn.double() @ rollout.totals).item(), rel=1e-5)
     assert not [name for name in metrics if name.startswith("sampling/")]

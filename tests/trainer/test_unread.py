@@ -97,6 +97,10 @@ def test_a_sampler_that_is_not_corrected_for_is_told():
     sampled = {"rollout": "a.py:f", "sampler_correction": "off"}
     [warning] = warnings_of(TrainConfig(**sampled))
     assert warning.startswith("--sampler-correction off: what --rollout draws is taken for the student's")
+    assert warnings_of(TrainConfig(rollout="vllm", sampler_correction="off")) == [warning]
+    [warning] = warnings_of(TrainConfig(rollout="vllm", sampler_correction="sequence", top_p=0.9))
+    assert warning.startswith("--sampler-correction sequence with --top-k or --top-p: a completion's weight is the")
+    assert not warnings_of(TrainConfig(rollout="vllm", top_p=0.9))
     assert not warnings_of(TrainConfig(rollout="a.py:f")) and not warnings_of(TrainConfig(algorithm="sft", **sampled))
 
 

@@ -165,6 +165,12 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
             f"vllm_importance_sampling_mode must be one of {', '.join(modes)}, got "
             f"{self.vllm_importance_sampling_mode!r}",
         )
+        most = self.vllm_importance_sampling_clip_max
+        _require(
+            most is None or most >= 1.0,
+            "vllm_importance_sampling_clip_max must be None or at least 1, the weight of what needs no correction, "
+            f"got {most}",
+        )
         super().__post_init__()
         self.constraint.warn_of_a_penalty_without_gradient(stacklevel=3)
         if self.has_direct_term and self.scale_rewards == "group" and self.budget != math.inf:

@@ -151,11 +151,14 @@ class CMDPGRPOTrainer(GRPOTrainer):
             credit.of_last_token(account.trace.cumulative, mask),
             None if sampled is None else sampled.log_ratio,
         )
-        spent, lengths, ratio = batches.gathered((spent, mask.sum(1).float(), ratio), self.accelerator)
+        spent, everywhere, ratio = batches.gathered((spent, mask, ratio), self.accelerator)
+        lengths = everywhere.sum(1).float()
         real = lengths > 0
         if not real.any():
             return account
-        weight = None if sampled is None or ratio is None else sampled._replace(log_ratio=ratio[real]).weight()
+        weight = None
+        if sampled is not None and ratio is not None:
+            weight = sampled._replace(log_ratio=ratio).weight(everywhere)[real]
         cost, length = (float(objective.weighted_mean(each[real], weight)) for each in (spent, lengths))
         budget = float(self.constraint.budget) * (length if self.constraint.per_token else 1.0)
         self.constraint = replace(self.constraint, coefficient=self.controller.update(cost, budget))

@@ -48,7 +48,7 @@ def constraint_metrics(
     weight, of_sampler = None, {}
     if drawn is not None and ratio is not None:
         drawn = drawn._replace(log_ratio=ratio)
-        weight, of_sampler = drawn.weight(), as_numbers(drawn.metrics(everywhere))
+        weight, of_sampler = drawn.weight(everywhere), as_numbers(drawn.metrics(everywhere))
     figures = budget_metrics(cost, trace, divergence, mask=everywhere, budget=limit, modified=modified, weight=weight)
     left_out = OF_A_BUDGET if budget is None else () if math.isfinite(budget) else ("budget",)
     named = {f"cmdp/{name}": value for name, value in as_numbers(figures).items() if name not in left_out}

@@ -24,10 +24,10 @@ class Drawn(NamedTuple):
     mode: Literal["token", "sequence"]
     clip: float
 
-    def weight(self) -> Tensor:
+    def weight(self, mask: Tensor) -> Tensor:
         """`objective.estimate_weight` [B]. In TRL's ``*_mask`` modes as well: leaving a completion out of an estimate
         biases it more than truncating its weight does."""
-        return objective.estimate_weight(self.log_ratio, clip=self.clip)
+        return objective.estimate_weight(self.log_ratio, mask=mask, clip=self.clip)
 
     def metrics(self, mask: Tensor) -> dict[str, Tensor]:
         """The figures of `OURS`."""

@@ -3,7 +3,7 @@
 Prompts and completions go as token ids; nothing is tokenised twice. The main process starts the server, or knows the
 servers that run elsewhere, and brings each step's weights there; every process asks for completions of its own prompts.
 The server's log-probabilities come with them, for the correction of what is learned from tokens that are not quite the
-student's own (`cmdp_fast.objective.sampler_weights`).
+student's own (`cmdp_fast.sampler_correction`).
 """
 
 from __future__ import annotations

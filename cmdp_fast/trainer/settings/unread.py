@@ -165,10 +165,20 @@ def warning_of_reward(config: TrainConfig) -> str:
 
 
 def warning_of_sampler(config: TrainConfig) -> str:
-    """The warning of a sampler whose difference from the student is left as it is. Empty if there is none."""
-    if config.sampler_correction != "off" or not config.has_sampler:
+    """The warning of a sampler whose difference from the student is left as it is, or is no small one by the settings.
+    Empty if there is none."""
+    if not config.has_sampler:
         return ""
-    return "--sampler-correction off: what --rollout draws is taken for the student's, whatever its log-probabilities"
+    if config.sampler_correction == "off":
+        return (
+            "--sampler-correction off: what --rollout draws is taken for the student's, whatever its log-probabilities"
+        )
+    if config.sampler_correction == "sequence" and (config.top_k or config.top_p < 1.0):
+        return (
+            "--sampler-correction sequence with --top-k or --top-p: a completion's weight is the product of the "
+            "probabilities that they keep at its tokens, so a long one has next to none; token has no such product"
+        )
+    return ""
 
 
 def warning_of_warmup(config: TrainConfig) -> str:
