@@ -151,7 +151,9 @@ def test_completions_of_a_prompt_may_lie_anywhere_and_be_of_any_number() -> None
 
 def test_estimator_says_what_it_lacks() -> None:
     rewards, mask, uid = torch.zeros(2, 3), torch.ones(2, 3), np.array(["a", "a"], dtype=object)
-    with pytest.raises(InputError, match=r"no token costs, expected trainer\.v1\.trainer_mode=cmdp"):
+    with pytest.raises(
+        InputError, match=r"no token costs, expected trainer\.use_v1=True and trainer\.v1\.trainer_mode=cmdp"
+    ):
         integration.compute_cmdp_advantage(rewards, mask, uid, algorithm())
     with pytest.raises(InputError, match="needs the prompts' uid"):
         integration.compute_cmdp_advantage(rewards, mask, None, algorithm(), cost=rewards)

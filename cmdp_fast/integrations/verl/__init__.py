@@ -46,8 +46,8 @@ get it with the batch. `cmdp_pid.json` in verl's checkpoints, beside `data.pt`, 
 **Rollout correction.** verl's importance weights of the rollout (`algorithm.rollout_correction.rollout_is`) weigh the
 score term. Those of whole completions (``sequence``) weigh the direct term too; a token's weight corrects the choice of
 that token, on which its divergence does not depend. ``rollout_rs`` may reject completions (``seq_*``) and is refused
-where it rejects tokens: what they cost would be missing from the account. Costs, lambda and metrics are means over the
-completions that were sampled, unweighted. ``bypass_mode`` is refused.
+where it rejects tokens: what they cost would be missing from the account. Lambda and the metrics ``cmdp/`` are of all
+completions that were sampled, unweighted; those of the workers leave rejected ones out. ``bypass_mode`` is refused.
 
 **Whose costs.** The advantages charge the policy before the update, as PPO's rewards do. The direct term charges the
 policy that is being updated, at the states that were sampled, including which completions are over budget.
