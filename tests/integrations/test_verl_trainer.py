@@ -328,6 +328,7 @@ def test_the_command_in_the_header_reaches_verls_launcher() -> None:
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "loss_agg_mode=seq-mean-token-mean"),
         ("actor_rollout_ref.rollout.temperature=0.7", "temperature=0.7"),
         ("algorithm.rollout_correction.bypass_mode=true", "bypass_mode=True"),
+        ("algorithm.filter_groups.enable=true", "filter_groups.enable=True"),
         ("distillation.enabled=false", "distillation.enabled=False"),
         ("distillation.distillation_loss.loss_mode=k3", "loss_mode=k3, the trainer 'cmdp' expects cmdp"),
         ("algorithm.cmdp.cost=k1", "loss_mode=cmdp, the trainer 'cmdp' expects cmdp_sampled"),

@@ -90,6 +90,8 @@ def check_config(config: Any) -> Constraint:
         "actor_rollout_ref.rollout.temperature": (config.actor_rollout_ref.rollout.temperature, 1.0),
         # costs are those of the policy that is trained, not of the rollout engine
         "algorithm.rollout_correction.bypass_mode": (config.algorithm.rollout_correction.bypass_mode, False),
+        # completions of groups with one reward have costs too, which the budget and pid's lambda are about
+        "algorithm.filter_groups.enable": (config.algorithm.filter_groups.enable, False),
         "distillation.enabled": (distillation.enabled, True),
         "distillation.distillation_loss.loss_mode": (
             loss.loss_mode,
