@@ -103,17 +103,38 @@ def test_a_rejected_completion_is_compared_with_none_and_trains_nothing(monkeypa
     assert torch.equal(advantages[partner], alone.written["advantages"].unbind()[partner])
 
 
-def test_what_takes_tokens_out_of_an_account_is_refused() -> None:
-    rejecting = "algorithm.rollout_correction.rollout_rs={}"
-    for option in ("token_k1", "seq_sum_k1, token_k3"):
-        with pytest.raises(InputError, match=r"takes tokens out of a completion, .* expected options seq_"):
-            integration.ConstrainedTrainer(composed(rejecting.format(option)))
-    integration.ConstrainedTrainer(composed(rejecting.format("seq_sum_k1")))
+REJECTING = "algorithm.rollout_correction.rollout_rs={}"
+LIMITED = "algorithm.rollout_correction.rollout_rs_threshold=3.0"
 
 
-@pytest.mark.parametrize("correction", ["rollout_is=token", "rollout_rs=seq_sum_k1"])
+@pytest.mark.parametrize("options", ["token_k3", "seq_sum_k3, token_k3"])
+def test_what_takes_tokens_out_of_an_account_is_refused(options: str) -> None:
+    with pytest.raises(InputError, match=r"takes tokens out of a completion, .* expected options seq_"):
+        integration.ConstrainedTrainer(composed(REJECTING.format(options), LIMITED))
+    integration.ConstrainedTrainer(composed(REJECTING.format("seq_sum_k3"), LIMITED))
+
+
+@pytest.mark.parametrize("correction", [IS.format("token"), REJECTING.format("seq_sum_k3")])
 def test_a_correction_without_log_probabilities_is_refused(correction: str) -> None:
     silent = "actor_rollout_ref.rollout.calculate_log_probs=false"
     with pytest.raises(InputError, match=r"corrects nothing, expected .*calculate_log_probs=True"):
-        integration.ConstrainedTrainer(composed(f"algorithm.rollout_correction.{correction}", silent))
+        integration.ConstrainedTrainer(composed(correction, LIMITED, silent))
     integration.ConstrainedTrainer(composed(silent))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("rollout_is=sequences",), "Invalid rollout_is: sequences"),
+        (("rollout_is=sequence", "rollout_is_threshold=2.0_1.0"), "lower bound must be <= upper bound"),
+        (("rollout_is=sequence", "rollout_is_threshold=null"), "makes no weights without a rollout_is_threshold"),
+        (("rollout_rs=seq_sum_k3",), "rollout_rs_threshold must be explicitly provided"),
+        (("rollout_rs=seq_sum_k4", "rollout_rs_threshold=3"), "Invalid rollout_rs option: seq_sum_k4"),
+        (("rollout_rs=[seq_sum_k3]", "rollout_rs_threshold=3"), "rollout_rs must be a non-empty string"),
+    ],
+)
+def test_what_verl_would_find_after_its_first_rollouts_is_refused_before(
+    settings: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        integration.ConstrainedTrainer(composed(*(f"algorithm.rollout_correction.{x}" for x in settings)))

@@ -144,6 +144,8 @@ def test_an_infinite_cost_is_named() -> None:
         (("algorithm.cmdp.kind=pid",), "needs coefficient="),
         ((*PID, "algorithm.cmdp.pid_gains=[0.1, 0.01]"), r"pid_gains=\[0.1, 0.01\], expected three numbers"),
         ((*PID, "algorithm.cmdp.pid_gains=[0.1, 0.01, .nan]"), "expected three numbers"),
+        ((*PID, "algorithm.cmdp.pid_gains=[0.1, 0.01, true]"), "expected three numbers"),
+        ((*PID, "algorithm.cmdp.pid_gains=0.1"), "pid_gains=0.1, expected three numbers"),
         (("algorithm.cmdp.pid_gains=[0.1, 0.01, 0.01]",), "with kind=cmdp, which has no controller"),
     ],
 )

@@ -151,7 +151,9 @@ def test_completions_of_a_prompt_may_lie_anywhere_and_be_of_any_number() -> None
 
 def test_estimator_says_what_it_lacks() -> None:
     rewards, mask, uid = torch.zeros(2, 3), torch.ones(2, 3), np.array(["a", "a"], dtype=object)
-    with pytest.raises(InputError, match=r"no token costs, expected trainer\.v1\.trainer_mode=cmdp"):
+    with pytest.raises(
+        InputError, match=r"no token costs, expected trainer\.use_v1=True and trainer\.v1\.trainer_mode=cmdp"
+    ):
         integration.compute_cmdp_advantage(rewards, mask, uid, algorithm())
     with pytest.raises(InputError, match="needs the prompts' uid"):
         integration.compute_cmdp_advantage(rewards, mask, None, algorithm(), cost=rewards)
@@ -326,6 +328,7 @@ def test_the_command_in_the_header_reaches_verls_launcher() -> None:
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "loss_agg_mode=seq-mean-token-mean"),
         ("actor_rollout_ref.rollout.temperature=0.7", "temperature=0.7"),
         ("algorithm.rollout_correction.bypass_mode=true", "bypass_mode=True"),
+        ("algorithm.filter_groups.enable=true", "filter_groups.enable=True"),
         ("distillation.enabled=false", "distillation.enabled=False"),
         ("distillation.distillation_loss.loss_mode=k3", "loss_mode=k3, the trainer 'cmdp' expects cmdp"),
         ("algorithm.cmdp.cost=k1", "loss_mode=cmdp, the trainer 'cmdp' expects cmdp_sampled"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,30 @@ def test_verls_launcher_trains_and_goes_on_from_its_checkpoint(tmp_path: Path) -
         assert metrics["actor/loss"] == pytest.approx(metrics["actor/pg_loss"] + direct, rel=1e-4)
         assert math.isfinite(metrics["actor/loss"]) and 0 < metrics["actor/grad_norm"] < 1e3
     assert json.loads((tmp_path / "checkpoints/global_step_3/cmdp_pid.json").read_text()) == controller.state_dict()
+
+
+ENDS = """
+import os, subprocess, sys
+worker = subprocess.Popen(["sleep", "1000"])
+with open("pids", "w") as file:
+    file.write(f"{os.environ['TMPDIR']} {worker.pid}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"),
+    [
+        ("sys.exit(3)", subprocess.CalledProcessError),
+        ("os.kill(os.getpid(), 9)", subprocess.CalledProcessError),
+        ("worker.wait()", TimeoutError),
+    ],
+)
+def test_a_launcher_that_fails_or_hangs_leaves_nothing(monkeypatch, tmp_path: Path, ends: str, error: type) -> None:
+    monkeypatch.setattr(verl_run, "prepare", lambda folder: None)
+    monkeypatch.setattr(verl_run, "command", lambda folder: [sys.executable, "-c", ENDS + ends])
+    monkeypatch.setattr(verl_run, "LIMIT", 600.0 if error is not TimeoutError else 3.0)
+    with pytest.raises(error):
+        verl_run.run(tmp_path)
+    scratch, worker = (tmp_path / "pids").read_text().split()
+    assert not Path(scratch).exists()
+    assert verl_run.session(int(worker)) is None

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,9 @@ from typing import Any
 from datasets import Dataset
 from tiny_pair import tiny_model
 from transformers import AutoTokenizer
+
+LIMIT = 600.0
+"""Seconds after which a run hangs: it takes 1 to 3 minutes on two cores."""
 
 SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parent.parent
@@ -94,6 +101,7 @@ def command(folder: Path, *changes: str) -> list[str]:
         "ray_kwargs.ray_init.num_cpus": 12,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "+ray_kwargs.ray_init.include_dashboard": "false",
+        "+ray_kwargs.ray_init.address": "local",  # never a cluster that RAY_ADDRESS names
         "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES": f"'{modules()}'",
     }
     config = files("cmdp_fast.integrations") / "verl"
@@ -104,8 +112,8 @@ def command(folder: Path, *changes: str) -> list[str]:
     ]
 
 
-def environment(folder: Path, name: str) -> dict[str, str]:
-    """What verl and Ray are started with: our modules, no GPU, and one thread a process."""
+def environment(folder: Path, name: str, scratch: str) -> dict[str, str]:
+    """What verl and Ray are started with: our modules, no GPU, one thread a process, a place for what they leave."""
     paths = os.pathsep.join([str(SUPPORT), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return os.environ | {
         "PYTHONPATH": paths,
@@ -116,6 +124,9 @@ def environment(folder: Path, name: str) -> dict[str, str]:
         "VERL_FILE_LOGGER_PATH": str(folder / f"{name}.jsonl"),
         "VERL_RUN_SCORED": str(folder / f"{name}.scored"),
         "OMP_NUM_THREADS": "1",
+        "TMPDIR": scratch,  # verl's locks
+        "RAY_TMPDIR": scratch,
+        "HF_DATASETS_CACHE": scratch,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # Ray would keep one in the home directory
     }
@@ -123,11 +134,44 @@ def environment(folder: Path, name: str) -> dict[str, str]:
 
 def run(folder: Path, *changes: str, name: str = "run") -> dict[int, dict[str, Any]]:
     """Trains from the last checkpoint in a folder, or from the beginning; returns the metrics of each step, which
-    verl's logger has written to ``name``.jsonl. Raises CalledProcessError where verl fails."""
+    verl's logger has written to ``name``.jsonl. Nothing that it starts outlives it, nor do Ray's files. Raises
+    CalledProcessError where verl fails, and TimeoutError after `LIMIT`."""
     prepare(folder)
-    subprocess.run(command(folder, *changes), env=environment(folder, name), cwd=folder, check=True)
+    with tempfile.TemporaryDirectory(prefix="verl-", dir="/tmp") as scratch:  # a socket's path is short
+        launcher = subprocess.Popen(
+            command(folder, *changes), env=environment(folder, name, scratch), cwd=folder, start_new_session=True
+        )
+        try:
+            status = launcher.wait(LIMIT)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"verl's launcher hangs: it has not ended in {LIMIT:g} s") from error
+        finally:
+            end(launcher)
+    if status:
+        raise subprocess.CalledProcessError(status, launcher.args)
     lines = (folder / f"{name}.jsonl").read_text().splitlines()
     return {line["step"]: line["data"] for line in map(json.loads, lines)}
+
+
+def end(launcher: subprocess.Popen[bytes]) -> None:
+    """Kills what is left of a launcher's session: itself, Ray's servers, all workers. Returns when there is none."""
+    while members := [
+        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if session(pid) == launcher.pid
+    ]:
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        launcher.poll()
+        time.sleep(0.1)
+
+
+def session(pid: int) -> int | None:
+    """The session of a process, None where it has ended, even if nobody has asked how."""
+    try:
+        state, _, _, number = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state == "Z" else int(number)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ get it with the batch. `cmdp_pid.json` in verl's checkpoints, beside `data.pt`, 
 **Rollout correction.** verl's importance weights of the rollout (`algorithm.rollout_correction.rollout_is`) weigh the
 score term. Those of whole completions (``sequence``) weigh the direct term too; a token's weight corrects the choice of
 that token, on which its divergence does not depend. ``rollout_rs`` may reject completions (``seq_*``) and is refused
-where it rejects tokens: what they cost would be missing from the account. Costs, lambda and metrics are means over the
-completions that were sampled, unweighted. ``bypass_mode`` is refused.
+where it rejects tokens: what they cost would be missing from the account. Lambda and the metrics ``cmdp/`` are of all
+completions that were sampled, unweighted; those of the workers leave rejected ones out. ``bypass_mode`` is refused.
 
 **Whose costs.** The advantages charge the policy before the update, as PPO's rewards do. The direct term charges the
 policy that is being updated, at the states that were sampled, including which completions are over budget.
@@ -55,9 +55,10 @@ policy that is being updated, at the states that were sampled, including which c
 **Run**, on a CPU: verl 0.9.1's launcher with `cmdp.yaml`, Ray 2.60 and random models, for ``forward_kl`` with ``cmdp``
 and with ``pid``, with a checkpoint and a run that goes on from it (`tests/integrations/test_verl_training.py`), and for
 ``k1`` with a validation.
-`tests/support` puts in what verl has for GPUs alone, and nothing else of it is replaced: a platform, since verl has
-none for a CPU; and a rollout of transformers' `generate` behind verl's interface of vLLM. The README's section has the
-command and the lines of verl where a CPU ends.
+`tests/support` puts in what verl has for GPUs alone: a platform and its process group, since verl has none for a CPU;
+and behind verl's interface of vLLM a model of transformers, which samples, scores for the teacher and takes the weights
+through Ray. It hides TRL, whose 1.x stops verl. The README's section has the command and the lines of verl where a CPU
+ends.
 
 **Tested**, with verl's own data structures and configuration classes and without Ray: the estimator through verl's
 `compute_advantage`, the losses through verl's `distillation_ppo_loss` on the outputs of its FSDP engine's

@@ -49,7 +49,10 @@ def compute_cmdp_advantage(
     """
     charged = _charged.get() if cost is None else (cost, constraint_of(config, "algorithm"))
     if charged is None:
-        raise InputError("algorithm.adv_estimator=cmdp has no token costs, expected trainer.v1.trainer_mode=cmdp")
+        raise InputError(
+            "algorithm.adv_estimator=cmdp has no token costs, expected trainer.use_v1=True and "
+            "trainer.v1.trainer_mode=cmdp"
+        )
     if index is None:
         raise InputError("algorithm.adv_estimator=cmdp needs the prompts' uid for its baseline, the batch has none")
     with torch.no_grad():

@@ -7,10 +7,12 @@ refers to it, in a dataclass of ours that hydra makes because ``_target_`` names
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.workers.config import PolicyLossConfig
 
 from cmdp_fast.constraint import Constraint
@@ -20,6 +22,7 @@ from cmdp_fast.objective import PIDController
 
 TOPK_LOSS, SAMPLED_LOSS = "cmdp", "cmdp_sampled"
 CONSTANT_NORMALIZERS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+CORRECTION = ("rollout_is", "rollout_is_threshold", "rollout_is_batch_normalize", "rollout_rs", "rollout_rs_threshold")
 
 
 @dataclass
@@ -52,12 +55,16 @@ def multiplier_of(algorithm: Mapping[str, Any]) -> PIDController | None:
         return None
     if gains is None:
         return PIDController(initial_integral=constraint.price)
-    if len(gains) != 3 or not all(isinstance(gain, int | float) and math.isfinite(gain) for gain in gains):
+    if not isinstance(gains, Sequence) or len(gains) != 3 or not all(map(_is_number, gains)):
         raise InputError(
             f"algorithm.cmdp.pid_gains={gains}, expected three numbers: proportional, integral, derivative"
         )
     kp, ki, kd = gains
     return PIDController(kp=kp, ki=ki, kd=kd, initial_integral=constraint.price)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_config(config: Any) -> Constraint:
@@ -83,6 +90,8 @@ def check_config(config: Any) -> Constraint:
         "actor_rollout_ref.rollout.temperature": (config.actor_rollout_ref.rollout.temperature, 1.0),
         # costs are those of the policy that is trained, not of the rollout engine
         "algorithm.rollout_correction.bypass_mode": (config.algorithm.rollout_correction.bypass_mode, False),
+        # completions of groups with one reward have costs too, which the budget and pid's lambda are about
+        "algorithm.filter_groups.enable": (config.algorithm.filter_groups.enable, False),
         "distillation.enabled": (distillation.enabled, True),
         "distillation.distillation_loss.loss_mode": (
             loss.loss_mode,
@@ -121,13 +130,24 @@ def check_config(config: Any) -> Constraint:
 def _check_correction(config: Any) -> None:
     """Raises InputError for a correction of verl's that would change what a completion has spent, or not be made."""
     correction, rollout = config.algorithm.rollout_correction, config.actor_rollout_ref.rollout
-    rejected = correction.rollout_rs
+    settings = {name: correction[name] for name in CORRECTION}
+    alike = torch.zeros(2, 2)  # verl looks at these settings in the first step, after its rollouts
+    try:
+        compute_rollout_correction_and_rejection_mask(alike, alike, torch.ones(2, 2), **settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"algorithm.rollout_correction: {error}") from error
+    weighed, rejected = settings["rollout_is"], settings["rollout_rs"]
+    if weighed and settings["rollout_is_threshold"] is None:
+        raise InputError(
+            f"algorithm.rollout_correction.rollout_is={weighed} makes no weights without a rollout_is_threshold, "
+            "expected a number, or a lower and an upper one"
+        )
     if rejected is not None and any(option.strip().startswith("token_") for option in rejected.split(",")):
         raise InputError(
             f"algorithm.rollout_correction.rollout_rs={rejected} takes tokens out of a completion, and their cost with "
             "them; expected options seq_*, which take whole completions"
         )
-    if (correction.rollout_is or rejected) and not rollout.calculate_log_probs:
+    if (weighed or rejected) and not rollout.calculate_log_probs:
         raise InputError(
             "algorithm.rollout_correction without the rollout's log-probabilities corrects nothing, "
             "expected actor_rollout_ref.rollout.calculate_log_probs=True"
