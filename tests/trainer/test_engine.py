@@ -574,12 +574,14 @@ def _running(words: str) -> bool:
 
 
 def test_a_killed_run_leaves_no_server(tmp_path):
-    """Nor what the server has started: both die with a parent that could say nothing."""
+    """Nor what the server has started, nor its weights: all goes with a parent that could say nothing."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
     mark = f"{1000 + os.getpid()}.25"
     child = f"import subprocess, sys, time; subprocess.Popen(['sleep', '{mark}']); time.sleep(1000)"
     parent = (
         "import os, subprocess, sys, time\n"
-        f"keeper = [sys.executable, '-I', {keeper.__file__!r}, str(os.getpid())]\n"
+        f"keeper = [sys.executable, '-I', {keeper.__file__!r}, str(os.getpid()), {str(folder)!r}]\n"
         f"subprocess.Popen([*keeper, sys.executable, '-c', {child!r}], start_new_session=True)\n"
         "time.sleep(1000)\n"
     )
@@ -587,7 +589,22 @@ def test_a_killed_run_leaves_no_server(tmp_path):
     _until(lambda: _running(f"sleep {mark}"))
     run.send_signal(signal.SIGKILL)
     run.wait()
-    _until(lambda: not _running(f"sleep {mark}"))
+    _until(lambda: not _running(f"sleep {mark}") and not folder.exists())
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(InputError, ["vllm.log"]), (KeyboardInterrupt, []), (None, [])])
+def test_the_log_stays_after_an_error_alone(pair, tmp_path, monkeypatch, kind, kept):
+    stand_in = StandIn(pair["student"])
+    held = ExitStack()
+    with stand_in.served():
+        monkeypatch.setattr(engine, "Server", lambda *_: Elsewhere(stand_in.url))
+        python = fake_python(tmp_path, "exit 1")
+        (where := tmp_path / "of-engines").mkdir()
+        stepper(settings(pair, rollout="vllm", rollout_python=python, rollout_folder=str(where)), held)[1]()
+        [folder] = where.iterdir()
+        (folder / "vllm.log").touch()
+        held.__exit__(kind, kind and kind(), None)
+    assert [path.name for folder in where.iterdir() for path in folder.iterdir()] == kept
 
 
 def _until(holds) -> None:

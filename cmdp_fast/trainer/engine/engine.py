@@ -78,7 +78,7 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(keep_log=kind is not None)
+        self.close(keep_log=kind is not None and issubclass(kind, Exception))
 
     def close(self, keep_log: bool = False) -> None:
         """Ends the server and removes its files; the log may stay. It is started again if it is asked again."""
