@@ -117,6 +117,23 @@ def test_servers_share_the_prompts_and_all_have_the_weights(pair, held, tmp_path
     assert [len(prompts) for prompts in asked] == [2, 1]
 
 
+def test_servers_load_at_the_same_time(pair, held, tmp_path):
+    """One after another would take as often as long as there are servers, in each step."""
+    servers = [held.enter_context(StandIn(pair["student"]).served()) for _ in range(2)]
+    both = threading.Barrier(2, timeout=30.0)
+
+    def meet(path, body, answer):
+        if path == "/collective_rpc":
+            both.wait()
+        return answer
+
+    for each in servers:
+        each.fault = meet
+    config = engine_settings(pair, servers[0], tmp_path, rollout_url=tuple(each.url for each in servers))
+    stepper(config, held)[1]()
+    assert both.n_waiting == 0 and not both.broken
+
+
 def test_an_adapter_is_sent_alone(pair, held, tmp_path):
     server = held.enter_context(StandIn(pair["student"]).served())
     config = engine_settings(pair, server, tmp_path, lora_rank=2)
@@ -511,7 +528,7 @@ def test_a_server_that_does_not_start_says_why(pair, held, tmp_path):
     python = fake_python(
         tmp_path, "echo 'INFO fine'; echo '(Worker) RuntimeError: head_dim=24 is not supported'; exit 3"
     )
-    config = settings(pair, rollout="vllm", rollout_python=python, rollout_timeout=30.0)
+    config = settings(pair, rollout="vllm", rollout_python=python, rollout_timeout=3.0)
     _, step = stepper(config, held)
     with pytest.raises(InputError, match=r"has ended \(exit code 3\): RuntimeError: head_dim=24 .* its log: (\S+)"):
         step()
