@@ -404,6 +404,13 @@ def test_a_run_that_fails_waits_for_no_other_answer(pair, server, held, tmp_path
     assert run.returncode == 2 and "answered 500: dead" in run.stderr and not over.is_set()
 
 
+def test_a_connection_that_is_lost_is_named_by_its_reason(server, monkeypatch):
+    monkeypatch.setattr(client, "WAITS", ())
+    server.fault = lambda *_: 1 / 0  # its thread ends without an answer
+    with pytest.raises(InputError, match=r"cannot be reached: Remote end closed connection without response \(GET"):
+        client.Client(server.url, 20.0).get("version")
+
+
 def test_a_host_that_takes_no_connection_is_not_said_to_be_slow(monkeypatch):
     """Packets to it are lost: that is known after the time for a connection, and not after that for an answer."""
     monkeypatch.setattr(client, "WAITS", (0.0,))
