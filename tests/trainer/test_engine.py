@@ -117,6 +117,23 @@ def test_servers_share_the_prompts_and_all_have_the_weights(pair, held, tmp_path
     assert [len(prompts) for prompts in asked] == [2, 1]
 
 
+def test_servers_load_at_the_same_time(pair, held, tmp_path):
+    """One after another would take as often as long as there are servers, in each step."""
+    servers = [held.enter_context(StandIn(pair["student"]).served()) for _ in range(2)]
+    both = threading.Barrier(2, timeout=30.0)
+
+    def meet(path, body, answer):
+        if path == "/collective_rpc":
+            both.wait()
+        return answer
+
+    for each in servers:
+        each.fault = meet
+    config = engine_settings(pair, servers[0], tmp_path, rollout_url=tuple(each.url for each in servers))
+    stepper(config, held)[1]()
+    assert both.n_waiting == 0 and not both.broken
+
+
 def test_an_adapter_is_sent_alone(pair, held, tmp_path):
     server = held.enter_context(StandIn(pair["student"]).served())
     config = engine_settings(pair, server, tmp_path, lora_rank=2)
@@ -387,6 +404,13 @@ def test_a_run_that_fails_waits_for_no_other_answer(pair, server, held, tmp_path
     assert run.returncode == 2 and "answered 500: dead" in run.stderr and not over.is_set()
 
 
+def test_a_connection_that_is_lost_is_named_by_its_reason(server, monkeypatch):
+    monkeypatch.setattr(client, "WAITS", ())
+    server.fault = lambda *_: 1 / 0  # its thread ends without an answer
+    with pytest.raises(InputError, match=r"cannot be reached: Remote end closed connection without response \(GET"):
+        client.Client(server.url, 20.0).get("version")
+
+
 def test_a_host_that_takes_no_connection_is_not_said_to_be_slow(monkeypatch):
     """Packets to it are lost: that is known after the time for a connection, and not after that for an answer."""
     monkeypatch.setattr(client, "WAITS", (0.0,))
@@ -511,7 +535,7 @@ def test_a_server_that_does_not_start_says_why(pair, held, tmp_path):
     python = fake_python(
         tmp_path, "echo 'INFO fine'; echo '(Worker) RuntimeError: head_dim=24 is not supported'; exit 3"
     )
-    config = settings(pair, rollout="vllm", rollout_python=python, rollout_timeout=30.0)
+    config = settings(pair, rollout="vllm", rollout_python=python, rollout_timeout=3.0)
     _, step = stepper(config, held)
     with pytest.raises(InputError, match=r"has ended \(exit code 3\): RuntimeError: head_dim=24 .* its log: (\S+)"):
         step()
@@ -574,12 +598,14 @@ def _running(words: str) -> bool:
 
 
 def test_a_killed_run_leaves_no_server(tmp_path):
-    """Nor what the server has started: both die with a parent that could say nothing."""
+    """Nor what the server has started, nor its weights: all goes with a parent that could say nothing."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
     mark = f"{1000 + os.getpid()}.25"
     child = f"import subprocess, sys, time; subprocess.Popen(['sleep', '{mark}']); time.sleep(1000)"
     parent = (
         "import os, subprocess, sys, time\n"
-        f"keeper = [sys.executable, '-I', {keeper.__file__!r}, str(os.getpid())]\n"
+        f"keeper = [sys.executable, '-I', {keeper.__file__!r}, str(os.getpid()), {str(folder)!r}]\n"
         f"subprocess.Popen([*keeper, sys.executable, '-c', {child!r}], start_new_session=True)\n"
         "time.sleep(1000)\n"
     )
@@ -587,7 +613,22 @@ def test_a_killed_run_leaves_no_server(tmp_path):
     _until(lambda: _running(f"sleep {mark}"))
     run.send_signal(signal.SIGKILL)
     run.wait()
-    _until(lambda: not _running(f"sleep {mark}"))
+    _until(lambda: not _running(f"sleep {mark}") and not folder.exists())
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(InputError, ["vllm.log"]), (KeyboardInterrupt, []), (None, [])])
+def test_the_log_stays_after_an_error_alone(pair, tmp_path, monkeypatch, kind, kept):
+    stand_in = StandIn(pair["student"])
+    held = ExitStack()
+    with stand_in.served():
+        monkeypatch.setattr(engine, "Server", lambda *_: Elsewhere(stand_in.url))
+        python = fake_python(tmp_path, "exit 1")
+        (where := tmp_path / "of-engines").mkdir()
+        stepper(settings(pair, rollout="vllm", rollout_python=python, rollout_folder=str(where)), held)[1]()
+        [folder] = where.iterdir()
+        (folder / "vllm.log").touch()
+        held.__exit__(kind, kind and kind(), None)
+    assert [path.name for folder in where.iterdir() for path in folder.iterdir()] == kept
 
 
 def _until(holds) -> None:

@@ -153,5 +153,9 @@ def _reason(content: bytes) -> str:
 
 def _cause(error: BaseException) -> str:
     """The innermost reason of a connection that was not made or was lost, without the objects around it."""
-    text = first_line(error)
-    return readable(text.rsplit(": ", 1)[-1].strip(")'\""))
+    inner: BaseException | None = error
+    while inner is not None:
+        error = inner
+        within = (getattr(error, "reason", None), *error.args)
+        inner = next((each for each in within if isinstance(each, BaseException)), None)
+    return readable(first_line(error).rpartition(": ")[2].strip())

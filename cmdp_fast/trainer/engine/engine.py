@@ -78,7 +78,7 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(keep_log=kind is not None)
+        self.close(keep_log=kind is not None and issubclass(kind, Exception))
 
     def close(self, keep_log: bool = False) -> None:
         """Ends the server and removes its files; the log may stay. It is started again if it is asked again."""
@@ -171,12 +171,15 @@ class Engine:
         if begins:
             self._find_servers(written)
         if not (begins and self._server is not None and self.weights.begun_with):
-            for client in self._clients:
-                client.check()
-                self.weights.load(client, written)
+            loads = [partial(self._load, client, written) for client in self._clients]
+            results(begin(loads, CONCURRENT if self.weights.at_once else 1))
         for old in folder.glob("adapter-*"):
             if old != written:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _load(self, client: Client, written: Path) -> None:
+        client.check()
+        self.weights.load(client, written)
 
     def _make_folder(self) -> Path:
         where = self.config.rollout_folder or None

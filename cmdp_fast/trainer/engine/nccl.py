@@ -25,6 +25,8 @@ from .weights import WholeModel
 class Nccl(WholeModel):
     """A student of which any weight is trained. A server begins with a folder, and gets every later step over NCCL."""
 
+    at_once = False  # NCCL of several communicators may wait for itself
+
     def __init__(self, tokenizer: Any, dtype: torch.dtype, device: torch.device, elsewhere: bool) -> None:
         """``elsewhere``: the servers run already, and read no folder."""
         super().__init__(tokenizer, dtype)

@@ -27,7 +27,8 @@ SHARED_PROCESSORS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SP
 
 
 class Server:
-    """A running server. ``options`` are vLLM's own; ``log`` gets all that it prints."""
+    """A running server. ``options`` are vLLM's own; ``log`` gets all that it prints, in a folder of the server's alone,
+    which goes with a run that is killed."""
 
     def __init__(self, config: TrainConfig, options: Sequence[str], log: Path, on_cpu: bool) -> None:
         python = find_python(config)
@@ -45,7 +46,7 @@ class Server:
         }
         if config.rollout_devices:
             environment["CUDA_VISIBLE_DEVICES"] = config.rollout_devices
-        keeper = [sys.executable, "-I", str(Path(__file__).with_name("keeper.py")), str(os.getpid())]
+        keeper = [sys.executable, "-I", str(Path(__file__).with_name("keeper.py")), str(os.getpid()), str(log.parent)]
         with log.open("wb") as output:
             self._keeper = subprocess.Popen(
                 [*keeper, *command],

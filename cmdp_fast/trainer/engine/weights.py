@@ -38,6 +38,8 @@ class Weights(Protocol):
     """Whether a step changes them."""
     begun_with: bool
     """Whether a server begins with them, or has to load them first."""
+    at_once: bool
+    """Whether several servers may load them at the same time."""
 
     def write(self, model: Any, state: dict[str, Tensor] | None, folder: Path) -> Path:
         """Puts those of the model into the folder; ``state`` where the model does not hold them all itself."""
@@ -55,7 +57,7 @@ class Weights(Protocol):
 class WholeModel:
     """A student of which any weight is trained; written in the dtype that servers compute in."""
 
-    changes = begun_with = True
+    changes = begun_with = at_once = True
 
     def __init__(self, tokenizer: Any, dtype: torch.dtype, untied: bool = False) -> None:
         """``untied``: a head that is the embedding is written a second time, as a weight of its own."""
@@ -83,7 +85,7 @@ class WholeModel:
 class Adapter:
     """The adapter of a student whose own weights stay as they are."""
 
-    changes, begun_with = True, False
+    changes, begun_with, at_once = True, False, True
 
     def __init__(self, base: str, rank: int) -> None:
         self.base, self.rank = base, rank
@@ -111,7 +113,7 @@ class Adapter:
 class Fixed:
     """A model that is not trained, read from where it came from."""
 
-    changes, begun_with = False, True
+    changes, begun_with, at_once = False, True, True
 
     def __init__(self, source: str) -> None:
         self.source = source
