@@ -68,7 +68,7 @@ class StandIn:
                 logits = self.model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].double()
                 for token, bias in (body["logit_bias"] or {}).items():
                     logits[int(token)] += bias
-                p = (logits / body["temperature"]).softmax(-1) if body["temperature"] else None
+                p = _kept(logits / body["temperature"], body).softmax(-1) if body["temperature"] else None
                 token = int(logits.argmax() if p is None else torch.multinomial(p, 1, generator=generator))
                 tokens.append(token)
                 logprobs.append(0.0 if p is None else float(p[token].log()))
@@ -126,3 +126,12 @@ class StandIn:
         finally:
             server.shutdown()
             server.server_close()
+
+
+def _kept(logits: torch.Tensor, body: dict[str, Any]) -> torch.Tensor:
+    """Logits [V] without those that top-k, and top-p of what it leaves, leave out."""
+    values, order = logits.sort(descending=True)
+    values[body["top_k"] or len(values) :] = -torch.inf
+    p = values.softmax(-1)
+    values[p.cumsum(-1) - p >= body["top_p"]] = -torch.inf
+    return torch.empty_like(logits).index_copy_(0, order, values)

@@ -345,6 +345,28 @@ def test_every_server_reports_what_it_samples_with(pair, server, held, tmp_path)
         step()
 
 
+def test_log_probabilities_before_top_p_are_seen(pair, server, held, tmp_path):
+    """vLLM's default reports them as they are without temperature, top-k and top-p."""
+    changes = {"temperature": 0.7, "top_k": 9, "top_p": 0.8}
+    _, step = stepper(engine_settings(pair, server, tmp_path, **changes), held)
+    step()
+    honest = server.answer
+
+    def raw(path, body):
+        given = honest(path, body)
+        for choice in given["choices"] if path == "/v1/completions" and "prompt_logprobs" not in body else ():
+            ids = [*body["prompt"], *choice["token_ids"]]
+            rows = server.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            values = [float(rows[i - 1, ids[i]]) for i in range(len(body["prompt"]), len(ids))]
+            choice["logprobs"]["token_logprobs"] = values
+        return given
+
+    server.answer = raw
+    _, step = stepper(engine_settings(pair, server, tmp_path, **changes), held)
+    with pytest.raises(InputError, match=r"reports log-probabilities that are not those .* processed_logprobs"):
+        step()
+
+
 def test_weights_that_did_not_arrive_are_named_by_their_step(pair, server, held, tmp_path):
     _, step = stepper(engine_settings(pair, server, tmp_path), held)
     step()

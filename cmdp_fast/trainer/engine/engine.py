@@ -251,7 +251,7 @@ class Engine:
             if self.accelerator.is_main_process:
                 for client, theirs in zip(self._clients, asked, strict=True):
                     probe.compare(theirs, ours, step, tolerance, client.name)
-                if self._step is None and not sampling.top_k and sampling.top_p == 1.0 and sampling.temperature:
+                if self._step is None and sampling.temperature:
                     probe.compare_drawn(sampled, tolerance.largest, [client.name for client in self._clients])
         probe.remember(step, ours)
 

@@ -2,7 +2,7 @@
 
 A transfer that was answered with success may still have changed nothing: a head that is tied, a cache, a folder of
 another machine's. The tokens are some prompts' and, behind each, a few that the server sampled once: those are compared
-as it reported them too, so that its temperature is seen as well.
+as it reported them too, so that its temperature, top-k and top-p are seen as well.
 """
 
 from __future__ import annotations
@@ -136,13 +136,15 @@ class Probe:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         plain = _logprob(logits, ids)
         logits[..., list(sampling.suppress)] = -torch.inf
-        sampled = _logprob(logits / (sampling.temperature or 1.0), ids)
         rows = [
             (len(each), len(each) - len(some.tokens)) for each, some in zip(self.sequences, self.drawn, strict=True)
         ]
+        of_sampled = torch.cat([logits[i, begin - 1 : end - 1] for i, (end, begin) in enumerate(rows)])
+        tokens = torch.cat([ids[i, begin:end] for i, (end, begin) in enumerate(rows)])
+        sampled = _kept(of_sampled / (sampling.temperature or 1.0), sampling).log_softmax(-1)
         return (
             torch.cat([plain[i, : end - 1] for i, (end, _) in enumerate(rows)]),
-            torch.cat([sampled[i, begin - 1 : end - 1] for i, (end, begin) in enumerate(rows)]),
+            sampled.gather(-1, tokens[:, None])[:, 0].cpu(),
         )
 
 
@@ -150,5 +152,18 @@ def _logprob(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
 
 
+def _kept(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [N, V] of which top-k and top-p leave some, the others -inf."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    ids = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)  # which neither reads
+    if sampling.top_k:
+        logits = TopKLogitsWarper(sampling.top_k)(ids, logits)
+    return TopPLogitsWarper(sampling.top_p)(ids, logits) if sampling.top_p < 1.0 else logits
+
+
 def _apart(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().mean())
+    """The mean difference of a server's log-probabilities from the trainer's, where the trainer keeps the token: the
+    last one that top-p keeps is a question of rounding."""
+    kept = other != -torch.inf
+    return float((one - other)[kept].abs().mean())
