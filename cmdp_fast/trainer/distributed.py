@@ -99,10 +99,19 @@ def noticing_loss(accelerator: Accelerator, then: Callable[[], str]) -> Iterator
     try:
         yield
     except RuntimeError as error:
-        if accelerator.num_processes == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if accelerator.num_processes == 1 or not of_others(error):
             raise
         reason = first_line(error).rpartition("] ")[2].partition(". ")[0]  # without the place in gloo's sources
         raise ProcessLost(f"another process is gone, or cannot be reached ({reason}); {then()}") from error
+
+
+def of_others(error: Exception) -> bool:
+    """Whether an error says that other processes did not do their part of what all do, and nothing of what that was."""
+    return (
+        dist.is_available()
+        and isinstance(error, RuntimeError)
+        and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    )
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:

@@ -282,8 +282,8 @@ class Training:
                 if failures:
                     raise failures[0]
         if not failures:
-            names = "student/ summary.json metrics.jsonl tensorboard/ curves.png samples.txt samples.jsonl"
-            self.report.say(f"{folder}: {names}")
+            names = "summary.json metrics.jsonl tensorboard/ curves.png samples.txt samples.jsonl"
+            self.report.say(f"{folder}: {'student/ ' if whole else ''}{names}")
 
 
 def _check_records(state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from fsdp_on_cpu import SHARDING, pretend
 from tiny_pair import settings, untimed
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -232,6 +233,13 @@ def run_command(arguments: list[str], shown: Path, expected: int) -> None:
     ):
         code = main(arguments)
     assert code == expected, code
+
+
+def lost_while_loading(arguments: list[str], shown: Path, expected: int) -> None:
+    """The same; the second process goes while the checkpoint's optimizer is sent to it."""
+    if os.environ["RANK"] == "1":
+        state_dict.set_optimizer_state_dict = lambda *_, **__: os._exit(0)
+    run_command(arguments, shown, expected)
 
 
 def refused_sharded(pair: dict[str, str], changes: dict[str, Any], reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import math
 import multiprocessing
@@ -116,6 +117,9 @@ def comparison(recipe, tmp_path_factory, one_thread) -> Path:
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
+    for name in folder.rglob(".lock"):  # until those that it has started are gone as well
+        with open(name) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
     assert not (folder / "table.md").exists()
     (folder / "runs" / "lagrangian-coefficient=0.5-seed1").mkdir(exist_ok=True)  # what a killed run may leave
     before = first.stat().st_mtime_ns
@@ -233,8 +237,6 @@ def test_a_run_without_its_whole_end_is_not_finished(recipe, tmp_path, capsys, f
 
 
 def test_two_comparisons_in_a_folder(comparison, recipe, capsys):
-    import fcntl
-
     with open(comparison / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(words(recipe, comparison, METHODS)) == 2
@@ -265,7 +267,7 @@ REFUSED = {
     "unread": ("sft:penalty=2", "--methods sft:penalty=2: --penalty 2.0 would have no effect"),
     "the comparison's own": ("cmdp:seed=1", "seed is for the comparison to choose"),
     "twice": ("cmdp cmdp", "each once"),
-    "same folder": ("cmdp:rollout=a cmdp:rollout=a,", "expected key=value"),
+    "same folder": ("cmdp:rollout=a:b cmdp:rollout=a:b,", "expected key=value"),
 }
 
 

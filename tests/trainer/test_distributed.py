@@ -24,6 +24,7 @@ from two_processes import (
     gradients,
     in_two_processes,
     loss_of,
+    lost_while_loading,
     refused_sharded,
     run_command,
     run_sharded,
@@ -142,7 +143,10 @@ def test_a_run_of_two_processes_and_its_second_half(pair, tmp_path):
     assert found[0]["student_after"] == found[1]["student_after"]
     samples = (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 3 * found[0]["student_after"]["examples"]
-    in_two_processes(run_command, ["train", f"--resume={tmp_path / 'half'}"], tmp_path / "finished.txt", 0)
+    again = ["train", f"--resume={tmp_path / 'half'}"]
+    in_two_processes(run_command, again, tmp_path / "finished.txt", 0)
+    in_two_processes(lost_while_loading, [*again, "--steps=5"], tmp_path / "lost", 2)
+    assert "error: another process is gone" in (tmp_path / "lost-0").read_text()
 
 
 FUNCTIONS_OF_THE_PROMPT = """
@@ -178,6 +182,9 @@ def test_a_step_that_does_not_divide():
     began = TrainConfig(prompts_per_step=4, num_generations=3, minibatch_size=5)  # three optimizer steps
     assert spread_again(began, 3, 2) == replace(began, prompts_per_step=6, minibatch_size=6)
     assert spread_again(began, 1, 4) == replace(began, prompts_per_step=1, minibatch_size=1)
+    for minibatch, processes in ((3, 2), (1, 2)):  # 6 in four parts, and in twelve
+        with pytest.raises(InputError, match=f"no --minibatch-size makes as many of the .* of {processes} processes"):
+            spread_again(replace(began, minibatch_size=minibatch), 1, processes)
     with pytest.raises(InputError, match="takes 4 prompts a step, 4 in each of 1: they do not divide by 3"):
         spread_again(began, 1, 3)
 

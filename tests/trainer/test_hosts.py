@@ -109,6 +109,7 @@ def test_a_machine_vanishes_and_the_run_goes_on(pair, tmp_path, machines):
     for number, shown in enumerate(machines.shown("lost")):  # each has a user who looks at it
         assert "error: another process is gone, or cannot be reached (Timed out waiting" in shown
         assert f"{run} stopped in step 3 of 4; its last checkpoint is of step 2. Start it again on all" in shown
+        assert "student/ summary.json" not in shown  # two were needed for it, or one could not know
         assert ("2 hosts, 2 processes, DDP, float32\n" in shown) == (number == 0)
 
     machines.hosts[1].link("up")

@@ -125,7 +125,7 @@ def test_a_comparison_does_not_remove_a_run_that_goes_on(pair, tmp_path, capsys)
 
 
 def test_all_processes_of_a_run_say_so(pair, tmp_path):
-    assert main(arguments(pair, tmp_path, checkpoint_every=1)) == 0
+    assert main(arguments(pair, tmp_path, checkpoint_every=1, prompts_per_step=4)) == 0
     with held_by_another_process(tmp_path / "r"):
         in_two_processes(run_command, ["train", f"--resume={tmp_path / 'r'}"], tmp_path / "shown", 2)
     assert (tmp_path / "shown-0").read_text().count("is at work here") == 1

@@ -29,7 +29,7 @@ from torch import nn
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.files import sync, sync_folder, writing
 
-from ..distributed import any_process, of_main, reshard, together
+from ..distributed import any_process, of_main, of_others, reshard, together
 from .digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from .random_numbers import random_state, set_random_state
 from .report import Report
@@ -244,6 +244,8 @@ def _loading(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each library has errors of its own for a file that it cannot read
+        if of_others(error):
+            raise
         raise InputError(
             f"{folder} cannot be loaded, though its files are as they were written: {first_line(error)}"
         ) from error

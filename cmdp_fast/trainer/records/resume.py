@@ -63,7 +63,7 @@ def read_config(run: Path) -> Begun:
 
 def spread_again(began: TrainConfig, before: int, now: int) -> TrainConfig:
     """The configuration of the same run in another number of processes: of the same problems in each step, and of as
-    many optimizer steps. Raises InputError if the problems do not divide."""
+    many optimizer steps. Raises InputError if the problems do not divide, or the completions into as many steps."""
     prompts = began.prompts_per_step * before
     if prompts % now:
         raise InputError(
@@ -74,6 +74,11 @@ def spread_again(began: TrainConfig, before: int, now: int) -> TrainConfig:
     parts = -(-began.batch_size // began.minibatch_size)
     if -(-config.batch_size // config.minibatch_size) != parts:
         config = dataclasses.replace(config, minibatch_size=-(-config.batch_size // parts))
+    if -(-config.batch_size // config.minibatch_size) != parts:
+        raise InputError(
+            f"the run takes {parts} optimizer steps over the completions of a step: no --minibatch-size makes as many "
+            f"of the {config.batch_size} in each of {now} processes"
+        )
     return config
 
 
