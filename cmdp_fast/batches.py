@@ -68,7 +68,7 @@ def gathered(batch: V, accelerator: Accelerator) -> V:
 
 
 def _of_all_processes(rows: Tensor, accelerator: Accelerator) -> Tensor:
-    whole = rows.to(torch.int64) if rows.dtype == torch.bool else rows
+    whole = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
     if whole.dim() > 1:
         whole = accelerator.pad_across_processes(whole, dim=1)
     return accelerator.gather(whole.contiguous()).to(rows.dtype)

@@ -34,6 +34,7 @@ from two_processes import (
     take_steps,
 )
 
+from cmdp_fast.batches import gathered
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.distributed import share
@@ -68,6 +69,23 @@ def test_share_goes_round():
 
     shares = [share("abcdefg", Process(i)) for i in range(3)]
     assert shares == [["a", "b", "c"], ["d", "e", "f"], ["g", "a", "b"]]
+
+
+def test_masks_are_sent_as_bytes():
+    sent = []
+
+    class Two:
+        num_processes = 2
+
+        def pad_across_processes(self, tensor, dim):
+            return tensor
+
+        def gather(self, tensor):
+            sent.append(tensor.dtype)
+            return torch.cat([tensor, tensor])
+
+    (whole,) = gathered((torch.tensor([[True, False]]),), Two())
+    assert whole.tolist() == [[True, False]] * 2 and whole.dtype == torch.bool and sent == [torch.uint8]
 
 
 def test_steps_are_those_of_one_process_with_the_doubled_batch(pair, tied):
