@@ -19,6 +19,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 Fault = Callable[[str, dict[str, Any], Any], Any]  # (path, request, honest answer) -> what is answered
 
 
+_loading = threading.Lock()
+
+
+def _load(folder: str, adapter: str = "") -> Any:
+    """One at a time in this process: transformers changes a class of its own while it loads a model, and two threads
+    would leave it as it is in between, so that nothing is tied any more."""
+    with _loading:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if adapter:
+            model.load_adapter(adapter)
+        return model
+
+
 class StandIn:
     """A server at ``url``. ``asked`` are the requests (path, body) in their order, ``loaded`` the weights it took."""
 
@@ -43,12 +56,11 @@ class StandIn:
             return {"data": [{"id": "served", "max_model_len": self.room}]}
         if path == "/collective_rpc":
             self.loaded.append(body["kwargs"]["weights_path"])
-            self.model = AutoModelForCausalLM.from_pretrained(self.loaded[-1])
+            self.model = _load(self.loaded[-1])
             return {"results": [None]}
         if path == "/v1/load_lora_adapter":
             self.loaded.append(body["lora_path"])
-            self.model = AutoModelForCausalLM.from_pretrained(self.folder)
-            self.model.load_adapter(body["lora_path"])
+            self.model = _load(self.folder, body["lora_path"])
             return None
         if path == "/reset_prefix_cache":
             return {"success": True}
