@@ -357,7 +357,7 @@ def test_log_probabilities_before_top_p_are_seen(pair, server, held, tmp_path):
         for choice in given["choices"] if path == "/v1/completions" and "prompt_logprobs" not in body else ():
             ids = [*body["prompt"], *choice["token_ids"]]
             rows = server.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            values = [float(rows[i - 1, ids[i]]) for i in range(len(body["prompt"]), len(ids))]
+            values = [rows[i - 1, ids[i]].item() for i in range(len(body["prompt"]), len(ids))]
             choice["logprobs"]["token_logprobs"] = values
         return given
 
