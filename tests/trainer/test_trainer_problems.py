@@ -157,10 +157,11 @@ def test_a_task_that_draws_from_sets_is_the_same_in_every_process():
 
 def test_processes_have_the_same_problems(monkeypatch):
     two = SimpleNamespace(num_processes=2)
-    for others, alike in ((["a", "a"], True), (["a", "b"], False)):
-        monkeypatch.setattr("accelerate.utils.gather_object", lambda given, others=others: others)
+    for others, alike in (("aa", True), ("ab", False)):
+        all_of_them = [{"problems": each} for each in others]
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda given, found=all_of_them: found)
         with nullcontext() if alike else pytest.raises(InputError, match="process 1 has other problems"):
-            distributed.check_alike("a", two)
+            distributed.check_alike({"problems": "a"}, two)
 
 
 def test_math_verify_reward():

@@ -85,7 +85,7 @@ class Engine:
         if self._server is not None:
             self._server.close()
         self._pending = None
-        if self._folder is not None:
+        if self._folder is not None and self._folder.is_dir():
             for path in self._folder.iterdir():
                 if not (keep_log and path.suffix == ".log"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -158,12 +158,12 @@ class Engine:
         model, state = whole_student(policy, self.accelerator) if self.weights.changes else (policy, None)
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                self._serve(model, state, step)
+                self._serve(model, state)
         self._know_servers()
         self._check(policy, sampling, step)
         self._step = step
 
-    def _serve(self, model: Any, state: dict[str, torch.Tensor] | None, step: int) -> None:
+    def _serve(self, model: Any, state: dict[str, torch.Tensor] | None) -> None:
         """In the main process: writes the weights, and starts a server with them or has the servers take them."""
         folder = self._folder = self._folder or self._make_folder()
         written = self.weights.write(model, state, folder)
