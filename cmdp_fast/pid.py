@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from cmdp_fast.errors import InputError
+
 
 @dataclass
 class PIDController:
@@ -48,12 +50,17 @@ class PIDController:
                 token: d times the mean length.
 
         Raises:
-            ValueError: a cost or budget that is not finite.
+            InputError: a cost or budget that is not finite.
         """
         cost = float(mean_cost)
+        if not math.isfinite(cost):
+            raise InputError(
+                f"kind pid: the mean cost of the completions is {cost} nats, from which no lambda follows; it is "
+                "infinite where the teacher excludes a token that the student uses"
+            )
         delta = cost - budget
         if not math.isfinite(delta):
-            raise ValueError(f"mean_cost={cost} with budget={budget}: expected finite numbers")
+            raise InputError(f"kind pid: the budget is {budget} nats, expected a finite number")
         self._integral = max(0.0, self._integral + self.ki * delta)
         self._ema_delta = self.ema_p * self._ema_delta + (1.0 - self.ema_p) * delta
         self._ema_cost = self.ema_d * self._ema_cost + (1.0 - self.ema_d) * cost

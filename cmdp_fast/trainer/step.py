@@ -115,11 +115,6 @@ class Learner:
         spent, lengths, ratio = batches.gathered(here, self.accelerator)
         weight = estimate_weight(ratio, self.config)
         cost, length = (float(objective.weighted_mean(each, weight)) for each in (spent, lengths))
-        if not math.isfinite(cost):
-            raise InputError(
-                f"--kind pid: the mean cost of the completions is {cost} nats, from which no lambda follows; it is "
-                "infinite where the teacher excludes a token that the student uses"
-            )
         self.pid.update(cost, float(constraint.budget) * (length if constraint.per_token else 1.0))
         constraint = replace(constraint, coefficient=self.pid.coefficient)
         experience.reward = cf.modified_reward(

@@ -81,8 +81,8 @@ def test_a_checkpoint_without_a_controller(pair, tmp_path):
 
 def test_an_infinite_cost_is_named(pair, tmp_path):
     trainer = grpo(pair, tmp_path, **PID)
-    with pytest.raises(InputError, match=r"^kind='pid': the mean cost of the completions is inf nats"):
-        trainer.controller.update(math.inf, 2.0)
+    with pytest.raises(InputError, match=r"^kind pid: the mean cost of the completions is inf nats"):
+        trainer.controller.pid.update(math.inf, 2.0)
 
 
 @pytest.mark.parametrize(

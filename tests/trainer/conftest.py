@@ -10,14 +10,15 @@ import pytest
 
 PACKAGES = (
     *("transformers", "datasets", "accelerate", "tyro", "rich", "matplotlib", "tensorboard"),
-    *("reasoning_gym", "math_verify", "regex"),
+    *("reasoning_gym", "math_verify", "regex", "requests"),
 )
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 if not MISSING:
+    from engine_runs import held, server
     from pair_fixtures import one_thread, own_precision, pair, undrawn
 
-    __all__ = ["isolation", "one_thread", "own_precision", "pair", "undrawn"]
+    __all__ = ["held", "isolation", "one_thread", "own_precision", "pair", "server", "undrawn"]
 
 
 class Skipped(pytest.Module):

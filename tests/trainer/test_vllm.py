@@ -1,4 +1,4 @@
-"""Rollouts on vLLM, with vLLM: what the stand-in of test_engine.py takes for granted.
+"""Rollouts on vLLM, with vLLM: what the stand-in of the other tests takes for granted.
 
 CMDP_FAST_VLLM_PYTHON names the Python of an environment with vLLM; .ci/vllm makes one for a CPU and runs these tests.
 """
@@ -15,9 +15,9 @@ import sysconfig
 import time
 import venv
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hosts import hosts, torchrun
@@ -57,23 +57,17 @@ def server(pair, tmp_path_factory):
     running = Server(config, options, log, on_cpu=True)
     try:
         running.wait(Client(running.url, 300.0), 300.0)
+        begun = _family(running)
         yield running
     finally:
         running.close()
-    assert running.url not in subprocess.run(["ps", "axo", "args"], capture_output=True, text=True).stdout
-    assert not _children(running)
+    assert len(begun) > 2 and not psutil.wait_procs(begun, timeout=10)[1]  # none is left
 
 
-@pytest.fixture
-def held():
-    with ExitStack() as stack:
-        yield stack
-
-
-def _children(running):
-    """Processes in the group of the server, which the keeper has made for it."""
-    listed = subprocess.run(["ps", "axo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
-    return [line for line in listed if str(running.log.parent) in line]
+def _family(running):
+    """The processes of a server: its keeper, vLLM, and what that has started."""
+    keeper = psutil.Process(running._keeper.pid)
+    return [keeper, *keeper.children(recursive=True)]
 
 
 def on(server, pair, tmp_path, **changes):
@@ -183,19 +177,10 @@ def test_an_engine_that_dies_is_named_in_time(server, pair, held, tmp_path):
     """The last test of the server: its core is killed. What is asked then ends with a line, and the server ends too."""
     learner, rows, prompts = learner_of(on(server, pair, tmp_path, rollout_timeout=60.0), held)
     learner.step(rows, prompts)
-    parents = {int(pid): int(parent) for pid, parent in _ps("pid,ppid")}
-    family = {server._keeper.pid}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    [core] = [int(pid) for pid, name in _ps("pid,args") if int(pid) in family and "EngineCore" in name]
-    os.kill(core, signal.SIGKILL)
+    [core] = [each for each in _family(server) if "EngineCore" in " ".join(each.cmdline())]
+    core.kill()
     with pytest.raises(InputError, match=f"the vLLM server at {server.url} (answered|cannot be reached|is not there)"):
         learner.step(rows, prompts)
-
-
-def _ps(columns: str) -> list[list[str]]:
-    listed = subprocess.run(["ps", "axo", columns], capture_output=True, text=True).stdout.splitlines()[1:]
-    return [line.split(None, 1) for line in listed]
 
 
 def test_two_machines_train_and_a_third_samples(pair, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transformers import TrainerCallback
@@ -47,12 +46,3 @@ class ConstraintController(TrainerCallback, ExportableState):
                 "with kind='pid'"
             )
         self.numbers = stored["attributes"]["numbers"]
-
-    def update(self, mean_cost: float, budget: float) -> float:
-        """Lambda by the completions at hand. Raises InputError if their mean cost is not finite."""
-        if not math.isfinite(mean_cost):
-            raise InputError(
-                f"kind='pid': the mean cost of the completions is {mean_cost} nats, from which no lambda follows; it "
-                "is infinite where the teacher excludes a token that the student uses"
-            )
-        return self.pid.update(mean_cost, budget)

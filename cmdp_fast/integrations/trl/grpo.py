@@ -161,7 +161,7 @@ class CMDPGRPOTrainer(GRPOTrainer):
             weight = sampled._replace(log_ratio=ratio).weight(everywhere)[real]
         cost, length = (float(objective.weighted_mean(each[real], weight)) for each in (spent, lengths))
         budget = float(self.constraint.budget) * (length if self.constraint.per_token else 1.0)
-        self.constraint = replace(self.constraint, coefficient=self.controller.update(cost, budget))
+        self.constraint = replace(self.constraint, coefficient=self.controller.pid.update(cost, budget))
         costs = cf.token_cost(account.stats, self.constraint.cost, clamp=self.constraint.cost_clamp)
         reward = cf.modified_reward(task_reward, costs, account.trace, constraint=self.constraint, mask=mask)
         return account._replace(reward=reward)

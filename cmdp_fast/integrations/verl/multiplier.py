@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +18,6 @@ FILE = "cmdp_pid.json"
 def priced(constraint: Constraint, controller: PIDController, mean_cost: float) -> Constraint:
     """The constraint with the lambda that follows from the mean cost in nats of a step's completions, which it then
     weighs (`cmdp_fast.pid`). Raises InputError if that mean is not finite."""
-    if not math.isfinite(mean_cost):
-        raise InputError(
-            f"algorithm.cmdp.kind=pid: the mean cost of the completions is {mean_cost} nats, from which no lambda "
-            "follows; it is infinite where a model excludes a token that the other one uses"
-        )
     return replace(constraint, coefficient=controller.update(mean_cost, float(constraint.budget)))
 
 

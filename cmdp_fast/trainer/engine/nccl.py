@@ -68,22 +68,21 @@ class Nccl(WholeModel):
         return self.dtype if weight.is_floating_point() else weight.dtype
 
     def _sender(self, client: Client) -> Any:
+        from accelerate.utils.other import get_free_port
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-        address, port = _own_address(client.url)
         workers = int(client.get("get_world_size")["world_size"])
-        about = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=1 + workers, rank=0)
+        about = NCCLTrainerInitInfo(
+            master_address=_own_address(client.url), master_port=get_free_port(), world_size=1 + workers, rank=0
+        )
         control = HTTPVLLMWeightSyncClient(client.url, timeout=client.seconds)
         return NCCLTrainerWeightTransferEngine.trainer_init(about, client=control, source=self)
 
 
-def _own_address(url: str) -> tuple[str, int]:
-    """The address of this machine on the way to a server, and a free port."""
+def _own_address(url: str) -> str:
+    """The address of this machine on the way to a server."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         way.connect((parts.hostname, parts.port or 80))  # of a datagram nothing is sent yet
-        address = str(way.getsockname()[0])
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return address, int(probe.getsockname()[1])
+        return str(way.getsockname()[0])

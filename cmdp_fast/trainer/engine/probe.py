@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import cmdp_fast as cf
 from cmdp_fast.errors import InputError, shown
 
 from .. import drawn
@@ -133,23 +134,19 @@ class Probe:
         ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in self.sequences], device=model.device)
         lengths = torch.tensor([len(each) for each in self.sequences], device=model.device)
         mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        plain = _logprob(logits, ids)
-        logits[..., list(sampling.suppress)] = -torch.inf
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        plain = cf.token_stats(logits, logits, ids[:, 1:]).logprob.cpu()
         rows = [
             (len(each), len(each) - len(some.tokens)) for each, some in zip(self.sequences, self.drawn, strict=True)
         ]
-        of_sampled = torch.cat([logits[i, begin - 1 : end - 1] for i, (end, begin) in enumerate(rows)])
+        of_sampled = torch.cat([logits[i, begin - 1 : end - 1] for i, (end, begin) in enumerate(rows)]).float()
+        of_sampled[:, list(sampling.suppress)] = -torch.inf
         tokens = torch.cat([ids[i, begin:end] for i, (end, begin) in enumerate(rows)])
         sampled = _kept(of_sampled / (sampling.temperature or 1.0), sampling).log_softmax(-1)
         return (
             torch.cat([plain[i, : end - 1] for i, (end, _) in enumerate(rows)]),
             sampled.gather(-1, tokens[:, None])[:, 0].cpu(),
         )
-
-
-def _logprob(logits: Tensor, ids: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
 
 
 def _kept(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -31,8 +30,10 @@ class Server:
     which goes with a run that is killed."""
 
     def __init__(self, config: TrainConfig, options: Sequence[str], log: Path, on_cpu: bool) -> None:
+        from accelerate.utils.other import get_free_port
+
         python = find_python(config)
-        self.log, port = log, _free_port()
+        self.log, port = log, get_free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
         command += [*options, *shlex.split(config.rollout_args)]
@@ -94,12 +95,6 @@ def find_python(config: TrainConfig) -> str:
             "another environment is named by --rollout-python, one that runs already by --rollout-url"
         )
     return python
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _last_error(log: Path) -> str:

@@ -89,11 +89,7 @@ class TrainConfig(
             "--lora-modules-to-save is for an adapter: it needs --lora-rank",
         )
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
-        check_rollout(self, self.rollout, self.mixes_teacher)
-        _check(
-            self.rollout_transfer == "folder" or not self.lora_rank,
-            "--rollout-transfer nccl sends whole models: an adapter goes through a folder",
-        )
+        check_rollout(self, self.rollout, self.mixes_teacher, self.lora_rank)
         if self.kind == "worst_case":
             _check(
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"

@@ -46,7 +46,7 @@ class RolloutSettings:
     update. 0: from the student that they train."""
 
 
-def check_rollout(settings: RolloutSettings, rollout: str, mixes_teacher: bool) -> None:
+def check_rollout(settings: RolloutSettings, rollout: str, mixes_teacher: bool, lora_rank: int) -> None:
     """Raises InputError for settings of servers that cannot work; none is asked anything."""
     if rollout and rollout != "vllm" and ":" not in rollout:
         raise InputError(f"--rollout {rollout}: expected vllm, module:function or path/file.py:function")
@@ -64,6 +64,8 @@ def check_rollout(settings: RolloutSettings, rollout: str, mixes_teacher: bool) 
             "--rollout-url needs --rollout-folder, a folder under the same path on this machine and on the servers': "
             "the weights of each step go there"
         )
+    if settings.rollout_transfer == "nccl" and lora_rank:
+        raise InputError("--rollout-transfer nccl sends whole models: an adapter goes through a folder")
     if settings.rollout_teacher_url and not settings.rollout_url:
         raise InputError("--rollout-teacher-url is for a run with --rollout-url: it starts no server")
     try:
