@@ -118,6 +118,7 @@ def test_teacher_and_evaluation_come_through_the_same_door(pair, held, tmp_path,
     groups = [[body["n"] for body in completion_requests(each)] for each in (student, teacher)]
     assert groups[1].count(4) == 6 and 4 not in groups[0]  # two steps of three prompts, all the teacher's
     assert groups[0].count(3) == 3 and groups[1].count(3) == 1  # evaluations, of a problem
+    assert "sampling/" not in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text()  # no student to be corrected for
     trained = tmp_path / "runs" / "r" / "student"
     words = [f"--student={trained}", f"--teacher={pair['teacher']}", f"--dataset={pair['dataset']}", "--task="]
     words += ["--prompt-template=", "--answer-pattern=", "--max-new-tokens=6", "--rollout=vllm"]

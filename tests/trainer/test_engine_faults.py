@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -254,20 +255,41 @@ def test_a_host_that_takes_no_connection_is_not_said_to_be_slow(monkeypatch):
     assert len(tried) == 2
 
 
-def test_an_answer_that_stops_in_its_middle_is_waited_for_so_long():
-    """requests has another error for that than for an answer that does not begin."""
+@pytest.mark.parametrize("drips", [False, True])
+def test_an_answer_that_stops_in_its_middle_is_waited_for_so_long(drips):
+    """requests has another error for that than for an answer that does not begin, and none for one that goes on with a
+    byte now and then."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         slow = client.Client(f"http://127.0.0.1:{listening.getsockname()[1]}", 0.3)
-        threading.Thread(target=_begin_an_answer, args=(listening,), daemon=True).start()
+        threading.Thread(target=_begin_an_answer, args=(listening, drips), daemon=True).start()
         with pytest.raises(InputError, match=r"has not answered in 0.3 s \(--rollout-timeout\)"):
             slow.get("version")
 
 
-def _begin_an_answer(listening):
+def test_half_of_an_answer_is_none(monkeypatch):
+    monkeypatch.setattr(client, "WAITS", ())
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        gone = client.Client(f"http://127.0.0.1:{listening.getsockname()[1]}", 5.0)
+
+        def answer():
+            connection, _ = listening.accept()
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n[]")
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(InputError, match="cannot be reached: "):
+            gone.get("version")
+
+
+def _begin_an_answer(listening, drips):
     connection, _ = listening.accept()
-    with connection:
+    with connection, contextlib.suppress(OSError):  # nobody reads any more
         connection.recv(1 << 16)
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{")
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{")
+        for _ in range(100 if drips else 0):
+            time.sleep(0.05)
+            connection.sendall(b" ")
         connection.recv(1)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from cmdp_fast.errors import InputError, first_line, readable
 
@@ -71,8 +72,8 @@ class Client:
                     break
             except requests.ConnectTimeout:
                 why = f"cannot be reached: no connection in {CONNECT:g} s"
-            except (requests.RequestException, OSError) as error:
-                if isinstance(error, requests.Timeout) or time.monotonic() > until:
+            except (requests.RequestException, HTTPError, OSError) as error:
+                if isinstance(error, (requests.Timeout, ReadTimeoutError)) or time.monotonic() > until:
                     why = f"has not answered in {self.seconds:g} s (--rollout-timeout)"
                     break
                 why = f"cannot be reached: {_cause(error)}"
@@ -98,7 +99,9 @@ class Client:
         with self._session.request(
             *(method, f"{self.url}/{path}"), json=body, headers=self._headers, stream=True, timeout=(CONNECT, left)
         ) as response:
-            for piece in response.iter_content(1 << 16):
+            while piece := response.raw.read1(
+                1 << 16, decode_content=True
+            ):  # what is there; `read` waits for all of it
                 content += piece
                 if len(content) > LONGEST:
                     raise InputError(f"{self.url}/{path} answered with more than {LONGEST} bytes")
