@@ -261,9 +261,13 @@ def test_an_answer_that_stops_in_its_middle_is_waited_for_so_long(drips):
     byte now and then."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         slow = client.Client(f"http://127.0.0.1:{listening.getsockname()[1]}", 0.3)
-        threading.Thread(target=_begin_an_answer, args=(listening, drips), daemon=True).start()
+        sent = []
+        server = threading.Thread(target=_begin_an_answer, args=(listening, 100 if drips else 0, sent), daemon=True)
+        server.start()
         with pytest.raises(InputError, match=r"has not answered in 0.3 s \(--rollout-timeout\)"):
             slow.get("version")
+        server.join()
+    assert len(sent) < 50
 
 
 def test_half_of_an_answer_is_none(monkeypatch):
@@ -282,14 +286,15 @@ def test_half_of_an_answer_is_none(monkeypatch):
             gone.get("version")
 
 
-def _begin_an_answer(listening, drips):
+def _begin_an_answer(listening, drips, sent):
     connection, _ = listening.accept()
     with connection, contextlib.suppress(OSError):  # nobody reads any more
         connection.recv(1 << 16)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{")
-        for _ in range(100 if drips else 0):
+        for _ in range(drips):
             time.sleep(0.05)
             connection.sendall(b" ")
+            sent.append(1)
         connection.recv(1)
 
 
