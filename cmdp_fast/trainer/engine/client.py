@@ -99,9 +99,8 @@ class Client:
         with self._session.request(
             *(method, f"{self.url}/{path}"), json=body, headers=self._headers, stream=True, timeout=(CONNECT, left)
         ) as response:
-            while piece := response.raw.read1(
-                1 << 16, decode_content=True
-            ):  # what is there; `read` waits for all of it
+            # What is there; `iter_content` waits for as much as it was asked for
+            while piece := response.raw.read1(1 << 16, decode_content=True):
                 content += piece
                 if len(content) > LONGEST:
                     raise InputError(f"{self.url}/{path} answered with more than {LONGEST} bytes")
