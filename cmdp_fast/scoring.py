@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,29 +19,19 @@ from torch.distributed.tensor import DTensor
 from cmdp_fast import batches
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
-from cmdp_fast.heads import Head, head_of, last_hidden_state, whole
+from cmdp_fast.heads import Head, head_of, whole
 from cmdp_fast.ops.constrained import constrained_reward
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.linear_constrained import linear_constrained_reward
 from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_stats import token_stats
-from cmdp_fast.packed import packed
+from cmdp_fast.reading import TokenBatch, completion_hidden, completion_logits
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
-from cmdp_fast.unmasked import Lengths, unmasked
+from cmdp_fast.teachers.teacher import Teacher
 
-Models = tuple[Any, Any]  # student (or the policy in its place) and teacher
+Models = tuple[Any, Any]  # student (or the policy in its place) and teacher: modules, or a `Teacher` that is asked
 Outputs = tuple[Tensor, Tensor]  # of both
-
-
-class TokenBatch(Protocol):
-    """The part of a batch that the models read: prompts [B, P] with padding in front, completions [B, T]."""
-
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    tokens: Tensor
-    mask: Tensor
-    lengths: Lengths | None  # where the host knows them, and the masks have no holes
 
 
 @dataclass
@@ -65,6 +55,8 @@ class FromLogits(_AtTemperatures):
 
     def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
+        if isinstance(model, Teacher):
+            return model.of_completions(completions).as_logits()
         return completion_logits(model, completions, self.padding_free)
 
     def constrained_reward(
@@ -134,6 +126,8 @@ class FromHiddenStates(_AtTemperatures):
 
     def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
+        if isinstance(model, Teacher):
+            return model.of_completions(completions).as_hidden()
         return completion_hidden(model, completions, self.padding_free)
 
     def constrained_reward(
@@ -199,7 +193,7 @@ Scoring = FromLogits | FromHiddenStates
 def head_for(model: Any, hidden: Tensor) -> Head:
     """A model's head for hidden states of theirs: float32 weights meet bfloat16 hidden states in bfloat16, as autocast
     would have it."""
-    head = head_of(model)
+    head = model.head if isinstance(model, Teacher) else head_of(model)
     return head._replace(weight=head.weight.to(hidden.dtype))
 
 
@@ -228,7 +222,7 @@ def make_scoring(
         return FromLogits(vocab_size, temperature, teacher_temperature, padding_free)
     for name, model in zip(("student", "teacher"), models, strict=False):  # or a student alone
         try:
-            head_of(model)
+            model.head if isinstance(model, Teacher) else head_of(model)
         except (TypeError, ValueError) as error:
             raise InputError(f"{name}: {error}; with --logits full it can be used all the same") from error
     return FromHiddenStates(vocab_size, temperature, teacher_temperature, padding_free)
@@ -269,52 +263,3 @@ def score(
             kept = teacher.new_empty(count, *teacher.shape[1:]) if kept is None else kept
             kept[part] = teacher
     return ScoredBatch(*batches.joined(settled), kept)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The reading of completions
-
-
-def completion_logits(model: Any, completions: TokenBatch, padding_free: bool = False) -> Tensor:
-    """The logits [B, T, V] from which the completions' tokens were, or would be, drawn.
-
-    ``padding_free``: read in one row, where the batch allows it. Logits of the prompts are made there too.
-    """
-    if padding_free and (row := packed(completions)) is not None:
-        return row.select(model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits)
-    return _last(model(**_inputs(completions)).logits, completions)
-
-
-def completion_hidden(model: Any, completions: TokenBatch, padding_free: bool = False) -> Tensor:
-    """The hidden states [B, T, H] that the model's head would turn into the `completion_logits`.
-
-    Without an attention mask where the batch allows it, ``padding_free`` in one row; logits would have to be copied,
-    hidden states are small.
-    """
-    if padding_free and (row := packed(completions)) is not None:
-        return row.select(last_hidden_state(model, row.input_ids, position_ids=row.position_ids, use_cache=False))
-    if (sequences := unmasked(completions)) is not None:
-        keep = sequences.input_ids.shape[1] - sequences.earliest
-        return sequences.select(last_hidden_state(model, sequences.input_ids, logits_to_keep=keep, use_cache=False))
-    return _last(last_hidden_state(model, **_inputs(completions)), completions)
-
-
-def _inputs(completions: TokenBatch) -> dict[str, Any]:
-    """The input of a model that is to predict the completions: all but their last token, which predicts nothing."""
-    attention = torch.cat([completions.prompt_mask, completions.mask[:, :-1]], dim=1).long()
-    return {
-        "input_ids": torch.cat([completions.prompt_ids, completions.tokens[:, :-1]], dim=1),
-        "attention_mask": attention,
-        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),  # as in generate: padding does not count
-        "logits_to_keep": completions.tokens.shape[1],
-        "use_cache": False,
-    }
-
-
-def _last(outputs: Tensor, completions: TokenBatch) -> Tensor:
-    """The outputs that predict the completions' tokens.
-
-    Only a model that knows no logits_to_keep needs the slice; taking it for nothing would copy the gradient.
-    """
-    length = completions.tokens.shape[1]
-    return outputs if outputs.shape[1] == length else outputs[:, -length:]

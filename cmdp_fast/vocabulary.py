@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from cmdp_fast.errors import InputError
@@ -20,6 +22,12 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
             f"student and teacher must share a tokenizer, but token {differing} is {ours.get(differing)!r} in one "
             f"({len(ours)} tokens) and {theirs.get(differing)!r} in the other ({len(theirs)} tokens)"
         )
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """sha256 of a tokenizer's tokens with their numbers: what has to be equal for two models to be compared."""
+    entries = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def common_vocabulary(*models: Any) -> int:

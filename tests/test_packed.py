@@ -7,7 +7,7 @@ import torch
 from test_unmasked import IN_FLOAT32, batch, result, row_by_row, with_a_mask
 from tiny_models import tiny
 
-from cmdp_fast import scoring
+from cmdp_fast import reading
 from cmdp_fast.heads import head_of
 from cmdp_fast.packed import packed
 from cmdp_fast.positions import packing_mixes
@@ -61,14 +61,14 @@ def test_hidden_states_and_gradients_are_those_of_each_row_alone(family):
         batch((1, 1), (1, 1)),
     ):
         mask = completions.mask
-        actual, gradients = result(model, scoring.completion_hidden(model, completions, padding_free=True), mask)
+        actual, gradients = result(model, reading.completion_hidden(model, completions, padding_free=True), mask)
         expected, others = result(model, row_by_row(model, completions), mask)
         size = float(expected.abs().max())
         assert float((actual - expected).abs().max()) <= 64 * eps * size  # sums of some tens of terms, in another order
         for ours, theirs in zip(gradients, others, strict=True):
             assert float((ours - theirs).abs().max()) <= 1024 * eps * max(size, float(theirs.abs().max()))
         with torch.no_grad():
-            logits = scoring.completion_logits(model, completions, padding_free=True)[mask]
+            logits = reading.completion_logits(model, completions, padding_free=True)[mask]
             others = head_of(model).logits(expected)
         assert float((logits - others).abs().max()) <= 1024 * eps * float(others.abs().max())
 
@@ -80,7 +80,7 @@ def test_batches_that_need_a_mask():
     for completions in (hole, batch((3, 0, 2))):
         assert packed(completions) is None
         with torch.no_grad():
-            outputs = scoring.completion_hidden(model, completions, padding_free=True)
+            outputs = reading.completion_hidden(model, completions, padding_free=True)
             assert torch.equal(outputs, with_a_mask(model, completions))
 
 

@@ -10,7 +10,7 @@ from tiny_models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cmdp_fast import scoring
+from cmdp_fast import reading
 from cmdp_fast.heads import last_hidden_state
 from cmdp_fast.unmasked import unmasked
 
@@ -38,7 +38,7 @@ def batch(prompts=(3, 5, 1), lengths=(4, 1, 6), seed=0) -> SimpleNamespace:
 
 def with_a_mask(model, completions) -> torch.Tensor:
     """As in `generate`: padding in front, which the mask leaves out."""
-    return scoring._last(last_hidden_state(model, **scoring._inputs(completions)), completions)
+    return reading._last(last_hidden_state(model, **reading._inputs(completions)), completions)
 
 
 def row_by_row(model, completions) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_hidden_states_and_gradients_are_those_of_each_row_alone(family):
     for completions in (batch(), batch((4, 4, 4)), batch((2, 7, 3), (1, 1, 1)), batch((2,), (5,))):
         assert unmasked(completions) is not None
         mask = completions.mask
-        actual, gradients = result(model, scoring.completion_hidden(model, completions), mask)
+        actual, gradients = result(model, reading.completion_hidden(model, completions), mask)
         expected, others = result(model, row_by_row(model, completions), mask)
         masked, _ = result(model, with_a_mask(model, completions), mask)
         size = float(expected.abs().max())
@@ -110,7 +110,7 @@ def test_no_mask_is_made(family, changes):
     with torch.no_grad(), Largest(width) as before:
         with_a_mask(model, completions)
     with torch.no_grad(), Largest(width) as after:
-        scoring.completion_hidden(model, completions)
+        reading.completion_hidden(model, completions)
     assert before.bytes >= 3 * width * width and after.bytes == 0
 
 
@@ -135,5 +135,5 @@ def test_batches_that_need_a_mask():
     for completions in (hole, empty, behind):
         assert unmasked(completions) is None
         with torch.no_grad():
-            outputs = scoring.completion_hidden(model, completions)
+            outputs = reading.completion_hidden(model, completions)
             assert torch.equal(outputs, with_a_mask(model, completions))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cmdp_fast.errors import InputError
 from cmdp_fast.heads import evaluating
 from cmdp_fast.positions import moved_by_padding, packing_mixes
-from cmdp_fast.scoring import completion_logits
+from cmdp_fast.reading import completion_logits
 
 from .records.throughput import has_experts
 from .rollout import Rollout, Sampling

@@ -14,8 +14,8 @@ from tiny_pair import learner_of, settings
 from cmdp_fast import objective
 from cmdp_fast.constraint import KINDS
 from cmdp_fast.errors import InputError
+from cmdp_fast.reading import completion_logits
 from cmdp_fast.reference import COSTS
-from cmdp_fast.scoring import completion_logits
 from cmdp_fast.trainer.methods import METHODS
 from cmdp_fast.trainer.methods.method import Method, method_named
 from cmdp_fast.trainer.methods.minillm import TeacherMixture, mean_of_later

@@ -15,7 +15,7 @@ import cmdp_fast as cf
 from cmdp_fast.credit import at_last_token
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
-from cmdp_fast.scoring import completion_hidden, completion_logits
+from cmdp_fast.reading import completion_hidden, completion_logits
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.models.saving import save_student
 from cmdp_fast.trainer.records.clock import Clock

@@ -1,0 +1,54 @@
+"""A teacher in this process: a causal language model whose hidden states are asked for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from cmdp_fast.heads import head_of
+from cmdp_fast.reading import rows_hidden
+from cmdp_fast.vocabulary import vocabulary_digest
+
+from .teacher import Teacher, TeacherAbout, TeacherOutputs, head_digest
+
+
+class TeacherInProcess(Teacher):
+    """A model of transformers and its tokenizer. Questions are answered one after another, each as one batch, with the
+    numbers that a trainer gets that holds the model itself."""
+
+    CONCURRENT: ClassVar[int] = 1
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "", revision: str = "") -> None:
+        self.model, self.head = model, head_of(model)
+        self.head = self.head._replace(weight=self.head.weight.detach(), bias=_detached(self.head.bias))
+        self._alone = threading.Lock()  # its hooks serve one call at a time
+        text = model.config.get_text_config()
+        self.about = TeacherAbout(
+            answers="hidden",
+            model=name or str(model.config.name_or_path),
+            revision=revision,
+            dtype=str(self.head.weight.dtype).removeprefix("torch."),
+            vocab_size=self.head.weight.shape[0],
+            hidden_size=self.head.weight.shape[1],
+            tokenizer=vocabulary_digest(tokenizer),
+            head=head_digest(self.head),
+            positions=int(getattr(text, "max_position_embeddings", None) or 0),
+        )
+
+    def answer(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> TeacherOutputs:
+        since = time.perf_counter()
+        assert self.head is not None
+        if any(wanted):
+            with self._alone, torch.no_grad():
+                hidden = rows_hidden(self.model, rows, wanted)
+        else:  # nothing to read
+            hidden = self.head.weight.new_empty(0, self.about.hidden_size)
+        return TeacherOutputs(hidden=hidden, head=self.head, seconds=time.perf_counter() - since)
+
+
+def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach()

@@ -1,0 +1,190 @@
+"""What every teacher that is asked has in common: who it is, what it answers, and how it is asked.
+
+A question is some rows of token ids, and of each row of how many of its last tokens the outputs are wanted. Nothing is
+padded on the way: a teacher answers with one output per wanted token, row behind row. `Teacher.ask` returns at once, so
+that many questions are under way, and are answered in any order; `outputs` and `of_completions` wait, and lay the
+answer out for masks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmdp_fast.heads import Head
+from cmdp_fast.reading import TokenBatch
+
+
+class TopK(NamedTuple):
+    """The teacher's log-probabilities of some tokens, over its whole vocabulary, at temperature 1."""
+
+    ids: Tensor  # [..., k] int64
+    logprobs: Tensor  # [..., k]
+    floor: Tensor | None = None  # [...]: the log-probability of its least likely token, where it says so
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a teacher is asked, wherever it is; each kind reads what concerns it."""
+
+    device: torch.device = torch.device("cpu")  # where answers and head are wanted
+    seconds: float = 600.0  # for one answer
+    token_file: str = ""  # holds the word that a server wants to hear
+    dtype: str = ""  # of hidden states on the wire: "bfloat16", "float32" or "int8"; "": the teacher's own
+
+
+@dataclass(frozen=True)
+class TeacherAbout:
+    """Who answers: two that agree in all of this give the same numbers."""
+
+    answers: Literal["hidden", "logits", "topk"]
+    model: str  # its name, for messages
+    revision: str  # of its weights: a commit, or a digest of its files
+    dtype: str  # of what it computes with, such as "bfloat16"
+    vocab_size: int  # columns of its logits
+    hidden_size: int  # 0 where it answers with none
+    tokenizer: str  # `vocabulary_digest` of its tokenizer
+    head: str  # `head_digest`, "" where it answers with no hidden states
+    positions: int  # tokens of a row at most; 0 where there is no limit
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """What a teacher says of some tokens, [N, ...] packed or [B, T, ...] padded: one of the three, as it `answers`."""
+
+    hidden: Tensor | None = None  # [..., H]: what its head reads, after the final norm
+    logits: Tensor | None = None  # [..., V]
+    topk: TopK | None = None
+    head: Head | None = None  # for the hidden states
+    bytes: int = 0  # that came over a wire or from a disk
+    seconds: float = 0.0  # from the question to the answer
+
+    def as_hidden(self) -> Tensor:
+        """The hidden states. Raises TypeError where it answers with something else."""
+        if self.hidden is None:
+            raise TypeError("this teacher answers with no hidden states; expected one that does")
+        return self.hidden
+
+    def as_logits(self) -> Tensor:
+        """The logits, made of the hidden states where they are what came."""
+        if self.logits is not None:
+            return self.logits
+        hidden = self.as_hidden()
+        assert self.head is not None
+        return self.head._replace(weight=self.head.weight.to(hidden.dtype)).logits(hidden)
+
+    def padded(self, mask: Tensor) -> TeacherOutputs:
+        """Packed outputs at the places of a mask [B, T], in its order, zeros elsewhere."""
+
+        def placed(packed: Tensor | None) -> Tensor | None:
+            if packed is None:
+                return None
+            wide = packed.new_zeros(*mask.shape, *packed.shape[1:])
+            wide[mask.to(wide.device)] = packed
+            return wide
+
+        topk = self.topk and TopK(*map(placed, self.topk))  # type: ignore[arg-type]  # ids and logprobs are there
+        return replace(self, hidden=placed(self.hidden), logits=placed(self.logits), topk=topk)
+
+
+class Teacher(ABC):
+    """A teacher that is asked. A kind implements `answer` and says who it is in ``about``; ``head`` belongs to hidden
+    states, on the device where they arrive.
+
+    Nothing it says has a gradient. Errors are InputErrors that name the teacher, raised where the answer is awaited.
+    """
+
+    CONCURRENT: ClassVar[int] = 8  # questions under way at once
+
+    about: TeacherAbout
+    head: Head | None = None
+
+    @classmethod
+    def open(cls, place: str, asking: Asking) -> Teacher:
+        """The teacher at a place, which is what its name says behind the kind. Raises InputError if there is none."""
+        raise NotImplementedError(f"{cls.__name__} has no name")
+
+    @abstractmethod
+    def answer(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> TeacherOutputs:
+        """The outputs [N, ...] of the last ``wanted`` tokens of each row, N in all, row behind row. May be called from
+        several threads at once. The question was checked."""
+
+    def ask(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> Future[TeacherOutputs]:
+        """`answer`, under way. Raises ValueError for a question that cannot be answered, before anything is sent."""
+        self._check(rows, wanted)
+        return self._pool.submit(self.answer, rows, wanted)
+
+    def outputs(self, ids: Tensor, mask: Tensor, last: int | None = None) -> TeacherOutputs:
+        """The outputs [B, L, ...] at token ids [B, S] that a mask [B, S] shows, or at the last L = ``last`` of the S
+        columns; zeros where the mask is 0. A token that is masked is not seen, on whichever side the padding is.
+
+        Waits for the answer. Raises ValueError for shapes or token ids that do not fit.
+        """
+        if ids.dim() != 2 or mask.shape != ids.shape:
+            raise ValueError(f"ids has shape {tuple(ids.shape)} and mask {tuple(mask.shape)}, expected equal [B, S]")
+        length = ids.shape[1] if last is None else last
+        if not 0 <= length <= ids.shape[1]:
+            raise ValueError(f"last must be between 0 and the {ids.shape[1]} columns of ids, got {last}")
+        seen = mask.bool()
+        kept = seen[:, ids.shape[1] - length :]
+        return self._laid_out([row[real].tolist() for row, real in zip(ids, seen, strict=True)], kept)
+
+    def of_completions(self, completions: TokenBatch) -> TeacherOutputs:
+        """The outputs [B, T, ...] that predict the tokens of completions; zeros where they are masked."""
+        prompts = _lists(completions.prompt_ids, completions.prompt_mask)
+        tokens = _lists(completions.tokens, completions.mask)
+        rows = [
+            [*prompt, *completion][: -1 if completion else None]
+            for prompt, completion in zip(prompts, tokens, strict=True)
+        ]
+        return self._laid_out(rows, completions.mask.bool())
+
+    def close(self) -> None:
+        """Ends what it holds open; asked again it may raise."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _pool(self) -> ThreadPoolExecutor:
+        if (pool := self.__dict__.get("_threads")) is None:
+            pool = self.__dict__["_threads"] = ThreadPoolExecutor(self.CONCURRENT, thread_name_prefix="teacher")
+        assert isinstance(pool, ThreadPoolExecutor)
+        return pool
+
+    def _laid_out(self, rows: list[list[int]], kept: Tensor) -> TeacherOutputs:
+        return self.ask(rows, kept.sum(1).tolist()).result().padded(kept)
+
+    def _check(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> None:
+        if len(rows) != len(wanted):
+            raise ValueError(f"{len(rows)} rows and {len(wanted)} numbers of wanted outputs, expected as many")
+        most, columns = self.about.positions, self.about.vocab_size
+        for row, count in zip(rows, wanted, strict=True):
+            if not 0 <= count <= len(row):
+                raise ValueError(
+                    f"{count} outputs are wanted of a row of {len(row)} tokens; expected no more than it has"
+                )
+            if most and len(row) > most:
+                raise ValueError(f"a row has {len(row)} tokens; {self.about.model} takes {most}")
+            if row and not (min(row) >= 0 and max(row) < columns):
+                wrong = next(token for token in row if not 0 <= token < columns)
+                raise ValueError(f"token {wrong} is none of the {columns} of {self.about.model}")
+
+
+def head_digest(head: Head) -> str:
+    """sha256 of a head: its weights as they are stored, and what is done with their product."""
+    digest = hashlib.sha256(repr((head.softcap, head.scale)).encode())
+    for tensor in (head.weight, head.bias):
+        if tensor is not None:
+            digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _lists(tokens: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[real].tolist() for row, real in zip(tokens, mask.bool(), strict=True)]
