@@ -193,7 +193,7 @@ Scoring = FromLogits | FromHiddenStates
 def head_for(model: Any, hidden: Tensor) -> Head:
     """A model's head for hidden states of theirs: float32 weights meet bfloat16 hidden states in bfloat16, as autocast
     would have it."""
-    head = model.head if isinstance(model, Teacher) else head_of(model)
+    head = model.own_head() if isinstance(model, Teacher) else head_of(model)
     return head._replace(weight=head.weight.to(hidden.dtype))
 
 
@@ -222,7 +222,7 @@ def make_scoring(
         return FromLogits(vocab_size, temperature, teacher_temperature, padding_free)
     for name, model in zip(("student", "teacher"), models, strict=False):  # or a student alone
         try:
-            model.head if isinstance(model, Teacher) else head_of(model)
+            model.own_head() if isinstance(model, Teacher) else head_of(model)
         except (TypeError, ValueError) as error:
             raise InputError(f"{name}: {error}; with --logits full it can be used all the same") from error
     return FromHiddenStates(vocab_size, temperature, teacher_temperature, padding_free)

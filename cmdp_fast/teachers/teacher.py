@@ -34,7 +34,7 @@ class TopK(NamedTuple):
 class Asking:
     """How a teacher is asked, wherever it is; each kind reads what concerns it."""
 
-    device: torch.device = torch.device("cpu")  # where answers and head are wanted
+    device: str = "cpu"  # where answers and head are wanted
     seconds: float = 600.0  # for one answer
     token_file: str = ""  # holds the word that a server wants to hear
     dtype: str = ""  # of hidden states on the wire: "bfloat16", "float32" or "int8"; "": the teacher's own
@@ -146,6 +146,12 @@ class Teacher(ABC):
         ]
         return self._laid_out(rows, completions.mask.bool())
 
+    def own_head(self) -> Head:
+        """Its head. Raises TypeError where it answers with no hidden states."""
+        if self.head is None:
+            raise TypeError(f"the teacher {self.about.model} has no head: it answers with {self.about.answers}")
+        return self.head
+
     def close(self) -> None:
         """Ends what it holds open; asked again it may raise."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -182,7 +188,7 @@ def head_digest(head: Head) -> str:
     for tensor in (head.weight, head.bias):
         if tensor is not None:
             digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
