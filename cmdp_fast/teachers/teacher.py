@@ -188,7 +188,7 @@ def head_digest(head: Head) -> str:
     for tensor in (head.weight, head.bias):
         if tensor is not None:
             digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
