@@ -102,8 +102,8 @@ def lines() -> list[str]:
     text = []
     for place in TEACHERS:
         text += [
-            f"CALCULATED: {STUDENT.name} on {place.student_gpus} and {place.teacher.name} on {place.teacher_gpus} GPUs of "
-            f"{PEAK / 1e12:g} TFLOP/s, of which products reach {SHARE:.0%}; thousands of tokens per second",
+            f"CALCULATED: {STUDENT.name} on {place.student_gpus} and {place.teacher.name} on {place.teacher_gpus} GPUs "
+            f"whose {PEAK / 1e12:g} TFLOP/s products reach {SHARE:.0%}; thousands of tokens a second",
             "",
             "| what is sent | bytes a token | teacher | student | "
             + " | ".join(f"limit at {link} Gbit/s" for link in LINKS)
