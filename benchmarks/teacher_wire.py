@@ -102,8 +102,8 @@ def lines() -> list[str]:
     text = []
     for place in TEACHERS:
         text += [
-            f"CALCULATED: {STUDENT.name} on {place.student_gpus} and {place.teacher.name} on {place.teacher_gpus} GPUs "
-            f"whose {PEAK / 1e12:g} TFLOP/s products reach {SHARE:.0%}; thousands of tokens a second",
+            f"CALCULATED: {STUDENT.name} on {place.student_gpus}, {place.teacher.name} on {place.teacher_gpus} GPUs, "
+            f"products at {SHARE:.0%} of {PEAK / 1e12:g} TFLOP/s; thousands of tokens a second",
             "",
             "| what is sent | bytes a token | teacher | student | "
             + " | ".join(f"limit at {link} Gbit/s" for link in LINKS)
