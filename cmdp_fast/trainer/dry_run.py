@@ -93,7 +93,7 @@ def memory_rows(config: TrainConfig, memory: MemoryEstimate) -> list[MemoryRow]:
     """The table of `print_memory`; the last two are what is held in rollout and update."""
     m = memory
     shared = not m.teacher_parameters
-    kept = f"{config.batch_size} completions" if m.teacher_outputs else "computed again, see --teacher-cache-mb"
+    kept = f"of {config.batch_size} completions, no more than --teacher-cache-mb"
     layers = "of a micro-batch" + (", inputs of the layers" if config.gradient_checkpointing else "")
     outputs = "the teacher's" if config.logits == "tiled" else "both models'"
     unknown = "not known for this model"

@@ -234,7 +234,7 @@ class Collector:
         keep_outputs: bool = False,
         value_head: nn.Module | None = None,
     ) -> Experience:
-        """Statistics, account and modified reward of each token; the teacher's outputs too if they fit in the cache."""
+        """Statistics, account and modified reward of each token; the teacher's outputs too, as far as there is room."""
         rollout, teacher = completions.rollout, self.teacher
         assert teacher is not None
         last_reward = at_last_token(completions.task_reward, rollout.mask)
@@ -255,17 +255,23 @@ class Collector:
             value = None if value_head is None else torch.where(some.mask, value_head(outputs[0]), 0.0)
             settled.append((widened(account, width), None if value is None else batches.widened(value, width)))
             if keep_outputs and part is parts[0]:
-                most = self.config.teacher_cache_mb * 2**20
-                spills = self.config.offload_teacher
-                kept = KeptOutputs.if_they_fit(rollout.mask, lengths.completions, outputs[1], most, spills)
-                if any_process(kept is None, self.accelerator):  # a teacher that is spread over all is asked by all
-                    kept = None
+                kept = self._room_for(parts, outputs[1])
             if kept is not None:
-                kept.rows(part).keep(outputs[1], some.mask, part)
+                kept.keep(outputs[1], part)
         account, value = in_order(parts, settled)
         return Experience(
             **vars(completions), **account._asdict(), last_reward=last_reward, value=value, teacher_outputs=kept
         )
+
+    def _room_for(self, parts: list[MicroBatch], like: Tensor) -> KeptOutputs | None:
+        """Where the teacher's outputs are kept, as far as the settings have room; None: nowhere."""
+        c = self.config
+        kept = KeptOutputs.with_room(
+            *(parts, like, c.teacher_cache_mb * 2**20), on_host=c.teacher_cache_cpu, spills=c.offload_teacher
+        )
+        # A teacher that is spread over all processes is asked by all of them, or by none
+        spread = self.accelerator.distributed_type == "FSDP"
+        return None if spread and any_process(kept is None or bool(kept.missing), self.accelerator) else kept
 
     def outputs(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """A model's outputs at each token of the completions, [B, T, ...]: hidden states or logits."""

@@ -10,7 +10,7 @@ import torch
 from tiny_models import gradients
 from tiny_pair import learner_of, settings
 
-from cmdp_fast import batches, packed, scoring, unmasked
+from cmdp_fast import batches, packed, reading, unmasked
 from cmdp_fast.credit import at_last_token
 from cmdp_fast.trainer.experience import Experience
 from cmdp_fast.trainer.micro_batches import lengths_of, split, split_into
@@ -167,7 +167,7 @@ def test_lengths_that_the_host_knows_are_not_asked_for(algorithm, padding_free, 
     asked, made = [], []
     measure, lay_out = unmasked._lengths, unmasked.unmasked
     monkeypatch.setattr(unmasked, "_lengths", lambda given: asked.append(given) or measure(given))
-    for module in (packed, scoring):
+    for module in (packed, reading):
         monkeypatch.setattr(module, "unmasked", lambda given: made.append(given) or lay_out(given))
     learner.step(rows, prompts)
     assert not asked and made

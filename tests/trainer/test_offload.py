@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.kept_outputs import KeptOutputs
 from cmdp_fast.trainer.launch import check_sharding
-from cmdp_fast.trainer.micro_batches import split
+from cmdp_fast.trainer.micro_batches import lengths_of, split
 from cmdp_fast.trainer.models import offload, optimizer_bytes
 from cmdp_fast.trainer.models.memory_estimate import estimate_memory
 from cmdp_fast.trainer.models.offload import HostCopies, Offload, check_offload, layers_of, move_state
@@ -24,7 +24,7 @@ from cmdp_fast.trainer.models.split_rows import SplitRows
 from cmdp_fast.trainer.optimization import check_optimizer, make_optimizer, moments
 from cmdp_fast.trainer.records.checkpoint import load_checkpoint, save_checkpoint
 from cmdp_fast.trainer.records.report import Report
-from cmdp_fast.unmasked import Lengths
+from cmdp_fast.trainer.rollout import Rollout
 
 
 class Moves(TorchDispatchMode):
@@ -67,28 +67,39 @@ def test_split_rows_are_the_rows(here, at_once):
     assert torch.equal(split[torch.tensor([1, 3, 4, 6])], whole[[1, 3, 4, 6]])
 
 
-@pytest.mark.parametrize("here", [0, 2, 5])
-def test_outputs_that_do_not_fit_spill(here):
-    """Of five completions' tokens the first fit; without spilling all or none are kept."""
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("spills", [False, True])
+@pytest.mark.parametrize("room", [0, 1, 5, 9, 14])
+def test_outputs_are_kept_as_far_as_there_is_room(room, spills, on_host):
+    """Of whole completions; of the others they are computed again, or if they spill kept elsewhere."""
     mask = torch.arange(4) < torch.tensor([4, 1, 3, 2, 4])[:, None]
-    outputs, lengths, size = torch.randn(5, 4, 3), mask.sum(1).tolist(), 3 * 4
-    whole = Lengths([1] * 5, lengths)
+    outputs, size = torch.randn(5, 4, 3), 3 * 4
+    rollout = Rollout(torch.ones(5, 1, dtype=torch.long), torch.ones(5, 1).bool(), mask.long(), mask, mask[:, -1])
+    parts = split(range(5), lengths_of(rollout), count=2)  # [0, 4], [2, 3], [1]
+    kept = KeptOutputs.with_room(parts, outputs[:2], room * size + 1, on_host=on_host, spills=spills)
+    if room == 0 and not spills:
+        assert kept is None
+        return
+    for part in parts:
+        kept.keep(part.of(outputs), part)
+    missing = {0: [], 1: [0, 2, 3, 4], 5: [2, 3, 4], 9: [2, 3], 14: []}[room] if not spills else []
+    assert kept.missing == missing
+    split_up = isinstance(kept.outputs, SplitRows)
+    assert split_up == (on_host or (spills and room < 14))
+    if split_up:
+        assert len(kept.outputs.here) == (0 if on_host else room)
+    for rows in ([4, 0, 2], [1], [3, 2], [0, 1, 2, 3, 4]):
+        [part] = split(rows, lengths_of(rollout), count=5)
+        asked = []
 
-    def kept(spills):
-        made = KeptOutputs.if_they_fit(mask, lengths, outputs[:2], 3 * here * size + 1, spills)
-        for part in split(range(5), whole, count=2) if made else ():
-            made.rows(part).keep(part.of(outputs), part.of(mask), part)
-        return made
+        def compute(some, part=part, asked=asked):
+            asked.extend(some.mask.sum(1).tolist())
+            wanted = [row for row in part.rows if row in missing]
+            return outputs[wanted][:, : some.mask.shape[1]]
 
-    spilled = kept(True)
-    for part in split([4, 0, 2], whole, count=2):
-        some = part.of(mask)
-        assert torch.equal(spilled.rows(part).padded(some)[some], part.of(outputs)[some])
-    if 3 * here < sum(lengths):
-        assert len(spilled.outputs.here) == 3 * here
-        assert kept(False) is None
-    else:
-        assert isinstance(kept(False).outputs, torch.Tensor)
+        found, some = kept.rows(part).completed(part.of_rollout(rollout), compute), part.of(mask)
+        assert torch.equal(found[some], part.of(outputs)[some])
+        assert sum(asked) == sum(int(mask[row].sum()) for row in rows if row in missing)
 
 
 def teacher_calls(learner) -> list[int]:
@@ -120,6 +131,38 @@ def test_steps_are_the_same(algorithm, pair):
     assert plain == offloaded
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert min(recomputed) > 0 and none == [0, 0]
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "gkd"])
+def test_with_any_room_the_step_is_the_same(algorithm, pair, monkeypatch):
+    """And the less is kept, the more tokens the teacher reads again."""
+    with_room, found = KeptOutputs.with_room, []
+    for completions in (12, 7, 3, 0):
+        learner, rows, prompts = learner_of(settings(pair, algorithm=algorithm, epochs=1, minibatch_size=12))
+
+        def some(parts, like, most, learner=learner, completions=completions, **where):
+            lengths = [length for part in parts for length in part.lengths.completions]
+            return with_room(parts, like, sum(lengths[:completions]) * like[0, 0].nbytes, **where)
+
+        monkeypatch.setattr(KeptOutputs, "with_room", some)
+        read, outputs, update = [], learner.collector.outputs, learner.update
+
+        def counted(model, rollout, learner=learner, read=read, outputs=outputs):
+            read.append(int(rollout.mask.sum()) if model is learner.teacher else 0)
+            return outputs(model, rollout)
+
+        def counting(*given, learner=learner, update=update, counted=counted):
+            learner.collector.outputs = counted
+            return update(*given)
+
+        learner.update = counting
+        metrics = untimed(learner.step(rows, prompts))
+        found.append((metrics, sum(read)))
+    assert found[0][1] == 0 < found[1][1] < found[2][1] < found[3][1]
+    for metrics, _ in found[1:]:
+        assert metrics["grad_norm"] > 0.1
+        for name, value in found[0][0].items():
+            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -197,7 +197,15 @@ def test_an_update_takes_a_step_for_each_minibatch(pair, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"micro_batch_size": 1}, {"teacher_cache_mb": 0}, {"logits": "full"}, {"logits": "full", "teacher_cache_mb": 0}],
+    [
+        *(
+            {"micro_batch_size": 1},
+            {"teacher_cache_mb": 0},
+            {"logits": "full"},
+            {"logits": "full", "teacher_cache_mb": 0},
+        ),
+        {"teacher_cache_cpu": True},
+    ],
 )
 def test_memory_settings_change_no_result(change, pair):
     """One optimizer step, since Adam's first update is a sign: the norm of the gradient shows any difference."""

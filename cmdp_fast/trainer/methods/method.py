@@ -15,6 +15,7 @@ from cmdp_fast.constraint import Constraint
 
 from ..experience import Collector, Experience, Metrics
 from ..records.clock import Clock
+from ..rollout import Rollout
 from ..tasks.data import Problem
 from . import METHODS
 
@@ -82,14 +83,17 @@ class Method(ABC):
         return stats, outputs, None if constraint.action_dependent else cf.token_cost(stats, constraint.cost)
 
     def outputs(self, part: Experience) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's hidden states or logits; the teacher's are those of the scoring if they were kept."""
-        if part.teacher_outputs is not None:
-            teacher = part.teacher_outputs.padded(part.rollout.mask)
-        else:
-            with torch.no_grad():
-                teacher = self.collector.outputs(self.teacher, part.rollout)
-        assert isinstance(teacher, Tensor)  # as some rows of kept ones are, wherever the others lie
-        return self.collector.outputs(self.student, part.rollout), teacher
+        """Student's and teacher's hidden states or logits; the teacher's are those of the scoring as far as they were
+        kept."""
+        return self.collector.outputs(self.student, part.rollout), self._teacher_outputs(part)
+
+    @torch.no_grad()
+    def _teacher_outputs(self, part: Experience) -> Tensor:
+        def compute(rollout: Rollout) -> Tensor:
+            return self.collector.outputs(self.teacher, rollout)
+
+        kept = part.teacher_outputs
+        return compute(part.rollout) if kept is None else kept.completed(part.rollout, compute)
 
 
 def method_named(name: str) -> type[Method]:

@@ -42,7 +42,7 @@ class MemoryEstimate:
     optimizer_in_rollout: int  # of it, nothing under --offload-optimizer
     step: int  # numbers that the optimizer makes for a step and drops
     copies: int | None  # the student's weights in bfloat16, which autocast makes and keeps; None: not known
-    teacher_outputs: int  # kept from scoring to update; 0 if they do not fit --teacher-cache-mb
+    teacher_outputs: int  # kept from scoring to update, on the device
     activations: int | None  # kept by the layers for the backward pass of a micro-batch; None: not known
     outputs: int  # for a micro-batch: the teacher's hidden states, or logits of both models
     backward: int  # made and dropped in the backward pass: the gradient of the head with tiles of logits, or of a layer
@@ -115,7 +115,7 @@ def estimate_memory(
         optimizer_in_rollout=0 if config.offload_optimizer else (state or 0),
         step=step,
         copies=update and update.copies + head.copy,
-        teacher_outputs=min(cached, room) if cached <= room or config.offload_teacher else 0,
+        teacher_outputs=0 if config.teacher_cache_cpu else min(cached, room),
         activations=update and update.kept,
         outputs=rows * length * (widths[1] + (widths[0] if config.logits == "full" else 0)) * number,
         backward=max(head.backward, update.backward - head.copy if update else 0),

@@ -24,7 +24,7 @@ CHANGEABLE = (
     # Where the servers of the rollouts are, and how they are started
     *("rollout_url", "rollout_teacher_url", "rollout_python", "rollout_args", "rollout_devices", "rollout_folder"),
     *("rollout_transfer", "rollout_timeout", "rollout_tolerance"),
-    *("gradient_checkpointing", "teacher_cache_mb", "offload_teacher", "offload_optimizer"),
+    *("gradient_checkpointing", "teacher_cache_mb", "teacher_cache_cpu", "offload_teacher", "offload_optimizer"),
 )
 
 

@@ -87,8 +87,10 @@ class StepSettings:
     meant for an `attn_implementation` of flash attention; others compute, and mask, each token of the row against all
     others. Models that mix such sequences (Bloom, Mamba, OPT, …) are refused. Sampling has padding in any case."""
     teacher_cache_mb: Annotated[int, NOT_NEGATIVE] = 512
-    """The teacher's hidden states (or logits) are kept from scoring to update if they fit in this, otherwise computed
-    again."""
+    """The teacher's hidden states (or logits) are kept from scoring to update for as many completions as fit in this;
+    those of the others are computed, or asked for, again."""
+    teacher_cache_cpu: bool = False
+    """Keep them in the host's memory, which is pinned for a GPU."""
     logits: Literal["tiled", "full"] = "tiled"
     """tiled: scoring and update go from hidden states to statistics a tile of the vocabulary at a time, and hold no
     logits; full: both models' logits are made in full, for a model whose head is not a plain linear layer."""
