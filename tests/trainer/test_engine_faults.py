@@ -16,6 +16,7 @@ from engine_runs import engine_settings, stepper
 from tiny_pair import arguments
 from vllm_stand_in import StandIn
 
+from cmdp_fast import http_client
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.engine import answers, client
@@ -233,7 +234,7 @@ def test_a_run_that_fails_waits_for_no_other_answer(pair, server, held, tmp_path
 
 
 def test_a_connection_that_is_lost_is_named_by_its_reason(server, monkeypatch):
-    monkeypatch.setattr(client, "WAITS", ())
+    monkeypatch.setattr(http_client, "WAITS", ())
     server.fault = lambda *_: 1 / 0  # its thread ends without an answer
     with pytest.raises(InputError, match=r"cannot be reached: Remote end closed connection without response \(GET"):
         client.Client(server.url, 20.0).get("version")
@@ -241,7 +242,7 @@ def test_a_connection_that_is_lost_is_named_by_its_reason(server, monkeypatch):
 
 def test_a_host_that_takes_no_connection_is_not_said_to_be_slow(monkeypatch):
     """Packets to it are lost: that is known after the time for a connection, and not after that for an answer."""
-    monkeypatch.setattr(client, "WAITS", (0.0,))
+    monkeypatch.setattr(http_client, "WAITS", (0.0,))
     lost = client.Client("http://10.255.255.1", 900.0)
     tried = []
 
@@ -271,7 +272,7 @@ def test_an_answer_that_stops_in_its_middle_is_waited_for_so_long(drips):
 
 
 def test_half_of_an_answer_is_none(monkeypatch):
-    monkeypatch.setattr(client, "WAITS", ())
+    monkeypatch.setattr(http_client, "WAITS", ())
     with socket.create_server(("127.0.0.1", 0)) as listening:
         gone = client.Client(f"http://127.0.0.1:{listening.getsockname()[1]}", 5.0)
 
@@ -299,7 +300,7 @@ def _begin_an_answer(listening, drips, sent):
 
 
 def test_an_answer_that_never_ends_is_cut(pair, server, held, tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "LONGEST", 1000)
+    monkeypatch.setattr(http_client, "LONGEST", 1000)
     _, step = stepper(engine_settings(pair, server, tmp_path), held)
     server.fault = only("/v1/completions", lambda *_: b" " * 2000)
     with pytest.raises(InputError, match="more than 1000 bytes"):
@@ -307,14 +308,14 @@ def test_an_answer_that_never_ends_is_cut(pair, server, held, tmp_path, monkeypa
 
 
 def test_what_may_pass_is_asked_again(pair, server, held, tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(http_client, "WAITS", (0.01, 0.01))
     busy = iter([(503, {"error": {"message": "busy"}})] * 2)
     server.fault = only("/v1/completions", lambda _, answer: next(busy, answer))
     stepper(engine_settings(pair, server, tmp_path), held)[1]()
 
 
 def test_a_server_that_is_not_there_is_said_before_models_are_read(pair, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(client, "WAITS", ())
+    monkeypatch.setattr(http_client, "WAITS", ())
     words = {"rollout_url": "http://127.0.0.1:9", "rollout_folder": tmp_path, "student": "no/such/model"}
     assert main(arguments(pair, tmp_path, rollout="vllm", **words)) == 2
     assert (

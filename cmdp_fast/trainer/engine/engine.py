@@ -24,6 +24,7 @@ from torch import nn
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import writing
+from cmdp_fast.http_client import CONCURRENT
 from cmdp_fast.vocabulary import common_vocabulary
 
 from ..distributed import together, whole_student
@@ -31,7 +32,7 @@ from ..records.report import Report
 from ..rollout import Rollout, Sampling, assemble
 from ..settings.config import TrainConfig
 from . import answers
-from .client import CONCURRENT, Client, client_of, served_model, version_of
+from .client import Client, client_of, served_model, version_of
 from .probe import Probe, Tolerance
 from .server import Server
 from .threads import begin, results

@@ -61,7 +61,7 @@ class Server:
     def wait(self, client: Client, seconds: float) -> None:
         """Until it answers. Raises InputError if it ends before, or takes longer."""
         until = time.monotonic() + seconds
-        while not client.answers():
+        while not client.answers("health"):
             if gone := self.gone():
                 raise InputError(gone)
             if time.monotonic() > until:
