@@ -23,13 +23,13 @@ from typing import BinaryIO
 import pytest
 
 from cmdp_fast.cli import main
+from cmdp_fast.digest import read_sealed, write_sealed
 from cmdp_fast.trainer import parse
 from cmdp_fast.trainer.comparison import compare
 from cmdp_fast.trainer.comparison.compare import run_all
 from cmdp_fast.trainer.comparison.plan import DEFAULT_METHODS, CompareConfig, SeededRun, parse_compare, plan, variant
 from cmdp_fast.trainer.comparison.plots import plot_budgets, sweeps
 from cmdp_fast.trainer.comparison.table import Estimate, TableRow, cell, columns_of, estimate, markdown
-from cmdp_fast.trainer.records.digest import read_sealed, write_sealed
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.settings.recipe import METHOD_FILES
 

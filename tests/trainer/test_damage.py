@@ -16,13 +16,13 @@ import pytest
 import torch
 from tiny_pair import arguments, learner_of, settings
 
+from cmdp_fast import digest
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import parse
 from cmdp_fast.trainer.models import builtin, cache
 from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records import checkpoint as run_checkpoints
-from cmdp_fast.trainer.records import digest
 from cmdp_fast.trainer.records.checkpoint import MANIFEST
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.settings.config import TrainConfig

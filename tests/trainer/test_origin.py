@@ -12,9 +12,9 @@ from test_resume import command, metrics
 from tiny_pair import PROBLEMS, arguments, settings, tiny_model
 
 from cmdp_fast.cli import main
+from cmdp_fast.digest import read_sealed, write_sealed
 from cmdp_fast.trainer import material
 from cmdp_fast.trainer.records import origin
-from cmdp_fast.trainer.records.digest import read_sealed, write_sealed
 from cmdp_fast.trainer.records.report import Report
 
 

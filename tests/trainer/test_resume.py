@@ -19,11 +19,12 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny_pair import arguments, untimed
 
+from cmdp_fast import digest
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import training
 from cmdp_fast.trainer.methods.ppo import PPO
 from cmdp_fast.trainer.records import checkpoint as run_checkpoints
-from cmdp_fast.trainer.records import digest, metrics_log
+from cmdp_fast.trainer.records import metrics_log
 from cmdp_fast.trainer.step import Learner
 
 STEPS = 6

@@ -92,7 +92,7 @@ def test_a_damaged_id_is_named(content, pair, stubs, tmp_path):
 
 
 def test_an_id_of_another_form_is_refused(pair, stubs, tmp_path):
-    from cmdp_fast.trainer.records.digest import write_sealed
+    from cmdp_fast.digest import write_sealed
 
     write_sealed(tmp_path / TRACKERS, {"wandb": "../../else"})
     with pytest.raises(InputError, match="holds no id of wandb's"):

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from tiny_pair import arguments
 
+from cmdp_fast import digest
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function, source_files
-from cmdp_fast.trainer.records import digest, trust
+from cmdp_fast.trainer.records import trust
 from cmdp_fast.trainer.records.trust import CODE
 from cmdp_fast.trainer.settings.config import TrainConfig
 

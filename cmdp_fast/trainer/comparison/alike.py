@@ -11,9 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from cmdp_fast.digest import Damaged, read_sealed
 from cmdp_fast.errors import InputError
 
-from ..records.digest import Damaged, read_sealed
 from ..records.trust import code_of
 from ..settings.config import TrainConfig
 from ..settings.task import TaskSettings

@@ -11,10 +11,10 @@ from typing import Any
 import tyro
 
 from cmdp_fast.children import command
+from cmdp_fast.digest import Damaged
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
 
-from ..records.digest import Damaged
 from ..records.ending import finished_summary
 from ..settings.config import TrainConfig
 from ..settings.ranges import SEED

@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from cmdp_fast.digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from cmdp_fast.files import writing
 
-from ..records.digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from ..records.lock import alone_in
 
 FILES = "files.json"  # the sha256 of all others

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from cmdp_fast.digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.files import sync, sync_folder, writing
 
 from ..distributed import any_process, of_main, of_others, reshard, together
-from .digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from .random_numbers import random_state, set_random_state
 from .report import Report
 

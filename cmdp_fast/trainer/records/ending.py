@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .digest import Damaged, check_digests, digests, read_sealed, write_sealed
+from cmdp_fast.digest import Damaged, check_digests, digests, read_sealed, write_sealed
 
 SUMMARY = "summary.json"
 WRITTEN = ("metrics.jsonl", "samples.jsonl", "samples.txt", "curves.png", "student")

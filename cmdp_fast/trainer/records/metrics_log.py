@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmdp_fast.digest import Damaged, read_sealed, write_sealed
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json, sync, write_text, writing
 
 from ..settings.config import TrainConfig
-from .digest import Damaged, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,10 +16,10 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
+from cmdp_fast.digest import Damaged, read_sealed, sha256
 from cmdp_fast.errors import InputError
 
 from ..settings.config import TrainConfig
-from .digest import Damaged, read_sealed, sha256
 
 PIECES, PIECE = 16, 1 << 20  # of a file of weights; bytes of each
 HEADER = 1 << 26  # bytes at most: the length that a file names may be anything

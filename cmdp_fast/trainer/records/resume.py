@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from cmdp_fast.digest import Damaged, read_sealed
 from cmdp_fast.errors import InputError
 
 from ..settings.config import TrainConfig
 from ..settings.values import typed
 from .checkpoint import checkpoints
-from .digest import Damaged, read_sealed
 from .ending import finished_summary
 
 CHANGEABLE = (

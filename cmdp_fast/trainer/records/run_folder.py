@@ -11,11 +11,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from cmdp_fast.digest import write_sealed
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import sync, sync_folder, writing
 
 from ..settings.config import TrainConfig
-from .digest import write_sealed
 from .lock import alone_in
 
 

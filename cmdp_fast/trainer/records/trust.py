@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from cmdp_fast.digest import sha256
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.imports import source_files
 
 from ..settings.config import TrainConfig
 from ..settings.values import words
-from .digest import sha256
 
 # The settings that can let code run.
 CODE = ("rewards", "step_verifier", "rollout", "trust_remote_code", "unisolated_judges")
