@@ -23,7 +23,7 @@ class TeacherInProcess(Teacher):
     CONCURRENT: ClassVar[int] = 1
 
     def __init__(self, model: Any, tokenizer: Any, name: str = "", revision: str = "") -> None:
-        self.model, self.head = model, head_of(model)
+        self.model, self.tokenizer, self.head = model, tokenizer, head_of(model)
         self.head = self.head._replace(weight=self.head.weight.detach(), bias=_detached(self.head.bias))
         self._alone = threading.Lock()  # its hooks serve one call at a time
         text = model.config.get_text_config()
@@ -48,6 +48,10 @@ class TeacherInProcess(Teacher):
         else:  # nothing to read
             hidden = self.head.weight.new_empty(0, self.about.hidden_size)
         return TeacherOutputs(hidden=hidden, head=self.head, seconds=time.perf_counter() - since)
+
+    def vocabulary(self) -> dict[str, int]:
+        """The numbers of its tokenizer's tokens."""
+        return dict(self.tokenizer.get_vocab())
 
 
 def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:

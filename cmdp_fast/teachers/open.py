@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.vocabulary import check_tokenizers, vocabulary_digest
 
 from .teacher import Asking, Teacher
 
@@ -31,3 +34,24 @@ def open_teacher(name: str, asking: Asking = Asking()) -> Teacher:  # noqa: B008
     module, _, class_name = KINDS[kind].partition(":")
     found: type[Teacher] = getattr(import_module(f"{__package__}.{module}"), class_name)
     return found.open(place, asking)
+
+
+def check_vocabulary(teacher: Teacher, tokenizer: Any) -> None:
+    """Raises InputError unless a token has the same number in the student's tokenizer and in the teacher's.
+
+    By their digests, and where these differ token by token, as far as the teacher knows its tokens: one of the two may
+    have tokens behind the other's last (`check_tokenizers`).
+    """
+    ours, theirs = vocabulary_digest(tokenizer), teacher.about.tokenizer
+    if ours == theirs:
+        return
+    digests = f"(sha256 of the student's {ours[:12]}, of the teacher's {theirs[:12]})"
+    if (vocabulary := teacher.vocabulary()) is None:
+        raise InputError(f"student and teacher must share a tokenizer, but {teacher.about.model} has another {digests}")
+    stand_in = SimpleNamespace(get_vocab=lambda: vocabulary)
+    if vocabulary_digest(stand_in) != theirs:
+        raise InputError(f"the vocabulary of {teacher.about.model} is not the one that it says it has {digests}")
+    try:
+        check_tokenizers(tokenizer, stand_in)
+    except InputError as error:
+        raise InputError(f"{error} {digests}") from error

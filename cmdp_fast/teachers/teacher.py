@@ -152,6 +152,10 @@ class Teacher(ABC):
             raise TypeError(f"the teacher {self.about.model} has no head: it answers with {self.about.answers}")
         return self.head
 
+    def vocabulary(self) -> dict[str, int] | None:
+        """The numbers of its tokens; None where it knows only their digest."""
+        return None
+
     def close(self) -> None:
         """Ends what it holds open; asked again it may raise."""
         self._pool.shutdown(wait=False, cancel_futures=True)
