@@ -7,8 +7,8 @@
 | `GET /vocabulary` | JSON: the number of each token |
 | `POST /ask` | tensors: token ids of some rows -> the hidden states of the last tokens of each |
 
-Tensors are bytes of safetensors (`tensors.py`). A question has a number of its own and says which teacher it is for, and
-the answer repeats both: that of another question, or of another model behind the same address, is known by them.
+Tensors are bytes of safetensors (`tensors.py`). A question has a number of its own and says which teacher it is for.
+The answer repeats both: that of another question, or of another model behind the same address, is known by them.
 An error is one line of text with a status of 400 and above.
 """
 

@@ -6,6 +6,7 @@ came is evaluated, written to a file, or quoted raw.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import io
 import os
@@ -148,10 +149,8 @@ class _Listener(socketserver.ThreadingMixIn, HTTPServer):
             super().process_request(request, client_address)
             return
         request.settimeout(1.0)
-        try:
+        with contextlib.suppress(OSError):  # nobody is there any more
             request.sendall(b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        except OSError:
-            pass  # nobody is there any more
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -170,10 +169,8 @@ class _Listener(socketserver.ThreadingMixIn, HTTPServer):
         """Ends the connections that are left."""
         with self._lock:
             for each in self._open:
-                try:
+                with contextlib.suppress(OSError):  # it has ended by itself
                     each.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # it has ended by itself
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that was lost is nobody's concern here."""
