@@ -1,4 +1,4 @@
-"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `bench` and `info`."""
+"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `teacher`, `bench` and `info`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ commands:
   train     distil a student from a teacher under a KL budget
   compare   run several methods on one task with several seeds: a table and plots
   evaluate  measure a student on held-out problems, with or without a teacher
+  teacher   serve a teacher's hidden states to trainers elsewhere
   bench     speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
   info      versions, CPU features, kernel variant, threads and backends
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(report())
         return 0
-    if command in ("train", "compare", "evaluate"):
+    if command in ("train", "compare", "evaluate", "teacher"):
         return _with_the_extra(command, rest)
     if command == "bench":
         return _bench(rest)
@@ -107,6 +108,10 @@ def _runner(command: str) -> Callable[[Sequence[str]], int]:
         from .trainer.evaluate_student import evaluate_student, parse_evaluate
 
         return lambda arguments: _done(evaluate_student(parse_evaluate(arguments)))
+    if command == "teacher":
+        from .trainer.serve_teacher import parse_teacher, serve_teacher
+
+        return lambda arguments: _done(serve_teacher(parse_teacher(arguments)))
     from .trainer.dry_run import dry_run
     from .trainer.parse import parse
     from .trainer.run import train

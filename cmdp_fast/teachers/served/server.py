@@ -98,7 +98,7 @@ def _listening(host: str, port: int, path: str) -> _Listener:
         _clear(Path(path))
         mask = os.umask(0o177)  # the socket is its owner's from the first moment on
         try:
-            return _UnixListener(path, _Handler)  # type: ignore[arg-type]  # an address of another kind
+            return _UnixListener(path, _Handler)
         finally:
             os.umask(mask)
     except (OSError, OverflowError) as error:
@@ -240,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.connection.family != getattr(socket, "AF_UNIX", None):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a header waits for nothing
         self.incoming = _Incoming(self.connection)
-        self.rfile = io.BufferedReader(self.incoming)  # type: ignore[assignment]
+        self.rfile = io.BufferedReader(self.incoming)
 
     def handle_one_request(self) -> None:
         self.incoming.expect_request()

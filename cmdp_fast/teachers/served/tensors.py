@@ -42,7 +42,7 @@ def written(tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> list[mem
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         if tensor.nbytes:
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            pieces.append(memoryview(flat.numpy()))
+            pieces.append(memoryview(flat.numpy().data))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return [memoryview(len(text).to_bytes(8, "little") + text), *pieces]

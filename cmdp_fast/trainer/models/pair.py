@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,13 +52,8 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
     for role, name in sources.items():  # everything cheap before anything is trained or read
         if not name.startswith("builtin:"):
             folders[role] = name
-            about = configs[role] = _load(AutoConfig, role, name, trusted)
-            kernel = str(getattr(about, "_attn_implementation", None) or "")
-            if "/" in kernel and not trusted:
-                raise InputError(
-                    f"--{role} {name} asks for the attention of {kernel}, which is code from the hub: "
-                    "--trust-remote-code if you have read it"
-                )
+            configs[role] = _load(AutoConfig, role, name, trusted)
+            _check_own_attention(role, name, configs[role], config)
             tokenizers[role] = _load(AutoTokenizer, role, name, trusted)
     for role, name in sources.items():
         if name.startswith("builtin:"):
@@ -111,7 +106,25 @@ def load_pair(
     return student, teacher.eval().requires_grad_(False), tokenizer
 
 
-def _load_model(role: str, name: str, dtype: torch.dtype, config: TrainConfig) -> tuple[Any, list[str]]:
+def load_alone(
+    role: str, config: TrainConfig, dtype: torch.dtype | None, train: Callable[[], Sequence[Problem]], report: Report
+) -> tuple[CausalLM, Any, str]:
+    """(teacher, tokenizer, folder or hub id) where there is no student: on the CPU, frozen, in a dtype or that of its
+    files. ``role``: the option that names it, for messages; ``train``: the problems that a built-in one is made of."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    check_attention(config)
+    name = folder = config.teacher
+    if name.startswith("builtin:"):
+        smollm2 = "smollm2" in name
+        folder = str(smollm2_folder(name, report) if smollm2 else builtin_folder(name, config, train(), report))
+    _check_own_attention(role, name, _load(AutoConfig, role, folder, config.trust_remote_code), config)
+    tokenizer = _load(AutoTokenizer, role, folder, config.trust_remote_code)
+    model, _ = _load_model(role, folder, dtype or "auto", config)
+    return model.eval().requires_grad_(False), tokenizer, folder
+
+
+def _load_model(role: str, name: str, dtype: torch.dtype | str, config: TrainConfig) -> tuple[Any, list[str]]:
     """A causal language model from safetensors, which hold numbers and nothing that could run; and the tensors of its
     files that transformers leaves out."""
     from transformers import AutoModelForCausalLM
@@ -203,6 +216,16 @@ def check_attention(config: TrainConfig) -> None:
     installed = getattr(import_utils, f"is_flash_attn_{version}_available", None)
     if version != name and installed is not None and not installed():
         raise InputError(f"--attn-implementation {name} needs the package flash-attn and a GPU that it serves")
+
+
+def _check_own_attention(role: str, name: str, about: Any, config: TrainConfig) -> None:
+    """The same for the implementation that a model's own configuration asks for."""
+    kernel = str(getattr(about, "_attn_implementation", None) or "")
+    if "/" in kernel and not config.trust_remote_code:
+        raise InputError(
+            f"--{role} {name} asks for the attention of {kernel}, which is code from the hub: "
+            "--trust-remote-code if you have read it"
+        )
 
 
 def _attention_failed(error: BaseException, attention: str) -> bool:

@@ -33,7 +33,7 @@ WHOLE_KINDS = (".model", ".py")  # of a tokenizer; a model's own code
 
 def origin_of(folders: Mapping[str, str], problems: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, str]:
     """The digests of some sets of problems, and of the models that lie in these folders, or under these hub ids."""
-    return {"problems": _of_problems(problems), **{role: _of_model(_local(name)) for role, name in folders.items()}}
+    return {"problems": _of_problems(problems), **{role: model_digest(name) for role, name in folders.items()}}
 
 
 def check_origin(config: TrainConfig, now: Mapping[str, str], say: Callable[[str], None]) -> None:
@@ -84,7 +84,9 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, (date, time)) else type(value).__name__
 
 
-def _of_model(folder: Path) -> str:
+def model_digest(name: str) -> str:
+    """The digest of a model in a folder, or under a hub id."""
+    folder = _local(name)
     digest, weights = hashlib.sha256(), _weights(folder)
     for path in sorted(folder.iterdir()):
         if path.is_file() and _is_whole(path):

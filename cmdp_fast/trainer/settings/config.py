@@ -183,14 +183,14 @@ def _check_pattern(option: str, pattern: str) -> None:
     _check(groups or not pattern, f"{option} {pattern!r} has no group to mark the answer")
 
 
-def check_ranges(config: TrainConfig) -> None:
+def check_ranges(config: object) -> None:
     """Raises InputError for a number outside the range that stands beside its field."""
     for name, kind in get_type_hints(type(config), include_extras=True).items():
         for range_ in (extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Range)):
             range_.check(f"--{_flag(name)}", getattr(config, name))
 
 
-def check_choices(config: TrainConfig) -> None:
+def check_choices(config: object) -> None:
     """Raises InputError for a name that is not one of its field's."""
     for name, kind in get_type_hints(type(config)).items():
         choices, value = get_args(kind), getattr(config, name)
