@@ -28,7 +28,7 @@ from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reading import TokenBatch, completion_hidden, completion_logits
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
-from cmdp_fast.teachers.teacher import Teacher
+from cmdp_fast.teachers.teacher import Teacher, TeacherOutputs
 
 Models = tuple[Any, Any]  # student (or the policy in its place) and teacher: modules, or a `Teacher` that is asked
 Outputs = tuple[Tensor, Tensor]  # of both
@@ -56,8 +56,12 @@ class FromLogits(_AtTemperatures):
     def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
         if isinstance(model, Teacher):
-            return model.of_completions(completions).as_logits()
+            return self.of_answer(model.of_completions(completions))
         return completion_logits(model, completions, self.padding_free)
+
+    def of_answer(self, answer: TeacherOutputs) -> Tensor:
+        """Those that a teacher has answered with."""
+        return answer.as_logits()
 
     def constrained_reward(
         self,
@@ -127,8 +131,12 @@ class FromHiddenStates(_AtTemperatures):
     def outputs(self, model: Any, completions: TokenBatch) -> Tensor:
         """Those of one model."""
         if isinstance(model, Teacher):
-            return model.of_completions(completions).as_hidden()
+            return self.of_answer(model.of_completions(completions))
         return completion_hidden(model, completions, self.padding_free)
+
+    def of_answer(self, answer: TeacherOutputs) -> Tensor:
+        """Those that a teacher has answered with."""
+        return answer.as_hidden()
 
     def constrained_reward(
         self,

@@ -32,4 +32,9 @@ def vocabulary_digest(tokenizer: Any) -> str:
 
 def common_vocabulary(*models: Any) -> int:
     """The number of columns that all models' logits have; models of a family may pad their vocabulary differently."""
-    return min(model.get_output_embeddings().weight.shape[0] for model in models)
+    return min(columns_of(model) for model in models)
+
+
+def columns_of(model: Any) -> int:
+    """The number of columns of a model's logits, or of those that a `Teacher` says it has."""
+    return int(model.about.vocab_size if hasattr(model, "about") else model.get_output_embeddings().weight.shape[0])

@@ -22,9 +22,11 @@ class TeacherInProcess(Teacher):
 
     CONCURRENT: ClassVar[int] = 1
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "", revision: str = "") -> None:
-        self.model, self.tokenizer, self.head = model, tokenizer, head_of(model)
-        self.head = self.head._replace(weight=self.head.weight.detach(), bias=_detached(self.head.bias))
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str = "", revision: str = "", ends: tuple[int, ...] = ()
+    ) -> None:
+        self.model, self.tokenizer, head = model, tokenizer, head_of(model)
+        self.head = head._replace(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
         self._alone = threading.Lock()  # its hooks serve one call at a time
         text = model.config.get_text_config()
         self.about = TeacherAbout(
@@ -36,6 +38,7 @@ class TeacherInProcess(Teacher):
             hidden_size=self.head.weight.shape[1],
             tokenizer=vocabulary_digest(tokenizer),
             head=head_digest(self.head),
+            ends=ends,
             positions=int(getattr(text, "max_position_embeddings", None) or 0),
         )
 
@@ -52,7 +55,3 @@ class TeacherInProcess(Teacher):
     def vocabulary(self) -> dict[str, int]:
         """The numbers of its tokenizer's tokens."""
         return dict(self.tokenizer.get_vocab())
-
-
-def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.detach()

@@ -9,10 +9,12 @@ answer out for masks.
 from __future__ import annotations
 
 import hashlib
+import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -34,7 +36,6 @@ class TopK(NamedTuple):
 class Asking:
     """How a teacher is asked, wherever it is; each kind reads what concerns it."""
 
-    device: str = "cpu"  # where answers and head are wanted
     seconds: float = 600.0  # for one answer
     token_file: str = ""  # holds the word that a server wants to hear
     dtype: str = ""  # of hidden states on the wire: "bfloat16", "float32" or "int8"; "": the teacher's own
@@ -53,6 +54,7 @@ class TeacherAbout:
     tokenizer: str  # `vocabulary_digest` of its tokenizer
     head: str  # `head_digest`, "" where it answers with no hidden states
     positions: int  # tokens of a row at most; 0 where there is no limit
+    ends: tuple[int, ...] = ()  # tokens that end its own completions, where it says so
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ class TeacherOutputs:
         assert self.head is not None
         return self.head._replace(weight=self.head.weight.to(hidden.dtype)).logits(hidden)
 
+    def to(self, device: torch.device) -> TeacherOutputs:
+        """The same on a device."""
+        moved = (None if t is None else t.to(device) for t in (self.hidden, self.logits))
+        hidden, logits = moved
+        topk = self.topk and TopK(*(None if t is None else t.to(device) for t in self.topk))  # type: ignore[arg-type]
+        return replace(self, hidden=hidden, logits=logits, topk=topk)
+
     def padded(self, mask: Tensor) -> TeacherOutputs:
         """Packed outputs at the places of a mask [B, T], in its order, zeros elsewhere."""
 
@@ -94,6 +103,33 @@ class TeacherOutputs:
         return replace(self, hidden=placed(self.hidden), logits=placed(self.logits), topk=topk)
 
 
+class Taken(NamedTuple):
+    """What answers took."""
+
+    tokens: int = 0
+    bytes: int = 0  # over a wire or from a disk
+    seconds: float = 0.0  # of waiting for them
+
+    def plus(self, tokens: int, size: int, seconds: float) -> Taken:
+        return Taken(self.tokens + tokens, self.bytes + size, self.seconds + seconds)
+
+
+class UnderWay(NamedTuple):
+    """A question about the tokens that a mask [B, T] shows, whose answer may not be there yet."""
+
+    teacher: Teacher
+    answer: Future[TeacherOutputs]  # packed
+    mask: Tensor
+
+    def result(self) -> TeacherOutputs:
+        """The outputs [B, T, ...], on the teacher's device. Waits for them."""
+        since = time.perf_counter()
+        said = self.answer.result()
+        waited = time.perf_counter() - since
+        self.teacher.taken = self.teacher.taken.plus(int(self.mask.sum()), said.bytes, waited)
+        return replace(said.to(self.teacher.device).padded(self.mask), head=self.teacher.head)
+
+
 class Teacher(ABC):
     """A teacher that is asked. A kind implements `answer` and says who it is in ``about``; ``head`` belongs to hidden
     states, on the device where they arrive.
@@ -105,6 +141,10 @@ class Teacher(ABC):
 
     about: TeacherAbout
     head: Head | None = None
+    device: torch.device = torch.device("cpu")
+    """Where `outputs` and `of_completions` lay out what was answered, and where the head is; see `to`."""
+    taken: Taken = Taken()
+    """What was answered so far, and what that took."""
 
     @classmethod
     def open(cls, place: str, asking: Asking) -> Teacher:
@@ -121,6 +161,14 @@ class Teacher(ABC):
         self._check(rows, wanted)
         return self._pool.submit(self.answer, rows, wanted)
 
+    def to(self, device: torch.device | str) -> Teacher:
+        """Itself, with answers laid out on a device and the head there, as a module does it."""
+        self.device = torch.device(device)
+        if self.head is not None:
+            bias = None if self.head.bias is None else self.head.bias.to(self.device)
+            self.head = self.head._replace(weight=self.head.weight.to(self.device), bias=bias)
+        return self
+
     def outputs(self, ids: Tensor, mask: Tensor, last: int | None = None) -> TeacherOutputs:
         """The outputs [B, L, ...] at token ids [B, S] that a mask [B, S] shows, or at the last L = ``last`` of the S
         columns; zeros where the mask is 0. A token that is masked is not seen, on whichever side the padding is.
@@ -134,17 +182,19 @@ class Teacher(ABC):
             raise ValueError(f"last must be between 0 and the {ids.shape[1]} columns of ids, got {last}")
         seen = mask.bool()
         kept = seen[:, ids.shape[1] - length :]
-        return self._laid_out([row[real].tolist() for row, real in zip(ids, seen, strict=True)], kept)
+        return self._begun([row[real].tolist() for row, real in zip(ids, seen, strict=True)], kept).result()
 
     def of_completions(self, completions: TokenBatch) -> TeacherOutputs:
         """The outputs [B, T, ...] that predict the tokens of completions; zeros where they are masked."""
+        return self.begin(completions).result()
+
+    def begin(self, completions: TokenBatch) -> UnderWay:
+        """`of_completions`, under way: what is asked before it is needed is computed meanwhile."""
         prompts = _lists(completions.prompt_ids, completions.prompt_mask)
         tokens = _lists(completions.tokens, completions.mask)
-        rows = [
-            [*prompt, *completion][: -1 if completion else None]
-            for prompt, completion in zip(prompts, tokens, strict=True)
-        ]
-        return self._laid_out(rows, completions.mask.bool())
+        both = zip(prompts, tokens, strict=True)
+        rows = [[*prompt, *completion][: -1 if completion else None] for prompt, completion in both]
+        return self._begun(rows, completions.mask.bool())
 
     def own_head(self) -> Head:
         """Its head. Raises TypeError where it answers with no hidden states."""
@@ -167,8 +217,8 @@ class Teacher(ABC):
         assert isinstance(pool, ThreadPoolExecutor)
         return pool
 
-    def _laid_out(self, rows: list[list[int]], kept: Tensor) -> TeacherOutputs:
-        return self.ask(rows, kept.sum(1).tolist()).result().padded(kept)
+    def _begun(self, rows: list[list[int]], kept: Tensor) -> UnderWay:
+        return UnderWay(self, self.ask(rows, kept.sum(1).tolist()), kept)
 
     def _check(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> None:
         if len(rows) != len(wanted):
@@ -184,6 +234,11 @@ class Teacher(ABC):
             if row and not (min(row) >= 0 and max(row) < columns):
                 wrong = next(token for token in row if not 0 <= token < columns)
                 raise ValueError(f"token {wrong} is none of the {columns} of {self.about.model}")
+
+
+def about_digest(about: TeacherAbout) -> str:
+    """sha256 of all that is said of a teacher."""
+    return hashlib.sha256(json.dumps(asdict(about), sort_keys=True).encode()).hexdigest()
 
 
 def head_digest(head: Head) -> str:

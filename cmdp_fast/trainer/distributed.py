@@ -16,6 +16,7 @@ from torch import distributed as dist
 from torch import nn
 
 from cmdp_fast.errors import InputError, ProcessLost, first_line
+from cmdp_fast.teachers.teacher import Teacher
 
 from .causal_lm import CausalLM
 
@@ -165,9 +166,14 @@ def prepare_student(
     return prepared, optimizer
 
 
-def on_device(model: CausalLM, accelerator: Accelerator) -> nn.Module:
+def on_device(model: CausalLM | Teacher, accelerator: Accelerator) -> Any:
     """A model that is not trained, on its device; with FSDP sharded like the student. A teacher that is the student
-    without its adapter has no weights of its own: the student's are there already."""
+    without its adapter has no weights of its own: the student's are there already. Of one that is asked the answers
+    come there, and one that bitsandbytes has quantised is where that has put it."""
+    if getattr(model, "quantization_method", None) == "bitsandbytes":
+        return model
+    if isinstance(model, Teacher):
+        return model.to(accelerator.device)
     if accelerator.distributed_type != "FSDP" or next(model.parameters(), None) is None:
         return model.to(accelerator.device)
     from accelerate.utils import fsdp2_prepare_model

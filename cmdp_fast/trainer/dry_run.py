@@ -15,6 +15,7 @@ from .engines import check_engines
 from .material import load
 from .models.memory_estimate import MemoryEstimate, estimate_memory
 from .models.offload import check_offload
+from .models.quantization import check_quantization
 from .optimization import check_optimizer
 from .padding import check_reading
 from .records.metrics_log import check_trackers
@@ -36,6 +37,7 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     check_trackers(config)
     check_optimizer(config)
     check_offload(config)
+    check_quantization(config)
     check_run_folder(config)
     check_engines(config)
     material = load(config, report)
@@ -44,7 +46,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     assert material.teacher is not None  # a valid configuration names one
     models = (material.student, material.teacher)
     sampling = make_sampling(config, *models, material.tokenizer)
-    roles = dict(zip(("student", "teacher"), models, strict=True))
+    loaded = {"student": material.student, "teacher": material.loaded_teacher}
+    roles = {role: model for role, model in loaded.items() if model is not None}
     half = config.mixed_precision == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as in the training
         free = config.padding_free

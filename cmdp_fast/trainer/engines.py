@@ -50,8 +50,8 @@ def make_engines(
         return held.enter_context(made)
 
     teacher = None
-    if material.teacher is not None and (config.rollout_teacher_url or not config.rollout_url):
-        fixed = Fixed(str(material.teacher.config.name_or_path))
+    if material.loaded_teacher is not None and (config.rollout_teacher_url or not config.rollout_url):
+        fixed = Fixed(str(material.loaded_teacher.config.name_or_path))
         teacher = engine("teacher", config.rollout_teacher_url, fixed)
     return engine("student", config.rollout_url, _weights(config, accelerator, material)), teacher
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from cmdp_fast.constraint import Constraint
 from cmdp_fast.credit import at_last_token, task_rewards
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
 from cmdp_fast.reward_functions import Logged
+from cmdp_fast.teachers.teacher import Teacher, UnderWay
 
 from .correction import check_reported, estimate_weight, log_ratio
 from .distributed import any_process, together
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Metrics = dict[str, float]
+AHEAD = 4  # parts of a batch of which a teacher that is asked has the questions
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +111,7 @@ class Collector:
         *,
         accelerator: Accelerator,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: nn.Module | Teacher | None,
         tokenizer: Any,
         sampling: Sampling,
         vocab_size: int,
@@ -209,7 +213,7 @@ class Collector:
         constraint: Constraint,
         clock: Clock,
         *,
-        sampler: nn.Module | None = None,
+        sampler: Any = None,
         mixed_with: Callable[[Tensor], Any] | None = None,
         group_size: int = 1,
         **options: Any,
@@ -243,9 +247,9 @@ class Collector:
         parts = self.splitter(range(len(rollout)), lengths)
         settled: list[tuple[cf.ConstrainedReward, Tensor | None]] = []
         kept: KeptOutputs | None = None
-        for part in parts:
+        for part, of_teacher in zip(parts, self._teacher_outputs(parts, rollout), strict=True):
             some = part.of_rollout(rollout)
-            outputs = (self.outputs(policy, some), self.outputs(teacher, some))
+            outputs = (self.outputs(policy, some), of_teacher())
             with clock.phase("kernels"):
                 account = self.scoring.constrained_reward(
                     *((policy, teacher), outputs, some.tokens, part.of(last_reward)),
@@ -263,17 +267,34 @@ class Collector:
             **vars(completions), **account._asdict(), last_reward=last_reward, value=value, teacher_outputs=kept
         )
 
+    def _teacher_outputs(self, parts: list[MicroBatch], rollout: Rollout) -> Iterator[Callable[[], Tensor]]:
+        """What gives the teacher's outputs for each part, when it is called. A teacher that is asked gets the questions
+        of the next parts meanwhile."""
+        under_way: deque[UnderWay] = deque()
+        for place, part in enumerate(parts):
+            if not isinstance(self.teacher, Teacher):
+                yield partial(self.outputs, self.teacher, part.of_rollout(rollout))
+                continue
+            for coming in parts[place + len(under_way) : place + AHEAD]:
+                under_way.append(self.teacher.begin(coming.of_rollout(rollout)))
+            yield partial(self._answered, under_way.popleft())
+
+    def _answered(self, question: UnderWay) -> Tensor:
+        return self.scoring.of_answer(question.result())
+
     def _room_for(self, parts: list[MicroBatch], like: Tensor) -> KeptOutputs | None:
         """Where the teacher's outputs are kept, as far as the settings have room; None: nowhere."""
         c = self.config
         kept = KeptOutputs.with_room(
-            *(parts, like, c.teacher_cache_mb * 2**20), on_host=c.teacher_cache_cpu, spills=c.offload_teacher
+            *(parts, like, c.teacher_cache_mb * 2**20),
+            on_host=c.teacher_cache_cpu,
+            spills=c.teacher_device == "offload",
         )
         # A teacher that is spread over all processes is asked by all of them, or by none
         spread = self.accelerator.distributed_type == "FSDP"
         return None if spread and any_process(kept is None or bool(kept.missing), self.accelerator) else kept
 
-    def outputs(self, model: nn.Module, rollout: Rollout) -> Tensor:
+    def outputs(self, model: Any, rollout: Rollout) -> Tensor:
         """A model's outputs at each token of the completions, [B, T, ...]: hidden states or logits."""
         with self.accelerator.autocast():
             return self.scoring.outputs(model, rollout)

@@ -127,9 +127,13 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         raise InputError("FSDP checkpoints need fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration")
     if config.has_value_head:
         raise InputError("--baseline gae does not work with FSDP, whose optimizer has the student's parameters alone")
-    if config.offload_teacher or config.offload_optimizer:
-        option = "--offload-teacher" if config.offload_teacher else "--offload-optimizer"
+    if config.teacher_device or config.offload_optimizer:
+        option = f"--teacher-device {config.teacher_device}" if config.teacher_device else "--offload-optimizer"
         raise InputError(f"{option} does not work with FSDP: its models are spread, set fsdp_offload_params there")
+    if config.teacher_quantization:
+        raise InputError(
+            f"--teacher-quantization {config.teacher_quantization} does not work with FSDP, which spreads it"
+        )
     if config.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise InputError(f"--optim {config.optim} does not work with FSDP: only adamw_torch and adamw_torch_fused do")
     if config.mixes_teacher:

@@ -7,9 +7,11 @@ from typing import Any
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
+from cmdp_fast.teachers.in_process import TeacherInProcess
+from cmdp_fast.teachers.teacher import Teacher
 
 from .causal_lm import CausalLM
-from .models.pair import find_pair, load_pair
+from .models.pair import compare_quantised, find_pair, load_pair
 from .records.origin import origin_of
 from .records.report import Report
 from .rollout import check_tokens, check_variables, drop_long_prompts, encode_prompts
@@ -25,7 +27,7 @@ class Material:
     """Models (the teacher None where there is none), how completions are judged, and the problems."""
 
     student: CausalLM
-    teacher: CausalLM | None
+    teacher: CausalLM | Teacher | None
     tokenizer: Any
     rewards: dict[str, RewardFunction]
     verifier: StepVerifier | None = None
@@ -36,6 +38,11 @@ class Material:
     sets: dict[str, list[Problem]] = field(default_factory=dict)  # to evaluate on, where nothing is trained
     longest: int = 0  # tokens of a prompt with its completion, at most
     origin: dict[str, str] = field(default_factory=dict)  # digests of problems and models, see `records/origin.py`
+
+    @property
+    def loaded_teacher(self) -> CausalLM | None:
+        """The teacher where it is a model that can be sampled, and not one that is asked."""
+        return None if isinstance(self.teacher, Teacher) else self.teacher
 
 
 def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | None = None) -> Material:
@@ -58,10 +65,20 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     prompts = encode_prompts(parts[0], found.tokenizer) if sets is None else []
     every = prompts + [ids for rows in evaluated for ids in encode_prompts(rows, found.tokenizer)]
     longest = max(len(ids) for ids in every) + config.max_new_tokens
-    _check_lengths(config, found.configs, longest)
+    limits = {
+        about.name_or_path: getattr(about.get_text_config(), "max_position_embeddings", None)
+        for about in found.configs.values()
+    }
+    if found.asked is not None:
+        check_asked_tokens(found.asked, config, every)
+        limits[config.teacher] = found.asked.about.positions
+    _check_lengths(config, limits, longest)
     student, teacher, tokenizer = load_pair(config, train, report, found)
-    origin = origin_of(found.folders, parts)  # now, for the weights of a hub's model are there
-    check_tokens(every, [model for model in (student, teacher) if model is not None])
+    if config.teacher_quantization:
+        quantised = teacher.model if isinstance(teacher, TeacherInProcess) else teacher
+        report.say(compare_quantised(config, found, quantised, every))
+    origin = origin_of(found.folders, parts, found.asked)  # now, for the weights of a hub's model are there
+    check_tokens(every, [model for model in (student, teacher) if model and not isinstance(model, Teacher)])
     return Material(
         student=student,
         teacher=teacher,
@@ -87,13 +104,19 @@ def _by_source(config: TrainConfig, parts: list[list[Problem]]) -> dict[str, lis
     return {"": [row for rows in parts for row in rows]}
 
 
-def _check_lengths(config: TrainConfig, models: dict[str, Any], longest: int) -> None:
+def check_asked_tokens(teacher: Teacher, config: TrainConfig, prompts: list[list[int]]) -> None:
+    """Raises InputError for a token of a prompt that a teacher which is asked has no column for."""
+    most, columns = max(max(ids) for ids in prompts), teacher.about.vocab_size
+    if most >= columns:
+        raise InputError(f"token {most} of a prompt is none of the {columns} of --teacher {config.teacher}")
+
+
+def _check_lengths(config: TrainConfig, limits: dict[str, int | None], longest: int) -> None:
     """Raises InputError if a prompt and its completion, of so many tokens, may not fit into the positions of a model,
-    of which the configuration is given."""
-    for about in models.values():
-        limit = getattr(about.get_text_config(), "max_position_embeddings", None)
+    of which these are known by its name."""
+    for name, limit in limits.items():
         if limit and longest > limit:
             raise InputError(
                 f"a prompt of {longest - config.max_new_tokens} tokens and --max-new-tokens {config.max_new_tokens} do "
-                f"not fit the {limit} positions of {about.name_or_path}"
+                f"not fit the {limit} positions of {name}"
             )

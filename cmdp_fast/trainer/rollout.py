@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.errors import InputError, first_line, shown
+from cmdp_fast.teachers.teacher import Teacher
 from cmdp_fast.unmasked import Lengths
 from cmdp_fast.vocabulary import common_vocabulary
 
@@ -82,12 +83,17 @@ class Sampling:
         return ids[-1] in self.eos or ends_with_string(ids, self.stop_strings, self.tokenizer)
 
 
-def make_sampling(config: TrainConfig, student: CausalLM, teacher: CausalLM | None, tokenizer: Any) -> Sampling:
-    """As a configuration says, for both models. Raises InputError for stop tokens that there are not, and for a model
-    that cannot end with any of its own."""
-    models = (student,) if teacher is None else (student, teacher)
-    vocab_size = common_vocabulary(*models)
-    width = max(common_vocabulary(each) for each in models)  # the teacher is sampled from as well
+def make_sampling(
+    config: TrainConfig, student: CausalLM, teacher: CausalLM | Teacher | None, tokenizer: Any
+) -> Sampling:
+    """As a configuration says, for both models; one that is asked is not sampled.
+
+    Raises InputError for stop tokens that there are not, and for a model that cannot end with any of its own.
+    """
+    sampled = None if isinstance(teacher, Teacher) else teacher
+    models = (student,) if sampled is None else (student, sampled)
+    vocab_size = common_vocabulary(student, *([] if teacher is None else [teacher]))
+    width = max(common_vocabulary(each) for each in models)
     return Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

@@ -31,6 +31,7 @@ from .material import Material, load
 from .methods.method import method_named
 from .models.adapter import check_spread
 from .models.offload import check_offload
+from .models.quantization import check_quantization
 from .models.value_head import ValueHead
 from .optimization import check_optimizer, make_optimizer, make_scheduler
 from .padding import check_reading
@@ -66,6 +67,7 @@ def train(config: TrainConfig) -> Path:
     check_trackers(config)
     check_optimizer(config)
     check_offload(config)
+    check_quantization(config)
     accelerator = make_accelerator(config)
     check_training(accelerator)
     report = Report(accelerator.is_main_process)
@@ -170,7 +172,7 @@ def make_collector(
         teacher_engine=engines[1],
         problem_count=len(material.problems),
     )
-    models = {"student": model, **({} if collector.teacher is None else {"teacher": collector.teacher})}
+    models = {"student": model, **({} if material.loaded_teacher is None else {"teacher": collector.teacher})}
     half = accelerator.mixed_precision == "bf16"
     with together(accelerator), accelerator.autocast():  # all read the same tokens, and find the same
         check_reading(models, collector.outputs, sampling, padding_free=config.padding_free, half=half)

@@ -23,6 +23,7 @@ from .records.report import Report
 from .settings.config import check_choices, check_ranges
 from .settings.ranges import POSITIVE, Range
 from .settings.recipe import read_recipe
+from .stops import end_tokens
 from .tasks.data import load_problems
 
 PORT = Range(lambda value: 0 <= value < 1 << 16, "must be in [0, 65536), not")
@@ -121,7 +122,8 @@ def _teacher(settings: ServeSettings, report: Report) -> TeacherInProcess:
     device = _device(settings.device)
     model, tokenizer, folder = load_alone("model", config, dtype, lambda: load_problems(config).train, report)
     try:
-        teacher = TeacherInProcess(model.to(device), tokenizer, settings.model, model_digest(folder))
+        ends = end_tokens(model, tokenizer)
+        teacher = TeacherInProcess(model.to(device), tokenizer, settings.model, model_digest(folder), ends)
         teacher.answer([[0, 0]], [1])
     except (TypeError, ValueError) as error:  # its head is none of which hidden states make logits
         raise InputError(f"--model {settings.model}: {first_line(error)}") from error

@@ -31,6 +31,7 @@ from cmdp_fast.credit import of_last_token
 from cmdp_fast.errors import InputError
 from cmdp_fast.metrics import as_numbers, frac_reward_zero_std
 from cmdp_fast.reward_functions import mean_metrics
+from cmdp_fast.teachers.teacher import Taken, Teacher
 
 from .correction import estimate_weight, weighed
 from .experience import Experience, Metrics
@@ -55,7 +56,10 @@ class Learner:
         kp, ki, kd = self.config.pid_gains
         self.pid = objective.PIDController(kp=kp, ki=ki, kd=kd, initial_integral=self.config.coefficient)
         self.tokens_seen = 0
-        models = self.accelerator.unwrap_model(self.student), self.teacher
+        here = (
+            nn.Module() if isinstance(self.teacher, Teacher) else self.teacher
+        )  # what is computed elsewhere is not ours
+        models = self.accelerator.unwrap_model(self.student), here
         self.throughput = Throughput(self.config, self.accelerator, self.clock, *models)
 
     @property
@@ -66,6 +70,7 @@ class Learner:
     def step(self, problems: list[Problem], prompts: list[list[int]]) -> Metrics:
         """Improves the student on some problems, this process's share; returns the metrics of all processes."""
         self.throughput.begin()
+        taken = self.teacher.taken if isinstance(self.teacher, Teacher) else None
         splitter = self.collector.splitter
         before = splitter.padded_tokens, splitter.real_tokens
         group = self.config.num_generations
@@ -94,7 +99,19 @@ class Learner:
         real, learned = (read_tokens(each.prompt_mask, each.mask) for each in (rollout, experience.rollout))
         took = self.throughput.end(sampled=float(rollout.mask.sum()), real=real, learned=learned, given=given)
         metrics |= {"num_tokens": self.tokens_seen, **took}
+        if taken is not None:
+            metrics |= self._asked(taken)
         return _with_logged(metrics, mean_metrics(experience.logged, self.accelerator))
+
+    def _asked(self, before: Taken) -> Metrics:
+        """What the answers of a teacher that is asked took in a step: bytes per token, and seconds that were waited for
+        them, of the process that waited longest. Every process must call this."""
+        assert isinstance(self.teacher, Teacher)
+        tokens, size, seconds = (after - earlier for after, earlier in zip(self.teacher.taken, before, strict=True))
+        here = torch.tensor([tokens, size, seconds], dtype=torch.float64)
+        of_all = self.accelerator.gather(here.float().to(self.accelerator.device)).view(-1, 3).cpu()
+        total, sent, _ = of_all.double().sum(0).tolist()
+        return {"teacher/bytes_per_token": sent / max(total, 1.0), "timing_s/teacher": float(of_all[:, 2].max())}
 
     @property
     def _processes(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.teachers.teacher import Teacher
 
 from .causal_lm import CausalLM
 
@@ -44,7 +45,7 @@ def keep_end_tokens(model: CausalLM, ends: Sequence[int]) -> None:
 
 
 def common_end_tokens(
-    student: CausalLM, teacher: CausalLM | None, tokenizer: Any, names: Sequence[str], vocab_size: int
+    student: CausalLM, teacher: CausalLM | Teacher | None, tokenizer: Any, names: Sequence[str], vocab_size: int
 ) -> tuple[int, ...]:
     """The tokens that end a completion: those of both models and those that the user names. The teacher's tokenizer has
     been asked when it was loaded.
@@ -55,7 +56,7 @@ def common_end_tokens(
     wanted = [token_named("--stop-tokens", name, tokenizer) for name in names]
     own = {"student": (*end_tokens(student, tokenizer), *wanted)}
     if teacher is not None:
-        own["teacher"] = (*end_tokens(teacher), *wanted)
+        own["teacher"] = (*(teacher.about.ends if isinstance(teacher, Teacher) else end_tokens(teacher)), *wanted)
     for role, ends in own.items():
         if ends and min(ends) >= vocab_size:
             _log.warning(

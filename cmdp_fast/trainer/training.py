@@ -14,6 +14,7 @@ from torch import nn
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError, ProcessLost, first_line
 from cmdp_fast.files import write_text
+from cmdp_fast.teachers.teacher import Teacher
 
 from .distributed import any_process, noticing_loss, of_main, share, together, whole_student
 from .evaluate import evaluate
@@ -70,7 +71,10 @@ class Training:
             trained, seed = self.learner.trained, self.config.seed
             self._restore(load_checkpoint(self.accelerator, trained, self.folder, self.report, seed))
         else:
-            for who, policy in (("teacher", self.learner.teacher), ("student_before", self.learner.student)):
+            asked = isinstance(self.learner.teacher, Teacher)
+            if asked:
+                self.report.say(f"teacher        not evaluated: --teacher {self.config.teacher} cannot be sampled")
+            for who, policy in (("teacher", self.learner.teacher), ("student_before", self.learner.student))[asked:]:
                 self._evaluate(who, policy)
                 if who == "teacher" and self.learner.collector.teacher_engine and self.config.entry.on_policy:
                     self.learner.collector.teacher_engine.close()  # it is not sampled from again
@@ -233,7 +237,7 @@ class Training:
         report = self.report if who else None
         return evaluate(self.learner.collector, policy, self.material.held_out, self.learner.clock, report, who)
 
-    def _evaluate(self, who: str, policy: nn.Module) -> None:
+    def _evaluate(self, who: str, policy: Any) -> None:
         self.results[who], self.samples[who] = self._evaluated(policy, who)
         self.report.say(f"{who:<15}{_describe(self.results[who])}")
 
@@ -257,7 +261,7 @@ class Training:
         agreed = isinstance(error, (InputError, KeyboardInterrupt, type(None))) and not isinstance(error, ProcessLost)
         whole = self.accelerator.num_processes == 1 or agreed
         shown = ((who, some[:: c.eval_generations][:SAMPLES]) for who, some in self.samples.items())
-        constraint, accuracy = evaluation_constraint(c), self.results["teacher"]["accuracy"]
+        constraint, accuracy = evaluation_constraint(c), self.results.get("teacher", {}).get("accuracy")
         writes: list[Callable[[], None]] = [
             self.log.close,
             lambda: write_samples(folder / "samples.jsonl", self.samples),
@@ -289,7 +293,8 @@ class Training:
 def _check_records(state: dict[str, Any]) -> None:
     """Raises ValueError or KeyError unless a checkpoint's records are of the form that `Training` writes."""
     steps = [record["step"] for name in ("metrics", "evaluations") for record in state[name]]
-    figures = [state["results"][who]["accuracy"] for who in ("teacher", "student_before")]
+    evaluated = [who for who in ("teacher", "student_before") if who != "teacher" or who in state["results"]]
+    figures = [state["results"][who]["accuracy"] for who in evaluated]
     samples = [sample["completion"] for some in state["samples"].values() for sample in some]
     drawn = [record[name] for name, _ in CURVES for record in state["metrics"]]
     drawn += [record[name] for _, name in CURVES for record in state["evaluations"]]

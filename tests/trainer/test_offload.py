@@ -122,7 +122,13 @@ def test_steps_are_the_same(algorithm, pair):
     """Bitwise, and the teacher is not run in the update, though none of its outputs fit on the device."""
     runs = []
     for away in (False, True):
-        config = settings(pair, algorithm=algorithm, offload_teacher=away, offload_optimizer=away, teacher_cache_mb=0)
+        config = settings(
+            pair,
+            algorithm=algorithm,
+            teacher_device="offload" if away else "",
+            offload_optimizer=away,
+            teacher_cache_mb=0,
+        )
         learner, rows, prompts = learner_of(config)
         calls = teacher_calls(learner)
         metrics = [untimed(learner.step(rows, prompts)) for _ in range(2)]
@@ -194,7 +200,9 @@ def test_on_a_gpu(optim, pair):
     """The same steps as without, and everything where it belongs."""
     runs = []
     for away in (False, True):
-        config = settings(pair, optim=optim, offload_teacher=away, offload_optimizer=away, teacher_cache_mb=0)
+        config = settings(
+            pair, optim=optim, teacher_device="offload" if away else "", offload_optimizer=away, teacher_cache_mb=0
+        )
         learner, rows, prompts = learner_of(config)
         runs.append([untimed(learner.step(rows, prompts)) for _ in range(2)])
     assert runs[0] == runs[1]
@@ -229,7 +237,7 @@ def test_state_goes_and_comes(name, pair):
 
 
 def test_a_step_in_which_something_raises_leaves_the_teacher_whole(pair):
-    learner, _, _ = learner_of(settings(pair, offload_teacher=True))
+    learner, _, _ = learner_of(settings(pair, teacher_device="offload"))
     away = Offload(learner.config, learner.teacher, learner.optimizer)
     before = [p.clone() for p in learner.teacher.parameters()]
     with pytest.raises(InputError, match="stop"), away.updating():
@@ -242,7 +250,7 @@ def test_estimate(pair):
     learner, _, _ = learner_of(config)
     models = learner.student, learner.teacher
     plain = estimate_memory(config, *models, 4)
-    away = estimate_memory(dataclasses.replace(config, offload_teacher=True, offload_optimizer=True), *models, 4)
+    away = estimate_memory(dataclasses.replace(config, teacher_device="offload", offload_optimizer=True), *models, 4)
     assert plain.rollout - away.rollout == plain.optimizer > 0
     head = learner.teacher.get_output_embeddings().weight.nbytes
     assert away.teacher_in_update == head < plain.teacher_in_update == plain.teacher_weights
@@ -319,7 +327,7 @@ def test_a_run_goes_on_from_a_checkpoint(name, pair, tmp_path):
 
 
 def test_the_update_alone_has_the_optimizer_and_lacks_the_teacher(pair, monkeypatch):
-    config = settings(pair, offload_teacher=True, offload_optimizer=True, minibatch_size=12, micro_batch_size=12)
+    config = settings(pair, teacher_device="offload", offload_optimizer=True, minibatch_size=12, micro_batch_size=12)
     learner, rows, prompts = learner_of(config)
     order = []
     for name, owner, attribute in (
@@ -349,8 +357,9 @@ def test_the_update_alone_has_the_optimizer_and_lacks_the_teacher(pair, monkeypa
 @pytest.mark.parametrize(
     ("changes", "option"),
     [
-        ({"offload_teacher": True}, "--offload-teacher"),
+        ({"teacher_device": "offload"}, "--teacher-device offload"),
         ({"offload_optimizer": True}, "--offload-optimizer"),
+        ({"teacher_quantization": "torchao-int8"}, "--teacher-quantization torchao-int8"),
         ({"optim": "adafactor"}, "--optim adafactor"),
     ],
 )

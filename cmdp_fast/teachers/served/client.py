@@ -13,7 +13,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.heads import Head
 from cmdp_fast.http_client import HttpClient
 
-from ..teacher import Asking, Teacher, TeacherOutputs, head_digest
+from ..teacher import Asking, Teacher, TeacherOutputs, about_digest, head_digest
 from . import protocol
 from .tensors import Malformed
 
@@ -36,7 +36,7 @@ class ServedTeacher(Teacher):
         self._http = HttpClient(place, asking.seconds, f"the teacher at {place}", "--teacher-timeout", token)
         self._asking = asking
         self.about = self._understood("/about", self._http.ask("GET", "about", longest=1 << 20), protocol.read_about)
-        self._digest = protocol.about_digest(self.about)
+        self._digest = about_digest(self.about)
         self.head = self._own_head()
 
     @classmethod
@@ -55,7 +55,7 @@ class ServedTeacher(Teacher):
         content = self._http.ask("POST", "ask", protocol.question_bytes(question), longest)
         hidden = self._understood("/ask", content, lambda content: protocol.read_answer(content, question, self.about))
         return TeacherOutputs(
-            hidden=hidden.to(self._asking.device),
+            hidden=hidden,
             head=self.head,
             bytes=len(content),
             seconds=time.perf_counter() - since,
@@ -72,15 +72,14 @@ class ServedTeacher(Teacher):
         self._http.close()
 
     def _own_head(self) -> Head:
-        """The head on the device where answers are wanted; its bytes on the CPU are held once, and not for long."""
+        """The head; its bytes are held once."""
         content = self._http.ask("GET", "head", longest=protocol.head_size(self.about))
         head = self._understood("/head", content, lambda content: protocol.read_head(content, self.about))
         if (digest := head_digest(head)) != self.about.head:
             raise InputError(
                 f"{self._http.name} sent a head with the sha256 {digest[:12]}, and says {self.about.head[:12]} of it"
             )
-        bias = None if head.bias is None else head.bias.to(self._asking.device)
-        return head._replace(weight=head.weight.to(self._asking.device), bias=bias)
+        return head
 
     def _understood(self, page: str, content: bytearray, read: Callable[[bytearray], T]) -> T:
         try:

@@ -15,7 +15,6 @@ An error is one line of text with a status of 400 and above.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from typing import Any, NamedTuple, get_type_hints
@@ -33,6 +32,7 @@ VERSION = 1
 TOKENS = 1 << 22  # of a question at most
 WIRES = ("", "bfloat16", "float32", "int8")  # dtypes of hidden states on their way; "": as the model has them
 FLOATS = ("F32", "BF16", "F16", "F64")
+_MOST_ENDS = 64
 _LONGEST_NAME = 1000  # of a model, in characters
 
 
@@ -50,11 +50,6 @@ class Question(NamedTuple):
 # Who answers
 
 
-def about_digest(about: TeacherAbout) -> str:
-    """sha256 of all that is said of a teacher."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(about), sort_keys=True).encode()).hexdigest()
-
-
 def about_bytes(about: TeacherAbout) -> bytes:
     """A teacher as JSON."""
     return json.dumps({"protocol": VERSION, "about": dataclasses.asdict(about)}).encode()
@@ -67,7 +62,8 @@ def read_about(content: bytearray) -> TeacherAbout:
         raise Malformed("it does not say who it is; expected a server of cmdp-fast teacher")
     if value.get("protocol") != VERSION:
         raise Malformed(f"it speaks version {readable(str(value.get('protocol')), 20)} of the protocol, not {VERSION}")
-    kinds = {name: int if kind is int else str for name, kind in get_type_hints(TeacherAbout).items()}
+    hints = get_type_hints(TeacherAbout).items()
+    kinds = {name: int if kind is int else list if name == "ends" else str for name, kind in hints}
     if said.keys() != kinds.keys():
         raise Malformed(f"it says other things of itself than {', '.join(kinds)}")
     for name, kind in kinds.items():
@@ -75,7 +71,9 @@ def read_about(content: bytearray) -> TeacherAbout:
             raise Malformed(f"its {name} is no {kind.__name__}")
         if kind is str and (len(said[name]) > _LONGEST_NAME or readable(said[name], _LONGEST_NAME) != said[name]):
             raise Malformed(f"its {name} is no plain text of up to {_LONGEST_NAME} characters")
-    about = TeacherAbout(**said)
+    about = TeacherAbout(**{**said, "ends": tuple(said["ends"])})
+    if len(about.ends) > _MOST_ENDS or not all(type(e) is int and 0 <= e < about.vocab_size for e in about.ends):
+        raise Malformed("its ends are no tokens that it has")
     if about.answers != "hidden" or not isinstance(getattr(torch, about.dtype, None), torch.dtype):
         raise Malformed("it answers with something else than hidden states")
     if not (0 < about.vocab_size < 1 << 31 and 0 < about.hidden_size < 1 << 24 and 0 <= about.positions < 1 << 31):

@@ -22,7 +22,7 @@ from typing import Any
 
 from cmdp_fast.errors import InputError, first_line
 
-from ..teacher import Teacher
+from ..teacher import Teacher, about_digest
 from . import protocol
 from .batching import Batching, Busy
 from .tensors import Malformed
@@ -58,7 +58,7 @@ class TeacherServer:
         waiting: int = 256,
     ) -> None:
         self.about, self.token = teacher.about, token.encode()
-        self.digest = protocol.about_digest(teacher.about)
+        self.digest = about_digest(teacher.about)
         head = protocol.head_bytes(teacher.own_head())
         self.pages: dict[str, _Page] = {
             "/about": ("application/json", [protocol.about_bytes(teacher.about)]),

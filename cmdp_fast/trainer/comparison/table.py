@@ -78,6 +78,8 @@ def summarise(results: Sequence[Result]) -> list[TableRow]:
     assert plain.summary is not None
     rows = []
     for label, who in (("teacher", "teacher"), ("student before", "student_before")):
+        if plain.summary[who] is None:  # a teacher that cannot be sampled
+            continue
         figures = {name: Estimate(value, math.nan) for name, value in _known(plain.summary[who]).items()}
         rows.append(TableRow(label, 1, plain.run.config, figures))
     by_label: dict[str, list[Result]] = {}

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cmdp_fast as cf
 from cmdp_fast.ops.tile_size import tile_shape
+from cmdp_fast.teachers.teacher import Teacher
 
 from ..causal_lm import CausalLM
 from ..settings.config import TrainConfig
@@ -35,7 +36,7 @@ class MemoryEstimate:
     teacher_parameters: int  # of its own: 0 if it is the student without its adapter
     weights: int  # of the student and the value head
     teacher_weights: int
-    teacher_in_update: int  # of them, its head under --offload-teacher
+    teacher_in_update: int  # of them, its head under --teacher-device offload
     gradients: int
     buckets: int  # in which DDP exchanges the gradients; 0 for a process alone
     optimizer: int | None  # its state; None: not known
@@ -67,7 +68,7 @@ class MemoryEstimate:
 def estimate_memory(
     config: TrainConfig,
     student: CausalLM,
-    teacher: CausalLM,
+    teacher: CausalLM | Teacher,
     prompt_length: int,
     *,
     processes: int = 1,
@@ -75,32 +76,33 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The memory of a training with these models and prompts of up to ``prompt_length`` tokens.
 
-    The models are loaded on the CPU, or are shapes alone. ``processes``: with several, each holds all of both models
-    (DDP). ``device`` is where the training is to be; None: a GPU under bfloat16, which is meant for them, or where
-    there is one.
+    The models are loaded on the CPU, or are shapes alone; of a teacher that is asked the head alone is here.
+    ``processes``: with several, each holds all of both models (DDP). ``device`` is where the training is to be; None: a
+    GPU under bfloat16, which is meant for them, or where there is one.
     """
     half = config.mixed_precision == "bf16"
     if device is None:
         device = torch.device("cuda" if half or torch.cuda.is_available() else "cpu")
+    held: Any = _HeadAlone(teacher.own_head()) if isinstance(teacher, Teacher) else teacher
     value_head = []
     if config.has_value_head:
         value_head = list(ValueHead(student.config.get_text_config().hidden_size).parameters())
-    ours, theirs = list(student.parameters()), list(teacher.parameters())
+    ours, theirs = list(student.parameters()), list(held.parameters())
     trained = [p for p in ours if p.requires_grad] + value_head
     number = HALF if half else FLOAT32  # bytes of a computed number
     rows, length = min(config.micro_batch_size, config.minibatch_size, config.batch_size), config.max_new_tokens
     if config.micro_batch_tokens:
         rows = min(rows, max(1, config.micro_batch_tokens // (prompt_length + length)))
     accumulates = rows < min(config.minibatch_size, config.batch_size)
-    widths = [_output_width(model, config.logits) for model in (student, teacher)]
+    widths = [_output_width(model, config.logits) for model in (student, held)]
     cached = config.batch_size * length * widths[1] * number
     sampled = min(config.rollout_batch_size or config.batch_size, config.batch_size)
-    head = head_bytes(config, student, teacher, rows * length, device)
+    head = head_bytes(config, student, held, rows * length, device)
     update = update_bytes(config, student, rows, prompt_length + length - 1)
     sampling = sampling_bytes(config, student, sampled, prompt_length, length)
     gradients = _bytes(trained)
     state, step = optimizer_bytes(config, trained, at_once=device.type != "cpu")
-    away = {id(tensor) for tensor in layers_of(teacher)} if config.offload_teacher else set[int]()
+    away = {id(tensor) for tensor in layers_of(held)} if config.teacher_device == "offload" else set[int]()
     room = config.teacher_cache_mb * 2**20
     return MemoryEstimate(
         parameters=_count(ours),
@@ -122,6 +124,18 @@ def estimate_memory(
         cache=0 if config.rollout else sampling and sampling.cache,
         sampling=0 if config.rollout or not sampling else sampling.passing,
     )
+
+
+class _HeadAlone(nn.Module):
+    """What the trainer holds of a teacher that is asked."""
+
+    def __init__(self, head: cf.Head) -> None:
+        super().__init__()
+        columns, hidden = head.weight.shape
+        self.head = nn.Linear(hidden, columns, head.bias is not None, device="meta", dtype=head.weight.dtype)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
 
 
 class UpdateBytes(NamedTuple):

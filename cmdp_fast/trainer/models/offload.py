@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmdp_fast.errors import InputError
 
@@ -25,8 +25,8 @@ from ..settings.config import TrainConfig
 class Offload:
     """The teacher's layers and the optimizer's state, as far as the settings want them away from the accelerator."""
 
-    def __init__(self, config: TrainConfig, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.layers = HostCopies(layers_of(teacher) if config.offload_teacher else [])
+    def __init__(self, config: TrainConfig, teacher: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.layers = HostCopies(layers_of(teacher) if config.teacher_device == "offload" else [])
         self.optimizer = optimizer if config.offload_optimizer else None
 
     def rest(self) -> None:

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.teachers.in_process import TeacherInProcess
+from cmdp_fast.teachers.open import check_vocabulary, open_teacher
+from cmdp_fast.teachers.teacher import Asking, Teacher
 from cmdp_fast.vocabulary import check_tokenizers
 
 from ..causal_lm import CausalLM
@@ -21,16 +24,19 @@ from ..stops import end_tokens, keep_end_tokens
 from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
 from .builtin import builtin_folder
+from .quantization import effect, quantization_config, read_prompts
 from .recompute import recompute_layers
 from .smollm2 import smollm2_folder
 
 
 class Found(NamedTuple):
-    """What is known of student and teacher before their weights are read: by role, the teacher where there is one."""
+    """What is known of student and teacher before their weights are read: by role, the teacher where there is one that
+    is loaded."""
 
     folders: dict[str, str]  # or hub ids
     configs: dict[str, Any]
     tokenizers: dict[str, Any]
+    asked: Teacher | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -46,7 +52,8 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
     from transformers import AutoConfig, AutoTokenizer
 
     check_attention(config)
-    sources = {"student": config.student, **({"teacher": config.teacher} if config.teacher else {})}
+    loaded = config.teacher and not config.asks_teacher
+    sources = {"student": config.student, **({"teacher": config.teacher} if loaded else {})}
     folders, configs, tokenizers = {}, {}, {}
     trusted = config.trust_remote_code
     for role, name in sources.items():  # everything cheap before anything is trained or read
@@ -61,8 +68,14 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
             folders[role] = str(made)
             configs[role] = _load(AutoConfig, role, folders[role], trusted)
             tokenizers[role] = _load(AutoTokenizer, role, folders[role], trusted)
-    if config.teacher:
+    asked = None
+    if loaded:
         check_tokenizers(tokenizers["student"], tokenizers["teacher"])
+    elif config.teacher:
+        asked = open_teacher(
+            config.teacher, Asking(config.teacher_timeout, config.teacher_token_file, config.teacher_wire)
+        )
+        check_vocabulary(asked, tokenizers["student"])
 
     tokenizer = tokenizers["student"]
     tokenizer.padding_side = "left"
@@ -70,22 +83,23 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
         raise InputError(f"--student {config.student}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Found(folders, configs, tokenizers)
+    return Found(folders, configs, tokenizers, asked)
 
 
 def load_pair(
     config: TrainConfig, train: Sequence[Problem], report: Report, found: Found | None = None
-) -> tuple[CausalLM, CausalLM | None, Any]:
+) -> tuple[CausalLM, CausalLM | Teacher | None, Any]:
     """(student, teacher, tokenizer), on the CPU; the teacher frozen, or None if the configuration names none.
 
     The weights that are trained are float32: all of the student's, or those of its adapter. A teacher that is the
-    student without its adapter is a `FrozenBase`. ``found``: what `find_pair` says, if it was asked already. Raises
-    InputError if a model cannot be loaded or used as the configuration says, or if the tokenizers differ.
+    student without its adapter is a `FrozenBase`; one that stays on the CPU is asked there. ``found``: what `find_pair`
+    says, if it was asked already. Raises InputError if a model cannot be loaded or used as the configuration says, or
+    if the tokenizers differ.
     """
-    folders, _, tokenizers = found or find_pair(config, train, report)
+    found = found or find_pair(config, train, report)
+    folders, _, tokenizers, asked = found
     tokenizer = tokenizers["student"]
-    frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    own = frozen if config.lora_rank else torch.float32
+    own = _frozen_dtype(config) if config.lora_rank else torch.float32
     student, dropped = _load_model("student", folders["student"], own, config)
     if dropped:
         report.say(
@@ -97,13 +111,29 @@ def load_pair(
     if config.lora_rank:
         add_adapter(student, config)
     student.eval()  # dropout off throughout: PPO's ratio has to be 1 where the policy has not changed
-    if not config.teacher:
-        return student, None, tokenizer
+    if "teacher" not in folders:
+        return student, asked, tokenizer
     if config.lora_rank and folders["student"] == folders["teacher"]:
         return student, FrozenBase(student), tokenizer
-    teacher, _ = _load_model("teacher", folders["teacher"], frozen, config)
-    keep_end_tokens(teacher, end_tokens(teacher, tokenizers["teacher"]))  # its tokenizer is not needed after this
-    return student, teacher.eval().requires_grad_(False), tokenizer
+    teacher = load_teacher(config, found)
+    if config.teacher_device == "cpu":
+        ends = end_tokens(teacher, tokenizers["teacher"])
+        return student, TeacherInProcess(teacher, tokenizers["teacher"], config.teacher, ends=ends), tokenizer
+    return student, teacher, tokenizer
+
+
+def load_teacher(config: TrainConfig, found: Found) -> CausalLM:
+    """The teacher alone, frozen, on the CPU, or quantised where its package puts it. Raises InputError if it cannot be
+    loaded."""
+    kind = config.teacher_quantization
+    teacher, _ = _load_model("teacher", found.folders["teacher"], _frozen_dtype(config), config, kind)
+    keep_end_tokens(teacher, end_tokens(teacher, found.tokenizers["teacher"]))  # its tokenizer is not needed after this
+    frozen: CausalLM = teacher.eval().requires_grad_(False)
+    return frozen
+
+
+def _frozen_dtype(config: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
 
 
 def load_alone(
@@ -124,7 +154,15 @@ def load_alone(
     return model.eval().requires_grad_(False), tokenizer, folder
 
 
-def _load_model(role: str, name: str, dtype: torch.dtype | str, config: TrainConfig) -> tuple[Any, list[str]]:
+def compare_quantised(config: TrainConfig, found: Found, quantised: Any, prompts: Sequence[Sequence[int]]) -> str:
+    """A line on how far a quantised teacher is from the full one, which is loaded for this and dropped again."""
+    full, _ = _load_model("teacher", found.folders["teacher"], _frozen_dtype(config), config)
+    return effect(read_prompts(quantised, prompts), read_prompts(full.eval(), prompts))
+
+
+def _load_model(
+    role: str, name: str, dtype: torch.dtype | str, config: TrainConfig, quantization: str = ""
+) -> tuple[Any, list[str]]:
     """A causal language model from safetensors, which hold numbers and nothing that could run; and the tensors of its
     files that transformers leaves out."""
     from transformers import AutoModelForCausalLM
@@ -133,6 +171,8 @@ def _load_model(role: str, name: str, dtype: torch.dtype | str, config: TrainCon
     options["ignore_mismatched_sizes"] = True  # its own error names no tensor
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
+    if quantization:
+        options["quantization_config"] = quantization_config(quantization)
     model, info = _load(AutoModelForCausalLM, role, name, config.trust_remote_code, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
         raise InputError(

@@ -17,8 +17,9 @@ CURVES = (
 )
 
 
-def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_accuracy: float) -> None:
-    """Accuracy, cumulative KL, satisfaction: training batches as lines, evaluations as dots."""
+def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_accuracy: float | None) -> None:
+    """Accuracy, cumulative KL, satisfaction: training batches as lines, evaluations as dots; the teacher's accuracy as
+    a line where it was evaluated."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     comparable = constraint.cost == "reverse_kl" and not constraint.per_token

@@ -18,6 +18,7 @@ from typing import Any
 
 from cmdp_fast.digest import Damaged, read_sealed, sha256
 from cmdp_fast.errors import InputError
+from cmdp_fast.teachers.teacher import Teacher, about_digest
 
 from ..settings.config import TrainConfig
 
@@ -31,9 +32,13 @@ WHOLE_LIKE = ("tokenizer", "vocab", "chat_template", "model.safetensors.index") 
 WHOLE_KINDS = (".model", ".py")  # of a tokenizer; a model's own code
 
 
-def origin_of(folders: Mapping[str, str], problems: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """The digests of some sets of problems, and of the models that lie in these folders, or under these hub ids."""
-    return {"problems": _of_problems(problems), **{role: model_digest(name) for role, name in folders.items()}}
+def origin_of(
+    folders: Mapping[str, str], problems: Sequence[Sequence[Mapping[str, Any]]], asked: Teacher | None = None
+) -> dict[str, str]:
+    """The digests of some sets of problems, of the models that lie in these folders, or under these hub ids, and of
+    what a teacher that is asked says of itself."""
+    digests = {"problems": _of_problems(problems), **{role: model_digest(name) for role, name in folders.items()}}
+    return digests if asked is None else {**digests, "teacher": about_digest(asked.about)}
 
 
 def check_origin(config: TrainConfig, now: Mapping[str, str], say: Callable[[str], None]) -> None:

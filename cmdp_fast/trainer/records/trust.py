@@ -23,7 +23,10 @@ from ..settings.values import words
 # The settings that can let code run.
 CODE = ("rewards", "step_verifier", "rollout", "trust_remote_code", "unisolated_judges")
 # Those that name programs, and where a run's prompts and weights go.
-PLACES = ("rollout_python", "rollout_args", "rollout_url", "rollout_teacher_url", "rollout_folder")
+PLACES = (
+    *("rollout_python", "rollout_args", "rollout_url", "rollout_teacher_url", "rollout_folder"),
+    "teacher_token_file",
+)
 
 
 def without_code(config: TrainConfig) -> TrainConfig:
@@ -68,7 +71,8 @@ def check_unchanged(now: TrainConfig, recorded: dict[str, str]) -> None:
 
 def _naming_code(config: TrainConfig) -> list[str]:
     code = [name for name in CODE if getattr(config, name) is True or _functions(getattr(config, name))]
-    return code + [name for name in PLACES if getattr(config, name) != getattr(TrainConfig, name)]
+    asked = ["teacher"] if config.asks_teacher else []
+    return code + asked + [name for name in PLACES if getattr(config, name) != getattr(TrainConfig, name)]
 
 
 def _functions(value: Any) -> list[str]:

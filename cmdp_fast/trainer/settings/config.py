@@ -14,8 +14,10 @@ from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 import regex
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.teachers.open import is_asked
 
 from ..methods import METHODS, MethodEntry
+from .asked import check_teacher
 from .budget import BudgetSettings
 from .completion import CompletionSettings
 from .evaluation import EvaluationSettings
@@ -90,6 +92,8 @@ class TrainConfig(
         )
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
         check_rollout(self, self.rollout, self.mixes_teacher, self.lora_rank)
+        samples = "mixture" if self.mixes_teacher else "" if self.entry.on_policy else "text"
+        check_teacher(self, self.algorithm, samples if self.TRAINS else "")
         if self.kind == "worst_case":
             _check(
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"
@@ -116,6 +120,11 @@ class TrainConfig(
             and len(self.name.encode("utf-8", "surrogateescape")) <= LONGEST_NAME,
             f"--name is the name of a folder, of up to {LONGEST_NAME} bytes, not {self.name!r}",
         )
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher is asked, wherever it is, and not loaded as a model that can be sampled."""
+        return is_asked(self.teacher)
 
     @property
     def run_name(self) -> str:

@@ -17,7 +17,14 @@ class ModelSettings:
     `builtin:arithmetic-shortcut-student`, `builtin:smollm2-pruned-student`."""
     teacher: str = ""
     """Hub id or folder of the causal language model to stay close to, or `builtin:arithmetic-teacher`,
-    `builtin:smollm2-teacher`."""
+    `builtin:smollm2-teacher`. Or one that is asked: `served:http://HOST:PORT` or `served:unix:/SOCKET` (`cmdp-fast
+    teacher`), `vllm:http://HOST:PORT`, `cached:FOLDER` (`cmdp-fast cache-teacher`)."""
+    teacher_timeout: Annotated[float, POSITIVE] = 600.0
+    """Seconds that a teacher that is asked may take for an answer."""
+    teacher_token_file: str = ""
+    """File with the word that a served teacher wants to hear."""
+    teacher_wire: Literal["", "bfloat16", "float32", "int8"] = ""
+    """What a served teacher's hidden states are sent in. Empty: as it computes them."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Weights are read from safetensors files only, with either value."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -40,8 +47,12 @@ class ModelSettings:
     attn_implementation: str = ""
     """How the models compute attention, by transformers' name: `sdpa`, `eager`, `flash_attention_2`, … Empty: as
     transformers chooses."""
-    offload_teacher: bool = False
-    """Keep the teacher's layers in the host's memory during the update, which has its head alone and its outputs; those
-    that do not fit `teacher_cache_mb` are kept in the host's memory too, and not computed again."""
+    teacher_device: Literal["", "cpu", "offload"] = ""
+    """cpu: the teacher's layers are in the host's memory and computed there, its head is on the accelerator. offload:
+    its layers are in the host's memory during the update, which has its head alone and its outputs; those that do not
+    fit `teacher_cache_mb` are kept in the host's memory too, and not computed again. Empty: on the accelerator."""
+    teacher_quantization: Literal["", "bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8"] = ""
+    """Quantise the teacher's layers as they are loaded, with the package of that name (4bit: NF4). How far it is from
+    the full teacher, in nats on a few prompts, is said before the training. The file that is read is the full one."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in the host's memory but for the update."""

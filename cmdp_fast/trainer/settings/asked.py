@@ -1,0 +1,35 @@
+"""Which settings go with a teacher that is asked."""
+
+from __future__ import annotations
+
+from cmdp_fast.errors import InputError
+from cmdp_fast.teachers.open import is_asked
+
+from .models import ModelSettings
+
+
+def check_teacher(settings: ModelSettings, algorithm: str, samples_teacher: str) -> None:
+    """Raises InputError for a teacher that is asked where it would have to be sampled, and for settings of the one kind
+    of teacher with the other; nothing is asked.
+
+    ``samples_teacher`` says what a training samples of the teacher: "" nothing, "mixture", or "text", which one on disk
+    has stored.
+    """
+    name = settings.teacher
+    if not is_asked(name):
+        for option in ("teacher_token_file", "teacher_wire"):
+            if getattr(settings, option):
+                flag = option.replace("_", "-")
+                raise InputError(f"--{flag} is for a teacher that is asked, not for --teacher {name}")
+        return
+    for option in ("teacher_device", "teacher_quantization"):
+        if value := getattr(settings, option):
+            flag = option.replace("_", "-")
+            raise InputError(f"--{flag} {value}: --teacher {name} is not loaded here, it is asked")
+    if samples_teacher == "mixture":
+        raise InputError(f"--teacher {name} cannot be sampled: {algorithm} needs --teacher-mix 0 with it")
+    if samples_teacher == "text" and not name.startswith("cached:"):
+        raise InputError(
+            f"--teacher {name} cannot be sampled, and --algorithm {algorithm} learns from the teacher's text: store "
+            "that with cmdp-fast cache-teacher, for --teacher cached:FOLDER"
+        )
