@@ -111,7 +111,11 @@ def _runner(command: str) -> Callable[[Sequence[str]], int]:
     if command == "teacher":
         from .trainer.serve_teacher import parse_teacher, serve_teacher
 
-        return lambda arguments: _done(serve_teacher(parse_teacher(arguments)))
+        def serve(arguments: Sequence[str]) -> int:
+            serve_teacher(parse_teacher(arguments))
+            return 0
+
+        return serve
     from .trainer.dry_run import dry_run
     from .trainer.parse import parse
     from .trainer.run import train

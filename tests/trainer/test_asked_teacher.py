@@ -47,7 +47,7 @@ def metrics(folder) -> list[dict[str, float]]:
     "changes",
     [
         {},
-        {"cost": "jsd", "baseline": "gae", "teacher_cache_mb": 0},
+        {"cost": "jsd", "baseline": "gae", "teacher_cache_mb": 0, "budget": 0.5, "rewards": ("brevity",)},
         {"algorithm": "gkd", "jsd_beta": 0.3, "teacher_temperature": 1.3},
         {"algorithm": "minillm", "teacher_mix": 0.0},
         {"kind": "pid", "micro_batch_tokens": 40},
@@ -122,7 +122,7 @@ def test_a_server_that_is_gone_ends_the_run_which_goes_on_elsewhere(
 
     resume = ["train", f"--resume={tmp_path / 'r'}"]
     assert main(resume) == 2
-    assert "--teacher served:" in capsys.readouterr().err
+    assert "--teacher=served:" in capsys.readouterr().err
     other = served(pair["student"])
     assert main([*resume, f"--teacher=served:{other.url}"]) == 2
     assert "not what the run began with" in capsys.readouterr().err

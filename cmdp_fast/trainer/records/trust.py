@@ -50,8 +50,8 @@ def check_named_again(began: TrainConfig, now: TrainConfig, command: Sequence[st
         if not all(map(str.isprintable, named)):
             raise InputError(f"--resume {now.resume}: its {missing[0]} cannot be typed: {named!r}")
         raise InputError(
-            f"--resume {now.resume} would run code that its folder names, which is up to you. If you have read and "
-            f"trust it: {shlex.join([*command, *named])}"
+            f"--resume {now.resume} would run code, or ask servers, that its folder names, which is up to you. If you "
+            f"have read and trust it: {shlex.join([*command, *named])}"
         )
 
 
