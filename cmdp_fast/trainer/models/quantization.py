@@ -42,7 +42,9 @@ def check_quantization(config: TrainConfig) -> None:
         return
     package = name.partition("-")[0]
     if importlib.util.find_spec(package) is None:
-        raise InputError(f"--teacher-quantization {name} needs {package}: pip install {package}")
+        raise InputError(
+            f"--teacher-quantization {name} needs {package}, of the extra: pip install 'cmdp_fast[quantization]'"
+        )
     if config.teacher_device == "offload":
         raise InputError(
             f"--teacher-quantization {name}: its weights stay where they are, without --teacher-device offload"
