@@ -25,8 +25,8 @@ PASSING = (429, 502, 503, 504)  # states that may pass
 
 class HttpClient:
     """A server at ``url``, `http://…`, `https://…` or `unix:/path`, which messages call ``name``. ``setting`` is the
-    option that says how many ``seconds`` an answer may take, ``key`` the word that it wants to hear, and ``gone`` says
-    why it will not answer any more, "" if it may.
+    option that says how many ``seconds`` an answer may take, ``key`` the word that it wants to hear. ``gone``, where
+    there is one, says why it will not answer any more, "" if it may.
 
     Every call may come from any thread, and raises InputError, which names the server, if there is no answer in time or
     it is an error. A call may reach the server twice: it has to change nothing, or the same.
@@ -39,7 +39,7 @@ class HttpClient:
         name: str,
         setting: str,
         key: str = "",
-        gone: Callable[[], str] = lambda: "",
+        gone: Callable[[], str] | None = None,
     ) -> None:
         self.seconds, self.gone = seconds, gone
         self.url, self.name, self._setting = url.rstrip("/"), name, setting
@@ -82,7 +82,7 @@ class HttpClient:
                     why = f"has not answered in {self.seconds:g} s ({self._setting})"
                     break
                 why = f"cannot be reached: {_cause(error)}"
-            if wait is None or time.monotonic() + wait > until or self.gone():
+            if wait is None or time.monotonic() + wait > until or (self.gone and self.gone()):
                 break
             time.sleep(wait)
         if gone := self.settled():
@@ -91,8 +91,8 @@ class HttpClient:
 
     def settled(self) -> str:
         """`gone`, a moment after an error: a process that fails closes its connections before it ends."""
-        for _ in range(10):
-            if gone := self.gone():
+        for _ in range(10 if self.gone else 0):
+            if self.gone and (gone := self.gone()):
                 return gone
             time.sleep(0.1)
         return ""

@@ -47,10 +47,14 @@ class TeacherInProcess(Teacher):
         assert self.head is not None
         if any(wanted):
             with self._alone, torch.no_grad():
-                hidden = rows_hidden(self.model, rows, wanted)
+                hidden = self._hidden(rows, wanted)
         else:  # nothing to read
             hidden = self.head.weight.new_empty(0, self.about.hidden_size)
         return TeacherOutputs(hidden=hidden, head=self.head, seconds=time.perf_counter() - since)
+
+    def _hidden(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> torch.Tensor:
+        """What is answered, [N, H]; something is wanted."""
+        return rows_hidden(self.model, rows, wanted)
 
     def vocabulary(self) -> dict[str, int]:
         """The numbers of its tokenizer's tokens."""

@@ -13,6 +13,7 @@ import tyro
 
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.teachers.in_process import TeacherInProcess
+from cmdp_fast.teachers.prefix_cache import PrefixCachedTeacher
 from cmdp_fast.teachers.served.client import read_token
 from cmdp_fast.teachers.served.server import TeacherServer
 
@@ -21,7 +22,7 @@ from .models.pair import load_alone
 from .records.origin import model_digest
 from .records.report import Report
 from .settings.config import check_choices, check_ranges
-from .settings.ranges import POSITIVE, Range
+from .settings.ranges import NOT_NEGATIVE, POSITIVE, Range
 from .settings.recipe import read_recipe
 from .stops import end_tokens
 from .tasks.data import load_problems
@@ -58,6 +59,9 @@ class ServeSettings:
     batch_tokens: Annotated[int, POSITIVE] = 1 << 16
     """Tokens that the model reads at once, each row counted as long as the longest. A question of more is read in
     several batches, one of less just as it was asked."""
+    prefix_cache_mb: Annotated[int, NOT_NEGATIVE] = 0
+    """Megabytes for the keys and values of prompts, which their completions share: a prompt is read once, and the
+    results are those of whole rows but for rounding. For models whose every layer attends to all tokens. 0: none."""
     merge: bool = False
     """Read questions that wait together, as far as `batch_tokens` goes: more tokens per second, and results whose last
     bits depend on who else asks."""
@@ -122,8 +126,10 @@ def _teacher(settings: ServeSettings, report: Report) -> TeacherInProcess:
     device = _device(settings.device)
     model, tokenizer, folder = load_alone("model", config, dtype, lambda: load_problems(config).train, report)
     try:
-        ends = end_tokens(model, tokenizer)
-        teacher = TeacherInProcess(model.to(device), tokenizer, settings.model, model_digest(folder), ends)
+        given = (model.to(device), tokenizer, settings.model, model_digest(folder), end_tokens(model, tokenizer))
+        if settings.prefix_cache_mb:
+            return PrefixCachedTeacher(*given, most=settings.prefix_cache_mb << 20)
+        teacher = TeacherInProcess(*given)
         teacher.answer([[0, 0]], [1])
     except (TypeError, ValueError) as error:  # its head is none of which hidden states make logits
         raise InputError(f"--model {settings.model}: {first_line(error)}") from error

@@ -33,6 +33,7 @@ SENDING = 60.0  # seconds for a request from its first byte to its last, and for
 HEADERS = 1 << 14  # bytes of a request's first line and headers
 PIECE = 1 << 24  # bytes of an answer that are sent at once
 ANSWER = 1 << 32  # bytes of an answer
+LINGER = 1.0  # seconds that a client who was refused may go on to send
 GRACE = 30.0  # seconds for answers that are on their way at the end
 
 
@@ -336,13 +337,25 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(piece[start : start + PIECE])  # within the timeout as a whole
 
     def _refuse(self, status: int, why: str) -> None:
-        """One line, and an end: what else came is not understood."""
+        """One line, and an end but where that may pass: what else came is not understood."""
         self.close_connection = status != 503
+        if self.request_version == "HTTP/0.9":  # it would get a line without a status
+            self.request_version = "HTTP/1.0"
         self._answer("text/plain; charset=utf-8", [protocol.one_line(why)], status)
+        if self.close_connection:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """What is left unread would have the system drop the answer that was just sent."""
+        until = time.monotonic() + LINGER
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER)
+            while time.monotonic() < until and self.connection.recv(1 << 16):
+                pass
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class finds wrong with a request."""
-        self.request_version = "HTTP/1.0"  # it may be none, and the line would have no status
+        """What the base class finds wrong with a request, which it would quote."""
         self._refuse(code, f"this is no request that is understood here ({code})")
 
     def version_string(self) -> str:
