@@ -133,6 +133,10 @@ class UnderWay(NamedTuple):
 class StoredCompletions(Protocol):
     """Completions that a teacher holds beside what it says of them."""
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end one of them."""
+
     def of(self, prompt: Sequence[int]) -> list[list[int]]:
         """Those of a prompt, as token ids, in the order in which they were stored; of one that it lacks there are
         none."""

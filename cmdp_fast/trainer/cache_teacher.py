@@ -21,9 +21,8 @@ import torch
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.cached.writer import CacheWriter, Pair, contents_of
 from cmdp_fast.teachers.in_process import TeacherInProcess
-from cmdp_fast.teachers.open import is_asked, open_teacher
-from cmdp_fast.teachers.teacher import Asking, Teacher
-from cmdp_fast.vocabulary import vocabulary_digest
+from cmdp_fast.teachers.open import check_vocabulary, is_asked, open_teacher
+from cmdp_fast.teachers.teacher import Teacher
 
 from . import drawn
 from .causal_lm import CausalLM
@@ -31,7 +30,7 @@ from .launch import launched, make_accelerator
 from .models.pair import Found, find_pair, load_teacher
 from .parse import parse_as
 from .records.lock import alone_in
-from .records.origin import origin_of
+from .records.origin import model_digest
 from .records.report import Report
 from .rollout import Sampling, check_tokens, drop_long_prompts, encode_prompts, generate, make_sampling
 from .settings.config import TrainConfig
@@ -100,10 +99,10 @@ def cache_teacher(config: CacheConfig) -> Path:
     train = load_problems(config).train
     found = find_pair(replace(config, teacher="") if is_asked(config.teacher) else config, train, report)
     work = _work(config, found, train, accelerator.device, report)
-    contents = contents_of(work.teacher, config.logprobs, config.dtype, work.source)
+    contents = contents_of(work.teacher, config.logprobs, config.dtype, work.ends, work.source)
     _make(folder)
     with alone_in(folder, report.say):
-        writer = CacheWriter(folder, contents, work.teacher.head, config.shard_mb * MIB)
+        writer = CacheWriter(folder, contents, work.teacher, config.shard_mb * MIB)
         if writer.index.whole:
             report.say(f"{folder} is finished: {_described(writer)}")
             return folder
@@ -114,7 +113,7 @@ def cache_teacher(config: CacheConfig) -> Path:
         with accelerator.autocast():
             for start in report.track(starts, f"storing {folder}"):
                 prompts = work.prompts[start : start + size]
-                writer.store(work.teacher, list(work.pairs(start, prompts)), len(prompts), config.micro_batch_size)
+                writer.store(list(work.pairs(start, prompts)), len(prompts), config.micro_batch_size)
                 report.status(f"{start + len(prompts)} of {len(work.prompts)} prompts")
         writer.finish()
     work.teacher.close()
@@ -147,6 +146,7 @@ class _Work(NamedTuple):
     teacher: Teacher
     prompts: list[list[int]]  # each once
     completions: _Sampled | _Given
+    ends: tuple[int, ...]
     source: dict[str, str]
 
     def pairs(self, start: int, prompts: list[list[int]]) -> Iterator[Pair]:
@@ -191,16 +191,16 @@ def _work(config: CacheConfig, found: Found, train: list[Problem], device: torch
     prompts = encode_prompts(rows, found.tokenizer)
     distinct = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
     if is_asked(config.teacher):
-        teacher = open_teacher(config.teacher, Asking(device=str(device)))
-        _check_vocabulary(config, teacher, found)
+        teacher = open_teacher(config.teacher)
+        check_vocabulary(teacher, found.tokenizer)
         sampling = _sampling_alone(config, teacher, found)
     else:
         model = load_teacher(config, found)
         model.to(device)
         sampling = _sampling(config, model, found)
         check_tokens(distinct, [model])
-        revision = origin_of({"teacher": found.folders["teacher"]}, [])["teacher"]
-        teacher = TeacherInProcess(model, found.tokenizers["teacher"], config.teacher, revision)
+        tokenizer, revision = found.tokenizers["teacher"], model_digest(found.folders["teacher"])
+        teacher = TeacherInProcess(model, tokenizer, config.teacher, revision)
     most, longest = teacher.about.positions, max(map(len, distinct)) + config.max_new_tokens
     if most and longest > most:
         raise InputError(
@@ -211,11 +211,13 @@ def _work(config: CacheConfig, found: Found, train: list[Problem], device: torch
     if config.completion_column:
         given = _given(config, rows, prompts, sampling, found.tokenizer, report)
         source |= {"completion_column": config.completion_column, "completions": _digest(list(given.values()))}
-        return _Work(teacher, distinct, _Given(given), source)
-    plain = ("max_new_tokens", "temperature", "eos", "vocab_size", "top_k", "top_p", "batch_size", "stop_strings")
+        return _Work(teacher, distinct, _Given(given), sampling.eos, source)
+    plain = ("max_new_tokens", "temperature", "vocab_size", "top_k", "top_p", "batch_size", "stop_strings")
     source |= {name: str(getattr(sampling, name)) for name in plain}
     source |= {"num_generations": str(config.num_generations), "seed": str(config.seed)}
-    return _Work(teacher, distinct, _Sampled(model, sampling, config.num_generations, config.seed), source)
+    return _Work(
+        teacher, distinct, _Sampled(model, sampling, config.num_generations, config.seed), sampling.eos, source
+    )
 
 
 def _sampling(config: CacheConfig, model: CausalLM, found: Found) -> Sampling:
@@ -241,14 +243,6 @@ def _sampling_alone(config: CacheConfig, teacher: Teacher, found: Found) -> Samp
         pad=tokenizer.pad_token_id,
         vocab_size=teacher.about.vocab_size,
     )
-
-
-def _check_vocabulary(config: CacheConfig, teacher: Teacher, found: Found) -> None:
-    if teacher.about.tokenizer != vocabulary_digest(found.tokenizer):
-        raise InputError(
-            f"student and teacher must share a tokenizer, but the vocabulary of --teacher {config.teacher} is another "
-            f"than that of --student {config.student}"
-        )
 
 
 def _digest(value: Any) -> str:

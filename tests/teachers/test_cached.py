@@ -39,9 +39,9 @@ def filled(
     folder: Path, teacher: Teacher, parts: list[Pairs], k: int = 0, dtype: str = "", at_once: int = 64, size: int = 1
 ) -> CachedTeacher:
     """A folder with a shard for each part, opened."""
-    writer = CacheWriter(folder, contents_of(teacher, k, dtype, {"made": "here"}), teacher.head, size)
+    writer = CacheWriter(folder, contents_of(teacher, k, dtype, [2], {"made": "here"}), teacher, size)
     for part in parts:
-        writer.store(teacher, part, len({tuple(prompt) for prompt, _ in part}), at_once)
+        writer.store(part, len({tuple(prompt) for prompt, _ in part}), at_once)
     writer.finish()
     opened = open_teacher(f"cached:{folder}")
     assert isinstance(opened, CachedTeacher)
@@ -63,7 +63,8 @@ def test_statistics_are_those_of_the_teacher_that_filled_it(family, dtype, tmp_p
     teacher = TeacherInProcess(tiny(family).to(dtype), TOKENIZER, "a teacher")
     student, batch = tiny(family, seed=1).to(dtype), completions(lengths=(4, 1, 6, 2))
     cached = filled(tmp_path / "c", teacher, [pairs_of(batch)])
-    assert cached.about == teacher.about
+    assert cached.about == teacher.about and cached.vocabulary() == teacher.vocabulary()
+    assert cached.completions.ends == (2,)
     for kind in ("tiled", "full"):
         results = []
         for asked in (cached, teacher):
@@ -105,11 +106,11 @@ def test_a_teacher_of_log_probabilities_alone_is_stored_too(folder, tmp_path):
     ours, theirs = three.of_completions(batch).topk, five.of_completions(batch).topk
     assert torch.equal(ours.ids, theirs.ids[..., :3]) and torch.equal(ours.logprobs, theirs.logprobs[..., :3])
     with pytest.raises(InputError, match="answers with topk"):
-        contents_of(five, 0, "", {})
+        contents_of(five)
     with pytest.raises(InputError, match="expected at least 6"):
         filled(tmp_path / "six", five, [pairs_of(batch)], k=6)
     with pytest.raises(InputError, match="has 101 tokens"):
-        contents_of(five, 102, "", {})
+        contents_of(five, 102)
 
 
 def test_rows_are_found_in_any_question(folder):
@@ -268,6 +269,16 @@ DAMAGES = {
     "no head": (lambda folder: (folder / "head.safetensors").unlink(), r"head\.safetensors is not there"),
     "no index": (lambda folder: (folder / "cache.json").unlink(), r"there is no cache\.json"),
     "another model": (of_another_model, f"{SHARD}: it belongs to another cache"),
+    "no vocabulary": (lambda folder: (folder / "vocabulary.json").unlink(), r"vocabulary\.json is not there"),
+    "another vocabulary": (
+        lambda folder: write_sealed(folder / "vocabulary.json", {"tokens": {"a": 0}}),
+        r"vocabulary\.json: it is not the vocabulary of a teacher",
+    ),
+    "no tokens": (
+        lambda folder: write_sealed(folder / "vocabulary.json", {"tokens": {"a": "0"}}),
+        r"vocabulary\.json: it is no table of tokens and numbers",
+    ),
+    "ends": (resealed(lambda value: value["contents"].update(ends=[-1])), "what ends its completions are no tokens"),
     "another head": (another_head, r"head\.safetensors: it is not the head of a teacher"),
     "repeated": (repeated, r"shard-00000.* and shard-00001.*: one row stands there twice, with different outputs"),
     "version": (resealed(lambda value: value.update(version=2)), r"cache\.json: its version is 2, expected 1"),
@@ -375,8 +386,8 @@ def test_what_a_teacher_should_not_say_is_not_stored(outputs, message, tmp_path)
 def test_a_folder_is_begun_by_one_teacher(folder):
     teacher = teacher_of(seed=3)
     with pytest.raises(InputError, match="holds other answers"):
-        CacheWriter(folder, contents_of(teacher, 0, "", {"made": "here"}), teacher.head, 1)
+        CacheWriter(folder, contents_of(teacher, ends=[2], source={"made": "here"}), teacher, 1)
     truncated(folder)
     teacher = teacher_of()
     with pytest.raises(InputError, match=f"{SHARD}: it has .*; remove the folder to begin again"):
-        CacheWriter(folder, contents_of(teacher, 0, "", {"made": "here"}), teacher.head, 1)
+        CacheWriter(folder, contents_of(teacher, ends=[2], source={"made": "here"}), teacher, 1)

@@ -18,6 +18,7 @@ from tiny_pair import PROBLEMS, learner_of, settings, tiny_model, untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmdp_fast.cli import main
+from cmdp_fast.digest import sha256
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.cached import CachedTeacher
 from cmdp_fast.teachers.cached import writer as cache_writer
@@ -47,8 +48,8 @@ def tokenizer_of(pair: dict[str, str]):
     return AutoTokenizer.from_pretrained(pair["student"])
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +289,7 @@ def test_a_folder_of_something_else_is_not_written_to(pair, tmp_path):
 def test_a_teacher_that_is_asked_fills_it_too(pair, tmp_path, monkeypatch):
     """With the same files as the loaded one, of which the completions are those of a column."""
     asked = TeacherInProcess(AutoModelForCausalLM.from_pretrained(pair["teacher"]), tokenizer_of(pair), "far")
-    monkeypatch.setattr("cmdp_fast.trainer.cache_teacher.open_teacher", lambda name, asking: asked)
+    monkeypatch.setattr("cmdp_fast.trainer.cache_teacher.open_teacher", lambda name: asked)
     folders = [tmp_path / "far", tmp_path / "here"]
     for folder, teacher in zip(folders, ("served:unix:/nowhere", pair["teacher"]), strict=True):
         cache_teacher(config_of({**pair, "teacher": teacher}, folder, completion_column="answer"))
@@ -296,6 +297,6 @@ def test_a_teacher_that_is_asked_fills_it_too(pair, tmp_path, monkeypatch):
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
     other = TeacherInProcess(asked.model, SimpleNamespace(get_vocab=lambda: {"a": 0}), "other")
-    monkeypatch.setattr("cmdp_fast.trainer.cache_teacher.open_teacher", lambda name, asking: other)
-    with pytest.raises(InputError, match="must share a tokenizer"):
+    monkeypatch.setattr("cmdp_fast.trainer.cache_teacher.open_teacher", lambda name: other)
+    with pytest.raises(InputError, match="must share a tokenizer, but token 0"):
         cache_teacher(config_of({**pair, "teacher": "served:x"}, tmp_path / "o", completion_column="answer"))

@@ -3,6 +3,7 @@
 | file | contents |
 | --- | --- |
 | `cache.json` | whose answers these are, what the completions come from, each shard's size and sha256; sealed |
+| `vocabulary.json` | the number of each token; sealed |
 | `head.safetensors` | the head's `weight` [V, H] and `bias` [V], beside hidden states |
 | `shard-00000.safetensors`, … | completions with their prompts, and the outputs at their tokens |
 
@@ -30,6 +31,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -38,11 +40,12 @@ from torch import Tensor
 from cmdp_fast.digest import Damaged, read_sealed, sha256
 from cmdp_fast.errors import first_line, readable
 from cmdp_fast.heads import Head
+from cmdp_fast.vocabulary import vocabulary_digest
 
 from ..teacher import TeacherAbout, head_digest
 
 VERSION = 1
-INDEX, HEAD = "cache.json", "head.safetensors"
+INDEX, VOCABULARY, HEAD = "cache.json", "vocabulary.json", "head.safetensors"
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 TENSORS = {"tokens": torch.int32, "prompt_lengths": torch.int32, "lengths": torch.int32, "places": torch.int64}
@@ -65,6 +68,7 @@ class Contents:
     about: TeacherAbout  # as the folder answers
     dtype: str  # of the stored numbers
     k: int  # log-probabilities per token; 0: hidden states
+    ends: tuple[int, ...]  # tokens that end a completion
     source: Mapping[str, str]  # settings of the sampling, digests of the data
 
     @property
@@ -153,7 +157,7 @@ def read_index(folder: Path) -> Index:
 
 
 def _contents(value: dict[str, Any]) -> Contents:
-    _check_fields(value, {"about": dict, "dtype": str, "k": int, "source": dict}, "contents")
+    _check_fields(value, {"about": dict, "dtype": str, "k": int, "ends": list, "source": dict}, "contents")
     about = about_of(value["about"])
     if value["dtype"] not in DTYPES:
         raise Damaged(f"its dtype is none of {', '.join(DTYPES)}")
@@ -161,7 +165,9 @@ def _contents(value: dict[str, Any]) -> Contents:
         raise Damaged("it answers with something else than hidden states, or than k of the teacher's log-probabilities")
     if not all(type(text) is str and len(text) <= _LONGEST_TEXT for text in value["source"].values()):
         raise Damaged("what its completions come from is no table of texts")
-    return Contents(about, value["dtype"], value["k"], value["source"])
+    if not all(type(token) is int and 0 <= token < 1 << 31 for token in value["ends"]):
+        raise Damaged("what ends its completions are no tokens")
+    return Contents(about, value["dtype"], value["k"], tuple(value["ends"]), value["source"])
 
 
 def about_of(value: dict[str, Any]) -> TeacherAbout:
@@ -242,6 +248,16 @@ def read_head(folder: Path, index: Index) -> Head | None:
     if head_digest(head) != about.head:
         raise Damaged(f"{HEAD}: it is not the head of {about.model}")
     return head
+
+
+def read_vocabulary(folder: Path, index: Index) -> dict[str, int]:
+    """The numbers of the teacher's tokens. Raises Damaged for another teacher's, or none."""
+    tokens = read_sealed(folder / VOCABULARY).get("tokens")
+    if not isinstance(tokens, dict) or not all(type(number) is int and number >= 0 for number in tokens.values()):
+        raise Damaged(f"{VOCABULARY}: it is no table of tokens and numbers")
+    if vocabulary_digest(SimpleNamespace(get_vocab=lambda: tokens)) != index.contents.about.tokenizer:
+        raise Damaged(f"{VOCABULARY}: it is not the vocabulary of {index.contents.about.model}")
+    return tokens
 
 
 @dataclass(frozen=True)

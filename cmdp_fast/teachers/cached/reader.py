@@ -24,7 +24,7 @@ from cmdp_fast.digest import Damaged
 from cmdp_fast.errors import InputError
 
 from ..teacher import Asking, Teacher, TeacherOutputs, TopK
-from .format import DTYPES, INDEX, Index, Shard, flaw, read_head, read_index, read_shard
+from .format import DTYPES, INDEX, Index, Shard, flaw, read_head, read_index, read_shard, read_vocabulary
 
 
 class CachedTeacher(Teacher):
@@ -34,14 +34,11 @@ class CachedTeacher(Teacher):
     any question that it is a part of.
     """
 
-    def __init__(self, folder: Path, index: Index, shards: Sequence[Shard], device: str = "cpu") -> None:
-        self.folder, self.about, self.device = folder, index.contents.about, torch.device(device)
+    def __init__(self, folder: Path, index: Index, shards: Sequence[Shard]) -> None:
+        self.folder, self.about, self.head = folder, index.contents.about, read_head(folder, index)
         self._dtype, self._nothing = DTYPES[self.about.dtype], index.contents.nothing()
-        head = read_head(folder, index)
-        if head is not None:
-            bias = None if head.bias is None else head.bias.to(self.device)
-            self.head = head._replace(weight=head.weight.to(self.device), bias=bias)
-        self.completions = self._rows = Rows(shards)
+        self._vocabulary = read_vocabulary(folder, index)
+        self.completions = self._rows = Rows(shards, index.contents.ends)
 
     @classmethod
     def open(cls, place: str, asking: Asking) -> CachedTeacher:
@@ -56,7 +53,7 @@ class CachedTeacher(Teacher):
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as readers:  # each of which computes a sha256
                 numbers = range(len(index.shards))
                 shards = list(readers.map(lambda number: read_shard(folder, index, number), numbers))
-            return cls(folder, index, shards, asking.device)
+            return cls(folder, index, shards)
         except Damaged as error:
             raise InputError(f"cached:{place}: {error}") from error
 
@@ -68,11 +65,14 @@ class CachedTeacher(Teacher):
         outputs = self._outputs(together)
         return TeacherOutputs(**outputs, head=self.head, bytes=size, seconds=time.perf_counter() - since)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Its tokens with their numbers."""
+        return dict(self._vocabulary)
+
     def _outputs(self, said: dict[str, Tensor]) -> dict[str, Any]:
         if "hidden" in said:
-            return {"hidden": said["hidden"].to(self.device, self._dtype)}
-        ids = said["topk_ids"].to(self.device).long()
-        return {"topk": TopK(ids, said["topk_logprobs"].to(self.device), said["floors"].to(self.device))}
+            return {"hidden": said["hidden"].to(self._dtype)}
+        return {"topk": TopK(said["topk_ids"].long(), said["topk_logprobs"], said["floors"])}
 
     def _said(self, row: Sequence[int], count: int) -> dict[str, Tensor]:
         """The outputs at the last ``count`` tokens of a row."""
@@ -96,7 +96,8 @@ class Rows:
     Raises Damaged if the outputs of one row stand there twice, and differ.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], ends: Sequence[int] = ()) -> None:
+        self.ends = tuple(ends)
         self._shards = [shard for shard in shards if len(shard.lengths)]
         self._ends: list[int] = []  # the number of completions in the shards up to each
         by_row, by_prompt = array("q"), array("q")

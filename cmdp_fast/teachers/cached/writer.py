@@ -6,7 +6,7 @@ the same bytes if the teacher says the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from .format import (
     HEAD,
     INDEX,
     TENSORS,
+    VOCABULARY,
     Contents,
     HeadEntry,
     Index,
@@ -33,6 +34,7 @@ from .format import (
     read_head,
     read_index,
     read_shard,
+    read_vocabulary,
     shard_name,
 )
 
@@ -41,9 +43,16 @@ Pair = tuple[list[int], list[int]]  # a prompt and one of its completions, token
 _ROWS = 256  # of logits at once, of which there are as many as the vocabulary has tokens
 
 
-def contents_of(teacher: Teacher, k: int, dtype: str, source: dict[str, str]) -> Contents:
+def contents_of(
+    teacher: Teacher,
+    k: int = 0,
+    dtype: str = "",
+    ends: Sequence[int] = (),
+    source: Mapping[str, str] | None = None,
+) -> Contents:
     """What a folder holds that is filled by this teacher: ``k`` log-probabilities per token, 0 for hidden states, as
-    ``dtype`` ("": the teacher's own for hidden states, float32 for log-probabilities).
+    ``dtype`` ("": the teacher's own for hidden states, float32 for log-probabilities). Its completions end with
+    ``ends``, and ``source`` says what they come from.
 
     Raises InputError for what it does not answer with.
     """
@@ -55,7 +64,7 @@ def contents_of(teacher: Teacher, k: int, dtype: str, source: dict[str, str]) ->
     dtype = dtype or ("float32" if k else about.dtype)
     if dtype not in DTYPES:
         raise InputError(f"{about.model} computes in {dtype}: name one of {', '.join(DTYPES)} to store")
-    return Contents(cached_about(about, k), dtype, k, source)
+    return Contents(cached_about(about, k), dtype, k, tuple(ends), dict(source or {}))
 
 
 class CacheWriter:
@@ -64,21 +73,15 @@ class CacheWriter:
     Raises InputError if it was begun with others, holds other files, or is damaged.
     """
 
-    def __init__(self, folder: Path, contents: Contents, head: Head | None, shard_bytes: int) -> None:
-        self.folder, self.contents, self.shard_bytes = folder, contents, shard_bytes
+    def __init__(self, folder: Path, contents: Contents, teacher: Teacher, shard_bytes: int) -> None:
+        self.folder, self.contents, self.teacher, self.shard_bytes = folder, contents, teacher, shard_bytes
         self._waiting = _Waiting()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if (folder / INDEX).exists():
             self.index = self._begun()
         else:
-            if others := [
-                path.name for path in folder.iterdir() if path.name != HEAD and not path.name.startswith(".")
-            ]:
-                raise InputError(f"{folder} holds something else ({min(others)}): expected an empty folder, or none")
-            entry = None if head is None or contents.k else self._write_head(head)
-            self.index = Index(contents, entry)
-            self._write_index()
+            self.index = self._begin()
 
     @property
     def prompts(self) -> int:
@@ -90,14 +93,14 @@ class CacheWriter:
         """Bytes on the disk, without the head, per token of a completion that was read."""
         return sum(s.size for s in self.index.shards) / max(1, sum(s.outputs for s in self.index.shards))
 
-    def store(self, teacher: Teacher, pairs: Sequence[Pair], prompts: int, at_once: int) -> None:
+    def store(self, pairs: Sequence[Pair], prompts: int, at_once: int) -> None:
         """Asks the teacher about completions, ``at_once`` in a question, and stores them: all completions of so many
         ``prompts``. They may wait for others that make a shard."""
         numbers: dict[tuple[tuple[int, ...], int], int] = {}  # of each row that is asked for
         mine = [numbers.setdefault(_question(pair), len(numbers)) for pair in pairs]
         questions = list(numbers)
         parts = [questions[i : i + at_once] for i in range(0, len(questions), at_once)]
-        asked = [teacher.ask([row for row, _ in part], [count for _, count in part]) for part in parts]
+        asked = [self.teacher.ask([row for row, _ in part], [count for _, count in part]) for part in parts]
         outputs: dict[str, list[Tensor]] = {name: [] for name in self.contents.outputs()}
         for each in asked:
             for name, tensor in self._kept(each.result()).items():
@@ -107,7 +110,7 @@ class CacheWriter:
             firsts.append(end)
             end += count
         if any(sum(map(len, tensors)) != end for tensors in outputs.values()):
-            raise InputError(f"{teacher.about.model} has answered with another number of outputs than {end}")
+            raise InputError(f"{self.teacher.about.model} has answered with another number of outputs than {end}")
         self._waiting.add(pairs, [firsts[number] for number in mine], prompts, outputs, end)
         if self._waiting.bytes >= self.shard_bytes:
             self._write_shard()
@@ -134,12 +137,30 @@ class CacheWriter:
 
     # ------------------------------------------------------------------------------------- files
 
+    def _begin(self) -> Index:
+        """Everything but shards; the index last."""
+        known = (HEAD, VOCABULARY)  # another may have been killed before its index
+        others = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
+        if others := [name for name in others if name not in known]:
+            raise InputError(f"{self.folder} holds something else ({min(others)}): expected an empty folder, or none")
+        if (vocabulary := self.teacher.vocabulary()) is None:
+            raise InputError(
+                f"{self.teacher.about.model} does not say its vocabulary, which a cache has beside its answers"
+            )
+        numbered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))  # a tokenizer lists them in any order
+        write_sealed(self.folder / VOCABULARY, {"tokens": numbered})
+        index = Index(self.contents, None if self.contents.k else self._write_head(self.teacher.own_head()))
+        write_sealed(self.folder / INDEX, index.as_json())
+        sync(self.folder)
+        return index
+
     def _begun(self) -> Index:
         try:
             index = read_index(self.folder)
             if difference := index.contents.differing(self.contents):
                 raise InputError(f"{self.folder} holds other answers ({difference}): choose another folder")
             read_head(self.folder, index)
+            read_vocabulary(self.folder, index)
             for number in range(len(index.shards)):
                 read_shard(self.folder, index, number)
         except Damaged as error:
