@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.files import writing
 from cmdp_fast.teachers.cached.writer import CacheWriter, Pair, contents_of
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import check_vocabulary, is_asked, open_teacher
@@ -32,7 +33,7 @@ from .parse import parse_as
 from .records.lock import alone_in
 from .records.origin import model_digest
 from .records.report import Report
-from .rollout import Sampling, check_tokens, drop_long_prompts, encode_prompts, generate, make_sampling
+from .rollout import Sampling, drop_long_prompts, encode_prompts, generate, make_sampling
 from .settings.config import TrainConfig
 from .settings.ranges import NOT_NEGATIVE, POSITIVE
 from .stops import token_named
@@ -100,7 +101,8 @@ def cache_teacher(config: CacheConfig) -> Path:
     found = find_pair(replace(config, teacher="") if is_asked(config.teacher) else config, train, report)
     work = _work(config, found, train, accelerator.device, report)
     contents = contents_of(work.teacher, config.logprobs, config.dtype, work.ends, work.source)
-    _make(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, report.say):
         writer = CacheWriter(folder, contents, work.teacher, config.shard_mb * MIB)
         if writer.index.whole:
@@ -110,7 +112,7 @@ def cache_teacher(config: CacheConfig) -> Path:
         if done:
             report.say(f"{folder} goes on after {done} of {len(work.prompts)} prompts")
         starts = range(done, len(work.prompts), size)
-        with accelerator.autocast():
+        with accelerator.autocast():  # as a training samples; what is asked is computed in another thread, without
             for start in report.track(starts, f"storing {folder}"):
                 prompts = work.prompts[start : start + size]
                 writer.store(list(work.pairs(start, prompts)), len(prompts), config.micro_batch_size)
@@ -119,13 +121,6 @@ def cache_teacher(config: CacheConfig) -> Path:
     work.teacher.close()
     report.say(f"{folder}: {_described(writer)}")
     return folder
-
-
-def _make(folder: Path) -> None:
-    from cmdp_fast.files import writing
-
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _described(writer: CacheWriter) -> str:
@@ -161,16 +156,16 @@ class _Sampled(NamedTuple):
 
     model: CausalLM
     sampling: Sampling
-    count: int
+    each: int  # of a prompt
     seed: int
 
     def of(self, start: int, prompts: list[list[int]]) -> list[list[list[int]]]:
         """Those of a chunk, whose random numbers depend on the seed and its place alone."""
         torch.manual_seed(random.Random(f"{self.seed} {start}").getrandbits(63))
         with torch.no_grad():
-            drawn_ids = generate(self.model, [ids for ids in prompts for _ in range(self.count)], self.sampling)
-        ids = drawn_ids.completion_ids()
-        return [ids[i : i + self.count] for i in range(0, len(ids), self.count)]
+            rollout = generate(self.model, [ids for ids in prompts for _ in range(self.each)], self.sampling)
+        ids = rollout.completion_ids()
+        return [ids[i : i + self.each] for i in range(0, len(ids), self.each)]
 
 
 class _Given(NamedTuple):
@@ -190,59 +185,63 @@ def _work(config: CacheConfig, found: Found, train: list[Problem], device: torch
     (rows,) = drop_long_prompts([rows], found.tokenizer, config.max_prompt_length, report)
     prompts = encode_prompts(rows, found.tokenizer)
     distinct = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
-    if is_asked(config.teacher):
-        teacher = open_teacher(config.teacher)
-        check_vocabulary(teacher, found.tokenizer)
-        sampling = _sampling_alone(config, teacher, found)
-    else:
-        model = load_teacher(config, found)
-        model.to(device)
-        sampling = _sampling(config, model, found)
-        check_tokens(distinct, [model])
-        tokenizer, revision = found.tokenizers["teacher"], model_digest(found.folders["teacher"])
-        teacher = TeacherInProcess(model, tokenizer, config.teacher, revision)
-    most, longest = teacher.about.positions, max(map(len, distinct)) + config.max_new_tokens
-    if most and longest > most:
-        raise InputError(
-            f"a prompt of {longest - config.max_new_tokens} tokens and --max-new-tokens {config.max_new_tokens} do not "
-            f"fit the {most} positions of {config.teacher}"
-        )
+    teacher, sampling = _asked(config, found) if is_asked(config.teacher) else _loaded(config, found, device)
+    _check_prompts(config, teacher, distinct)
     source = {"prompts": _digest(distinct), "prompts_per_step": str(config.prompts_per_step)}
     if config.completion_column:
         given = _given(config, rows, prompts, sampling, found.tokenizer, report)
-        source |= {"completion_column": config.completion_column, "completions": _digest(list(given.values()))}
-        return _Work(teacher, distinct, _Given(given), sampling.eos, source)
-    plain = ("max_new_tokens", "temperature", "vocab_size", "top_k", "top_p", "batch_size", "stop_strings")
+        return _Work(
+            teacher, distinct, _Given(given), sampling.eos, {**source, "column": _digest(list(given.values()))}
+        )
+    assert isinstance(teacher, TeacherInProcess)  # one that is asked has a column
+    plain = ("max_new_tokens", "temperature", "vocab_size", "top_k", "top_p", "batch_size")
     source |= {name: str(getattr(sampling, name)) for name in plain}
     source |= {"num_generations": str(config.num_generations), "seed": str(config.seed)}
-    return _Work(
-        teacher, distinct, _Sampled(model, sampling, config.num_generations, config.seed), sampling.eos, source
-    )
+    source |= {"stop_strings": _digest(sampling.stop_strings)}
+    sampled = _Sampled(teacher.model, sampling, config.num_generations, config.seed)
+    return _Work(teacher, distinct, sampled, sampling.eos, source)
 
 
-def _sampling(config: CacheConfig, model: CausalLM, found: Found) -> Sampling:
-    """As a training samples from the teacher: at its temperature, and no token that the student does not have."""
-    sampling = make_sampling(config, model, None, found.tokenizer)
-    columns = min(sampling.vocab_size, int(found.configs["student"].get_text_config().vocab_size))
-    return replace(
-        sampling,
-        temperature=config.teacher_temperature or config.temperature,
-        suppress=tuple(range(columns, sampling.vocab_size)),
-        vocab_size=columns,
-    )
-
-
-def _sampling_alone(config: CacheConfig, teacher: Teacher, found: Found) -> Sampling:
-    """What completions of a teacher that is asked are held against."""
-    tokenizer = found.tokenizer
+def _asked(config: CacheConfig, found: Found) -> tuple[Teacher, Sampling]:
+    """A teacher that is asked, and what completions are held against."""
+    teacher, tokenizer = open_teacher(config.teacher), found.tokenizer
+    check_vocabulary(teacher, tokenizer)
     ends = {tokenizer.eos_token_id, *(token_named("--stop-tokens", name, tokenizer) for name in config.stop_tokens)}
-    return Sampling(
+    return teacher, Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         eos=tuple(sorted(ends)),
         pad=tokenizer.pad_token_id,
         vocab_size=teacher.about.vocab_size,
     )
+
+
+def _loaded(config: CacheConfig, found: Found, device: torch.device) -> tuple[Teacher, Sampling]:
+    """The model, and how it is sampled: as in a training, at its temperature, and no token that the student lacks."""
+    model = load_teacher(config, found)
+    model.to(device)
+    sampling = make_sampling(config, model, None, found.tokenizer)
+    columns = min(sampling.vocab_size, int(found.configs["student"].get_text_config().vocab_size))
+    sampling = replace(
+        sampling,
+        temperature=config.teacher_temperature or config.temperature,
+        suppress=tuple(range(columns, sampling.vocab_size)),
+        vocab_size=columns,
+    )
+    revision = model_digest(found.folders["teacher"])
+    return TeacherInProcess(model, found.tokenizers["teacher"], config.teacher, revision), sampling
+
+
+def _check_prompts(config: CacheConfig, teacher: Teacher, prompts: list[list[int]]) -> None:
+    """Raises InputError for prompts that the teacher cannot read, with a completion behind them."""
+    longest, most = max(map(len, prompts)), teacher.about.positions
+    if most and longest + config.max_new_tokens > most:
+        raise InputError(
+            f"a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens} do not fit the {most} "
+            f"positions of --teacher {config.teacher}"
+        )
+    if (token := max(max(ids) for ids in prompts)) >= teacher.about.vocab_size:
+        raise InputError(f"token {token} of a prompt is none of the {teacher.about.vocab_size} of {config.teacher}")
 
 
 def _digest(value: Any) -> str:

@@ -336,4 +336,5 @@ def flaw(said: Mapping[str, Tensor], vocab_size: int) -> str:
 
 def cached_about(about: TeacherAbout, k: int) -> TeacherAbout:
     """Who answers, as a cache of hidden states or of k log-probabilities says it."""
+    about = replace(about, model=readable(about.model, _LONGEST_TEXT - 3))  # or it would not be read again
     return replace(about, answers="topk", head="", hidden_size=0) if k else about

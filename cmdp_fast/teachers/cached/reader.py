@@ -1,8 +1,8 @@
 """The teacher in a folder: a row of tokens is found by its digest, and what was said of it is read from the disk.
 
-The folder is checked once, when it is opened: all of its bytes are read for their sha256 (some 1.5 GB per second and
-core). After that a completion's outputs are read through a map of the file. In memory are 16 bytes per completion, its
-tokens where they are looked at, and what the operating system keeps of the files, which several processes share.
+The folder is checked once, when it is opened: all of its bytes are read for their sha256. After that a completion's
+outputs are read through a map of the file. In memory are 32 bytes per completion, and what the operating system keeps
+of the files, which several processes share.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Rows:
         self._ends: list[int] = []  # the number of completions in the shards up to each
         by_row, by_prompt = array("q"), array("q")
         for shard in self._shards:
-            content = memoryview(shard.tokens.numpy())
+            content = shard.tokens.numpy().data
             for start, prompt, length in zip(
                 *(each.tolist() for each in (shard.starts, shard.prompt_lengths, shard.lengths)), strict=True
             ):
