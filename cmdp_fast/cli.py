@@ -1,4 +1,4 @@
-"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `teacher`, `bench` and `info`."""
+"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `teacher`, `cache-teacher`, `bench` and `info`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ COMMANDS = """\
 usage: cmdp-fast COMMAND [options]
 
 commands:
-  train     distil a student from a teacher under a KL budget
-  compare   run several methods on one task with several seeds: a table and plots
-  evaluate  measure a student on held-out problems, with or without a teacher
-  teacher   serve a teacher's hidden states to trainers elsewhere
-  bench     speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
-  info      versions, CPU features, kernel variant, threads and backends
+  train          distil a student from a teacher under a KL budget
+  compare        run several methods on one task with several seeds: a table and plots
+  evaluate       measure a student on held-out problems, with or without a teacher
+  teacher        serve a teacher's hidden states to trainers elsewhere
+  cache-teacher  store what a teacher says of completions, to train on them without it
+  bench          speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
+  info           versions, CPU features, kernel variant, threads and backends
 
 All but bench and info need the extra: pip install 'cmdp_fast[train]'.
 `cmdp-fast COMMAND --help` lists a command's options.
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(report())
         return 0
-    if command in ("train", "compare", "evaluate", "teacher"):
+    if command in ("train", "compare", "evaluate", "teacher", "cache-teacher"):
         return _with_the_extra(command, rest)
     if command == "bench":
         return _bench(rest)
@@ -116,6 +117,10 @@ def _runner(command: str) -> Callable[[Sequence[str]], int]:
             return 0
 
         return serve
+    if command == "cache-teacher":
+        from .trainer.cache_teacher import cache_teacher, parse_cache
+
+        return lambda arguments: _done(cache_teacher(parse_cache(arguments)))
     from .trainer.dry_run import dry_run
     from .trainer.parse import parse
     from .trainer.run import train

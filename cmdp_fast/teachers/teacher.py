@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -130,6 +130,18 @@ class UnderWay(NamedTuple):
         return replace(said.to(self.teacher.device).padded(self.mask), head=self.teacher.head)
 
 
+class StoredCompletions(Protocol):
+    """Completions that a teacher holds beside what it says of them."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end one of them."""
+
+    def of(self, prompt: Sequence[int]) -> list[list[int]]:
+        """Those of a prompt, as token ids, in the order in which they were stored; of one that it lacks there are
+        none."""
+
+
 class Teacher(ABC):
     """A teacher that is asked. A kind implements `answer` and says who it is in ``about``; ``head`` belongs to hidden
     states, on the device where they arrive.
@@ -145,6 +157,7 @@ class Teacher(ABC):
     """Where `outputs` and `of_completions` lay out what was answered, and where the head is; see `to`."""
     taken: Taken = Taken()
     """What was answered so far, and what that took."""
+    completions: StoredCompletions | None = None  # of one that answers for these alone
 
     @classmethod
     def open(cls, place: str, asking: Asking) -> Teacher:

@@ -14,6 +14,7 @@ from .records.clock import Clock
 from .records.report import Report
 from .rollout import encode_prompts
 from .settings.constraint import evaluation_constraint
+from .stored import stored_by
 from .tasks.data import Problem
 
 EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, for any seed of the run
@@ -66,7 +67,8 @@ def evaluate(
     ``examples`` is how many completions there were. ``sampling_logp_difference`` is the mean over tokens of how far, in
     nats, the log-probabilities of a sampler are off, where one reports them: figures are of what it drew, and corrected
     for nothing, since they say what the policy does where it is served. The teacher's divergence from itself is 0, so
-    it satisfies any budget. For a collector without a teacher all that compares with one is absent.
+    it satisfies any budget. For a collector without a teacher, or with one that answers for stored completions alone,
+    all that compares with one is absent.
 
     A sample is one completion's part of these, with what reward functions log of it as ``extra``. Several processes
     evaluate a share each. ``seed`` decides what is sampled. The random state of the training is left as it was. With a
@@ -84,7 +86,7 @@ def evaluate(
         starts = range(0, len(rows), config.batch_size)
         for start in report.track(starts, f"evaluating {who}") if report else starts:
             some = slice(start, start + config.batch_size)
-            if collector.teacher is None:
+            if collector.teacher is None or stored_by(collector.teacher) is not None:
                 parts.append(collector.complete(policy, rows[some], prompts[some], Clock()))
             else:
                 parts.append(collector.collect(policy, rows[some], prompts[some], constraint, Clock()))

@@ -31,7 +31,7 @@ from .engine.engine import Engine
 from .kept_outputs import KeptOutputs
 from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
 from .records.clock import Clock
-from .rollout import Rollout, Sampling, generate
+from .rollout import Rollout, Sampling, assemble, generate
 from .settings.config import TrainConfig
 from .stops import cut_text
 from .tasks.data import Problem
@@ -146,6 +146,12 @@ class Collector:
                 padding_free=config.padding_free,
             )
 
+    @property
+    def passes(self) -> int:
+        """How often all problems have been gone through."""
+        size = self.config.prompts_per_step * self.accelerator.num_processes
+        return self.steps_done * size // max(1, self.problem_count)
+
     # ------------------------------------------------------------------------------------- sample
 
     def complete(
@@ -156,16 +162,19 @@ class Collector:
         clock: Clock,
         mixed_with: Callable[[Tensor], Any] | None = None,
         group_size: int = 1,
+        given: list[list[int]] | None = None,
     ) -> Completions:
         """Completions of the prompts by a policy, with their rewards. The user's `rollout` samples for the student,
-        an engine for the model that it serves.
+        an engine for the model that it serves. ``given``: completions that are there already, as token ids.
 
         ``group_size`` neighbours are compared with one another; rows that are not in such groups with none.
         """
         with clock.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
             model = self.accelerator.unwrap_model(policy)
             engine = self.engine if policy is self.student else self.teacher_engine
-            if engine is not None and mixed_with is None:
+            if given is not None:
+                rollout = assemble(prompts, given, self.sampling, self.accelerator.device)
+            elif engine is not None and mixed_with is None:
                 upcoming, self.upcoming = self.upcoming, None
                 rollout = engine.sample(policy, prompts, self._sampling_of(policy), self.steps_done, upcoming)
                 if policy is not self.student:
@@ -216,11 +225,13 @@ class Collector:
         sampler: Any = None,
         mixed_with: Callable[[Tensor], Any] | None = None,
         group_size: int = 1,
+        given: list[list[int]] | None = None,
         **options: Any,
     ) -> Experience:
-        """Completions by `sampler` (None: the policy itself) as policy and teacher see them; see `score`."""
+        """Completions by `sampler` (None: the policy itself), or those that are ``given``, as policy and teacher see
+        them; see `score`."""
         completions = self.complete(
-            policy if sampler is None else sampler, rows, prompts, clock, mixed_with, group_size
+            policy if sampler is None else sampler, rows, prompts, clock, mixed_with, group_size, given
         )
         with clock.phase("scoring"):
             return self.score(completions, policy, constraint, clock, **options)

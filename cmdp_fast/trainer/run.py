@@ -143,6 +143,8 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, material: Materi
     value_head = value_head and accelerator.prepare(value_head)
     collector = make_collector(config, accelerator, student, material, engines)
     method = method_named(config.algorithm)(collector, Clock(accelerator.device), value_head)
+    with together(accelerator):
+        method.check(material.prompts)
     return Learner(method, optimizer=prepared, scheduler=scheduler)
 
 

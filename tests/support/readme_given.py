@@ -28,6 +28,25 @@ def models(family: str = "llama", **settings: Any) -> dict[str, Any]:
     }
 
 
+def completions_of_a_teacher() -> dict[str, Any]:
+    """A teacher in this process, completions of one prompt as token ids and as a batch, and a name for a folder."""
+    from types import SimpleNamespace
+
+    from tiny_models import tiny
+
+    from cmdp_fast.teachers.in_process import TeacherInProcess
+
+    prompt, completions = [5, 6, 7], [[8, 9, 10, 2], [11, 12, 13, 2]]
+    shown = torch.ones(2, 4, dtype=torch.bool)
+    prompts = torch.tensor([prompt] * 2)
+    batch = SimpleNamespace(
+        prompt_ids=prompts, prompt_mask=torch.ones_like(prompts).bool(), tokens=torch.tensor(completions), mask=shown
+    )
+    tokenizer = SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in range(101)})
+    teacher = TeacherInProcess(tiny(), tokenizer, "a teacher")
+    return {"teacher": teacher, "prompt": prompt, "completions": completions, "batch": batch, "folder": Path("cache")}
+
+
 def trl_run() -> dict[str, Any]:
     """A tiny student and teacher, prompts, a reward, and options that make a run one of two steps on the CPU."""
     from datasets import Dataset

@@ -24,12 +24,14 @@ class MethodEntry(NamedTuple):
     """Whether it samples from the student, so that a sampler may do so for it."""
     mixes: bool = False
     """Whether it samples from a mixture with ``--teacher-mix`` of the teacher."""
+    stored: bool = False
+    """Whether it learns from the completions of a teacher that has them stored."""
 
 
 METHODS: dict[str, MethodEntry] = {
     "ppo": MethodEntry("ppo:PPO", compares=True),
-    "gkd": MethodEntry("gkd:GKD", diverges=True),
+    "gkd": MethodEntry("gkd:GKD", diverges=True, stored=True),
     "minillm": MethodEntry("minillm:MiniLLM", groups=True, mixes=True),
-    "sft": MethodEntry("off_policy:SequenceLevel", on_policy=False),
-    "kd": MethodEntry("off_policy:WordLevel", on_policy=False),
+    "sft": MethodEntry("off_policy:SequenceLevel", on_policy=False, stored=True),
+    "kd": MethodEntry("off_policy:WordLevel", on_policy=False, stored=True),
 }

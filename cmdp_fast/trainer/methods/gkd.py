@@ -1,7 +1,8 @@
 """Generalised knowledge distillation (Agarwal et al., ICLR 2024), on-policy: no reward and no budget.
 
 The loss is a divergence between student and teacher at the tokens of the student's own completions, a mean over tokens;
-the sampling is not differentiated.
+the sampling is not differentiated. With a teacher on disk the completions are those that it has stored, and none is the
+student's own: the paper's supervised part, alone.
 """
 
 from __future__ import annotations
@@ -11,11 +12,20 @@ import torch
 from cmdp_fast.constraint import Constraint
 
 from ..experience import Experience
+from ..tasks.data import Problem
 from .method import Loss, Method, Targets
 
 
 class GKD(Method):
     """JSD(beta) on the student's own text: 0 is forward KL, 1 reverse KL."""
+
+    def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
+        return self.collector.collect(
+            *(self.student, problems, prompts, constraint, self.clock),
+            given=self.stored(prompts),
+            group_size=self.config.num_generations,
+            keep_outputs=True,
+        )
 
     def targets(self, experience: Experience, constraint: Constraint) -> Targets:
         """``direct``, the weight of a token's divergence: 1, until completions of another sampler are weighed."""

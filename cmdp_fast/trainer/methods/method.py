@@ -16,6 +16,7 @@ from cmdp_fast.constraint import Constraint
 from ..experience import Collector, Experience, Metrics
 from ..records.clock import Clock
 from ..rollout import Rollout
+from ..stored import check_stored, chosen, stored_by
 from ..tasks.data import Problem
 from . import METHODS
 
@@ -46,6 +47,11 @@ class Method(ABC):
         assert collector.teacher is not None  # which an evaluation alone may lack
         self.student, self.teacher, self.scoring = collector.student, collector.teacher, collector.scoring
 
+    def check(self, prompts: list[list[int]]) -> None:
+        """Raises InputError, before a run, for prompts that it cannot learn from."""
+        if (stored := stored_by(self.teacher)) is not None:
+            check_stored(stored, prompts, self.config, self.collector.sampling)
+
     def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
         """A completion of each prompt, sampled and scored."""
         return self.collector.collect(
@@ -66,6 +72,12 @@ class Method(ABC):
     def explained(self, experience: Experience, targets: Targets) -> Metrics:
         """Figures of all processes' completions after the updates of a step."""
         return {}
+
+    def stored(self, prompts: list[list[int]]) -> list[list[int]] | None:
+        """The completions that the teacher has stored for the prompts of a step, None where it stores none."""
+        if (stored := stored_by(self.teacher)) is None:
+            return None
+        return chosen(stored, prompts, self.config.num_generations, self.collector.passes)
 
     # ------------------------------------------------------------------------------------- for the losses
 

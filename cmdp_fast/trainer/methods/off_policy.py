@@ -3,9 +3,10 @@
 sft   sequence-level distillation (Kim and Rush, EMNLP 2016): the negative log-likelihood of the teacher's completions
 kd    word-level distillation: forward KL at each token of the teacher's completions
 
-Both are means over tokens. The completions are sampled from the teacher as the student's would be; the metrics of a
-step are of those completions, so its accuracy is the teacher's. Evaluations sample from the student. A completion ends
-with the teacher's own end, which the student learns and from then on ends with (`stops.py`).
+Both are means over tokens. The completions are sampled from the teacher as the student's would be, or are those that a
+teacher on disk has stored (`stored.py`). The metrics of a step are of those completions, so its accuracy is the
+teacher's. Evaluations sample from the student. A completion ends with the teacher's own end, which the student learns
+and from then on ends with (`stops.py`).
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ class OffPolicy(Method):
     """A supervised loss on the teacher's completions."""
 
     def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
+        given = self.stored(prompts)
         return self.collector.collect(
             *(self.student, problems, prompts, constraint, self.clock),
-            sampler=self.teacher,
+            sampler=self.teacher if given is None else None,
+            given=given,
             group_size=self.config.num_generations,
             keep_outputs=True,
         )
