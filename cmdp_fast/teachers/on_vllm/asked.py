@@ -70,8 +70,10 @@ class VLLM:
         content = self._client.ask("POST", "pooling", body, longest=count * (size or 1 << 16) * wire.itemsize)
         width = len(content) // (count * wire.itemsize)
         if not width or width * count * wire.itemsize != len(content) or width != (size or width):
-            expected = f"{size} of {wire.itemsize} bytes each" if size else "as many for each"
-            self._refuse(f"{len(content)} bytes of hidden states", f"{count} tokens", f", expected {expected}")
+            expected = f"{count * size * wire.itemsize}" if size else "as many for each of them"
+            raise InputError(
+                f"{self.name} returned {len(content)} bytes of hidden states of {count} tokens, expected {expected}"
+            )
         hidden = torch.frombuffer(content, dtype=wire).view(count, width)
         if not hidden.isfinite().all():
             raise InputError(f"{self.name} returned hidden states that are not finite")
@@ -102,7 +104,9 @@ class VLLM:
                     self._refuse("another prompt", said)
                 at_tokens = choice["prompt_logprobs"]
                 if len(at_tokens) != len(row):
-                    self._refuse(f"log-probabilities at {len(at_tokens)} tokens", f"a prompt of {len(row)}")
+                    raise InputError(
+                        f"{self.name} returned log-probabilities at {len(at_tokens)} tokens of a prompt of {len(row)}"
+                    )
                 entries += [
                     self._entries(at_token, token, k, vocab_size)
                     for at_token, token in zip(at_tokens[1:], row[1:], strict=True)
@@ -114,12 +118,12 @@ class VLLM:
     def _entries(self, at_token: dict[str, Any], given: int, k: int, vocab_size: int) -> Entries:
         """Tokens and their log-probabilities, the likeliest first; ``given`` is one of them."""
         if len(at_token) not in (k, k + 1):
-            self._refuse(f"{len(at_token)} log-probabilities at a token", f"{k} were asked for")
+            raise InputError(f"{self.name} returned {len(at_token)} log-probabilities at a token, {k} were asked for")
         entries = []
         for name, entry in at_token.items():
             value = entry["logprob"]
             if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab_size):
-                self._refuse("the log-probability of a token that is none", name, f" of {vocab_size}")
+                self._refuse(f"the log-probability of a token that is none of {vocab_size}", name)
             if type(value) not in (float, int) or not (math.isfinite(value) and value <= ROUNDED):
                 self._refuse("something that is no log-probability", value)
             entries.append((int(name), float(value)))
@@ -142,8 +146,8 @@ class VLLM:
         except Malformed as error:
             raise InputError(f"{self.name} answered /{path} with something else: {error}") from error
 
-    def _refuse(self, what: str, given: Any, more: str = "") -> NoReturn:
-        raise InputError(f"{self.name} returned {what}: {readable(shown(given), 100)}{more}")
+    def _refuse(self, what: str, given: Any) -> NoReturn:
+        raise InputError(f"{self.name} returned {what}: {readable(shown(given), 100)}")
 
 
 @dataclass(frozen=True)
