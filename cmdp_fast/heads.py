@@ -38,6 +38,8 @@ from cmdp_fast import checks
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
+_Candidates = tuple[tuple[float | None, ...], tuple[float, ...]]  # softcaps and scales
+
 
 class Head(NamedTuple):
     """How a model turns hidden states h into logits: softcap * tanh(scale * (h W^T + b) / softcap).
@@ -322,7 +324,7 @@ def _plain_linear(head: nn.Module, inner: nn.Module) -> nn.Linear:
     return head
 
 
-def _candidates(inner: nn.Module) -> tuple[tuple[float | None, ...], tuple[float, ...]]:
+def _candidates(inner: nn.Module) -> _Candidates:
     """The softcaps and the scales that the configuration could mean."""
     config = getattr(inner, "config", None)
     text = getattr(config, "get_text_config", lambda: None)()
@@ -349,30 +351,20 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, tuple[float | None, floa
 
 
 @torch.no_grad()
-def _measured(
-    chain: list[nn.Module], head: nn.Linear, candidates: tuple[tuple[float | None, ...], tuple[float, ...]]
-) -> tuple[float | None, float]:
+def _measured(chain: list[nn.Module], head: nn.Linear, candidates: _Candidates) -> tuple[float | None, float]:
     """(softcap, scale) under which a `Head` gives this model's logits."""
     inner = chain[-1]
     seen: list[Tensor] = []
     linear_error: list[float] = []
 
-    def pattern(size: int, like: Tensor) -> Tensor:
-        """Numbers of both signs in [-1, 1], in no order."""
-        return (torch.arange(size, device=like.device) * 1_000_003 % size - size // 2) / max(size // 2, 1)
-
     def enter(hidden: Tensor) -> Tensor:  # a padding token's may be 0, and shows nothing
-        return pattern(hidden.shape[-1], hidden).to(hidden.dtype).expand_as(hidden)
+        return _pattern(hidden.shape[-1], hidden).to(hidden.dtype).expand_as(hidden)
 
     def leave(module: Any, hidden: Tensor, out: Tensor) -> Tensor:
         weight, bias = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in (module.weight, module.bias))
         ours = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
         linear_error.append(_error(out, ours, ours.abs().amax(-1, keepdim=True), out.dtype))
-        # Large values show a softcap however timid the model's own logits are, and different ones in all columns show
-        # a bias, a mask or a cut wherever it is.
-        odd = torch.arange(out.shape[-2], device=out.device)[:, None] % 2
-        rows = pattern(out.shape[-1], out) * torch.where(odd == 1, 10.0, 1000.0)
-        seen.append(rows.to(out.dtype).expand_as(out))
+        seen.append(chosen_logits(out))
         return seen[-1]
 
     embeddings: Any = getattr(inner, "get_input_embeddings", lambda: None)
@@ -387,7 +379,28 @@ def _measured(
         raise TypeError(f"{type(inner).__name__} returned a {type(output).__name__}; expected an output with .logits")
     if linear_error[0] > 1.0:
         raise ValueError(f"the head of {type(inner).__name__} does not return h W^T + b: something changes its forward")
-    raw, logits = seen[0].cpu(), logits.cpu()  # not every device has float64
+    return postprocessing(inner, seen[0], logits, candidates)
+
+
+def _pattern(size: int, like: Tensor) -> Tensor:
+    """Numbers of both signs in [-1, 1], in no order."""
+    return (torch.arange(size, device=like.device) * 1_000_003 % size - size // 2) / max(size // 2, 1)
+
+
+def chosen_logits(like: Tensor) -> Tensor:
+    """Numbers [..., V] in the place of a head's output: large ones show a softcap however timid the model's own logits
+    are, and different ones in all columns show a bias, a mask or a cut wherever it is."""
+    odd = torch.arange(like.shape[-2], device=like.device)[:, None] % 2
+    rows = _pattern(like.shape[-1], like) * torch.where(odd == 1, 10.0, 1000.0)
+    return rows.to(like.dtype).expand_as(like)
+
+
+def postprocessing(
+    inner: nn.Module, raw: Tensor, logits: Tensor, candidates: _Candidates | None = None
+) -> tuple[float | None, float]:
+    """(softcap, scale) with which a model made ``logits`` of ``raw``, the output of its head, out of those that its
+    configuration allows. Raises ValueError if it did something else."""
+    raw, logits = raw.cpu(), logits.cpu()  # not every device has float64
     if logits.shape != raw.shape:
         raise ValueError(
             f"{type(inner).__name__} makes logits of shape {list(logits.shape)} from the {list(raw.shape)} of its "
@@ -402,7 +415,7 @@ def _measured(
             ours.abs().clamp(min=smallest * max(softcap or 1.0, 1.0)),
             rounded,
         )
-        for softcap, scale in itertools.product(*candidates)
+        for softcap, scale in itertools.product(*(candidates or _candidates(inner)))
     }
     best = min(errors, key=lambda pair: errors[pair])
     if not errors[best] <= 1.0:

@@ -1,12 +1,13 @@
-"""A server with the part of vLLM's interface that the trainer uses, for tests of the trainer's side of it.
+"""A server with the part of vLLM's interface that the trainer and teachers use, for tests of their side of it.
 
 A model of transformers answers, in a thread of the test's own process; `faults` makes single answers wrong. What vLLM
-itself does is tested with vLLM (tests/trainer/test_vllm.py).
+itself does is tested with vLLM (tests/trainer/test_vllm.py, tests/teachers/test_vllm_teacher.py).
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cmdp_fast.heads import last_hidden_state
 
 Fault = Callable[[str, dict[str, Any], Any], Any]  # (path, request, honest answer) -> what is answered
 
@@ -53,7 +56,7 @@ class StandIn:
         if path == "/version":
             return {"version": "stand-in"}
         if path == "/v1/models":
-            return {"data": [{"id": "served", "max_model_len": self.room}]}
+            return {"data": [{"id": "served", "root": self.folder, "max_model_len": self.room}]}
         if path == "/collective_rpc":
             self.loaded.append(body["kwargs"]["weights_path"])
             self.model = _load(self.loaded[-1])
@@ -64,7 +67,32 @@ class StandIn:
             return None
         if path == "/reset_prefix_cache":
             return {"success": True}
+        if path == "/tokenize":
+            return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"]).input_ids}
+        if path == "/pooling":
+            return self._pooled(body)
+        if isinstance(body["prompt"][0], list):
+            return {"choices": [self._prompt_logprobs(i, each, body) for i, each in enumerate(body["prompt"])]}
         return self._completions(body)
+
+    def _pooled(self, body: dict[str, Any]) -> bytes:
+        """The last hidden states of the rows' tokens, each row read alone."""
+        assert body["task"] == "token_embed" and body["encoding_format"] == "bytes_only"
+        assert body["endianness"] == sys.byteorder
+        hidden = torch.cat([last_hidden_state(self.model, torch.tensor([row]))[0] for row in body["input"]])
+        if body["use_activation"]:
+            hidden = torch.nn.functional.normalize(hidden, dim=-1)
+        sent = hidden.to(getattr(torch, body["embed_dtype"]))
+        return sent.contiguous().view(torch.uint8).numpy().tobytes()
+
+    def _prompt_logprobs(self, index: int, prompt: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        """The log-probabilities of the likeliest tokens and of the prompt's own, which comes first."""
+        rows = self.model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+        at_tokens: list[Any] = [None]
+        for row, token in zip(rows, prompt[1:], strict=False):
+            named = dict.fromkeys([token, *row.topk(body["prompt_logprobs"]).indices.tolist()])
+            at_tokens.append({str(each): {"logprob": float(row[each]), "decoded_token": "x"} for each in named})
+        return {"index": index, "prompt_token_ids": prompt, "prompt_logprobs": at_tokens}
 
     def _completions(self, body: dict[str, Any]) -> dict[str, Any]:
         prompt = body["prompt"]
