@@ -88,13 +88,17 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
 
     teacher_model: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder of the teacher. The trainer's argument of that name takes a model, too."},
+        metadata={
+            "help": "Hub id or folder of the teacher, or the name of one that is asked, such as "
+            "`served:http://10.0.0.2:8765`. The trainer's argument of that name takes a model or a `Teacher`, too."
+        },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Keyword arguments of `from_pretrained` for a teacher given by its name, such as `dtype`. Without "
-            "one the teacher keeps the dtype in which it is stored."
+            "one the teacher keeps the dtype in which it is stored. For one that is asked those of `Asking`: `seconds` "
+            "for an answer, `token_file`, and `dtype` of its hidden states on the wire."
         },
     )
     cost: Literal["reverse_kl", "forward_kl", "k1", "k3", "nll"] = field(

@@ -41,7 +41,8 @@ class CMDPDistillationTrainer(DistillationTrainer):
     Completions are sampled from the student as it is, so there is no ratio and nothing to clip. Text alone: no images.
 
     Args:
-        teacher_model: hub id, folder or model; instead of `args.teacher_model_name_or_path`.
+        teacher_model: hub id, folder or model, or one that is asked: a `Teacher`, or its name such as
+            `served:http://10.0.0.2:8765`; instead of `args.teacher_model_name_or_path`.
         reward_funcs: one or several, as GRPO's but for reward models: functions, partials or objects, coroutine
             functions too, which are called as `cmdp_fast/reward_functions.py` says. Several are added up.
 

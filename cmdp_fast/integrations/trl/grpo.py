@@ -39,7 +39,8 @@ class CMDPGRPOTrainer(GRPOTrainer):
     counts them from the prompt's first token (`positions`). Text alone: no images.
 
     Args:
-        teacher_model: hub id, folder or model; instead of `args.teacher_model`. It never gets a gradient.
+        teacher_model: hub id, folder or model, or one that is asked: a `Teacher`, or its name such as
+            `served:http://10.0.0.2:8765`; instead of `args.teacher_model`. It never gets a gradient.
 
     Metrics: `metrics.constraint_metrics`, at each generation, and ``loss/direct``, the direct term of the loss.
 

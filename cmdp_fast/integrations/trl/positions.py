@@ -20,6 +20,7 @@ import cmdp_fast as cf
 from cmdp_fast.errors import InputError
 from cmdp_fast.heads import evaluating
 from cmdp_fast.positions import moved_by_padding, table_of_positions
+from cmdp_fast.teachers.teacher import Teacher
 
 
 def settle_positions(trainer: Any, teacher: Any, vocab_size: int) -> dict[str, int]:
@@ -28,13 +29,13 @@ def settle_positions(trainer: Any, teacher: Any, vocab_size: int) -> dict[str, i
     A model that does so is left as it is. Where one does not, its modules that take position_ids get a hook that counts
     them, which stays on the model; the student's reference model gets the same. Runs both models on some tokens below
     ``vocab_size``, so every process must call it. Returns the number of positions of each model that has a table of
-    them, by its role.
+    them, by its role. A teacher that is asked gets no padding, and says how many it has.
 
     Raises InputError for a model that the positions do not help, such as RWKV, whose state the padding changes, and for
     a table without room for a prompt before ``max_completion_length`` tokens.
     """
     roles = {"the student": trainer.model, "teacher_model": teacher}
-    limits = {role: limit for role, model in roles.items() if (limit := table_of_positions(model)) is not None}
+    limits = {role: limit for role, model in roles.items() if (limit := _most_positions(model)) is not None}
     for role, limit in limits.items():
         if trainer.args.max_completion_length >= limit:
             raise InputError(
@@ -42,7 +43,7 @@ def settle_positions(trainer: Any, teacher: Any, vocab_size: int) -> dict[str, i
                 f"positions for {limit} tokens"
             )
     for role, model in roles.items():
-        if not _moved_by_padding(model, vocab_size, trainer):
+        if isinstance(model, Teacher) or not _moved_by_padding(model, vocab_size, trainer):
             continue
         handles = _count_positions(model)
         if _moved_by_padding(model, vocab_size, trainer):
@@ -72,6 +73,10 @@ def check_lengths(limits: dict[str, int], attention: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------- what a model does
+
+
+def _most_positions(model: Any) -> int | None:
+    return model.about.positions or None if isinstance(model, Teacher) else table_of_positions(model)
 
 
 def _moved_by_padding(model: Any, vocab_size: int, trainer: Any) -> bool:

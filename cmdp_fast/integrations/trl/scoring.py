@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 
 import cmdp_fast as cf
 from cmdp_fast.errors import InputError
+from cmdp_fast.reading import TokenBatch
 from cmdp_fast.scoring import FromHiddenStates, Models, Outputs, ScoredBatch, score
+from cmdp_fast.teachers.ahead import asked_ahead
+from cmdp_fast.teachers.teacher import Teacher
 
 from .positions import check_lengths, settle_positions
 
@@ -22,7 +26,7 @@ Batch = dict[str, Any]  # as TRL's `_generate_and_score_completions` returns it,
 
 class TRLScoring(FromHiddenStates):
     """`FromHiddenStates` for TRL's batches, whose models see the inputs that TRL gives them: no position ids, which
-    those that need them count by themselves from here on (`positions`).
+    those that need them count by themselves from here on (`positions`). A teacher that is asked sees no padding.
 
     Raises InputError for a model that would read a prompt wrongly for the padding in front of it.
     """
@@ -38,6 +42,8 @@ class TRLScoring(FromHiddenStates):
 
     def outputs(self, model: Any, batch: Any) -> Tensor:
         """The hidden states [B, T, H] from which the logits of the completions' tokens would be computed."""
+        if isinstance(model, Teacher):
+            return model.of_completions(_completions(batch)).as_hidden()
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         with self.accelerator.autocast():
@@ -87,16 +93,34 @@ class TRLScoring(FromHiddenStates):
         ``keep``: the teacher's hidden states are wanted again, and kept if they fit in the cache.
         """
 
-        def read_and_settle(rows: slice) -> tuple[cf.ConstrainedReward, Tensor]:
-            part = {name: batch[name][rows] for name in _READ}
-            outputs = (self.outputs(student, part), self.outputs(self.teacher, part))
-            return settle((student, self.teacher), outputs, part["completion_ids"], rows), outputs[1]
+        count, asked = len(batch["completion_ids"]), None
+        if isinstance(self.teacher, Teacher):
+            starts = range(0, count, rows_at_once)
+            parts = (_rows(batch, slice(start, start + rows_at_once)) for start in starts)
+            asked = asked_ahead(self.teacher, map(_completions, parts))
 
-        count = len(batch["completion_ids"])
+        def read_and_settle(rows: slice) -> tuple[cf.ConstrainedReward, Tensor]:
+            part = _rows(batch, rows)
+            question = None if asked is None else next(asked)
+            ours = self.outputs(student, part)
+            theirs = self.outputs(self.teacher, part) if question is None else question.result().as_hidden()
+            return settle((student, self.teacher), (ours, theirs), part["completion_ids"], rows), theirs
+
         return score(count, read_and_settle, at_once=rows_at_once, cache_bytes=self.cache_bytes if keep else 0)
 
 
 _READ = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    """What the models read of some completions."""
+    return {name: batch[name][rows] for name in _READ}
+
+
+def _completions(batch: Batch) -> TokenBatch:
+    """The same as a teacher that is asked is given it."""
+    prompt_ids, prompt_mask, tokens, mask = (batch[name] for name in _READ)
+    return SimpleNamespace(prompt_ids=prompt_ids, prompt_mask=prompt_mask, tokens=tokens, mask=mask, lengths=None)
 
 
 def trained_tokens(batch: Batch) -> Tensor:
