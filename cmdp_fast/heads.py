@@ -398,8 +398,8 @@ def chosen_logits(like: Tensor) -> Tensor:
 def postprocessing(
     inner: nn.Module, raw: Tensor, logits: Tensor, candidates: _Candidates | None = None
 ) -> tuple[float | None, float]:
-    """(softcap, scale) with which a model made ``logits`` of ``raw``, the output of its head, out of those that its
-    configuration allows. Raises ValueError if it did something else."""
+    """(softcap, scale) with which a model made ``logits`` [..., V] of ``raw`` [..., V], the output of its head, out of
+    those that its configuration allows. Raises ValueError if it did something else."""
     raw, logits = raw.cpu(), logits.cpu()  # not every device has float64
     if logits.shape != raw.shape:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from cmdp_fast.errors import InputError
@@ -28,6 +29,14 @@ def vocabulary_digest(tokenizer: Any) -> str:
     """sha256 of a tokenizer's tokens with their numbers: what has to be equal for two models to be compared."""
     entries = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def named_ends(settings: Iterable[Any], tokenizer: Any = None) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's, and those of the first settings that name any as
+    ``eos_token_id``."""
+    named: Any = next((s.eos_token_id for s in settings if getattr(s, "eos_token_id", None) is not None), [])
+    ends = {getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, (list, tuple)) else [named])}
+    return tuple(sorted(token for token in ends if token is not None and token >= 0))  # some write -1 for none
 
 
 def common_vocabulary(*models: Any) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.teacher import Teacher
+from cmdp_fast.vocabulary import named_ends
 
 from .causal_lm import CausalLM
 
@@ -30,10 +31,7 @@ MARGIN = 4  # tokens: a character's bytes may lie in four, and some tokenizers d
 def end_tokens(model: CausalLM, tokenizer: Any = None) -> tuple[int, ...]:
     """The tokens that end a model's completion: its tokenizer's, if that is given, and those that its generation
     settings name or, where they name none, its configuration."""
-    settings = (model.generation_config, model.config, model.config.get_text_config())
-    named: Any = next((s.eos_token_id for s in settings if getattr(s, "eos_token_id", None) is not None), [])
-    ends = {getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, (list, tuple)) else [named])}
-    return tuple(sorted(token for token in ends if token is not None and token >= 0))  # some write -1 for none
+    return named_ends((model.generation_config, model.config, model.config.get_text_config()), tokenizer)
 
 
 def keep_end_tokens(model: CausalLM, ends: Sequence[int]) -> None:

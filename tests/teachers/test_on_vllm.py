@@ -16,6 +16,7 @@ from cmdp_fast.heads import head_of
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import check_vocabulary, open_teacher
 from cmdp_fast.teachers.teacher import Asking, head_digest
+from cmdp_fast.trainer.stops import end_tokens
 
 ROWS = ([3, 4, 5, 6, 7], [8], [9, 10, 11], [5] * 9)
 WANTED = (2, 1, 0, 9)
@@ -57,6 +58,7 @@ def test_hidden_states_and_head_are_the_models(folders, which, dtype):
         assert teacher.about.tokenizer == local.about.tokenizer
         assert (teacher.about.vocab_size, teacher.about.hidden_size) == head_of(server.model).weight.shape
         assert teacher.about.positions == server.room
+        assert teacher.about.ends == opened(server, "?k=1").about.ends == end_tokens(server.model, server.tokenizer)
         check_vocabulary(teacher, server.tokenizer)
         for wire in ("", "float32"):
             said = opened(server, dtype=wire).answer(ROWS, WANTED)
@@ -90,7 +92,7 @@ def test_the_likeliest_tokens_are_the_models(server):
     torch.testing.assert_close(said.topk.logprobs, expected.values)
     assert torch.equal(said.topk.ids, expected.indices) and said.topk.floor is None
     with pytest.raises(ValueError, match="63 tokens; served takes 62"):
-        teacher.answer_of = teacher.ask([[3] * 63], [1])
+        teacher.ask([[3] * 63], [1])
 
 
 @pytest.mark.parametrize("options", ["", "?k=3"])
@@ -134,6 +136,15 @@ def test_hidden_states_of_another_norm_are_refused(server, folders):
     server.answer = lambda path, body: honest(path, body | {"use_activation": True})
     with pytest.raises(InputError, match="--runner pooling --convert embed"):
         opened(server)
+
+
+@pytest.mark.parametrize("wire", ["", "bfloat16"])
+def test_a_server_started_again_with_another_model_is_refused(server, folders, wire):
+    teacher = opened(server, dtype=wire)
+    teacher.answer(ROWS, WANTED)
+    server.model = AutoModelForCausalLM.from_pretrained(folders[1])
+    with pytest.raises(InputError, match="do not belong together"):
+        teacher.answer(ROWS, WANTED)
 
 
 def change_head(model):

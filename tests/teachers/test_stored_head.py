@@ -85,6 +85,17 @@ def test_a_revision_is_that_of_all_weights(tmp_path):
     assert revisions[0] == revisions[1] != revisions[2]
 
 
+def test_the_ends_are_those_of_generation_before_the_configurations(tmp_path):
+    """And the tokenizer's; a configuration may name one alone, and a model have no settings of generation."""
+    read = stored(tmp_path, tiny(eos_token_id=7))
+    own = read.tokenizer.eos_token_id
+    assert read.ends() == tuple(sorted({7, own}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9, 500]}))
+    assert read.ends() == tuple(sorted({8, 9, own}))
+    (tmp_path / "generation_config.json").unlink()
+    assert read.ends() == tuple(sorted({7, own}))
+
+
 def rewrite_index(folder, change):
     file = folder / "model.safetensors.index.json"
     index = json.loads(file.read_text())

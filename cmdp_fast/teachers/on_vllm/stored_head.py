@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from cmdp_fast.checks import LOGIT_DTYPES
 from cmdp_fast.errors import InputError, first_line, readable
 from cmdp_fast.heads import Head, chosen_logits, postprocessing
-from cmdp_fast.vocabulary import vocabulary_digest
+from cmdp_fast.vocabulary import named_ends, vocabulary_digest
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -36,16 +37,16 @@ class Gain:
 
     def mean_square(self, hidden: Tensor) -> Tensor:
         """Of rows [N, H] that the norm gave, before weight and bias: 1, less what its epsilon takes; [N]."""
-        used = self.weight != 0
-        rows = (hidden.double()[:, used] - self.bias[used]) / self.weight[used]
-        return rows.square().mean(-1)
+        return self._before(hidden, self.bias).square().mean(-1)
 
     def rounding(self, hidden: Tensor, eps: float) -> Tensor:
         """By how much rows that were rounded to ``eps`` may change `mean_square`; [N]."""
+        off = eps * self._before(hidden, torch.zeros_like(self.bias)).abs()
+        return (2 * self._before(hidden, self.bias).abs() * off + off.square()).mean(-1)
+
+    def _before(self, hidden: Tensor, bias: Tensor) -> Tensor:
         used = self.weight != 0
-        rows = (hidden.double()[:, used] - self.bias[used]) / self.weight[used]
-        off = eps * (hidden.double()[:, used] / self.weight[used]).abs()
-        return (2 * rows.abs() * off + off.square()).mean(-1)
+        return (hidden.double()[:, used] - bias[used]) / self.weight[used]
 
 
 class StoredModel:
@@ -69,6 +70,15 @@ class StoredModel:
                 f"no {what} of the model {readable(self.name)} that the server serves can be read here: "
                 f"{readable(first_line(error))}; say where it is: ?model=FOLDER"
             ) from error
+
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end its completions."""
+        from transformers import GenerationConfig
+
+        settings = [self.config, self.config.get_text_config()]
+        with suppress(OSError):  # not every model has one
+            settings.insert(0, GenerationConfig.from_pretrained(self.name))
+        return tuple(each for each in named_ends(settings, self.tokenizer) if each < self.vocab_size)
 
     def revision(self) -> str:
         """The commit on the hub; of a folder a sha256 of the tensors' names and shapes, and of each one's beginning."""

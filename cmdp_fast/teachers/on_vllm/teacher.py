@@ -16,11 +16,12 @@ from cmdp_fast.http_client import HttpClient
 from ..served.client import read_token
 from ..teacher import Asking, Teacher, TeacherAbout, TeacherOutputs, TopK, head_digest
 from .asked import VLLM, Entries
-from .stored_head import Gain, StoredModel
+from .stored_head import StoredModel
 
 WIRES = ("float32", "bfloat16", "float16")  # dtypes in which vLLM sends hidden states that are ours too
 TEXT = "The quick brown fox jumps over 13 lazy dogs: 7 * (8 - 2) = 42.\n"  # whose tokens both sides must agree on
 PROBES, PROBE_TOKENS = 4, 16  # rows, and tokens of each
+LOOKED_AT = 16  # hidden states of an answer
 NORM = 0.01  # of a norm's mean square, which its epsilon may take
 APART = {"float32": 0.02, "float16": 0.05, "bfloat16": 0.2}
 """Nats, in the mean, between log-probabilities of a server and those of hidden states and head, by the server's dtype:
@@ -38,8 +39,8 @@ class TeacherOnVLLM(Teacher):
     generates with the same model.
     """
 
-    def __init__(self, vllm: VLLM, client: HttpClient, model: StoredModel, asking: Asking) -> None:
-        self._vllm, self._client, self._model, self._asking = vllm, client, model, asking
+    def __init__(self, vllm: VLLM, client: HttpClient, model: StoredModel) -> None:
+        self._vllm, self._client, self._model = vllm, client, model
         ours = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
         if vllm.tokens(TEXT) != list(ours):
             raise InputError(f"{vllm.name} has another tokenizer than {readable(model.name)}: a text has other tokens")
@@ -52,7 +53,7 @@ class TeacherOnVLLM(Teacher):
         vllm = VLLM(client)
         model = StoredModel(wanted.model or vllm.served.root)
         if wanted.k:
-            return TopKOnVLLM(vllm, client, model, asking, wanted.k)
+            return TopKOnVLLM(vllm, client, model, wanted.k)
         return HiddenOnVLLM(vllm, client, model, asking, wanted.check)
 
     def vocabulary(self) -> dict[str, int]:
@@ -74,27 +75,26 @@ class HiddenOnVLLM(TeacherOnVLLM):
     """
 
     def __init__(self, vllm: VLLM, client: HttpClient, model: StoredModel, asking: Asking, check: str = "") -> None:
-        super().__init__(vllm, client, model, asking)
+        super().__init__(vllm, client, model)
         if asking.dtype not in ("", *WIRES):
             raise InputError(f"{vllm.name} sends no {asking.dtype}: expected one of {', '.join(WIRES)}")
         rows = _probes(vllm, model)
         hidden, _ = vllm.hidden(rows, 0, torch.float32)
-        dtype = _dtype_of(hidden)
+        self._dtype = dtype = _dtype_of(hidden)
         head, gain = model.head(dtype)
         if hidden.shape[1] != head.weight.shape[1]:
             raise InputError(
                 f"{vllm.name} returned hidden states of {hidden.shape[1]} numbers; the head of {readable(model.name)} "
                 f"reads {head.weight.shape[1]}"
             )
-        _check_norm(hidden, gain, dtype, f"{vllm.name} and {readable(model.name)}")
+        self._gain = gain
+        self._check_norm(hidden)
         if check:
             with torch.no_grad():
                 logprobs = head._replace(weight=head.weight.float()).logits(hidden).log_softmax(-1)
             _check_logprobs(logprobs, rows, _client(check, asking), dtype, f"{vllm.name} and {readable(model.name)}")
-        bias = None if head.bias is None else head.bias.to(asking.device)
-        self.head = head._replace(weight=head.weight.to(asking.device), bias=bias)
+        self.head = head
         self._wire = getattr(torch, asking.dtype) if asking.dtype else dtype
-        self._dtype = dtype
         self.about = TeacherAbout(
             answers="hidden",
             model=vllm.served.name,
@@ -105,6 +105,7 @@ class HiddenOnVLLM(TeacherOnVLLM):
             tokenizer=model.vocabulary,
             head=head_digest(head),
             positions=vllm.served.positions,
+            ends=model.ends(),
         )
 
     def answer(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> TeacherOutputs:
@@ -113,20 +114,33 @@ class HiddenOnVLLM(TeacherOnVLLM):
         hidden, size = torch.empty(0, self.about.hidden_size, dtype=self._dtype), 0
         if asked:  # of every token: vLLM has no way to ask for the last ones
             of_all, size = self._vllm.hidden([row for row, _ in asked], self.about.hidden_size, self._wire)
+            self._check_norm(of_all[:: -(-len(of_all) // LOOKED_AT)])  # it may have been started again
             parts = of_all.split([len(row) for row, _ in asked])
             kept = [part[len(part) - count :] for part, (_, count) in zip(parts, asked, strict=True)]
             hidden = torch.cat(kept).to(self._dtype)
-        return TeacherOutputs(
-            hidden=hidden.to(self._asking.device), head=self.head, bytes=size, seconds=time.perf_counter() - since
-        )
+        return TeacherOutputs(hidden=hidden, head=self.head, bytes=size, seconds=time.perf_counter() - since)
+
+    def _check_norm(self, hidden: Tensor) -> None:
+        """Raises InputError unless the final norm may have given these hidden states."""
+        squares = self._gain.mean_square(hidden)
+        eps = max(torch.finfo(each).eps for each in (hidden.dtype, self._dtype))
+        rounded = self._gain.rounding(hidden, 2 * eps) + 1e-5
+        if ((squares > 1 + rounded) | (squares < 1 - NORM - rounded) | squares.isnan()).any():
+            worst = float((squares - 1).abs().max())
+            raise InputError(
+                f"{self._vllm.name} and {readable(self._model.name)} do not belong together: hidden states that the "
+                "final norm gave have the mean square 1 without its weights, and these are off by "
+                f"{worst:.3g}; expected the files of the model that is served, and a server started with --runner "
+                "pooling --convert embed"
+            )
 
 
 class TopKOnVLLM(TeacherOnVLLM):
     """The ``k`` likeliest tokens and their log-probabilities, at temperature 1 whatever a request says: vLLM reports
     those of prompts before a sampler's settings. A server lets 20 be asked for unless `--max-logprobs` says more."""
 
-    def __init__(self, vllm: VLLM, client: HttpClient, model: StoredModel, asking: Asking, k: int) -> None:
-        super().__init__(vllm, client, model, asking)
+    def __init__(self, vllm: VLLM, client: HttpClient, model: StoredModel, k: int) -> None:
+        super().__init__(vllm, client, model)
         if k > model.vocab_size:
             raise InputError(f"?k={k}: {readable(model.name)} has {model.vocab_size} tokens")
         self._k = k
@@ -140,6 +154,7 @@ class TopKOnVLLM(TeacherOnVLLM):
             tokenizer=model.vocabulary,
             head="",
             positions=vllm.served.positions - 2,  # one more is put behind a row, and it generates one
+            ends=model.ends(),
         )
         self.answer(_probes(vllm, model)[:1], [1])  # a k that it does not give is refused at once
 
@@ -155,10 +170,10 @@ class TopKOnVLLM(TeacherOnVLLM):
             for row, count in asked:
                 end += len(row)
                 entries += of_all[end - count : end]
-        k, device = self._k, self._asking.device
+        k = self._k
         topk = TopK(
-            ids=torch.tensor([each.tokens[:k] for each in entries], dtype=torch.int64, device=device).view(-1, k),
-            logprobs=torch.tensor([each.logprobs[:k] for each in entries], device=device).view(-1, k).clamp(max=0.0),
+            ids=torch.tensor([each.tokens[:k] for each in entries], dtype=torch.int64).view(-1, k),
+            logprobs=torch.tensor([each.logprobs[:k] for each in entries]).view(-1, k).clamp(max=0.0),
         )
         return TeacherOutputs(topk=topk, bytes=size, seconds=time.perf_counter() - since)
 
@@ -202,32 +217,17 @@ def _client(url: str, asking: Asking) -> HttpClient:
 
 
 def _probes(vllm: VLLM, model: StoredModel) -> list[list[int]]:
-    """Some rows of tokens, the same whenever a server is asked."""
+    """Some rows of a text's tokens."""
     count = max(2, min(PROBE_TOKENS, vllm.served.positions - 2))
-    known = max(1, min(len(model.tokenizer.get_vocab()), model.vocab_size))
-    generator = torch.Generator().manual_seed(0)
-    rows: list[list[int]] = torch.randint(known, (PROBES, count), generator=generator).tolist()
-    return rows
+    # Not of numbers drawn: a token may stand for an image
+    tokens = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"] * count
+    return [list(tokens[i : i + count]) for i in range(PROBES)]
 
 
 def _dtype_of(hidden: Tensor) -> torch.dtype:
     """In what numbers in float32 were computed."""
     narrow = (each for each in (torch.bfloat16, torch.float16) if torch.equal(hidden.to(each).float(), hidden))
     return next(narrow, torch.float32)
-
-
-def _check_norm(hidden: Tensor, gain: Gain, dtype: torch.dtype, whose: str) -> None:
-    """Raises InputError unless the final norm may have given these hidden states."""
-    squares = gain.mean_square(hidden)
-    rounded = gain.rounding(hidden, 2 * torch.finfo(dtype).eps) + 1e-5
-    off = (squares > 1 + rounded) | (squares < 1 - NORM - rounded) | squares.isnan()
-    if off.any():
-        worst = float((squares - 1).abs().max())
-        raise InputError(
-            f"{whose} do not belong together: hidden states that the final norm gave have the mean square 1 without "
-            f"its weights, and these are off by {worst:.3g}; expected the files of the model that is served, and a "
-            "server started with --runner pooling --convert embed"
-        )
 
 
 def _check_logprobs(
