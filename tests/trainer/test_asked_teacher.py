@@ -8,6 +8,7 @@ import threading
 import pytest
 from tiny_pair import arguments, learner_of, settings, tiny_model, untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_stand_in import StandIn
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
@@ -97,6 +98,18 @@ def test_a_run_has_the_figures_of_one_with_the_teacher_itself(pair, asking, tmp_
     for each in found:
         del each["student"], each["teacher"]
     assert found[0] == found[1]
+
+
+def test_a_teacher_on_vllm_gives_the_steps_of_the_teacher_itself(pair):
+    """But for rounding, since it reads each completion alone."""
+    with StandIn(pair["teacher"]).served() as stand_in:
+        runs = []
+        for models in (pair, {**pair, "teacher": f"vllm:{stand_in.url}"}):
+            learner, rows, prompts = learner_of(settings(models))
+            runs.append(untimed(learner.step(rows, prompts)))
+    for name, value in runs[0].items():
+        assert runs[1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert runs[1]["teacher/bytes_per_token"] > 16 * 4  # the prompts' too
 
 
 def test_a_server_that_is_gone_ends_the_run_which_goes_on_elsewhere(
