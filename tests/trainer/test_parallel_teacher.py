@@ -54,7 +54,7 @@ def test_two_processes_say_what_one_says(tmp_path):
 
 def test_a_model_that_transformers_cannot_spread_is_refused(tmp_path):
     folder = tiny_model(tmp_path, seed=1, family="falcon")
-    with pytest.raises(InputError, match="--model .*: transformers has no plan for its layers in tensor parallelism"):
+    with pytest.raises(InputError, match=r"--model .*: transformers has no plan for its layers in tensor parallelism"):
         loaded(folder, parallel=True)
 
 
