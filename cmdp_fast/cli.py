@@ -113,7 +113,7 @@ def _runner(command: str) -> Callable[[Sequence[str]], int]:
         from .trainer.serve_teacher import parse_teacher, serve_teacher
 
         def serve(arguments: Sequence[str]) -> int:
-            serve_teacher(parse_teacher(arguments))
+            serve_teacher(parse_teacher(arguments), arguments)
             return 0
 
         return serve

@@ -26,7 +26,7 @@ class TeacherInProcess(Teacher):
         self, model: Any, tokenizer: Any, name: str = "", revision: str = "", ends: tuple[int, ...] = ()
     ) -> None:
         self.model, self.tokenizer, head = model, tokenizer, head_of(model)
-        self.head = head._replace(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+        self.head = head._replace(weight=_all_of(head.weight), bias=None if head.bias is None else _all_of(head.bias))
         self._alone = threading.Lock()  # its hooks serve one call at a time
         text = model.config.get_text_config()
         self.about = TeacherAbout(
@@ -59,3 +59,9 @@ class TeacherInProcess(Teacher):
     def vocabulary(self) -> dict[str, int]:
         """The numbers of its tokenizer's tokens."""
         return dict(self.tokenizer.get_vocab())
+
+
+def _all_of(parameter: Any) -> torch.Tensor:
+    """All of a parameter, which may be spread over the processes of tensor parallelism."""
+    whole: torch.Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.detach()

@@ -13,6 +13,7 @@ import tyro
 
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.teachers.in_process import TeacherInProcess
+from cmdp_fast.teachers.parallel import ParallelTeacher, follow
 from cmdp_fast.teachers.prefix_cache import PrefixCachedTeacher
 from cmdp_fast.teachers.served.client import read_token
 from cmdp_fast.teachers.served.server import TeacherServer
@@ -26,6 +27,7 @@ from .settings.ranges import NOT_NEGATIVE, POSITIVE, Range
 from .settings.recipe import read_recipe
 from .stops import end_tokens
 from .tasks.data import load_problems
+from .teacher_ranks import meet, rank, ranks
 
 PORT = Range(lambda value: 0 <= value < 1 << 16, "must be in [0, 65536), not")
 EVERY = 10.0  # seconds between two lines on a terminal
@@ -62,6 +64,9 @@ class ServeSettings:
     prefix_cache_mb: Annotated[int, NOT_NEGATIVE] = 0
     """Megabytes for the keys and values of prompts, which their completions share: a prompt is read once, and the
     results are those of whole rows but for rounding. For models whose every layer attends to all tokens. 0: none."""
+    tensor_parallel: Annotated[int, POSITIVE] = 1
+    """Processes that hold the model together, each a part of every layer, by transformers' own plan; on GPUs one each,
+    the first of `CUDA_VISIBLE_DEVICES`."""
     merge: bool = False
     """Read questions that wait together, as far as `batch_tokens` goes: more tokens per second, and results whose last
     bits depend on who else asks."""
@@ -80,38 +85,57 @@ def parse_teacher(args: Sequence[str], prog: str = "cmdp-fast teacher") -> Serve
         raise InputError(
             f"--host {settings.host} lets other machines ask: it needs --token-file, a file with a word that they bring"
         )
+    if settings.tensor_parallel > 1 and settings.device:
+        raise InputError("--device is for one process: with --tensor-parallel CUDA_VISIBLE_DEVICES says which GPUs")
     return settings
 
 
-def serve_teacher(settings: ServeSettings) -> None:
-    """Serves until a signal ends it; what was asked by then is answered. Raises InputError for a model or an address
-    that cannot be used."""
-    report = Report()
+def serve_teacher(settings: ServeSettings, arguments: Sequence[str]) -> None:
+    """Serves until a signal ends it; what was asked by then is answered. ``arguments``: of the command line, for the
+    processes that hold a part of the model. Raises InputError for a model or an address that cannot be used."""
+    report = Report(shown=rank() == 0)
+    if rank():
+        meet()
+        return follow(_teacher(settings, report))
     token = read_token(settings.token_file) if settings.token_file else ""
     with Interrupts() as interrupts:
-        teacher = _teacher(settings, report)
-        server = TeacherServer(
-            teacher,
-            teacher.vocabulary(),
-            host=settings.host,
-            port=settings.port,
-            path=settings.socket,
-            token=token,
-            batch_tokens=settings.batch_tokens,
-            merge=settings.merge,
-        )
-        interrupts.deferred = True
-        server.start()
-        about = teacher.about
-        report.say(
-            f"teacher at {server.url}: {about.model}, {about.dtype}, {about.vocab_size} columns of logits, hidden "
-            f"states of {about.hidden_size}: --teacher served:{server.url}"
-        )
-        try:
-            _wait(server, interrupts, report)
-        finally:
-            server.close()
-        report.say("the teacher has ended: what was asked is answered")
+        if settings.tensor_parallel == 1:
+            return _serve(_teacher(settings, report), settings, token, interrupts, report)
+        with ranks(arguments, settings.tensor_parallel) as others:
+            teacher = ParallelTeacher(_teacher(settings, report), others.lost)
+            _serve(teacher, settings, token, interrupts, report)
+            teacher.close()
+
+
+def _serve(
+    teacher: TeacherInProcess | ParallelTeacher,
+    settings: ServeSettings,
+    token: str,
+    interrupts: Interrupts,
+    report: Report,
+) -> None:
+    server = TeacherServer(
+        teacher,
+        teacher.vocabulary(),
+        host=settings.host,
+        port=settings.port,
+        path=settings.socket,
+        token=token,
+        batch_tokens=settings.batch_tokens,
+        merge=settings.merge,
+    )
+    interrupts.deferred = True
+    server.start()
+    about = teacher.about
+    report.say(
+        f"teacher at {server.url}: {about.model}, {about.dtype}, {about.vocab_size} columns of logits, hidden "
+        f"states of {about.hidden_size}: --teacher served:{server.url}"
+    )
+    try:
+        _wait(server, interrupts, report)
+    finally:
+        server.close()
+    report.say("the teacher has ended: what was asked is answered")
 
 
 def _teacher(settings: ServeSettings, report: Report) -> TeacherInProcess:
@@ -123,10 +147,12 @@ def _teacher(settings: ServeSettings, report: Report) -> TeacherInProcess:
         trust_remote_code=settings.trust_remote_code,
     )
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    parallel = settings.tensor_parallel > 1
     device = _device(settings.device)
-    model, tokenizer, folder = load_alone("model", config, dtype, lambda: load_problems(config).train, report)
+    model, tokenizer, folder = load_alone("model", config, dtype, lambda: load_problems(config).train, report, parallel)
     try:
-        given = (model.to(device), tokenizer, settings.model, model_digest(folder), end_tokens(model, tokenizer))
+        model = model if parallel else model.to(device)
+        given = (model, tokenizer, settings.model, model_digest(folder), end_tokens(model, tokenizer))
         if settings.prefix_cache_mb:
             return PrefixCachedTeacher(*given, most=settings.prefix_cache_mb << 20)
         teacher = TeacherInProcess(*given)

@@ -28,6 +28,15 @@ def models(family: str = "llama", **settings: Any) -> dict[str, Any]:
     }
 
 
+def asked_teacher() -> dict[str, Any]:
+    """A random model and a tokenizer that knows its tokens."""
+    from types import SimpleNamespace
+
+    from tiny_models import tiny
+
+    return {"model": tiny(), "tokenizer": SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in range(101)})}
+
+
 def completions_of_a_teacher() -> dict[str, Any]:
     """A teacher in this process, completions of one prompt as token ids and as a batch, and a name for a folder."""
     from types import SimpleNamespace

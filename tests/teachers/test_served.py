@@ -19,7 +19,7 @@ from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import check_vocabulary, open_teacher
 from cmdp_fast.teachers.served import batching, protocol, tensors
 from cmdp_fast.teachers.served.server import TeacherServer
-from cmdp_fast.teachers.teacher import Asking
+from cmdp_fast.teachers.teacher import Asking, about_digest
 
 TOKENIZER = SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in range(101)})
 
@@ -303,6 +303,6 @@ def test_more_than_a_server_takes_is_told_to_wait(serve, monkeypatch):
 def test_sizes_that_are_written_are_bounds():
     """Of a question and an answer."""
     about = TellingTeacher().about
-    question = protocol.Question("0" * 32, protocol.about_digest(about), "", [[1]] * 50, [1] * 50)
+    question = protocol.Question("0" * 32, about_digest(about), "", [[1]] * 50, [1] * 50)
     assert len(protocol.question_bytes(question)) <= protocol.question_size(50)
     assert sum(map(len, protocol.answer_bytes(question, torch.zeros(50, 4)))) <= protocol.answer_size(about, 50)

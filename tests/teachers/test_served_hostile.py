@@ -20,10 +20,10 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.open import open_teacher
 from cmdp_fast.teachers.served import protocol, server, tensors
 from cmdp_fast.teachers.served.server import TeacherServer
-from cmdp_fast.teachers.teacher import Asking
+from cmdp_fast.teachers.teacher import Asking, about_digest
 
 ABOUT = TellingTeacher().about
-DIGEST = protocol.about_digest(ABOUT)
+DIGEST = about_digest(ABOUT)
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +404,8 @@ PAGES = {
     "a name that a terminal obeys": ("/about", about(model="\x1b[2J"), "its model is no plain text"),
     "a long name": ("/about", about(model="a" * 2000), "its model is no plain text"),
     "log-probabilities": ("/about", about(answers="topk"), "something else than hidden states"),
+    "an end beyond the vocabulary": ("/about", about(ends=[1000]), "its ends are no tokens that it has"),
+    "an end that is no number": ("/about", about(ends=["a"]), "its ends are no tokens that it has"),
     "another dtype": ("/about", about(dtype="load"), "something else than hidden states"),
     "no head": ("/head", b"", "the length of its header"),
     "a head of another model": (

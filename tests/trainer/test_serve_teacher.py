@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from tiny_pair import tiny_model
@@ -50,6 +51,35 @@ def test_the_command_serves_what_the_model_says_and_ends_at_a_signal(model, tmp_
             process.kill()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("other_is_lost", [False, True])
+def test_two_processes_hold_a_model_together(model, other_is_lost):
+    """They answer as one does but for rounding, end at a signal, and the first ends where the other is lost."""
+    command = [sys.executable, "-m", "cmdp_fast.cli", "teacher", f"--model={model}", "--port=0", "--tensor-parallel=2"]
+    rows, wanted = [[5, 6, 7, 8], [], [9, 10]], [3, 0, 1]
+    own = AutoModelForCausalLM.from_pretrained(model)
+    expected = TeacherInProcess(own, AutoTokenizer.from_pretrained(model)).answer(rows, wanted).as_hidden()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = re.search(r"teacher at (\S+): ", process.stdout.readline())[1]
+            served = open_teacher(f"served:{url}")
+            assert torch.equal(served.own_head().weight, own.lm_head.weight)
+            for _ in range(3):
+                torch.testing.assert_close(served.answer(rows, wanted).as_hidden(), expected)
+            (other,) = psutil.Process(process.pid).children()
+            if other_is_lost:
+                other.kill()
+            else:
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == (2 if other_is_lost else 0)
+            error = process.stderr.read()
+            lost = "process 1 of the 2 of the teacher has ended (exit code -9)"
+            assert (lost in error) if other_is_lost else error == ""
+            assert not psutil.pid_exists(other.pid)
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -65,6 +95,7 @@ def test_the_command_serves_what_the_model_says_and_ends_at_a_signal(model, tmp_
         (["--model=MODEL", "--device=none"], "--device none: "),
         (["--model=MODEL", "--attn-implementation=none"], "--attn-implementation none: transformers has"),
         (["--model=MODEL", "--port=TAKEN"], "--host 127.0.0.1 --port TAKEN: cannot be listened at"),
+        (["--model=m", "--tensor-parallel=2", "--device=cpu"], "--device is for one process"),
         (["--model=MODEL", "--socket=/none/socket"], "--socket /none/socket: cannot be listened at"),
     ],
 )

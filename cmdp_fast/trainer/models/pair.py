@@ -137,10 +137,16 @@ def _frozen_dtype(config: TrainConfig) -> torch.dtype:
 
 
 def load_alone(
-    role: str, config: TrainConfig, dtype: torch.dtype | None, train: Callable[[], Sequence[Problem]], report: Report
+    role: str,
+    config: TrainConfig,
+    dtype: torch.dtype | None,
+    train: Callable[[], Sequence[Problem]],
+    report: Report,
+    parallel: bool = False,
 ) -> tuple[CausalLM, Any, str]:
     """(teacher, tokenizer, folder or hub id) where there is no student: on the CPU, frozen, in a dtype or that of its
-    files. ``role``: the option that names it, for messages; ``train``: the problems that a built-in one is made of."""
+    files. ``role``: the option that names it, for messages; ``train``: the problems that a built-in one is made of;
+    ``parallel``: a part of each layer, on the device of this process, by transformers' own plan."""
     from transformers import AutoConfig, AutoTokenizer
 
     check_attention(config)
@@ -148,9 +154,12 @@ def load_alone(
     if name.startswith("builtin:"):
         smollm2 = "smollm2" in name
         folder = str(smollm2_folder(name, report) if smollm2 else builtin_folder(name, config, train(), report))
-    _check_own_attention(role, name, _load(AutoConfig, role, folder, config.trust_remote_code), config)
+    about = _load(AutoConfig, role, folder, config.trust_remote_code)
+    _check_own_attention(role, name, about, config)
+    if parallel and not getattr(about.get_text_config(), "base_model_tp_plan", None):
+        raise InputError(f"--{role} {name}: transformers has no plan for its layers in tensor parallelism")
     tokenizer = _load(AutoTokenizer, role, folder, config.trust_remote_code)
-    model, _ = _load_model(role, folder, dtype or "auto", config)
+    model, _ = _load_model(role, folder, dtype or "auto", config, **(_in_parts() if parallel else {}))
     return model.eval().requires_grad_(False), tokenizer, folder
 
 
@@ -161,13 +170,13 @@ def compare_quantised(config: TrainConfig, found: Found, quantised: Any, prompts
 
 
 def _load_model(
-    role: str, name: str, dtype: torch.dtype | str, config: TrainConfig, quantization: str = ""
+    role: str, name: str, dtype: torch.dtype | str, config: TrainConfig, quantization: str = "", **options: Any
 ) -> tuple[Any, list[str]]:
     """A causal language model from safetensors, which hold numbers and nothing that could run; and the tensors of its
     files that transformers leaves out."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # its own error names no tensor
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
@@ -185,6 +194,15 @@ def _load_model(
             f"{list(expected)} there ({len(mismatched)} such)"
         )
     return model, _dropped(model, name, info["unexpected_keys"])
+
+
+def _in_parts() -> dict[str, Any]:
+    """What has transformers spread a model over the processes, in the words of its version."""
+    from transformers.distributed import DistributedConfig
+
+    if "tp_plan" in DistributedConfig.__dataclass_fields__:
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    return {"tp_plan": "auto"}
 
 
 def _dropped(model: Any, name: str, unexpected: Iterable[str]) -> list[str]:
