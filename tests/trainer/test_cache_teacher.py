@@ -140,9 +140,23 @@ def test_a_training_on_problems_that_are_not_stored_is_refused(pair, stored, tmp
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in [*PROBLEMS, *more]))
     given = {**pair, "teacher": f"cached:{stored.folder}", "dataset": str(data)}
-    assert main(arguments_of_train(given, tmp_path, algorithm="kd")) == 2
-    assert re.search(r" [1-9] of 1[0-9] problems have fewer than --num-generations 4", capsys.readouterr().err)
+    words = arguments_of_train(given, tmp_path, algorithm="kd")
+    for more in ([], ["--dry-run"]):
+        assert main([*words, *more]) == 2
+        assert re.search(r" [1-9] of 1[0-9] problems have fewer than --num-generations 4", capsys.readouterr().err)
     assert not (tmp_path / "r").exists()
+    stored_ones = arguments_of_train({**given, "dataset": pair["dataset"]}, tmp_path, algorithm="kd")
+    assert main([*stored_ones, "--dry-run"]) == 0
+
+
+def test_what_a_cache_cannot_give_is_refused_before_anything_is_read(pair, stored, tmp_path, capsys):
+    """A comparison's figures, and a divergence from log-probabilities alone."""
+    name = f"cached:{stored.folder}"
+    assert main(["compare", f"--output-dir={tmp_path}", "--methods", f"kd:teacher={name}"]) == 2
+    assert "a comparison is of figures" in capsys.readouterr().err
+    folder = cache_teacher(config_of(pair, tmp_path / "k", logprobs=3))
+    assert main(arguments_of_train({**pair, "teacher": f"cached:{folder}"}, tmp_path, algorithm="kd")) == 2
+    assert "answers with log-probabilities: a training needs hidden states" in capsys.readouterr().err
 
 
 def test_off_policy_methods_take_what_the_teacher_has_stored(pair, stored):
