@@ -133,10 +133,6 @@ class UnderWay(NamedTuple):
 class StoredCompletions(Protocol):
     """Completions that a teacher holds beside what it says of them."""
 
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """The tokens that end one of them."""
-
     def of(self, prompt: Sequence[int]) -> list[list[int]]:
         """Those of a prompt, as token ids, in the order in which they were stored; of one that it lacks there are
         none."""
@@ -163,6 +159,11 @@ class Teacher(ABC):
     def open(cls, place: str, asking: Asking) -> Teacher:
         """The teacher at a place, which is what its name says behind the kind. Raises InputError if there is none."""
         raise NotImplementedError(f"{cls.__name__} has no name")
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what a run that goes on has to find again."""
+        return about_digest(self.about)
 
     @abstractmethod
     def answer(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> TeacherOutputs:

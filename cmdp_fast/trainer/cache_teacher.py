@@ -22,12 +22,12 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.files import writing
 from cmdp_fast.teachers.cached.writer import CacheWriter, Pair, contents_of
 from cmdp_fast.teachers.in_process import TeacherInProcess
-from cmdp_fast.teachers.open import check_vocabulary, is_asked, open_teacher
 from cmdp_fast.teachers.teacher import Teacher
 
 from . import drawn
 from .causal_lm import CausalLM
 from .launch import launched, make_accelerator
+from .material import check_asked_tokens, check_lengths
 from .models.pair import Found, find_pair, load_teacher
 from .parse import parse_as
 from .records.lock import alone_in
@@ -72,7 +72,7 @@ class CacheConfig(TrainConfig):
                 raise InputError(f"--{option.replace('_', '-')}: `cmdp-fast cache-teacher` {said}")
         if self.completion_column and not self.dataset:
             raise InputError("--completion-column is one of a --dataset")
-        if is_asked(self.teacher) and not self.completion_column:
+        if self.asks_teacher and not self.completion_column:
             raise InputError(
                 f"--teacher {self.teacher} is asked and cannot be sampled from: --completion-column names completions"
             )
@@ -98,9 +98,9 @@ def cache_teacher(config: CacheConfig) -> Path:
     report, folder = Report(), Path(config.output)
     accelerator = make_accelerator(config)
     train = load_problems(config).train
-    found = find_pair(replace(config, teacher="") if is_asked(config.teacher) else config, train, report)
+    found = find_pair(config, train, report)
     work = _work(config, found, train, accelerator.device, report)
-    contents = contents_of(work.teacher, config.logprobs, config.dtype, work.ends, work.source)
+    contents = contents_of(work.teacher, config.logprobs, config.dtype, work.source)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, report.say):
@@ -141,7 +141,6 @@ class _Work(NamedTuple):
     teacher: Teacher
     prompts: list[list[int]]  # each once
     completions: _Sampled | _Given
-    ends: tuple[int, ...]
     source: dict[str, str]
 
     def pairs(self, start: int, prompts: list[list[int]]) -> Iterator[Pair]:
@@ -185,28 +184,28 @@ def _work(config: CacheConfig, found: Found, train: list[Problem], device: torch
     (rows,) = drop_long_prompts([rows], found.tokenizer, config.max_prompt_length, report)
     prompts = encode_prompts(rows, found.tokenizer)
     distinct = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
-    teacher, sampling = _asked(config, found) if is_asked(config.teacher) else _loaded(config, found, device)
-    _check_prompts(config, teacher, distinct)
+    teacher, sampling = _asked(config, found) if found.asked else _loaded(config, found, device)
+    check_asked_tokens(teacher, config, distinct)
+    check_lengths(config, {config.teacher: teacher.about.positions}, max(map(len, distinct)) + config.max_new_tokens)
     source = {"prompts": _digest(distinct), "prompts_per_step": str(config.prompts_per_step)}
     if config.completion_column:
         given = _given(config, rows, prompts, sampling, found.tokenizer, report)
-        return _Work(
-            teacher, distinct, _Given(given), sampling.eos, {**source, "column": _digest(list(given.values()))}
-        )
+        return _Work(teacher, distinct, _Given(given), {**source, "column": _digest(list(given.values()))})
     assert isinstance(teacher, TeacherInProcess)  # one that is asked has a column
     plain = ("max_new_tokens", "temperature", "vocab_size", "top_k", "top_p", "batch_size")
     source |= {name: str(getattr(sampling, name)) for name in plain}
     source |= {"num_generations": str(config.num_generations), "seed": str(config.seed)}
     source |= {"stop_strings": _digest(sampling.stop_strings)}
     sampled = _Sampled(teacher.model, sampling, config.num_generations, config.seed)
-    return _Work(teacher, distinct, sampled, sampling.eos, source)
+    return _Work(teacher, distinct, sampled, source)
 
 
 def _asked(config: CacheConfig, found: Found) -> tuple[Teacher, Sampling]:
     """A teacher that is asked, and what completions are held against."""
-    teacher, tokenizer = open_teacher(config.teacher), found.tokenizer
-    check_vocabulary(teacher, tokenizer)
-    ends = {tokenizer.eos_token_id, *(token_named("--stop-tokens", name, tokenizer) for name in config.stop_tokens)}
+    assert found.asked is not None
+    teacher, tokenizer = found.asked, found.tokenizer
+    named = (token_named("--stop-tokens", name, tokenizer) for name in config.stop_tokens)
+    ends = {tokenizer.eos_token_id, *teacher.about.ends, *named}
     return teacher, Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -229,19 +228,8 @@ def _loaded(config: CacheConfig, found: Found, device: torch.device) -> tuple[Te
         vocab_size=columns,
     )
     revision = model_digest(found.folders["teacher"])
-    return TeacherInProcess(model, found.tokenizers["teacher"], config.teacher, revision), sampling
-
-
-def _check_prompts(config: CacheConfig, teacher: Teacher, prompts: list[list[int]]) -> None:
-    """Raises InputError for prompts that the teacher cannot read, with a completion behind them."""
-    longest, most = max(map(len, prompts)), teacher.about.positions
-    if most and longest + config.max_new_tokens > most:
-        raise InputError(
-            f"a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens} do not fit the {most} "
-            f"positions of --teacher {config.teacher}"
-        )
-    if (token := max(max(ids) for ids in prompts)) >= teacher.about.vocab_size:
-        raise InputError(f"token {token} of a prompt is none of the {teacher.about.vocab_size} of {config.teacher}")
+    teacher = TeacherInProcess(model, found.tokenizers["teacher"], config.teacher, revision, ends=sampling.eos)
+    return teacher, sampling
 
 
 def _digest(value: Any) -> str:

@@ -25,6 +25,7 @@ from .records.run_folder import check_run_folder
 from .rollout import make_sampling
 from .settings.config import TrainConfig
 from .settings.unread import warnings_of
+from .stored import check_stored, stored_by
 
 
 def dry_run(config: TrainConfig) -> MemoryEstimate:
@@ -53,6 +54,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
         free = config.padding_free
         scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature, padding_free=free)
         check_reading(roles, scoring.outputs, sampling, padding_free=free, half=half)
+    if (stored := stored_by(material.teacher)) is not None:
+        check_stored(stored, material.prompts, config, sampling)
     longest = max(len(ids) for ids in material.prompts)
     memory = estimate_memory(config, *models, longest, processes=_replicas())
     print(settings_text(config))

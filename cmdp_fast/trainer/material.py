@@ -72,7 +72,7 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
     if found.asked is not None:
         check_asked_tokens(found.asked, config, every)
         limits[config.teacher] = found.asked.about.positions
-    _check_lengths(config, limits, longest)
+    check_lengths(config, limits, longest)
     student, teacher, tokenizer = load_pair(config, train, report, found)
     if config.teacher_quantization:
         quantised = teacher.model if isinstance(teacher, TeacherInProcess) else teacher
@@ -111,7 +111,7 @@ def check_asked_tokens(teacher: Teacher, config: TrainConfig, prompts: list[list
         raise InputError(f"token {most} of a prompt is none of the {columns} of --teacher {config.teacher}")
 
 
-def _check_lengths(config: TrainConfig, limits: dict[str, int | None], longest: int) -> None:
+def check_lengths(config: TrainConfig, limits: dict[str, int | None], longest: int) -> None:
     """Raises InputError if a prompt and its completion, of so many tokens, may not fit into the positions of a model,
     of which these are known by its name."""
     for name, limit in limits.items():

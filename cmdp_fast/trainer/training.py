@@ -297,7 +297,7 @@ def _check_records(state: dict[str, Any]) -> None:
     figures = [state["results"][who]["accuracy"] for who in evaluated]
     samples = [sample["completion"] for some in state["samples"].values() for sample in some]
     drawn = [record[name] for name, _ in CURVES for record in state["metrics"]]
-    drawn += [record[name] for _, name in CURVES for record in state["evaluations"]]
+    drawn += [record.get(name) for _, name in CURVES for record in state["evaluations"]]  # some are without a teacher
     if not (
         all(_form(value) in ("number", "NoneType") for value in drawn)  # None: it was not finite
         and _form([*state["seconds"].values()]) == ["number"] * len(state["seconds"])
@@ -350,7 +350,10 @@ def _status(metrics: dict[str, float], constraint: Constraint) -> str:
 
 
 def _describe(result: dict[str, float]) -> str:
-    return (
-        f"accuracy {result['accuracy']:.1%}   within budget {result['constraint_satisfaction']:.1%}   "
-        f"cumulative KL {result['mean_cumulative_kl']:.2f}   length {result['mean_length']:.1f}"
-    )
+    compared = ""  # with the teacher, where it says something of any completion
+    if "mean_cumulative_kl" in result:
+        compared = (
+            f"within budget {result['constraint_satisfaction']:.1%}   "
+            f"cumulative KL {result['mean_cumulative_kl']:.2f}   "
+        )
+    return f"accuracy {result['accuracy']:.1%}   {compared}length {result['mean_length']:.1f}"

@@ -39,7 +39,7 @@ def filled(
     folder: Path, teacher: Teacher, parts: list[Pairs], k: int = 0, dtype: str = "", at_once: int = 64, size: int = 1
 ) -> CachedTeacher:
     """A folder with a shard for each part, opened."""
-    writer = CacheWriter(folder, contents_of(teacher, k, dtype, [2], {"made": "here"}), teacher, size)
+    writer = CacheWriter(folder, contents_of(teacher, k, dtype, {"made": "here"}), teacher, size)
     for part in parts:
         writer.store(part, len({tuple(prompt) for prompt, _ in part}), at_once)
     writer.finish()
@@ -64,7 +64,6 @@ def test_statistics_are_those_of_the_teacher_that_filled_it(family, dtype, tmp_p
     student, batch = tiny(family, seed=1).to(dtype), completions(lengths=(4, 1, 6, 2))
     cached = filled(tmp_path / "c", teacher, [pairs_of(batch)])
     assert cached.about == teacher.about and cached.vocabulary() == teacher.vocabulary()
-    assert cached.completions.ends == (2,)
     for kind in ("tiled", "full"):
         results = []
         for asked in (cached, teacher):
@@ -278,7 +277,7 @@ DAMAGES = {
         lambda folder: write_sealed(folder / "vocabulary.json", {"tokens": {"a": "0"}}),
         r"vocabulary\.json: it is no table of tokens and numbers",
     ),
-    "ends": (resealed(lambda value: value["contents"].update(ends=[-1])), "what ends its completions are no tokens"),
+    "ends": (resealed(lambda value: value["contents"]["about"].update(ends=[101])), "its ends are no tokens"),
     "another head": (another_head, r"head\.safetensors: it is not the head of a teacher"),
     "repeated": (repeated, r"shard-00000.* and shard-00001.*: one row stands there twice, with different outputs"),
     "version": (resealed(lambda value: value.update(version=2)), r"cache\.json: its version is 2, expected 1"),
@@ -294,7 +293,7 @@ DAMAGES = {
     "k": (resealed(lambda value: value["contents"].update(k=3)), "something else than hidden states"),
     "softcap": (resealed(lambda value: value["head"].update(softcap=-1.0)), "the scale or the softcap of its head"),
     "headless": (resealed(lambda value: value.update(head=None)), "none beside hidden states"),
-    "width": (resealed(lambda value: value["contents"]["about"].update(hidden_size=-1)), "sizes or a dtype that no"),
+    "width": (resealed(lambda value: value["contents"]["about"].update(hidden_size=-1)), "sizes that no model has"),
     "name": (resealed(lambda value: value["contents"]["about"].update(model="\x1b[2J")), "no plain text"),
     "unfinished": (resealed(lambda value: value.update(whole=False)), "it is not finished"),
     "other about": (
@@ -386,8 +385,8 @@ def test_what_a_teacher_should_not_say_is_not_stored(outputs, message, tmp_path)
 def test_a_folder_is_begun_by_one_teacher(folder):
     teacher = teacher_of(seed=3)
     with pytest.raises(InputError, match="holds other answers"):
-        CacheWriter(folder, contents_of(teacher, ends=[2], source={"made": "here"}), teacher, 1)
+        CacheWriter(folder, contents_of(teacher, source={"made": "here"}), teacher, 1)
     truncated(folder)
     teacher = teacher_of()
     with pytest.raises(InputError, match=f"{SHARD}: it has .*; remove the folder to begin again"):
-        CacheWriter(folder, contents_of(teacher, ends=[2], source={"made": "here"}), teacher, 1)
+        CacheWriter(folder, contents_of(teacher, source={"made": "here"}), teacher, 1)

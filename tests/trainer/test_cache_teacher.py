@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_pair import PROBLEMS, learner_of, settings, tiny_model, untimed
+from tiny_pair import arguments as arguments_of_train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmdp_fast.cli import main
@@ -32,8 +34,8 @@ from cmdp_fast.trainer.tasks.data import load_problems
 
 def config_of(pair: dict[str, str], folder: Path, **changes) -> CacheConfig:
     """The settings of `settings`, for a cache of which every completion is read by itself."""
-    base = vars(settings(pair, micro_batch_size=1, minibatch_size=6, algorithm="kd"))
-    config = CacheConfig(**{**base, "output": str(folder), **changes})
+    base = vars(settings({**pair, "teacher": "t"}, micro_batch_size=1, minibatch_size=6, algorithm="kd"))
+    config = CacheConfig(**{**base, **pair, "output": str(folder), **changes})
     config.validate()
     return config
 
@@ -95,6 +97,66 @@ def test_a_run_on_stored_outputs_is_that_with_the_loaded_teacher(name, pair, sto
     assert metrics == expected
     assert all(torch.equal(student[name], loaded[name]) for name in loaded)
     assert metrics[0] != metrics[1]
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "kd", "gkd"])
+def test_training_by_the_command_line(algorithm, pair, stored, tmp_path, capsys):
+    """From beginning to end: no figure compares the student's own text with the teacher, which has nothing on it. A run
+    that goes on ends as one that was not stopped."""
+    given = {**pair, "teacher": f"cached:{stored.folder}"}
+    changes = {"algorithm": algorithm, "checkpoint_every": 1, "lr_schedule": "constant"}
+    ends = []
+    for name in ("whole", "resumed"):
+        words = arguments_of_train(given, tmp_path, name=name, **changes, steps=2 if name == "whole" else 1)
+        assert main(words) == 0
+        if name == "resumed":
+            assert main(["train", f"--resume={tmp_path / name}", "--steps=2"]) == 0
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        ends.append([untimed(record) for record in records if "loss" in record or "kl" in record])
+    assert ends[0] == ends[1] and len(ends[0]) == 2
+    printed = capsys.readouterr().out
+    assert "not evaluated" in printed and "within budget" not in printed
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert "mean_cumulative_kl" not in summary["student_after"]
+    assert 0 <= summary["student_after"]["accuracy"] <= 1
+
+
+def test_a_run_does_not_go_on_with_other_completions(pair, tmp_path, capsys):
+    """Nor with another teacher's; and its folder need not be named again."""
+    folder = tmp_path / "cache"
+    cache_teacher(config_of(pair, folder))
+    given = {**pair, "teacher": f"cached:{folder}"}
+    changes = {"algorithm": "kd", "checkpoint_every": 1, "lr_schedule": "constant"}
+    assert main(arguments_of_train(given, tmp_path, **changes, steps=1)) == 0
+    for name, changed in (("drawn", {"seed": 1}), ("spoken", {"teacher": tiny_model(tmp_path / "other", seed=5)})):
+        folder.rename(tmp_path / name)
+        cache_teacher(config_of(pair, folder, **changed))
+        assert main(["train", f"--resume={tmp_path / 'r'}", "--steps=2"]) == 2
+        assert "not what the run began with" in capsys.readouterr().err
+
+
+def test_a_training_on_problems_that_are_not_stored_is_refused(pair, stored, tmp_path, capsys):
+    more = [{**PROBLEMS[0], "prompt": f"{i}+{i}="} for i in range(9)]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*PROBLEMS, *more]))
+    given = {**pair, "teacher": f"cached:{stored.folder}", "dataset": str(data)}
+    words = arguments_of_train(given, tmp_path, algorithm="kd")
+    for more in ([], ["--dry-run"]):
+        assert main([*words, *more]) == 2
+        assert re.search(r" [1-9] of 1[0-9] problems have fewer than --num-generations 4", capsys.readouterr().err)
+    assert not (tmp_path / "r").exists()
+    stored_ones = arguments_of_train({**given, "dataset": pair["dataset"]}, tmp_path, algorithm="kd")
+    assert main([*stored_ones, "--dry-run"]) == 0
+
+
+def test_what_a_cache_cannot_give_is_refused_before_anything_is_read(pair, stored, tmp_path, capsys):
+    """A comparison's figures, and a divergence from log-probabilities alone."""
+    name = f"cached:{stored.folder}"
+    assert main(["compare", f"--output-dir={tmp_path}", "--methods", f"kd:teacher={name}"]) == 2
+    assert "a comparison is of figures" in capsys.readouterr().err
+    folder = cache_teacher(config_of(pair, tmp_path / "k", logprobs=3))
+    assert main(arguments_of_train({**pair, "teacher": f"cached:{folder}"}, tmp_path, algorithm="kd")) == 2
+    assert "answers with log-probabilities: a training needs hidden states" in capsys.readouterr().err
 
 
 def test_off_policy_methods_take_what_the_teacher_has_stored(pair, stored):
@@ -289,7 +351,7 @@ def test_a_folder_of_something_else_is_not_written_to(pair, tmp_path):
 def test_a_teacher_that_is_asked_fills_it_too(pair, tmp_path, monkeypatch):
     """With the same files as the loaded one, of which the completions are those of a column."""
     asked = TeacherInProcess(AutoModelForCausalLM.from_pretrained(pair["teacher"]), tokenizer_of(pair), "far")
-    monkeypatch.setattr("cmdp_fast.trainer.cache_teacher.open_teacher", lambda name: asked)
+    monkeypatch.setattr("cmdp_fast.trainer.models.pair.open_teacher", lambda name, asking: asked)
     folders = [tmp_path / "far", tmp_path / "here"]
     for folder, teacher in zip(folders, ("served:unix:/nowhere", pair["teacher"]), strict=True):
         cache_teacher(config_of({**pair, "teacher": teacher}, folder, completion_column="answer"))
@@ -297,6 +359,6 @@ def test_a_teacher_that_is_asked_fills_it_too(pair, tmp_path, monkeypatch):
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
     other = TeacherInProcess(asked.model, SimpleNamespace(get_vocab=lambda: {"a": 0}), "other")
-    monkeypatch.setattr("cmdp_fast.trainer.cache_teacher.open_teacher", lambda name: other)
+    monkeypatch.setattr("cmdp_fast.trainer.models.pair.open_teacher", lambda name, asking: other)
     with pytest.raises(InputError, match="must share a tokenizer, but token 0"):
         cache_teacher(config_of({**pair, "teacher": "served:x"}, tmp_path / "o", completion_column="answer"))

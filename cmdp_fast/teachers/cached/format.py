@@ -42,6 +42,7 @@ from cmdp_fast.errors import first_line, readable
 from cmdp_fast.heads import Head
 from cmdp_fast.vocabulary import vocabulary_digest
 
+from ..about import LONGEST, about_of
 from ..teacher import TeacherAbout, head_digest
 
 VERSION = 1
@@ -49,7 +50,6 @@ INDEX, VOCABULARY, HEAD = "cache.json", "vocabulary.json", "head.safetensors"
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 TENSORS = {"tokens": torch.int32, "prompt_lengths": torch.int32, "lengths": torch.int32, "places": torch.int64}
-_LONGEST_TEXT = 1000  # characters
 
 
 def shard_name(number: int) -> str:
@@ -68,7 +68,6 @@ class Contents:
     about: TeacherAbout  # as the folder answers
     dtype: str  # of the stored numbers
     k: int  # log-probabilities per token; 0: hidden states
-    ends: tuple[int, ...]  # tokens that end a completion
     source: Mapping[str, str]  # settings of the sampling, digests of the data
 
     @property
@@ -123,6 +122,11 @@ class Index:
     shards: tuple[ShardEntry, ...] = ()
     whole: bool = False  # whether all completions are there
 
+    @property
+    def digest(self) -> str:
+        """sha256 of who answers, and of what is in the shards."""
+        return hashlib.sha256(" ".join([self.contents.digest, *(s.sha256 for s in self.shards)]).encode()).hexdigest()
+
     def as_json(self) -> dict[str, Any]:
         """As it is written."""
         return {
@@ -157,33 +161,18 @@ def read_index(folder: Path) -> Index:
 
 
 def _contents(value: dict[str, Any]) -> Contents:
-    _check_fields(value, {"about": dict, "dtype": str, "k": int, "ends": list, "source": dict}, "contents")
-    about = about_of(value["about"])
+    _check_fields(value, {"about": dict, "dtype": str, "k": int, "source": dict}, "contents")
+    try:
+        about = about_of(value["about"])
+    except ValueError as error:
+        raise Damaged(str(error)) from error
     if value["dtype"] not in DTYPES:
         raise Damaged(f"its dtype is none of {', '.join(DTYPES)}")
     if about.answers != ("topk" if value["k"] else "hidden") or not 0 <= value["k"] <= about.vocab_size:
         raise Damaged("it answers with something else than hidden states, or than k of the teacher's log-probabilities")
-    if not all(type(text) is str and len(text) <= _LONGEST_TEXT for text in value["source"].values()):
+    if not all(type(text) is str and len(text) <= LONGEST for text in value["source"].values()):
         raise Damaged("what its completions come from is no table of texts")
-    if not all(type(token) is int and 0 <= token < 1 << 31 for token in value["ends"]):
-        raise Damaged("what ends its completions are no tokens")
-    return Contents(about, value["dtype"], value["k"], tuple(value["ends"]), value["source"])
-
-
-def about_of(value: dict[str, Any]) -> TeacherAbout:
-    """Who answers, out of JSON. Raises Damaged for anything else."""
-    kinds = {name: int if kind is int else str for name, kind in get_type_hints(TeacherAbout).items()}
-    about = TeacherAbout(**_check_fields(value, kinds, "who answers"))
-    for text in (text for text in value.values() if isinstance(text, str)):
-        if len(text) > _LONGEST_TEXT or readable(text, _LONGEST_TEXT) != text:
-            raise Damaged(f"it says of who answers what is no plain text of up to {_LONGEST_TEXT} characters")
-    if about.answers == "topk":
-        sized = about.hidden_size == 0
-    else:
-        sized = about.answers == "hidden" and 0 < about.hidden_size < 1 << 24
-    if not (sized and about.dtype in DTYPES and 0 < about.vocab_size < 1 << 31 and 0 <= about.positions < 1 << 31):
-        raise Damaged("it says sizes or a dtype that no teacher has")
-    return about
+    return Contents(about, value["dtype"], value["k"], value["source"])
 
 
 def _shard_entry(value: Any) -> ShardEntry:
@@ -336,5 +325,5 @@ def flaw(said: Mapping[str, Tensor], vocab_size: int) -> str:
 
 def cached_about(about: TeacherAbout, k: int) -> TeacherAbout:
     """Who answers, as a cache of hidden states or of k log-probabilities says it."""
-    about = replace(about, model=readable(about.model, _LONGEST_TEXT - 3))  # or it would not be read again
+    about = replace(about, model=readable(about.model, LONGEST - 3))  # or it would not be read again
     return replace(about, answers="topk", head="", hidden_size=0) if k else about

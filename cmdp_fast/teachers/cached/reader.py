@@ -37,8 +37,8 @@ class CachedTeacher(Teacher):
     def __init__(self, folder: Path, index: Index, shards: Sequence[Shard]) -> None:
         self.folder, self.about, self.head = folder, index.contents.about, read_head(folder, index)
         self._dtype, self._nothing = DTYPES[self.about.dtype], index.contents.nothing()
-        self._vocabulary = read_vocabulary(folder, index)
-        self.completions = self._rows = Rows(shards, index.contents.ends)
+        self._vocabulary, self._digest = read_vocabulary(folder, index), index.digest
+        self.completions = self._rows = Rows(shards)
 
     @classmethod
     def open(cls, place: str, asking: Asking) -> CachedTeacher:
@@ -56,6 +56,11 @@ class CachedTeacher(Teacher):
             return cls(folder, index, shards)
         except Damaged as error:
             raise InputError(f"cached:{place}: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """sha256 of who answers, and of all that is stored."""
+        return self._digest
 
     def answer(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> TeacherOutputs:
         since = time.perf_counter()
@@ -96,8 +101,7 @@ class Rows:
     Raises Damaged if the outputs of one row stand there twice, and differ.
     """
 
-    def __init__(self, shards: Sequence[Shard], ends: Sequence[int] = ()) -> None:
-        self.ends = tuple(ends)
+    def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = [shard for shard in shards if len(shard.lengths)]
         self._ends: list[int] = []  # the number of completions in the shards up to each
         by_row, by_prompt = array("q"), array("q")

@@ -43,16 +43,10 @@ Pair = tuple[list[int], list[int]]  # a prompt and one of its completions, token
 _ROWS = 256  # of logits at once, of which there are as many as the vocabulary has tokens
 
 
-def contents_of(
-    teacher: Teacher,
-    k: int = 0,
-    dtype: str = "",
-    ends: Sequence[int] = (),
-    source: Mapping[str, str] | None = None,
-) -> Contents:
+def contents_of(teacher: Teacher, k: int = 0, dtype: str = "", source: Mapping[str, str] | None = None) -> Contents:
     """What a folder holds that is filled by this teacher: ``k`` log-probabilities per token, 0 for hidden states, as
-    ``dtype`` ("": the teacher's own for hidden states, float32 for log-probabilities). Its completions end with
-    ``ends``, and ``source`` says what they come from.
+    ``dtype`` ("": the teacher's own for hidden states, float32 for log-probabilities). ``source`` says what the
+    completions come from.
 
     Raises InputError for what it does not answer with.
     """
@@ -64,7 +58,7 @@ def contents_of(
     dtype = dtype or ("float32" if k else about.dtype)
     if dtype not in DTYPES:
         raise InputError(f"{about.model} computes in {dtype}: name one of {', '.join(DTYPES)} to store")
-    return Contents(cached_about(about, k), dtype, k, tuple(ends), dict(source or {}))
+    return Contents(cached_about(about, k), dtype, k, dict(source or {}))
 
 
 class CacheWriter:

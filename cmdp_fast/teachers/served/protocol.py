@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from cmdp_fast.errors import readable
 from cmdp_fast.heads import Head
 
+from ..about import about_of
 from ..teacher import TeacherAbout
 from .tensors import DTYPES, HEADER, NAMES, Malformed, read, read_json, written
 
@@ -62,22 +63,12 @@ def read_about(content: bytearray) -> TeacherAbout:
         raise Malformed("it does not say who it is; expected a server of cmdp-fast teacher")
     if value.get("protocol") != VERSION:
         raise Malformed(f"it speaks version {readable(str(value.get('protocol')), 20)} of the protocol, not {VERSION}")
-    hints = get_type_hints(TeacherAbout).items()
-    kinds = {name: int if kind is int else list if name == "ends" else str for name, kind in hints}
-    if said.keys() != kinds.keys():
-        raise Malformed(f"it says other things of itself than {', '.join(kinds)}")
-    for name, kind in kinds.items():
-        if type(said[name]) is not kind:
-            raise Malformed(f"its {name} is no {kind.__name__}")
-        if kind is str and (len(said[name]) > _LONGEST_NAME or readable(said[name], _LONGEST_NAME) != said[name]):
-            raise Malformed(f"its {name} is no plain text of up to {_LONGEST_NAME} characters")
-    about = TeacherAbout(**{**said, "ends": tuple(said["ends"])})
-    if len(about.ends) > _MOST_ENDS or not all(type(e) is int and 0 <= e < about.vocab_size for e in about.ends):
-        raise Malformed("its ends are no tokens that it has")
-    if about.answers != "hidden" or not isinstance(getattr(torch, about.dtype, None), torch.dtype):
+    try:
+        about = about_of(said)
+    except ValueError as error:
+        raise Malformed(str(error)) from error
+    if about.answers != "hidden":
         raise Malformed("it answers with something else than hidden states")
-    if not (0 < about.vocab_size < 1 << 31 and 0 < about.hidden_size < 1 << 24 and 0 <= about.positions < 1 << 31):
-        raise Malformed("it has sizes that no model has")
     return about
 
 

@@ -149,6 +149,8 @@ def variant(spec: str, recipe: str) -> Variant:
         check_read(config, changed(config, base))
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+    if config.teacher.startswith("cached:"):
+        raise InputError(f"{source}: a comparison is of figures that --teacher {config.teacher} cannot give")
     return Variant(":".join([Path(method).stem, *([changes] if changes else [])]), method, overrides, config)
 
 

@@ -18,8 +18,8 @@ CURVES = (
 
 
 def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_accuracy: float | None) -> None:
-    """Accuracy, cumulative KL, satisfaction: training batches as lines, evaluations as dots; the teacher's accuracy as
-    a line where it was evaluated."""
+    """Accuracy, cumulative KL, satisfaction: training batches as lines, evaluations, where they have such a figure, as
+    dots; the teacher's accuracy as a line where it was evaluated."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     comparable = constraint.cost == "reverse_kl" and not constraint.per_token
@@ -32,7 +32,8 @@ def plot_curves(path: Path, log: MetricsLog, constraint: Constraint, teacher_acc
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (training, held_out), (title, level, label) in zip(figure.subplots(1, 3), CURVES, panels, strict=True):
         axes.plot([s["step"] for s in log.steps], [s[training] for s in log.steps], lw=1, alpha=0.7, label="training")
-        axes.plot([e["step"] for e in log.evaluations], [e[held_out] for e in log.evaluations], "o-", label="held out")
+        evaluations = [e for e in log.evaluations if held_out in e]
+        axes.plot([e["step"] for e in evaluations], [e[held_out] for e in evaluations], "o-", label="held out")
         if level is not None:
             axes.axhline(level, color="black", ls="--", lw=1, label=label)
         axes.set(title=title, xlabel="step")

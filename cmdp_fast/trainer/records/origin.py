@@ -18,7 +18,7 @@ from typing import Any
 
 from cmdp_fast.digest import Damaged, read_sealed, sha256
 from cmdp_fast.errors import InputError
-from cmdp_fast.teachers.teacher import Teacher, about_digest
+from cmdp_fast.teachers.teacher import Teacher
 
 from ..settings.config import TrainConfig
 
@@ -38,7 +38,7 @@ def origin_of(
     """The digests of some sets of problems, of the models that lie in these folders, or under these hub ids, and of
     what a teacher that is asked says of itself."""
     digests = {"problems": _of_problems(problems), **{role: model_digest(name) for role, name in folders.items()}}
-    return digests if asked is None else {**digests, "teacher": about_digest(asked.about)}
+    return digests if asked is None else {**digests, "teacher": asked.digest}
 
 
 def check_origin(config: TrainConfig, now: Mapping[str, str], say: Callable[[str], None]) -> None:

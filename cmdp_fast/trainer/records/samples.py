@@ -22,8 +22,10 @@ def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
         lines += [heading, "=" * len(heading)]
         for s in samples:
             verdict = {True: "right", False: "wrong", None: "not judged"}[s["correct"]]
-            budget = "within budget" if s["feasible"] else "OVER BUDGET"
-            text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}, {s['cumulative']:.2f}, {budget}]"
+            account = ""  # where a teacher was asked about it
+            if "cumulative" in s:
+                account = f", {s['cumulative']:.2f}, {'within budget' if s['feasible'] else 'OVER BUDGET'}"
+            text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}{account}]"
             lines.append(without_controls(text))
         lines.append("")
     return "\n".join(lines)

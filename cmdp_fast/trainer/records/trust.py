@@ -71,7 +71,8 @@ def check_unchanged(now: TrainConfig, recorded: dict[str, str]) -> None:
 
 def _naming_code(config: TrainConfig) -> list[str]:
     code = [name for name in CODE if getattr(config, name) is True or _functions(getattr(config, name))]
-    asked = ["teacher"] if config.asks_teacher else []
+    on_disk = config.teacher.startswith("cached:")  # which is read, as other teachers' folders are
+    asked = ["teacher"] if config.asks_teacher and not on_disk else []
     return code + asked + [name for name in PLACES if getattr(config, name) != getattr(TrainConfig, name)]
 
 

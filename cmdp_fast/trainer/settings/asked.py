@@ -5,10 +5,11 @@ from __future__ import annotations
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.open import is_asked
 
+from ..methods import METHODS
 from .models import ModelSettings
 
 
-def check_teacher(settings: ModelSettings, algorithm: str, samples_teacher: str) -> None:
+def check_teacher(settings: ModelSettings, algorithm: str, samples_teacher: str, trains: bool) -> None:
     """Raises InputError for a teacher that is asked where it would have to be sampled, and for settings of the one kind
     of teacher with the other; nothing is asked.
 
@@ -26,6 +27,12 @@ def check_teacher(settings: ModelSettings, algorithm: str, samples_teacher: str)
         if value := getattr(settings, option):
             flag = option.replace("_", "-")
             raise InputError(f"--{flag} {value}: --teacher {name} is not loaded here, it is asked")
+    if name.startswith("cached:") and not (trains and METHODS[algorithm].stored):
+        stored = " or ".join(each for each, entry in METHODS.items() if entry.stored)
+        raise InputError(
+            f"--teacher {name} answers for the completions alone that it has stored: it is for a training with "
+            f"--algorithm {stored}"
+        )
     if samples_teacher == "mixture":
         raise InputError(f"--teacher {name} cannot be sampled: {algorithm} needs --teacher-mix 0 with it")
     if samples_teacher == "text" and not name.startswith("cached:"):

@@ -93,14 +93,7 @@ class TrainConfig(
         _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
         check_rollout(self, self.rollout, self.mixes_teacher, self.lora_rank)
         samples = "mixture" if self.mixes_teacher else "" if self.entry.on_policy else "text"
-        check_teacher(self, self.algorithm, samples if self.TRAINS else "")
-        if self.teacher.startswith("cached:"):
-            stored = " or ".join(name for name, entry in METHODS.items() if entry.stored)
-            _check(
-                self.TRAINS and self.entry.stored,
-                f"--teacher {self.teacher} answers for the completions alone that it has stored: it is for a training "
-                f"with --algorithm {stored}",
-            )
+        check_teacher(self, self.algorithm, samples if self.TRAINS else "", self.TRAINS)
         if self.kind == "worst_case":
             _check(
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"
