@@ -175,7 +175,7 @@ def test_a_run_samples_ahead_and_its_evaluations_do_not(server, pair, tmp_path):
 
 def test_an_engine_that_dies_is_named_in_time(server, pair, held, tmp_path):
     """The last test of the server: its core is killed. What is asked then ends with a line, and the server ends too."""
-    learner, rows, prompts = learner_of(on(server, pair, tmp_path, rollout_timeout=60.0), held)
+    learner, rows, prompts = learner_of(on(server, pair, tmp_path, rollout_timeout=20.0), held)
     learner.step(rows, prompts)
     [core] = [each for each in _family(server) if "EngineCore" in " ".join(each.cmdline())]
     core.kill()
