@@ -23,6 +23,7 @@ if INTERPRETED:
     import interpreter
 
     interpreter.look_once_a_launch()
+    interpreter.look_types_up_once()
     interpreter.round_once()
 
 
