@@ -1,7 +1,7 @@
 """Processes of a check, forked from a server that has imported what they need and has run no test.
 
-In a process that was forked after thousands of tests PyTorch's collectives have crashed, and one that starts anew imports
-for seconds.
+In a process that was forked after thousands of tests PyTorch's collectives have crashed, and one that starts anew
+imports for seconds.
 """
 
 from __future__ import annotations
