@@ -56,9 +56,18 @@ class HttpClient:
     def answers(self, path: str) -> bool:
         """Whether a page is there, asked once."""
         try:
-            return self._session.get(f"{self._base}/{path}", headers=self._headers, timeout=CONNECT).status_code == 200
+            return self.found(path)
         except requests.RequestException:
             return False
+
+    def found(self, path: str) -> bool:
+        """The same, and raises the error of requests where there is no answer."""
+        seconds = min(CONNECT, self.seconds)
+        return self._session.get(f"{self._base}/{path}", headers=self._headers, timeout=seconds).status_code == 200
+
+    def late(self) -> str:
+        """What is said of a server that has not answered in time."""
+        return f"has not answered in {self.seconds:g} s ({self._setting})"
 
     def ask(
         self, method: str, path: str, body: bytes | Mapping[str, Any] | None = None, longest: int | None = None
@@ -79,7 +88,7 @@ class HttpClient:
                 why = f"cannot be reached: no connection in {CONNECT:g} s"
             except (requests.RequestException, HTTPError, OSError) as error:
                 if isinstance(error, (requests.Timeout, ReadTimeoutError)) or time.monotonic() > until:
-                    why = f"has not answered in {self.seconds:g} s ({self._setting})"
+                    why = self.late()
                     break
                 why = f"cannot be reached: {_cause(error)}"
             if wait is None or time.monotonic() + wait > until or (self.gone and self.gone()):

@@ -13,6 +13,8 @@ from helpers import poisoned_memory
 import cmdp_fast as cf
 from cmdp_fast.ops.backends import INTERPRETED
 
+TESTS = Path(__file__).parent
+WITH_KERNELS = ("bench", "csrc", "kernels", "ops")  # where .ci/run collects the tests of the GPU kernels
 MARKS = {"triton": [pytest.mark.triton], "cuda": [pytest.mark.cuda]}
 BACKENDS = [
     pytest.param(name, marks=MARKS.get(name, []))
@@ -23,6 +25,7 @@ if INTERPRETED:
     import interpreter
 
     interpreter.look_once_a_launch()
+    interpreter.look_types_up_once()
     interpreter.round_once()
 
 
@@ -30,7 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
+def of_kernels(item: pytest.Item) -> bool:
+    return "backend" in getattr(item, "fixturenames", ()) or any(item.get_closest_marker(name) for name in MARKS)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if of_kernels(item) and not any(TESTS / folder in item.path.parents for folder in WITH_KERNELS):
+            raise pytest.UsageError(
+                f"{item.nodeid} is of the GPU kernels, whose tests stand in {', '.join(WITH_KERNELS)}"
+            )
     # On the GPU backends float64 logits are an error that names the torch backend (test_float64_is_left_to_pytorch), so
     # the float64 cases of the shared suite have nothing to run there; a scan takes float64 (mark `scan`). Likewise
     # operations without a CUDA kernel (test_only_some_operations_have_a_cuda_kernel): marks `mixture` and `tiles`.
@@ -72,7 +84,7 @@ def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def vectors() -> dict[str, Any]:
     """The numbers of tests/vectors, by file name."""
-    folder = Path(__file__).parent / "vectors"
+    folder = TESTS / "vectors"
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 

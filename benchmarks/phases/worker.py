@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.look_once_a_launch()
+    interpreter.look_types_up_once()
     interpreter.round_once()
 
 

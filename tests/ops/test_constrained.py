@@ -34,8 +34,9 @@ def in_turn(x, y, tokens, reward, budget, cost, kind, *, mask, cu_seqlens=None, 
 
 
 def pairs():
+    """Interpreted, every cost and every kind: the kernel of one knows nothing of the other."""
     for cost, kind in itertools.product(COSTS, KINDS):
-        if kind != "worst_case" or cost == "nll":
+        if (kind != "worst_case" or cost == "nll") and (not INTERPRETED or cost == "nll" or kind == "cmdp"):
             yield cost, kind
 
 
@@ -89,7 +90,7 @@ def test_a_clamp_that_would_take_a_gradient_is_refused():
         ("barrier", {"coefficient": 0.3, "barrier_slope": 4.0, "per_token": True}),
     ],
 )
-@pytest.mark.parametrize("cost", ["jsd", "reverse_kl"])
+@pytest.mark.parametrize("cost", ["jsd"] if INTERPRETED else ["jsd", "reverse_kl"])
 def test_every_setting_reaches_its_part(kind, extra, cost, backend):
     x, y, tokens, reward, mask = batch()
     tokens, logits = tokens % 30, {"temperature": 0.7, "vocab_size": 30, "backend": backend}

@@ -120,7 +120,7 @@ def test_no_worse_than_linear_layers_under_autocast(operation, dtype, backend):
         assert error < theirs / 8
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALVES[:1] if INTERPRETED else HALVES)
 @pytest.mark.parametrize("operation", [statistics, mixture])
 def test_the_backward_pass_has_the_factors_of_the_forward_pass(operation, dtype, backend):
     inputs = make_inputs(rows=(6,), vocab=50, biased=True)
@@ -160,7 +160,7 @@ def test_float64_is_left_alone(operation, teacher, backend):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("outside", [True] if INTERPRETED else [False, True])
 @pytest.mark.parametrize("operation", [statistics, mixture])
 def test_compile_gives_equal_results(operation, outside, backend):
     """Autocast around the compiled function, or inside it. Around it, without autocast it is another graph."""

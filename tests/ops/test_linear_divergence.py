@@ -13,6 +13,7 @@ import cmdp_fast as cf
 from cmdp_fast import reference
 from cmdp_fast.ops import linear_divergence as operation
 from cmdp_fast.ops import tile_size
+from cmdp_fast.ops.backends import INTERPRETED
 from cmdp_fast.ops.divergence import plain_kl
 
 pytestmark = [pytest.mark.tiles, pytest.mark.mixture]
@@ -70,10 +71,11 @@ def check(inputs, backend, kind="jsd", beta=0.3, **options):
 @pytest.mark.parametrize("kind, beta", KINDS)
 @pytest.mark.parametrize("vocab", [1, 37, 768, 1700])
 def test_values_and_gradients_whatever_the_tiles(vocab, kind, beta, tiles, backend):
-    if backend == "triton" and (
-        vocab > 40 * tile_size.COLUMNS or (vocab > 37 and (vocab, kind, beta) != (1700, "jsd", 0.5))
-    ):
+    usual = (kind, beta) == ("jsd", 0.5)
+    if backend == "triton" and (vocab > 40 * tile_size.COLUMNS or (vocab > 37 and (vocab != 1700 or not usual))):
         pytest.skip("a hundred tiles take the interpreter a minute")
+    if INTERPRETED and backend == "triton" and not usual and (vocab == 1 or vocab < tile_size.COLUMNS):
+        pytest.skip("interpreted, each kind folds three tiles; one kind has all sizes")
     check(inputs_of(rows=(3, 5), vocab=vocab), backend, kind, beta)
 
 
@@ -83,7 +85,7 @@ def test_every_pair_of_dtypes(student, teacher, tiny_tiles, backend):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", [True] if INTERPRETED else [False, True])
 @pytest.mark.parametrize("kind, beta", MIXTURES)
 def test_scale_softcap_and_temperature(kind, beta, biased, options, tiny_tiles, backend):
     check(inputs_of(biased=biased), backend, kind, beta, **options)

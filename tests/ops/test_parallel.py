@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from forked import in_processes
 from helpers import make_logits
 from parallel_worker import BOUNDS, run
 
@@ -12,7 +13,7 @@ import cmdp_fast as cf
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch was built without gloo")
 @pytest.mark.parametrize("world", list(BOUNDS))
 def test_columns_on_several_ranks(world, tmp_path):
-    torch.multiprocessing.spawn(run, args=(world, str(tmp_path / "store")), nprocs=world)
+    in_processes(world, run, str(tmp_path / "store"))
 
 
 def test_a_first_column_without_a_group_is_refused():

@@ -20,10 +20,12 @@ import cmdp_fast as cf
 from cmdp_fast.ops.backends import INTERPRETED
 
 INF, NAN = torch.inf, torch.nan
-WIDTHS = (5, 5000) if INTERPRETED else (5, 130, 5000)
+PLACES = [(width, column) for width in (5, 130, 5000) for column in (0, width // 2, width - 1)]
+if INTERPRETED:  # in what is no whole tile, in the first, in the tail
+    PLACES = [(5, 2), (5000, 0), (5000, 4999)]
 
 
-@pytest.fixture(params=[(width, column) for width in WIDTHS for column in (0, width // 2, width - 1)])
+@pytest.fixture(params=PLACES)
 def place(request):
     """(width, column): where the special value stands."""
     return request.param

@@ -1,7 +1,8 @@
 """Triton's interpreter, made quick enough for a test suite, and to round as a GPU does.
 
 At every call of a helper from a kernel the interpreter looks through all of `triton.language` for functions to replace,
-although the launch has replaced them already; nine tenths of the time go there. Here it looks once a launch.
+although the launch has replaced them already; nine tenths of the time go there. Here it looks once a launch. Under
+which names a module knows the language, and how a type is stored, it looks up once.
 
 Before Triton 3.9 its `tl.fma` multiplies and adds, and rounds twice. Compiled code of every version rounds once
 (fma.rn.f32), and the kernels count on it: where all logits are far from 0, the rounding of L x would be all that is
@@ -17,12 +18,17 @@ from triton.runtime import interpreter
 
 def look_once_a_launch() -> None:
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    named: dict[int, tuple[str, ...]] = {}  # of the names of a module, which stay where they are
     looked: dict[tuple[str, ...], Any] = {}
 
+    def languages_of(names):
+        return tuple(sorted(k for k, v in names.items() if v in (interpreter.tl, interpreter.tl.core)))
+
     def patch_once(function):
-        languages = tuple(
-            sorted(k for k, v in function.__globals__.items() if v in (interpreter.tl, interpreter.tl.core))
-        )
+        names = function.__globals__
+        languages = named.get(id(names))
+        if languages is None:
+            languages = named[id(names)] = languages_of(names)
         if languages not in looked:
             looked[languages] = patch(function)
         return looked[languages]
@@ -33,6 +39,19 @@ def look_once_a_launch() -> None:
 
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch_afresh
+
+
+def look_types_up_once() -> None:
+    """By the name of a block's elements: pointers and blocks have no hash."""
+    stored_as, known = interpreter._get_np_dtype, dict[str, np.dtype]()
+
+    def stored_as_once(kind):
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = stored_as(kind)
+        return known[name]
+
+    interpreter._get_np_dtype = stored_as_once
 
 
 def round_once() -> None:

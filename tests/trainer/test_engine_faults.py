@@ -206,10 +206,26 @@ def test_a_part_of_the_weights_that_did_not_arrive_is_seen(pair, server, held, t
         step()
 
 
-def test_a_server_that_hangs_is_waited_for_so_long(pair, server, held, tmp_path):
+@pytest.mark.parametrize(
+    "health, said",
+    [
+        (200, r"has not answered in 0.5 s \(--rollout-timeout\)"),
+        (503, r"is not there, or its engine has died \(GET /health\): no answer in 0.5 s \(POST /v1/completions\)"),
+    ],
+)
+def test_a_server_that_hangs_is_waited_for_so_long(pair, server, held, tmp_path, health, said):
+    """And its health tells whether an answer may be expected of it at all."""
     _, step = stepper(engine_settings(pair, server, tmp_path, rollout_timeout=0.5), held)
-    server.fault = only("/v1/completions", lambda *_: time.sleep(2))
-    with pytest.raises(InputError, match=r"has not answered in 0.5 s \(--rollout-timeout\)"):
+    hung = threading.Event()
+
+    def hangs(path, body, answer):
+        if path == "/v1/completions" and "prompt_logprobs" not in body:
+            hung.set()
+            time.sleep(2)
+        return (health, {}) if path == "/health" and hung.is_set() else answer
+
+    server.fault = hangs
+    with pytest.raises(InputError, match=said):
         step()
 
 

@@ -7,10 +7,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import requests
+
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.http_client import HttpClient
 
 from ..settings.config import TrainConfig
+
+DEAD = "is not there, or its engine has died (GET /health)"
 
 
 class Client(HttpClient):
@@ -34,7 +38,16 @@ class Client(HttpClient):
     def check(self) -> None:
         """Raises InputError if it is not in health: a server whose engine has died may answer nothing any more."""
         if not self.answers("health"):
-            raise InputError(self.settled() or f"{self.name} is not there, or its engine has died (GET /health)")
+            raise InputError(self.settled() or f"{self.name} {DEAD}")
+
+    def late(self) -> str:
+        """vLLM leaves a call that was made as its engine died without an answer, and only its health tells. A server
+        that leaves that question open too is slow, or hangs."""
+        try:
+            dead = not self.found("health")
+        except requests.RequestException as error:
+            dead = not isinstance(error, requests.Timeout)
+        return f"{DEAD}: no answer in {self.seconds:g} s" if dead else super().late()
 
 
 def client_of(url: str, config: TrainConfig, gone: Callable[[], str] = lambda: "") -> Client:
