@@ -34,7 +34,9 @@ from cmdp_fast.ops.linear_constrained import linear_constrained_reward
 from cmdp_fast.ops.linear_divergence import linear_divergence
 from cmdp_fast.ops.token_state import TokenState
 from cmdp_fast.ops.token_stats import dropped_teacher_mass, token_stats
+from cmdp_fast.ops.topk_stats import topk_stats
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
+from cmdp_fast.topk_bounds import TopkStats
 
 operator.seal()
 
@@ -47,6 +49,7 @@ __all__ = [
     "Head",
     "TokenState",
     "TokenStats",
+    "TopkStats",
     "available_backends",
     "budget_trace",
     "constrained_reward",
@@ -61,4 +64,5 @@ __all__ = [
     "modified_reward",
     "token_cost",
     "token_stats",
+    "topk_stats",
 ]
