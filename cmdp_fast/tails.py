@@ -29,10 +29,10 @@ class TailState(NamedTuple):
 class Tail(NamedTuple):
     """Rows of logits as all that follows needs them, relative to ``reference``, in float64."""
 
-    reference: Tensor  # [...] what has been taken from x, l_v, l_a and the others: 0 where a row is masked
+    reference: Tensor  # [...] m; NaN for a row that is no use, of which all that follows is 0, as that of a masked row
     listed: Tensor  # [..., k] x - m of the listed columns, -inf where absent
     own: Tensor  # [...] x - m of the token
-    log_mass: Tensor  # [...] log sum e^(x-m) of the tail; -inf if it weighs nothing, NaN for a row that is no use
+    log_mass: Tensor  # [...] log sum e^(x-m) of the tail; -inf if it weighs nothing
     entropy: Tensor  # [...] of the distribution within the tail, in nats; 0 if it weighs nothing
     lowest: Tensor  # [...] min (x-m) of the tail; +inf if it has no column
 
@@ -59,25 +59,23 @@ def merged(mine: Tensor, theirs: Tensor) -> Tensor:
 
 
 def finished(state: TailState, mask: Tensor | None = None) -> Tail:
-    """The state of all columns, relative to a reference: m, or the largest listed logit where the tail has no weight.
+    """The state of all columns, relative to m, or to the largest listed logit where the tail has no weight.
 
-    Rows ``[rows]`` that the mask leaves out are 0 throughout. ``log_mass`` is NaN, too, where a listed logit is NaN or
-    +inf, and where the row is -inf throughout.
+    ``mask [rows]``: False for rows that have not been read. No use is a row with a NaN or +inf, or of -inf throughout.
     """
     m, z, h, low = state.fields.unbind(-1)
     weightless = z == 0
     highest = torch.cat([state.listed, state.own[:, None]], -1).amax(-1)
     m = torch.where(weightless, highest, m)
-    unusable = ~(z < torch.inf) | ~(highest < torch.inf) | ~m.isfinite()
-    m = torch.where(m.isfinite(), m, 0.0)
+    of_no_use = ~(z < torch.inf) | ~(highest < torch.inf) | ~m.isfinite()
     values = (
-        m,
         state.listed - m[:, None],
         state.own - m,
-        z.log().masked_fill(unusable, torch.nan),
+        z.log(),
         torch.where(weightless, 0.0, z.log() - h / z).clamp(min=0),
         low - m,
     )
-    if mask is not None:
-        values = tuple(t.masked_fill(~mask if t.dim() == 1 else ~mask[:, None], 0.0) for t in values)
-    return Tail(*values)
+    absent = of_no_use if mask is None else of_no_use | ~mask
+    values = tuple(t.masked_fill(absent.reshape(-1, *[1] * (t.dim() - 1)), 0.0) for t in values)
+    m = m.masked_fill(of_no_use, torch.nan)
+    return Tail(m if mask is None else m.masked_fill(~mask, 0.0), *values)

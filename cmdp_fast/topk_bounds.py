@@ -1,4 +1,4 @@
-r"""What a teacher's k most likely tokens say about the divergence of a student: bounds of both KLs, from below and above.
+"""What a teacher's k most likely tokens say about its divergence from a student: bounds of both KLs on both sides.
 
 A teacher that runs elsewhere sends the log-probabilities of some tokens S, as a rule its k most likely ones. Of all
 others, the tail T, only the sum is known: W = w(T) = 1 - w(S). The student's row is at hand, so p(S), P = p(T), the
@@ -39,10 +39,10 @@ is reached by w = min(c, l p) (water-filling). Finding l takes the tail in sorte
 The token that was sampled is at hand, and taking it out of the bucket would raise the bound too; but then the cost
 of a state would depend on the action that was drawn there.
 
-**Rounding makes no bound false.** A log-probability of the teacher is known to d = eps max(1, |log w|), eps of its dtype:
-one half for storing it, one for the log-normaliser that it came from. (A log-softmax that adds up in sequence is worse,
-and the premise does not hold: PyTorch's in float32 on a CPU missed tails by 4e-5 at V = 152,064.) So w is known by a
-factor e^d, and W to e_W = sum_S w (e^d - 1): about 1e-7 in float32, .01 in bfloat16. The student's log-probabilities
+**Rounding makes no bound false.** A log-probability of the teacher is known to d = eps max(1, |log w|), eps that of its
+dtype: one half for storing it, one for the log-normaliser that it came from. (Of a log-softmax that adds up in sequence
+this is not true: PyTorch's in float32 on a CPU missed tails by 4e-5 at V = 152,064.) So w is known by a factor e^d, and
+W to e_W = sum_S w (e^d - 1): about 1e-7 in float32, .01 in bfloat16. The student's log-probabilities
 have few roundings, u max(1, |log p|) with u = 8 eps of float32, or (8 + sqrt V) eps in float64, where kernels add in
 sequence. (The logits count as they are given; what made them is no matter.) Each term then moves by at most the
 length of its interval times the largest derivative there:

@@ -1,8 +1,8 @@
 """Statistics of every token from a teacher's k most likely ones, from one pass over the student's logits.
 
-    operator (a backend):  the row without the listed columns, as a state of 4 numbers; the listed logits and the token's
-    here, float64 [..., k]: everything that follows from those, and by autograd its derivatives
-    operator (a backend):  one pass that writes p_T (constant + slope log p_T), and the listed columns
+    a backend:               the row without the listed columns, as 4 numbers; the listed logits and the token's
+    here, float64 [..., k]:  everything that follows from those, and by autograd its derivatives
+    a backend:               one pass that writes p_T (constant + slope log p_T), and the listed columns
 
 Bounds and proofs stand in `cmdp_fast.topk_bounds`, the state in `cmdp_fast.tails`.
 """
@@ -87,22 +87,35 @@ def topk_stats(
 
     Source: this project's own; the bucket is the data-processing inequality of Kullback and Leibler 1951.
     """
-    vocab = check_student(student_logits, vocab_size)
+    vocab = checks.logits(student_logits, student_logits, vocab_size)
     check_topk(topk_ids, topk_logprobs, tokens, student_logits, "student_logits")
-    check_settings(tokens, mask, temperature, top_k, min_logprob)
-    chosen = backends.choose_for_logits(backend, student_logits, compute_dtype(student_logits), "topk_stats")
-    ids, teacher = topk_bounds.teacher_terms(
-        topk_ids, topk_logprobs, vocab=vocab, top_k=top_k, min_logprob=min_logprob, mask=mask
-    )
-    rows = ListedRows(unit_stride(student_logits), ids, tokens, mask, float(temperature), vocab)
-    tail = _tail_of_logits(_Given(rows, chosen))
-    return statistics(tail, teacher, rows, compute_dtype(student_logits), compute_dtype(student_logits, topk_logprobs))
+    computed = compute_dtype(student_logits)
+    settings = Settings(mask, temperature, vocab, top_k, min_logprob)
+    chosen = backends.choose_for_logits(backend, student_logits, computed, "topk_stats")
+    message = received(topk_ids, topk_logprobs, tokens, settings)
+    rows = ListedRows(unit_stride(student_logits), message.ids, tokens, mask, float(temperature), vocab)
+    return statistics(_tail_of_logits(_Given(rows, chosen)), message, computed)
 
 
-def check_student(logits: Tensor, vocab_size: int | None) -> int:
-    """Checks the student's logits and returns the number of columns that count."""
-    checks.tensor("student_logits", logits)
-    return checks.logits(logits, logits, vocab_size)
+class Settings(NamedTuple):
+    """The settings of `topk_stats`."""
+
+    mask: Tensor | None
+    temperature: float
+    vocab: int  # columns that count
+    top_k: int | None
+    min_logprob: Tensor | float | None
+
+
+class Message(NamedTuple):
+    """What a teacher has sent, checked and in order."""
+
+    ids: Tensor  # [..., k] int64, ascending, -1 where absent
+    teacher: TeacherTerms
+    tokens: Tensor
+    mask: Tensor | None
+    vocab: int
+    dtype: torch.dtype  # of its log-probabilities
 
 
 def check_topk(ids: Tensor, logprobs: Tensor, tokens: Tensor, student: Tensor, name: str) -> None:
@@ -124,9 +137,9 @@ def check_topk(ids: Tensor, logprobs: Tensor, tokens: Tensor, student: Tensor, n
             )
 
 
-def check_settings(
-    tokens: Tensor, mask: Tensor | None, temperature: float, top_k: int | None, min_logprob: Tensor | float | None
-) -> None:
+def received(ids: Tensor, logprobs: Tensor, tokens: Tensor, settings: Settings) -> Message:
+    """What a teacher has sent, of which `check_topk` has made sure; checks the settings."""
+    mask, temperature, vocab, top_k, min_logprob = settings
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
     if top_k is not None:
@@ -146,34 +159,32 @@ def check_settings(
         checks.number("min_logprob", min_logprob)
         if not min_logprob <= 0:
             raise ValueError(f"min_logprob must be the logarithm of a probability, at most 0, got {min_logprob}")
+    columns, teacher = topk_bounds.teacher_terms(
+        ids, logprobs, vocab=vocab, top_k=top_k, min_logprob=min_logprob, mask=mask
+    )
+    return Message(columns, teacher, tokens, mask, vocab, logprobs.dtype)
 
 
-def statistics(
-    tail: Tail, teacher: TeacherTerms, rows: ListedRows, computed: torch.dtype, dtype: torch.dtype
-) -> TopkStats:
+def statistics(tail: Tail, message: Message, computed: torch.dtype) -> TopkStats:
     """What follows from the state of each row, in float64; ``computed``: the dtype that it was folded in."""
-    log_mass, tail_entropy, listed, own = tail.log_mass, tail.entropy, tail.listed, tail.own
-    broken = log_mass.isnan()
-    # Taken out before the arithmetic, whose derivatives would be NaN even for a row that gets no gradient.
-    log_mass, tail_entropy, own, lowest = (
-        torch.where(broken, 0.0, t) for t in (log_mass, tail_entropy, own, tail.lowest)
-    )
-    listed = torch.where(broken[..., None], 0.0, listed)
-    normalizer = torch.cat([listed, log_mass[..., None]], -1).logsumexp(-1)
+    tokens, mask, vocab = message.tokens, message.mask, message.vocab
+    dtype = torch.float64 if message.dtype == torch.float64 else computed
+    normalizer = torch.cat([tail.listed, tail.log_mass[..., None]], -1).logsumexp(-1)
     student = StudentTerms(
-        listed - normalizer[..., None],
-        log_mass - normalizer,
-        tail_entropy,
-        (lowest - normalizer).detach(),
-        topk_bounds.student_rounding(computed, rows.width),
+        tail.listed - normalizer[..., None],
+        tail.log_mass - normalizer,
+        tail.entropy,
+        (tail.lowest - normalizer).detach(),
+        topk_bounds.student_rounding(computed, vocab),
     )
-    stats = topk_bounds.statistics(student, teacher, own - normalizer, dtype)
-    known = (rows.tokens >= 0) & (rows.tokens < rows.width)
-    poison = torch.where(broken, torch.nan, 0.0).to(dtype)
-    mass = stats.teacher_mass
-    stats = TopkStats(*(value + poison for value in stats))
-    stats = stats._replace(logprob=torch.where(known, stats.logprob, torch.nan), teacher_mass=mass)
-    return stats if rows.mask is None else TopkStats(*(torch.where(rows.mask, value, 0.0) for value in stats))
+    stats = topk_bounds.statistics(student, message.teacher, tail.own - normalizer, dtype)
+    # added: the gradient that arrives is not NaN because of it, and a row that gets none is not read again
+    poison = torch.where(tail.reference.isnan(), torch.nan, 0.0).to(dtype)
+    of_student = {name: getattr(stats, name) + poison for name in TopkStats._fields if name != "teacher_mass"}
+    stats = stats._replace(**of_student)
+    known = (tokens >= 0) & (tokens < vocab)
+    stats = stats._replace(logprob=torch.where(known, stats.logprob, torch.nan))
+    return stats if mask is None else TopkStats(*(torch.where(mask, value, 0.0) for value in stats))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -201,7 +212,7 @@ def _tail_of_logits(given: _Given) -> Tail:
 
 def shaped(tail: Tail, shape: torch.Size) -> Tail:
     """The fields ``[rows, *]`` as ``[..., *]``."""
-    return Tail(*(t.reshape(*shape, *t.shape[1:]) for t in tail))
+    return Tail(*(t.reshape((*shape, *t.shape[1:])) for t in tail))
 
 
 @_tail_of_logits.shapes
@@ -215,16 +226,24 @@ def tail_room(ids: Tensor) -> Tail:
     return Tail(*(ids.new_empty(shape, dtype=torch.float64) for shape in shapes))
 
 
-class _Kept(NamedTuple):
-    given: _Given
+class FoldedTail(NamedTuple):
+    """What the backward pass needs of a `Tail`."""
+
     reference: Tensor
     log_mass: Tensor
     entropy: Tensor
 
 
-@_tail_of_logits.gradient(
-    of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given, made.reference, made.log_mass, made.entropy)
-)
+def folded(tail: Tail) -> FoldedTail:
+    return FoldedTail(tail.reference, tail.log_mass, tail.entropy)
+
+
+class _Kept(NamedTuple):
+    given: _Given
+    tail: FoldedTail
+
+
+@_tail_of_logits.gradient(of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given, folded(made)))
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
     return {"rows_student": _tail_of_logits_backward(_Upward(backward.kept, TailUpstream(*backward.upstream)))}
 
@@ -245,9 +264,9 @@ class _Upward(NamedTuple):
 
 @operator("tail_of_logits_backward")
 def _tail_of_logits_backward(given: _Upward) -> Tensor:
-    (rows, backend), reference, log_mass, entropy = given.kept
+    (rows, backend), tail = given.kept
     out = in_huge_pages(rows.student.new_empty(rows.student.shape))
-    gradient = tail_gradient(rows.ids, rows.tokens, reference, log_mass, entropy, given.upstream, 1 / rows.temperature)
+    gradient = tail_gradient(rows.ids, rows.tokens, tail, given.upstream, 1 / rows.temperature)
     backends.get(backend).tail_backward(rows, gradient, out)
     return out
 
@@ -258,20 +277,13 @@ def _(given: _Upward) -> Tensor:
     return student.new_empty(student.shape)
 
 
-def tail_gradient(
-    ids: Tensor,
-    tokens: Tensor,
-    reference: Tensor,
-    log_mass: Tensor,
-    entropy: Tensor,
-    upstream: TailUpstream,
-    factor: float,
-) -> TailGradient:
+def tail_gradient(ids: Tensor, tokens: Tensor, tail: FoldedTail, upstream: TailUpstream, factor: float) -> TailGradient:
     """The numbers that the gradient of each row is made of, times a factor.
 
     With p_T the distribution within the tail, d log_mass / dx = p_T and d entropy / dx = -p_T (log p_T + entropy).
     """
-    rows = tokens.numel()
+    reference, log_mass, entropy = (t.reshape(-1) for t in tail)
+    rows = len(reference)
 
     def arrived(g: Tensor | None) -> Tensor:
         return reference.new_zeros(rows) if g is None else g.reshape(rows) * factor
@@ -281,16 +293,9 @@ def tail_gradient(
     listed = listed.reshape(rows, ids.shape[-1])
     is_token = ids.reshape(listed.shape) == tokens.reshape(rows, 1)
     listed = listed + torch.where(is_token, own[:, None], 0.0)
-    log_mass, entropy = log_mass.reshape(rows), entropy.reshape(rows)
     constant = of_mass - torch.where(of_entropy == 0, 0.0, of_entropy * entropy)
     read = (constant != 0) | (of_entropy != 0) | (own != 0) | (listed != 0).any(-1)
-    # a NaN in the tail is one in all of the row that gets a gradient
-    listed = torch.where((log_mass.isnan() & read)[:, None], torch.nan, listed)
-    return TailGradient(
-        reference.reshape(rows).contiguous(),
-        log_mass.contiguous(),
-        constant.contiguous(),
-        -of_entropy.contiguous(),
-        own.contiguous(),
-        listed.contiguous(),
-    )
+    # of a row that is no use the backends make NaN
+    listed = torch.where((reference.isnan() & read)[:, None], torch.nan, listed)
+    numbers = (reference, log_mass, constant, -of_entropy, own, listed)
+    return TailGradient(*(t.contiguous() for t in numbers))
