@@ -115,14 +115,15 @@ class FromTopK:
         policy, said = outputs
         k = said.shape[-1] // 2
         about: dict[str, Any] = {"mask": mask, "temperature": self.temperature, "vocab_size": self.vocab_size}
-        about["min_logprob"] = said[..., -1].contiguous()
         # float32, as which they were computed: it says how exact they are
+        about["min_logprob"] = said[..., -1].float()
         message = said[..., :k].long(), said[..., k : 2 * k].float(), tokens
         if self.logits == "full":
             return topk_stats(policy, *message, **about)
-        weight, bias, softcap, scale = heads.head_of(models[0])
-        weight, bias = (heads.whole(p) if isinstance(p, DTensor) else p for p in (weight, bias))
-        head = heads.Head(weight.to(policy.dtype), bias, softcap, scale)
+        head = heads.head_of(models[0])
+        weight, bias = (heads.whole(p) if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+        assert weight is not None
+        head = head._replace(weight=weight.to(policy.dtype), bias=bias)
         with torch.autocast(policy.device.type, enabled=False):
             return linear_topk_stats(policy, head, *message, **about)
 

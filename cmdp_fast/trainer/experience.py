@@ -74,9 +74,7 @@ class Experience(Completions):
     last_reward: Tensor  # the task reward at its token
     value: Tensor | None = None  # a value head's prediction
     teacher_outputs: KeptOutputs | None = None
-    upper_cost: Tensor | None = (
-        None  # where the teacher's answer gives bounds alone: `stats` and `trace` have the lower
-    )
+    upper_cost: Tensor | None = None  # where a teacher gives bounds alone; `stats` and `trace` have the lower
 
     @property
     def sampler_log_ratio(self) -> Tensor | None:
@@ -273,8 +271,8 @@ class Collector:
                     constraint=constraint,
                 )
             value = None if value_head is None else torch.where(some.mask, value_head(outputs[0]), 0.0)
-            others = (None if each is None else batches.widened(each, width) for each in (value, upper))
-            settled.append((widened(account, width), *others))
+            value, upper = (None if each is None else batches.widened(each, width) for each in (value, upper))
+            settled.append((widened(account, width), value, upper))
             if keep_outputs and part is parts[0]:
                 kept = self._room_for(parts, outputs[1])
             if kept is not None:
