@@ -89,6 +89,33 @@ def update_states(
     threads: int,
     mask: int = 0,
 ) -> None: ...
+def update_tails(
+    student: Matrix,
+    ids: int,
+    listed: int,
+    tokens: int,
+    mask: int,
+    vocab: int,
+    temperature: float,
+    first_column: int,
+    fields: int,
+    listed_logits: int,
+    own: int,
+    threads: int,
+) -> None: ...
+def tail_backward(
+    student: Matrix,
+    ids: int,
+    listed: int,
+    tokens: int,
+    mask: int,
+    vocab: int,
+    temperature: float,
+    first_column: int,
+    gradient: Sequence[int],
+    out: Matrix,
+    threads: int,
+) -> None: ...
 def budget_trace(
     cost: int,
     wide: bool,

@@ -32,9 +32,13 @@ from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.linear_constrained import linear_constrained_reward
 from cmdp_fast.ops.linear_divergence import linear_divergence
+from cmdp_fast.ops.linear_topk import linear_topk_stats
 from cmdp_fast.ops.token_state import TokenState
 from cmdp_fast.ops.token_stats import dropped_teacher_mass, token_stats
+from cmdp_fast.ops.topk_stats import topk_stats
+from cmdp_fast.ops.verdict import BudgetVerdict, budget_verdict
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
+from cmdp_fast.topk_bounds import TopkStats
 
 operator.seal()
 
@@ -42,13 +46,16 @@ __version__ = "0.2.0"  # of the wheel, too: pyproject.toml reads it here
 
 __all__ = [
     "BudgetTrace",
+    "BudgetVerdict",
     "ConstrainedReward",
     "Constraint",
     "Head",
     "TokenState",
     "TokenStats",
+    "TopkStats",
     "available_backends",
     "budget_trace",
+    "budget_verdict",
     "constrained_reward",
     "discounted_budget",
     "divergence",
@@ -58,7 +65,9 @@ __all__ = [
     "linear_constrained_reward",
     "linear_divergence",
     "linear_token_stats",
+    "linear_topk_stats",
     "modified_reward",
     "token_cost",
     "token_stats",
+    "topk_stats",
 ]

@@ -17,10 +17,12 @@ from cmdp_fast.layout import (
     SAVED,
     Account,
     BudgetRule,
+    ListedRows,
     Mixture,
     Pair,
     Rewarding,
     Settlement,
+    TailGradient,
     TokenTrace,
     Upstream,
     address,
@@ -30,6 +32,7 @@ from cmdp_fast.layout import (
     matrix_of,
 )
 from cmdp_fast.reference import BudgetTrace, TokenStats, compute_dtype, token_cost
+from cmdp_fast.tails import TailState
 
 native, PROBLEM, CURE = native_module.load()
 
@@ -171,6 +174,42 @@ def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, 
         address(saved),
         address(mean),
         address(gradient),
+        matrix(out),
+        _threads(),
+    )
+
+
+def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
+    """Folds columns [first_column, first_column + width) of the rows into their states, in place."""
+    tokens, counted = flat(rows.tokens, torch.int64), flat(rows.mask, torch.bool)
+    native.update_tails(
+        matrix(rows.student),
+        address(rows.ids),
+        rows.ids.shape[-1],
+        address(tokens),
+        address(counted),
+        rows.width,
+        rows.temperature,
+        first_column,
+        *(t.data_ptr() for t in state),
+        _threads(),
+    )
+
+
+def tail_backward(rows: ListedRows, gradient: TailGradient, out: Tensor, first_column: int = 0) -> None:
+    """Writes the gradient of the student's logits to ``out``, which may be the logits; columns beyond the width get 0,
+    and so do masked rows and those of which ``gradient`` is all 0."""
+    tokens, counted = flat(rows.tokens, torch.int64), flat(rows.mask, torch.bool)
+    native.tail_backward(
+        matrix(rows.student),
+        address(rows.ids),
+        rows.ids.shape[-1],
+        address(tokens),
+        address(counted),
+        rows.width,
+        rows.temperature,
+        first_column,
+        [address(t) for t in gradient],
         matrix(out),
         _threads(),
     )

@@ -46,6 +46,35 @@ class Mixture(NamedTuple):
     c_student: float
 
 
+class ListedRows(NamedTuple):
+    """Rows of a student's logits of which a teacher has listed some columns. Nothing of it is checked any more."""
+
+    student: Tensor  # [..., V], the last axis contiguous
+    ids: (
+        Tensor  # [..., k] int64, contiguous: columns of the whole vocabulary, ascending, each once; -1 (anywhere): none
+    )
+    tokens: Tensor  # [...] integers: indices into the whole vocabulary
+    mask: Tensor | None  # [...] bool: False leaves the row out
+    temperature: float
+    width: int  # columns that count
+
+
+class TailGradient(NamedTuple):
+    """What the gradient of a student's logits is made of, float64 and contiguous.
+
+    Of a column v outside the list it is p_T(v) (constant + slope log p_T(v)), with log p_T(v) = x(v) - reference -
+    log_mass, and ``own`` more if v is the token; that of a listed column is given. All is already divided by the
+    temperature.
+    """
+
+    reference: Tensor  # [rows], as in `tails.Tail`
+    log_mass: Tensor  # [rows]
+    constant: Tensor  # [rows]
+    slope: Tensor  # [rows]
+    own: Tensor  # [rows]
+    listed: Tensor  # [rows, k]; with the token's part where it is listed
+
+
 class BudgetRule(NamedTuple):
     """How an account is kept: BudgetRule in csrc/budget.h."""
 

@@ -29,6 +29,7 @@ from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reading import TokenBatch, completion_hidden, completion_logits
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
 from cmdp_fast.teachers.teacher import Teacher, TeacherOutputs
+from cmdp_fast.topk_scoring import FromTopK
 
 Models = tuple[Any, Any]  # student (or the policy in its place) and teacher: modules, or a `Teacher` that is asked
 Outputs = tuple[Tensor, Tensor]  # of both
@@ -195,7 +196,7 @@ class FromHiddenStates(_AtTemperatures):
         return policy, head, teacher, teacher_head
 
 
-Scoring = FromLogits | FromHiddenStates
+Scoring = FromLogits | FromHiddenStates | FromTopK
 
 
 def head_for(model: Any, hidden: Tensor) -> Head:
@@ -226,6 +227,8 @@ def make_scoring(
 ) -> Scoring:
     """The scoring that the setting ``logits`` names, with the policy's temperature and the teacher's (0: the same).
     Raises InputError for a model whose head is not known."""
+    if len(models) > 1 and isinstance(models[1], Teacher) and models[1].about.answers == "topk":
+        return FromTopK(logits, vocab_size, temperature, padding_free)
     if logits == "full":
         return FromLogits(vocab_size, temperature, teacher_temperature, padding_free)
     for name, model in zip(("student", "teacher"), models, strict=False):  # or a student alone

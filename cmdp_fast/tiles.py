@@ -10,9 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmdp_fast import reference, states
-from cmdp_fast.layout import SAVED, Account, BudgetRule, Mixture, Pair, Rewarding, TokenTrace, Upstream
+from cmdp_fast import reference, states, tails
+from cmdp_fast.layout import (
+    SAVED,
+    Account,
+    BudgetRule,
+    ListedRows,
+    Mixture,
+    Pair,
+    Rewarding,
+    TailGradient,
+    TokenTrace,
+    Upstream,
+)
 from cmdp_fast.reference import BudgetTrace, compute_dtype
+from cmdp_fast.tails import TailState
 
 COSTS: tuple[str, ...] = ()  # there is no pass that does everything
 AT_ONCE = 2**22  # columns of a mixture in float64, a dozen tensors of which exist at once: 400 MB
@@ -121,8 +133,12 @@ def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, 
 
 
 def _rows_at_once(pair: Pair) -> list[slice]:
-    size = max(1, AT_ONCE // pair.width)
-    return [slice(start, start + size) for start in range(0, len(pair.student), size)]
+    return _pieces(len(pair.student), pair.width)
+
+
+def _pieces(rows: int, width: int) -> list[slice]:
+    size = max(1, AT_ONCE // width)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def _mixture_columns(pair: Pair, rows: slice, saved: Tensor, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,6 +155,82 @@ def _mixture_columns(pair: Pair, rows: slice, saved: Tensor, weights: Mixture) -
     log_g = g.log()
     value = w * c_teacher * (delta - log_g) - p * c_student * log_g
     return value, p, -c_student * log_g - (1 - b) * (c_student + c_teacher * rho) / g
+
+
+def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
+    """Folds columns [first_column, first_column + width) of the rows into their states, in place."""
+    x, ids, tokens = _flat_rows(rows)
+    counted = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask.flatten()
+    for some in _pieces(len(x), rows.width):
+        t = x[some].double() / rows.temperature
+        here, listed = _listed(ids[some], first_column, t)
+        there = counted[some, None] & listed
+        state.listed[some] = torch.where(there, t.gather(1, here), state.listed[some])
+        own = tokens[some] - first_column
+        logit = t.gather(1, own.clamp(0, rows.width - 1)[:, None])[:, 0]
+        passed = counted[some] & (own >= 0) & (own < rows.width)
+        state.own[some] = torch.where(passed, logit, state.own[some])
+        outside = _outside(here, listed, t)
+        folded = tails.merged(state.fields[some], _tail(t, outside))
+        state.fields[some] = torch.where(counted[some, None], folded, state.fields[some])
+
+
+def _tail(x: Tensor, outside: Tensor) -> Tensor:
+    """The fields ``[rows, 4]`` of the columns that are ``outside`` of the list."""
+    others = x.masked_fill(~outside, -torch.inf)
+    m = others.amax(-1)
+    m = torch.where(m.isneginf(), 0.0, m)
+    t = others - m[:, None]
+    weight = t.exp()
+    z, h = weight.sum(-1), (weight * t.masked_fill(t.isneginf(), 0.0)).sum(-1)
+    low = x.masked_fill(~outside, torch.inf).amin(-1)
+    return torch.stack([torch.where(z == 0, -torch.inf, m), z, h, low], -1)
+
+
+def tail_backward(rows: ListedRows, gradient: TailGradient, out: Tensor, first_column: int = 0) -> None:
+    """Writes the gradient of the student's logits to ``out``, which may be the logits; columns beyond the width and
+    masked rows get 0, and so does a row whose numbers in ``gradient`` are all 0, whatever its logits are."""
+    x, ids, tokens = _flat_rows(rows)
+    per_row = torch.stack([gradient.constant, gradient.slope, gradient.own], -1)
+    unread = (per_row == 0).all(-1) & (gradient.listed == 0).all(-1)
+    if rows.mask is not None:
+        unread |= ~rows.mask.flatten()
+    to = out.view(len(x), out.shape[-1])
+    columns = torch.arange(rows.width, device=x.device) + first_column
+    for some in _pieces(len(x), rows.width):
+        t = x[some].double() / rows.temperature
+        log_p = (t - gradient.reference[some, None]) - gradient.log_mass[some, None]
+        p = log_p.exp()
+        weightless = (p == 0) | gradient.log_mass[some, None].isneginf()
+        value = p * (gradient.constant[some, None] + gradient.slope[some, None] * log_p)
+        value = value.masked_fill(weightless, 0.0) + torch.where(
+            columns == tokens[some, None], gradient.own[some, None], 0.0
+        )
+        here, listed = _listed(ids[some], first_column, t)
+        index = torch.where(listed, here, rows.width)
+        value = torch.cat([value, value[:, :1]], -1).scatter(1, index, gradient.listed[some])[:, : rows.width]
+        to[some, : rows.width] = value.masked_fill(unread[some, None], 0.0).to(out.dtype)
+    to[:, rows.width :] = 0
+
+
+def _flat_rows(rows: ListedRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``[rows, width]``, ids ``[rows, k]`` and tokens ``[rows]``."""
+    tokens = rows.tokens.flatten().long()
+    x = rows.student[..., : rows.width].reshape(len(tokens), rows.width)
+    return x, rows.ids.reshape(len(tokens), rows.ids.shape[-1]), tokens
+
+
+def _listed(ids: Tensor, first_column: int, tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the listed columns lie in a tile, and which of them do."""
+    column = ids - first_column
+    return column.clamp(0, tile.shape[-1] - 1), (ids >= 0) & (column >= 0) & (column < tile.shape[-1])
+
+
+def _outside(here: Tensor, listed: Tensor, tile: Tensor) -> Tensor:
+    """Which columns of a tile are not listed."""
+    outside = torch.ones(len(tile), tile.shape[-1] + 1, dtype=torch.bool, device=tile.device)
+    outside.scatter_(1, torch.where(listed, here, tile.shape[-1]), False)
+    return outside[:, :-1]
 
 
 def trace_budgets(

@@ -107,6 +107,47 @@ void update_states(const Matrix& student, const Matrix& teacher, uintptr_t token
   cpu::update_states(table, in, stored, threads);
 }
 
+ListedRows make_listed(const Matrix& student, uintptr_t ids, int64_t listed, uintptr_t tokens, uintptr_t mask,
+                       int64_t vocab, double temperature, int64_t first_column) {
+  const Logits in = make_logits({student, student, tokens, mask, vocab, temperature, first_column}, true);
+  int64_t entries = 0;
+  if (listed < 0 || __builtin_mul_overflow(in.student.rows, listed, &entries)) fail("the number of ids is impossible");
+  return {in, pointer<const int64_t>(ids, "ids", entries > 0), listed};
+}
+
+// Folds a tile of columns [first_column, first_column + vocab) into the tails of all rows that the mask lets count.
+void update_tails(const Matrix& student, uintptr_t ids, int64_t listed, uintptr_t tokens, uintptr_t mask, int64_t vocab,
+                  double temperature, int64_t first_column, uintptr_t fields, uintptr_t listed_logits, uintptr_t own,
+                  int threads) {
+  const ListedRows rows = make_listed(student, ids, listed, tokens, mask, vocab, temperature, first_column);
+  const bool any = student.rows > 0;
+  const TailStates states{pointer<TailFields>(fields, "fields", any),
+                          pointer<double>(listed_logits, "listed_logits", any && listed > 0),
+                          pointer<double>(own, "own", any)};
+  check_threads(threads);
+  const KernelTable& table = kernels();
+  py::gil_scoped_release release;
+  cpu::update_tails(table, rows, states, threads);
+}
+
+void tail_backward(const Matrix& student, uintptr_t ids, int64_t listed, uintptr_t tokens, uintptr_t mask,
+                   int64_t vocab, double temperature, int64_t first_column, const std::array<uintptr_t, 6>& gradient,
+                   const Matrix& out, int threads) {
+  const ListedRows rows = make_listed(student, ids, listed, tokens, mask, vocab, temperature, first_column);
+  check_output(out, student);
+  const auto at = [](uintptr_t address, bool needed) {
+    return pointer<const double>(address, "a number of the gradient", needed);
+  };
+  const bool any = student.rows > 0;
+  const auto [reference, log_mass, constant, slope, share, of_listed] = gradient;
+  const TailGradient numbers{at(reference, any), at(log_mass, any), at(constant, any),
+                             at(slope, any),     at(share, any),    at(of_listed, any && listed > 0)};
+  check_threads(threads);
+  const KernelTable& table = kernels();
+  py::gil_scoped_release release;
+  cpu::tail_backward(table, rows, numbers, out, threads);
+}
+
 // Checks that the offsets rise from 0 to total, so that no sequence reaches outside the arrays. Without offsets the
 // sequences are of equal length.
 Sequences make_sequences(uintptr_t offsets, int64_t count, int64_t total, uintptr_t mask) {
@@ -192,6 +233,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("update_states", &update_states, py::arg("student"), py::arg("teacher"), py::arg("tokens"),
              py::arg("first_column"), py::arg("temperature"), py::arg("states"), py::arg("threads"),
              py::arg("mask") = 0);
+  module.def("update_tails", &update_tails);
+  module.def("tail_backward", &tail_backward);
   module.def("budget_trace", &budget_trace);
   module.def("modified_reward", &modified_reward);
 

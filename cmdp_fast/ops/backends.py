@@ -18,8 +18,20 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import cpu, native_module, tiles
-from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, Settlement, TokenTrace, Upstream
+from cmdp_fast.layout import (
+    Account,
+    BudgetRule,
+    ListedRows,
+    Mixture,
+    Pair,
+    Rewarding,
+    Settlement,
+    TailGradient,
+    TokenTrace,
+    Upstream,
+)
 from cmdp_fast.reference import BudgetTrace
+from cmdp_fast.tails import TailState
 
 OLDEST_TRITON = (3, 4)  # whose `triton.knobs` and language the kernels use
 OLDEST_TORCH = (2, 8)  # the oldest whose builds for GPUs bring that Triton
@@ -72,6 +84,13 @@ class Backend(Protocol):
         self, pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, weights: Mixture, out: Tensor
     ) -> None:
         """Writes its gradient into ``out``."""
+
+    def update_tails(self, rows: ListedRows, first_column: int, state: TailState) -> None:
+        """Folds a tile of columns into the states; ids and tokens count from the vocabulary's first column."""
+
+    def tail_backward(self, rows: ListedRows, gradient: TailGradient, out: Tensor, first_column: int = 0) -> None:
+        """Writes the gradient of the student's logits, or of a tile of them, into ``out``, which may be the logits.
+        0 for masked rows, for columns beyond the width, and for rows of which ``gradient`` is all 0."""
 
     def trace_budgets(
         self, account: Account, limits: Tensor, rule: BudgetRule, trace: BudgetTrace, rewarding: Rewarding | None = None

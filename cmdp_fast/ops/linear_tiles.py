@@ -25,6 +25,20 @@ class Rows(NamedTuple):
     autocast: str  # as gemm.autocast_dtype gives it
 
 
+class StudentRows(NamedTuple):
+    """Rows of the student by itself, in all that their tiles depend on."""
+
+    student: Factors
+    mask: Tensor | None
+    width: int  # columns that count
+    autocast: str  # as gemm.autocast_dtype gives it
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the statistics."""
+        return compute_dtype(self.student.hidden, self.student.head.weight)
+
+
 class Batch(NamedTuple):
     """Rows of both models, in all that forward and backward pass of token statistics need alike."""
 
@@ -62,25 +76,27 @@ def kept_dtypes(batch: Batch) -> Dtypes:
 
 
 class Tiles:
-    """Both heads over the rows that count, and how they are cut into tiles."""
+    """The heads over the rows that count, and how they are cut into tiles. A student by itself is its own teacher."""
 
-    def __init__(self, given: Rows, logits: Logits | None = None, known: bool = False) -> None:
+    def __init__(self, given: Rows | StudentRows, logits: Logits | None = None, known: bool = False) -> None:
         """``logits``: those that stay, if they do; ``known``: they stand there."""
         mask, self.width = given.mask, given.width
         self.counted = None if mask is None else mask.flatten().nonzero()[:, 0]
         self.shape = given.student.hidden.shape[:-1]
-        computed = computed_dtype(given.student, given.teacher)
-        self.student, self.teacher = (
+        models = (given.student,) if isinstance(given, StudentRows) else (given.student, given.teacher)
+        computed = compute_dtype(*(t for model in models for t in (model.hidden, model.head.weight)))
+        self._heads = [
             Projection(
                 self._of_these_rows(model),
                 factors_dtypes(model, computed, given.autocast),
                 kept if kept is not None and kept.shape[1] else None,
                 known,
             )
-            for model, kept in zip((given.student, given.teacher), logits or (None, None), strict=True)
-        )
+            for model, kept in zip(models, logits or [None] * len(models), strict=True)
+        ]
+        self.student, self.teacher = self._heads[0], self._heads[-1]
         self.count = len(self.student.hidden)  # rows that count
-        self._pair = self.student.dtype.itemsize + self.teacher.dtype.itemsize
+        self._pair = sum(head.dtype.itemsize for head in self._heads)
         device = self.student.hidden.device
         height, breadth = tile_shape(self.count, self.width, self._pair, device, self._column_bytes())
         self.rows = _cut(self.count, height)
@@ -94,7 +110,7 @@ class Tiles:
         """What both passes hold for every column of a tile beside the logits, so that their tiles are the same."""
         hidden = self.student.hidden
         in_float32 = 4 * hidden.shape[1] if hidden.dtype in HALVES else 0  # the head's gradient before it is rounded
-        return self.student.column_bytes + self.teacher.column_bytes + in_float32
+        return sum(head.column_bytes for head in self._heads) + in_float32
 
     def _of_these_rows(self, model: Factors) -> Factors:
         return Factors(self.compact(model.hidden, 1), model.head._replace(weight=model.head.weight[: self.width]))

@@ -22,14 +22,19 @@ from cmdp_fast.ops.gemm import FactorDtypes
 from cmdp_fast.ops.workspace import Workspace
 
 
-class HeadSettings(TypedDict, total=False):
-    """What belongs to a bare head weight, as keywords; a `Head` brings it."""
+class StudentHeadSettings(TypedDict, total=False):
+    """What belongs to the student's bare head weight, as keywords; a `Head` brings it."""
 
     student_bias: Tensor | None
-    teacher_bias: Tensor | None
     student_softcap: float | None
-    teacher_softcap: float | None
     student_scale: float
+
+
+class HeadSettings(StudentHeadSettings, total=False):
+    """What belongs to both models' bare head weights, as keywords; a `Head` brings it."""
+
+    teacher_bias: Tensor | None
+    teacher_softcap: float | None
     teacher_scale: float
 
 
@@ -185,8 +190,8 @@ def factors_dtypes(model: Factors, computed: torch.dtype, autocast: str) -> Fact
 
 def check(student: Factors, teacher: Factors) -> None:
     """Checks the hidden states and heads of both models."""
-    _check("student", student)
-    _check("teacher", teacher)
+    check_model("student", student)
+    check_model("teacher", teacher)
     x, y = student.hidden, teacher.hidden
     checks.same_device("teacher_hidden", y, "student_hidden", x)
     if x.shape[:-1] != y.shape[:-1]:
@@ -213,7 +218,7 @@ def check_widths(student_width: int, teacher_width: int, vocab_size: int | None)
         )
 
 
-def _check(name: str, model: Factors) -> None:
+def check_model(name: str, model: Factors) -> None:
     """Checks the arguments of a model called ``student`` or ``teacher``."""
     hidden, (weight, bias, softcap, scale) = model
     given = [(f"{name}_hidden", hidden), (f"{name}_weight", weight)]

@@ -24,6 +24,7 @@ from cmdp_fast.credit import at_last_token, task_rewards
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
 from cmdp_fast.reward_functions import Logged
 from cmdp_fast.teachers.teacher import Teacher, UnderWay
+from cmdp_fast.topk_scoring import FromTopK
 
 from .correction import check_reported, estimate_weight, log_ratio
 from .distributed import any_process, together
@@ -73,6 +74,7 @@ class Experience(Completions):
     last_reward: Tensor  # the task reward at its token
     value: Tensor | None = None  # a value head's prediction
     teacher_outputs: KeptOutputs | None = None
+    upper_cost: Tensor | None = None  # where a teacher gives bounds alone; `stats` and `trace` have the lower
 
     @property
     def sampler_log_ratio(self) -> Tensor | None:
@@ -256,27 +258,38 @@ class Collector:
 
         lengths, width = lengths_of(rollout), rollout.tokens.shape[1]
         parts = self.splitter(range(len(rollout)), lengths)
-        settled: list[tuple[cf.ConstrainedReward, Tensor | None]] = []
+        settled: list[tuple[cf.ConstrainedReward, Tensor | None, Tensor | None]] = []
         kept: KeptOutputs | None = None
         for part, of_teacher in zip(parts, self._teacher_outputs(parts, rollout), strict=True):
             some = part.of_rollout(rollout)
             outputs = (self.outputs(policy, some), of_teacher())
             with clock.phase("kernels"):
-                account = self.scoring.constrained_reward(
+                score = self.scoring.certified if isinstance(self.scoring, FromTopK) else self._exact
+                account, upper = score(
                     *((policy, teacher), outputs, some.tokens, part.of(last_reward)),
                     mask=some.mask,
                     constraint=constraint,
                 )
             value = None if value_head is None else torch.where(some.mask, value_head(outputs[0]), 0.0)
-            settled.append((widened(account, width), None if value is None else batches.widened(value, width)))
+            value, upper = (None if each is None else batches.widened(each, width) for each in (value, upper))
+            settled.append((widened(account, width), value, upper))
             if keep_outputs and part is parts[0]:
                 kept = self._room_for(parts, outputs[1])
             if kept is not None:
                 kept.keep(outputs[1], part)
-        account, value = in_order(parts, settled)
+        account, value, upper = in_order(parts, settled)
         return Experience(
-            **vars(completions), **account._asdict(), last_reward=last_reward, value=value, teacher_outputs=kept
+            **vars(completions),
+            **account._asdict(),
+            last_reward=last_reward,
+            value=value,
+            teacher_outputs=kept,
+            upper_cost=upper,
         )
+
+    def _exact(self, *given: Any, **settings: Any) -> tuple[cf.ConstrainedReward, None]:
+        """`constrained_reward` of a cost that needs no bounds."""
+        return self.scoring.constrained_reward(*given, **settings), None
 
     def _teacher_outputs(self, parts: list[MicroBatch], rollout: Rollout) -> Iterator[Callable[[], Tensor]]:
         """What gives the teacher's outputs for each part, when it is called. A teacher that is asked gets the questions
@@ -394,6 +407,9 @@ class Collector:
                 likelihood, e.trace, mask=mask, mean_budget=self.config.prefix_budget, weight=weight
             )
             ours["prefix_satisfaction"] = of_prefixes["prefix_satisfaction"]
+        if e.upper_cost is not None:
+            verdict = cf.budget_verdict(e.cost(constraint), e.upper_cost, constraint=constraint, mask=mask)
+            ours |= {name: flag.float().mean() for name, flag in verdict._asdict().items()}
         if constraint.is_a.coefficient == "lambda":
             ours["lambda"] = torch.tensor(constraint.coefficient)
         return metrics | {f"cmdp/{name}": value for name, value in ours.items()}

@@ -9,6 +9,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.teacher import Teacher
+from cmdp_fast.topk_scoring import COSTS
 
 from .causal_lm import CausalLM
 from .models.pair import compare_quantised, find_pair, load_pair
@@ -70,6 +71,7 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
         for about in found.configs.values()
     }
     if found.asked is not None:
+        check_asked_cost(found.asked, config)
         check_asked_tokens(found.asked, config, every)
         limits[config.teacher] = found.asked.about.positions
     check_lengths(config, limits, longest)
@@ -109,6 +111,27 @@ def check_asked_tokens(teacher: Teacher, config: TrainConfig, prompts: list[list
     most, columns = max(max(ids) for ids in prompts), teacher.about.vocab_size
     if most >= columns:
         raise InputError(f"token {most} of a prompt is none of the {columns} of --teacher {config.teacher}")
+
+
+def check_asked_cost(teacher: Teacher, config: TrainConfig) -> None:
+    """Raises InputError for what a teacher's most likely tokens do not bound, or at a temperature at which it has not
+    said them."""
+    if teacher.about.answers != "topk":
+        return
+    name, temperature = f"--teacher {config.teacher}", config.teacher_temperature or config.temperature
+    if temperature != 1.0:
+        raise InputError(
+            f"{name} answers with log-probabilities at temperature 1, and is compared with at {temperature:g}: "
+            "--teacher-temperature 1"
+        )
+    if config.cost not in COSTS or config.prefix_budget:
+        given = f"--prefix-budget {config.prefix_budget:g}" if config.prefix_budget else f"--cost {config.cost}"
+        raise InputError(f"{name} answers with its most likely tokens, which bound {' and '.join(COSTS)}, not {given}")
+    if config.TRAINS and (config.algorithm == "minillm" or (config.entry.diverges and config.jsd_beta not in (0, 1))):
+        given = f"--algorithm {config.algorithm}" + (
+            f" --jsd-beta {config.jsd_beta:g}" if config.entry.diverges else ""
+        )
+        raise InputError(f"{name} answers with its most likely tokens, which bound {' and '.join(COSTS)}, not {given}")
 
 
 def check_lengths(config: TrainConfig, limits: dict[str, int | None], longest: int) -> None:

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "mixture.h"
+#include "tail.h"
 
 #define CMDP_NAME_(isa) #isa
 #define CMDP_NAME(isa) CMDP_NAME_(isa)
@@ -11,7 +12,8 @@
 namespace cmdp {
 
 extern const KernelTable CMDP_TABLE(CMDP_ISA) = {
-    CMDP_NAME(CMDP_ISA), kLanes, segments, fold, finish, update, backward, mixture, mixture_backward,
+    CMDP_NAME(CMDP_ISA), kLanes,      segments,      fold, finish, update, backward, mixture,
+    mixture_backward,    update_tail, tail_backward,
 };
 
 }  // namespace cmdp

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../logits.h"
+#include "../tail.h"
 
 namespace cmdp {
 
@@ -46,6 +47,9 @@ struct KernelTable {
   MixtureValue (*mixture)(const Logits&, int64_t row, const Mixture&, const SavedRow* saved);
   void (*mixture_backward)(const Logits&, int64_t row, const Mixture&, const SavedRow* saved, const MixtureGradient&,
                            const Matrix& out);
+  // Folds the columns of a tile into a row's state.
+  void (*update_tail)(const ListedRows&, int64_t row, const TailStates&);
+  void (*tail_backward)(const ListedRows&, int64_t row, const TailGradient&, const Matrix& out);
 };
 
 }  // namespace cmdp

@@ -93,4 +93,16 @@ inline void update_states(const KernelTable& table, const Logits& in, StoredStat
   });
 }
 
+// Folds a tile of columns into the tails of all rows that the mask lets count.
+inline void update_tails(const KernelTable& table, const ListedRows& rows, const TailStates& states, int threads) {
+  for_rows(rows.in.student, threads, [&](int64_t row) {
+    if (unmasked(rows.in.mask, row)) table.update_tail(rows, row, states);
+  });
+}
+
+inline void tail_backward(const KernelTable& table, const ListedRows& rows, const TailGradient& gradient,
+                          const Matrix& out, int threads) {
+  for_rows(rows.in.student, threads, [&](int64_t row) { table.tail_backward(rows, row, gradient, out); });
+}
+
 }  // namespace cmdp::cpu
