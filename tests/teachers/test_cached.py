@@ -80,6 +80,7 @@ def test_another_dtype_rounds_once(stored, tmp_path):
     teacher, batch = teacher_of(), completions()
     cached = filled(tmp_path / "c", teacher, [pairs_of(batch)], dtype=stored)
     said, exact = cached.of_completions(batch), teacher.of_completions(batch)
+    assert said.as_hidden().dtype == torch.float32
     assert torch.equal(said.as_hidden(), exact.as_hidden().to(getattr(torch, stored)).float())
     assert said.bytes == int(batch.mask.sum()) * 16 * (2 if stored == "bfloat16" else 4)
 
@@ -112,9 +113,11 @@ def test_a_teacher_of_log_probabilities_alone_is_stored_too(folder, tmp_path):
         contents_of(five, 102)
 
 
-def test_rows_are_found_in_any_question(folder):
-    """Alone, together with others, from several shards and threads; and some of a completion's last tokens."""
-    cached, teacher = open_teacher(f"cached:{folder}"), teacher_of()
+@pytest.mark.parametrize("size", [1, 2**30])
+def test_rows_are_found_in_any_question(size, tmp_path):
+    """Alone, together with others, from one shard or several, and threads; and some of a completion's last tokens."""
+    teacher = teacher_of()
+    cached = filled(tmp_path / "c", teacher, [pairs_of(completions(seed=seed)) for seed in (0, 1)], size=size)
     pairs = pairs_of(completions()) + pairs_of(completions(seed=1))
     rows = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
     counts = [len(completion) for _, completion in pairs]
