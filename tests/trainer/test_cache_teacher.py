@@ -26,6 +26,7 @@ from cmdp_fast.teachers.cached import CachedTeacher
 from cmdp_fast.teachers.cached import writer as cache_writer
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import open_teacher
+from cmdp_fast.teachers.served.server import TeacherServer
 from cmdp_fast.trainer.cache_teacher import CacheConfig, cache_teacher
 from cmdp_fast.trainer.rollout import encode_prompts
 from cmdp_fast.trainer.stored import chosen
@@ -348,13 +349,17 @@ def test_a_folder_of_something_else_is_not_written_to(pair, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", ".lock"}
 
 
-def test_a_teacher_that_is_asked_fills_it_too(pair, tmp_path, monkeypatch):
-    """With the same files as the loaded one, of which the completions are those of a column."""
+def test_a_teacher_on_a_server_fills_it_too(pair, tmp_path, monkeypatch):
+    """With the same shard as the loaded one, of which the completions are those of a column."""
     asked = TeacherInProcess(AutoModelForCausalLM.from_pretrained(pair["teacher"]), tokenizer_of(pair), "far")
-    monkeypatch.setattr("cmdp_fast.trainer.models.pair.open_teacher", lambda name, asking: asked)
+    server = TeacherServer(asked, asked.vocabulary(), port=0)
+    server.start()
     folders = [tmp_path / "far", tmp_path / "here"]
-    for folder, teacher in zip(folders, ("served:unix:/nowhere", pair["teacher"]), strict=True):
-        cache_teacher(config_of({**pair, "teacher": teacher}, folder, completion_column="answer"))
+    try:
+        for folder, teacher in zip(folders, (f"served:{server.url}", pair["teacher"]), strict=True):
+            cache_teacher(config_of({**pair, "teacher": teacher}, folder, completion_column="answer"))
+    finally:
+        server.close()
     there, here = (load_file(folder / "shard-00000.safetensors") for folder in folders)
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
