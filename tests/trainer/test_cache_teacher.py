@@ -151,13 +151,17 @@ def test_a_training_on_problems_that_are_not_stored_is_refused(pair, stored, tmp
 
 
 def test_what_a_cache_cannot_give_is_refused_before_anything_is_read(pair, stored, tmp_path, capsys):
-    """A comparison's figures, and a divergence from log-probabilities alone."""
+    """A comparison's figures, and of log-probabilities alone a cost that they do not bound."""
     name = f"cached:{stored.folder}"
     assert main(["compare", f"--output-dir={tmp_path}", "--methods", f"kd:teacher={name}"]) == 2
     assert "a comparison is of figures" in capsys.readouterr().err
     folder = cache_teacher(config_of(pair, tmp_path / "k", logprobs=3))
-    assert main(arguments_of_train({**pair, "teacher": f"cached:{folder}"}, tmp_path, algorithm="kd")) == 2
-    assert "answers with log-probabilities: a training needs hidden states" in capsys.readouterr().err
+    words = arguments_of_train({**pair, "teacher": f"cached:{folder}"}, tmp_path, algorithm="kd")
+    assert main([*words, "--cost=k1"]) == 2
+    assert "its most likely tokens, which bound reverse_kl and forward_kl, not --cost k1" in capsys.readouterr().err
+    assert main([*words, "--dry-run"]) == main(words) == 0
+    steps = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= step["cmdp/certified"] + step["cmdp/refuted"] <= 1 for step in steps)
 
 
 def test_off_policy_methods_take_what_the_teacher_has_stored(pair, stored):

@@ -83,7 +83,7 @@ def estimate_memory(
     half = config.mixed_precision == "bf16"
     if device is None:
         device = torch.device("cuda" if half or torch.cuda.is_available() else "cpu")
-    held: Any = _HeadAlone(teacher.own_head()) if isinstance(teacher, Teacher) else teacher
+    held: Any = _HeadAlone(teacher) if isinstance(teacher, Teacher) else teacher
     value_head = []
     if config.has_value_head:
         value_head = list(ValueHead(student.config.get_text_config().hidden_size).parameters())
@@ -127,12 +127,17 @@ def estimate_memory(
 
 
 class _HeadAlone(nn.Module):
-    """What the trainer holds of a teacher that is asked."""
+    """What the trainer holds of a teacher that is asked; of one that answers with its most likely tokens, nothing that
+    counts."""
 
-    def __init__(self, head: cf.Head) -> None:
+    def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        columns, hidden = head.weight.shape
-        self.head = nn.Linear(hidden, columns, head.bias is not None, device="meta", dtype=head.weight.dtype)
+        columns, head = teacher.about.vocab_size, teacher.head
+        if head is None:
+            self.head = nn.Linear(0, columns, bias=False, device="meta")
+        else:
+            bias, dtype = head.bias is not None, head.weight.dtype
+            self.head = nn.Linear(head.weight.shape[1], columns, bias, device="meta", dtype=dtype)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.head

@@ -75,10 +75,6 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
         asked = open_teacher(
             config.teacher, Asking(config.teacher_timeout, config.teacher_token_file, config.teacher_wire)
         )
-        if asked.about.answers == "topk" and config.TRAINS:
-            raise InputError(
-                f"--teacher {config.teacher} answers with log-probabilities: a training needs hidden states"
-            )
         check_vocabulary(asked, tokenizers["student"])
 
     tokenizer = tokenizers["student"]
