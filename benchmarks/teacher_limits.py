@@ -1,6 +1,6 @@
 """Where the limit is when a teacher is on a server: the teacher, the wire or the student. CALCULATED, not measured.
 
-    python benchmarks/teacher_wire.py
+    python benchmarks/teacher_limits.py
 
 A server runs the teacher's layers and sends what a divergence needs of each token of a completion; the trainer has both
 heads, reads the completions with the student, and updates it. Each of the three has its own tokens per second, and the
