@@ -151,8 +151,8 @@ def page(result: dict[str, Any]) -> list[str]:
     text = [
         "# What a teacher costs, by the way that it is asked",
         "",
-        f"`python benchmarks/teacher_cost.py --out benchmarks/results/teachers`, {ROUNDS} rounds, medians (quartiles). A "
-        f"random llama of {given['layers']} layers of {given['hidden']} numbers, {given['vocab']} columns, float32; "
+        f"`python benchmarks/teacher_cost.py --out benchmarks/results/teachers`: {ROUNDS} rounds, medians (quartiles). "
+        f"A random llama of {given['layers']} layers of {given['hidden']} numbers, {given['vocab']} columns, float32; "
         f"{given['completions']} completions of {given['length']} tokens behind prompts of {given['prompt']}, one "
         "question. The server is a process on the same cores.",
         "",
