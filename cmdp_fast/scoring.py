@@ -193,10 +193,15 @@ class FromHiddenStates(_AtTemperatures):
         teacher_head = teacher_head.scaled(self.teacher_factor)
         if models[0] is models[1]:
             head = head.scaled(self.teacher_factor)
-        return policy, head, teacher, teacher_head
+        return policy, head, teacher[..., : teacher_head.weight.shape[1]], teacher_head  # of several, as wide as all
 
 
 Scoring = FromLogits | FromHiddenStates | FromTopK
+
+
+def answering(model: Any, completions: TokenBatch) -> Any:
+    """Of a `Teacher`, which may be several, the one that answers for some completions; any other model itself."""
+    return model.of(completions) if isinstance(model, Teacher) else model
 
 
 def head_for(model: Any, hidden: Tensor) -> Head:
@@ -233,7 +238,7 @@ def make_scoring(
         return FromLogits(vocab_size, temperature, teacher_temperature, padding_free)
     for name, model in zip(("student", "teacher"), models, strict=False):  # or a student alone
         try:
-            model.own_head() if isinstance(model, Teacher) else head_of(model)
+            [each.own_head() for each in model.each()] if isinstance(model, Teacher) else head_of(model)
         except (TypeError, ValueError) as error:
             raise InputError(f"{name}: {error}; with --logits full it can be used all the same") from error
     return FromHiddenStates(vocab_size, temperature, teacher_temperature, padding_free)

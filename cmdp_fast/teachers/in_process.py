@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cmdp_fast.heads import head_of
+from cmdp_fast.heads import Head, head_of
 from cmdp_fast.reading import rows_hidden
 from cmdp_fast.vocabulary import vocabulary_digest
 
@@ -21,12 +21,14 @@ class TeacherInProcess(Teacher):
     numbers that a trainer gets that holds the model itself."""
 
     CONCURRENT: ClassVar[int] = 1
+    moves: bool = False
+    """Whether its model goes where its answers are wanted (`to`), or stays where it is."""
 
     def __init__(
         self, model: Any, tokenizer: Any, name: str = "", revision: str = "", ends: tuple[int, ...] = ()
     ) -> None:
-        self.model, self.tokenizer, head = model, tokenizer, head_of(model)
-        self.head = head._replace(weight=_all_of(head.weight), bias=None if head.bias is None else _all_of(head.bias))
+        self.model, self.tokenizer = model, tokenizer
+        self.head = self._head_of_model()
         self._alone = threading.Lock()  # its hooks serve one call at a time
         text = model.config.get_text_config()
         self.about = TeacherAbout(
@@ -41,6 +43,16 @@ class TeacherInProcess(Teacher):
             ends=ends,
             positions=int(getattr(text, "max_position_embeddings", None) or 0),
         )
+
+    def to(self, device: torch.device | str) -> Teacher:
+        if self.moves:
+            self.model.to(device)
+            self.head = self._head_of_model()
+        return super().to(device)
+
+    def _head_of_model(self) -> Head:
+        head = head_of(self.model)
+        return head._replace(weight=_all_of(head.weight), bias=None if head.bias is None else _all_of(head.bias))
 
     def answer(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> TeacherOutputs:
         since = time.perf_counter()

@@ -1,5 +1,5 @@
 """Teachers by their names: `served:http://127.0.0.1:8765`, `served:unix:/run/teacher.sock`, `vllm:http://10.0.0.2:8000`,
-`cached:FOLDER`."""
+`cached:FOLDER`, `routed:math=served:http://10.0.0.2:8765,code=served:http://10.0.0.3:8765`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ KINDS = {
     "served": "served:ServedTeacher",
     "vllm": "on_vllm:TeacherOnVLLM",
     "cached": "cached:CachedTeacher",
+    "routed": "routed:RoutedTeacher",
 }
 """By the beginning of a name: module and class, which has a class method ``open(place, asking)``."""
 
@@ -37,11 +38,17 @@ def open_teacher(name: str, asking: Asking = Asking()) -> Teacher:  # noqa: B008
 
 
 def check_vocabulary(teacher: Teacher, tokenizer: Any) -> None:
-    """Raises InputError unless a token has the same number in the student's tokenizer and in the teacher's.
+    """Raises InputError unless a token has the same number in the student's tokenizer and in the teacher's, or in that
+    of each of several.
 
     By their digests, and where these differ token by token, as far as the teacher knows its tokens: one of the two may
     have tokens behind the other's last (`check_tokenizers`).
     """
+    for each in teacher.each():
+        _check_own_vocabulary(each, tokenizer)
+
+
+def _check_own_vocabulary(teacher: Teacher, tokenizer: Any) -> None:
     ours, theirs = vocabulary_digest(tokenizer), teacher.about.tokenizer
     if ours == theirs:
         return

@@ -210,6 +210,14 @@ class Teacher(ABC):
         rows = [[*prompt, *completion][: -1 if completion else None] for prompt, completion in both]
         return self._begun(rows, completions.mask.bool())
 
+    def of(self, completions: TokenBatch) -> Teacher:
+        """Who answers for some completions: itself, or of several the one whose they are (`routed`)."""
+        return self
+
+    def each(self) -> Sequence[Teacher]:
+        """Those that answer: itself, or several."""
+        return (self,)
+
     def own_head(self) -> Head:
         """Its head. Raises TypeError where it answers with no hidden states."""
         if self.head is None:

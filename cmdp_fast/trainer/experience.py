@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -23,6 +22,7 @@ from cmdp_fast.constraint import Constraint
 from cmdp_fast.credit import at_last_token, task_rewards
 from cmdp_fast.metrics import as_numbers, budget_metrics, divergences
 from cmdp_fast.reward_functions import Logged
+from cmdp_fast.teachers.ahead import asked_ahead
 from cmdp_fast.teachers.teacher import Teacher, UnderWay
 from cmdp_fast.topk_scoring import FromTopK
 
@@ -33,6 +33,7 @@ from .kept_outputs import KeptOutputs
 from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
 from .records.clock import Clock
 from .rollout import Rollout, Sampling, assemble, generate
+from .routing import held_to, metrics_by_teacher, teacher_index
 from .settings.config import TrainConfig
 from .stops import cut_text
 from .tasks.data import Problem
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Metrics = dict[str, float]
-AHEAD = 4  # parts of a batch of which a teacher that is asked has the questions
 
 _log = logging.getLogger(__name__)
 
@@ -191,6 +191,7 @@ class Collector:
             else:
                 synced = self.accelerator.distributed_type == "FSDP"
                 rollout = generate(model, prompts, self._sampling_of(policy), mixed_with=mixed_with, synced_gpus=synced)
+            rollout.teacher_index = teacher_index(self.config, self.teacher, rows, rollout.tokens.device)
             ids = rollout.completion_ids()
             decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
             texts = [cut_text(text, self.config.stop_strings) for text in decoded]
@@ -257,7 +258,7 @@ class Collector:
         last_reward = at_last_token(completions.task_reward, rollout.mask)
 
         lengths, width = lengths_of(rollout), rollout.tokens.shape[1]
-        parts = self.splitter(range(len(rollout)), lengths)
+        parts = self.splitter(range(len(rollout)), lengths, rollout.teacher_index)
         settled: list[tuple[cf.ConstrainedReward, Tensor | None, Tensor | None]] = []
         kept: KeptOutputs | None = None
         for part, of_teacher in zip(parts, self._teacher_outputs(parts, rollout), strict=True):
@@ -266,9 +267,9 @@ class Collector:
             with clock.phase("kernels"):
                 score = self.scoring.certified if isinstance(self.scoring, FromTopK) else self._exact
                 account, upper = score(
-                    *((policy, teacher), outputs, some.tokens, part.of(last_reward)),
+                    *((policy, scoring.answering(teacher, some)), outputs, some.tokens, part.of(last_reward)),
                     mask=some.mask,
-                    constraint=constraint,
+                    constraint=held_to(self.config, constraint, some.teacher_index),
                 )
             value = None if value_head is None else torch.where(some.mask, value_head(outputs[0]), 0.0)
             value, upper = (None if each is None else batches.widened(each, width) for each in (value, upper))
@@ -294,14 +295,10 @@ class Collector:
     def _teacher_outputs(self, parts: list[MicroBatch], rollout: Rollout) -> Iterator[Callable[[], Tensor]]:
         """What gives the teacher's outputs for each part, when it is called. A teacher that is asked gets the questions
         of the next parts meanwhile."""
-        under_way: deque[UnderWay] = deque()
-        for place, part in enumerate(parts):
-            if not isinstance(self.teacher, Teacher):
-                yield partial(self.outputs, self.teacher, part.of_rollout(rollout))
-                continue
-            for coming in parts[place + len(under_way) : place + AHEAD]:
-                under_way.append(self.teacher.begin(coming.of_rollout(rollout)))
-            yield partial(self._answered, under_way.popleft())
+        each = (part.of_rollout(rollout) for part in parts)
+        if not isinstance(self.teacher, Teacher):
+            return (partial(self.outputs, self.teacher, some) for some in each)
+        return (partial(self._answered, question) for question in asked_ahead(self.teacher, each))
 
     def _answered(self, question: UnderWay) -> Tensor:
         return self.scoring.of_answer(question.result())
@@ -393,14 +390,20 @@ class Collector:
         if ratio is not None:
             mode = self.config.correction if corrected else None
             metrics |= objective.sampler_metrics(ratio, mask=mask, mode=mode, clip=self.config.sampler_clip)
-        ours = budget_metrics(
-            *(e.cost(constraint), e.trace, divergences(e.stats, mask)),
-            mask=mask,
-            budget=constraint.budget,
-            modified=e.reward.sum(1),
-            correct=e.correct,
-            weight=weight,
-        )
+        account: dict[str, Any] = {
+            "cost": e.cost(constraint),
+            "trace": e.trace,
+            "divergence": divergences(e.stats, mask),
+            "mask": mask,
+            "modified": e.reward.sum(1),
+            "correct": e.correct,
+            "weight": weight,
+        }
+        whose = e.rollout.teacher_index
+        budget = held_to(self.config, constraint, whose).budget
+        ours = budget_metrics(**account, budget=budget)
+        if whose is not None:
+            metrics |= metrics_by_teacher(self.config, whose, account, budget)
         if self.config.prefix_budget:
             likelihood = cf.token_cost(e.stats, "nll")
             of_prefixes = objective.constraint_metrics(
@@ -440,7 +443,8 @@ def _united(parts: Sequence[Completions], unite: Callable[[Sequence[Tensor]], Te
     if any(each.sampler_logprob is None for each in rollouts):
         rollouts = [replace(each, sampler_logprob=None) for each in rollouts]
     nothing = torch.zeros(0, 0, dtype=torch.long)
-    rollout = Rollout(nothing, nothing.bool(), **fields_of(rollouts, ("tokens", "mask", "finished", "sampler_logprob")))
+    names_of_rollout = ("tokens", "mask", "finished", "sampler_logprob", "teacher_index")
+    rollout = Rollout(nothing, nothing.bool(), **fields_of(rollouts, names_of_rollout))
     # In the order of the fields: processes that gather one after the other must agree on it.
     names = [f.name for f in fields(parts[0]) if f.name not in ("rollout", "texts", "teacher_outputs", "logged")]
     return type(parts[0])(rollout=rollout, texts=[], **fields_of(parts, names))

@@ -16,6 +16,7 @@ from .models.pair import compare_quantised, find_pair, load_pair
 from .records.origin import origin_of
 from .records.report import Report
 from .rollout import check_tokens, check_variables, drop_long_prompts, encode_prompts
+from .routing import check_rows
 from .settings.config import TrainConfig
 from .tasks.data import Problem, load_problems
 from .tasks.rewards import RewardFunction, check_columns, load_rewards
@@ -58,6 +59,8 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
         check_columns(config, rewards, rows, where := name or config.dataset or config.task)
         check_verifier(config, verifier, rows[0], where)
     rollout = import_function("--rollout", config.rollout) if config.rollout not in ("", "vllm") else None
+    for rows in parts:
+        check_rows(config, rows)
     found = find_pair(config, train, report)
     check_variables(config.chat_template_kwargs, found.tokenizer)
     parts = drop_long_prompts(parts, found.tokenizer, config.max_prompt_length, report)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cmdp_fast import batches
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
+from cmdp_fast.teachers.routed import rows_by_teacher
 from cmdp_fast.unmasked import Lengths
 
 from .rollout import Rollout
@@ -76,7 +77,7 @@ class MicroBatch:
         """Its part of the completions, without the columns before its longest prompt as well."""
         index = self.index(rollout.tokens.device)
         before = rollout.prompt_ids.shape[1] - self.prompt
-        drawn = rollout.sampler_logprob
+        drawn, whose = rollout.sampler_logprob, rollout.teacher_index
         return Rollout(
             prompt_ids=rollout.prompt_ids[:, before:][index],
             prompt_mask=rollout.prompt_mask[:, before:][index],
@@ -85,6 +86,7 @@ class MicroBatch:
             finished=self.of(rollout.finished),
             sampler_logprob=None if drawn is None else self.of(drawn),
             lengths=self.lengths,
+            teacher_index=None if whose is None else self.of(whose),
         )
 
 
@@ -163,14 +165,17 @@ class Splitter:
         self.real_tokens = 0  # that went through the models so far, here
         self.padded_tokens = 0  # the same, with the padding
 
-    def __call__(self, rows: Sequence[int], lengths: Lengths) -> list[MicroBatch]:
-        """The micro-batches of some rows. Every process must call it, with as many rows.
+    def __call__(self, rows: Sequence[int], lengths: Lengths, teacher_index: Tensor | None = None) -> list[MicroBatch]:
+        """The micro-batches of some rows. Every process must call it, with as many rows. ``teacher_index`` [B], of the
+        whole batch: those of one teacher go together.
 
         Models that are spread over processes are gathered at each pass, and gradients are exchanged at the last one.
         """
         c = self.config
-        parts = split(rows, lengths, count=c.micro_batch_size, tokens=c.micro_batch_tokens, packed=c.padding_free)
-        if c.micro_batch_tokens and self.accelerator.num_processes > 1:
+        bounds = {"count": c.micro_batch_size, "tokens": c.micro_batch_tokens}
+        groups = rows_by_teacher(rows, teacher_index)
+        parts = [part for some in groups for part in split(some, lengths, **bounds, packed=c.padding_free)]
+        if (c.micro_batch_tokens or teacher_index is not None) and self.accelerator.num_processes > 1:
             number = torch.tensor([len(parts)], device=self.accelerator.device)
             parts = split_into(int(self.accelerator.gather(number).max()), parts, lengths)
         self.real_tokens += sum(part.tokens for part in parts)

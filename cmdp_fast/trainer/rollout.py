@@ -40,6 +40,7 @@ class Rollout:
     finished: Tensor  # [B]: ends with an end-of-sequence token or a stop string
     sampler_logprob: Tensor | None = None  # [B, T], where the sampler reports it
     lengths: Lengths | None = None  # where the host knows them already: masks are then as long, and without holes
+    teacher_index: Tensor | None = None  # [B], the number of each row's teacher where there are several
 
     def __len__(self) -> int:
         return len(self.tokens)

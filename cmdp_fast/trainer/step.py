@@ -171,7 +171,7 @@ class Learner:
         tokens = tokens or 1.0  # where all are masked there is nothing to divide
         over = len(minibatch) if self.method.mean_over == "completions" else tokens
         metrics: dict[str, Tensor] = {}
-        parts = self.collector.splitter(minibatch.tolist(), lengths)
+        parts = self.collector.splitter(minibatch.tolist(), lengths, experience.rollout.teacher_index)
         for some in parts:
             with self._gradients_stay_here(some is not parts[-1]):
                 part, target = experience.rows(some), {name: some.of(tensor) for name, tensor in targets.items()}

@@ -35,6 +35,7 @@ def tiny_model(
     spare: int = 0,
     positions: int = 64,
     head_dim: int = 8,
+    width: int = 16,
 ) -> str:
     """A random model with a character tokenizer; `spare` columns of its logits belong to no token."""
     tokenizer = builtin._tokenizer([alphabet])
@@ -42,7 +43,7 @@ def tiny_model(
     config = AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer) + spare,
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=layers,
         num_attention_heads=2,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from cmdp_fast.constraint import Constraint
+from cmdp_fast.scoring import answering
 
 from ..experience import Experience
 from ..tasks.data import Problem
@@ -32,7 +33,7 @@ class GKD(Method):
         return {"direct": experience.rollout.mask.float()}
 
     def loss(self, part: Experience, target: Targets, constraint: Constraint, over: float) -> Loss:
-        models, outputs = (self.student, self.teacher), self.outputs(part)
+        models, outputs = (self.student, answering(self.teacher, part.rollout)), self.outputs(part)
         with self.clock.phase("kernels"):
             value = self.scoring.divergence(models, outputs, part.rollout.mask, self.config.jsd_beta)
         weighed = torch.where(target["direct"] != 0, target["direct"] * value, 0.0)  # 0 * inf: no part of the loss

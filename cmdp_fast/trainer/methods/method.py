@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import cmdp_fast as cf
 from cmdp_fast.constraint import Constraint
+from cmdp_fast.scoring import answering
 
 from ..experience import Collector, Experience, Metrics
 from ..records.clock import Clock
@@ -85,7 +86,7 @@ class Method(ABC):
         self, part: Experience, constraint: Constraint
     ) -> tuple[cf.TokenStats, tuple[Tensor, Tensor], Tensor | None]:
         """(statistics of the student as it is now, both models' outputs, the cost where it passes a gradient)."""
-        models, outputs = (self.student, self.teacher), self.outputs(part)
+        models, outputs = (self.student, answering(self.teacher, part.rollout)), self.outputs(part)
         tokens, mask = part.rollout.tokens, part.rollout.mask
         with self.clock.phase("kernels"):
             if constraint.cost == "jsd":

@@ -83,7 +83,7 @@ def estimate_memory(
     half = config.mixed_precision == "bf16"
     if device is None:
         device = torch.device("cuda" if half or torch.cuda.is_available() else "cpu")
-    held: Any = _HeadAlone(teacher) if isinstance(teacher, Teacher) else teacher
+    held: Any = _HeadsAlone(teacher) if isinstance(teacher, Teacher) else teacher
     value_head = []
     if config.has_value_head:
         value_head = list(ValueHead(student.config.get_text_config().hidden_size).parameters())
@@ -126,21 +126,24 @@ def estimate_memory(
     )
 
 
-class _HeadAlone(nn.Module):
-    """What the trainer holds of a teacher that is asked; of one that answers with its most likely tokens, nothing that
-    counts."""
+class _HeadsAlone(nn.Module):
+    """What the trainer holds of a teacher that is asked, or of several; of one that answers with its most likely
+    tokens, nothing that counts."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        columns, head = teacher.about.vocab_size, teacher.head
-        if head is None:
-            self.head = nn.Linear(0, columns, bias=False, device="meta")
-        else:
-            bias, dtype = head.bias is not None, head.weight.dtype
-            self.head = nn.Linear(head.weight.shape[1], columns, bias, device="meta", dtype=dtype)
+        linear = []
+        for each in sorted(teacher.each(), key=lambda each: each.about.hidden_size):
+            columns, head = each.about.vocab_size, each.head
+            if head is None:
+                linear.append(nn.Linear(0, columns, bias=False, device="meta"))
+            else:
+                bias, dtype = head.bias is not None, head.weight.dtype
+                linear.append(nn.Linear(head.weight.shape[1], columns, bias, device="meta", dtype=dtype))
+        self.heads = nn.ModuleList(linear)
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.head
+    def get_output_embeddings(self) -> nn.Module:
+        return self.heads[-1]  # of several, hidden states are as wide as the widest
 
 
 class UpdateBytes(NamedTuple):

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ import torch
 
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.teachers.in_process import TeacherInProcess
-from cmdp_fast.teachers.open import check_vocabulary, open_teacher
+from cmdp_fast.teachers.open import check_vocabulary, is_asked, open_teacher
+from cmdp_fast.teachers.routed import KIND, RoutedTeacher, places
 from cmdp_fast.teachers.teacher import Asking, Teacher
 from cmdp_fast.vocabulary import check_tokenizers
 
 from ..causal_lm import CausalLM
+from ..records.origin import model_digest
 from ..records.report import Report
 from ..settings.config import TrainConfig
 from ..stops import end_tokens, keep_end_tokens
@@ -72,9 +75,7 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
     if loaded:
         check_tokenizers(tokenizers["student"], tokenizers["teacher"])
     elif config.teacher:
-        asked = open_teacher(
-            config.teacher, Asking(config.teacher_timeout, config.teacher_token_file, config.teacher_wire)
-        )
+        asked = _opened(config, train, report)
         check_vocabulary(asked, tokenizers["student"])
 
     tokenizer = tokenizers["student"]
@@ -84,6 +85,28 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Found(folders, configs, tokenizers, asked)
+
+
+def _opened(config: TrainConfig, train: Sequence[Problem], report: Report) -> Teacher:
+    """The teacher that is asked; of several those that are folders or a hub's models are loaded, and asked in this
+    process."""
+    asking = Asking(config.teacher_timeout, config.teacher_token_file, config.teacher_wire)
+    if not config.teacher.startswith(f"{KIND}:"):
+        return open_teacher(config.teacher, asking)
+
+    def opened(name: str) -> Teacher:
+        if is_asked(name):
+            return open_teacher(name, asking)
+        alone = replace(config, teacher=name)
+        model, tokenizer, folder = load_alone("teacher", alone, _frozen_dtype(config), lambda: train, report)
+        ends = end_tokens(model, tokenizer)
+        teacher = TeacherInProcess(model, tokenizer, name, model_digest(folder), ends)
+        teacher.moves = True
+        return teacher
+
+    return RoutedTeacher(
+        {name: opened(place) for name, place in places(config.teacher.removeprefix(f"{KIND}:")).items()}
+    )
 
 
 def load_pair(

@@ -14,6 +14,8 @@ class BudgetSettings:
 
     budget: Annotated[float, POSITIVE] = 2.0
     """The cumulative cost that a completion may have, in nats."""
+    teacher_budgets: tuple[str, ...] = ()
+    """The budget of the completions of each teacher, of several, as `NAME=NATS`; of one that is not named `budget`."""
     budget_per_token: bool = False
     """The budget is in nats per token of the completion, so that a long one may spend more."""
     budget_start: Annotated[float, NOT_NEGATIVE] = 0.0

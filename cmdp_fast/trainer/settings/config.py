@@ -26,6 +26,7 @@ from .ranges import Range
 from .reward import RewardSettings
 from .rollout import RolloutSettings, check_rollout
 from .run import RunSettings
+from .several import check_several
 from .step import StepSettings
 from .task import TaskSettings
 
@@ -94,6 +95,7 @@ class TrainConfig(
         check_rollout(self, self.rollout, self.mixes_teacher, self.lora_rank)
         samples = "mixture" if self.mixes_teacher else "" if self.entry.on_policy else "text"
         check_teacher(self, self.algorithm, samples if self.TRAINS else "", self.TRAINS)
+        check_several(self, self, self.logits)
         if self.kind == "worst_case":
             _check(
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"
