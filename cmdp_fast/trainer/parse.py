@@ -23,6 +23,7 @@ from .records.resume import Begun, check_changes, read_config, spread_again
 from .records.trust import check_named_again, check_unchanged, without_code
 from .settings.config import TrainConfig
 from .settings.recipe import read_recipe
+from .settings.several import with_one_teacher
 from .settings.unread import changed, check_read
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -38,6 +39,7 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
 
     Raises InputError for settings that cannot work; tyro itself exits with code 2 on options that do not exist.
     """
+    args = with_one_teacher(args)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="quickstart")
     first.add_argument("--method", default="")

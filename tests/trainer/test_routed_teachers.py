@@ -16,6 +16,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.experience import Completions
 from cmdp_fast.trainer.micro_batches import MicroBatch, lengths_of
 from cmdp_fast.trainer.records.clock import Clock
+from cmdp_fast.trainer.settings.several import with_one_teacher
 from cmdp_fast.unmasked import Lengths
 
 ROUTED = {"teacher_column": "subject"}
@@ -186,3 +187,21 @@ def test_settings_that_do_not_fit_several_teachers(changes, message, pair):
     teacher = base.pop("teacher", "routed:math=served:http://127.0.0.1:1,code=served:http://127.0.0.1:2")
     with pytest.raises(InputError, match=message):
         settings({**pair, "teacher": teacher}, **base)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["--teacher", "math=served:http://a:1", "code=Q/c", "--steps", "2"],
+            ["--teacher", "routed:math=served:http://a:1,code=Q/c", "--steps", "2"],
+        ),
+        (["--teacher=math=a", "code=b"], ["--teacher", "routed:math=a,code=b"]),
+        (["--teacher", "Q/w=x", "--task", "a=b"], ["--teacher", "Q/w=x", "--task", "a=b"]),
+        (["--teacher=served:http://a:1?x=2", "b=c"], ["--teacher=served:http://a:1?x=2", "b=c"]),
+        (["--teacher-column", "a=b", "--teacher", "folder"], ["--teacher-column", "a=b", "--teacher", "folder"]),
+        (["--teacher"], ["--teacher"]),
+    ],
+)
+def test_several_teachers_are_written_one_after_another(words, expected):
+    assert with_one_teacher(words) == expected

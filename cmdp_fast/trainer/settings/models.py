@@ -20,7 +20,7 @@ class ModelSettings:
     `builtin:smollm2-teacher`. Or one that is asked: `served:http://HOST:PORT` or `served:unix:/SOCKET` (`cmdp-fast
     teacher`), `vllm:http://HOST:PORT`, `cached:FOLDER` (`cmdp-fast cache-teacher`)."""
     teacher_column: str = ""
-    """Column with the name of a problem's teacher, of several: `--teacher routed:NAME=TEACHER,NAME=TEACHER`, each of
+    """Column with the name of a problem's teacher, of several: `--teacher NAME=TEACHER NAME=TEACHER`, each of
     them as here: one that is asked, or a folder, a hub id or a built-in model, which is loaded."""
     teacher_timeout: Annotated[float, POSITIVE] = 600.0
     """Seconds that a teacher that is asked may take for an answer."""

@@ -1,14 +1,36 @@
-"""Several teachers in the settings: `--teacher routed:NAME=TEACHER,…`, and what belongs to it."""
+"""Several teachers in the settings, `--teacher NAME=TEACHER NAME=TEACHER`, and what belongs to them.
+
+The setting is one text, `routed:NAME=TEACHER,NAME=TEACHER`, which recipes and a run's folder hold.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.routed import KIND, places
 
 from .budget import BudgetSettings
 from .models import ModelSettings
+
+_NAMED = re.compile(r"[^-=:/\s][^=:/\s]*=")  # the beginning of NAME=TEACHER, which is none of a folder or an address
+
+
+def with_one_teacher(args: Sequence[str]) -> list[str]:
+    """The words of a command line with ``--teacher NAME=TEACHER NAME=TEACHER`` as the one text of the setting."""
+    words, places = list(args), [i for i, word in enumerate(args) if re.fullmatch(r"--teacher(=.*)?", word)]
+    for at in reversed(places):
+        _, own, first = words[at].partition("=")
+        several = [first] if own else []
+        for word in words[at + 1 :] if not own or _NAMED.match(first) else []:
+            if not _NAMED.match(word):
+                break
+            several.append(word)
+        if several and all(map(_NAMED.match, several)):
+            words[at : at + len(several) + (not own)] = ["--teacher", f"{KIND}:{','.join(several)}"]
+    return words
 
 
 def check_several(models: ModelSettings, budgets: BudgetSettings, logits: str) -> None:
