@@ -223,8 +223,8 @@ def _(given: _Given) -> Tail:
 
 def tail_room(ids: Tensor) -> Tail:
     """As much of it as there is before anything is computed: shapes and dtypes."""
-    shapes = Tail(*[ids.shape[:-1]] * len(Tail._fields))._replace(listed=ids.shape)
-    return Tail(*(ids.new_empty(shape, dtype=torch.float64) for shape in shapes))
+    each = [ids.new_empty(ids.shape[:-1], dtype=torch.float64) for _ in Tail._fields]
+    return Tail(*each)._replace(listed=ids.new_empty(ids.shape, dtype=torch.float64))
 
 
 class FoldedTail(NamedTuple):
