@@ -76,6 +76,6 @@ def finished(state: TailState, mask: Tensor | None = None) -> Tail:
         low - m,
     )
     absent = of_no_use if mask is None else of_no_use | ~mask
-    values = tuple(t.masked_fill(absent.reshape(-1, *[1] * (t.dim() - 1)), 0.0) for t in values)
+    kept = (t.masked_fill(absent.reshape(-1, *[1] * (t.dim() - 1)), 0.0) for t in values)
     m = m.masked_fill(of_no_use, torch.nan)
-    return Tail(m if mask is None else m.masked_fill(~mask, 0.0), *values)
+    return Tail(m if mask is None else m.masked_fill(~mask, 0.0), *kept)

@@ -27,8 +27,9 @@ def topk_stats(
 ) -> TopkStats:
     """Arguments and returns as `cmdp_fast.topk_stats`."""
     width = student_logits.shape[-1] if vocab_size is None else vocab_size
-    settings = {"vocab": width, "top_k": top_k, "min_logprob": min_logprob, "mask": mask}
-    ids, teacher = topk_bounds.teacher_terms(topk_ids, topk_logprobs, **settings)
+    ids, teacher = topk_bounds.teacher_terms(
+        topk_ids, topk_logprobs, vocab=width, top_k=top_k, min_logprob=min_logprob, mask=mask
+    )
     x = student_logits[..., :width].double() / temperature
     if mask is not None:
         x = torch.where(mask[..., None], x, 0.0)

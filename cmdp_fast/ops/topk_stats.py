@@ -51,7 +51,8 @@ def topk_stats(
         topk_ids: ``[..., k]`` int64 or int32, in any order. An id that stands again in its row is absent there, as is
             one outside of [0, vocab_size); what the teacher gives it is a part of its tail. An id beyond the
             vocabulary that is likelier than -inf is a token that the student does not have: ``forward_kl_upper`` is
-            +inf. No id is looked at by the host.
+            +inf. To fill up a row, use -1 with -inf: a column of the vocabulary with -inf says that the teacher
+            excludes it. No id is looked at by the host.
         topk_logprobs: ``[..., k]`` the teacher's log-probabilities of these tokens over its whole vocabulary, at the
             same temperature, in the floating dtype in which they were computed: it says how exact they are. Numbers
             that a server sent as text are float32, whatever they were read into.
@@ -222,8 +223,8 @@ def _(given: _Given) -> Tail:
 
 def tail_room(ids: Tensor) -> Tail:
     """As much of it as there is before anything is computed: shapes and dtypes."""
-    shapes = Tail(*[ids.shape[:-1]] * len(Tail._fields))._replace(listed=ids.shape)
-    return Tail(*(ids.new_empty(shape, dtype=torch.float64) for shape in shapes))
+    each = [ids.new_empty(ids.shape[:-1], dtype=torch.float64) for _ in Tail._fields]
+    return Tail(*each)._replace(listed=ids.new_empty(ids.shape, dtype=torch.float64))
 
 
 class FoldedTail(NamedTuple):

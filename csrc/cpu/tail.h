@@ -2,7 +2,8 @@
 //
 // Blocks and arithmetic are those of forward.h, of one model: t = L x - M in powers of two, one fused multiply-add, and
 // z += 2^t, h += 2^t t in float, in double across blocks. The reference M is the maximum of the block, for which the
-// block is read twice, the second time from the L1 cache. A block with listed columns is copied, and holds -inf there.
+// block is read twice, the second time from the L1 cache. A block with listed columns is copied, and holds -inf there
+// (+inf while its least column is looked for).
 #pragma once
 
 #include "../tail.h"
@@ -87,21 +88,34 @@ class Listed {
   int64_t count_, first_, vocab_, next_ = 0;
 };
 
-// The exact, slow way for a block: double throughout. `x` is widened, with -inf in listed columns.
-template <class Element>
-static inline TailFields exact_tail(int64_t count, double scale, const Element& element) {
-  double m = -TokenState::infinity(), z = 0, h = 0;
+// The listed columns of a block, counted from its first.
+struct Gone {
+  int32_t at[kBlock];
+  int64_t count;
+
+  template <class Real>
+  void write(Real* values, Real value) const {
+    for (int64_t i = 0; i < count; ++i) values[at[i]] = value;
+  }
+};
+
+// The exact, slow way for the columns x[0..count) of a block: double throughout. Overwrites listed ones.
+static inline TailFields exact_tail(double* x, int64_t count, double scale, const Gone& gone) {
+  const double inf = TokenState::infinity();
+  TailFields block{-inf, 0, 0, inf};
+  gone.write(x, inf);
+  for (int64_t i = 0; i < count; ++i) block.low = x[i] < block.low ? x[i] : block.low;
+  gone.write(x, -inf);
   for (int64_t i = 0; i < count; ++i) {
-    const double x = scaled(element(i), scale);
-    if (x > m && x < TokenState::infinity()) m = x;
+    x[i] = scaled(x[i], scale);
+    if (x[i] > block.m && x[i] < inf) block.m = x[i];
   }
   for (int64_t i = 0; i < count; ++i) {
-    const double x = scaled(element(i), scale);
-    if (x == -TokenState::infinity()) continue;
-    const double t = x - m, weight = std::exp(t);
-    z += weight, h += weight * t;
+    if (x[i] == -inf) continue;
+    const double t = x[i] - block.m, weight = std::exp(t);
+    block.z += weight, block.h += weight * t;
   }
-  return {m, z, h, 0};
+  return block;
 }
 
 static void update_tail(const ListedRows& rows, int64_t row, const TailStates& states) {
@@ -117,54 +131,40 @@ static void update_tail(const ListedRows& rows, int64_t row, const TailStates& s
   const float scale = scale_of(in.temperature).per_octave;
   TailFields state = states.fields[row];
   alignas(64) float buffer[kBlock];
-  std::array<bool, kBlock> gone{};
+  double doubles[kBlock];
+  Gone gone;
   for (int64_t start = 0; start < in.vocab; start += kBlock) {
     const int64_t count = std::min(kBlock, in.vocab - start);
-    int64_t columns = count;
-    const auto drop = [&](int64_t column) {
-      if (column < start || gone[column - start]) return;  // not ascending: no harm but a wrong result
-      gone[column - start] = true;
-      --columns;
-    };
-    listed.below(start + count, drop);
-    const double inf = TokenState::infinity();
-    TailFields block{-inf, 0, 0, inf};
+    gone.count = 0;
+    listed.below(start + count, [&](int64_t column) {
+      // Ids that do not ascend, or come again, make a wrong result and no harm.
+      if (column >= start && gone.count < kBlock) gone.at[gone.count++] = static_cast<int32_t>(column - start);
+    });
+    if (gone.count >= count) continue;
+    TailFields block{};
+    bool done = false;
     if (wide) {
-      const auto element = [&](int64_t i) { return gone[i] ? -inf : x[start + i]; };
-      block = exact_tail(count, natural, element);
-      for (int64_t i = 0; i < count; ++i) {
-        const double value = gone[i] ? inf : x[start + i];
-        block.low = value < block.low ? value : block.low;
-      }
+      for (int64_t i = 0; i < count; ++i) doubles[i] = x[start + i];
     } else {
       const float* values = x.floats(start, count, buffer);
       float low = __builtin_inff();
-      if (columns < count) {
+      if (gone.count > 0) {
         if (values != buffer) std::copy(values, values + count, buffer);
         values = buffer;
-        for (int64_t i = 0; i < count; ++i) {
-          if (gone[i]) buffer[i] = __builtin_inff();
-        }
+        gone.write(buffer, __builtin_inff());
         low = extremes(values, count).low;
-        for (int64_t i = 0; i < count; ++i) {
-          if (gone[i]) buffer[i] = -__builtin_inff();
-        }
+        gone.write(buffer, -__builtin_inff());
       }
       const auto [lowest, top] = extremes(values, count);
-      low = columns < count ? low : lowest;
       const float m = top * scale;
-      const bool none = top == -__builtin_inff();
-      const TailSums sums =
-          none || !(std::fabs(m) < kLargestReference) ? TailSums{} : tail_sums(values, count, scale, m);
-      if (!none && sums.z > 0 && finite(sums.z) && finite(sums.h)) {
-        block = {m * kLn2, sums.z, kLn2 * sums.h, 0};
-      } else {
-        block = exact_tail(count, natural, [&](int64_t i) { return static_cast<double>(values[i]); });
+      if (std::fabs(m) < kLargestReference) {
+        const TailSums sums = tail_sums(values, count, scale, m);
+        block = {m * kLn2, sums.z, kLn2 * sums.h, gone.count > 0 ? low : lowest};
+        done = sums.z > 0 && finite(sums.z) && finite(sums.h);
       }
-      block.low = low;
+      if (!done) std::copy(values, values + count, doubles);
     }
-    if (columns < count) gone.fill(false);
-    if (columns == 0) continue;
+    if (!done) block = exact_tail(doubles, count, natural, gone);
     if (finite(block.low)) block.low = scaled(block.low, natural);
     merge(state, block);
   }

@@ -76,6 +76,44 @@ def test_rows_must_agree():
         call(matrix(x), teacher=matrix(y))
 
 
+TAILS = {
+    "student": 0, "ids": 64, "listed": 3, "tokens": 64, "mask": 0, "vocab": 8, "temperature": 1.0, "first_column": 0,
+    "fields": 64, "listed_logits": 64, "own": 64, "threads": 1,
+}  # fmt: skip
+GRADIENT = {**dict(list(TAILS.items())[:8]), "gradient": [64] * 6, "out": 0, "threads": 1}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"ids": 0}, "ids is a null pointer"),
+        ({"ids": 65}, "ids is not aligned"),
+        ({"listed": -1}, "the number of ids is impossible"),
+        ({"listed": 2**62}, "the number of ids is impossible"),
+        ({"tokens": 0}, "tokens is a null pointer"),
+        ({"vocab": 9}, "vocab is outside the width"),
+        ({"first_column": -1}, "first_column is negative"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"fields": 0}, "fields is a null pointer"),
+        ({"listed_logits": 0}, "listed_logits is a null pointer"),
+        ({"own": 0}, "own is a null pointer"),
+        ({"gradient": [64, 64, 0, 64, 64, 64]}, "a number of the gradient is a null pointer"),
+        ({"out": (3, 8)}, "the gradient must have the rows, width and dtype"),
+    ],
+)
+def test_wrong_calls_for_a_tail_raise(arguments, message):
+    """Nothing is read of the addresses, which are no one's."""
+    x = matrix(make_logits(2, 8))
+    for function, right in ((native.update_tails, TAILS), (native.tail_backward, GRADIENT)):
+        if set(arguments) <= set(right):
+            given = {**right, "student": x, "out": x, **arguments}
+            if isinstance(given["out"], tuple):
+                given["out"] = matrix(make_logits(*given["out"]))
+            with pytest.raises(ValueError, match=message):
+                function(*(given[name] for name in right))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

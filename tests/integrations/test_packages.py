@@ -33,7 +33,7 @@ def test_it_is_an_import_error_and_an_input_error() -> None:
 def test_nothing_is_imported_unasked() -> None:
     code = """
 import sys
-import cmdp_fast, cmdp_fast.credit, cmdp_fast.integrations.rewards, cmdp_fast.integrations.topk, cmdp_fast.scoring
+import cmdp_fast, cmdp_fast.credit, cmdp_fast.integrations.rewards, cmdp_fast.scoring
 import cmdp_fast.integrations.openrlhf
 loaded = {"trl", "verl", "openrlhf", "ray", "tensordict", "transformers", "tyro", "accelerate"} & set(sys.modules)
 assert not loaded, loaded

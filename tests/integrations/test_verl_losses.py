@@ -86,6 +86,8 @@ def test_loss_and_gradient_are_those_of_the_formula(kind: str) -> None:
     assert metrics["distillation/cmdp_spent"] == pytest.approx(spent.item() / len(PROMPTS), rel=1e-4)
     assert metrics["distillation/cmdp_cost"] == pytest.approx(spent.item() / sum(RESPONSES), rel=1e-4)
     assert 0 < metrics["distillation/teacher_mass"] < 1
+    # two of the four are over budget by the lower bound already; one of the others is within it for certain
+    assert (metrics["distillation/cmdp_refuted"], metrics["distillation/cmdp_certified"]) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -229,12 +231,15 @@ def test_no_dtype_and_no_setting_of_verls_makes_a_cost_of_rounding(dtype: torch.
     exact_logits = [x.detach().double().requires_grad_() for x in logits]
     exact = in_float64(batch, exact_logits)
     spent = exact.mul(MASK).sum()
-    assert metrics["distillation/cmdp_cost"] == pytest.approx(spent.item() / sum(RESPONSES), rel=1e-3)
+    # lowered by what the rounding of a message in float32 may have added to a token, so that it is a bound
+    rounding, per_token = 1e-6, spent.item() / sum(RESPONSES)
+    assert per_token - rounding < metrics["distillation/cmdp_cost"] <= per_token
     # the score term alone, to be taken off
     without = [x.detach().requires_grad_() for x in logits]
     score, _ = loss_of(batch, configured(budget=1e6), without)
     direct = 0.5 * spent / len(PROMPTS)
-    assert (loss - score).item() == pytest.approx(direct.item(), rel=1e-2, abs=1e-6)
+    lost = 0.5 * rounding * sum(RESPONSES) / len(PROMPTS)
+    assert direct.item() - lost - 1e-6 < (loss - score).item() < direct.item() + 1e-6
     ours, theirs = torch.autograd.grad(loss, logits), torch.autograd.grad(score, without)
     expected = torch.autograd.grad(direct, exact_logits)
     for one, other, right in zip(ours, theirs, expected, strict=True):

@@ -18,7 +18,7 @@ pytest.importorskip(
 import verl_run
 from transformers import AutoModelForCausalLM
 
-from cmdp_fast.integrations.topk import topk_divergence_of_logits
+import cmdp_fast as cf
 from cmdp_fast.objective import PIDController
 
 BUDGET, TOPK, PROMPT = 1.0, 8, 4
@@ -42,7 +42,7 @@ def mean_cost(folder: Path, name: str) -> float:
         with torch.no_grad():
             x, y = (model(ids).logits[0, PROMPT - 1 : -1] for model in (student, teacher))
         values, tokens = y.log_softmax(-1).topk(TOPK, -1)
-        total += topk_divergence_of_logits(x, values, tokens).divergence.sum().item()
+        total += cf.topk_stats(x, tokens, values, ids[0, PROMPT:]).forward_kl.sum().item()
     return total / len(sequences)
 
 

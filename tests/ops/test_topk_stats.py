@@ -10,6 +10,7 @@ from topk_inputs import DIFFERENTIABLE, evaluate, given, sent, weighted
 
 import cmdp_fast as cf
 from cmdp_fast import topk_reference
+from cmdp_fast.cpu import native
 
 pytestmark = pytest.mark.tiles
 
@@ -40,6 +41,19 @@ def check(student, message, tokens, backend, **settings):
 def test_values_and_gradient(vocab, k, dtype, backend):
     student, message, tokens = given(3, vocab=vocab, k=k, dtype=dtype)
     check(student, message, tokens, backend, temperature=0.7)
+
+
+@pytest.mark.skipif(native is None, reason="the native module is not built")
+@pytest.mark.parametrize("name", [name for name, runs in (native.variants() if native else ()) if runs])
+def test_every_variant_of_the_native_kernels(name):
+    """Of a width that no vector divides, with tails of blocks and of vectors."""
+    chosen = native.variant()
+    native.set_variant(name)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            check(*given(3, vocab=9011, k=40, dtype=dtype), "cpu", temperature=0.7)
+    finally:
+        native.set_variant(chosen)
 
 
 @pytest.mark.parametrize("offset", [100.0, -1e4, 1e9, 1e20, -3e38])

@@ -33,7 +33,7 @@ def inputs(dtype=torch.float32):
 
 
 def test_compile_gives_equal_results():
-    """There is one graph, forward and backward. (Inductor would compile the arithmetic of [N, k] for most of a minute.)"""
+    """There is one graph, forward and backward. (Inductor compiles [N, k] for most of a minute.)"""
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     arguments = inputs()
     plain, loss = both(*arguments)

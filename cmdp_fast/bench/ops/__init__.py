@@ -7,6 +7,7 @@ from cmdp_fast.bench.ops.divergence import DivergenceOp
 from cmdp_fast.bench.ops.linear_divergence import LinearDivergenceOp
 from cmdp_fast.bench.ops.linear_token_stats import LinearTokenStatsOp
 from cmdp_fast.bench.ops.token_stats import TokenStatsOp
+from cmdp_fast.bench.ops.topk_stats import TopkStatsOp
 from cmdp_fast.bench.ops.trainer_step import TrainerStepOp
 
 OPS: dict[str, Op] = {
@@ -18,6 +19,7 @@ OPS: dict[str, Op] = {
         ConstrainedRewardOp(),
         LinearTokenStatsOp(),
         LinearDivergenceOp(),
+        TopkStatsOp(),
         TrainerStepOp(),
     )
 }

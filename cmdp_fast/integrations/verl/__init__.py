@@ -26,14 +26,15 @@ and one bucket for all others. verl's servers send the second, k numbers and k i
 the sampled token alone. So here the costs are
 
 - ``forward_kl``, KL(teacher‖student) of the k tokens and the bucket. It is a *lower bound* of the forward KL: a bucket
-  hides every difference inside it (log-sum inequality), so a student that meets the budget may exceed it in truth, by
-  no more than W min(R, R²/8) per token, W the teacher's mass outside its k tokens and R the spread of
-  log(teacher/student) there. `cmdp_fast.integrations.topk` derives both; `distillation/teacher_mass` logs 1 - W. verl's
-  own `forward_kl_topk` leaves the bucket out, which is no divergence and bounds nothing. Nor are its masses used: in
+  hides every difference inside it (log-sum inequality), so a student that meets the budget may exceed it in truth.
+  `cf.topk_stats` gives an upper bound as well: ``distillation/cmdp_certified`` and ``distillation/cmdp_refuted`` log
+  of how many completions the two prove that they keep the budget, or that they do not; the others are unknown. What is
+  lost falls with the teacher's mass outside its k tokens, 1 - ``distillation/teacher_mass``. verl's own
+  `forward_kl_topk` leaves the bucket out, which is no divergence and bounds nothing. Nor are its masses used: in
   float32 1 less a mass is rounding where the student is sure, and with `use_chunked_topk` a mass has the dtype of the
-  logits. `topk_divergence_of_logits` sums the student's tail itself, from logits of any dtype, in pieces of 64 MiB. So
-  verl's `use_chunked_topk` and `chunked_topk_chunk_size` have no effect here. For training it keeps one copy of the
-  logits in their dtype, the size of the log-softmax that verl keeps without `use_chunked_topk`.
+  logits. `cf.topk_stats` sums the student's tail itself, from logits of any dtype, in one pass. So verl's
+  `use_chunked_topk` and `chunked_topk_chunk_size` have no effect here. For training it keeps one copy of the logits in
+  their dtype, the size of the log-softmax that verl keeps without `use_chunked_topk`.
 - ``k1`` (its sum is log student/teacher of the completion, its expectation the exact reverse KL), ``k3`` and ``nll``,
   from the sampled token. They depend on the action, so there is no direct term; set `loss_mode: cmdp_sampled`.
 

@@ -10,16 +10,17 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 import cmdp_fast as cf
 from cmdp_fast.constraint import Constraint
-from cmdp_fast.integrations.topk import topk_divergence_of_logits
 
 COST = "cmdp_cost"
+COST_UPPER = "cmdp_cost_upper"
 SAMPLED_FIELDS = ("prompts", "responses", "old_log_probs", "teacher_logprobs")
 TOPK_FIELDS = ("prompts", "responses", COST)
 
 
 def cost_of_logits(student_logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
     """What verl's engine keeps of a micro-batch's logits [1, N, V]: `COST`, the forward KL from the teacher's k tokens
-    and a bucket for the rest, in nats and differentiable, and both masses of the k tokens; [1, N] in float32 each.
+    and a bucket for the rest, in nats and differentiable, `COST_UPPER`, which the exact one does not exceed, and both
+    masses of the k tokens; [1, N] in float32 each.
 
     In the place of verl's `compute_topk_loss`, whose masses come rounded to the dtype of the logits
     (``use_chunked_topk``) or to float32: a bucket that is made of them counts rounding as divergence. Whole rows of
@@ -31,8 +32,14 @@ def cost_of_logits(student_logits: Tensor, data: TensorDict) -> dict[str, Tensor
     if student_logits.requires_grad:
         # the backward pass of flash-attn's cross-entropy, which verl takes of the same logits, writes over them
         student_logits = student_logits.clone()
-    result = topk_divergence_of_logits(student_logits, logprob, ids)
-    return {COST: result.divergence, "student_mass": result.student_mass, "teacher_mass": result.teacher_mass}
+    # the statistics of tokens are verl's affair: any token will do
+    stats = cf.topk_stats(student_logits, ids, logprob, torch.zeros_like(ids[..., 0]))
+    return {
+        COST: stats.forward_kl,
+        COST_UPPER: stats.forward_kl_upper,
+        "student_mass": stats.student_mass,
+        "teacher_mass": stats.teacher_mass,
+    }
 
 
 def sampled_cost(logprob: Tensor, teacher_logprob: Tensor, constraint: Constraint) -> Tensor:

@@ -27,7 +27,7 @@ from cmdp_fast import objective
 from cmdp_fast.errors import InputError
 
 from .config import CONSTANT_NORMALIZERS, SAMPLED_LOSS, TOPK_LOSS, constraint_of
-from .costs import COST, cost_of_logits, sampled_cost
+from .costs import COST, COST_UPPER, cost_of_logits, sampled_cost
 
 COEFFICIENT, SEQUENCE_WEIGHTS = "cmdp_coefficient", "cmdp_sequence_weights"
 """What the trainer sends along with a batch: the lambda of this step, and whether verl's ``rollout_is_weights`` are
@@ -120,8 +120,10 @@ def compute_cmdp_direct_term(
 
     Differentiable through c. Metrics are means of the
     micro-batch: ``distillation/cmdp_cost`` per token and ``distillation/cmdp_spent`` per completion, in nats,
-    ``distillation/student_mass`` and ``distillation/teacher_mass`` of the k tokens. Raises InputError where the
-    workers are not those of the trainer `cmdp`, which make the cost of the logits.
+    ``distillation/student_mass`` and ``distillation/teacher_mass`` of the k tokens, and the shares of completions of
+    which the bounds of the exact forward KL prove that they keep the budget (``distillation/cmdp_certified``) or that
+    they do not (``distillation/cmdp_refuted``). Raises InputError where the workers are not those of the trainer
+    `cmdp`, which make the cost of the logits.
     """
     constraint = constraint_of(config.policy_loss, "actor_rollout_ref.actor.policy_loss")
     if COST not in model_output:
@@ -134,21 +136,28 @@ def compute_cmdp_direct_term(
             raise InputError("kind=pid has no lambda of this step, expected trainer.v1.trainer_mode=cmdp")
         constraint = replace(constraint, coefficient=coefficient)
     mask = _padded(data["response_mask"]).bool()
-    cost = torch.where(mask, no_padding_2_padding(model_output[COST], data).float(), 0.0)
+    cost, upper, student_mass, teacher_mass = (
+        torch.where(mask, no_padding_2_padding(model_output[name], data).float(), 0.0)
+        for name in (COST, COST_UPPER, "student_mass", "teacher_mass")
+    )
     trace = cf.budget_trace(cost.detach(), constraint=constraint, mask=mask)
     weight = objective.direct_coefficient(trace, constraint, mask=mask)
     if tu.get(data, SEQUENCE_WEIGHTS, default=False):
         weight = weight * _padded(data["rollout_is_weights"])
-    real = mask.sum().clamp(min=1)
+    verdict = cf.budget_verdict(cost.detach(), upper, constraint=constraint, mask=mask)
+    completions = mask.any(1)
+    per_token, per_completion = mask.sum().clamp(min=1), completions.sum().clamp(min=1)
     metrics = {
-        "distillation/cmdp_cost": (cost.detach().sum() / real).item(),
-        "distillation/cmdp_spent": (cost.detach().sum() / mask.any(1).sum().clamp(min=1)).item(),
+        "cmdp_cost": cost.detach().sum() / per_token,
+        "cmdp_spent": cost.detach().sum() / per_completion,
+        "cmdp_certified": (verdict.certified & completions).sum() / per_completion,
+        "cmdp_refuted": verdict.refuted.sum() / per_completion,
+        "student_mass": student_mass.sum() / per_token,
+        "teacher_mass": teacher_mass.sum() / per_token,
     }
-    for name in ("student_mass", "teacher_mass"):
-        mass = no_padding_2_padding(model_output[name], data)
-        metrics[f"distillation/{name}"] = (torch.where(mask, mass, 0.0).sum() / real).item()
     # 0 * inf: a cost that is infinite where its weight is 0 is not part of the objective
-    return torch.where(weight != 0, weight * cost, 0.0), metrics
+    figures = {f"distillation/{name}": figure.item() for name, figure in metrics.items()}
+    return torch.where(weight != 0, weight * cost, 0.0), figures
 
 
 @register_distillation_loss(DistillationLossSettings(names=[SAMPLED_LOSS], use_estimator=True))
