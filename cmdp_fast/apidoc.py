@@ -34,6 +34,7 @@ MODULES = (
     "cmdp_fast.batches",
     "cmdp_fast.pid",
     "cmdp_fast.reference",
+    "cmdp_fast.topk_bounds",
     "cmdp_fast.integrations",
     "cmdp_fast.trainer",
     "cmdp_fast.judging",
