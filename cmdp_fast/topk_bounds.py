@@ -20,10 +20,10 @@ So the tail's part, sum_T w log w - sum_T w log p, is at most W log min(c, W) - 
 
 The first term since log w <= log min(c, W), the second since p >= p_low. It is reached by a teacher that has c on W/c
 tokens to which the student gives p_low. With the student's whole row sorted the second term would be exact: the W/c
-least likely tokens have c each (`topk_reference.forward_kl_upper`). One pass knows the least of them only, and
-language models have so many unlikely tokens that this is a small part of what is missing. What is loose is the
-premise: nothing is known of *which* unlikely tokens the teacher's tail is on. At W = .01, c = 1e-4 and p_low = 1e-12
-the term is .18 nats. A cap that does not hold the tail, c |T| < W, is of no teacher's k most likely tokens: +inf.
+least likely tokens have c each (`topk_reference.forward_kl_upper`). One pass knows the least of them only. Where many
+tokens are about as unlikely as that one, little is lost by it; what is loose then is the premise, which says nothing of
+*which* unlikely tokens the teacher's tail is on. At W = .01, c = 1e-4 and p_low = 1e-12 the term is .18 nats. A cap
+that does not hold the tail, c |T| < W, is of no teacher's k most likely tokens: +inf.
 
 **From above, R.** Where the teacher gives no token less than e^f,
 
@@ -42,10 +42,10 @@ of a state would depend on the action that was drawn there.
 **Rounding makes no bound false.** A log-probability of the teacher is known to d = eps max(1, |log w|), eps that of its
 dtype: one half for storing it, one for the log-normaliser that it came from. (Of a log-softmax that adds up in sequence
 this is not true: PyTorch's in float32 on a CPU missed tails by 4e-5 at V = 152,064.) So w is known by a factor e^d, and
-W to e_W = sum_S w (e^d - 1): about 1e-7 in float32, .01 in bfloat16. The student's log-probabilities
-have few roundings, u max(1, |log p|) with u = 8 eps of float32, or (8 + sqrt V) eps in float64, where kernels add in
-sequence. (The logits count as they are given; what made them is no matter.) Each term then moves by at most the
-length of its interval times the largest derivative there:
+W to e_W = sum_S w (e^d - 1): about 1e-7 in float32, .01 in bfloat16. The student's log-probabilities have few
+roundings, u max(1, |log p|) with u = 8 eps of float32, or (8 + sqrt V) eps in float64, where kernels add in sequence.
+(The logits count as they are given; what made them is no matter.) Each term then moves by at most the length of its
+interval times the largest derivative there:
 
     w log(w/p)       by   w (e^d - 1) (1 + |log(w/p)| + d + u_p) + w e^d u_p            (over S; likewise p log(p/w))
     W log(W/P)       is convex in W, so least at the point of [W - e_W, W + e_W] that is nearest to P/e
