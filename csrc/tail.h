@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "logits.h"
+#include "scale.h"
 
 namespace cmdp {
 
@@ -45,6 +46,32 @@ CMDP_HD static inline void merge(TailFields& mine, TailFields other) {
   }
   mine = {top, mine.z + other.z, mine.h + other.h, mine.low < other.low ? mine.low : other.low};
 }
+
+// One column of the tail in double.
+struct TailColumn {
+  double reference, log_mass, constant, slope, scale;
+
+  CMDP_HD double operator()(double logit) const {
+    const double log_p = (scaled(logit, scale) - reference) - log_mass, p = std::exp(log_p);
+    return p == 0 || log_mass == -TokenState::infinity() ? 0 : p * (constant + slope * log_p);
+  }
+};
+
+// The same in floats: 2^t (at_zero + per_t t) with t = L x - m. The normaliser is m + rest octaves, so that the
+// probability is 2^(t - rest).
+struct TailSlopes {
+  float m, at_zero, per_t;
+  bool modest;  // whether no float overflows on the way, and a rest is no more than an octave
+
+  CMDP_HD explicit TailSlopes(const TailColumn& column) {
+    const double normalizer = (column.reference + column.log_mass) / kLn2;
+    m = static_cast<float>(normalizer);
+    const double rest = normalizer - m, weight = std::exp2(-rest), per_octave = column.slope * kLn2;
+    per_t = static_cast<float>(weight * per_octave);
+    at_zero = static_cast<float>(weight * (column.constant - per_octave * rest));
+    modest = std::fabs(per_t) < 1e7f && std::fabs(at_zero) < 1e7f && std::fabs(m) < 1e7f;
+  }
+};
 
 }  // namespace CMDP_ISA
 }  // namespace cmdp

@@ -171,16 +171,6 @@ static void update_tail(const ListedRows& rows, int64_t row, const TailStates& s
   states.fields[row] = state;
 }
 
-// One column of the tail in double.
-struct TailColumn {
-  double reference, log_mass, constant, slope, scale;
-
-  double operator()(double logit) const {
-    const double log_p = (scaled(logit, scale) - reference) - log_mass, p = std::exp(log_p);
-    return p == 0 || log_mass == -TokenState::infinity() ? 0 : p * (constant + slope * log_p);
-  }
-};
-
 static inline bool all_zero(const double* values, int64_t count) {
   return std::all_of(values, values + count, [](double value) { return value == 0; });
 }
@@ -201,21 +191,16 @@ static void tail_backward(const ListedRows& rows, int64_t row, const TailGradien
   // Before anything is written: the output may be the logits themselves.
   const double own = token >= 0 ? column(pair.x[token]) + share : 0;
 
-  // 2^(t - r) (constant + slope ln2 (t - r)) with t = L x - M and M + r the normaliser in octaves, M a float.
-  const double normalizer = (column.reference + column.log_mass) / kLn2;
-  const float m = static_cast<float>(normalizer), per_octave = scale_of(in.temperature).per_octave;
-  const double rest = normalizer - m, weight = std::exp2(-rest);
-  const float per_t = static_cast<float>(weight * slope * kLn2);
-  const float at_zero = static_cast<float>(weight * (constant + slope * kLn2 * rest));
-  const bool modest = std::fabs(per_t) < 1e7f && std::fabs(at_zero) < 1e7f && std::fabs(m) < kLargestReference;
+  const TailSlopes slopes(column);
+  const float per_octave = scale_of(in.temperature).per_octave;
   if (column.log_mass == -TokenState::infinity()) {
     zero_columns(out, to.data, 0);
-  } else if (!is_wide(in) && modest) {
+  } else if (!is_wide(in) && slopes.modest) {
     map_blocks(pair, in.vocab, false, to, [&](const Block<float, float>& block, float* dx) {
-      const Floats factor = splat(per_octave), minus_m = splat(-m), lowest = splat(kWeightless);
+      const Floats factor = splat(per_octave), minus_m = splat(-slopes.m), lowest = splat(kWeightless);
       const auto step = [&](const float* from, float* lanes) {
         const Floats t = max(multiply_add(load(from), factor, minus_m), lowest);
-        store(lanes, exp2(t) * (t * per_t + at_zero));
+        store(lanes, exp2(t) * (t * slopes.per_t + slopes.at_zero));
       };
       int64_t i = 0;
       for (; i + kLanes <= block.count; i += kLanes) step(block.x + i, dx + i);
