@@ -9,16 +9,18 @@ import torch
 from launch_plan import QWEN, tile_on_a_gpu
 from machine_code import Traffic
 
-from cmdp_fast import kernels
+from cmdp_fast import kernels, tails
 from cmdp_fast.layout import (
     SAVED,
     Account,
     BudgetRule,
+    ListedRows,
     Mixture,
     Pair,
     Rewarding,
     RewardRule,
     Settlement,
+    TailGradient,
     Upstream,
 )
 from cmdp_fast.reference import BudgetTrace
@@ -46,6 +48,17 @@ def _mixture(vocab: int, dtype: torch.dtype) -> None:
     pair, weights = make_pair(vocab, dtype, 2), Mixture(0.5, 0.5, 0.5)
     _, saved, mean = kernels.mixture(pair, weights)
     kernels.mixture_backward(pair, saved, mean, torch.empty(2), weights, torch.empty_like(pair.student))
+
+
+def _tail(vocab: int, dtype: torch.dtype) -> None:
+    """Of a teacher that has listed 100 columns."""
+    pair, device = make_pair(vocab, dtype, 2), torch.device("cpu")
+    assert pair.tokens is not None
+    rows = ListedRows(pair.student, torch.zeros(2, 100, dtype=torch.int64), pair.tokens, pair.mask, 1.0, vocab)
+    state = tails.empty(2, 100, device)
+    kernels.update_tails(rows, 0, state)
+    numbers = [torch.empty(2, dtype=torch.float64)] * 5
+    kernels.tail_backward(rows, TailGradient(*numbers, state.listed), pair.student)
 
 
 def make_rewarding(*shape: int) -> Rewarding:
@@ -127,11 +140,13 @@ class TileCase(Case):
 
 FOLD, BACKWARD = "token_stats.fold_kernel", "token_stats_backward.backward_kernel"
 MIXTURE, MIXTURE_BACKWARD = "mixture.mixture_kernel", "mixture.backward_kernel"
+TAIL, TAIL_BACKWARD = "tail.fold_kernel", "tail_backward.backward_kernel"
 READS, WRITES_TOO = Traffic(2), Traffic(2, 1)
 CASES = (
     Case(_statistics, {FOLD: READS}),
     Case(_backward, {BACKWARD: WRITES_TOO}),
     Case(_mixture, {FOLD: READS, MIXTURE: READS, MIXTURE_BACKWARD: WRITES_TOO}),
+    Case(_tail, {TAIL: Traffic(1), TAIL_BACKWARD: Traffic(1, 1)}),
     Case(_budget),
     Case(_constrained, {FOLD: READS}),
 )

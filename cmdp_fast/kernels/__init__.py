@@ -20,14 +20,17 @@ measured on a GPU.
 
 `constrained.py` is the whole method in three launches, `scan.py` the budget's scan, `reward.py` the modified reward,
 `sequences.py` where sequences lie and how they are summed, `mixture.py` JSD and skewed divergences (a second pass),
-`token_state.py` a tile of the vocabulary, `launch.py` the launch settings, `shapes.py` the values that kernels are
-given, `shared.py` the algebra of partial states.
+`token_state.py` a tile of the vocabulary, `tail.py` and `tail_backward.py` a row without the columns that a teacher has
+listed, `launch.py` the launch settings, `shapes.py` the values that kernels are given, `shared.py` the algebra of
+partial states.
 """
 
 from cmdp_fast.kernels.constrained import COSTS, constrained_pass
 from cmdp_fast.kernels.mixture import mixture, mixture_backward
 from cmdp_fast.kernels.reward import modify_rewards
 from cmdp_fast.kernels.scan import trace_budgets
+from cmdp_fast.kernels.tail import update_tails
+from cmdp_fast.kernels.tail_backward import tail_backward
 from cmdp_fast.kernels.token_state import update_states
 from cmdp_fast.kernels.token_stats import token_stats
 from cmdp_fast.kernels.token_stats_backward import token_stats_backward
@@ -38,8 +41,10 @@ __all__ = [
     "mixture",
     "mixture_backward",
     "modify_rewards",
+    "tail_backward",
     "token_stats",
     "token_stats_backward",
     "trace_budgets",
     "update_states",
+    "update_tails",
 ]

@@ -19,8 +19,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from cmdp_fast.kernels.shapes import Logits, Rows
-from cmdp_fast.layout import Pair, row_axes
+from cmdp_fast.kernels.shapes import Listed, Logits, Rows
+from cmdp_fast.layout import ListedRows, Pair, row_axes
 
 # Asked for by hand only: a choice at run time may change the order of additions from one run to the next.
 AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
@@ -254,6 +254,13 @@ def logits_of(pair: Pair) -> Logits:
     tokens = None if pair.tokens is None else pair.tokens.contiguous()
     scale = scale_of(pair.temperature)
     return Logits(student, teacher, tokens, flags(pair.mask), student_rows, teacher_rows, pair.width, scale)
+
+
+def listed_of(rows: ListedRows) -> Listed:
+    """Rows with listed columns as the kernels address them."""
+    student, student_rows = rows_of(rows.student)
+    tokens, mask, count = rows.tokens.contiguous(), flags(rows.mask), rows.ids.shape[-1]
+    return Listed(student, rows.ids, tokens, mask, student_rows, count, rows.width, scale_of(rows.temperature))
 
 
 def count_rows(t: Tensor) -> int:

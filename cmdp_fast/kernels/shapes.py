@@ -46,6 +46,19 @@ class Logits(NamedTuple):
     scale: float  # log2(e)/temperature
 
 
+class Listed(NamedTuple):
+    """A `cmdp_fast.layout.ListedRows` as kernels read it."""
+
+    student: Pointer  # [rows, V]
+    ids: Pointer  # [rows, count] int64
+    tokens: Pointer | None  # [rows]
+    mask: Pointer | None  # [rows] bytes
+    rows: Rows
+    count: int  # columns that are listed
+    width: int  # columns that count
+    scale: float  # log2(e)/temperature
+
+
 class Row(NamedTuple):
     """One row of both models: pointers to the first column, and the factor of a logit."""
 
