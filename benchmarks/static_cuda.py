@@ -17,11 +17,13 @@ from machine_code import SPILLS, Report, Traffic, count, look_at_loop, occupancy
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ELEMENTS = {"bfloat16": ("BFloat16", 2), "float16": ("Float16", 2), "float32": ("Float32", 4)}
 THREADS = 256  # of a block, for the vocabulary of a language model: kThreads in device.cuh
-# Matrices that a kernel reads and writes, and how it is instantiated.
+# Matrices that a kernel reads and writes, and how it is instantiated. No name is a part of one that follows it.
 KERNELS = {
-    "token_stats_kernel": (2, "<{0}, {0}, true>(const __grid_constant__ FoldArguments)"),
-    "constrained_kernel": (2, "<{0}, {0}, true>(const __grid_constant__ ConstrainedArguments)"),
-    "backward_kernel": (3, "<{0}, {0}, true, true>(const __grid_constant__ BackwardArguments)"),
+    "token_stats_kernel": (Traffic(2), "<{0}, {0}, true>(const __grid_constant__ FoldArguments)"),
+    "constrained_kernel": (Traffic(2), "<{0}, {0}, true>(const __grid_constant__ ConstrainedArguments)"),
+    "tail_backward_kernel": (Traffic(1, 1), "<{0}, true>(const __grid_constant__ TailBackwardArguments)"),
+    "tail_kernel": (Traffic(1), "<{0}, true>(const __grid_constant__ TailArguments)"),
+    "backward_kernel": (Traffic(2, 1), "<{0}, {0}, true, true>(const __grid_constant__ BackwardArguments)"),
 }
 FLAGS = ("-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-cubin")  # as in csrc/cuda/build.cmake
 
@@ -37,7 +39,7 @@ def compiled(dtype: str, arch: str, folder: Path) -> Path:
     instances = "".join(
         f"template __global__ void {name}{how.format(ELEMENTS[dtype][0])};\n" for name, (_, how) in KERNELS.items()
     )
-    includes = "".join(f'#include "{SOURCES / name}"\n' for name in ("token_stats.cuh", "backward.cuh"))
+    includes = "".join(f'#include "{SOURCES / name}"\n' for name in ("token_stats.cuh", "tail.cuh"))
     source.write_text(f"{includes}namespace cmdp::cuda {{\n{instances}}}\n")
     subprocess.run(["nvcc", *FLAGS, f"-arch=sm_{arch}", "-o", str(cubin), str(source)], check=True)
     return cubin
@@ -59,7 +61,7 @@ def survey(archs: list[str], dtypes: list[str], vocab: int) -> list[Report]:
                     local, spills = usage["STACK"] + usage["LOCAL"], count(code, *SPILLS)
                     size = (usage["REG"], usage["SHARED"], local, spills, busy, len(code), False)
                     report = Report(f"cuda.{name}", arch, dtype, vocab, THREADS, *size)
-                    logit, matrices = ELEMENTS[dtype][1], KERNELS[name][0]
-                    look_at_loop(report, code, Traffic(2 * logit, (matrices - 2) * logit))
+                    logit, moved = ELEMENTS[dtype][1], KERNELS[name][0]
+                    look_at_loop(report, code, Traffic(moved.read * logit, moved.written * logit))
                     reports.append(report)
     return reports

@@ -98,9 +98,7 @@ def update_tails(
     vocab: int,
     temperature: float,
     first_column: int,
-    fields: int,
-    listed_logits: int,
-    own: int,
+    states: Sequence[int],
     threads: int,
 ) -> None: ...
 def tail_backward(

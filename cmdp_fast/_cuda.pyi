@@ -5,6 +5,7 @@ from collections.abc import Sequence
 DEVICE: str
 PARTIAL: int
 SAVED: int
+TAIL_FIELDS: int
 
 _Layout = tuple[int, bool, int, int, int]
 _BudgetRule = tuple[float, bool, bool]
@@ -38,6 +39,34 @@ def token_stats_backward(
     saved: int,
     out: Matrix,
     first_column: int,
+    stream: int,
+) -> None: ...
+def tail_segments(vocab: int) -> int: ...
+def update_tails(
+    student: Matrix,
+    ids: int,
+    listed: int,
+    tokens: int,
+    mask: int,
+    vocab: int,
+    temperature: float,
+    first_column: int,
+    states: Sequence[int],
+    partial: int,
+    arrived: int,
+    stream: int,
+) -> None: ...
+def tail_backward(
+    student: Matrix,
+    ids: int,
+    listed: int,
+    tokens: int,
+    mask: int,
+    vocab: int,
+    temperature: float,
+    first_column: int,
+    gradient: Sequence[int],
+    out: Matrix,
     stream: int,
 ) -> None: ...
 def constrained_reward(

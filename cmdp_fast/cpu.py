@@ -191,7 +191,7 @@ def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
         rows.width,
         rows.temperature,
         first_column,
-        *(t.data_ptr() for t in state),
+        [address(t) for t in state],
         _threads(),
     )
 

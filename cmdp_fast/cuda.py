@@ -1,7 +1,8 @@
 """The CUDA C++ kernels (csrc/cuda): plain functions of tensors that know neither autograd nor checks of arguments.
 
 The same functions as those of `cmdp_fast.kernels`, for what has a kernel there: `token_stats` and its backward pass,
-`constrained_pass` (the whole method in one launch), `trace_budgets`, `modify_rewards`. Importing this module raises
+`update_tails` and its backward pass, `constrained_pass` (the whole method in one launch), `trace_budgets`,
+`modify_rewards`. Importing this module raises
 ImportError where they were not built. A launch takes the current stream of the tensors' device, allocates its results
 from PyTorch's own memory and waits for nothing. What a kernel does and why it is exact stands beside it in csrc/cuda.
 
@@ -20,7 +21,7 @@ barrier that not all threads reach show there. What does not:
   multiplications and additions that nvcc fuses and g++ does not; the launch itself, its limits and its stream;
 - registers, occupancy, bank conflicts, divergence, caches: everything that is speed.
 
-Whether it stays. It serves four operations, and is the second choice of each (`PREFERRED_ON_GPU` in ops/backends.py).
+Whether it stays. It serves five operations, and is the second choice of each (`PREFERRED_ON_GPU` in ops/backends.py).
 The first run of benchmarks/gpu.py on a GPU decides. The change that commits its results does one of these:
 
 - kept and preferred, `PREFERRED_ON_GPU = "cuda"`: the phase `logits` shows it ahead in most of its points, and the
@@ -34,7 +35,7 @@ The first run of benchmarks/gpu.py on a GPU decides. The change that commits its
 - deleted else: csrc/cuda, this module, `_cuda.pyi` and its lines in ops/backends.py, setup.py and csrc/CMakeLists.txt,
   benchmarks/static_cuda.py, tests/csrc/cuda_host, the mark ``cuda``, and a line in the changelog.
 
-A point is an operation of the four, forward or backward, at one of the measured numbers of rows (64 to 8192). Ahead is
+A point is an operation of these, forward or backward, at one of the measured numbers of rows (64 to 8192). Ahead is
 a device time (a graph's replay, without Python) at least 5 % below triton's by the medians, beyond the spread of both,
 in bfloat16 or float32, while the other dtype is not 5 % behind at the same point.
 """
@@ -48,9 +49,11 @@ import cmdp_fast._cuda as _cuda
 from cmdp_fast.layout import (
     Account,
     BudgetRule,
+    ListedRows,
     Pair,
     Rewarding,
     Settlement,
+    TailGradient,
     TokenTrace,
     Upstream,
     address,
@@ -60,6 +63,7 @@ from cmdp_fast.layout import (
     matrix_of,
 )
 from cmdp_fast.reference import BudgetTrace
+from cmdp_fast.tails import TailState
 
 DEVICE: str = _cuda.DEVICE  # "cuda"; "cpu" where tests have compiled the kernels for the host
 COSTS = ("reverse_kl", "forward_kl", "k1", "nll")  # those that the one launch scans; each is a difference of statistics
@@ -71,7 +75,7 @@ def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
     index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
     student, teacher = _in_reach(pair.student), _in_reach(pair.teacher)
     with torch.cuda.device_of(student):
-        partial, arrived = _scratch(saved, pair.width)
+        partial, arrived = _scratch(saved[..., 0], _cuda.segments(pair.width) * _cuda.PARTIAL)
         _cuda.token_stats(
             _matrix(student),
             _matrix(teacher),
@@ -115,6 +119,53 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
         out.copy_(target)
 
 
+def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
+    """Folds columns [first_column, first_column + width) of the rows into their states, in place. One launch."""
+    tokens, counted = flat(rows.tokens, torch.int64), flat(rows.mask, torch.bool)
+    student = _in_reach(rows.student)
+    with torch.cuda.device_of(student):
+        segments = _cuda.tail_segments(rows.width)
+        partial, arrived = _scratch(state.own, segments * _cuda.TAIL_FIELDS)
+        _cuda.update_tails(
+            _matrix(student),
+            address(rows.ids),
+            rows.ids.shape[-1],
+            address(tokens),
+            address(counted),
+            rows.width,
+            rows.temperature,
+            first_column,
+            [address(t) for t in state],
+            address(partial),
+            address(arrived),
+            _stream(student),
+        )
+
+
+def tail_backward(rows: ListedRows, gradient: TailGradient, out: Tensor, first_column: int = 0) -> None:
+    """Writes the gradient of the student's logits to ``out``, which may be the logits; columns beyond the width get 0,
+    and so do masked rows and those of which ``gradient`` is all 0. One launch."""
+    tokens, counted = flat(rows.tokens, torch.int64), flat(rows.mask, torch.bool)
+    student = _in_reach(rows.student)
+    target = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(student):
+        _cuda.tail_backward(
+            _matrix(student),
+            address(rows.ids),
+            rows.ids.shape[-1],
+            address(tokens),
+            address(counted),
+            rows.width,
+            rows.temperature,
+            first_column,
+            [address(t) for t in gradient],
+            _matrix(target),
+            _stream(student),
+        )
+    if target is not out:
+        out.copy_(target)
+
+
 def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], Tensor]:
     """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; trace and reward are written where they are given.
 
@@ -137,7 +188,7 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
     else:
         limits = (0, False, 0, budget, settlement.per_token)
     with torch.cuda.device_of(student):
-        partial, arrived = _scratch(saved, pair.width, sequences + 1)
+        partial, arrived = _scratch(saved[..., 0], _cuda.segments(pair.width) * _cuda.PARTIAL, sequences + 1)
         _cuda.constrained_reward(
             _matrix(student),
             _matrix(teacher),
@@ -232,15 +283,15 @@ def _layout(offsets: Tensor | None, sequences: int, tokens: Tensor) -> tuple[int
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _scratch(saved: Tensor, vocab: int, sequences: int = 0) -> tuple[Tensor, Tensor]:
-    """Room for the states of all segments, and counters: one per row and ``sequences`` more (Scratch in launch.h)."""
-    rows = saved[..., 0].numel()
-    partial = saved.new_empty(rows * _cuda.segments(vocab) * _cuda.PARTIAL)
-    count = rows + sequences
-    if saved.is_cuda and torch.cuda.is_current_stream_capturing():
+def _scratch(rows: Tensor, numbers: int, sequences: int = 0) -> tuple[Tensor, Tensor]:
+    """Room for so many float64 numbers of each row, and counters: one per row and ``sequences`` more (Scratch in
+    launch.h). ``rows``: a float64 tensor with an element for each."""
+    partial = rows.new_empty(rows.numel() * numbers)
+    count = rows.numel() + sequences
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         # A graph may be replayed beside other work of this stream's: its counters are its own, cleared at each replay.
-        return partial, torch.zeros(count, dtype=torch.int32, device=saved.device)
-    key = saved.device, _stream(saved)
+        return partial, torch.zeros(count, dtype=torch.int32, device=rows.device)
+    key = rows.device, _stream(rows)
     if key not in _counters or _counters[key].numel() < count:
-        _counters[key] = torch.zeros(max(4096, 2 * count), dtype=torch.int32, device=saved.device)
+        _counters[key] = torch.zeros(max(4096, 2 * count), dtype=torch.int32, device=rows.device)
     return partial, _counters[key]

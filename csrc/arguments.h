@@ -12,6 +12,7 @@
 #include "arrays.h"
 #include "budget.h"
 #include "logits.h"
+#include "tail.h"
 
 namespace cmdp {
 
@@ -88,6 +89,34 @@ inline Logits make_logits(const LogitsArgs& args, bool needs_tokens) {
           vocab,
           temperature,
           first_column};
+}
+
+inline ListedRows make_listed(const LogitsArgs& args, uintptr_t ids, int64_t listed) {
+  const Logits in = make_logits(args, true);
+  int64_t entries = 0;
+  if (listed < 0 || __builtin_mul_overflow(in.student.rows, listed, &entries)) fail("the number of ids is impossible");
+  return {in, pointer<const int64_t>(ids, "ids", entries > 0), listed};
+}
+
+using TailStateArgs = std::array<uintptr_t, 3>;  // as in TailStates
+
+inline TailStates make_tails(const TailStateArgs& args, const ListedRows& rows) {
+  const bool any = rows.in.student.rows > 0;
+  const auto [fields, listed, own] = args;
+  return {pointer<TailFields>(fields, "fields", any), pointer<double>(listed, "listed", any && rows.listed > 0),
+          pointer<double>(own, "own", any)};
+}
+
+using TailGradientArgs = std::array<uintptr_t, 6>;  // as in TailGradient
+
+inline TailGradient make_tail_gradient(const TailGradientArgs& args, const ListedRows& rows) {
+  const auto at = [](uintptr_t address, bool needed) {
+    return pointer<const double>(address, "a number of the gradient", needed);
+  };
+  const bool any = rows.in.student.rows > 0;
+  const auto [reference, log_mass, constant, slope, own, listed] = args;
+  return {at(reference, any), at(log_mass, any), at(constant, any),
+          at(slope, any),     at(own, any),      at(listed, any && rows.listed > 0)};
 }
 
 // An address per statistic, in the order of Statistic; all null if only the saved rows are wanted.

@@ -107,41 +107,23 @@ void update_states(const Matrix& student, const Matrix& teacher, uintptr_t token
   cpu::update_states(table, in, stored, threads);
 }
 
-ListedRows make_listed(const Matrix& student, uintptr_t ids, int64_t listed, uintptr_t tokens, uintptr_t mask,
-                       int64_t vocab, double temperature, int64_t first_column) {
-  const Logits in = make_logits({student, student, tokens, mask, vocab, temperature, first_column}, true);
-  int64_t entries = 0;
-  if (listed < 0 || __builtin_mul_overflow(in.student.rows, listed, &entries)) fail("the number of ids is impossible");
-  return {in, pointer<const int64_t>(ids, "ids", entries > 0), listed};
-}
-
 // Folds a tile of columns [first_column, first_column + vocab) into the tails of all rows that the mask lets count.
 void update_tails(const Matrix& student, uintptr_t ids, int64_t listed, uintptr_t tokens, uintptr_t mask, int64_t vocab,
-                  double temperature, int64_t first_column, uintptr_t fields, uintptr_t listed_logits, uintptr_t own,
-                  int threads) {
-  const ListedRows rows = make_listed(student, ids, listed, tokens, mask, vocab, temperature, first_column);
-  const bool any = student.rows > 0;
-  const TailStates states{pointer<TailFields>(fields, "fields", any),
-                          pointer<double>(listed_logits, "listed_logits", any && listed > 0),
-                          pointer<double>(own, "own", any)};
+                  double temperature, int64_t first_column, const TailStateArgs& states, int threads) {
+  const ListedRows rows = make_listed({student, student, tokens, mask, vocab, temperature, first_column}, ids, listed);
+  const TailStates tails = make_tails(states, rows);
   check_threads(threads);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
-  cpu::update_tails(table, rows, states, threads);
+  cpu::update_tails(table, rows, tails, threads);
 }
 
 void tail_backward(const Matrix& student, uintptr_t ids, int64_t listed, uintptr_t tokens, uintptr_t mask,
-                   int64_t vocab, double temperature, int64_t first_column, const std::array<uintptr_t, 6>& gradient,
+                   int64_t vocab, double temperature, int64_t first_column, const TailGradientArgs& gradient,
                    const Matrix& out, int threads) {
-  const ListedRows rows = make_listed(student, ids, listed, tokens, mask, vocab, temperature, first_column);
+  const ListedRows rows = make_listed({student, student, tokens, mask, vocab, temperature, first_column}, ids, listed);
   check_output(out, student);
-  const auto at = [](uintptr_t address, bool needed) {
-    return pointer<const double>(address, "a number of the gradient", needed);
-  };
-  const bool any = student.rows > 0;
-  const auto [reference, log_mass, constant, slope, share, of_listed] = gradient;
-  const TailGradient numbers{at(reference, any), at(log_mass, any), at(constant, any),
-                             at(slope, any),     at(share, any),    at(of_listed, any && listed > 0)};
+  const TailGradient numbers = make_tail_gradient(gradient, rows);
   check_threads(threads);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;

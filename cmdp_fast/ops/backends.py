@@ -44,7 +44,7 @@ ON_GPU = ("cuda", "triton")
 NO_DEVICE = "no CUDA or ROCm device was found"
 
 # The operations that the CUDA C++ kernels serve; all others are Triton's on a GPU.
-OF_CUDA = ("token_stats", "constrained_reward", "budget_trace", "modified_reward")
+OF_CUDA = ("token_stats", "constrained_reward", "budget_trace", "modified_reward", "topk_stats")
 
 # Which of the two GPU backends a call gets where both work. One for all operations: constrained_reward promises bitwise
 # what the other three give in turn. A prediction, since no speed has been measured on a GPU: the passes over the logits

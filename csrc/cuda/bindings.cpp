@@ -49,6 +49,27 @@ void token_stats_backward(const Matrix& student, const Matrix& teacher, uintptr_
   check(cuda::token_stats_backward(in, gradients, rows, out, stream_at(stream)));
 }
 
+void update_tails(const Matrix& student, uintptr_t ids, int64_t listed, uintptr_t tokens, uintptr_t mask, int64_t vocab,
+                  double temperature, int64_t first_column, const TailStateArgs& states, uintptr_t partial,
+                  uintptr_t arrived, uintptr_t stream) {
+  const ListedRows rows = make_listed({student, student, tokens, mask, vocab, temperature, first_column}, ids, listed);
+  const TailStates tails = make_tails(states, rows);
+  auto* const room = pointer<TailFields>(partial, "partial", student.rows > 0);
+  auto* const counters = pointer<uint32_t>(arrived, "arrived", student.rows > 0);
+  const py::gil_scoped_release release;
+  check(cuda::update_tails(rows, tails, room, counters, stream_at(stream)));
+}
+
+void tail_backward(const Matrix& student, uintptr_t ids, int64_t listed, uintptr_t tokens, uintptr_t mask,
+                   int64_t vocab, double temperature, int64_t first_column, const TailGradientArgs& gradient,
+                   const Matrix& out, uintptr_t stream) {
+  const ListedRows rows = make_listed({student, student, tokens, mask, vocab, temperature, first_column}, ids, listed);
+  check_output(out, student);
+  const TailGradient numbers = make_tail_gradient(gradient, rows);
+  const py::gil_scoped_release release;
+  check(cuda::tail_backward(rows, numbers, out, stream_at(stream)));
+}
+
 using SequenceArgs = std::tuple<uintptr_t, bool, int64_t, int64_t, int64_t>;  // as in cuda::Sequences, without the mask
 
 cuda::Sequences make_sequences(const SequenceArgs& args, uintptr_t mask) {
@@ -136,6 +157,10 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("segments", &cuda::segments, py::arg("vocab"));
   module.def("token_stats", &token_stats);
   module.def("token_stats_backward", &token_stats_backward);
+  module.attr("TAIL_FIELDS") = sizeof(TailFields) / sizeof(double);
+  module.def("tail_segments", &cuda::tail_segments, py::arg("vocab"));
+  module.def("update_tails", &update_tails);
+  module.def("tail_backward", &tail_backward);
   module.def("constrained_reward", &constrained_reward);
   module.def("budget_trace", &budget_trace);
   module.def("modified_reward", &modified_reward);

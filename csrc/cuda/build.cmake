@@ -78,7 +78,7 @@ if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMakes before 3.26 do not know t
 endif()
 # Multiplications and additions fuse only where a kernel says so: left to the compiler, the same formula could round
 # differently in two kernels whose results are promised to be the same.
-add_library(cuda_kernels OBJECT cuda/token_stats.cu cuda/backward.cu)
+add_library(cuda_kernels OBJECT cuda/token_stats.cu cuda/backward.cu cuda/tail.cu)
 set_target_properties(cuda_kernels PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF
                       CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(cuda_kernels PRIVATE -fmad=false --expt-relaxed-constexpr -Xfatbin=-compress-all --threads=4)

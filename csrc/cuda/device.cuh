@@ -262,4 +262,15 @@ __device__ __forceinline__ float max_of_lanes(float value) {
   return value;
 }
 
+// --------------------------------------------------------------------------------------------------------------
+// Blocks that wait for none
+
+// True for the last of `count` arrivals; token_stats.cuh says what they are for.
+__device__ __forceinline__ bool arrive(uint32_t* counter, uint32_t count) {
+  __threadfence();
+  const bool last = atomicInc(counter, count - 1) == count - 1;
+  __threadfence();
+  return last;
+}
+
 }  // namespace cmdp::cuda

@@ -12,6 +12,7 @@
 #include "../arrays.h"
 #include "../budget.h"
 #include "../logits.h"
+#include "../tail.h"
 
 namespace cmdp::cuda {
 
@@ -44,6 +45,20 @@ const char* token_stats(const Logits& in, const StatsOut& out, const Scratch& sc
 // `in.first_column`: nonzero for a tile of wider rows, which `saved` describes.
 const char* token_stats_backward(const Logits& in, const Upstream<float>& upstream, const SavedRow* saved,
                                  const Matrix& out, void* stream);
+
+// Columns that a block of `update_tails` folds at most: it keeps a bit of shared memory for each.
+constexpr int kTailSegment = 32768;
+
+// Into how many segments a row is cut.
+int64_t tail_segments(int64_t vocab);
+
+// Folds a tile of columns into the tails of the rows. `partial` [rows, tail_segments(vocab)] may hold anything, and
+// `arrived` [rows] is as in Scratch.
+const char* update_tails(const ListedRows& rows, const TailStates& states, TailFields* partial, uint32_t* arrived,
+                         void* stream);
+
+// The gradient of the student's logits, written to `out` (of their dtype and width), which may be the logits.
+const char* tail_backward(const ListedRows& rows, const TailGradient& gradient, const Matrix& out, void* stream);
 
 // Sequences of tokens, one after another: padded ([count, width], offsets null) or packed. Offsets that nobody has
 // checked lead nowhere outside of `tokens`.

@@ -1,4 +1,5 @@
-// Shared by the launchers: matrices as the kernels address them, and the choice of a kernel by dtype and alignment.
+// Shared by the launchers: how a row is cut, matrices as the kernels address them, and the choice of a kernel by dtype
+// and alignment.
 #pragma once
 
 #include "device.cuh"
@@ -7,6 +8,21 @@
 namespace cmdp::cuda {
 
 constexpr int64_t kMaxGrid = 2147483647;
+
+struct Settings {
+  int threads;
+  int64_t segment;
+};
+
+// 32768 columns of a language model's vocabulary are 8 steps of 16 columns a thread: long enough that merging the
+// threads at the end costs a few per cent of them, short enough that a few rows of 151936 columns occupy many
+// multiprocessors. In narrow rows threads without columns must not outnumber the others; of very wide ones a warp has
+// to hold all segments.
+inline Settings settings_of(int64_t vocab) {
+  if (vocab < 1024) return {kWarp, 1024};
+  if (vocab < 16384) return {kThreads / 2, 16384};
+  return {kThreads, 32768 * ((vocab + 32768 * kWarp - 1) / (32768 * kWarp))};
+}
 
 // Rows over at most two axes, and why a matrix has no such rows.
 inline const char* rows_of(const Matrix& matrix, Rows& rows) {

@@ -6,21 +6,6 @@
 namespace cmdp::cuda {
 namespace {
 
-struct Settings {
-  int threads;
-  int64_t segment;
-};
-
-// 32768 columns of a language model's vocabulary are 8 steps of 16 columns a thread: long enough that merging the
-// threads at the end costs a few per cent of them, short enough that a few rows of 151936 columns occupy many
-// multiprocessors. In narrow rows threads without columns must not outnumber the others; of very wide ones a warp has
-// to hold all segments.
-Settings settings_of(int64_t vocab) {
-  if (vocab < 1024) return {kWarp, 1024};
-  if (vocab < 16384) return {kThreads / 2, 16384};
-  return {kThreads, 32768 * ((vocab + 32768 * kWarp - 1) / (32768 * kWarp))};
-}
-
 template <class X, class Y>
 bool aligned(const FoldArguments& a) {
   return lies_at<X, Shape<X, Y>::kVector>(a.x) && lies_at<Y, Shape<X, Y>::kVector>(a.y);

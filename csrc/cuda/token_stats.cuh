@@ -31,14 +31,6 @@ struct FoldArguments {
   int64_t rows;
 };
 
-// True for the last of `count` arrivals.
-__device__ __forceinline__ bool arrive(uint32_t* counter, uint32_t count) {
-  __threadfence();
-  const bool last = atomicInc(counter, count - 1) == count - 1;
-  __threadfence();
-  return last;
-}
-
 // The statistics of a row, by one thread.
 __device__ __forceinline__ void write_statistics(const FoldArguments& a, uint32_t row, const TokenStats& stats) {
   const auto values = stats.in_order();

@@ -260,6 +260,7 @@ def test_only_some_operations_have_a_cuda_kernel():
         lambda: cf.constrained_reward(x[None], y[None], tokens[None], reward, 1.0, cost="jsd", backend="cuda"),
         lambda: cf.TokenState.empty(2, device=DEVICE).update(x, y, tokens, backend="cuda"),
         lambda: cf.linear_token_stats(hidden, weight, hidden, weight, tokens, backend="cuda"),
+        lambda: cf.linear_topk_stats(hidden, weight, tokens[:, None], hidden[:, :1] - 2, tokens, backend="cuda"),
         lambda: cf.token_stats(x, y, tokens, first_column=1, backend="cuda"),
     ):
         with pytest.raises(ValueError, match=r"backend='cuda' has no kernel for .*; use backend='triton'"):

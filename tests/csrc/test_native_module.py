@@ -78,7 +78,7 @@ def test_rows_must_agree():
 
 TAILS = {
     "student": 0, "ids": 64, "listed": 3, "tokens": 64, "mask": 0, "vocab": 8, "temperature": 1.0, "first_column": 0,
-    "fields": 64, "listed_logits": 64, "own": 64, "threads": 1,
+    "states": [64] * 3, "threads": 1,
 }  # fmt: skip
 GRADIENT = {**dict(list(TAILS.items())[:8]), "gradient": [64] * 6, "out": 0, "threads": 1}
 
@@ -95,9 +95,9 @@ GRADIENT = {**dict(list(TAILS.items())[:8]), "gradient": [64] * 6, "out": 0, "th
         ({"first_column": -1}, "first_column is negative"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"fields": 0}, "fields is a null pointer"),
-        ({"listed_logits": 0}, "listed_logits is a null pointer"),
-        ({"own": 0}, "own is a null pointer"),
+        ({"states": [0, 64, 64]}, "fields is a null pointer"),
+        ({"states": [64, 0, 64]}, "listed is a null pointer"),
+        ({"states": [64, 64, 0]}, "own is a null pointer"),
         ({"gradient": [64, 64, 0, 64, 64, 64]}, "a number of the gradient is a null pointer"),
         ({"out": (3, 8)}, "the gradient must have the rows, width and dtype"),
     ],

@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_gpu.py"
 sys.path.append(str(SCRIPT.parent))
 FOLD, BACKWARD = "token_stats.fold_kernel", "token_stats_backward.backward_kernel"
 MIXTURE = "mixture.mixture_kernel"
+TAIL, TAIL_BACKWARD = "tail.fold_kernel", "tail_backward.backward_kernel"
 # What a kernel may spill, once before its loop and once after it, where that costs a per cent or less. The mixture's:
 # Triton 3.6 and 3.7 hold its registers down to 64, with which more programs run at a time than with the 72 and 73 of
 # 3.5 and 3.4. The tile's: its end merges in double; Triton 3.5 spills a register (teacher kept) and 3.8 eight, beside
@@ -158,13 +159,23 @@ def test_backward_moves_three_matrices_by_wide_loads(reports):
     assert report["instructions_a_column"] <= 18 and report["occupancy"] >= 0.5
 
 
+def test_a_tail_moves_the_student_alone_by_wide_loads(reports):
+    """A tile without listed columns, which the main loop is made for."""
+    forward, backward = reports[TAIL], reports[TAIL_BACKWARD]
+    assert forward["bytes_a_column"] == 2 and backward["bytes_a_column"] == 4
+    for report in (forward, backward):
+        assert report["loads"] == {"128": 2} and report["columns"] == 16
+        assert report["barriers"] == 0 and report["shuffles"] == 0 and report["loop"]
+        assert report["instructions_a_column"] <= 11 and report["occupancy"] >= 0.5
+
+
 def test_sums_are_added_in_the_same_order_wherever_a_row_lies(survey, reports):
     """Rows that do not begin at multiples of 16 bytes are loaded otherwise, but reduced over the same lanes."""
     odd = {report["kernel"]: report for report in survey[0]["reports"] if report["vocab"] == 50257}
-    assert {FOLD, MIXTURE, BACKWARD} <= odd.keys()
-    for kernel in (FOLD, MIXTURE):
+    assert {FOLD, MIXTURE, BACKWARD, TAIL} <= odd.keys()
+    for kernel, layouts in ((FOLD, 1), (MIXTURE, 1), (TAIL, 2)):  # a tail's program also reduces its list
         assert set(odd[kernel]["loads"]) == {"16"} and set(reports[kernel]["loads"]) == {"128"}
-        assert odd[kernel]["lanes"] == reports[kernel]["lanes"] and len(odd[kernel]["lanes"]) == 1, kernel
+        assert odd[kernel]["lanes"] == reports[kernel]["lanes"] and len(odd[kernel]["lanes"]) == layouts, kernel
     assert odd[BACKWARD]["lanes"] == []
 
 
@@ -198,6 +209,7 @@ def test_assembly_is_written_only_for_gpus_that_take_it(arch, speaks, static_gpu
 
 
 CUDA = ("cuda.token_stats_kernel", "cuda.constrained_kernel", "cuda.backward_kernel")
+CUDA_TAIL = ("cuda.tail_kernel", "cuda.tail_backward_kernel")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 
 
@@ -217,12 +229,26 @@ def test_cuda_kernels_reach_the_bars(machine_code, reports):
 
 
 @needs_nvcc
+def test_cuda_kernels_of_a_tail_read_the_student_alone_by_wide_loads(reports):
+    """The forward loop has two ways of adding columns, with listed ones among them and without, of which a step takes
+    one: its instructions per column are those of both."""
+    for name in CUDA_TAIL:
+        report = reports[name]
+        assert report["loads"] == {"128": 2} and report["columns"] == 16, name
+        assert report["barriers"] == report["shuffles"] == report["spills"] == report["local"] == 0, name
+        assert report["occupancy"] >= 0.5 and report["shared"] <= 12 * 1024, name
+    assert reports[CUDA_TAIL[1]]["instructions_a_column"] <= 10
+
+
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "100"])
 def test_cuda_kernels_reach_the_bars_on_other_gpus(arch, machine_code):
     reports = importlib.import_module("static_cuda").survey([arch], ["bfloat16"], 151936)
-    assert len(reports) == len(CUDA)
+    assert {report.kernel for report in reports} == {*CUDA, *CUDA_TAIL}
     for report in reports:
-        assert machine_code.missed_bars(report) == [], report.kernel
+        if report.kernel in CUDA:
+            assert machine_code.missed_bars(report) == [], report.kernel
+        assert report.local + report.spills == 0 and report.occupancy >= 0.5, report.kernel
 
 
 def test_instructions_that_a_branch_skips(machine_code):

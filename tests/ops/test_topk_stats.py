@@ -12,8 +12,6 @@ import cmdp_fast as cf
 from cmdp_fast import topk_reference
 from cmdp_fast.cpu import native
 
-pytestmark = pytest.mark.tiles
-
 INF, NAN = torch.inf, torch.nan
 
 
