@@ -15,11 +15,13 @@ that is not finite, or none, and the segment is folded again in double.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from cmdp_fast import tails
 from cmdp_fast.kernels import launch
@@ -224,8 +226,8 @@ def fold_carefully(row, ids, place, rows, first_column, start, stop, LANES: tl.c
 
 @direct
 @triton.jit(do_not_specialize=["first_column"])
-def fold_kernel(rows, partial, first_column, segments, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
-    """One program per segment of a row, whose sums go to `partial` [rows, segments, FIELDS].
+def fold_kernel(rows, sums, first_column, segments, settings, ALIGNED: tl.constexpr, PTX: tl.constexpr):
+    """One program per segment of a row, whose sums go to `sums` [rows, segments, FIELDS].
 
     rows: a `shapes.Listed`. settings: a `launch.Forward` of constants. ALIGNED, PTX: as `fold.fold`.
     """
@@ -246,7 +248,7 @@ def fold_kernel(rows, partial, first_column, segments, settings, ALIGNED: tl.con
     m, z, h = tail.m, tail.z, tail.h
     if not ((z > 0) & finite(z) & finite(h)):
         m, z, h = fold_carefully(row, ids, place, rows, first_column, start, stop, settings.lanes)
-    to = partial + program.to(tl.int64) * FIELDS
+    to = sums + program.to(tl.int64) * FIELDS
     tl.store(to, m)
     tl.store(to + 1, z)
     tl.store(to + 2, h)
@@ -262,7 +264,7 @@ def fallen(z, h, rise):
 
 @direct
 @triton.jit(do_not_specialize=["first_column"])
-def merge_kernel(rows, partial, state, first_column, segments, PARTS: tl.constexpr):
+def merge_kernel(rows, sums, state, first_column, segments, PARTS: tl.constexpr):
     """One program per row: its segments into its state, in double and in a fixed order, and the logits of the list and
     of the token that this tile holds. The state of a masked row stays as it is.
 
@@ -274,7 +276,7 @@ def merge_kernel(rows, partial, state, first_column, segments, PARTS: tl.constex
             return
     part = tl.arange(0, PARTS)
     present = part < segments
-    at = partial + (row * segments + part) * FIELDS
+    at = sums + (row * segments + part) * FIELDS
     z, h = tl.load(at + 1, mask=present, other=0.0), tl.load(at + 2, mask=present, other=0.0)
     m = tl.where(z == 0, float("-inf"), tl.load(at, mask=present, other=0.0))
     low = tl.min(tl.load(at + 3, mask=present, other=float("inf")), 0)
@@ -315,17 +317,30 @@ def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
     with launch.on(rows.student):
         listed = launch.listed_of(rows)
         settings = launch.forward_settings(rows.width, rows.student.dtype)
-        segments = launch.segments(rows.width, settings)
-        partial = rows.student.new_empty((count, segments, FIELDS.value), dtype=torch.float64)
-        fold_kernel[(count * segments,)](
-            listed._replace(tokens=None),  # which it does not read: see `token_stats.fold_rows`
-            partial,
-            first_column,
-            segments,
-            constants(settings),
-            ALIGNED=launch.aligned_rows(listed.student, listed.rows, settings.vector),
-            PTX=launch.speaks_ptx(),
-            **launch.compiled_for(settings.warps),
-        )
+        wide_loads = launch.aligned_rows(listed.student, listed.rows, settings.vector)
+        read = listed._replace(tokens=None)  # it does not read them: see `token_stats.fold_rows`
+
+        def run(settings: launch.Forward, sums: Tensor) -> None:
+            fold_kernel[(count * sums.shape[1],)](
+                read,
+                sums,
+                first_column,
+                sums.shape[1],
+                constants(settings),
+                ALIGNED=wide_loads,
+                PTX=launch.speaks_ptx(),
+                **launch.compiled_for(settings.warps),
+            )
+
+        def room(settings: launch.Forward) -> Tensor:
+            shape = (count, launch.segments(rows.width, settings), FIELDS.value)
+            return rows.student.new_empty(shape, dtype=torch.float64)
+
+        if launch.AUTOTUNE:
+            table, key = launch.forward_choices(settings, rows.width), ("tail", rows.width, rows.student.dtype)
+            settings = launch.tuned(table, key, rows.student, lambda choice: partial(run, choice, room(choice)))
+        sums = room(settings)
+        run(settings, sums)
+        segments = sums.shape[1]
         parts = 1 << (segments - 1).bit_length()
-        merge_kernel[(count,)](listed, partial, state, first_column, segments, PARTS=parts, **launch.compiled_for(1))
+        merge_kernel[(count,)](listed, sums, state, first_column, segments, PARTS=parts, **launch.compiled_for(1))

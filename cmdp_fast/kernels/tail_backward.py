@@ -12,6 +12,7 @@ so large that float32 may overflow on the way is done in double.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import triton
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
-from cmdp_fast.kernels.shapes import Lanes, constants
+from cmdp_fast.kernels.shapes import Lanes, Rows, constants
 from cmdp_fast.kernels.shared import LN2, PER_NAT, locate, natural, octaves, taken, zero
 from cmdp_fast.kernels.tail import AT_ONCE
 from cmdp_fast.kernels.token_stats_backward import MODEST, Target, split
@@ -164,16 +165,25 @@ def tail_backward(rows: ListedRows, gradient: TailGradient, out: Tensor, first_c
         raise ValueError(f"the gradient must be writable with at most two strides, got strides {out.stride()}")
     with launch.on(rows.student):
         listed = launch.listed_of(rows)
+
+        def run(settings: launch.Columns, out: Tensor, out_rows: Rows, count: int) -> None:
+            blocks = -(-width // settings.span)
+            backward_kernel[(count * blocks,)](
+                listed,
+                gradient,
+                Target(out, out_rows, width, blocks),
+                first_column,
+                constants(settings),
+                **launch.compiled_for(settings.warps),
+            )
+
         settings = launch.column_settings(width)
         wide = launch.aligned_rows(listed.student, listed.rows, launch.KNOWN)
-        if not (wide and launch.aligned_rows(out, out_rows, launch.KNOWN)):
+        wide = wide and launch.aligned_rows(out, out_rows, launch.KNOWN)
+        if not wide:
             settings = launch.halved(settings)
-        blocks = -(-width // settings.span)
-        backward_kernel[(count * blocks,)](
-            listed,
-            gradient,
-            Target(out, out_rows, width, blocks),
-            first_column,
-            constants(settings),
-            **launch.compiled_for(settings.warps),
-        )
+        if launch.AUTOTUNE:
+            key = ("tail_backward", width, rows.student.dtype, out.dtype, wide)
+            scratch, table = launch.scratch_for(out, out_rows, count), launch.column_choices(settings)
+            settings = launch.tuned(table, key, rows.student, lambda choice: partial(run, choice, *scratch))
+        run(settings, out, out_rows, count)

@@ -5,8 +5,8 @@ import torch
 from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logits, make_tokens, weighted_sum
 
 import cmdp_fast as cf
-from cmdp_fast import reference, states
-from cmdp_fast.layout import Pair, Upstream
+from cmdp_fast import reference, states, tails, tiles
+from cmdp_fast.layout import ListedRows, Pair, TailGradient, Upstream
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.backends import INTERPRETED
 
@@ -149,6 +149,28 @@ def test_a_tile_is_folded_once(bench, monkeypatch):
     assert bench.measured > 1 and [name.split()[0] for name in kernels.launch.choices()] == ["tile"]
     monkeypatch.setattr(kernels.launch, "AUTOTUNE", False)
     assert torch.equal(tuned, folded())
+
+
+@pytest.mark.parametrize("pick", range(0, max(FORWARD, COLUMNS), 3))
+def test_every_choice_of_a_tail_is_right_and_folds_it_once(pick, bench):
+    """Against plain PyTorch: a state that goes in and out, and a gradient that is written over the logits."""
+    x, _, tokens = batch()
+    ids = torch.tensor([[0, 511, -1, 512, 1023, 1024, 1100]], device=DEVICE).repeat(3, 1)
+    rows = ListedRows(x, ids, tokens, None, 0.9, WIDTH)
+    found = []
+    for module in (kernels, tiles):
+        state = tails.empty(3, 7, x.device)
+        bench.pick, bench.measured = pick % FORWARD, 0
+        module.update_tails(rows, 0, state)
+        tail = tails.finished(state)
+        numbers = (torch.ones_like(tail.own), torch.full_like(tail.own, 0.3), tail.own, tail.listed)
+        out = x.clone()
+        bench.pick, bench.measured = pick % COLUMNS, 0
+        module.tail_backward(rows._replace(student=out), TailGradient(tail.reference, tail.log_mass, *numbers), out)
+        found.append((tail.reference + tail.log_mass, tail.entropy, tail.reference + tail.own, out.double()))
+    for ours, right in zip(*found, strict=True):
+        assert_no_worse(ours.float(), right.float(), right, size=10)
+    assert [name.split()[0] for name in kernels.launch.choices()] == ["tail", "tail_backward"]
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(bench, monkeypatch):
