@@ -44,9 +44,11 @@ on it is measured.** Measurements, where there are any, are in the folders `gpu-
 
 That command compiles every GPU kernel, disassembles it and counts. Its docstring says how the main loop is found. The
 Triton kernels come first, compiled by Triton {triton}. The kernels named `cuda.` are those of csrc/cuda, compiled by
-nvcc. A column is one logit of the student and one of the teacher. Kernels of {tile_columns} columns are those of a tile
-of `linear_token_stats`; its dtypes are those of student, teacher > gradient. `python benchmarks/static_page.py` makes
-this page from the command's JSON.
+nvcc. A column is one logit of the student and one of the teacher; in the kernels of a tail, those of `topk_stats`, it
+is one of the student alone. `cuda.tail_kernel` has two ways to add the columns of a step, of which a step takes one;
+its figures per column, and the bounds that follow from them, count both. Kernels of {tile_columns} columns are those of
+a tile of `linear_token_stats`; its dtypes are those of student, teacher > gradient. `python benchmarks/static_page.py`
+makes this page from the command's JSON.
 
 ## Launch plan of `linear_token_stats`, predicted
 
