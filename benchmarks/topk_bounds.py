@@ -3,10 +3,10 @@
     python benchmarks/topk_bounds.py [SETTINGS of cmdp-fast train]
 
 samples completions of the recipe's held-out problems from its student at the training's temperature, and writes
-results/topk/bounds.json and results/topk/plots/bounds.png: per completion the exact divergences, their bounds for each
-k, and the share of the completions that the bounds certify or refute under the recipe's budget. Without settings it is
-the recipe quickstart, whose models need no download; `--recipe smollm2` and `--recipe pair --student FOLDER --teacher
-FOLDER` take models that are there.
+results/topk/bounds.json and results/topk/plots/bounds.png, for another recipe than quickstart bounds-RECIPE: per
+completion the exact divergences, their bounds for each k, and the share of the completions that the bounds certify or
+refute under the recipe's budget. The models of quickstart need no download; `--recipe smollm2` and `--recipe pair
+--student FOLDER --teacher FOLDER` take models that are there.
 """
 
 from __future__ import annotations
@@ -123,9 +123,10 @@ def main() -> None:
         "rows": table,
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    write_json(FOLDER / "bounds.json", page)
+    name = "bounds" if config.recipe == "quickstart" else f"bounds-{Path(config.recipe).stem}"
+    write_json(FOLDER / f"{name}.json", page)
     title = f"{config.student} beside {config.teacher}, {len(rollout)} completions: {command}"
-    draw(FOLDER / "plots" / "bounds.png", title, table, float(config.budget))
+    draw(FOLDER / "plots" / f"{name}.png", title, table, float(config.budget))
     for row in table:
         print(json.dumps(row))
 
