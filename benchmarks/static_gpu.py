@@ -6,8 +6,8 @@ The launchers of `cmdp_fast.kernels` are called on tensors of the real widths, w
 launches nothing. So Triton's own JIT compiles the same kernels as it would there, with the specialisations that it
 infers from these very arguments. Where there is an nvcc, the CUDA kernels of csrc/cuda stand beside them
 (`static_cuda.py`, for NVIDIA's GPUs). The code is disassembled, and the main loop looked at: of the loops that contain
-no other, the one with most exponentials, and most loads. A column is one logit of the student and one of the teacher, in
-a tail's kernels one of the student; a kernel without a loop over columns is counted as a whole. Instructions that a
+no other, the one with most exponentials, and most loads. A column is one logit of the student and one of the teacher,
+in a tail's kernels one of the student; a kernel without a loop over columns is counted as a whole. Instructions that a
 branch within the loop may skip count, and are also named apart ("branched"): in the CUDA kernels they raise the
 references, which few steps have to, and add columns among which some are listed.
 
