@@ -221,6 +221,11 @@ TOPK = {
     "NaN": (value(float("nan")), "is not JSON"),
     "null": (value(None), "no log-probability: None"),
     "true": (value(True), "no log-probability: True"),
+    "a number without end": (value(-(10**400)), "no log-probability: -1000"),
+    "a token twice": (
+        entries(lambda each: {**dict(list(each.items())[:2]), f"0{next(iter(each))}": {"logprob": -9.0}}),
+        "a token's log-probability twice",
+    ),
     "more than one in all": (value(-0.1), "sum of probabilities is more than 1.*raw_logprobs"),
     "not the prompt's": (
         entries(lambda each: {str((int(name) + 9) % 17): entry for name, entry in each.items()}),
@@ -242,6 +247,11 @@ TOPK = {
 }
 ABOUT = {
     "no model": (on("/v1/models", lambda _: {"data": []}), "names no model"),
+    "an infinite length": (
+        on("/v1/models", lambda answer: b'{"data": [{"id": "m", "root": "r", "max_model_len": 1e999}]}'),
+        "names no model",
+    ),
+    "no length": (on("/v1/models", lambda _: {"data": [{"id": "m", "root": "r", "max_model_len": -9}]}), "names no"),
     "no root": (on("/v1/models", lambda _: {"data": [{"id": "m", "max_model_len": 9}]}), "names no model"),
     "a root of another machine": (
         on("/v1/models", lambda _: {"data": [{"id": "m", "root": "/no/such", "max_model_len": 9}]}),

@@ -111,6 +111,13 @@ def leads_elsewhere(folder):
     rewrite_index(folder, lambda places: places.update({"lm_head.weight": "../other.safetensors"}))
 
 
+def leads_to_another(folder):
+    def change(places):
+        places["lm_head.weight"] = next(file for file in places.values() if file != places["lm_head.weight"])
+
+    rewrite_index(folder, change)
+
+
 def truncated(folder):
     for file in folder.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-8])
@@ -135,6 +142,7 @@ def other_shape(folder):
     [
         (without_head, "has no tensor lm_head.weight among the"),
         (leads_elsewhere, "has neither model.safetensors nor a model.safetensors.index.json that can be read"),
+        (leads_to_another, r"model-0.*safetensors cannot be read"),
         (truncated, "cannot be read"),
         (missing, "is not there"),
         (no_index, "has neither model.safetensors nor"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from cmdp_fast.errors import InputError, readable, shown
 from cmdp_fast.http_client import LONGEST, HttpClient
 
+from ..about import LONGEST as LONGEST_NAME
 from ..served.tensors import Malformed, read_json
 
 ENTRY = 512  # bytes of a token's entry in the log-probabilities of a prompt; an honest one has some 60 and the token
@@ -41,8 +42,11 @@ class VLLM:
         page = self._json("GET", "v1/models", None, 1 << 20)
         try:
             model = page["data"][0]  # adapters stand behind it
-            self.served = Served(str(model["id"]), str(model["root"]), int(model["max_model_len"]))
-        except (TypeError, KeyError, IndexError, ValueError) as error:
+            name, root, positions = model["id"], model["root"], model["max_model_len"]
+            if not (type(name) is type(root) is str and type(positions) is int and 2 < positions < 1 << 31):
+                raise TypeError
+            self.served = Served(readable(name, LONGEST_NAME), root, positions)
+        except (TypeError, KeyError, IndexError) as error:
             raise InputError(f"{self.name} names no model with a root and a max_model_len: expected vLLM's") from error
 
     def tokens(self, text: str) -> list[int]:
@@ -124,9 +128,11 @@ class VLLM:
             value = entry["logprob"]
             if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab_size):
                 self._refuse(f"the log-probability of a token that is none of {vocab_size}", name)
-            if type(value) not in (float, int) or not (math.isfinite(value) and value <= ROUNDED):
+            if type(value) not in (float, int) or not -sys.float_info.max <= value <= ROUNDED:  # an int has no bound
                 self._refuse("something that is no log-probability", value)
             entries.append((int(name), float(value)))
+        if len({token for token, _ in entries}) != len(entries):
+            self._refuse("a token's log-probability twice", list(at_token))
         entries.sort(key=lambda each: -each[1])
         if math.fsum(math.exp(value) for _, value in entries) > 1 + ROUNDED:
             raise InputError(

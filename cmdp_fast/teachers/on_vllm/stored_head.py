@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,10 +253,13 @@ def _gain(norm: nn.Module, given: Mapping[str, Tensor], size: int) -> Gain:
     return Gain(weight, bias)
 
 
-def _opened(model: str, file: str) -> Any:
+@contextmanager
+def _opened(model: str, file: str) -> Iterator[Any]:
+    """A file of tensors. An InputError names it if it is damaged, or has not what the index says."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, "pt")
+        with safe_open(file, "pt") as tensors:
+            yield tensors
     except (OSError, SafetensorError) as error:
         raise InputError(f"{readable(model)}: {Path(file).name} cannot be read: {first_line(error)}") from error
