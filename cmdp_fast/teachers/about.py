@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, get_type_hints
 
-import torch
-
 from cmdp_fast.errors import readable
 
 from .teacher import TeacherAbout
 
 LONGEST = 1000  # characters of a text
+DTYPES = ("bfloat16", "float16", "float32", "float64")  # in which models compute
 _MOST_ENDS = 1000
 
 
@@ -29,8 +28,10 @@ def about_of(said: Any) -> TeacherAbout:
     about = TeacherAbout(**{**said, "ends": tuple(said["ends"])})
     if len(about.ends) > _MOST_ENDS or not all(type(e) is int and 0 <= e < about.vocab_size for e in about.ends):
         raise ValueError("its ends are no tokens that it has")
-    if about.answers not in ("hidden", "topk") or not isinstance(getattr(torch, about.dtype, None), torch.dtype):
+    if about.answers not in ("hidden", "topk"):
         raise ValueError("it answers with something else than hidden states or log-probabilities")
+    if about.dtype not in DTYPES:
+        raise ValueError(f"it computes in something else than {', '.join(DTYPES)}")
     least = 0 if about.answers == "topk" else 1
     if not (0 < about.vocab_size < 1 << 31 and least <= about.hidden_size < 1 << 24 and 0 <= about.positions < 1 << 31):
         raise ValueError("it has sizes that no model has")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -233,6 +234,16 @@ def flipped(name: str, place: int = -9) -> Callable[[Path], None]:
     return damage
 
 
+def piped(name: str) -> Callable[[Path], None]:
+    """A file that has no end."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
 def of_another_model(folder: Path) -> None:
     """Its second shard is that of a cache by another teacher, with its size and sha256."""
     other = folder.with_name("other")
@@ -293,6 +304,12 @@ DAMAGES = {
     "true": (resealed(lambda value: value["shards"][1].update(prompts=True)), r"a shard: prompts is no int"),
     "negative": (resealed(lambda value: value["shards"][1].update(outputs=-1)), "a negative size"),
     "dtype": (resealed(lambda value: value["contents"].update(dtype="int8")), "its dtype is none of"),
+    "its teacher's dtype": (
+        resealed(lambda value: value["contents"]["about"].update(dtype="int8")),
+        r"cache\.json: it computes in something else",
+    ),
+    "a pipe": (piped("shard-00001.safetensors"), f"{SHARD} is not there"),
+    "a vocabulary that is a pipe": (piped("vocabulary.json"), "vocabulary.json is not there"),
     "k": (resealed(lambda value: value["contents"].update(k=3)), "something else than hidden states"),
     "softcap": (resealed(lambda value: value["head"].update(softcap=-1.0)), "the scale or the softcap of its head"),
     "headless": (resealed(lambda value: value.update(head=None)), "none beside hidden states"),

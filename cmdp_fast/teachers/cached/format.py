@@ -42,12 +42,13 @@ from cmdp_fast.errors import first_line, readable
 from cmdp_fast.heads import Head
 from cmdp_fast.vocabulary import vocabulary_digest
 
+from ..about import DTYPES as NAMES
 from ..about import LONGEST, about_of
 from ..teacher import TeacherAbout, head_digest
 
 VERSION = 1
 INDEX, VOCABULARY, HEAD = "cache.json", "vocabulary.json", "head.safetensors"
-DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+DTYPES = {name: getattr(torch, name) for name in NAMES}
 
 TENSORS = {"tokens": torch.int32, "prompt_lengths": torch.int32, "lengths": torch.int32, "places": torch.int64}
 
@@ -204,6 +205,8 @@ def read_tensors(path: Path, digest: str, belongs_to: str) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     try:
+        if not path.is_file():  # a pipe or a device would have no end
+            raise FileNotFoundError
         present = sha256(path)
         if present != digest:
             raise Damaged(
@@ -241,6 +244,8 @@ def read_head(folder: Path, index: Index) -> Head | None:
 
 def read_vocabulary(folder: Path, index: Index) -> dict[str, int]:
     """The numbers of the teacher's tokens. Raises Damaged for another teacher's, or none."""
+    if not (folder / VOCABULARY).is_file():
+        raise Damaged(f"{VOCABULARY} is not there")
     tokens = read_sealed(folder / VOCABULARY).get("tokens")
     if not isinstance(tokens, dict) or not all(type(number) is int and number >= 0 for number in tokens.values()):
         raise Damaged(f"{VOCABULARY}: it is no table of tokens and numbers")
