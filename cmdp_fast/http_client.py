@@ -21,6 +21,7 @@ LONGEST = 1 << 30  # bytes of an answer; an honest one of 64 completions with 32
 CONNECT = 10.0  # seconds
 CONCURRENT = 128  # requests at once; a server batches their sequences as it has room
 PASSING = (429, 502, 503, 504)  # states that may pass
+LATER = 60  # seconds that a server may ask to be left alone
 
 
 class HttpClient:
@@ -75,10 +76,11 @@ class HttpClient:
         """What a request is answered with, of ``longest`` bytes at most (`LONGEST`); a mapping is sent as JSON."""
         longest = LONGEST if longest is None else longest
         until = time.monotonic() + self.seconds
-        why = ""
-        for wait in (*WAITS, None):
+        waits = iter(WAITS)
+        while True:
+            later: int | None = None  # who is only busy says so, and is asked again as long as there is time
             try:
-                status, content = self._once(method, path, body, until, longest)
+                status, content, later = self._once(method, path, body, until, longest)
                 if status < 300:
                     return content
                 why = f"answered {status}{_reason(content)}"
@@ -91,6 +93,7 @@ class HttpClient:
                     why = self.late()
                     break
                 why = f"cannot be reached: {_cause(error)}"
+            wait = next(waits, None) if later is None else later
             if wait is None or time.monotonic() + wait > until or (self.gone and self.gone()):
                 break
             time.sleep(wait)
@@ -112,8 +115,9 @@ class HttpClient:
 
     def _once(
         self, method: str, path: str, body: bytes | Mapping[str, Any] | None, until: float, longest: int
-    ) -> tuple[int, bytearray]:
-        """(status, content). A server that sends a byte now and then is not waited for any longer than a silent one."""
+    ) -> tuple[int, bytearray, int | None]:
+        """(status, content, seconds after which a busy server wants to be asked again). A server that sends a byte of
+        its content now and then is not waited for any longer than a silent one."""
         left = max(until - time.monotonic(), 0.1)
         content = bytearray()
         sent: dict[str, Any] = {"json": body, "headers": self._headers}
@@ -129,7 +133,9 @@ class HttpClient:
                     raise InputError(f"{self.url}/{path} answered with more than {longest} bytes")
                 if time.monotonic() > until:
                     raise requests.Timeout
-            return response.status_code, content
+            said = response.headers.get("Retry-After", "") if response.status_code in PASSING else ""
+            later = int(said) if said.isascii() and said.isdigit() and len(said) < 3 else None
+            return response.status_code, content, None if later is None else min(max(later, 1), LATER)
 
 
 class _OverSocket(HTTPAdapter):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, shown
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
@@ -20,8 +20,8 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
     differing = next((i for i in range(common + 1) if ours.get(i) != theirs.get(i)), None)
     if differing is not None:
         raise InputError(
-            f"student and teacher must share a tokenizer, but token {differing} is {ours.get(differing)!r} in one "
-            f"({len(ours)} tokens) and {theirs.get(differing)!r} in the other ({len(theirs)} tokens)"
+            f"student and teacher must share a tokenizer, but token {differing} is {shown(ours.get(differing))} in one "
+            f"({len(ours)} tokens) and {shown(theirs.get(differing))} in the other ({len(theirs)} tokens)"
         )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from cmdp_fast.teachers.open import check_vocabulary, open_teacher
 from cmdp_fast.teachers.served import batching, protocol, tensors
 from cmdp_fast.teachers.served.server import TeacherServer
 from cmdp_fast.teachers.teacher import Asking, about_digest
+from cmdp_fast.vocabulary import vocabulary_digest
 
 TOKENIZER = SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in range(101)})
 
@@ -241,6 +244,9 @@ def test_a_model_that_fails_is_one_line_and_the_next_question_is_answered(serve)
     teacher.change = lambda hidden: hidden / 0
     with pytest.raises(InputError, match="its hidden states are not all finite"):
         served.answer([[1]], [1])
+    teacher.change = lambda hidden: hidden[1:]
+    with pytest.raises(InputError, match="answered 500: the model failed: "):  # and its thread goes on
+        served.answer([[1]], [1])
     teacher.change = lambda hidden: hidden
     assert torch.equal(served.answer([[1]], [1]).as_hidden(), telling([[1]], [1]))
 
@@ -282,22 +288,39 @@ def test_a_place_that_is_none_is_refused(place):
 
 
 def test_more_than_a_server_takes_is_told_to_wait(serve, monkeypatch):
-    """By the trainer, which asks again; when that is no use it says so."""
+    """By the trainer, which asks again until its time is over."""
     teacher, go_on = TellingTeacher(), threading.Event()
-    served = open_teacher(f"served:{serve(teacher, waiting=1).url}")
+    url = serve(teacher, waiting=1).url
+    served, busy = open_teacher(f"served:{url}"), Mock(wraps=http_client._reason)
+    monkeypatch.setattr(http_client, "_reason", busy)
     teacher.change = lambda hidden: go_on.wait() and hidden
-    monkeypatch.setattr(http_client, "WAITS", ())
+    monkeypatch.setattr(http_client, "WAITS", ())  # which are for servers that do not say when to ask again
+    hasty = open_teacher(f"served:{url}", Asking(seconds=0.9))
     answers = [served.ask([[i]], [1]) for i in range(4)]
-    while sum(answer.done() for answer in answers) < 2:
+    while busy.call_count < 2:
         time.sleep(0.01)
-    monkeypatch.setattr(http_client, "WAITS", (0.05,) * 100)
-    answers += [served.ask([[i]], [1]) for i in range(4, 8)]
-    time.sleep(0.1)
+    with pytest.raises(InputError, match="answered 503: 1 questions wait already"):
+        hasty.answer([[1]], [1])
     go_on.set()
-    errors = [str(answer.exception()) for answer in answers if answer.exception()]
-    assert len(errors) == 2 and all("answered 503: 1 questions wait already" in error for error in errors)
     for i, answer in enumerate(answers):
-        assert answer.exception() or torch.equal(answer.result().as_hidden(), telling([[i]], [1]))
+        assert torch.equal(answer.result().as_hidden(), telling([[i]], [1]))
+
+
+def test_a_tokenizer_that_differs_is_one_short_line(serve):
+    """However long a token is that the server says it has."""
+    theirs = {f"{i}" * 10_000: i for i in range(3)}
+    teacher = TellingTeacher()
+    teacher.about = replace(teacher.about, tokenizer=vocabulary_digest(SimpleNamespace(get_vocab=lambda: theirs)))
+    served = open_teacher(f"served:{serve(teacher, theirs).url}")
+    with pytest.raises(InputError, match=r"token 0 is 't0' in one .* and '000") as raised:
+        check_vocabulary(served, TOKENIZER)
+    assert len(str(raised.value)) < 600
+
+
+def test_more_rows_than_a_server_takes_are_not_sent(serve, monkeypatch):
+    monkeypatch.setattr(protocol, "ROWS", 3)
+    with pytest.raises(InputError, match="takes 3 rows at once, got 4"):
+        open_teacher(f"served:{serve(TellingTeacher()).url}").answer([[]] * 4, [0] * 4)
 
 
 def test_sizes_that_are_written_are_bounds():

@@ -12,11 +12,12 @@ import pytest
 import torch
 from telling_teacher import VOCABULARY, TellingTeacher, telling
 
+from cmdp_fast import http_client
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.open import open_teacher
 from cmdp_fast.teachers.served import server, tensors
 from cmdp_fast.teachers.served.server import TeacherServer
-from cmdp_fast.teachers.teacher import about_digest
+from cmdp_fast.teachers.teacher import Asking, about_digest
 
 ABOUT = TellingTeacher().about
 DIGEST = about_digest(ABOUT)
@@ -117,6 +118,7 @@ QUESTIONS = {
     "a token beyond the vocabulary": (asked(tokens=(1, 2, 1000)), "a token is none of the 1000 of telling"),
     "a negative token": (asked(tokens=(1, 2, -1)), "a token is none of the 1000"),
     "a long row": (asked(tokens=(1,) * 513, lengths=(513,)), "a row has 513 tokens; telling takes 512"),
+    "rows without tokens": (asked(tokens=(), lengths=(0,) * 65537, wanted=(0,) * 65537), "it has 65537 rows"),
     "another teacher": (asked(words={"teacher": "f" * 64}), "another teacher is asked for than telling"),
 }
 
@@ -203,13 +205,30 @@ def test_more_connections_than_there_may_be_are_told_so(monkeypatch):
     served = TeacherServer(TellingTeacher(), VOCABULARY).start()
     port = int(served.url.rpartition(":")[2])
     with contextlib.ExitStack() as held:
-        idle = [held.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(2)]
-        for connection in idle:  # which are there for sure once they are answered
+        open_ones = [held.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(2)]
+        for connection in open_ones:  # which are there for sure once they are answered
             connection.sendall(b"GET /about HTTP/1.1\r\nHost: a\r\n\r\n")
             connection.recv(1 << 16)
+            connection.sendall(b"GET")  # and in the middle of a request once that has come
+        while any(incoming is None or incoming.idle for incoming in served._server._open.values()):
+            time.sleep(0.01)
         answer = sent(served.url)
         assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 1" in answer
     still_answers(served.url)
+    served.close()
+
+
+def test_trainers_that_keep_idle_connections_leave_room_for_others(monkeypatch):
+    """Each keeps its connection for its next question; the one that was longest not used makes room."""
+    monkeypatch.setattr(server, "CONNECTIONS", 2)
+    monkeypatch.setattr(http_client, "WAITS", (0.01,))
+    served = TeacherServer(TellingTeacher(), VOCABULARY).start()
+    trainers = [open_teacher(f"served:{served.url}", Asking(seconds=5.0)) for _ in range(4)]
+    for token in range(3):
+        for trainer in trainers:
+            assert torch.equal(trainer.answer([[token]], [1]).as_hidden(), telling([[token]], [1]))
+    for trainer in trainers:
+        trainer.close()
     served.close()
 
 

@@ -90,6 +90,7 @@ ANSWERS = {
     "another dtype than asked for": (lambda q: said(RIGHT.bfloat16(), q), "hidden has another dtype than F32"),
     "NaN": (lambda q: said(RIGHT / 0, q), "not all finite"),
     "an infinite one": (lambda q: said(RIGHT.index_fill(1, torch.tensor(0), torch.inf), q), "not all finite"),
+    "one too large for the model": (lambda q: said(RIGHT + 1e6, q, dtype="F16"), "not all finite"),
     "no dtype": (lambda q: said(RIGHT, q, dtype="O"), "does not say the model's dtype"),
     "text": (lambda q: b"<html>hello</html>", "the length of its header"),
     "nothing": (lambda q: b"", "the length of its header"),
@@ -173,7 +174,8 @@ PAGES = {
     "log-probabilities": ("/about", about(answers="topk"), "something else than hidden states"),
     "an end beyond the vocabulary": ("/about", about(ends=[1000]), "its ends are no tokens that it has"),
     "an end that is no number": ("/about", about(ends=["a"]), "its ends are no tokens that it has"),
-    "another dtype": ("/about", about(dtype="load"), "something else than hidden states"),
+    "another dtype": ("/about", about(dtype="load"), "it computes in something else than bfloat16"),
+    "whole numbers": ("/about", about(dtype="int8"), "it computes in something else than bfloat16"),
     "no head": ("/head", b"", "the length of its header"),
     "a head of another model": (
         "/head",

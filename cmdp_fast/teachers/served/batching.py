@@ -99,12 +99,12 @@ class Batching:
         rows = [row for one in together for row in one.rows]
         wanted = [count for one in together for count in one.wanted]
         try:
-            hidden = self._read(rows, wanted)
+            parts = self._read(rows, wanted).split([sum(one.wanted) for one in together])
         except BaseException as error:  # of a model or a device; whoever asked is told, and the next question is tried
             for one in together:
                 one.answer.set_exception(error)
             return
-        for one, part in zip(together, hidden.split([sum(one.wanted) for one in together]), strict=True):
+        for one, part in zip(together, parts, strict=True):
             one.answer.set_result(part)
         self.tokens += sum(map(len, rows))
 

@@ -51,6 +51,8 @@ class ServedTeacher(Teacher):
         )
         if sum(map(len, rows)) > protocol.TOKENS:
             raise InputError(f"{self._http.name} takes {protocol.TOKENS} tokens at once: ask for fewer rows")
+        if len(rows) > protocol.ROWS:
+            raise InputError(f"{self._http.name} takes {protocol.ROWS} rows at once, got {len(rows)}")
         longest = protocol.answer_size(self.about, sum(wanted))
         content = self._http.ask("POST", "ask", protocol.question_bytes(question), longest)
         hidden = self._understood("/ask", content, lambda content: protocol.read_answer(content, question, self.about))

@@ -31,10 +31,9 @@ from .tensors import DTYPES, HEADER, NAMES, Malformed, read, read_json, written
 
 VERSION = 1
 TOKENS = 1 << 22  # of a question at most
+ROWS = 1 << 16  # the same: a row without tokens costs memory, too
 WIRES = ("", "bfloat16", "float32", "int8")  # dtypes of hidden states on their way; "": as the model has them
 FLOATS = ("F32", "BF16", "F16", "F64")
-_MOST_ENDS = 64
-_LONGEST_NAME = 1000  # of a model, in characters
 
 
 class Question(NamedTuple):
@@ -148,6 +147,8 @@ def read_question(content: bytearray, about: TeacherAbout) -> Question:
     tokens, lengths, wanted = (tensors[name].long() for name in ("tokens", "lengths", "wanted"))
     if not tokens.dim() == lengths.dim() == wanted.dim() == 1 or lengths.shape != wanted.shape:
         raise Malformed("tokens, lengths and wanted are lists, the last two of one length")
+    if len(lengths) > ROWS:
+        raise Malformed(f"it has {len(lengths)} rows, expected {ROWS} at most")
     if len(lengths) and not (int(lengths.min()) >= 0 and bool(((wanted >= 0) & (wanted <= lengths)).all())):
         raise Malformed("a row has a negative length, or more outputs are wanted of it than it has tokens")
     if int(lengths.sum()) != len(tokens):
@@ -160,9 +161,9 @@ def read_question(content: bytearray, about: TeacherAbout) -> Question:
     return Question(words["question"], words["teacher"], words["wire"], rows, wanted.tolist())
 
 
-def question_size(tokens: int = TOKENS) -> int:
-    """Bytes that a question of so many tokens has at most; it has no more rows than tokens."""
-    return 8 + HEADER + 12 * tokens
+def question_size(tokens: int = TOKENS, rows: int = ROWS) -> int:
+    """Bytes that a question of so many tokens and rows has at most."""
+    return 8 + HEADER + 4 * tokens + 8 * rows
 
 
 def _is_number(text: str) -> bool:
@@ -205,9 +206,10 @@ def read_answer(content: bytearray, question: Question, about: TeacherAbout) -> 
         raise Malformed(f"its hidden states are {list(hidden.shape)}, expected {[outputs, about.hidden_size]}")
     if question.wire == "int8":
         hidden = of_int8(hidden, tensors["scale"])
+    hidden = hidden.to(DTYPES[words["dtype"]])  # which may have no room for a number
     if not bool(hidden.isfinite().all()):
         raise Malformed("its hidden states are not all finite")
-    return hidden.to(DTYPES[words["dtype"]])
+    return hidden
 
 
 def as_int8(hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ class _Listener(socketserver.ThreadingMixIn, HTTPServer):
     def __init__(self, *arguments: Any) -> None:
         self._free = threading.BoundedSemaphore(CONNECTIONS)
         self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
+        self._open: dict[socket.socket, _Incoming | None] = {}
         self.answering = 0  # requests that were read and are not answered yet
         super().__init__(*arguments)
 
@@ -144,9 +144,9 @@ class _Listener(socketserver.ThreadingMixIn, HTTPServer):
         socketserver.TCPServer.server_bind(self)  # that of HTTPServer asks the network for the machine's name
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
+        if self._free.acquire(blocking=False) or (self._end_idle() and self._free.acquire(timeout=1.0)):
             with self._lock:
-                self._open.add(request)
+                self._open[request] = None
             super().process_request(request, client_address)
             return
         request.settimeout(1.0)
@@ -159,8 +159,23 @@ class _Listener(socketserver.ThreadingMixIn, HTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             with self._lock:
-                self._open.discard(request)
+                del self._open[request]
             self._free.release()
+
+    def reads(self, connection: socket.socket, incoming: _Incoming) -> None:
+        """By what it is seen whether a connection is idle."""
+        with self._lock:
+            self._open[connection] = incoming
+
+    def _end_idle(self) -> bool:
+        """Ends the connection that has said nothing for the longest time, if there is one between two requests: who
+        kept it for later connects again."""
+        with self._lock:
+            idle = [(each.until, place) for place, each in enumerate(self._open.values()) if each and each.idle]
+            if idle:
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    list(self._open)[min(idle)[1]].shutdown(socket.SHUT_RDWR)
+        return bool(idle)
 
     def count(self, change: int) -> None:
         with self._lock:
@@ -197,6 +212,11 @@ class _Incoming(io.RawIOBase):
     def expect_request(self) -> None:
         """Another request may come, whose time begins with its first byte."""
         self.until, self.left, self._sending = time.monotonic() + IDLE, HEADERS, False
+
+    @property
+    def idle(self) -> bool:
+        """Whether no byte of the next request has come yet."""
+        return not self._sending
 
     def readable(self) -> bool:
         return True
@@ -241,7 +261,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.connection.family != getattr(socket, "AF_UNIX", None):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a header waits for nothing
         self.incoming = _Incoming(self.connection)
+        self.incoming.expect_request()
         self.rfile = io.BufferedReader(self.incoming)
+        self.server.reads(self.connection, self.incoming)
 
     def handle_one_request(self) -> None:
         self.incoming.expect_request()
