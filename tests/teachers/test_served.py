@@ -236,10 +236,16 @@ def test_a_server_that_ends_answers_what_was_asked(serve, impatient):
 
 
 def test_a_model_that_fails_is_one_line_and_the_next_question_is_answered(serve):
+    def unreadable(hidden):
+        raise OSError("a file of it is gone")
+
     teacher = TellingTeacher()
     served = open_teacher(f"served:{serve(teacher).url}")
     teacher.change = lambda hidden: 1 / 0
     with pytest.raises(InputError, match=r"answered 500: the model failed: division by zero \(POST /ask\)"):
+        served.answer([[1]], [1])
+    teacher.change = unreadable
+    with pytest.raises(InputError, match="answered 500: the model failed: a file of it is gone"):
         served.answer([[1]], [1])
     teacher.change = lambda hidden: hidden / 0
     with pytest.raises(InputError, match="its hidden states are not all finite"):

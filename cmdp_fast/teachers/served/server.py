@@ -307,15 +307,17 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(409, f"another teacher is asked for than {owner.about.model}, which is here now")
             if protocol.answer_size(owner.about, sum(question.wanted)) > ANSWER:
                 raise _Refused(413, f"an answer has {ANSWER} bytes at most: ask for fewer tokens at once")
-            hidden = owner.batching.ask(question.rows, question.wanted).result()
-            return "application/octet-stream", protocol.answer_bytes(question, hidden)
+            answer = owner.batching.ask(question.rows, question.wanted)
+            if error := answer.exception():  # an OSError may be of the model's files
+                raise _Refused(500, f"the model failed: {first_line(error)}") from error
+            return "application/octet-stream", protocol.answer_bytes(question, answer.result())
         except Malformed as error:
             raise _Refused(400, str(error)) from error
         except Busy as error:
             raise _Refused(503, str(error)) from error
         except (_Refused, OSError):  # the latter of the connection
             raise
-        except Exception as error:  # of a model or a device: the line goes to who asked
+        except Exception as error:  # of a device: the line goes to who asked
             raise _Refused(500, f"the model failed: {first_line(error)}") from error
 
     def _check(self) -> None:
