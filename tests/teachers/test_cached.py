@@ -362,6 +362,7 @@ def test_numbers_that_are_none_are_refused_where_they_are_read(number, folder):
         ("floors", math.inf, "its floors are not all log-probabilities"),
         ("topk_ids", 101, "its topk_ids are not all tokens"),
         ("topk_ids", -1, "its topk_ids are not all tokens"),
+        ("topk_ids", 5, "its topk_ids name a token twice"),
     ],
 )
 def test_log_probabilities_that_are_none_are_refused(name, number, message, tmp_path):

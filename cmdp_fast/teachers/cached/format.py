@@ -325,6 +325,8 @@ def flaw(said: Mapping[str, Tensor], vocab_size: int) -> str:
             return f"its {name} are not all log-probabilities"
         if name == "topk_ids" and tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < vocab_size):
             return f"its {name} are not all tokens"
+        if name == "topk_ids" and bool((tensor.sort(-1).values.diff(dim=-1) == 0).any()):
+            return f"its {name} name a token twice"
     return ""
 
 
