@@ -118,7 +118,7 @@ class _Alike(Teacher):
 
     def __init__(self, teacher: Teacher, width: int, dtype: torch.dtype | None) -> None:
         self.teacher, self.width, self.dtype = teacher, width, dtype
-        self.about, self.head = teacher.about, teacher.head
+        self.about, self.head, self.elsewhere = teacher.about, teacher.head, teacher.elsewhere
 
     def answer(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> TeacherOutputs:
         said = self.teacher.answer(rows, wanted)

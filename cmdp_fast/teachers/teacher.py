@@ -13,8 +13,9 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from cmdp_fast.heads import Head
 from cmdp_fast.reading import TokenBatch
+from cmdp_fast.threads import Threads
 
 
 class TopK(NamedTuple):
@@ -147,6 +149,8 @@ class Teacher(ABC):
 
     CONCURRENT: ClassVar[int] = 8  # questions under way at once
 
+    elsewhere: bool = False
+    """Whether a server computes the answers: a process that ends does not wait for those that are under way."""
     about: TeacherAbout
     head: Head | None = None
     device: torch.device = torch.device("cpu")
@@ -173,7 +177,7 @@ class Teacher(ABC):
     def ask(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> Future[TeacherOutputs]:
         """`answer`, under way. Raises ValueError for a question that cannot be answered, before anything is sent."""
         self._check(rows, wanted)
-        return self._pool.submit(self.answer, rows, wanted)
+        return self._threads.begin(partial(self.answer, rows, wanted))
 
     def to(self, device: torch.device | str) -> Teacher:
         """Itself, with answers laid out on a device and the head there, as a module does it."""
@@ -230,14 +234,11 @@ class Teacher(ABC):
 
     def close(self) -> None:
         """Ends what it holds open; asked again it may raise."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.cancel()
 
-    @property
-    def _pool(self) -> ThreadPoolExecutor:
-        if (pool := self.__dict__.get("_threads")) is None:
-            pool = self.__dict__["_threads"] = ThreadPoolExecutor(self.CONCURRENT, thread_name_prefix="teacher")
-        assert isinstance(pool, ThreadPoolExecutor)
-        return pool
+    @cached_property
+    def _threads(self) -> Threads:
+        return Threads(self.CONCURRENT, daemon=self.elsewhere)
 
     def _begun(self, rows: list[list[int]], kept: Tensor) -> UnderWay:
         return UnderWay(self, self.ask(rows, kept.sum(1).tolist()), kept)

@@ -155,6 +155,25 @@ def test_an_answer_that_is_late_is_not_waited_for(lying):
         assert torch.equal(teacher.answer([[token]], [1]).as_hidden(), telling([[token]], [1]))
 
 
+@pytest.mark.parametrize("name", ["{}", "routed:one={},other={}"])
+def test_the_end_of_a_process_does_not_wait_for_an_answer(lying, name):
+    """The thread that waits for it is a daemon; one that computes an answer itself is none."""
+    teacher, over, before = open_teacher(name.replace("{}", lying.place)), threading.Event(), {*threading.enumerate()}
+
+    def late(question, answer):
+        over.wait(60)
+        return answer
+
+    lying.lie = late
+    under_way = teacher.each()[0].ask([[1, 2, 3]], [2])
+    (waiting,) = (t for t in threading.enumerate() if t not in before and "_work" in t.name)
+    computing = TellingTeacher()
+    computing.answer = lambda rows, wanted: threading.current_thread().daemon
+    assert waiting.daemon and not computing.ask([[1]], [1]).result(60)
+    over.set()
+    assert torch.equal(under_way.result(60).as_hidden()[:, :WIDTH], RIGHT)
+
+
 def about(**changes) -> bytes:
     value = json.loads(protocol.about_bytes(ABOUT))
     return json.dumps(value | {"about": value["about"] | changes}).encode()

@@ -39,6 +39,8 @@ class TeacherOnVLLM(Teacher):
     generates with the same model.
     """
 
+    elsewhere = True
+
     def __init__(self, vllm: VLLM, client: HttpClient, model: StoredModel) -> None:
         self._vllm, self._client, self._model = vllm, client, model
         ours = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]

@@ -30,6 +30,8 @@ class ServedTeacher(Teacher):
     its question and against that teacher: a server that has been started again with another model is refused.
     """
 
+    elsewhere = True
+
     def __init__(self, place: str, asking: Asking) -> None:
         _check_place(place)
         token = read_token(asking.token_file) if asking.token_file else ""

@@ -25,6 +25,7 @@ from torch import nn
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import writing
 from cmdp_fast.http_client import CONCURRENT
+from cmdp_fast.threads import begin, results
 from cmdp_fast.vocabulary import common_vocabulary
 
 from ..distributed import together, whole_student
@@ -35,7 +36,6 @@ from . import answers
 from .client import Client, client_of, served_model, version_of
 from .probe import Probe, Tolerance
 from .server import Server
-from .threads import begin, results
 from .weights import Weights, dtype_name
 
 if TYPE_CHECKING:
