@@ -54,7 +54,7 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
         import datasets
         import transformers
 
-        from .errors import InputError, ProcessLost
+        from .errors import InputError, ProcessAlone, ProcessLost
 
         run = _runner(command)
     except ModuleNotFoundError as error:
@@ -72,17 +72,19 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     except InputError as error:
         if os.environ.get("CMDP_FAST_TRACEBACK") == "1":
             _tell_all("".join(traceback.format_exception(error)))  # of several processes one has the cause
-        _say(f"error: {error}", each_machine=isinstance(error, ProcessLost) or not _have_met())
+        each_machine = isinstance(error, ProcessLost) or not _have_met()
+        _say(f"error: {error}", each_machine, alone=isinstance(error, ProcessAlone))
         return 2
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
 
 
-def _say(message: str, each_machine: bool = False) -> None:
+def _say(message: str, each_machine: bool = False, alone: bool = False) -> None:
     """Of several processes the first one speaks, of all or of `each_machine`: the others have the same to say
-    (trainer/distributed.py), unless they have not met yet, or the one that speaks is lost."""
-    if os.environ.get("LOCAL_RANK" if each_machine else "RANK", "0") == "0":
+    (trainer/distributed.py), unless they have not met yet, or the one that speaks is lost. One that is `alone` with
+    what it has to say speaks too."""
+    if alone or os.environ.get("LOCAL_RANK" if each_machine else "RANK", "0") == "0":
         _tell_all(f"cmdp-fast: {message}")
 
 

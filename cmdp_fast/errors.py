@@ -14,6 +14,10 @@ class ProcessLost(InputError):
     """Another process of the run has gone, or cannot be reached: from here on nothing can be agreed on with others."""
 
 
+class ProcessAlone(ProcessLost):
+    """This process of several cannot go on, and the others, which may wait for it, do not know why: it says so."""
+
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from cmdp_fast.errors import InputError, ProcessLost, first_line
+from cmdp_fast.errors import InputError, ProcessAlone, ProcessLost, first_line
 from cmdp_fast.teachers.teacher import Teacher
 
 from .causal_lm import CausalLM
@@ -79,6 +79,18 @@ def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
             error = InputError(first)
     if error is not None:
         raise error
+
+
+@contextmanager
+def by_itself(accelerator: Accelerator) -> Iterator[None]:
+    """An InputError of one process where the others may be elsewhere, and wait for it, becomes a ProcessAlone: they
+    cannot be told, as `together` does."""
+    try:
+        yield
+    except InputError as error:
+        if accelerator.num_processes == 1:
+            raise
+        raise ProcessAlone(str(error)) from error
 
 
 def of_main(function: Callable[[], T], accelerator: Accelerator | PartialState) -> T:

@@ -27,7 +27,7 @@ from cmdp_fast.teachers.teacher import Teacher, UnderWay
 from cmdp_fast.topk_scoring import FromTopK
 
 from .correction import check_reported, estimate_weight, log_ratio
-from .distributed import any_process, together
+from .distributed import any_process, by_itself, together
 from .engine.engine import Engine
 from .kept_outputs import KeptOutputs
 from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
@@ -301,7 +301,8 @@ class Collector:
         return (partial(self._answered, question) for question in asked_ahead(self.teacher, each))
 
     def _answered(self, question: UnderWay) -> Tensor:
-        return self.scoring.of_answer(question.result())
+        with by_itself(self.accelerator):
+            return self.scoring.of_answer(question.result())
 
     def _room_for(self, parts: list[MicroBatch], like: Tensor) -> KeptOutputs | None:
         """Where the teacher's outputs are kept, as far as the settings have room; None: nowhere."""
@@ -317,7 +318,7 @@ class Collector:
 
     def outputs(self, model: Any, rollout: Rollout) -> Tensor:
         """A model's outputs at each token of the completions, [B, T, ...]: hidden states or logits."""
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), by_itself(self.accelerator):
             return self.scoring.outputs(model, rollout)
 
     # ------------------------------------------------------------------------------------- measure

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+from itertools import count
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from tiny_pair import arguments, learner_of, settings, tiny_model, untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from two_processes import in_two_processes, run_command, run_sharded
 from vllm_stand_in import StandIn
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.in_process import TeacherInProcess
+from cmdp_fast.teachers.served.client import ServedTeacher
 from cmdp_fast.teachers.served.server import TeacherServer
 from cmdp_fast.trainer.records.origin import model_digest
 from cmdp_fast.trainer.stops import end_tokens
@@ -146,6 +153,31 @@ def test_a_server_that_is_gone_ends_the_run_which_goes_on_elsewhere(
     keep = ("loss", "reward", "cmdp/mean_cumulative", "grad_norm")
     for whole, resumed in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "r"), strict=True):
         assert [whole[name] for name in keep] == [resumed[name] for name in keep]
+
+
+def second_is_not_answered(sharded: bool, words: list[str], shown: Path) -> None:
+    """A run of which the second process gets no answer from some question on."""
+    number, answer = count(), ServedTeacher.answer
+
+    def failing(teacher, rows, wanted):
+        if os.environ["RANK"] == "1" and next(number) > 6:
+            raise InputError("the teacher has not answered")
+        return answer(teacher, rows, wanted)
+
+    ServedTeacher.answer = failing
+    (run_sharded if sharded else run_command)(words, shown, 2)
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch was built without gloo")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_one_process_that_is_not_answered_says_so_and_ends_the_others(sharded, asking, tmp_path):
+    """They wait for it in the middle of a step, where it cannot tell them why; nor can they put a student together."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    in_two_processes(second_is_not_answered, sharded, arguments(asking, tmp_path, eval_every=0), tmp_path / "shown")
+    first, second = ((tmp_path / f"shown-{rank}").read_text() for rank in range(2))
+    assert second == "cmdp-fast: error: the teacher has not answered\n"
+    assert "error: another process is gone" in first
+    assert not (tmp_path / "r" / "student").exists()
 
 
 def test_two_trainers_ask_one_teacher(asking):
