@@ -79,11 +79,11 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
         limits[config.teacher] = found.asked.about.positions
     check_lengths(config, limits, longest)
     student, teacher, tokenizer = load_pair(config, train, report, found)
+    held = teacher.model if isinstance(teacher, TeacherInProcess) else teacher
     if config.teacher_quantization:
-        quantised = teacher.model if isinstance(teacher, TeacherInProcess) else teacher
-        report.say(compare_quantised(config, found, quantised, every))
+        report.say(compare_quantised(config, found, held, every))
     origin = origin_of(found.folders, parts, found.asked)  # now, for the weights of a hub's model are there
-    check_tokens(every, [model for model in (student, teacher) if model and not isinstance(model, Teacher)])
+    check_tokens(every, [model for model in (student, held) if model and not isinstance(model, Teacher)])
     return Material(
         student=student,
         teacher=teacher,

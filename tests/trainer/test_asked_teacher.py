@@ -22,6 +22,7 @@ from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.served.client import ServedTeacher
 from cmdp_fast.teachers.served.server import TeacherServer
 from cmdp_fast.trainer.records.origin import model_digest
+from cmdp_fast.trainer.settings.unread import check_read
 from cmdp_fast.trainer.stops import end_tokens
 
 OF_ASKING = ("teacher/bytes_per_token", "timing_s/teacher")
@@ -220,9 +221,13 @@ def test_settings_that_an_asked_teacher_cannot_meet(changes, message, pair):
         settings({**pair, "teacher": "served:http://127.0.0.1:1"}, **changes)
 
 
-def test_settings_of_asking_are_for_a_teacher_that_is_asked(pair):
-    with pytest.raises(InputError, match="--teacher-wire is for a teacher that is asked"):
-        settings(pair, teacher_wire="int8")
+@pytest.mark.parametrize("teacher", ["builtin:arithmetic-teacher", "cached:folder"])
+@pytest.mark.parametrize("name", ["teacher_wire", "teacher_token_file", "teacher_timeout"])
+def test_settings_of_asking_are_for_a_teacher_on_a_server(name, teacher, pair):
+    value = {"teacher_wire": "int8", "teacher_token_file": "word", "teacher_timeout": 5.0}[name]
+    option = name.replace("_", "-")
+    with pytest.raises(InputError, match=rf"--{option} .*is for a (--)?teacher on a server"):
+        check_read(settings({**pair, "teacher": teacher}, algorithm="kd", **{name: value}), [name])
 
 
 def test_another_tokenizer_is_refused_with_both_digests(pair, tmp_path, capsys):

@@ -343,6 +343,15 @@ def test_a_prompt_with_a_token_without_an_embedding(pair, tmp_path):
         material.load(settings(given, dataset=path), Report())
 
 
+@pytest.mark.parametrize("device", ["", "cpu"])
+def test_a_prompt_with_a_token_that_the_teacher_lacks(device, pair, tmp_path):
+    """Wherever the teacher is."""
+    teacher = tiny_model(tmp_path / "narrow", seed=2, spare=-1)
+    path = written(tmp_path / "p.jsonl", [{"prompt": f"{i}A=", "answer": "1"} for i in range(9)])
+    with pytest.raises(InputError, match="token 16 of a prompt has no embedding"):
+        material.load(settings({**pair, "teacher": teacher}, dataset=path, teacher_device=device), Report())
+
+
 @pytest.fixture(scope="module")
 def forgetful(pair, tmp_path_factory):
     """An RWKV, whose state takes in padding."""

@@ -9,6 +9,11 @@ from ..methods import METHODS
 from .models import ModelSettings
 
 
+def is_served(name: str) -> bool:
+    """Whether a server answers, and not a folder of stored answers."""
+    return is_asked(name) and not name.startswith("cached:")
+
+
 def check_teacher(settings: ModelSettings, algorithm: str, samples_teacher: str, trains: bool) -> None:
     """Raises InputError for a teacher that is asked where it would have to be sampled, and for settings of the one kind
     of teacher with the other; nothing is asked.
@@ -17,11 +22,12 @@ def check_teacher(settings: ModelSettings, algorithm: str, samples_teacher: str,
     has stored.
     """
     name = settings.teacher
-    if not is_asked(name):
+    if not is_served(name):
         for option in ("teacher_token_file", "teacher_wire"):
             if getattr(settings, option):
                 flag = option.replace("_", "-")
-                raise InputError(f"--{flag} is for a teacher that is asked, not for --teacher {name}")
+                raise InputError(f"--{flag} is for a teacher on a server, not for --teacher {name}")
+    if not is_asked(name):
         return
     for option in ("teacher_device", "teacher_quantization"):
         if value := getattr(settings, option):

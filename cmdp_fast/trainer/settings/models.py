@@ -23,7 +23,7 @@ class ModelSettings:
     """Column with the name of a problem's teacher, of several: `--teacher NAME=TEACHER NAME=TEACHER`, each of
     them as here: one that is asked, or a folder, a hub id or a built-in model, which is loaded."""
     teacher_timeout: Annotated[float, POSITIVE] = 600.0
-    """Seconds that a teacher that is asked may take for an answer."""
+    """Seconds that a teacher on a server may take for an answer."""
     teacher_token_file: str = ""
     """File with the word that a served teacher wants to hear."""
     teacher_wire: Literal["", "bfloat16", "float32", "int8"] = ""

@@ -15,6 +15,7 @@ from cmdp_fast.constraint import KINDS
 from cmdp_fast.errors import InputError
 
 from ..methods import METHODS, MethodEntry
+from .asked import is_served
 from .config import TrainConfig
 from .constraint import warning_of_scale
 
@@ -76,6 +77,7 @@ READERS = (
     _of_kinds(("coefficient",), lambda kind: KINDS[kind].coefficient),
     _of_kinds(("pid_gains",), lambda kind: kind == "pid"),
     Reader(("budget_start",), lambda c: c.budget_steps, "--budget-steps"),
+    Reader(("teacher_timeout",), lambda c: is_served(c.teacher), "a --teacher on a server"),
     Reader(("lora_alpha", "lora_target"), lambda c: c.lora_rank, "--lora-rank"),
     Reader(("task_args", "task_size"), lambda c: c.task, "--task"),
     Reader(("dataset_split",), lambda c: c.dataset, "--dataset"),
