@@ -73,7 +73,8 @@ class Training:
         else:
             asked = isinstance(self.learner.teacher, Teacher)
             if asked:
-                self.report.say(f"teacher        not evaluated: --teacher {self.config.teacher} cannot be sampled")
+                how = "--teacher-device cpu" if self.config.teacher_device else f"--teacher {self.config.teacher}"
+                self.report.say(f"teacher        not evaluated: with {how} it cannot be sampled")
             for who, policy in (("teacher", self.learner.teacher), ("student_before", self.learner.student))[asked:]:
                 self._evaluate(who, policy)
                 if who == "teacher" and self.learner.collector.teacher_engine and self.config.entry.on_policy:

@@ -212,13 +212,18 @@ def test_two_trainers_ask_one_teacher(asking):
     [
         ({"algorithm": "sft"}, "learns from the teacher's text"),
         ({"algorithm": "minillm"}, "minillm needs --teacher-mix 0"),
+        (
+            {"teacher": "folder", "teacher_device": "cpu", "algorithm": "sft"},
+            "--teacher-device cpu: a teacher there is asked, and --algorithm sft samples it",
+        ),
+        ({"teacher": "folder", "teacher_device": "cpu", "algorithm": "minillm"}, "--algorithm minillm samples it"),
         ({"teacher_device": "cpu"}, "--teacher-device cpu: --teacher served:.* is not loaded here"),
         ({"teacher_quantization": "torchao-int8"}, "--teacher-quantization torchao-int8"),
     ],
 )
 def test_settings_that_an_asked_teacher_cannot_meet(changes, message, pair):
     with pytest.raises(InputError, match=message):
-        settings({**pair, "teacher": "served:http://127.0.0.1:1"}, **changes)
+        settings({**pair, "teacher": "served:http://127.0.0.1:1"} | changes)
 
 
 @pytest.mark.parametrize("teacher", ["builtin:arithmetic-teacher", "cached:folder"])

@@ -280,18 +280,23 @@ def test_refused_at_once(case, recipe, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+ASKED = "--judge-against teacher: there are no completions of a teacher that is asked; expected one of student_before"
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [
         (dict(judge="nobody"), "--judge nobody: neither one of programmatic nor module:function"),
         (dict(judge_against="grpo"), "--judge-against grpo: expected one of teacher, student_before, cmdp"),
         (dict(judge_against="student_before"), "--judge-against student_before would have no effect"),
+        (dict(judge="programmatic", methods="cmdp:teacher=served:http://127.0.0.1:1"), ASKED),
+        (dict(judge="programmatic", methods="cmdp cmdp:teacher_device=cpu"), ASKED),
         (dict(jobs="-1"), "--jobs must not be negative"),
         (dict(seeds="-1"), "--seeds must be in [0, 2147483648), not -1"),
     ],
 )
 def test_refused_options(options, expected, recipe, tmp_path, capsys):
-    assert main(words(recipe, tmp_path / "new", "cmdp", **options)) == 2
+    assert main(words(recipe, tmp_path / "new", **{"methods": "cmdp", **options})) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 

@@ -26,7 +26,8 @@ def plot_bars(path: Path, rows: Sequence[TableRow]) -> None:
     wide = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(4.2 * wide + 1.5, 2 * (1 + 0.24 * len(rows))), layout="constrained")
     grid = figure.subplots(2, wide, sharey=True, squeeze=False).flat
-    colours = ["0.35", "0.65", *(_colour(i) for i in range(len(rows) - 2))]
+    untrained = _untrained(rows)
+    colours = [*("0.35", "0.65")[2 - untrained :], *(_colour(i) for i in range(len(rows) - untrained))]
     for axes, column in zip(grid, panels, strict=False):
         for place, row in enumerate(rows):
             if column.name in row.figures:
@@ -60,11 +61,12 @@ def plot_pareto(path: Path, rows: Sequence[TableRow]) -> None:
         axes.plot(
             *([row.figures[n].mean for row in curve] for n in ("mean_cumulative_kl", "accuracy")), "-", color="0.7"
         )
+    untrained = _untrained(rows)
     for i, row in enumerate(rows):
         (x, dx), (y, dy) = (row.figures[name] for name in ("mean_cumulative_kl", "accuracy"))
-        colour, marker = _colour(i - 2), MARKERS[(i - 2) % len(MARKERS)]
+        colour, marker = _colour(i - untrained), MARKERS[(i - untrained) % len(MARKERS)]
         if row.variant is None:
-            colour, marker = "black", "*" if i == 0 else "x"
+            colour, marker = "black", "*" if row.label == "teacher" else "x"
         axes.errorbar(
             x,
             y,
@@ -110,7 +112,7 @@ def plot_budgets(path: Path, rows: Sequence[TableRow]) -> bool:
         if name == "mean_cumulative_kl":
             budgets = sorted({row.config.budget for curve in curves for row in curve})
             axes.plot(budgets, budgets, color="black", ls="--", lw=1, label="budget")
-        else:
+        elif rows[0].label == "teacher":
             axes.axhline(rows[0].figures[name].mean, color="black", ls=":", lw=1, label="teacher")
         axes.set(title=title(column).replace(" (%)", ""), xlabel="budget d (nats)")
         axes.grid(alpha=0.3)
@@ -128,6 +130,11 @@ def sweeps(rows: Sequence[TableRow], setting: str, wanted: Callable[[TableRow], 
             groups.setdefault((row.variant.method, repr(sorted(others.items()))), []).append(row)
     ordered = [sorted(group, key=lambda row: getattr(row.config, setting)) for group in groups.values()]
     return [group for group in ordered if len({getattr(row.config, setting) for row in group}) > 1]
+
+
+def _untrained(rows: Sequence[TableRow]) -> int:
+    """The rows before those of the methods: one where the teacher is asked."""
+    return sum(row.variant is None for row in rows)
 
 
 def _name(curve: Sequence[TableRow], setting: str) -> str:

@@ -27,6 +27,8 @@ def check_teacher(settings: ModelSettings, algorithm: str, samples_teacher: str,
             if getattr(settings, option):
                 flag = option.replace("_", "-")
                 raise InputError(f"--{flag} is for a teacher on a server, not for --teacher {name}")
+    if settings.teacher_device == "cpu" and samples_teacher:
+        raise InputError(f"--teacher-device cpu: a teacher there is asked, and --algorithm {algorithm} samples it")
     if not is_asked(name):
         return
     for option in ("teacher_device", "teacher_quantization"):

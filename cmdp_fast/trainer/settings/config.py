@@ -129,6 +129,11 @@ class TrainConfig(
         return is_asked(self.teacher)
 
     @property
+    def evaluates_teacher(self) -> bool:
+        """Whether a training samples the teacher once, for its figures."""
+        return not self.asks_teacher and self.teacher_device != "cpu"
+
+    @property
     def run_name(self) -> str:
         """The name given, or that of the recipe."""
         return self.name or Path(self.recipe).name.removesuffix(".toml")

@@ -51,9 +51,10 @@ class ModelSettings:
     """How the models compute attention, by transformers' name: `sdpa`, `eager`, `flash_attention_2`, … Empty: as
     transformers chooses."""
     teacher_device: Literal["", "cpu", "offload"] = ""
-    """cpu: the teacher's layers are in the host's memory and computed there, its head is on the accelerator. offload:
-    its layers are in the host's memory during the update, which has its head alone and its outputs; those that do not
-    fit `teacher_cache_mb` are kept in the host's memory too, and not computed again. Empty: on the accelerator."""
+    """cpu: the teacher's layers are in the host's memory and computed there, its head is on the accelerator; it is
+    asked like one on a server, and not sampled. offload: its layers are in the host's memory during the update, which
+    has its head alone and its outputs; those that do not fit `teacher_cache_mb` are kept in the host's memory too, and
+    not computed again. Empty: on the accelerator."""
     teacher_quantization: Literal["", "bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8"] = ""
     """Quantise the teacher's layers as they are loaded, with the package of that name (4bit: NF4). How far it is from
     the full teacher, in nats on a few prompts, is said before the training. The file that is read is the full one."""
