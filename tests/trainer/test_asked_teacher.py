@@ -147,6 +147,8 @@ def test_a_server_that_is_gone_ends_the_run_which_goes_on_elsewhere(
     other = served(pair["student"])
     assert main([*resume, f"--teacher=served:{other.url}"]) == 2
     assert "not what the run began with" in capsys.readouterr().err
+    assert main([*resume, f"--teacher=served:{other.url}", "--teacher-wire=int8"]) == 2
+    assert "began with nothing, and a run goes on as it began" in capsys.readouterr().err
     other.close()
     again = served(pair["teacher"], path=str(tmp_path / "socket"))
     assert main([*resume, f"--teacher=served:{again.url}"]) == 0

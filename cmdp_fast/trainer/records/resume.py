@@ -91,7 +91,8 @@ def check_changes(before: TrainConfig, now: TrainConfig) -> None:
         elsewhere = field.name == "teacher" and before.asks_teacher and now.asks_teacher
         if old != new and field.name not in CHANGEABLE and not elsewhere:
             raise InputError(
-                f"--{field.name.replace('_', '-')} {new}: {now.resume} began with {old}, and a run goes on as it began"
+                f"--{field.name.replace('_', '-')} {new}: {now.resume} began with {'nothing' if old == '' else old}, "
+                "and a run goes on as it began"
             )
     if before.steps != now.steps and now.lr_schedule != "constant":
         raise InputError(
