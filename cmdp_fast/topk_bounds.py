@@ -207,7 +207,8 @@ def forward_kl(p: StudentTerms, w: TeacherTerms, dtype: torch.dtype) -> tuple[Te
     cap = torch.minimum(w.cap, most.log())
     height = cap - p.lowest + _sized(p.lowest, p.rounding)
     of_tail = torch.where(height > 0, most * height, least * height)
-    of_tail = torch.where(p.lowest.isposinf() | (most == 0), 0.0, of_tail)
+    tailless = p.lowest.isposinf() | (most == 0) | torch.isneginf(cap)  # a teacher that lists a -inf has no tail
+    of_tail = torch.where(tailless, 0.0, of_tail)
     unbounded = w.beyond | (w.cap + w.columns.log() < least.log())
     upper = _raised((listed.detach() + of_tail + slack).masked_fill(unbounded, torch.inf), lower, dtype)
     return lower, upper
@@ -245,6 +246,7 @@ def reverse_kl(p: StudentTerms, w: TeacherTerms, dtype: torch.dtype) -> tuple[Te
         of_tail = mass * (log_mass - entropy - w.floor)
         of_tail += mass * torch.expm1(u_tail) * (1 + log_mass.abs() + entropy + w.floor.abs())
         of_tail += mass * p.rounding * entropy.clamp(min=1.0)
+        of_tail = of_tail.masked_fill(torch.isneginf(w.floor), torch.inf)  # also where P underflows to 0
     of_tail = of_tail.masked_fill(weightless, 0.0)
     upper = _raised((listed.detach() + of_tail + slack).masked_fill(unbounded, torch.inf), lower, dtype)
     return lower, upper
