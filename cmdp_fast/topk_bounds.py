@@ -44,7 +44,8 @@ dtype: one half for storing it, one for the log-normaliser that it came from. (O
 this is not true: PyTorch's in float32 on a CPU missed tails by 4e-5 at V = 152,064.) So w is known by a factor e^d, and
 W to e_W = sum_S w (e^d - 1): about 1e-7 in float32, .01 in bfloat16. The student's log-probabilities have few
 roundings, u max(1, |log p|) with u = 8 eps of float32, or (8 + sqrt V) eps in float64, where kernels add in sequence.
-(The logits count as they are given; what made them is no matter.) Each term then moves by at most the length of its
+(The logits count as they are given; what made them is no matter. What is not counted is that of float64 logits over a
+temperature: eps |logit|, 1e-12 at logits of 1e4.) Each term then moves by at most the length of its
 interval times the largest derivative there:
 
     w log(w/p)       by   w (e^d - 1) (1 + |log(w/p)| + d + u_p) + w e^d u_p            (over S; likewise p log(p/w))
