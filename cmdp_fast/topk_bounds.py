@@ -44,7 +44,8 @@ dtype: one half for storing it, one for the log-normaliser that it came from. (O
 this is not true: PyTorch's in float32 on a CPU missed tails by 4e-5 at V = 152,064.) So w is known by a factor e^d, and
 W to e_W = sum_S w (e^d - 1): about 1e-7 in float32, .01 in bfloat16. The student's log-probabilities have few
 roundings, u max(1, |log p|) with u = 8 eps of float32, or (8 + sqrt V) eps in float64, where kernels add in sequence.
-(The logits count as they are given; what made them is no matter.) Each term then moves by at most the length of its
+(The logits count as they are given; what made them is no matter. What is not counted is that of float64 logits over a
+temperature: eps |logit|, 1e-12 at logits of 1e4.) Each term then moves by at most the length of its
 interval times the largest derivative there:
 
     w log(w/p)       by   w (e^d - 1) (1 + |log(w/p)| + d + u_p) + w e^d u_p            (over S; likewise p log(p/w))
@@ -207,7 +208,8 @@ def forward_kl(p: StudentTerms, w: TeacherTerms, dtype: torch.dtype) -> tuple[Te
     cap = torch.minimum(w.cap, most.log())
     height = cap - p.lowest + _sized(p.lowest, p.rounding)
     of_tail = torch.where(height > 0, most * height, least * height)
-    of_tail = torch.where(p.lowest.isposinf() | (most == 0), 0.0, of_tail)
+    tailless = p.lowest.isposinf() | (most == 0) | torch.isneginf(cap)  # a teacher that lists a -inf has no tail
+    of_tail = torch.where(tailless, 0.0, of_tail)
     unbounded = w.beyond | (w.cap + w.columns.log() < least.log())
     upper = _raised((listed.detach() + of_tail + slack).masked_fill(unbounded, torch.inf), lower, dtype)
     return lower, upper
@@ -245,6 +247,7 @@ def reverse_kl(p: StudentTerms, w: TeacherTerms, dtype: torch.dtype) -> tuple[Te
         of_tail = mass * (log_mass - entropy - w.floor)
         of_tail += mass * torch.expm1(u_tail) * (1 + log_mass.abs() + entropy + w.floor.abs())
         of_tail += mass * p.rounding * entropy.clamp(min=1.0)
+        of_tail = of_tail.masked_fill(torch.isneginf(w.floor), torch.inf)  # also where P underflows to 0
     of_tail = of_tail.masked_fill(weightless, 0.0)
     upper = _raised((listed.detach() + of_tail + slack).masked_fill(unbounded, torch.inf), lower, dtype)
     return lower, upper

@@ -55,7 +55,9 @@ def topk_stats(
             excludes it. No id is looked at by the host.
         topk_logprobs: ``[..., k]`` the teacher's log-probabilities of these tokens over its whole vocabulary, at the
             same temperature, in the floating dtype in which they were computed: it says how exact they are. Numbers
-            that a server sent as text are float32, whatever they were read into.
+            that a server sent as text are float32, whatever they were read into. Of a wide row on a CPU compute them in
+            float64: a softmax in float32 that adds up in sequence, as PyTorch's there, is off by more than its dtype
+            says, and bounds made of it may be false.
         tokens: ``[...]`` integers in [0, vocab_size): the actions. Masked tokens may hold anything.
         mask: ``[...]`` bool, False = the row is not read; its statistics and its gradient are exactly 0.
         temperature: divides the student's logits.

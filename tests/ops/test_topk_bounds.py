@@ -154,6 +154,29 @@ def test_a_student_that_hides_in_the_tail():
     assert (stats.reverse_kl_upper < 1.05 * truth.reverse_kl).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lowest", [-5.0, -torch.inf])
+def test_a_teacher_that_lists_its_excluded_tokens_has_no_tail(backend, lowest):
+    """The least of its k tokens has probability 0, and so has every other: the upper bound is that of the rest."""
+    x = torch.tensor([[1.0, 0.5, 0.0, 0.2, -1.0, lowest]])
+    logprobs = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()
+    stats = cf.topk_stats(x, torch.arange(4)[None], logprobs, torch.tensor([0]), backend=backend)
+    listed = logprobs[:, :3].double()
+    kl = (listed.exp() * (listed - x.double().log_softmax(-1)[:, :3])).sum(-1)
+    assert (stats.forward_kl <= kl).all() and (kl <= stats.forward_kl_upper).all()
+    torch.testing.assert_close(stats.forward_kl_upper.double(), kl, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tail_that_underflows_is_bounded_as_any_other(backend):
+    """P = e^-900 is 0 in double; nothing bounds the reverse KL where the teacher may exclude a token."""
+    x = torch.tensor([[1.0, 0.5, -900.0, -901.0]])
+    message = torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.3]]).log(), torch.tensor([0])
+    excluded = cf.topk_stats(x, *message, min_logprob=torch.tensor([-torch.inf]), backend=backend)
+    assert excluded.reverse_kl_upper.isposinf().all() and excluded.reverse_kl.isfinite().all()
+    assert cf.topk_stats(x, *message, min_logprob=-30.0, backend=backend).reverse_kl_upper.isfinite().all()
+
+
 def test_a_cap_that_cannot_hold_the_tail_is_no_cap():
     """All ids are the student's choice: the teacher's tail of .9 is on three tokens, of which none has but .05."""
     logprobs = torch.tensor([[0.05, 0.05]]).log()

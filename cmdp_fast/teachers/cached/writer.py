@@ -242,7 +242,8 @@ def _topk(said: TeacherOutputs, k: int) -> tuple[Tensor, Tensor, Tensor]:
     parts = []
     for rows in outputs.split(_ROWS):
         some = replace(said, hidden=rows) if said.logits is None else replace(said, logits=rows)
-        every = torch.log_softmax(some.as_logits().float(), -1)
+        # in double: one of float32 adds up in sequence, and is off by more than `topk_bounds` takes from its dtype
+        every = torch.log_softmax(some.as_logits().double(), -1).float()
         logprobs, ids = every.topk(k)
         parts.append((ids, logprobs, every.amin(-1)))
     ids, logprobs, floors = (torch.cat(each) for each in zip(*parts, strict=True))
