@@ -11,6 +11,7 @@ pytest.importorskip("trl", reason="needs the extra `trl`")
 
 import torch
 from datasets import Dataset
+from likeliest import Likeliest
 from test_trl_grpo import ROUNDING
 from tiny_pair import tiny_model
 from transformers import AutoTokenizer
@@ -150,6 +151,36 @@ def test_a_prompt_and_completion_too_long_for_the_teacher(tmp_path):
     pair = {"student": tiny_model(tmp_path / "s", seed=1), "teacher": tiny_model(tmp_path / "t", 2, positions=13)}
     with pytest.raises(InputError, match="but teacher_model has positions for 13 alone"):
         figures(grpo, pair, tmp_path, asked(pair["teacher"]), max_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [(grpo, {"cost": "reverse_kl"}), (grpo, {"cost": "forward_kl"}), (distillation, {"beta": 1.0, "budget": 0.5})],
+    ids=["grpo reverse", "grpo forward", "distillation"],
+)
+def test_its_most_likely_tokens_bound_the_cost(pair, tmp_path, make, changes):
+    """Of all tokens they are the teacher itself, up to rounding; of two the cost is less."""
+    whole = figures(make, pair, tmp_path, asked(pair["teacher"]), **changes)
+    columns = asked(pair["teacher"]).about.vocab_size
+    found = {}
+    for k in (columns, 2):
+        teacher = Likeliest(student(pair["teacher"]), AutoTokenizer.from_pretrained(pair["teacher"]), "a teacher", k=k)
+        found[k] = figures(make, pair, tmp_path, teacher, **changes)
+    for name in ("loss", "cmdp/cumulative_kl"):
+        assert found[columns][name] == pytest.approx(whole[name], rel=1e-3, abs=1e-4), name
+    assert found[2]["cmdp/cumulative_kl"][0] < 0.99 * whole["cmdp/cumulative_kl"][0]
+
+
+def test_what_its_most_likely_tokens_do_not_bound_is_refused(pair, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(pair["teacher"])
+    teacher = Likeliest(student(pair["teacher"]), tokenizer, "a teacher", k=3)
+    for make, changes, message in (
+        (grpo, {"cost": "k1"}, "not k1 at temperature 1"),
+        (grpo, {"temperature": 0.5}, "not reverse_kl at temperature 0.5"),
+        (distillation, {"beta": 0.5}, r"not JSD\(0.5\) at temperature 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            figures(make, pair, tmp_path, teacher, **changes)
 
 
 def test_under_bfloat16_autocast(pair, tmp_path):

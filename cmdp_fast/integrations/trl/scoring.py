@@ -14,7 +14,8 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.reading import TokenBatch
 from cmdp_fast.scoring import FromHiddenStates, Models, Outputs, ScoredBatch, score
 from cmdp_fast.teachers.ahead import asked_ahead
-from cmdp_fast.teachers.teacher import Teacher
+from cmdp_fast.teachers.teacher import Teacher, TeacherOutputs
+from cmdp_fast.topk_scoring import COSTS, FromTopK
 
 from .positions import check_lengths, settle_positions
 
@@ -39,11 +40,15 @@ class TRLScoring(FromHiddenStates):
         # TRL's option to run the student's head in float32 above layers of any dtype
         self.float_head = bool(getattr(trainer.args, "cast_lm_head_to_fp32", False))
         self.limits = settle_positions(trainer, teacher, vocab_size)
+        self.likeliest = None
+        if isinstance(teacher, Teacher) and teacher.about.answers == "topk":
+            _check_likeliest(trainer)
+            self.likeliest = FromTopK("tiled", vocab_size, self.temperature)
 
     def outputs(self, model: Any, batch: Any) -> Tensor:
         """The hidden states [B, T, H] from which the logits of the completions' tokens would be computed."""
         if isinstance(model, Teacher):
-            return model.of_completions(_completions(batch)).as_hidden()
+            return self.of_answer(model.of_completions(_completions(batch)))
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         with self.accelerator.autocast():
@@ -51,6 +56,21 @@ class TRLScoring(FromHiddenStates):
             dtype = self._head_dtype(model, hidden)
         length = batch["completion_ids"].shape[1]
         return hidden[:, -length - 1 : -1].to(dtype)
+
+    def of_answer(self, answer: TeacherOutputs) -> Tensor:
+        return super().of_answer(answer) if self.likeliest is None else self.likeliest.of_answer(answer)
+
+    def constrained_reward(self, *given: Any, **settings: Any) -> cf.ConstrainedReward:
+        """Of a teacher's most likely tokens by the lower bound of the cost, as the two below."""
+        compared = super() if self.likeliest is None else self.likeliest
+        return compared.constrained_reward(*given, **settings)
+
+    def token_stats(self, *given: Any, **settings: Any) -> cf.TokenStats:
+        compared = super() if self.likeliest is None else self.likeliest
+        return compared.token_stats(*given, **settings)
+
+    def divergence(self, *given: Any) -> Tensor:
+        return super().divergence(*given) if self.likeliest is None else self.likeliest.divergence(*given)
 
     def _head_dtype(self, model: Any, hidden: Tensor) -> torch.dtype:
         """The dtype in which TRL runs a head. A norm in float32 may end the layers below; autocast would not keep to
@@ -103,10 +123,22 @@ class TRLScoring(FromHiddenStates):
             part = _rows(batch, rows)
             question = None if asked is None else next(asked)
             ours = self.outputs(student, part)
-            theirs = self.outputs(self.teacher, part) if question is None else question.result().as_hidden()
+            theirs = self.outputs(self.teacher, part) if question is None else self.of_answer(question.result())
             return settle((student, self.teacher), (ours, theirs), part["completion_ids"], rows), theirs
 
         return score(count, read_and_settle, at_once=rows_at_once, cache_bytes=self.cache_bytes if keep else 0)
+
+
+def _check_likeliest(trainer: Any) -> None:
+    """Raises InputError for what a teacher's most likely tokens do not bound, or at a temperature at which it has not
+    said them."""
+    args, divergences = trainer.args, {0.0: "forward_kl", 1.0: "reverse_kl"}
+    cost = args.cost if hasattr(args, "cost") else divergences.get(float(args.beta), f"JSD({args.beta:g})")
+    if trainer.temperature != 1.0 or cost not in COSTS:
+        raise InputError(
+            f"teacher_model answers with its most likely tokens at temperature 1, which bound {' and '.join(COSTS)}: "
+            f"not {cost} at temperature {trainer.temperature:g}"
+        )
 
 
 _READ = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")

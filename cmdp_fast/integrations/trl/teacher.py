@@ -78,7 +78,10 @@ def check_pair(student: Any, teacher: Any, tokenizer: Any) -> int:
     """
     for role, model in (("the student", student), ("teacher_model", teacher)):
         try:
-            model.own_head() if isinstance(model, Teacher) else cf.head_of(model)
+            if not isinstance(model, Teacher):
+                cf.head_of(model)
+            elif model.about.answers != "topk":
+                model.own_head()
         except (TypeError, ValueError) as error:
             raise InputError(f"{role} cannot be used: {first_line(error)}") from error
     width = common_vocabulary(student, teacher)
