@@ -122,13 +122,14 @@ class UnderWay(NamedTuple):
     teacher: Teacher
     answer: Future[TeacherOutputs]  # packed
     mask: Tensor
+    tokens: int  # that it shows
 
     def result(self) -> TeacherOutputs:
         """The outputs [B, T, ...], on the teacher's device. Waits for them."""
         since = time.perf_counter()
         said = self.answer.result()
         waited = time.perf_counter() - since
-        self.teacher.taken = self.teacher.taken.plus(int(self.mask.sum()), said.bytes, waited)
+        self.teacher.taken = self.teacher.taken.plus(self.tokens, said.bytes, waited)
         return replace(said.to(self.teacher.device).padded(self.mask), head=self.teacher.head)
 
 
@@ -200,7 +201,7 @@ class Teacher(ABC):
             raise ValueError(f"last must be between 0 and the {ids.shape[1]} columns of ids, got {last}")
         seen = mask.bool()
         kept = seen[:, ids.shape[1] - length :]
-        return self._begun([row[real].tolist() for row, real in zip(ids, seen, strict=True)], kept).result()
+        return self._begun(_lists(ids, seen), kept).result()
 
     def of_completions(self, completions: TokenBatch) -> TeacherOutputs:
         """The outputs [B, T, ...] that predict the tokens of completions; zeros where they are masked."""
@@ -241,7 +242,8 @@ class Teacher(ABC):
         return Threads(self.CONCURRENT, daemon=self.elsewhere)
 
     def _begun(self, rows: list[list[int]], kept: Tensor) -> UnderWay:
-        return UnderWay(self, self.ask(rows, kept.sum(1).tolist()), kept)
+        wanted = kept.sum(1).tolist()
+        return UnderWay(self, self.ask(rows, wanted), kept, sum(wanted))
 
     def _check(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> None:
         if len(rows) != len(wanted):
@@ -275,4 +277,5 @@ def head_digest(head: Head) -> str:
 
 
 def _lists(tokens: Tensor, mask: Tensor) -> list[list[int]]:
-    return [row[real].tolist() for row, real in zip(tokens, mask.bool(), strict=True)]
+    """The tokens [B, S] of each row that a mask shows, brought to the host all at once."""
+    return [row[real].tolist() for row, real in zip(tokens.cpu(), mask.bool().cpu(), strict=True)]
