@@ -17,7 +17,6 @@ import torch.distributed as dist
 from cmdp_fast.children import command
 from cmdp_fast.errors import InputError, without_controls
 
-MARK = "CMDP_FAST_TEACHER_RANK"  # set for the others
 FOREVER = timedelta(days=365)  # the others wait as long as nobody asks; one that is lost is seen by its process
 PATIENCE = 10.0  # seconds that the first process has to say itself why it fails, and that the others have to end
 
@@ -48,7 +47,7 @@ class Ranks:
         common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
         common |= {"MASTER_PORT": get_free_port()}
         self._over, self._count = threading.Event(), count
-        places = [common | {"RANK": i, "LOCAL_RANK": i, MARK: i} for i in range(count)]
+        places = [common | {"RANK": i, "LOCAL_RANK": i, "CMDP_FAST_TEACHER_RANK": i} for i in range(count)]
         own, *others = ({name: str(value) for name, value in place.items()} for place in places)
         os.environ.update(own)
         self._processes = [
