@@ -50,6 +50,8 @@ def calls(device: str, backend: str | None = None) -> dict[str, Call]:
     trace = cf.budget_trace(cost, 5.0, mask=mask, backend=backend)
     constraint = cf.Constraint(budget=5.0)
     state = cf.TokenState.empty(SEQUENCES * TOKENS, device=device)
+    likeliest = teacher.log_softmax(-1).topk(8)
+    message = likeliest.indices, likeliest.values
     rows, teacher_rows, actions = student.flatten(0, 1), teacher.flatten(0, 1), tokens.flatten()
     on = {"backend": backend}
 
@@ -72,6 +74,14 @@ def calls(device: str, backend: str | None = None) -> dict[str, Call]:
         value = cf.linear_divergence(*leaves, hidden[1], heads[1], mask=mask, **on)
         return torch.autograd.grad(value, leaves, upstream)
 
+    def bounds_there_and_back() -> object:
+        stats = cf.topk_stats(leaf, *message, tokens, mask=mask, **on)
+        return torch.autograd.grad(stats.reverse_kl, leaf, upstream)
+
+    def linear_bounds_there_and_back() -> object:
+        stats = cf.linear_topk_stats(*leaves, *message, tokens, mask=mask, **on)
+        return torch.autograd.grad(stats.reverse_kl, leaves, upstream)
+
     return {
         "token_stats": lambda: cf.token_stats(student, teacher, tokens, mask=mask, **on),
         "token_stats, forward and backward": statistics_there_and_back,
@@ -92,6 +102,10 @@ def calls(device: str, backend: str | None = None) -> dict[str, Call]:
             hidden[0], heads[0], hidden[1], heads[1], mask=mask, **on
         ),
         "linear_divergence, jsd, forward and backward": linear_divergence_there_and_back,
+        "topk_stats": lambda: cf.topk_stats(student, *message, tokens, mask=mask, **on),
+        "topk_stats, forward and backward": bounds_there_and_back,
+        "linear_topk_stats": lambda: cf.linear_topk_stats(hidden[0], heads[0], *message, tokens, mask=mask, **on),
+        "linear_topk_stats, forward and backward": linear_bounds_there_and_back,
         "TokenState.update": lambda: state.update(rows, teacher_rows, actions, **on),
         "reference.budget_trace": lambda: cf.reference.budget_trace(cost, 5.0, mask=mask),  # eager, to compare with
     }

@@ -30,8 +30,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from cmdp_fast import kernels
-from cmdp_fast.layout import SAVED, Account, BudgetRule, Mixture, Settlement, Upstream
+from cmdp_fast import kernels, tails
+from cmdp_fast.layout import SAVED, Account, BudgetRule, ListedRows, Mixture, Settlement, TailGradient, Upstream
 
 ROWS, VOCAB, DTYPE = 64, 151936, torch.bfloat16
 
@@ -73,6 +73,10 @@ def calls() -> dict[str, Callable[[], Any]]:
     limits, weights = torch.empty(4, dtype=torch.float64), Mixture(0.5, 0.5, 0.5)
     mean = torch.empty(4, ROWS // 4, dtype=torch.float64)
     upstream = Upstream(gradients, None, gradients, None)
+    ids = torch.arange(0, 20 * 4096, 4096).expand(4, ROWS // 4, 20).contiguous()
+    listed = ListedRows(pair.student, ids, pair.tokens, pair.mask, 1.0, VOCAB)
+    state = tails.empty(ROWS, 20, pair.student.device)
+    coefficients = TailGradient(*torch.zeros(5, ROWS, dtype=torch.float64), state.listed)
     return {
         "torch.add(out=)": lambda: torch.add(one, one, out=one),
         "token_stats": lambda: kernels.token_stats(pair),
@@ -81,6 +85,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "update_states": lambda: kernels.update_states(tile, 0, fields),
         "trace_budgets": lambda: kernels.trace_budgets(account, limits, rule, trace, rewarding),
         "modify_rewards": lambda: kernels.modify_rewards(account, trace, rewarding),
+        "update_tails": lambda: kernels.update_tails(listed, 0, state),
+        "tail_backward": lambda: kernels.tail_backward(listed, coefficients, pair.student),
         "mixture": lambda: kernels.mixture(pair, weights),
         "mixture_backward": lambda: kernels.mixture_backward(pair, saved, mean, gradients, weights, pair.student),
     }

@@ -59,6 +59,9 @@ def call_everything(group):
     hidden, head = make_logits(3, 5, 8, seed=3).requires_grad_(), make_logits(37, 8, seed=4).requires_grad_()
     cf.linear_token_stats(hidden, head, y[..., :6], make_logits(37, 6), tokens).reverse_kl.sum().backward()
     cf.linear_divergence(hidden, head, y[..., :6], make_logits(37, 6), mask=mask).sum().backward()
+    likeliest = y.detach().log_softmax(-1).topk(4)
+    cf.topk_stats(x, likeliest.indices, likeliest.values, tokens, mask=mask).forward_kl.sum().backward()
+    cf.linear_topk_stats(hidden, head, likeliest.indices, likeliest.values, tokens).reverse_kl.sum().backward()
     cf.TokenState.empty(15).update(x.flatten(0, 1), y.flatten(0, 1), tokens.flatten())
 
 
