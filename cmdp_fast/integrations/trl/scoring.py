@@ -62,12 +62,14 @@ class TRLScoring(FromHiddenStates):
 
     def constrained_reward(self, *given: Any, **settings: Any) -> cf.ConstrainedReward:
         """Of a teacher's most likely tokens by the lower bound of the cost, as the two below."""
-        compared = super() if self.likeliest is None else self.likeliest
-        return compared.constrained_reward(*given, **settings)
+        if self.likeliest is not None:
+            return self.likeliest.constrained_reward(*given, **settings)
+        return super().constrained_reward(*given, **settings)
 
     def token_stats(self, *given: Any, **settings: Any) -> cf.TokenStats:
-        compared = super() if self.likeliest is None else self.likeliest
-        return compared.token_stats(*given, **settings)
+        if self.likeliest is not None:
+            return self.likeliest.token_stats(*given, **settings)
+        return super().token_stats(*given, **settings)
 
     def divergence(self, *given: Any) -> Tensor:
         return super().divergence(*given) if self.likeliest is None else self.likeliest.divergence(*given)
