@@ -270,6 +270,13 @@ def whole(parameter: Any) -> Tensor:
     return gathered
 
 
+def whole_head(head: Head) -> Head:
+    """A head whose columns lie on several ranks, in tensor parallelism, as a whole."""
+    weight, bias = (whole(p) if hasattr(p, "full_tensor") else p for p in (head.weight, head.bias))
+    assert weight is not None
+    return head._replace(weight=weight, bias=bias)
+
+
 def _gathered(parameter: Any, chain: list[nn.Module]) -> Any:
     """A parameter of the head, all of it where FSDP2 has spread it; tensor parallelism alone leaves it as it is.
 

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cmdp_fast import batches
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
-from cmdp_fast.heads import Head, head_of, whole
+from cmdp_fast.heads import Head, head_of, whole_head
 from cmdp_fast.ops.constrained import constrained_reward
 from cmdp_fast.ops.divergence import divergence
 from cmdp_fast.ops.linear import linear_token_stats
@@ -29,10 +28,7 @@ from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reading import TokenBatch, completion_hidden, completion_logits
 from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
 from cmdp_fast.teachers.teacher import Teacher, TeacherOutputs
-from cmdp_fast.topk_scoring import FromTopK
-
-Models = tuple[Any, Any]  # student (or the policy in its place) and teacher: modules, or a `Teacher` that is asked
-Outputs = tuple[Tensor, Tensor]  # of both
+from cmdp_fast.topk_scoring import FromTopK, Models, Outputs
 
 
 @dataclass
@@ -175,7 +171,7 @@ class FromHiddenStates(_AtTemperatures):
         """`cf.linear_divergence` of kind ``jsd``, [B, T] in nats: forward KL for ``beta`` 0, reverse KL for 1."""
         student, head, teacher, teacher_head = self._halves(models, outputs)
         if 0 < beta < 1:  # a mixture takes whole heads
-            head, teacher_head = _gathered(head), _gathered(teacher_head)
+            head, teacher_head = whole_head(head), whole_head(teacher_head)
         with without_autocast(student):
             return linear_divergence(
                 *(student, head, teacher, teacher_head, "jsd"),
@@ -213,13 +209,6 @@ def head_for(model: Any, hidden: Tensor) -> Head:
 
 def without_autocast(hidden: Tensor) -> torch.autocast:
     return torch.autocast(hidden.device.type, enabled=False)
-
-
-def _gathered(head: Head) -> Head:
-    """The whole of a head whose columns lie on several ranks, in tensor parallelism."""
-    weight, bias = (whole(p) if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
-    assert weight is not None
-    return head._replace(weight=weight, bias=bias)
 
 
 def make_scoring(

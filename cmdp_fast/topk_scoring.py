@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from cmdp_fast import heads
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
+from cmdp_fast.heads import head_of, whole_head
 from cmdp_fast.ops.budget import budget_trace, modified_reward
 from cmdp_fast.ops.cost import token_cost
 from cmdp_fast.ops.linear_topk import linear_topk_stats
@@ -29,6 +28,8 @@ from cmdp_fast.reference import ConstrainedReward, TokenStats
 from cmdp_fast.teachers.teacher import Teacher, TeacherOutputs
 from cmdp_fast.topk_bounds import TopkStats
 
+Models = tuple[Any, Any]  # student (or the policy in its place) and teacher: modules, or a `Teacher` that is asked
+Outputs = tuple[Tensor, Tensor]  # of both
 COSTS = ("reverse_kl", "forward_kl")  # of which k columns give bounds
 
 
@@ -59,8 +60,8 @@ class FromTopK:
 
     def certified(
         self,
-        models: tuple[Any, Any],
-        outputs: tuple[Tensor, Tensor],
+        models: Models,
+        outputs: Outputs,
         tokens: Tensor,
         task_reward: Tensor,
         *,
@@ -74,23 +75,14 @@ class FromTopK:
         reward = modified_reward(task_reward.to(lower.dtype), lower, trace, constraint=constraint, mask=mask)
         return ConstrainedReward(_token_stats(stats), trace, reward), upper
 
-    def constrained_reward(
-        self,
-        models: tuple[Any, Any],
-        outputs: tuple[Tensor, Tensor],
-        tokens: Tensor,
-        task_reward: Tensor,
-        *,
-        mask: Tensor,
-        constraint: Constraint,
-    ) -> ConstrainedReward:
+    def constrained_reward(self, *given: Any, **settings: Any) -> ConstrainedReward:
         """`certified` without the upper bound."""
-        return self.certified(models, outputs, tokens, task_reward, mask=mask, constraint=constraint)[0]
+        return self.certified(*given, **settings)[0]
 
     def token_stats(
         self,
-        models: tuple[Any, Any],
-        outputs: tuple[Tensor, Tensor],
+        models: Models,
+        outputs: Outputs,
         tokens: Tensor,
         mask: Tensor,
         *,
@@ -100,7 +92,7 @@ class FromTopK:
         NaN for the teacher's log-probability and entropy, which it has not said."""
         return _token_stats(self._bounds(models, outputs, tokens, mask))
 
-    def divergence(self, models: tuple[Any, Any], outputs: tuple[Tensor, Tensor], mask: Tensor, beta: float) -> Tensor:
+    def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
         """The lower bound of forward KL for ``beta`` 0, of reverse KL for 1, [B, T] in nats; no other is bounded."""
         kinds = {0.0: "forward_kl", 1.0: "reverse_kl"}
         if beta not in kinds:
@@ -109,9 +101,7 @@ class FromTopK:
             self.token_stats(models, outputs, torch.zeros_like(mask, dtype=torch.long), mask), kinds[beta]
         )
 
-    def _bounds(
-        self, models: tuple[Any, Any], outputs: tuple[Tensor, Tensor], tokens: Tensor, mask: Tensor
-    ) -> TopkStats:
+    def _bounds(self, models: Models, outputs: Outputs, tokens: Tensor, mask: Tensor) -> TopkStats:
         policy, said = outputs
         k = said.shape[-1] // 2
         about: dict[str, Any] = {"mask": mask, "temperature": self.temperature, "vocab_size": self.vocab_size}
@@ -120,10 +110,8 @@ class FromTopK:
         message = said[..., :k].long(), said[..., k : 2 * k].float(), tokens
         if self.logits == "full":
             return topk_stats(policy, *message, **about)
-        head = heads.head_of(models[0])
-        weight, bias = (heads.whole(p) if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
-        assert weight is not None
-        head = head._replace(weight=weight.to(policy.dtype), bias=bias)
+        head = whole_head(head_of(models[0]))
+        head = head._replace(weight=head.weight.to(policy.dtype))
         with torch.autocast(policy.device.type, enabled=False):
             return linear_topk_stats(policy, head, *message, **about)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_unmasked import IN_FLOAT32, batch, result, row_by_row, with_a_mask
+from completion_batches import batch
+from test_unmasked import IN_FLOAT32, result, row_by_row, with_a_mask
 from tiny_models import tiny
 
 from cmdp_fast import reading

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from completion_batches import batch
 from tiny_models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,17 +22,6 @@ FAMILIES = {
     "bloom": {"n_layer": 2, "n_head": 2},  # a bias by distance
 }
 IN_FLOAT32 = ("gemma3_text", "bloom")  # norms, or the softmax, whatever the weights are
-
-
-def batch(prompts=(3, 5, 1), lengths=(4, 1, 6), seed=0) -> SimpleNamespace:
-    """Completions [B, T] behind prompts [B, P] with padding in front; the padding is a token of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    width, tokens = max(prompts), max(lengths)
-    prompt_mask = torch.arange(width) >= width - torch.tensor(prompts)[:, None]
-    mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
-    prompt_ids = torch.randint(3, 101, prompt_mask.shape, generator=generator).masked_fill(~prompt_mask, 0)
-    ids = torch.randint(3, 101, mask.shape, generator=generator).masked_fill(~mask, 0)
-    return SimpleNamespace(prompt_ids=prompt_ids, prompt_mask=prompt_mask, tokens=ids, mask=mask, lengths=None)
 
 
 def with_a_mask(model, completions) -> torch.Tensor:

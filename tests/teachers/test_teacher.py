@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from completion_batches import batch
 from tiny_models import tiny
 
 from cmdp_fast import reading, scoring
@@ -16,15 +17,9 @@ from cmdp_fast.teachers.teacher import head_digest
 TOKENIZER = SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in range(101)})
 
 
-def completions(prompts=(3, 5, 1, 2), lengths=(4, 1, 6, 0), seed=0) -> SimpleNamespace:
-    """Completions [B, T] behind prompts [B, P] with padding in front; the padding is no token."""
-    generator = torch.Generator().manual_seed(seed)
-    width, tokens = max(prompts), max(lengths)
-    prompt_mask = torch.arange(width) >= width - torch.tensor(prompts)[:, None]
-    mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
-    prompt_ids = torch.randint(3, 101, prompt_mask.shape, generator=generator).masked_fill(~prompt_mask, 0)
-    ids = torch.randint(3, 101, mask.shape, generator=generator).masked_fill(~mask, 0)
-    return SimpleNamespace(prompt_ids=prompt_ids, prompt_mask=prompt_mask, tokens=ids, mask=mask, lengths=None)
+def completions(lengths=(4, 1, 6, 0), seed=0) -> SimpleNamespace:
+    """Four, of which one has no tokens."""
+    return batch((3, 5, 1, 2), lengths, seed)
 
 
 def teacher_of(family: str = "llama", **options) -> TeacherInProcess:
