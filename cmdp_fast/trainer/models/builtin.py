@@ -6,8 +6,11 @@ model has: careful, the answer without its steps, and a step that goes wrong. It
 reinforcement learning could not teach it in minutes, but it does not know which habit is wanted.
 `builtin:arithmetic-shortcut-student` knows all training problems and seldom slips: its answers without steps are mostly
 right, so that a reward that likes brevity tempts it to skip them.
+The models of the studies (`recipes/studies/`) are narrower, since there are many runs, and have the habits that a
+situation needs: a teacher that is not sure, one that is wrong in one respect, smaller and larger students, other
+shortcuts.
 
-Both see training problems only, never held-out ones, and are kept in a cache folder named after a hash of everything
+All see training problems only, never held-out ones, and are kept in a cache folder named after a hash of everything
 that went into them.
 """
 
@@ -16,10 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,12 +43,16 @@ FORMAT = 1  # raise it when the models made here change, so that old caches are 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a built-in model is made. The habits are probabilities: careful, answer without steps, a wrong step."""
+    """How a built-in model is made."""
 
     layers: int
     steps: int
-    habits: tuple[float, float, float]
-    problems: int  # how many of the training problems are used
+    habits: dict[str, float]
+    """The share of each of `sums.HABITS` in the solutions that it reads."""
+    problems: int = 10_000
+    """How many of the training problems are used."""
+    habits_of_two: dict[str, float] = field(default_factory=dict)
+    """The same for sums of two terms alone; empty: as for all."""
     width: int = 96
     heads: int = 4
     batch: int = 64
@@ -52,10 +60,31 @@ class Recipe:
     seed: int = 0
 
 
+def _narrow(layers: int, steps: int, habits: dict[str, float], **others: Any) -> Recipe:
+    """A model of the studies, of which there are many runs."""
+    return Recipe(layers, steps, habits, **{"width": 64, **others})
+
+
+TEMPTED = {"careful": 0.5, "direct": 0.4, "slip": 0.1}
+
 RECIPES = {
-    "builtin:arithmetic-teacher": Recipe(layers=3, steps=500, habits=(1.0, 0.0, 0.0), problems=10_000),
-    "builtin:arithmetic-student": Recipe(layers=2, steps=900, habits=(0.4, 0.3, 0.3), problems=500),
-    "builtin:arithmetic-shortcut-student": Recipe(layers=2, steps=1500, habits=(0.5, 0.4, 0.1), problems=10_000),
+    "builtin:arithmetic-teacher": Recipe(3, 500, {"careful": 1.0}),
+    "builtin:arithmetic-student": Recipe(2, 900, {"careful": 0.4, "direct": 0.3, "slip": 0.3}, problems=500),
+    "builtin:arithmetic-shortcut-student": Recipe(2, 1500, TEMPTED),
+    "builtin:study-teacher": _narrow(3, 1000, {"careful": 1.0}),
+    "builtin:study-student": _narrow(2, 1500, TEMPTED),
+    "builtin:study-small-student": _narrow(2, 1500, TEMPTED, width=32),
+    "builtin:study-large-student": _narrow(4, 1500, TEMPTED, width=96),
+    "builtin:study-unsure-teacher": _narrow(3, 1000, {"careful": 0.9, "direct": 0.1}),
+    "builtin:study-brief-teacher": _narrow(3, 1000, {"direct": 1.0}),
+    "builtin:study-bare-student": _narrow(2, 1500, {"direct": 0.5, "bare": 0.4, "guess": 0.1}),
+    "builtin:study-merging-student": _narrow(2, 1500, {"careful": 0.5, "merged": 0.4, "slip": 0.1}),
+    "builtin:study-mixed-teacher": _narrow(3, 1000, {"careful": 1.0}, habits_of_two={"careful": 0.97, "direct": 0.03}),
+    "builtin:study-mixed-student": _narrow(
+        2, 1500, {"careful": 0.9, "slip": 0.1}, habits_of_two={"careful": 0.5, "direct": 0.5}
+    ),
+    "builtin:study-faulty-teacher": _narrow(3, 1000, {"faulty": 0.9, "careful": 0.1}),
+    "builtin:study-faulty-student": _narrow(2, 1500, {"faulty": 0.4, "careful": 0.2, "direct": 0.3, "slip": 0.1}),
 }
 
 
@@ -76,6 +105,20 @@ def builtin_folder(name: str, config: TrainConfig, train: Sequence[Problem], rep
         (part / "settings.json").write_text(settings)
 
     return made_once(folder, make, report.say)
+
+
+def _habits(recipe: Recipe, expressions: Sequence[str], rng: random.Random) -> list[str]:
+    """A habit for each sum."""
+
+    def drawn(shares: dict[str, float]) -> list[str]:
+        return rng.choices(list(shares), weights=list(shares.values()), k=len(expressions))
+
+    habits = drawn(recipe.habits)
+    if not recipe.habits_of_two:
+        return habits
+    terms = (len(re.findall(r"[0-9]+", expression)) for expression in expressions)
+    of_two = drawn(recipe.habits_of_two)
+    return [two if count == 2 else other for count, two, other in zip(terms, of_two, habits, strict=True)]
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -124,7 +167,7 @@ def _make(recipe: Recipe, train: Sequence[Problem], folder: Path, report: Report
         )
         for _ in report.track(range(recipe.steps), description):
             batch = rng.choices(problems, k=recipe.batch)
-            habits = rng.choices(("careful", "direct", "slip"), weights=recipe.habits, k=recipe.batch)
+            habits = _habits(recipe, [row["metadata"]["expression"] for row in batch], rng)
             prompts = [tokenizer.encode(row["prompt"]) for row in batch]
             solutions = [
                 tokenizer.encode(worked_solution(row["metadata"]["expression"], habit, rng) + ".")
