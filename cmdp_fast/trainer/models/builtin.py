@@ -6,9 +6,8 @@ model has: careful, the answer without its steps, and a step that goes wrong. It
 reinforcement learning could not teach it in minutes, but it does not know which habit is wanted.
 `builtin:arithmetic-shortcut-student` knows all training problems and seldom slips: its answers without steps are mostly
 right, so that a reward that likes brevity tempts it to skip them.
-The models of the studies (`recipes/studies/`) are narrower, since there are many runs, and have the habits that a
-situation needs: a teacher that is not sure, one that is wrong in one respect, smaller and larger students, other
-shortcuts.
+The models of the studies (`recipes/studies/`) have what a situation needs: a teacher that is not sure, one that is
+wrong in one respect, students that are smaller or larger, other shortcuts.
 
 All see training problems only, never held-out ones, and are kept in a cache folder named after a hash of everything
 that went into them.
@@ -23,7 +22,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -60,31 +59,24 @@ class Recipe:
     seed: int = 0
 
 
-def _narrow(layers: int, steps: int, habits: dict[str, float], **others: Any) -> Recipe:
-    """A model of the studies, of which there are many runs."""
-    return Recipe(layers, steps, habits, **{"width": 64, **others})
-
-
 TEMPTED = {"careful": 0.5, "direct": 0.4, "slip": 0.1}
 
 RECIPES = {
     "builtin:arithmetic-teacher": Recipe(3, 500, {"careful": 1.0}),
     "builtin:arithmetic-student": Recipe(2, 900, {"careful": 0.4, "direct": 0.3, "slip": 0.3}, problems=500),
     "builtin:arithmetic-shortcut-student": Recipe(2, 1500, TEMPTED),
-    "builtin:study-teacher": _narrow(3, 1000, {"careful": 1.0}),
-    "builtin:study-student": _narrow(2, 1500, TEMPTED),
-    "builtin:study-small-student": _narrow(2, 1500, TEMPTED, width=32),
-    "builtin:study-large-student": _narrow(4, 1500, TEMPTED, width=96),
-    "builtin:study-unsure-teacher": _narrow(3, 1000, {"careful": 0.9, "direct": 0.1}),
-    "builtin:study-brief-teacher": _narrow(3, 1000, {"direct": 1.0}),
-    "builtin:study-bare-student": _narrow(2, 1500, {"direct": 0.5, "bare": 0.4, "guess": 0.1}),
-    "builtin:study-merging-student": _narrow(2, 1500, {"careful": 0.5, "merged": 0.4, "slip": 0.1}),
-    "builtin:study-mixed-teacher": _narrow(3, 1000, {"careful": 1.0}, habits_of_two={"careful": 0.97, "direct": 0.03}),
-    "builtin:study-mixed-student": _narrow(
+    "builtin:study-small-student": Recipe(2, 1500, TEMPTED, width=48),
+    "builtin:study-large-student": Recipe(4, 1500, TEMPTED, width=128),
+    "builtin:study-unsure-teacher": Recipe(3, 800, {"careful": 0.9, "direct": 0.1}),
+    "builtin:study-brief-teacher": Recipe(3, 1500, {"direct": 1.0}),
+    "builtin:study-bare-student": Recipe(2, 1500, {"direct": 0.5, "bare": 0.4, "guess": 0.1}),
+    "builtin:study-merging-student": Recipe(2, 1500, {"careful": 0.5, "merged": 0.4, "slip": 0.1}),
+    "builtin:study-mixed-teacher": Recipe(3, 800, {"careful": 1.0}, habits_of_two={"careful": 0.97, "direct": 0.03}),
+    "builtin:study-mixed-student": Recipe(
         2, 1500, {"careful": 0.9, "slip": 0.1}, habits_of_two={"careful": 0.5, "direct": 0.5}
     ),
-    "builtin:study-faulty-teacher": _narrow(3, 1000, {"faulty": 0.9, "careful": 0.1}),
-    "builtin:study-faulty-student": _narrow(2, 1500, {"faulty": 0.4, "careful": 0.2, "direct": 0.3, "slip": 0.1}),
+    "builtin:study-faulty-teacher": Recipe(3, 800, {"faulty": 0.9, "careful": 0.1}),
+    "builtin:study-faulty-student": Recipe(2, 1500, {"faulty": 0.4, "careful": 0.2, "direct": 0.3, "slip": 0.1}),
 }
 
 
