@@ -71,22 +71,28 @@ class Training:
             trained, seed = self.learner.trained, self.config.seed
             self._restore(load_checkpoint(self.accelerator, trained, self.folder, self.report, seed))
         else:
-            asked = isinstance(self.learner.teacher, Teacher)
-            if asked:
-                how = "--teacher-device cpu" if self.config.teacher_device else f"--teacher {self.config.teacher}"
-                self.report.say(f"teacher        not evaluated: with {how} it cannot be sampled")
-            for who, policy in (("teacher", self.learner.teacher), ("student_before", self.learner.student))[asked:]:
-                self._evaluate(who, policy)
-                if who == "teacher" and self.learner.collector.teacher_engine and self.config.entry.on_policy:
-                    self.learner.collector.teacher_engine.close()  # it is not sampled from again
+            if self.config.eval_before:
+                self._evaluate_teacher()
+            if self.learner.collector.teacher_engine and self.config.entry.on_policy:
+                self.learner.collector.teacher_engine.close()  # it is not sampled from again
+            if self.config.eval_before:
+                self._evaluate("student_before", self.learner.student)
             self.folder = self._make_folder(held)
             with together(self.accelerator):
                 self._drop_students_after(0)
                 self.log = MetricsLog(self.folder, self.accelerator, self.config)
-            self._log_evaluation(0, self.results["student_before"])
+            if self.config.eval_before:
+                self._log_evaluation(0, self.results["student_before"])
         with together(self.accelerator):
             if self.config.resume and self.accelerator.is_main_process:
                 write_config(self.folder, self.config, self._beginning)
+
+    def _evaluate_teacher(self) -> None:
+        if isinstance(self.learner.teacher, Teacher):
+            how = "--teacher-device cpu" if self.config.teacher_device else f"--teacher {self.config.teacher}"
+            self.report.say(f"teacher        not evaluated: with {how} it cannot be sampled")
+        else:
+            self._evaluate("teacher", self.learner.teacher)
 
     def _make_folder(self, held: ExitStack) -> Path:
         """The run's folder, made by the main process; that of a run to be resumed is there and has no checkpoint."""
@@ -294,7 +300,7 @@ class Training:
 def _check_records(state: dict[str, Any]) -> None:
     """Raises ValueError or KeyError unless a checkpoint's records are of the form that `Training` writes."""
     steps = [record["step"] for name in ("metrics", "evaluations") for record in state[name]]
-    evaluated = [who for who in ("teacher", "student_before") if who != "teacher" or who in state["results"]]
+    evaluated = [who for who in ("teacher", "student_before") if who in state["results"]]
     figures = [state["results"][who]["accuracy"] for who in evaluated]
     samples = [sample["completion"] for some in state["samples"].values() for sample in some]
     drawn = [record[name] for name, _ in CURVES for record in state["metrics"]]

@@ -7,16 +7,10 @@ killed goes on where it was; the folder of a run that is not finished is made an
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-
-import torch
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import write_text, writing
@@ -26,8 +20,10 @@ from ..records.report import Report
 from ..tasks.data import load_problems
 from ..tasks.judge import Judge, compare_pairs, load_judge
 from .alike import check_code, check_origins
-from .plan import REFERENCES, CompareConfig, Result, SeededRun, folder_of, plan, summary_of
+from .launching import jobs_of, remove, run_all
+from .plan import REFERENCES, CompareConfig, Result, SeededRun, check, folder_of, plan, summary_of
 from .plots import plot_bars, plot_budgets, plot_pareto
+from .study.run import run_study
 from .table import csv_of_results, csv_of_rows, markdown, print_rows, summarise
 
 
@@ -37,6 +33,9 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
     ``arguments`` are the words of the command line, which the table quotes. Raises InputError, before anything is run,
     for settings that cannot be used.
     """
+    check(config)
+    if config.study:
+        return run_study(config, arguments)
     report = Report()
     runs = plan(config)
     labels = tuple(dict.fromkeys(run.variant.label for run in runs))
@@ -60,11 +59,12 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
         check_code(done)
         check_origins(done)
         for run in todo:
-            _remove(run.folder, report)
-        jobs = config.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+            remove(run.folder, report)
+        jobs = jobs_of(config.jobs)
         report.say(f"{folder}: {len(runs)} runs, {len(finished)} of them finished already, {jobs} at a time")
-        failures = {run.folder: why for run, why in run_all(todo, jobs, folder / "logs", lock, report) if why}
-        results = [Result(run, summary_of(run), failures.get(run.folder, "")) for run in runs]
+        ended = run_all([run.config for run in todo], jobs, folder / "logs", lock, report)
+        failures = {run.name: why for run, why in ended if why}
+        results = [Result(run, summary_of(run), failures.get(run.config.name, "")) for run in runs]
         check_origins([*done, *(r.run for r in results if r.run in todo and r.summary is not None)])
         if judge is not None:
             results = judged(results, judge, config.judge_against, report)
@@ -73,54 +73,6 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
         if result.summary is None:
             report.say(f"FAILED {result.run.config.name}: {result.failure}")
     return all(result.summary is not None for result in results)
-
-
-# ---------------------------------------------------------------------------------------------------- running
-
-
-def run_all(todo: list[SeededRun], jobs: int, logs: Path, lock: int, report: Report) -> Iterator[tuple[SeededRun, str]]:
-    """Runs some at a time; yields each when it has ended, with why it failed ("": it has not)."""
-    logs.mkdir(exist_ok=True)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "CI": "1"}
-    waiting = todo[::-1]
-    running: dict[subprocess.Popen[bytes], SeededRun] = {}
-    try:
-        for _ in report.track(range(len(todo)), f"running {len(todo)}") if todo else ():
-            while waiting and len(running) < jobs:
-                run = waiting.pop()
-                with open(logs / f"{run.config.name}.log", "wb") as log:
-                    # A child holds the lock too: as long as one of a killed comparison runs, no other begins.
-                    process = subprocess.Popen(
-                        run.command(),
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        env=environment,
-                        pass_fds=[lock],
-                    )
-                running[process] = run
-            while (ended := next((p for p in running if p.poll() is not None), None)) is None:
-                time.sleep(0.05)
-            run, failure = running.pop(ended), ""
-            if ended.returncode or summary_of(run) is None:
-                lines = (logs / f"{run.config.name}.log").read_text(errors="replace").split("\n")
-                last = next((line for line in reversed(lines) if line.strip()), "no output")
-                failure = f"exit code {ended.returncode}: {last.strip()}"
-            report.status(f"{run.config.name} {'FAILED' if failure else 'done'}")
-            yield run, failure
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-
-
-def _remove(folder: Path, report: Report) -> None:
-    """Removes the folder of a run that was killed. Raises InputError if another process is going on with it."""
-    if folder.is_dir():
-        with alone_in(folder, report.say), writing(folder):
-            shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- the results

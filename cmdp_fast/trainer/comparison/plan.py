@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
-from cmdp_fast.children import command
 from cmdp_fast.digest import Damaged
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
@@ -20,13 +20,16 @@ from ..settings.config import TrainConfig
 from ..settings.ranges import SEED
 from ..settings.recipe import read_recipe, tomllib
 from ..settings.unread import changed, check_read
-from ..settings.values import typed, words
+from ..settings.values import typed
 
 DEFAULT_METHODS = (
     *("cmdp", "hinge", "saute", "worst_case", "pid", "barrier"),
     *(f"lagrangian:coefficient={value}" for value in (0.001, 0.005, 0.02)),
     *("grpo", "gkd", "minillm", "sft", "kd"),
 )
+SEEDS = (0, 1, 2)
+CHOSEN = ("recipe", "method", "name", "output_dir", "seed", "resume", "dry_run")  # by a comparison for each of its runs
+_COMMA = re.compile(r",(?![^\[\]]*\])(?![^{}]*\})")  # outside of a list or a table
 REFERENCES = ("teacher", "student_before")
 
 
@@ -34,17 +37,22 @@ REFERENCES = ("teacher", "student_before")
 class CompareConfig:
     """Settings of `cmdp-fast compare`."""
 
+    study: str = ""
+    """A study in place of `recipe` and `methods`: many situations and methods, out of a TOML file of the package by
+    name (transfer, per-completion, faulty-teacher) or by path. Its figures are kept in `runs.jsonl`, and what stands
+    there is not run again."""
     recipe: str = "tempting"
     """The task: a recipe of the package by name, or a path to a TOML file."""
     methods: tuple[str, ...] = DEFAULT_METHODS
     """Methods as `train --method` takes them, each followed by the settings that it changes in the recipe, if any:
     `cmdp`, `lagrangian:coefficient=0.05`, `cmdp:budget=1.0,penalty=2`."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the training; every method is run with each."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the training; every method is run with each. Empty: 0, 1 and 2, or those of the study."""
     jobs: int = 0
     """Runs at a time, between which the processors are divided. 0: one per processor, or one where there is a GPU."""
     output_dir: str = ""
-    """Folder of the results and of the runs. Empty: `comparisons/` and the recipe's name."""
+    """Folder of the results and of the runs. Empty: `comparisons/` and the recipe's name, or `study-` and the
+    study's."""
     judge: str = ""
     """The judge that compares completions of the same held-out problems in pairs: `programmatic` (the right answer
     first, then sound steps, then brevity), or your function as `module:function` or `path/file.py:function`. Empty:
@@ -75,14 +83,6 @@ class SeededRun:
     def folder(self) -> Path:
         return Path(self.config.output_dir) / self.config.name
 
-    def command(self) -> list[str]:
-        c = self.config
-        said = ["--recipe", c.recipe, "--method", c.method, "--seed", c.seed, "--output-dir", c.output_dir]
-        said += ["--name", c.name]
-        for key, value in self.variant.overrides.items():
-            said += words(key, value)
-        return command("cmdp_fast.cli", "train", *map(str, said))
-
 
 @dataclass(frozen=True)
 class Result:
@@ -101,20 +101,16 @@ def parse_compare(args: Sequence[str], prog: str = "cmdp-fast compare") -> Compa
 
 
 def folder_of(config: CompareConfig) -> Path:
-    """The folder of the comparison."""
-    return Path(config.output_dir or Path("comparisons") / Path(config.recipe).name.removesuffix(".toml"))
+    """The folder of the comparison, or of the study."""
+    prefix = "study-" if config.study else ""
+    name = Path(config.study or config.recipe).name.removesuffix(".toml")
+    return Path(config.output_dir or Path("comparisons") / f"{prefix}{name}")
 
 
 def plan(config: CompareConfig) -> list[SeededRun]:
     """All runs, a seed of every method before the next seed. Raises InputError for one that could not be run."""
-    for name in ("methods", "seeds"):
-        given = getattr(config, name)
-        if not given or len(set(given)) < len(given):
-            raise InputError(f"--{name} must be one or more, each once, not {' '.join(map(str, given)) or 'none'}")
-    for seed in config.seeds:
-        SEED.check("--seeds", seed)
-    if config.jobs < 0:
-        raise InputError(f"--jobs must not be negative, it is {config.jobs}")
+    if not config.methods or len(set(config.methods)) < len(config.methods):
+        raise InputError(f"--methods must be one or more, each once, not {' '.join(config.methods) or 'none'}")
     variants = [variant(spec, config.recipe) for spec in config.methods]
     names = [_file_name(v.label) for v in variants]
     if len(set(names)) < len(names):
@@ -122,36 +118,69 @@ def plan(config: CompareConfig) -> list[SeededRun]:
     runs_dir = str(folder_of(config) / "runs")
     return [
         SeededRun(v, replace(v.config, seed=seed, output_dir=runs_dir, name=f"{name}-seed{seed}"))
-        for seed in config.seeds
+        for seed in config.seeds or SEEDS
         for v, name in zip(variants, names, strict=True)
     ]
 
 
-def variant(spec: str, recipe: str) -> Variant:
-    """The variant that ``method`` or ``method:key=value,key=value`` names, on a recipe. Raises InputError if none."""
+def check(config: CompareConfig) -> None:
+    """Raises InputError for settings that no comparison and no study could use."""
+    if len(set(config.seeds)) < len(config.seeds):
+        raise InputError(f"--seeds must be each once, not {' '.join(map(str, config.seeds))}")
+    for seed in config.seeds:
+        SEED.check("--seeds", seed)
+    if config.jobs < 0:
+        raise InputError(f"--jobs must not be negative, it is {config.jobs}")
+    if config.study:
+        for name in ("recipe", "methods", "judge", "judge_against"):
+            if getattr(config, name) != getattr(CompareConfig, name):
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} would have no effect: --study {config.study} decides about it")
+
+
+class Spec(NamedTuple):
+    """A method with the settings that it changes, out of ``method`` or ``method:key=value,key=value``."""
+
+    method: str
+    changes: str
+    overrides: dict[str, Any]
+
+
+def spec_of(spec: str, source: str) -> Spec:
+    """A method with its changes. Raises InputError, which names the source, for what is none."""
     method, _, changes = spec.partition(":")
-    source = f"--methods {spec}"
     if not method:
         raise InputError(f"{source}: expected a method's name first")
     overrides = {}
-    for change in changes.split(",") if changes else ():
+    for change in _COMMA.split(changes) if changes else ():
         key, equals, text = change.partition("=")
         if not equals or not key.isidentifier():
             raise InputError(f"{source}: expected key=value after the colon, not {change!r}")
-        if key in ("recipe", "method", "name", "output_dir", "seed", "resume", "dry_run"):
+        if key in CHOSEN:
             raise InputError(f"{source}: {key} is for the comparison to choose")
         overrides[key] = _value(key, text)
-    overrides = typed(overrides, source)
+    return Spec(method, changes, typed(overrides, source))
+
+
+def variant(spec: str, recipe: str) -> Variant:
+    """The variant that a spec names, on a recipe. Raises InputError if none."""
+    source = f"--methods {spec}"
+    method, changes, overrides = spec_of(spec, source)
     base = read_recipe(recipe, method)
     config = replace(base, **overrides)
     try:
-        config.validate()
-        check_read(config, changed(config, base))
+        check_config(config, base)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    if config.teacher.startswith("cached:"):
-        raise InputError(f"{source}: a comparison is of figures that --teacher {config.teacher} cannot give")
     return Variant(":".join([Path(method).stem, *([changes] if changes else [])]), method, overrides, config)
+
+
+def check_config(config: TrainConfig, base: TrainConfig) -> None:
+    """Raises InputError for a run that could not be compared, or that does not read what it changes in its base."""
+    config.validate()
+    check_read(config, changed(config, base))
+    if config.teacher.startswith("cached:"):
+        raise InputError(f"a comparison is of figures that --teacher {config.teacher} cannot give")
 
 
 def _value(key: str, text: str) -> Any:

@@ -131,7 +131,7 @@ class TrainConfig(
     @property
     def evaluates_teacher(self) -> bool:
         """Whether a training samples the teacher once, for its figures."""
-        return not self.asks_teacher and self.teacher_device != "cpu"
+        return self.eval_before and not self.asks_teacher and self.teacher_device != "cpu"
 
     @property
     def run_name(self) -> str:

@@ -22,3 +22,5 @@ class EvaluationSettings:
     """Completions per problem, sampled as in training."""
     eval_every: Annotated[int, NOT_NEGATIVE] = 0
     """Evaluate every so many steps for the curves. 0: only before and after."""
+    eval_before: bool = True
+    """Evaluate teacher and student before the training as well."""

@@ -1,0 +1,99 @@
+"""`cmdp-fast compare --study`: the trainings of a study that have no line yet, then its page.
+
+Lines are appended when their training has ended, and its folder is removed. What is killed has no line and is run
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cmdp_fast.digest import read_sealed
+from cmdp_fast.files import writing
+from cmdp_fast.info import machine
+
+from ...records.ending import SUMMARY
+from ...records.lock import alone_in
+from ...records.report import Report
+from ..launching import jobs_of, remove, run_all
+from ..plan import CompareConfig, folder_of
+from .figures import by_kind, by_length, figures_of, kl_quantiles, samples_after
+from .lines import Line, append_lines, read_lines
+from .plan import Study, Training, head, plan, read_study
+
+FILE = "runs.jsonl"
+
+
+def run_study(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
+    """Runs what has no line yet and writes the page; returns whether every training succeeded.
+
+    ``arguments`` are the words of the command line, which the page quotes. Raises InputError, before anything is run,
+    for a study that cannot be used.
+    """
+    report = Report()
+    study = read_study(config.study)
+    if config.seeds:
+        study = replace(study, seeds=config.seeds)
+    folder = folder_of(config)
+    path, runs, logs = folder / FILE, folder / "runs", folder / "logs"
+    trainings = plan(study, runs)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, report.say) as lock:
+        done = {line.key for line in read_lines(path, report.say) if not line.failure}
+        todo = {t.config.name: t for t in trainings if any(wanted.line.key not in done for wanted in t.wanted)}
+        for name in todo:
+            remove(runs / name, report)
+        jobs = jobs_of(config.jobs)
+        report.say(
+            f"{folder}: {len(trainings)} trainings, {len(trainings) - len(todo)} of them finished already, "
+            f"{jobs} at a time"
+        )
+        origin = head(study, machine())
+        for ended, failure in run_all([t.config for t in todo.values()], jobs, logs, lock, report):
+            lines = lines_of(todo[ended.name], study, failure)
+            append_lines(path, lines, origin)
+            if not any(line.failure for line in lines):
+                remove(runs / ended.name, report)
+                (logs / f"{ended.name}.log").unlink()
+        of_study = {wanted.line.key for training in trainings for wanted in training.wanted}
+        lines = [line for line in read_lines(path, report.say) if line.key in of_study]
+        _write_page(folder, study, lines, ["cmdp-fast", "compare", *arguments])
+    failures = {line.training: line for line in lines if line.failure}.values()
+    for line in failures:
+        report.say(f"FAILED {line.training} ({line.candidate} in {line.situation}, seed {line.seed}): {line.failure}")
+    return not failures
+
+
+def lines_of(training: Training, study: Study, failure: str) -> list[Line]:
+    """The lines of a training that has ended: with its figures, or with why it failed."""
+    if not failure:
+        folder = Path(training.config.output_dir) / training.config.name
+        seconds = read_sealed(folder / SUMMARY)["seconds"]
+        trained = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
+        try:
+            samples = samples_after(folder / "samples.jsonl")
+        except ValueError as error:
+            failure = str(error)
+    if failure:
+        return [replace(line, failure=failure) for line, _ in training.wanted]
+    return [
+        replace(
+            line,
+            figures=figures_of(samples, budget) | {"seconds": trained},
+            kl_quantiles=kl_quantiles(samples),
+            kinds=by_kind(samples, budget, study.kinds),
+            lengths=by_length(samples, budget),
+        )
+        for line, budget in training.wanted
+    ]
+
+
+def _write_page(folder: Path, study: Study, lines: list[Line], command: list[str]) -> None:
+    try:
+        from .page import write_page
+    except ModuleNotFoundError:  # it is being written
+        return
+    write_page(folder, study, lines, command)
