@@ -1,0 +1,1 @@
+"""`cmdp-fast compare --study`: many situations, many methods, and a page of what was found."""
