@@ -1,0 +1,349 @@
+"""The page of a study, written from its lines: what was decided before the runs, tables, and what is not told apart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from cmdp_fast.errors import readable
+from cmdp_fast.files import write_text
+from cmdp_fast.info import machine
+
+from ..table import Column
+from .intervals import CONFIDENCE, Interval, interval_of
+from .lines import Line, Parts
+from .names import label, short
+from .plan import Study
+from .plots import draw_all
+from .statistics import SCORE, Difference, RegretRow, Results, Setting, stand_correction
+
+COLUMNS = (
+    Column("within", "within budget (%)", share=True),
+    Column("accuracy", "accuracy (%)", share=True),
+    Column(SCORE, "right and within (%)", share=True),
+    Column("reasoning_success", "reasoning success (%)", share=True),
+    Column("mean_kl", "mean KL (nats)"),
+    Column("cvar_kl", "CVaR of KL (nats)"),
+    Column("mean_length", "length (tokens)"),
+)
+MARK = "†"
+
+
+def write_page(folder: Path, study: Study, lines: Sequence[Line], command: Sequence[str]) -> None:
+    """Writes README.md, results.csv and the plots into a folder, from lines that may be incomplete."""
+    results = Results(study, lines)
+    if not any(results.of(situation, setting) for situation in results.situations for setting in results.settings):
+        plots: list[str] = []
+    else:
+        plots = draw_all(folder, results)
+    write_text(folder / "results.csv", csv_of(results))
+    write_text(folder / "README.md", page_of(results, lines, command, _origin(folder), plots))
+
+
+def page_of(
+    results: Results, lines: Sequence[Line], command: Sequence[str], origin: str, plots: Sequence[str] = ()
+) -> str:
+    """The page in Markdown. ``origin``: machine and versions; ``plots``: the files that there are."""
+    study = results.study
+    parts = [
+        f"# Study: {study.name}",
+        f"    {shlex.join(command)}",
+        _about(results, lines, origin),
+        "Written in the study's file, before the runs:",
+        _quoted(study.text),
+    ]
+    pictures = {name: f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots}
+    parts += ["## One setting for all situations", *_take(pictures, "regret.png"), _regrets(results, one_setting=True)]
+    if any(len(method.candidates) > 1 for method in study.methods):
+        parts += ["## The best setting of each situation", _regrets(results, one_setting=False)]
+    parts += [f"## Against {results.reference}", *_against(results.against_reference(), results)]
+    parts += ["## Within budget on average only", _average_only(results)]
+    parts += ["## Figures", *_take(pictures, "frontier.png"), *_take(pictures, "kl_distribution.png")]
+    for situation in results.situations:
+        parts += [f"### {situation}", _figures(results, situation)]
+    if study.kinds:
+        parts += ["## Over budget, by kind of prompt and by length", *_take(pictures, "by_kind.png")]
+        parts += _violations(results)
+    parts += ["## Failures", _failures(results.failed)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------- what was run
+
+
+def _about(results: Results, lines: Sequence[Line], origin: str) -> str:
+    study = results.study
+    trainings = {line.training: line for line in lines if not line.failure}
+    seconds = math.fsum(line.figures.get("seconds", 0.0) for line in trainings.values())
+    examples = sorted({int(line.figures["examples"]) for line in trainings.values() if "examples" in line.figures})
+    wanted = len(results.situations) * len(results.settings) * len(study.seeds)
+    had = sum(len(results.of(situation, setting)) for situation in results.situations for setting in results.settings)
+    missing = "" if had == wanted else f" **{wanted - had} of {wanted} lines are missing or failed.**"
+    spread = (
+        f"Figures are means over seeds ± the half-width of the {CONFIDENCE:.0%} t interval "
+        f"({len(study.seeds) - 1} degrees of freedom where no seed is missing)."
+        if len(study.seeds) > 1
+        else "There is one seed, so there are no intervals and nothing is told apart."
+    )
+    return (
+        f"{origin}.\n\nRecipe `{study.recipe}`, seeds {', '.join(map(str, study.seeds))}; {len(trainings)} trainings "
+        f"(one that several situations share is counted once), {seconds / 3600:.1f} hours of rollouts, scoring and "
+        f"updates; {' or '.join(map(str, examples)) or 'no'} held-out completions of each.{missing} {spread}\n\n"
+        "The KL of a completion is the exact reverse KL from the teacher, summed over its tokens, for every method "
+        "alike; its CVaR is the mean of the worst tenth. A setting's score is the share of completions that are right "
+        f"and within budget. It is feasible where {study.feasible:.0%} of its completions are within budget and no "
+        f"training of it failed; {MARK} marks those that are not. The regret is the score of the best feasible "
+        "setting less a setting's own, paired by seed, in points. The best was found in the same figures that it is "
+        "measured by, which makes every regret slightly too large."
+    )
+
+
+def _origin(folder: Path) -> str:
+    """The machine and the versions that the first line of the results names, else those of here."""
+    try:
+        with open(folder / "runs.jsonl", encoding="utf-8") as lines:
+            head = json.loads(next(lines))
+        return readable(head["machine"]) if "study" in head else machine()
+    except (OSError, StopIteration, ValueError, KeyError, TypeError):  # no file, or one without a head
+        return machine()
+
+
+def _quoted(text: str) -> str:
+    """The comment that a TOML file begins with."""
+    head = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(f"> {line[1:].strip()}".rstrip())
+    return "\n".join(head)
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def _table(heading: Sequence[str], rows: Iterable[Sequence[str]], right: int = 1) -> str:
+    """A table whose columns stand to the right from the given one on."""
+    align = ["---" if i < right else "---:" for i in range(len(heading))]
+    escaped = [[text.replace("|", "\\|") for text in row] for row in (heading, *rows)]
+    escaped.insert(1, align)
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
+
+def text_of(interval: Interval | None, factor: float = 1.0, digits: int = 1) -> str:
+    """Mean ± half-width, nothing for a figure that is not there."""
+    if interval is None:
+        return ""
+    spread = "" if math.isnan(interval.half) else f" ± {factor * interval.half:.{digits}f}"
+    return f"{factor * interval.mean + 0.0:.{digits}f}{spread}"
+
+
+def _figure(results: Results, situation: str, setting: Setting, column: Column) -> str:
+    interval = results.figure(situation, setting, column.name)
+    return text_of(interval, *((100.0, 1) if column.share else (1.0, 2 if "kl" in column.name else 1)))
+
+
+def _regrets(results: Results, one_setting: bool) -> str:
+    """Methods by situations, by their worst regret."""
+    rows = results.regrets(one_setting)
+    heading = ["", *(["setting"] if one_setting else []), *results.situations, "worst", "mean"]
+    table = _table(heading, (_regret_row(results, row, one_setting) for row in rows), right=1 + one_setting)
+    if one_setting:
+        first = results.situations[0]
+        notes = [
+            f"Regret in points. The setting is the one with the highest score on {first}, of those feasible there."
+        ]
+    else:
+        notes = ["Regret in points, with the candidate that was the best feasible one in brackets."]
+    unmet = [situation for situation in results.situations if not _best_is_feasible(results, situation)]
+    if unmet:
+        notes.append(f"No setting is feasible in {', '.join(unmet)}: the best is then the one with the highest score.")
+    return f"{table}\n\n{' '.join(notes)}"
+
+
+def _best_is_feasible(results: Results, situation: str) -> bool:
+    best = results.best(situation)
+    return best is not None and results.feasible(situation, best)
+
+
+def _regret_row(results: Results, row: RegretRow, one_setting: bool) -> list[str]:
+    several = len({s.candidate for s in results.settings if s.method == row.method}) > 1
+    cells = [row.method]
+    if one_setting:
+        cells.append(short(next(iter(row.settings.values()))) if several else "")
+    for situation in results.situations:
+        if situation not in row.regrets:
+            cells.append("none")
+            continue
+        setting = row.settings[situation]
+        mark = "" if results.feasible(situation, setting) else MARK
+        which = f" ({short(setting)})" if several and not one_setting else ""
+        cells.append(f"{text_of(row.regrets[situation])}{mark}{which}")
+    return [*cells, f"{row.worst + 0.0:.1f}", text_of(row.mean)]
+
+
+def _figures(results: Results, situation: str) -> str:
+    """The figures of each method: of its one setting, and of its best one where that is another."""
+    settings = []
+    for method in results.study.methods:
+        for setting in (results.one_setting[method.name], results.chosen(situation, method.name)):
+            if setting is not None and setting not in settings and results.of(situation, setting):
+                settings.append(setting)
+    columns = [c for c in COLUMNS if any(results.figure(situation, s, c.name) is not None for s in settings)]
+    budgets = sorted({line.budget for setting in settings for line in results.of(situation, setting).values()})
+    rows = []
+    for setting in settings:
+        name = label(results.study, setting)
+        if setting != results.one_setting[setting.method]:
+            name += ", the best here"
+        mark = "" if results.feasible(situation, setting) else MARK
+        seeds = str(len(results.of(situation, setting)))
+        rows.append([name + mark, seeds, *(_figure(results, situation, setting, column) for column in columns)])
+    table = _table(["", "seeds", *(column.title for column in columns)], rows)
+    return f"Budget {', '.join(f'{budget:g}' for budget in budgets) or 'unknown'} nats.\n\n{table}"
+
+
+def _against(differences: Sequence[Difference], results: Results) -> list[str]:
+    """What beats the reference, what it beats, and what is not told apart: by method, with its situations."""
+    known = [difference for difference in differences if not math.isnan(difference.p)]
+    if not known:
+        return ["Nothing can be told apart: it takes two seeds that both methods have."]
+    apart = [difference for difference in known if difference.points.apart_from_zero]
+    even = [difference for difference in known if not difference.points.apart_from_zero]
+    count = len(known)
+    return [
+        f"Score of each method less that of {results.reference}, both with their one setting, paired by seed: {count} "
+        f"differences, of which {len(apart)} have an interval without 0. If there were no difference at all, about "
+        f"{(1 - CONFIDENCE) * count:.0f} of them would have one by chance; {stand_correction(known)} stand Holm's "
+        f"correction for {count} comparisons.",
+        f"**Better than {results.reference}.** {_listed(apart, lambda points: points > 0, results)}",
+        f"**Worse than {results.reference}.** {_listed(apart, lambda points: points < 0, results)}",
+        f"**Not told apart.** {_listed(even, lambda points: True, results)}",
+    ]
+
+
+def _listed(differences: Sequence[Difference], wanted: Callable[[float], bool], results: Results) -> str:
+    by_method: dict[str, list[str]] = {}
+    for difference in differences:
+        if wanted(difference.points.mean):
+            setting = results.one_setting[difference.method]
+            assert setting is not None  # it has a difference
+            mark = "" if results.feasible(difference.situation, setting) else MARK
+            text = f"{difference.situation} ({text_of(difference.points)}){mark}"
+            by_method.setdefault(difference.method, []).append(text)
+    if not by_method:
+        return "None."
+    return "\n" + "\n".join(f"- {method}: {', '.join(texts)}" for method, texts in by_method.items())
+
+
+def _average_only(results: Results) -> str:
+    """Settings whose mean KL keeps the budget while too many completions do not."""
+    rows = []
+    for situation in results.situations:
+        for setting in results.settings:
+            lines = results.of(situation, setting).values()
+            budget = {line.budget for line in lines}
+            mean, within = (results.figure(situation, setting, name) for name in ("mean_kl", "within"))
+            if mean is None or within is None or len(budget) != 1:
+                continue
+            if mean.mean <= min(budget) and round(within.mean, 9) < results.study.feasible:
+                over = text_of(Interval(1 - within.mean, within.half), 100.0)
+                rows.append(
+                    [situation, label(results.study, setting), text_of(mean, digits=2), f"{min(budget):g}", over]
+                )
+    if not rows:
+        return "No setting has a mean KL within the budget and too many completions over it."
+    heading = ["situation", "setting", "mean KL (nats)", "budget (nats)", "completions over it (%)"]
+    return (
+        "Of all settings, those whose mean KL is within the budget while more than "
+        f"{1 - results.study.feasible:.0%} of the completions are over it.\n\n{_table(heading, rows, right=2)}"
+    )
+
+
+def _violations(results: Results) -> list[str]:
+    """The share over budget of each kind of prompt and of each length, and how many completions are of that length."""
+    parts = []
+    for situation in results.situations:
+        for what, of in (("kind", _kinds), ("length in tokens", _lengths)):
+            names = list(
+                dict.fromkeys(n for s in results.settings for x in results.of(situation, s).values() for n in of(x))
+            )
+            if what == "kind":
+                order = [kind.name for kind in results.study.kinds]
+                names.sort(key=lambda name: order.index(name) if name in order else len(order))
+            else:
+                names.sort(key=lambda name: int(name.partition("-")[0]))
+            rows = []
+            for method in results.study.methods:
+                setting = results.one_setting[method.name]
+                lines = list(results.of(situation, setting).values())
+                if lines:
+                    rows.append([method.name, *(_over([of(line).get(name) for line in lines]) for name in names)])
+            if rows and names:
+                parts.append(f"{situation}, by {what}: completions over budget (%), and the share that is of it (%).")
+                parts.append(_table(["", *names], rows))
+    return parts
+
+
+def _kinds(line: Line) -> Parts:
+    return line.kinds
+
+
+def _lengths(line: Line) -> Parts:
+    return line.lengths
+
+
+def _over(parts: Sequence[dict[str, float] | None]) -> str:
+    """Over the seeds that have completions of the part; its share is 0 in the others."""
+    there = [part for part in parts if part is not None]
+    if not there:
+        return ""
+    over = interval_of([1 - part["within"] for part in there])
+    share = math.fsum(part["share"] for part in there) / len(parts)
+    return f"{text_of(over, 100.0)} ({100 * share:.0f})"
+
+
+def _failures(failed: Sequence[Line]) -> str:
+    if not failed:
+        return "None."
+    by_training: dict[str, Line] = {line.training: line for line in reversed(failed)}
+    return "\n".join(
+        f"- `{line.candidate}` in {line.situation}, seed {line.seed}: `{readable(line.failure).replace('`', chr(39))}`"
+        for line in reversed(by_training.values())
+    )
+
+
+def _take(pictures: dict[str, str], name: str) -> list[str]:
+    return [pictures[name]] if name in pictures else []
+
+
+# ---------------------------------------------------------------------------------------------------- as a file
+
+
+def csv_of(results: Results) -> str:
+    """Means and half-widths of every setting in every situation, with full precision."""
+    ends = ("", "_half_width")
+    names = [column.name for column in COLUMNS] + ["regret"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    heading = ["situation", "method", "candidate", "budget", "seeds", "feasible", "one_setting"]
+    writer.writerow([*heading, *(f"{name}{end}" for name in names for end in ends)])
+    for situation in results.situations:
+        for setting in results.settings:
+            lines = results.of(situation, setting)
+            if not lines:
+                continue
+            budget = next(iter(lines.values())).budget
+            flags = int(results.feasible(situation, setting)), int(setting == results.one_setting[setting.method])
+            row: list[object] = [situation, *setting, budget, len(lines), *flags]
+            for name in names:
+                figure = (
+                    results.regret(situation, setting) if name == "regret" else results.figure(situation, setting, name)
+                )
+                row += ["", ""] if figure is None else [figure.mean, "" if math.isnan(figure.half) else figure.half]
+            writer.writerow(row)
+    return text.getvalue()
