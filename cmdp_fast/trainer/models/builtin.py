@@ -68,6 +68,7 @@ RECIPES = {
     "builtin:study-small-student": Recipe(2, 1500, TEMPTED, width=48),
     "builtin:study-large-student": Recipe(4, 1500, TEMPTED, width=128),
     "builtin:study-unsure-teacher": Recipe(3, 800, {"careful": 0.9, "direct": 0.1}),
+    "builtin:study-patient-teacher": Recipe(3, 1200, {"careful": 1.0}),
     "builtin:study-brief-teacher": Recipe(3, 1500, {"direct": 1.0}),
     "builtin:study-bare-student": Recipe(2, 1500, {"direct": 0.4, "bare": 0.3, "careful": 0.3}),
     "builtin:study-merging-student": Recipe(2, 1500, {"careful": 0.5, "merged": 0.4, "slip": 0.1}),
