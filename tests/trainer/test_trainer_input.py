@@ -146,7 +146,7 @@ def test_methods_of_the_package(method, pair, tmp_path):
     changes = {"method": method, "minibatch_size": 5, "prefix_budget": 1.0}
     config = parse(arguments(pair, tmp_path, **changes)[1:])
     assert (config.method, config.minibatch_size, config.budget) == (method, 5, 2.0)
-    assert config.algorithm == method or (config.kind == method) != (method == "grpo")
+    assert config.algorithm == method or (config.kind == method) != (method in ("grpo", "kl_reward"))
     assert main(arguments(pair, tmp_path, **changes)) == 0
 
 

@@ -15,23 +15,26 @@ from cmdp_fast.trainer.settings.unread import READERS, check_read, warnings_of
 
 OF_PPO = "it is for --algorithm ppo"
 UNREAD = {
-    "--gae-lambda 0.9": f"{OF_PPO} with --baseline gae",
+    "--gae-lambda 0.9": f"{OF_PPO} or kl_loss with --baseline gae",
     "--method sft --baseline gae": OF_PPO,
     "--method minillm --gamma 0.9": OF_PPO,
-    "--method gkd --clip-low 0.1": "it is for --algorithm ppo or minillm",
+    "--method gkd --clip-low 0.1": "it is for --algorithm ppo or kl_loss or minillm",
     "--method kd --teacher-mix 0.5": "it is for --algorithm minillm",
     "--jsd-beta 0.1": "it is for --cost jsd and --algorithm gkd",
     "--method lagrangian --penalty 2": f"{OF_PPO} with --kind cmdp or saute or worst_case",
     "--method pid --discrepancy-weight 2": f"{OF_PPO} with --kind cmdp or hinge",
-    "--method hinge --coefficient 0.3": f"{OF_PPO} with --kind lagrangian or pid or barrier",
+    "--method hinge --coefficient 0.3": f"{OF_PPO} or kl_loss with --kind lagrangian or pid or barrier",
     "--pid-gains 1 1 1": f"{OF_PPO} with --kind pid",
+    "--method kl_loss --penalty 2": f"{OF_PPO} with --kind cmdp or saute or worst_case",
     "--method sft --penalty 2": f"{OF_PPO} with --kind cmdp or saute or worst_case",
     "--budget-start 5": "it is for --budget-steps",
     "--lora-target q_proj": "it is for --lora-rank",
-    "--sampler-correction off": "it is for --rollout with --algorithm ppo or gkd or minillm (at --teacher-mix 0)",
+    "--sampler-correction off": (
+        "it is for --rollout with --algorithm ppo or kl_loss or gkd or minillm (at --teacher-mix 0)"
+    ),
     "--method minillm --rollout a.py:f --sampler-correction token": "it is for --rollout with --algorithm ppo",
-    "--method kd --rollout a.py:f --sampler-clip 3": "it is for --rollout with --algorithm ppo or gkd",
-    "--rollout a.py:f --sampler-correction off --sampler-clip 3": "it is for --rollout with --algorithm ppo or gkd",
+    "--method kd --rollout a.py:f --sampler-clip 3": "it is for --rollout with --algorithm ppo or kl_loss or gkd",
+    "--rollout a.py:f --sampler-correction off --sampler-clip 3": "it is for --rollout with --algorithm ppo or kl_loss",
     "--prompt-column question": "it is for --dataset",
     "--dataset-config main": "it is for a --dataset with configurations",
     "--task= --dataset a.jsonl --task-size 9": "it is for --task",
@@ -60,6 +63,8 @@ READ = (
     "--rollout a.py:f --sampler-correction sequence --sampler-clip 3",
     "--method gkd --rollout a.py:f --sampler-correction token",
     "--method minillm --teacher-mix 0 --rollout a.py:f --sampler-clip 3",
+    "--method kl_loss --baseline gae --gae-lambda 0.9 --coefficient 0.1 --cost-clamp 10 --gamma 0.9",
+    "--method kl_reward --coefficient 0.1 --cost-clamp 10",
     "--gae-lambda 1.0 --jsd-beta 0.5",  # as they are
 )
 

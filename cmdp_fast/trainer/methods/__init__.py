@@ -16,6 +16,8 @@ class MethodEntry(NamedTuple):
     """Its module here and its class, as ``module:class``."""
     compares: bool = False
     """Whether it compares completions as ``--baseline`` says: within a group, or with a value head's prediction."""
+    penalises: bool = False
+    """Whether `--coefficient` weighs a penalty in its loss, beside a reward that keeps to no budget."""
     groups: bool = False
     """Whether it compares the completions of a group, with any ``--baseline``."""
     diverges: bool = False
@@ -30,6 +32,7 @@ class MethodEntry(NamedTuple):
 
 METHODS: dict[str, MethodEntry] = {
     "ppo": MethodEntry("ppo:PPO", compares=True),
+    "kl_loss": MethodEntry("kl_loss:KLLoss", compares=True, penalises=True),
     "gkd": MethodEntry("gkd:GKD", diverges=True, stored=True),
     "minillm": MethodEntry("minillm:MiniLLM", groups=True, mixes=True),
     "sft": MethodEntry("off_policy:SequenceLevel", on_policy=False, stored=True),

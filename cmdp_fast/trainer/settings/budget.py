@@ -38,8 +38,8 @@ class BudgetSettings:
     discrepancy_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the excess cost (cmdp, hinge)."""
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
-    """The multiplier of lagrangian (0: the task's reward alone), that from which pid's controller starts, or the weight
-    of the barrier."""
+    """The multiplier of lagrangian (0: the task's reward alone), that from which pid's controller starts, the weight of
+    the barrier, or that of k3 in the loss of kl_loss."""
     pid_gains: tuple[float, float, float] = (0.1, 0.01, 0.01)
     """Proportional, integral and derivative gain of the pid controller, which sets lambda by a step's completions
     before the update; per nat by which their mean cost exceeds their mean budget."""

@@ -101,6 +101,12 @@ class TrainConfig(
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"
             )
             _check(self.prefix_budget > 0, "--kind worst_case needs its budget: --prefix-budget, nats a token")
+        if self.entry.penalises:
+            _check(
+                (self.kind, self.cost) == ("lagrangian", "k3"),
+                f"--algorithm {self.algorithm} has k3 in its loss and keeps to no budget: --kind lagrangian --cost k3, not "
+                f"{self.kind} and {self.cost}; --method {self.algorithm} has both",
+            )
         _check(
             not self.cost_clamp or self.cost in ("k1", "k3", "nll"),
             f"--cost-clamp would take the gradient of --cost {self.cost}; it is for k1, k3 and nll",

@@ -8,7 +8,10 @@ from .config import TrainConfig
 
 
 def training_constraint(config: TrainConfig, step: int, coefficient: float | None) -> Constraint:
-    """The constraint of a step, counted from 0; `coefficient` is lambda or kappa of the moment."""
+    """The constraint of a step, counted from 0; `coefficient` is lambda or kappa of the moment.
+
+    Where the penalty is in the loss it has no price in the reward.
+    """
     worst_case = config.kind == "worst_case"
     return Constraint(
         cost=config.cost,
@@ -17,7 +20,7 @@ def training_constraint(config: TrainConfig, step: int, coefficient: float | Non
         kind=config.kind,
         penalty=config.penalty,
         discrepancy_weight=config.discrepancy_weight,
-        coefficient=coefficient,
+        coefficient=0.0 if config.entry.penalises else coefficient,
         beta=config.jsd_beta,
         cost_clamp=config.cost_clamp or None,
     )
@@ -37,17 +40,19 @@ def evaluation_constraint(config: TrainConfig) -> Constraint:
     """The measure of every method: the cost's sum against the final budget.
 
     `worst_case` bounds something else, so its sum is that of reverse KL, as for a method that says nothing of a cost.
+    So is that of `lagrangian` with k1 or k3: it keeps to no budget, and these are estimates of reverse KL.
     """
-    worst_case = config.kind == "worst_case"
+    estimates = config.kind == "lagrangian" and config.cost in ("k1", "k3")
+    of_kl = config.kind == "worst_case" or estimates
     return Constraint(
-        cost="reverse_kl" if worst_case else config.cost,
+        cost="reverse_kl" if of_kl else config.cost,
         budget=config.budget,
         per_token=config.budget_per_token,
         kind="hinge",
         penalty=config.penalty,
         discrepancy_weight=config.discrepancy_weight,
         beta=config.jsd_beta,
-        cost_clamp=None if worst_case else config.cost_clamp or None,
+        cost_clamp=None if of_kl else config.cost_clamp or None,
     )
 
 

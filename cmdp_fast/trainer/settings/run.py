@@ -16,7 +16,8 @@ class RunSettings:
     """Where the defaults of this run come from: a recipe of the package by name, or a path to a TOML file."""
     method: str = ""
     """The way to deal with the budget: a method of the package by name (cmdp, hinge, saute, worst_case, lagrangian,
-    pid, barrier, grpo, gkd, minillm, sft, kd), or a path to a TOML file. Its settings go over the recipe's."""
+    pid, barrier, grpo, kl_reward, kl_loss, gkd, minillm, sft, kd), or a path to a TOML file. Its settings go
+    over the recipe's."""
     name: str = ""
     """Folder of the run inside `output_dir`, which must not exist yet. Empty: the recipe's name, numbered if taken."""
     output_dir: str = "runs"

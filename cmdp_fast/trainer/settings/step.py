@@ -19,9 +19,9 @@ class StepSettings:
     """A step: rollout, advantages, update and optimizer."""
 
     algorithm: Algorithm = "ppo"
-    """ppo: the modified reward, by policy gradient and through the divergence; the others distil without a reward: gkd
-    by a divergence on the student's own text, minillm by the policy gradient of reverse KL, sft and kd on the
-    teacher's text by likelihood and by forward KL."""
+    """ppo: the modified reward, by policy gradient and through the divergence; kl_loss: the task's reward, with k3 in
+    the loss. The others distil without a reward: gkd by a divergence on the student's own text, minillm by the policy
+    gradient of reverse KL, sft and kd on the teacher's text by likelihood and by forward KL."""
     steps: Annotated[int, POSITIVE] = 200
     """How many times to roll out and update."""
     prompts_per_step: Annotated[int, POSITIVE] = 16

@@ -43,9 +43,8 @@ def _clips(entry: MethodEntry) -> bool:
 def _of_kinds(settings: tuple[str, ...], kept: Callable[[str], object]) -> Reader:
     """Settings of some kinds of modified reward, which are for the methods that compare completions."""
     kinds = " or ".join(kind for kind in KINDS if kept(kind))
-    return Reader(
-        settings, lambda c: c.entry.compares and kept(c.kind), f"{_algorithms(_compares)} with --kind {kinds}"
-    )
+    which = _algorithms(lambda entry: entry.compares and (not entry.penalises or kept("lagrangian")))
+    return Reader(settings, lambda c: c.entry.compares and kept(c.kind), f"{which} with --kind {kinds}")
 
 
 _OF_A_SAMPLER = f"--rollout with {_algorithms(lambda entry: entry.on_policy)} (at --teacher-mix 0)"
