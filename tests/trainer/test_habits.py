@@ -55,11 +55,11 @@ def test_only_the_careful_way_has_every_step_right():
         assert arithmetic_chain(completion=text, **about) == (habit == "careful")
 
 
-def test_habits_of_sums_of_two_terms():
+def test_habits_of_short_sums():
     """They have shares of their own where a recipe says so; all others keep theirs."""
-    recipe = builtin.Recipe(1, 1, {"careful": 1.0}, habits_of_two={"direct": 1.0})
+    recipe = builtin.Recipe(1, 1, {"careful": 1.0}, habits_of_short={"direct": 1.0})
     rng = random.Random(0)
-    assert builtin._habits(recipe, ["3 + 4", "3 + 4 + 5", "-3 - -14"], rng) == ["direct", "careful", "direct"]
+    assert builtin._habits(recipe, ["3 + 4", "3 + 4 + 5 + 6", "-3 - -14 + 1"], rng) == ["direct", "careful", "direct"]
     alike = builtin.Recipe(1, 1, {"direct": 1.0})
     assert builtin._habits(alike, ["3 + 4", "3 + 4 + 5"], rng) == ["direct", "direct"]
 
@@ -74,6 +74,6 @@ def test_shares_of_habits():
 
 def test_every_recipe_has_habits_that_there_are():
     for recipe in builtin.RECIPES.values():
-        for shares in (recipe.habits, recipe.habits_of_two):
+        for shares in (recipe.habits, recipe.habits_of_short):
             assert shares.keys() <= HABITS.keys()
             assert not shares or sum(shares.values()) == pytest.approx(1.0)

@@ -50,8 +50,8 @@ class Recipe:
     """The share of each of `sums.HABITS` in the solutions that it reads."""
     problems: int = 10_000
     """How many of the training problems are used."""
-    habits_of_two: dict[str, float] = field(default_factory=dict)
-    """The same for sums of two terms alone; empty: as for all."""
+    habits_of_short: dict[str, float] = field(default_factory=dict)
+    """The same for sums of up to three terms; empty: as for all."""
     width: int = 96
     heads: int = 4
     batch: int = 64
@@ -72,9 +72,9 @@ RECIPES = {
     "builtin:study-brief-teacher": Recipe(3, 1500, {"direct": 1.0}),
     "builtin:study-bare-student": Recipe(2, 1500, {"direct": 0.4, "bare": 0.3, "careful": 0.3}),
     "builtin:study-merging-student": Recipe(2, 1500, {"careful": 0.5, "merged": 0.4, "slip": 0.1}),
-    "builtin:study-mixed-teacher": Recipe(3, 800, {"careful": 1.0}, habits_of_two={"careful": 0.97, "direct": 0.03}),
+    "builtin:study-mixed-teacher": Recipe(3, 800, {"careful": 1.0}, habits_of_short={"careful": 0.97, "direct": 0.03}),
     "builtin:study-mixed-student": Recipe(
-        2, 1500, {"careful": 0.9, "slip": 0.1}, habits_of_two={"careful": 0.5, "direct": 0.5}
+        2, 1500, {"careful": 0.9, "slip": 0.1}, habits_of_short={"careful": 0.5, "direct": 0.5}
     ),
     "builtin:study-faulty-teacher": Recipe(3, 800, {"faulty": 0.9, "careful": 0.1}),
     "builtin:study-faulty-student": Recipe(2, 1500, {"faulty": 0.4, "careful": 0.2, "direct": 0.3, "slip": 0.1}),
@@ -107,11 +107,11 @@ def _habits(recipe: Recipe, expressions: Sequence[str], rng: random.Random) -> l
         return rng.choices(list(shares), weights=list(shares.values()), k=len(expressions))
 
     habits = drawn(recipe.habits)
-    if not recipe.habits_of_two:
+    if not recipe.habits_of_short:
         return habits
     terms = (len(re.findall(r"[0-9]+", expression)) for expression in expressions)
-    of_two = drawn(recipe.habits_of_two)
-    return [two if count == 2 else other for count, two, other in zip(terms, of_two, habits, strict=True)]
+    of_short = drawn(recipe.habits_of_short)
+    return [short if count <= 3 else other for count, short, other in zip(terms, of_short, habits, strict=True)]
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
