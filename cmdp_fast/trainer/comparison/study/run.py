@@ -21,6 +21,7 @@ from ..launching import jobs_of, remove, run_all
 from ..plan import CompareConfig, folder_of
 from .figures import by_kind, by_length, figures_of, kl_quantiles, samples_after
 from .lines import Line, append_lines, read_lines
+from .page import write_page
 from .plan import Study, Training, head, plan, read_study
 
 FILE, RUNS, LOGS = "runs.jsonl", "runs", "logs"
@@ -59,7 +60,7 @@ def run_study(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
                 _clear(folder, ended.name, report)
         of_study = {wanted.line.key for training in trainings for wanted in training.wanted}
         lines = [line for line in read_lines(path, report.say) if line.key in of_study]
-        _write_page(folder, study, lines, ["cmdp-fast", "compare", *arguments])
+        write_page(folder, study, lines, ["cmdp-fast", "compare", *arguments])
     failures = {line.training: line for line in lines if line.failure}.values()
     for line in failures:
         report.say(f"FAILED {line.training} ({line.candidate} in {line.situation}, seed {line.seed}): {line.failure}")
@@ -94,11 +95,3 @@ def lines_of(training: Training, study: Study, failure: str) -> list[Line]:
         )
         for line, budget in training.wanted
     ]
-
-
-def _write_page(folder: Path, study: Study, lines: list[Line], command: list[str]) -> None:
-    try:
-        from .page import write_page
-    except ModuleNotFoundError:  # it is being written
-        return
-    write_page(folder, study, lines, command)
