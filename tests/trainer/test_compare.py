@@ -6,7 +6,6 @@ import csv
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,24 +13,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
-from typing import BinaryIO
 
 import pytest
+from forked_trainings import forking
+from tiny_pair import untimed
 
 from cmdp_fast.cli import main
 from cmdp_fast.digest import read_sealed, write_sealed
-from cmdp_fast.trainer import parse
-from cmdp_fast.trainer.comparison import compare
-from cmdp_fast.trainer.comparison.compare import run_all
-from cmdp_fast.trainer.comparison.plan import DEFAULT_METHODS, CompareConfig, SeededRun, parse_compare, plan, variant
+from cmdp_fast.files import as_json
+from cmdp_fast.trainer.comparison import launching
+from cmdp_fast.trainer.comparison.launching import run_all
+from cmdp_fast.trainer.comparison.plan import DEFAULT_METHODS, CompareConfig, parse_compare, plan, variant
 from cmdp_fast.trainer.comparison.plots import plot_budgets, sweeps
 from cmdp_fast.trainer.comparison.table import Estimate, TableRow, cell, columns_of, estimate, markdown
 from cmdp_fast.trainer.records.report import Report
+from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.recipe import METHOD_FILES
+from cmdp_fast.trainer.settings.values import typed
 
 
 @pytest.fixture(scope="module")
@@ -65,34 +67,6 @@ def words(recipe: Path, folder: Path, methods: str, seeds: str = "0 1", **option
     command = ["compare", "--recipe", str(recipe), "--methods", *methods.split(), "--seeds", *seeds.split()]
     command += ["--output-dir", str(folder), "--jobs", "2"]
     return command + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-
-
-class Forked:
-    """A run as `subprocess.Popen` starts it, but forked from this process, which has imported everything."""
-
-    def __init__(self, command: list[str], *, stdout: BinaryIO, env: dict[str, str], **_: object) -> None:
-        def child() -> None:
-            os.environ.update(env)
-            with open(stdout.fileno(), "w", closefd=False) as log, redirect_stdout(log), redirect_stderr(log):
-                code = main(command[command.index("train") :])
-            os._exit(code)
-
-        self.process = multiprocessing.get_context("fork").Process(target=child)
-        self.process.start()
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    returncode = property(poll)
-
-
-@contextmanager
-def forking() -> Iterator[None]:
-    """Runs that begin at once. `comparison` has some that import everything anew, as a user's do."""
-    stand_in = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "subprocess", stand_in)
-        yield
 
 
 @pytest.fixture
@@ -163,6 +137,24 @@ def test_table_is_the_mean_over_seeds(comparison):
         assert float(row["mean_cumulative_kl_stderr"]) == pytest.approx(abs(values[0] - values[1]) / 2)
     assert float(table[0]["mean_cumulative_kl"]) == pytest.approx(0, abs=1e-5)
     assert float(table[0]["prefix_satisfaction"]) <= 1
+
+
+def test_a_run_is_that_of_the_command_of_its_settings(comparison, recipe, tmp_path):
+    """To the last digit: the first run was forked from a process that had imported everything."""
+    assert main(["train", f"--recipe={recipe}", "--method=cmdp", f"--output-dir={tmp_path}", "--name=alone"]) == 0
+    run = comparison / "runs" / "cmdp-seed0"
+    assert (tmp_path / "alone" / "samples.jsonl").read_bytes() == (run / "samples.jsonl").read_bytes()
+    for ours, theirs in zip(metrics_of(tmp_path / "alone"), metrics_of(run), strict=True):
+        assert ours == theirs
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    return [untimed(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_of_what_was_not_evaluated_are_left_out(recipe, tmp_path, forked):
+    assert main(words(recipe, tmp_path, "cmdp:eval_before=false", "0")) == 0
+    assert [row["method"] for row in table_of(tmp_path / "table.csv")] == ["cmdp:eval_before=false"]
 
 
 def test_files_for_people(comparison):
@@ -280,7 +272,9 @@ def test_refused_at_once(case, recipe, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-ASKED = "--judge-against teacher: there are no completions of a teacher that is asked; expected one of student_before"
+LACKING = "there are no completions of a teacher that is asked, nor with --no-eval-before; expected one of "
+ASKED = f"--judge-against teacher: {LACKING}student_before, cmdp"
+NOT_BEFORE = f"--judge-against student_before: {LACKING}cmdp:eval_before=false"
 
 
 @pytest.mark.parametrize(
@@ -291,6 +285,8 @@ ASKED = "--judge-against teacher: there are no completions of a teacher that is 
         (dict(judge_against="student_before"), "--judge-against student_before would have no effect"),
         (dict(judge="programmatic", methods="cmdp:teacher=served:http://127.0.0.1:1"), ASKED),
         (dict(judge="programmatic", methods="cmdp cmdp:teacher_device=cpu"), ASKED),
+        (dict(judge="programmatic", methods="cmdp:eval_before=false"), f"{LACKING}cmdp:eval_before=false"),
+        (dict(judge="programmatic", methods="cmdp:eval_before=false", judge_against="student_before"), NOT_BEFORE),
         (dict(jobs="-1"), "--jobs must not be negative"),
         (dict(seeds="-1"), "--seeds must be in [0, 2147483648), not -1"),
     ],
@@ -319,49 +315,59 @@ def test_overrides_reach_the_run_as_they_were_checked(recipe):
         "penalty": 2.0,
         "baseline": "grpo",
     }
-    [run, *_] = plan(CompareConfig(recipe=str(recipe), methods=("cmdp:budget_per_token=true,penalty=2",)))
-    command = run.command()
-    assert parse.parse(command[command.index("train") + 1 :]) == run.config
+    found = variant("pid:pid_gains=[0.2, 0.01,0.02],chat_template_kwargs={a = [1, 2], b = 3}", str(recipe))
+    assert found.overrides == {"pid_gains": (0.2, 0.01, 0.02), "chat_template_kwargs": {"a": [1, 2], "b": 3}}
 
 
-def test_runs_are_ended_with_the_comparison(recipe, tmp_path, monkeypatch):
-    """Whatever ends it, an interrupt for one, when the first run is over and the second at work."""
-    pids = tmp_path / "pids"
-    code = f"import os, sys, time; print(os.getpid(), file=open({str(pids)!r}, 'a')); time.sleep(float(sys.argv[1]))"
+def test_settings_reach_the_process_that_trains():
+    """As JSON, all of them, for every method."""
+    for run in plan(CompareConfig(seeds=(0,))):
+        assert TrainConfig(**typed(json.loads(as_json(asdict(run.config))), "")) == run.config
 
-    def command(run):
-        return [sys.executable, "-c", code, "600" if run.variant.overrides else "0"]
 
-    monkeypatch.setattr(SeededRun, "command", command)
-    methods = ("cmdp:steps=5000", "cmdp")
+def test_runs_are_ended_with_the_comparison(recipe, tmp_path):
+    """Whatever ends it, an interrupt for one, when the first run is over and the second at work: as one that is
+    interrupted. Each has had its share of the processors, and holds the comparison's lock."""
+    methods = ("cmdp:steps=50000", "cmdp")
     runs = plan(CompareConfig(recipe=str(recipe), methods=methods, seeds=(0,), output_dir=str(tmp_path)))
     with open(tmp_path / ".lock", "w") as lock:
-        going = run_all(runs, 2, tmp_path / "logs", lock.fileno(), Report())
-        ended, failure = next(going)
-        assert ended is runs[1] and failure == "exit code 0: no output"  # it has left no summary
-        while not pids.exists() or len(pids.read_text().split()) < 2:
+        going = run_all([run.config for run in runs], 2, tmp_path / "logs", lock.fileno(), Report())
+        assert next(going) == (runs[1].config, "")
+        while not (started := runs[0].folder / "metrics.jsonl").exists() or not started.stat().st_size:
             time.sleep(0.01)
+        pid = int((runs[0].folder / ".lock").read_text().split()[1])
+        threads = f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 2)}".encode()
+        assert threads in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert str(tmp_path / ".lock") in {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
         going.close()
-    for pid in pids.read_text().split():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert json.loads((runs[0].folder / "summary.json").read_text())["interrupted"]
 
 
 def test_one_processor_one_run(recipe, tmp_path, monkeypatch):
     """No more runs at a time than asked for, and the processors divided between them."""
-    log = tmp_path / "log"
-    code = "import os, sys, time; log = open(sys.argv[1], 'a')"
-    code += "; print('+', os.environ['OMP_NUM_THREADS'], file=log, flush=True); time.sleep(0.1); print('-', file=log)"
-    monkeypatch.setattr(SeededRun, "command", lambda run: [sys.executable, "-c", code, str(log)])
+    running, most = [], []
+
+    class Counted:
+        def start(self, name: str, config: TrainConfig, log: Path) -> None:
+            running.append(name)
+            most.append(len(running))
+
+        def ended(self) -> tuple[str, int]:
+            return running.pop(), 0
+
+    @contextmanager
+    def trainings(threads: int, *_: object, **__: object) -> Iterator[Counted]:
+        assert threads == 4
+        yield Counted()
+
+    monkeypatch.setattr(launching, "trainings", trainings)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     runs = plan(CompareConfig(recipe=str(recipe), methods=("cmdp",), seeds=(0, 1, 2, 3), output_dir=str(tmp_path)))
-    with open(tmp_path / ".lock", "w") as lock:
-        assert len(list(run_all(runs, 2, tmp_path / "logs", lock.fileno(), Report()))) == 4
-    lines, at_work = log.read_text().splitlines(), 0
-    assert lines.count("+ 4") == lines.count("-") == 4
-    for line in lines:
-        at_work += 1 if line[0] == "+" else -1
-        assert at_work <= 2
+    ended = list(run_all([run.config for run in runs], 2, tmp_path / "logs", 0, Report()))
+    assert len(ended) == len(most) == 4 and max(most) == 2
+    assert all(why == "exit code 0: no output" for _, why in ended)  # they have left no summary
 
 
 def test_estimate():

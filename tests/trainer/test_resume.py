@@ -134,6 +134,16 @@ def test_value_head_schedules_lambda_and_adapter_go_on(variant, pair, tmp_path, 
     check_goes_on(tmp_path / "r", uninterrupted, variant)
 
 
+def test_a_run_that_is_not_evaluated_before(pair, uninterrupted, tmp_path):
+    """It learns the same, resumes as any other, and its curves begin with the first evaluation on the way."""
+    killed(kill_at(Learner, "step", 4), [*command(pair, tmp_path), "--no-eval-before"])
+    check_goes_on(tmp_path / "r", uninterrupted)
+    written = summary(tmp_path / "r")
+    assert written["teacher"] is None and written["student_before"] is None
+    samples = (tmp_path / "r" / "samples.jsonl").read_text().splitlines()
+    assert samples and {json.loads(sample)["who"] for sample in samples} == {"student_after"}
+
+
 def test_killed_before_the_first_checkpoint(pair, tmp_path, uninterrupted):
     killed(kill_at(PPO, "collect", 2), command(pair, tmp_path))
     check_goes_on(tmp_path / "r", uninterrupted)

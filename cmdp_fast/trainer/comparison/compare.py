@@ -43,10 +43,14 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
         raise InputError(f"--judge-against {config.judge_against}: expected one of {', '.join((*REFERENCES, *labels))}")
     if config.judge_against != CompareConfig.judge_against and not config.judge:
         raise InputError(f"--judge-against {config.judge_against} would have no effect: it is for --judge")
-    if config.judge and config.judge_against == "teacher" and not all(run.config.evaluates_teacher for run in runs):
+    evaluated = {
+        "teacher": all(run.config.evaluates_teacher for run in runs),
+        "student_before": all(run.config.eval_before for run in runs),
+    }
+    if config.judge and not evaluated.get(config.judge_against, True):
         raise InputError(
-            "--judge-against teacher: there are no completions of a teacher that is asked; expected one of "
-            f"{', '.join((*REFERENCES[1:], *labels))}"
+            f"--judge-against {config.judge_against}: there are no completions of a teacher that is asked, nor with "
+            f"--no-eval-before; expected one of {', '.join((*(who for who in REFERENCES if evaluated[who]), *labels))}"
         )
     judge = load_judge(config.judge, runs[0].config, load_problems(runs[0].config).train[0]) if config.judge else None
     folder = folder_of(config)

@@ -140,7 +140,7 @@ def _forked(training: dict[str, Any], answers: Any) -> int:
         log = os.open(training["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         for target, source in ((0, nothing), (1, log), (2, log)):
             os.dup2(source, target)
-        code = _train(training["config"])
+        code = trained(training["config"])
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:  # whatever it is, this process ends here
@@ -150,7 +150,7 @@ def _forked(training: dict[str, Any], answers: Any) -> int:
         os._exit(code)
 
 
-def _train(settings: dict[str, Any]) -> int:
+def trained(settings: dict[str, Any]) -> int:
     """Trains and returns the exit code, as `cmdp-fast train` does."""
     import datasets
     import transformers

@@ -72,7 +72,9 @@ def read_lines(path: Path, say: Callable[[str], None] = print) -> list[Line]:
                 continue
             line = _line(value)
         except Exception as error:  # the file may hold anything
-            raise InputError(f"{path}, line {number}: not a line of a study: {first_line(error)}") from error
+            raise InputError(
+                f"{path}, line {number}: not a line of a study: {first_line(error)}. Remove it, and it is run again"
+            ) from error
         by_key[line.key] = line
     return list(by_key.values())
 

@@ -203,7 +203,7 @@ def plan(study: Study, runs: Path) -> list[Training]:
         for method in study.methods
         for candidate in method.candidates
     ]
-    trainings = []
+    trainings: list[Training] = []
     for seed in study.seeds:
         shared: dict[str, Training] = {}
         for situation, method, candidate, config in cells:

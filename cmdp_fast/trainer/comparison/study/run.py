@@ -21,9 +21,10 @@ from ..launching import jobs_of, remove, run_all
 from ..plan import CompareConfig, folder_of
 from .figures import by_kind, by_length, figures_of, kl_quantiles, samples_after
 from .lines import Line, append_lines, read_lines
+from .page import write_page
 from .plan import Study, Training, head, plan, read_study
 
-FILE = "runs.jsonl"
+FILE, RUNS, LOGS = "runs.jsonl", "runs", "logs"
 
 
 def run_study(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
@@ -37,34 +38,39 @@ def run_study(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
     if config.seeds:
         study = replace(study, seeds=config.seeds)
     folder = folder_of(config)
-    path, runs, logs = folder / FILE, folder / "runs", folder / "logs"
-    trainings = plan(study, runs)
+    path = folder / FILE
+    trainings = plan(study, folder / RUNS)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, report.say) as lock:
         done = {line.key for line in read_lines(path, report.say) if not line.failure}
         todo = {t.config.name: t for t in trainings if any(wanted.line.key not in done for wanted in t.wanted)}
-        for name in todo:
-            remove(runs / name, report)
+        for training in trainings:  # what a kill has left, some of it after the line was written
+            _clear(folder, training.config.name, report)
         jobs = jobs_of(config.jobs)
         report.say(
             f"{folder}: {len(trainings)} trainings, {len(trainings) - len(todo)} of them finished already, "
             f"{jobs} at a time"
         )
         origin = head(study, machine())
-        for ended, failure in run_all([t.config for t in todo.values()], jobs, logs, lock, report):
+        for ended, failure in run_all([t.config for t in todo.values()], jobs, folder / LOGS, lock, report):
             lines = lines_of(todo[ended.name], study, failure)
             append_lines(path, lines, origin)
             if not any(line.failure for line in lines):
-                remove(runs / ended.name, report)
-                (logs / f"{ended.name}.log").unlink()
+                _clear(folder, ended.name, report)
         of_study = {wanted.line.key for training in trainings for wanted in training.wanted}
         lines = [line for line in read_lines(path, report.say) if line.key in of_study]
-        _write_page(folder, study, lines, ["cmdp-fast", "compare", *arguments])
+        write_page(folder, study, lines, ["cmdp-fast", "compare", *arguments])
     failures = {line.training: line for line in lines if line.failure}.values()
     for line in failures:
         report.say(f"FAILED {line.training} ({line.candidate} in {line.situation}, seed {line.seed}): {line.failure}")
     return not failures
+
+
+def _clear(folder: Path, name: str, report: Report) -> None:
+    """Removes what is left of a training, or will be made anew: of many they are gigabytes."""
+    remove(folder / RUNS / name, report)
+    (folder / LOGS / f"{name}.log").unlink(missing_ok=True)
 
 
 def lines_of(training: Training, study: Study, failure: str) -> list[Line]:
@@ -89,11 +95,3 @@ def lines_of(training: Training, study: Study, failure: str) -> list[Line]:
         )
         for line, budget in training.wanted
     ]
-
-
-def _write_page(folder: Path, study: Study, lines: list[Line], command: list[str]) -> None:
-    try:
-        from .page import write_page
-    except ModuleNotFoundError:  # it is being written
-        return
-    write_page(folder, study, lines, command)
