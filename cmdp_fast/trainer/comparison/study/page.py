@@ -37,24 +37,19 @@ MARK = "†"
 def write_page(folder: Path, study: Study, lines: Sequence[Line], command: Sequence[str]) -> None:
     """Writes README.md, results.csv and the plots into a folder, from lines that may be incomplete."""
     results = Results(study, lines)
-    if not any(results.of(situation, setting) for situation in results.situations for setting in results.settings):
-        plots: list[str] = []
-    else:
-        plots = draw_all(folder, results)
+    plots = draw_all(folder, results)
     write_text(folder / "results.csv", csv_of(results))
-    write_text(folder / "README.md", page_of(results, lines, command, _origin(folder), plots))
+    write_text(folder / "README.md", page_of(results, command, _origin(folder), plots))
 
 
-def page_of(
-    results: Results, lines: Sequence[Line], command: Sequence[str], origin: str, plots: Sequence[str] = ()
-) -> str:
+def page_of(results: Results, command: Sequence[str], origin: str, plots: Sequence[str] = ()) -> str:
     """The page in Markdown. ``origin``: machine and versions; ``plots``: the files that there are."""
     study = results.study
     parts = [
         f"# Study: {study.name}",
         f"    {shlex.join(command)}",
-        _about(results, lines, origin),
-        "Written in the study's file, before the runs:",
+        _about(results, origin),
+        "The head of the study's file says what was decided before the runs, and what was changed later:",
         _quoted(study.text),
     ]
     pictures = {name: f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots}
@@ -76,16 +71,16 @@ def page_of(
 # ---------------------------------------------------------------------------------------------------- what was run
 
 
-def _about(results: Results, lines: Sequence[Line], origin: str) -> str:
+def _about(results: Results, origin: str) -> str:
     study = results.study
-    trainings = {line.training: line for line in lines if not line.failure}
+    trainings = {line.training: line for line in results.lines}
     seconds = math.fsum(line.figures.get("seconds", 0.0) for line in trainings.values())
     examples = sorted({int(line.figures["examples"]) for line in trainings.values() if "examples" in line.figures})
     wanted = len(results.situations) * len(results.settings) * len(study.seeds)
-    had = sum(len(results.of(situation, setting)) for situation in results.situations for setting in results.settings)
+    had = len(results.lines)
     missing = "" if had == wanted else f" **{wanted - had} of {wanted} lines are missing or failed.**"
     spread = (
-        f"Figures are means over seeds ± the half-width of the {CONFIDENCE:.0%} t interval "
+        f"Figures are means over seeds ± the half-width of the {_percent(CONFIDENCE)} t interval "
         f"({len(study.seeds) - 1} degrees of freedom where no seed is missing)."
         if len(study.seeds) > 1
         else "There is one seed, so there are no intervals and nothing is told apart."
@@ -96,7 +91,7 @@ def _about(results: Results, lines: Sequence[Line], origin: str) -> str:
         f"updates; {' or '.join(map(str, examples)) or 'no'} held-out completions of each.{missing} {spread}\n\n"
         "The KL of a completion is the exact reverse KL from the teacher, summed over its tokens, for every method "
         "alike; its CVaR is the mean of the worst tenth. A setting's score is the share of completions that are right "
-        f"and within budget. It is feasible where {study.feasible:.0%} of its completions are within budget and no "
+        f"and within budget. It is feasible where {_percent(study.feasible)} of its completions are within budget and no "
         f"training of it failed; {MARK} marks those that are not. The regret is the score of the best feasible "
         "setting less a setting's own, paired by seed, in points. The best was found in the same figures that it is "
         "measured by, which makes every regret slightly too large."
@@ -119,7 +114,7 @@ def _quoted(text: str) -> str:
     for line in text.splitlines():
         if not line.startswith("#"):
             break
-        head.append(f"> {line[1:].strip()}".rstrip())
+        head.append(f"> {line[1:].removeprefix(' ')}".rstrip())
     return "\n".join(head)
 
 
@@ -139,7 +134,15 @@ def text_of(interval: Interval | None, factor: float = 1.0, digits: int = 1) -> 
     if interval is None:
         return ""
     spread = "" if math.isnan(interval.half) else f" ± {factor * interval.half:.{digits}f}"
-    return f"{factor * interval.mean + 0.0:.{digits}f}{spread}"
+    return f"{_number(factor * interval.mean, digits)}{spread}"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # without the sign of a zero
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 3):g} %"
 
 
 def _figure(results: Results, situation: str, setting: Setting, column: Column) -> str:
@@ -183,7 +186,7 @@ def _regret_row(results: Results, row: RegretRow, one_setting: bool) -> list[str
         mark = "" if results.feasible(situation, setting) else MARK
         which = f" ({short(setting)})" if several and not one_setting else ""
         cells.append(f"{text_of(row.regrets[situation])}{mark}{which}")
-    return [*cells, f"{row.worst + 0.0:.1f}", text_of(row.mean)]
+    return [*cells, _number(row.worst, 1), text_of(row.mean)]
 
 
 def _figures(results: Results, situation: str) -> str:
@@ -260,7 +263,7 @@ def _average_only(results: Results) -> str:
     heading = ["situation", "setting", "mean KL (nats)", "budget (nats)", "completions over it (%)"]
     return (
         "Of all settings, those whose mean KL is within the budget while more than "
-        f"{1 - results.study.feasible:.0%} of the completions are over it.\n\n{_table(heading, rows, right=2)}"
+        f"{_percent(1 - results.study.feasible)} of the completions are over it.\n\n{_table(heading, rows, right=2)}"
     )
 
 
