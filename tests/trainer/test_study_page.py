@@ -222,12 +222,20 @@ def test_the_page(tmp_path: Path):
     assert page_of(Results(STUDY, some), ["x"], "m") == page_of(Results(STUDY, some[::-1]), ["x"], "m")
 
 
-def test_the_page_of_one_seed(tmp_path: Path):
+def test_the_page_of_one_seed():
     """There is no interval anywhere, and nothing is told apart."""
     results = Results(replace(STUDY, seeds=(1,)), SOME)
     page = page_of(results, ["cmdp-fast"], "a machine")
     assert "There is one seed" in page and "takes two seeds" in page
     assert "±" not in page and "| soft | 1 | 10.0 | 45.0 | 45.0 | 27.5 |" in page
+
+
+def test_the_page_of_one_situation(tmp_path: Path):
+    """A setting that serves one situation is the best of it: there is no second table, and no picture of regret."""
+    write_page(tmp_path, replace(STUDY, situations=STUDY.situations[:1]), SOME, ["cmdp-fast"])
+    page = (tmp_path / "README.md").read_text()
+    assert "## Regret" in page and "The best setting" not in page and "| soft | 1 | 13.3 ± 14.3 |" in page
+    assert not (tmp_path / "regret.png").exists() and (tmp_path / "by_kind.png").exists()
 
 
 def test_the_page_of_nothing_yet(tmp_path: Path):
@@ -266,8 +274,10 @@ def test_the_distribution_changes_its_colour_at_the_budget():
     (axes, *_) = plots.kl_distribution(Results(STUDY, lines("first", CMDP, 0.5, 0.5))).axes
     assert {drawn.get_color() for drawn in axes.lines} == {plots.WITHIN, "black"}
     (axes, *_) = plots.kl_distribution(Results(STUDY, lines("first", CMDP, 0.5, 0.5, mean_kl=3.0))).axes
-    spans = {drawn.get_color(): list(drawn.get_xdata()) for drawn in axes.lines if drawn.get_linewidth() == 6}
-    assert spans == {plots.WITHIN: pytest.approx([0.3, 2.0]), plots.OVER: pytest.approx([2.0, 5.7])}
+    spans = {drawn.get_color(): list(drawn.get_xdata()) for drawn in axes.lines if drawn.get_linestyle() == "-"}
+    assert spans == {plots.WITHIN: pytest.approx([0, 2.0]), plots.OVER: pytest.approx([2.0, 6.0])}
+    marks = [drawn.get_color() for drawn in axes.lines if drawn.get_marker() == "|"]
+    assert marks == [plots.WITHIN] * 7 + [plots.OVER] * 14
 
 
 def test_the_frontier_is_for_situations_that_differ_in_budget_alone():

@@ -53,8 +53,10 @@ def page_of(results: Results, command: Sequence[str], origin: str, plots: Sequen
         _quoted(study.text),
     ]
     pictures = {name: f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots}
-    parts += ["## One setting for all situations", *_take(pictures, "regret.png"), _regrets(results, one_setting=True)]
-    if any(len(method.candidates) > 1 for method in study.methods):
+    several = len(results.situations) > 1
+    title = "One setting for all situations" if several else "Regret"
+    parts += [f"## {title}", *_take(pictures, "regret.png"), _regrets(results, one_setting=True)]
+    if several and any(len(method.candidates) > 1 for method in study.methods):
         parts += ["## The best setting of each situation", _regrets(results, one_setting=False)]
     parts += [f"## Against {results.reference}", *_against(results.against_reference(), results)]
     parts += ["## Within budget on average only", _average_only(results)]

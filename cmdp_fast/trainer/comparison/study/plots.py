@@ -24,7 +24,9 @@ def draw_all(folder: Path, results: Results) -> list[str]:
     """Draws the plots that the study has figures for; returns their names."""
     if not any(results.one_setting.values()):
         return []
-    plots: dict[str, Callable[[Results], Any]] = {"regret.png": regret, "kl_distribution.png": kl_distribution}
+    plots: dict[str, Callable[[Results], Any]] = {"kl_distribution.png": kl_distribution}
+    if len(results.situations) > 1:
+        plots["regret.png"] = regret
     if budgets_alone(results):
         plots["frontier.png"] = frontier
     if results.study.kinds:
@@ -52,8 +54,11 @@ def regret(results: Results) -> Any:
                 _hatch(axes, x, y)
     axes.axvline(len(results.situations) - 0.5, color="white", lw=4)
     figure.suptitle(
-        "One setting of each method for all situations: how many points it is behind the best of each\n"
-        f"(share right and within budget; hatched: fewer than {100 * results.study.feasible:g} % within budget)",
+        _wrapped(
+            figure,
+            "One setting of each method for all situations: how many points it is behind the best of each",
+            f"(share right and within budget; hatched: fewer than {100 * results.study.feasible:g} % within budget)",
+        ),
         fontsize=10.5,
     )
     return figure
@@ -83,8 +88,11 @@ def kl_distribution(results: Results) -> Any:
         axes.remove()
     figure.axes[0].invert_yaxis()
     figure.suptitle(
-        "The KL of completions: all of them (thin), 90 % (thick), mean (diamond).\n"
-        "Dashed: the budget. Orange: over it, and the share of completions that are.",
+        _wrapped(
+            figure,
+            "The KL of completions: a mark for each twentieth of them, a diamond for the mean.",
+            "Dashed: the budget. Orange: over it, and the share of completions that are.",
+        ),
         fontsize=10,
     )
     return figure
@@ -97,11 +105,12 @@ def _strip(axes: Any, y: float, results: Results, situation: str, setting: Setti
         return
     quantiles = [math.fsum(each) / len(with_quantiles) for each in zip(*with_quantiles, strict=True)]
     budget = lines[0].budget
-    for low, high, width in ((0, len(quantiles) - 1, 1.2), (1, len(quantiles) - 2, 6.0)):
-        start, end = quantiles[low], quantiles[high]
-        for left, right, colour in ((start, min(end, budget), WITHIN), (max(start, budget), end, OVER)):
-            if left < right:
-                axes.plot([left, right], [y, y], color=colour, lw=width, solid_capstyle="butt")
+    start, end = quantiles[0], quantiles[-1]
+    for left, right, colour in ((start, min(end, budget), WITHIN), (max(start, budget), end, OVER)):
+        if left < right:
+            axes.plot([left, right], [y, y], color=colour, lw=1)
+    for quantile in quantiles:
+        axes.plot(quantile, y, color=WITHIN if quantile <= budget else OVER, marker="|", ms=11, mew=2, alpha=0.8, ls="")
     mean = results.figure(situation, setting, "mean_kl")
     within = results.figure(situation, setting, "within")
     assert mean is not None and within is not None  # a line with quantiles has them
@@ -184,7 +193,7 @@ def by_kind(results: Results) -> Any:
             values.append([100 * interval_of(v).mean if v else math.nan for v in by_name.values()])
         _cells(axes, values, kinds, [_name(results, method) for method in methods], "cividis", 100.0)
         axes.set_title(situation, fontsize=10)
-    figure.suptitle("Completions within budget by kind of prompt (%)", fontsize=10)
+    figure.suptitle(_wrapped(figure, "Completions within budget by kind of prompt (%)"), fontsize=10)
     return figure
 
 
@@ -208,6 +217,11 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _wrapped(figure: Any, *lines: str) -> str:
+    """The lines of a title, broken where they are wider than the figure."""
+    return "\n".join(textwrap.fill(line, round(11 * figure.get_figwidth())) for line in lines)
 
 
 def _cells(
