@@ -7,7 +7,7 @@ import io
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cmdp_fast.errors import readable
@@ -37,29 +37,26 @@ MARK = "†"
 def write_page(folder: Path, study: Study, lines: Sequence[Line], command: Sequence[str]) -> None:
     """Writes README.md, results.csv and the plots into a folder, from lines that may be incomplete."""
     results = Results(study, lines)
-    if not any(results.of(situation, setting) for situation in results.situations for setting in results.settings):
-        plots: list[str] = []
-    else:
-        plots = draw_all(folder, results)
+    plots = draw_all(folder, results)
     write_text(folder / "results.csv", csv_of(results))
-    write_text(folder / "README.md", page_of(results, lines, command, _origin(folder), plots))
+    write_text(folder / "README.md", page_of(results, command, _origin(folder), plots))
 
 
-def page_of(
-    results: Results, lines: Sequence[Line], command: Sequence[str], origin: str, plots: Sequence[str] = ()
-) -> str:
+def page_of(results: Results, command: Sequence[str], origin: str, plots: Sequence[str] = ()) -> str:
     """The page in Markdown. ``origin``: machine and versions; ``plots``: the files that there are."""
     study = results.study
     parts = [
         f"# Study: {study.name}",
         f"    {shlex.join(command)}",
-        _about(results, lines, origin),
-        "Written in the study's file, before the runs:",
+        _about(results, origin),
+        "The head of the study's file says what was decided before the runs, and what was changed later:",
         _quoted(study.text),
     ]
     pictures = {name: f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots}
-    parts += ["## One setting for all situations", *_take(pictures, "regret.png"), _regrets(results, one_setting=True)]
-    if any(len(method.candidates) > 1 for method in study.methods):
+    several = len(results.situations) > 1
+    title = "One setting for all situations" if several else "Regret"
+    parts += [f"## {title}", *_take(pictures, "regret.png"), _regrets(results, one_setting=True)]
+    if several and any(len(method.candidates) > 1 for method in study.methods):
         parts += ["## The best setting of each situation", _regrets(results, one_setting=False)]
     parts += [f"## Against {results.reference}", *_against(results.against_reference(), results)]
     parts += ["## Within budget on average only", _average_only(results)]
@@ -76,16 +73,16 @@ def page_of(
 # ---------------------------------------------------------------------------------------------------- what was run
 
 
-def _about(results: Results, lines: Sequence[Line], origin: str) -> str:
+def _about(results: Results, origin: str) -> str:
     study = results.study
-    trainings = {line.training: line for line in lines if not line.failure}
+    trainings = {line.training: line for line in results.lines}
     seconds = math.fsum(line.figures.get("seconds", 0.0) for line in trainings.values())
     examples = sorted({int(line.figures["examples"]) for line in trainings.values() if "examples" in line.figures})
     wanted = len(results.situations) * len(results.settings) * len(study.seeds)
-    had = sum(len(results.of(situation, setting)) for situation in results.situations for setting in results.settings)
+    had = len(results.lines)
     missing = "" if had == wanted else f" **{wanted - had} of {wanted} lines are missing or failed.**"
     spread = (
-        f"Figures are means over seeds ± the half-width of the {CONFIDENCE:.0%} t interval "
+        f"Figures are means over seeds ± the half-width of the {_percent(CONFIDENCE)} t interval "
         f"({len(study.seeds) - 1} degrees of freedom where no seed is missing)."
         if len(study.seeds) > 1
         else "There is one seed, so there are no intervals and nothing is told apart."
@@ -96,10 +93,11 @@ def _about(results: Results, lines: Sequence[Line], origin: str) -> str:
         f"updates; {' or '.join(map(str, examples)) or 'no'} held-out completions of each.{missing} {spread}\n\n"
         "The KL of a completion is the exact reverse KL from the teacher, summed over its tokens, for every method "
         "alike; its CVaR is the mean of the worst tenth. A setting's score is the share of completions that are right "
-        f"and within budget. It is feasible where {study.feasible:.0%} of its completions are within budget and no "
-        f"training of it failed; {MARK} marks those that are not. The regret is the score of the best feasible "
-        "setting less a setting's own, paired by seed, in points. The best was found in the same figures that it is "
-        "measured by, which makes every regret slightly too large."
+        f"and within budget. It is feasible where {_percent(study.feasible)} of its completions are within budget and "
+        f"no training of it failed; {MARK} marks those that are not. The regret is the score of the best feasible "
+        "setting less a setting's own, paired by seed, in points: below 0 for a setting that is not feasible and yet "
+        "more often right and within budget. The best was found in the same figures that it is measured by, which "
+        "makes every regret slightly too large."
     )
 
 
@@ -119,7 +117,7 @@ def _quoted(text: str) -> str:
     for line in text.splitlines():
         if not line.startswith("#"):
             break
-        head.append(f"> {line[1:].strip()}".rstrip())
+        head.append(f"> {line[1:].removeprefix(' ')}".rstrip())
     return "\n".join(head)
 
 
@@ -139,7 +137,15 @@ def text_of(interval: Interval | None, factor: float = 1.0, digits: int = 1) -> 
     if interval is None:
         return ""
     spread = "" if math.isnan(interval.half) else f" ± {factor * interval.half:.{digits}f}"
-    return f"{factor * interval.mean + 0.0:.{digits}f}{spread}"
+    return f"{_number(factor * interval.mean, digits)}{spread}"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # without the sign of a zero
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 3):g} %"
 
 
 def _figure(results: Results, situation: str, setting: Setting, column: Column) -> str:
@@ -183,7 +189,7 @@ def _regret_row(results: Results, row: RegretRow, one_setting: bool) -> list[str
         mark = "" if results.feasible(situation, setting) else MARK
         which = f" ({short(setting)})" if several and not one_setting else ""
         cells.append(f"{text_of(row.regrets[situation])}{mark}{which}")
-    return [*cells, f"{row.worst + 0.0:.1f}", text_of(row.mean)]
+    return [*cells, _number(row.worst, 1), text_of(row.mean)]
 
 
 def _figures(results: Results, situation: str) -> str:
@@ -220,81 +226,69 @@ def _against(differences: Sequence[Difference], results: Results) -> list[str]:
         f"differences, of which {len(apart)} have an interval without 0. If there were no difference at all, about "
         f"{(1 - CONFIDENCE) * count:.0f} of them would have one by chance; {stand_correction(known)} stand Holm's "
         f"correction for {count} comparisons.",
-        f"**Better than {results.reference}.** {_listed(apart, lambda points: points > 0, results)}",
-        f"**Worse than {results.reference}.** {_listed(apart, lambda points: points < 0, results)}",
-        f"**Not told apart.** {_listed(even, lambda points: True, results)}",
+        f"**Better than {results.reference}:**",
+        _listed([difference for difference in apart if difference.points.mean > 0], results),
+        f"**Worse than {results.reference}:**",
+        _listed([difference for difference in apart if difference.points.mean < 0], results),
+        "**Not told apart:**",
+        _listed(even, results),
     ]
 
 
-def _listed(differences: Sequence[Difference], wanted: Callable[[float], bool], results: Results) -> str:
+def _listed(differences: Sequence[Difference], results: Results) -> str:
     by_method: dict[str, list[str]] = {}
     for difference in differences:
-        if wanted(difference.points.mean):
-            setting = results.one_setting[difference.method]
-            assert setting is not None  # it has a difference
-            mark = "" if results.feasible(difference.situation, setting) else MARK
-            text = f"{difference.situation} ({text_of(difference.points)}){mark}"
-            by_method.setdefault(difference.method, []).append(text)
-    if not by_method:
-        return "None."
-    return "\n" + "\n".join(f"- {method}: {', '.join(texts)}" for method, texts in by_method.items())
+        setting = results.one_setting[difference.method]
+        assert setting is not None  # it has a difference
+        mark = "" if results.feasible(difference.situation, setting) else MARK
+        text = f"{difference.situation} ({text_of(difference.points)}){mark}"
+        by_method.setdefault(difference.method, []).append(text)
+    return _items(by_method)
+
+
+def _items(texts: dict[str, list[str]]) -> str:
+    return "\n".join(f"- {name}: {', '.join(each)}" for name, each in texts.items()) or "None."
 
 
 def _average_only(results: Results) -> str:
-    """Settings whose mean KL keeps the budget while too many completions do not."""
-    rows = []
-    for situation in results.situations:
-        for setting in results.settings:
-            lines = results.of(situation, setting).values()
-            budget = {line.budget for line in lines}
+    """Methods whose mean KL keeps the budget while too many completions do not, each with its one setting."""
+    by_method: dict[str, list[str]] = {}
+    for setting in results.one_setting.values():
+        for situation in results.situations:
             mean, within = (results.figure(situation, setting, name) for name in ("mean_kl", "within"))
-            if mean is None or within is None or len(budget) != 1:
+            if setting is None or mean is None or within is None or results.feasible(situation, setting):
                 continue
-            if mean.mean <= min(budget) and round(within.mean, 9) < results.study.feasible:
+            budget = next(iter(results.of(situation, setting).values())).budget
+            if mean.mean <= budget and within.mean < results.study.feasible:
                 over = text_of(Interval(1 - within.mean, within.half), 100.0)
-                rows.append(
-                    [situation, label(results.study, setting), text_of(mean, digits=2), f"{min(budget):g}", over]
-                )
-    if not rows:
-        return "No setting has a mean KL within the budget and too many completions over it."
-    heading = ["situation", "setting", "mean KL (nats)", "budget (nats)", "completions over it (%)"]
+                text = f"{situation} (mean {text_of(mean, digits=2)} of {budget:g} nats, {over} % over)"
+                by_method.setdefault(label(results.study, setting), []).append(text)
     return (
-        "Of all settings, those whose mean KL is within the budget while more than "
-        f"{1 - results.study.feasible:.0%} of the completions are over it.\n\n{_table(heading, rows, right=2)}"
+        f"Mean KL within the budget, and more than {_percent(1 - results.study.feasible)} of the completions over it, "
+        f"of each method with its one setting:\n\n{_items(by_method)}"
     )
 
 
 def _violations(results: Results) -> list[str]:
-    """The share over budget of each kind of prompt and of each length, and how many completions are of that length."""
-    parts = []
+    """The share over budget of each kind of prompt and of each length of completions, each method with its one
+    setting."""
+    parts = ["Completions over budget (%), and in brackets the share of all completions that are of that part (%)."]
     for situation in results.situations:
-        for what, of in (("kind", _kinds), ("length in tokens", _lengths)):
-            names = list(
-                dict.fromkeys(n for s in results.settings for x in results.of(situation, s).values() for n in of(x))
-            )
-            if what == "kind":
-                order = [kind.name for kind in results.study.kinds]
-                names.sort(key=lambda name: order.index(name) if name in order else len(order))
-            else:
-                names.sort(key=lambda name: int(name.partition("-")[0]))
-            rows = []
-            for method in results.study.methods:
-                setting = results.one_setting[method.name]
-                lines = list(results.of(situation, setting).values())
-                if lines:
-                    rows.append([method.name, *(_over([of(line).get(name) for line in lines]) for name in names)])
-            if rows and names:
-                parts.append(f"{situation}, by {what}: completions over budget (%), and the share that is of it (%).")
-                parts.append(_table(["", *names], rows))
+        lines = {m: list(results.of(situation, setting).values()) for m, setting in results.one_setting.items()}
+        kinds = {method: [line.kinds for line in each] for method, each in lines.items() if each}
+        lengths = {method: [line.lengths for line in each] for method, each in lines.items() if each}
+        present = {name for each in lengths.values() for each_seed in each for name in each_seed}
+        by_length = sorted(present, key=lambda name: int(name.partition("-")[0]))
+        parts += [f"{situation}, by kind of prompt:", _over_budget(kinds, [kind.name for kind in results.study.kinds])]
+        parts += [f"{situation}, by length in tokens:", _over_budget(lengths, by_length)]
     return parts
 
 
-def _kinds(line: Line) -> Parts:
-    return line.kinds
-
-
-def _lengths(line: Line) -> Parts:
-    return line.lengths
+def _over_budget(by_method: dict[str, list[Parts]], names: Sequence[str]) -> str:
+    rows = [
+        [method, *(_over([parts.get(name) for parts in each]) for name in names)] for method, each in by_method.items()
+    ]
+    return _table(["", *names], rows)
 
 
 def _over(parts: Sequence[dict[str, float] | None]) -> str:
@@ -308,13 +302,11 @@ def _over(parts: Sequence[dict[str, float] | None]) -> str:
 
 
 def _failures(failed: Sequence[Line]) -> str:
-    if not failed:
-        return "None."
-    by_training: dict[str, Line] = {line.training: line for line in reversed(failed)}
-    return "\n".join(
-        f"- `{line.candidate}` in {line.situation}, seed {line.seed}: `{readable(line.failure).replace('`', chr(39))}`"
-        for line in reversed(by_training.values())
-    )
+    by_candidate: dict[str, list[str]] = {}
+    for line in failed:
+        why = readable(line.failure).replace("`", "'")
+        by_candidate.setdefault(f"`{line.candidate}`", []).append(f"{line.situation}, seed {line.seed} (`{why}`)")
+    return _items(by_candidate)
 
 
 def _take(pictures: dict[str, str], name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ from .statistics import SCORE, Results, Setting
 
 MOST_PANELS = 4
 CLIP = 50.0  # points: where the colours of the regret end
+WITHIN, OVER = "#0072B2", "#D55E00"  # blue and vermilion of Okabe and Ito, which differ for every eye
 MARKERS = "osD^v<>Pphd8X"
 
 
 def draw_all(folder: Path, results: Results) -> list[str]:
     """Draws the plots that the study has figures for; returns their names."""
-    plots: dict[str, Callable[[Results], Any]] = {"regret.png": regret, "kl_distribution.png": kl_distribution}
+    if not any(results.one_setting.values()):
+        return []
+    plots: dict[str, Callable[[Results], Any]] = {"kl_distribution.png": kl_distribution}
+    if len(results.situations) > 1:
+        plots["regret.png"] = regret
     if budgets_alone(results):
         plots["frontier.png"] = frontier
     if results.study.kinds:
@@ -41,18 +47,19 @@ def regret(results: Results) -> Any:
     ]
     figure = _figure(1.6 + 0.74 * len(columns), 1.6 + 0.3 * len(rows))
     axes = figure.subplots()
-    _cells(axes, values, columns, [row.method for row in rows], "YlOrBr", CLIP, ".0f")
+    _cells(axes, values, columns, [row.method for row in rows], "YlOrBr", CLIP)
     for y, flags in enumerate(over):
         for x, flag in enumerate(flags):
             if flag:
                 _hatch(axes, x, y)
     axes.axvline(len(results.situations) - 0.5, color="white", lw=4)
-    axes.set_title(
-        "One setting for all situations: points behind the best of each\n"
-        f"(right and within budget; hatched: fewer than {results.study.feasible:.0%} of completions within budget)",
-        fontsize=10,
-        loc="left",
-        x=-0.12,
+    figure.suptitle(
+        _wrapped(
+            figure,
+            "One setting of each method for all situations: how many points it is behind the best of each",
+            f"(share right and within budget; hatched: fewer than {100 * results.study.feasible:g} % within budget)",
+        ),
+        fontsize=10.5,
     )
     return figure
 
@@ -81,7 +88,12 @@ def kl_distribution(results: Results) -> Any:
         axes.remove()
     figure.axes[0].invert_yaxis()
     figure.suptitle(
-        "All completions (thin), 90 % of them (thick), mean (diamond); orange: over budget, with its share", fontsize=10
+        _wrapped(
+            figure,
+            "The KL of completions: a mark for each twentieth of them, a diamond for the mean.",
+            "Dashed: the budget. Orange: over it, and the share of completions that are.",
+        ),
+        fontsize=10,
     )
     return figure
 
@@ -93,11 +105,12 @@ def _strip(axes: Any, y: float, results: Results, situation: str, setting: Setti
         return
     quantiles = [math.fsum(each) / len(with_quantiles) for each in zip(*with_quantiles, strict=True)]
     budget = lines[0].budget
-    for low, high, width in ((0, len(quantiles) - 1, 1.2), (1, len(quantiles) - 2, 6.0)):
-        start, end = quantiles[low], quantiles[high]
-        axes.plot([start, min(end, budget)], [y, y], color=WITHIN, lw=width, solid_capstyle="butt")
-        if end > budget:
-            axes.plot([max(start, budget), end], [y, y], color=OVER, lw=width, solid_capstyle="butt")
+    start, end = quantiles[0], quantiles[-1]
+    for left, right, colour in ((start, min(end, budget), WITHIN), (max(start, budget), end, OVER)):
+        if left < right:
+            axes.plot([left, right], [y, y], color=colour, lw=1)
+    for quantile in quantiles:
+        axes.plot(quantile, y, color=WITHIN if quantile <= budget else OVER, marker="|", ms=11, mew=2, alpha=0.8, ls="")
     mean = results.figure(situation, setting, "mean_kl")
     within = results.figure(situation, setting, "within")
     assert mean is not None and within is not None  # a line with quantiles has them
@@ -106,7 +119,7 @@ def _strip(axes: Any, y: float, results: Results, situation: str, setting: Setti
     axes.annotate(
         f"{100 - 100 * within.mean:.0f} %",
         (1, y),
-        (-3, 0),
+        (30, 0),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         ha="right",
@@ -114,9 +127,6 @@ def _strip(axes: Any, y: float, results: Results, situation: str, setting: Setti
         fontsize=8,
         color=OVER if within.mean < results.study.feasible else "0.3",
     )
-
-
-WITHIN, OVER = "#0072B2", "#D55E00"  # blue and vermilion of Okabe and Ito, which differ for every eye
 
 
 def budgets_alone(results: Results) -> bool:
@@ -181,9 +191,9 @@ def by_kind(results: Results) -> Any:
             lines = results.of(situation, results.one_setting[method]).values()
             by_name = {kind: [line.kinds[kind]["within"] for line in lines if kind in line.kinds] for kind in kinds}
             values.append([100 * interval_of(v).mean if v else math.nan for v in by_name.values()])
-        _cells(axes, values, kinds, [_name(results, method) for method in methods], "cividis", 100.0, ".0f")
+        _cells(axes, values, kinds, [_name(results, method) for method in methods], "cividis", 100.0)
         axes.set_title(situation, fontsize=10)
-    figure.suptitle("Completions within budget by kind of prompt (%)", fontsize=10)
+    figure.suptitle(_wrapped(figure, "Completions within budget by kind of prompt (%)"), fontsize=10)
     return figure
 
 
@@ -209,6 +219,11 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _wrapped(figure: Any, *lines: str) -> str:
+    """The lines of a title, broken where they are wider than the figure."""
+    return "\n".join(textwrap.fill(line, round(11 * figure.get_figwidth())) for line in lines)
+
+
 def _cells(
     axes: Any,
     values: Sequence[Sequence[float]],
@@ -216,7 +231,6 @@ def _cells(
     rows: Sequence[str],
     colours: str,
     most: float,
-    form: str,
 ) -> None:
     """A table of coloured cells with their numbers, from 0 to ``most``."""
     from matplotlib import colormaps
@@ -225,10 +239,14 @@ def _cells(
     axes.imshow(values, cmap=colour_map, vmin=0, vmax=most, aspect="auto")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
-            dark = sum(colour_map(min(1.0, max(0.0, value / most)))[:3]) < 1.5 if math.isfinite(value) else False
-            text = f"{value + 0.0:{form}}" if math.isfinite(value) else "none"
-            axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if dark else "black", zorder=3)
-    axes.set_xticks(range(len(columns)), [column.replace(" ", "\n", 1) for column in columns], fontsize=9)
+            if math.isnan(value):
+                axes.text(x, y, "none", ha="center", va="center", fontsize=9)
+                continue
+            ground = colour_map(value / most)
+            box = {"facecolor": ground, "edgecolor": "none", "pad": 1.5}  # in front of a hatching
+            ink = "white" if sum(ground[:3]) < 1.5 else "black"
+            axes.text(x, y, str(round(value)), ha="center", va="center", fontsize=9, color=ink, bbox=box)
+    axes.set_xticks(range(len(columns)), [textwrap.fill(column, 9) for column in columns], fontsize=9)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)

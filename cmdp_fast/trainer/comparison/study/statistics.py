@@ -60,6 +60,7 @@ class Results:
         self.situations = [situation.name for situation in study.situations]
         self.settings = [Setting(m.name, candidate) for m in study.methods for candidate in m.candidates]
         self._cells: dict[tuple[str, Setting], dict[int, Line]] = {}
+        self.lines: list[Line] = []
         self.failed: list[Line] = []
         for line in sorted(lines, key=lambda line: line.seed):
             cell = line.situation, Setting(line.method, line.candidate)
@@ -68,6 +69,7 @@ class Results:
             if line.failure:
                 self.failed.append(line)
             else:
+                self.lines.append(line)
                 self._cells.setdefault(cell, {})[line.seed] = line
         self._with_failures = {(line.situation, Setting(line.method, line.candidate)) for line in self.failed}
         self.one_setting = {m.name: self.chosen(self.situations[0], m.name) for m in study.methods}
@@ -125,10 +127,12 @@ class Results:
 
     def regrets(self, one_setting: bool) -> list[RegretRow]:
         """A row per method, with the setting chosen on the first situation or with the best of each, by its worst
-        regret. Methods without figures for a situation that others have come last."""
+        regret and then by their mean. Methods without figures for a situation that others have come last."""
         rows = [self._regret_row(method.name, one_setting) for method in self.study.methods]
         rows = [row for row in rows if row.regrets]
-        return sorted(rows, key=lambda row: (-len(row.regrets), row.worst))
+        return sorted(
+            rows, key=lambda row: (-len(row.regrets), round(row.worst, 6), sum(r.mean for r in row.regrets.values()))
+        )
 
     def _regret_row(self, method: str, one_setting: bool) -> RegretRow:
         settings, regrets, behind = {}, {}, []
