@@ -104,8 +104,8 @@ class TrainConfig(
         if self.entry.penalises:
             _check(
                 (self.kind, self.cost) == ("lagrangian", "k3"),
-                f"--algorithm {self.algorithm} has k3 in its loss and keeps to no budget: --kind lagrangian --cost k3, not "
-                f"{self.kind} and {self.cost}; --method {self.algorithm} has both",
+                f"--algorithm {self.algorithm} has k3 in its loss and keeps to no budget: --kind lagrangian --cost k3, "
+                f"not {self.kind} and {self.cost}; --method {self.algorithm} has both",
             )
         _check(
             not self.cost_clamp or self.cost in ("k1", "k3", "nll"),
