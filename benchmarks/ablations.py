@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import hashlib
 import multiprocessing
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -179,9 +178,7 @@ def run(variant: Variant, config: TrainConfig, log: Path) -> str:
 
 
 def _train(variant: Variant, config: TrainConfig, log: Path) -> None:
-    with open(log, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115  # until the process ends
     ppo.PPO = variant.method  # type: ignore[misc]  # where the table of methods finds it
     train(config)
 
