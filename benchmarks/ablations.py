@@ -23,7 +23,7 @@ import hashlib
 import multiprocessing
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ VARIANTS = (
 )
 
 
-def plan_of(study: Study, variants: tuple[Variant, ...], runs: Path) -> list[tuple[Variant, Training]]:
+def plan_of(study: Study, variants: Sequence[Variant], runs: Path) -> list[tuple[Variant, Training]]:
     """The trainings of the variants, those of a seed before the next; each is named after its settings and its variant,
     of which the settings alone do not tell."""
     planned = []
@@ -183,24 +183,26 @@ def _train(variant: Variant, config: TrainConfig, log: Path) -> None:
     train(config)
 
 
-def main(args: argparse.Namespace) -> bool:
-    """Runs what has no line yet and writes the page; returns whether all succeeded."""
-    study = replace(read_study("ablations"), name=NAME)
-    study = replace(study, methods=tuple(StudyMethod(v.name, (v.candidate,)) for v in VARIANTS))
-    study = replace(study, seeds=tuple(args.seeds or study.seeds))
-    folder: Path = args.out
-    folder.mkdir(parents=True, exist_ok=True)
+def study_of(study: Study, variants: Sequence[Variant], name: str) -> Study:
+    """The study with the variants as its methods, and with what they are at its head."""
+    assert __doc__ is not None
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in __doc__.strip().splitlines())
+    methods = tuple(StudyMethod(variant.name, (variant.candidate,)) for variant in variants)
+    return replace(study, name=name, methods=methods, text=f"{comment}#\n{study.text}")
+
+
+def run_all(study: Study, variants: Sequence[Variant], folder: Path, command: list[str]) -> bool:
+    """Runs what has no line yet and writes the page; returns whether every training succeeded."""
     report = Report()
-    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, report.say):
         done = {line.key for line in read_lines(folder / FILE, report.say) if not line.failure}
-        planned = plan_of(study, VARIANTS, folder / "runs")
+        planned = plan_of(study, variants, folder / "runs")
         todo = [(v, t) for v, t in planned if any(wanted.line.key not in done for wanted in t.wanted)]
         report.say(f"{folder}: {len(planned)} trainings, {len(planned) - len(todo)} of them finished already")
         for variant, training in report.track(todo, f"running {len(todo)}") if todo else ():
-            place = folder / "runs" / training.config.name
+            place, log = folder / "runs" / training.config.name, folder / f"{training.config.name}.log"
             remove(place, report)
-            log = folder / f"{training.config.name}.log"
             failure = run(variant, training.config, log)
             append_lines(folder / FILE, lines_of(training, study, failure), head(study, machine()))
             if not failure:
@@ -208,11 +210,18 @@ def main(args: argparse.Namespace) -> bool:
                 log.unlink()
         of_study = {wanted.line.key for _, training in planned for wanted in training.wanted}
         lines = [line for line in read_lines(folder / FILE, report.say) if line.key in of_study]
-        write_page(folder, study, lines, ["python", "benchmarks/ablations.py", *sys.argv[1:]])
+        write_page(folder, study, lines, command)
     for line in lines:
         if line.failure:
             report.say(f"FAILED {line.method} in {line.situation}, seed {line.seed}: {line.failure}")
     return not any(line.failure for line in lines)
+
+
+def main(args: argparse.Namespace) -> bool:
+    torch.set_num_threads(1)
+    study = study_of(read_study("ablations"), VARIANTS, NAME)
+    study = replace(study, seeds=tuple(args.seeds or study.seeds))
+    return run_all(study, VARIANTS, args.out, ["python", "benchmarks/ablations.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

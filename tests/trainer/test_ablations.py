@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from tiny_pair import learner_of, settings
 
 from cmdp_fast import objective
 from cmdp_fast.reading import completion_logits
-from cmdp_fast.trainer.comparison.study.plan import read_study
+from cmdp_fast.trainer.comparison.study.lines import read_lines
+from cmdp_fast.trainer.comparison.study.plan import Situation, Study, read_study
 from cmdp_fast.trainer.methods import ppo
 from cmdp_fast.trainer.methods.ppo import PPO
 
@@ -133,3 +135,22 @@ def test_a_variant_is_trained_in_its_own_process(pair, tmp_path):
     variant = ablations.Variant("failing", "cmdp", Failing)
     assert ablations.run(variant, config, tmp_path / "log") == "exit code 1: RuntimeError: targets of Failing"
     assert ppo.PPO is PPO
+
+
+def test_the_lines_are_those_of_a_study_and_what_has_one_is_not_run_again(pair, tmp_path, monkeypatch):
+    recipe = tmp_path / "tiny.toml"
+    config = settings(pair, eval_prompts=2, eval_generations=2)
+    changed = {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
+    recipe.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in changed.items()))
+    study = Study("tiny", str(recipe), (0,), 0.95, {}, (Situation("only"),), (), (), "# the study's own head\n")
+    stale = ablations.Variant("stale", "cmdp", ablations.stale(1), {"sampler_correction": "sequence"})
+    variants = (ablations.Variant("no direct term", "cmdp", ablations.NoDirectTerm), stale)
+    study = ablations.study_of(study, variants, "tiny-variants")
+    assert ablations.run_all(study, variants, tmp_path / "out", ["python", "it.py"])
+    lines = read_lines(tmp_path / "out" / "runs.jsonl")
+    assert [(line.method, line.candidate) for line in lines] == [("no direct term", "cmdp"), ("stale", "cmdp")]
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "no direct term" in page and "the study's own head" in page
+    monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("run again"))
+    assert ablations.run_all(study, variants, tmp_path / "out", ["python", "it.py"])
+    assert read_lines(tmp_path / "out" / "runs.jsonl") == lines
