@@ -1,0 +1,223 @@
+"""The page of `known_transfer.py`: choices, tables, the picture. Functions of the lines of its runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from sampled import Schedule
+from seeds import Mean, mean_of
+
+from cmdp_fast.files import replacing, write_json, write_text
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All runs, and the best reward under the budget of every path in each situation."""
+
+    lines: list[Line]
+    optima: dict[str, float]
+    feasible: float
+
+    @cached_property
+    def groups(self) -> dict[tuple[str, str, str], list[Line]]:
+        """The seeds of each situation, method and setting."""
+        out = defaultdict(list)
+        for line in sorted(self.lines, key=lambda line: line["seed"]):
+            out[line["situation"], line["method"], line["candidate"]].append(line)
+        return dict(out)
+
+    @property
+    def situations(self) -> list[str]:
+        return list(self.optima)
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(method for _, method, _ in self.groups))
+
+    def mean(self, name: str, situation: str, method: str, candidate: str) -> float:
+        return statistics.fmean(line[name] for line in self.groups[situation, method, candidate])
+
+    def is_feasible(self, situation: str, method: str, candidate: str) -> bool:
+        return self.mean("within", situation, method, candidate) >= self.feasible
+
+    def choice(self, situation: str, method: str) -> str:
+        """The setting with the highest score among the feasible ones, or among all where none is; of equal ones that
+        of the smallest KL."""
+        tried = [candidate for where, which, candidate in self.groups if (where, which) == (situation, method)]
+        keeping = [each for each in tried if self.is_feasible(situation, method, each)]
+
+        def worth(candidate: str) -> tuple[float, float]:
+            key = situation, method, candidate
+            return self.mean("score", *key), -self.mean("mean_kl", *key)
+
+        return max(keeping or tried, key=worth)
+
+    def one_setting(self, method: str) -> str:
+        """The setting that is chosen on the first situation."""
+        return self.choice(self.situations[0], method)
+
+    def regret(self, situation: str, method: str, candidate: str) -> Mean:
+        """How much more the optimum is worth, in percent of it."""
+        best = self.optima[situation]
+        return mean_of([100.0 * (best - line["score"]) / best for line in self.groups[situation, method, candidate]])
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row per situation and method: the one setting and the best one there."""
+        return [
+            {"situation": situation, "method": method, "optimum": round(self.optima[situation], 7)}
+            | {
+                kind: self._figures(situation, method, candidate)
+                for kind, candidate in (
+                    ("one setting", self.one_setting(method)),
+                    ("best setting here", self.choice(situation, method)),
+                )
+            }
+            for situation in self.situations
+            for method in self.methods
+        ]
+
+    def _figures(self, situation: str, method: str, candidate: str) -> dict[str, Any]:
+        key = situation, method, candidate
+        regret = self.regret(*key)
+        names = ("score", "reward", "within", "mean_kl", "largest_kl")
+        means = {name: float(f"{self.mean(name, *key):.5g}") for name in names}
+        least = min(line["within"] for line in self.groups[key])
+        spread = {"regret": round(regret.mean, 3), "half": round(regret.half, 3), "least within": least}
+        return {"candidate": candidate} | means | spread
+
+
+def show(study: Study) -> None:
+    """The table of one setting on the terminal: regret in percent, and what is within budget where not all is."""
+    console = Console() if Console().is_terminal else Console(width=200)
+    out = Table(title="regret in % of the optimum with the setting of the first situation", title_justify="left")
+    out.add_column("method")
+    for situation in study.situations:
+        out.add_column(situation, justify="right")
+    for method in study.methods:
+        candidate = study.one_setting(method)
+        cells = []
+        for situation in study.situations:
+            within = study.mean("within", situation, method, candidate)
+            note = "" if within > 0.9995 else f" ({within:.0%})"
+            cells.append(f"{study.regret(situation, method, candidate).mean:.1f}{note}")
+        out.add_row(method, *cells)
+    console.print(out)
+
+
+def draw(path: Path, study: Study) -> None:
+    """Regret of each method in each situation, with one setting and with the best one there."""
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    for axes, title in zip(
+        figure.subplots(2, 1), ("one setting, chosen on the first", "the best setting of each"), strict=True
+    ):
+        rows = []
+        for y, method in enumerate(study.methods):
+            rows.append([])
+            for x, situation in enumerate(study.situations):
+                one = title.startswith("one")
+                candidate = study.one_setting(method) if one else study.choice(situation, method)
+                regret = study.regret(situation, method, candidate).mean
+                over = not study.is_feasible(situation, method, candidate)
+                rows[-1].append(regret)
+                axes.text(
+                    *(
+                        x,
+                        y,
+                        f"{regret + 0.0:.0f}"
+                        if not over
+                        else f"{regret:.0f}\n{study.mean('within', situation, method, candidate):.0%} within",
+                    ),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if regret > 50 else "black",
+                    weight="normal" if over else "bold",
+                )
+        axes.imshow(rows, cmap="YlOrRd", vmin=0, vmax=100, aspect="auto")
+        names = [situation.replace(", ", "\n") for situation in study.situations]
+        axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.set_yticks(range(len(study.methods)), study.methods)
+        axes.set_title(
+            f"regret in % of the optimum: {title} (bold: 95% of the completions are within budget)", fontsize=10
+        )
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def over_budget(study: Study) -> list[str]:
+    """Where a method's one setting is not feasible, or loses a tenth of what there is."""
+    out = []
+    for method in study.methods:
+        candidate = study.one_setting(method)
+        over = [each for each in study.situations if not study.is_feasible(each, method, candidate)]
+        lost = [
+            each for each in study.situations if each not in over and study.regret(each, method, candidate).mean > 10.0
+        ]
+        largest = max(study.regret(each, method, candidate).mean for each in study.situations)
+        out.append(
+            f"- `{method}`{f' ({candidate})' if candidate else ''}: over budget in {len(over)} of "
+            f"{len(study.situations)} situations{': ' + '; '.join(over) if over else ''}. Within it but a tenth or more "
+            f"below the optimum in {len(lost)}{': ' + '; '.join(lost) if lost else ''}. Largest regret {largest:.1f}%."
+        )
+    return out
+
+
+def table(study: Study, kind: str) -> list[str]:
+    """Markdown: a row per situation; regret with its interval, and the share within budget where it is not all."""
+    lines = [
+        "| situation | optimum | " + " | ".join(study.methods) + " |",
+        "| --- | --: |" + " --: |" * len(study.methods),
+    ]
+    for situation in study.situations:
+        cells = []
+        for method in study.methods:
+            candidate = study.one_setting(method) if kind == "one" else study.choice(situation, method)
+            within = study.mean("within", situation, method, candidate)
+            cell = study.regret(situation, method, candidate).text(1)
+            cells.append(cell if within > 0.9995 else f"{cell} ({within:.0%} within)")
+        lines.append(f"| {situation} | {study.optima[situation]:.4f} | {' | '.join(cells)} |")
+    return lines
+
+
+def write(folder: Path, study: Study, machine: str, schedule: Schedule) -> None:
+    """README.md, summary.json and regret.png in a folder."""
+    write_json(folder / "summary.json", {"machine": machine, "schedule": asdict(schedule), "rows": study.summary()})
+    draw(folder / "regret.png", study)
+    seeds = len({line["seed"] for line in study.lines})
+    page = [
+        "# One setting for all situations, where the optimum is known",
+        "",
+        f"`python benchmarks/known_transfer.py --out benchmarks/results/study/known`: {len(study.lines):,} trainings, "
+        f"{seeds} seeds, {schedule.steps} steps of {schedule.completions} completions, Adam at {schedule.rate:g} falling to 0. {machine}.",
+        "",
+        "The head of the script says what the situations, the settings and the figures are; it was written before the "
+        "runs. Regret: how much more than a method's policy the best one with every path within budget is worth, in "
+        "percent, where a path over budget pays 0; ± is the 95% t interval over seeds. In brackets: the share of the "
+        "completions within budget where it is not all. Figures are exact, over all paths.",
+        "",
+        "![regret by method and situation](regret.png)",
+        "",
+        "## With the setting of the first situation",
+        "",
+        *over_budget(study),
+        "",
+        *table(study, "one"),
+        "",
+        "## With the best setting of each situation",
+        "",
+        *table(study, "best"),
+        "",
+        "A regret below 0 is possible: a path within 5% above the budget counts as within, and a policy that lets a few "
+        "rare paths go over budget may be worth more than one that lets none.",
+    ]
+    write_text(folder / "README.md", "\n".join(page) + "\n")
