@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from seeds import Mean, mean_of
 from cmdp_fast.files import replacing, write_json, write_text
 
 Line = dict[str, Any]
+FIGURES = ("score", "reward", "within", "mean_kl", "largest_kl")
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class Study:
 
     @cached_property
     def groups(self) -> dict[tuple[str, str, str], list[Line]]:
-        """The seeds of each situation, method and setting."""
+        """The seeds of each situation, method and setting, in order."""
         out = defaultdict(list)
-        for line in sorted(self.lines, key=lambda line: line["seed"]):
-            out[line["situation"], line["method"], line["candidate"]].append(line)
-        return dict(out)
+        for line in self.lines:
+            for place, seed in enumerate(line["seeds"]):
+                one = {name: line[name][place] for name in FIGURES}
+                out[line["situation"], line["method"], line["candidate"]].append(one | {"seed": seed})
+        return {key: sorted(group, key=lambda one: one["seed"]) for key, group in out.items()}
 
     @property
     def situations(self) -> list[str]:
@@ -89,8 +93,7 @@ class Study:
     def _figures(self, situation: str, method: str, candidate: str) -> dict[str, Any]:
         key = situation, method, candidate
         regret = self.regret(*key)
-        names = ("score", "reward", "within", "mean_kl", "largest_kl")
-        means = {name: float(f"{self.mean(name, *key):.5g}") for name in names}
+        means = {name: float(f"{self.mean(name, *key):.5g}") for name in FIGURES}
         least = min(line["within"] for line in self.groups[key])
         spread = {"regret": round(regret.mean, 3), "half": round(regret.half, 3), "least within": least}
         return {"candidate": candidate} | means | spread
@@ -117,46 +120,35 @@ def show(study: Study) -> None:
 def draw(path: Path, study: Study) -> None:
     """Regret of each method in each situation, with one setting and with the best one there."""
     figure = Figure(figsize=(15, 9), layout="constrained")
-    for axes, title in zip(
-        figure.subplots(2, 1), ("one setting, chosen on the first", "the best setting of each"), strict=True
-    ):
-        rows = []
+    settings: dict[str, Callable[[str, str], str]] = {
+        "one setting, chosen on the first": lambda situation, method: study.one_setting(method),
+        "the best setting of each": study.choice,
+    }
+    for axes, (title, setting) in zip(figure.subplots(2, 1), settings.items(), strict=True):
+        rows = [[0.0] * len(study.situations) for _ in study.methods]
         for y, method in enumerate(study.methods):
-            rows.append([])
             for x, situation in enumerate(study.situations):
-                one = title.startswith("one")
-                candidate = study.one_setting(method) if one else study.choice(situation, method)
-                regret = study.regret(situation, method, candidate).mean
-                over = not study.is_feasible(situation, method, candidate)
-                rows[-1].append(regret)
+                key = situation, method, setting(situation, method)
+                rows[y][x] = regret = study.regret(*key).mean
+                within = study.mean("within", *key)
+                over = not study.is_feasible(*key)
                 axes.text(
-                    *(
-                        x,
-                        y,
-                        f"{regret + 0.0:.0f}"
-                        if not over
-                        else f"{regret:.0f}\n{study.mean('within', situation, method, candidate):.0%} within",
-                    ),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if regret > 50 else "black",
-                    weight="normal" if over else "bold",
+                    *(x, y, f"{regret + 0.0:.0f}{f'{chr(10)}{within:.0%} within' if over else ''}"),
+                    **{"ha": "center", "va": "center", "fontsize": 8, "weight": "normal" if over else "bold"},
+                    color="white" if regret > 60 else "black",
                 )
         axes.imshow(rows, cmap="YlOrRd", vmin=0, vmax=100, aspect="auto")
         names = [situation.replace(", ", "\n") for situation in study.situations]
         axes.set_xticks(range(len(names)), names, fontsize=8)
         axes.set_yticks(range(len(study.methods)), study.methods)
-        axes.set_title(
-            f"regret in % of the optimum: {title} (bold: 95% of the completions are within budget)", fontsize=10
-        )
+        axes.set_title(f"regret in % of the optimum: {title} (bold: {study.feasible:.0%} within budget)", fontsize=10)
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=110)
 
 
 def over_budget(study: Study) -> list[str]:
     """Where a method's one setting is not feasible, or loses a tenth of what there is."""
-    out = []
+    out = [f"Of {len(study.situations)} situations:", ""]
     for method in study.methods:
         candidate = study.one_setting(method)
         over = [each for each in study.situations if not study.is_feasible(each, method, candidate)]
@@ -164,12 +156,17 @@ def over_budget(study: Study) -> list[str]:
             each for each in study.situations if each not in over and study.regret(each, method, candidate).mean > 10.0
         ]
         largest = max(study.regret(each, method, candidate).mean for each in study.situations)
+        setting = f" ({candidate})" if candidate else ""
         out.append(
-            f"- `{method}`{f' ({candidate})' if candidate else ''}: over budget in {len(over)} of "
-            f"{len(study.situations)} situations{': ' + '; '.join(over) if over else ''}. Within it but a tenth or more "
-            f"below the optimum in {len(lost)}{': ' + '; '.join(lost) if lost else ''}. Largest regret {largest:.1f}%."
+            f"- `{method}`{setting}: {_those(over, 'over budget')}, {_those(lost, 'within it, a tenth or more below')}; "
+            f"largest regret {largest:.1f}%."
         )
     return out
+
+
+def _those(situations: list[str], what: str) -> str:
+    named = f" ({'; '.join(situations)})" if situations else ""
+    return f"{len(situations)} {what}{named}"
 
 
 def table(study: Study, kind: str) -> list[str]:
@@ -193,12 +190,13 @@ def write(folder: Path, study: Study, machine: str, schedule: Schedule) -> None:
     """README.md, summary.json and regret.png in a folder."""
     write_json(folder / "summary.json", {"machine": machine, "schedule": asdict(schedule), "rows": study.summary()})
     draw(folder / "regret.png", study)
-    seeds = len({line["seed"] for line in study.lines})
+    seeds, trainings = max(map(len, study.groups.values())), sum(map(len, study.groups.values()))
     page = [
         "# One setting for all situations, where the optimum is known",
         "",
-        f"`python benchmarks/known_transfer.py --out benchmarks/results/study/known`: {len(study.lines):,} trainings, "
-        f"{seeds} seeds, {schedule.steps} steps of {schedule.completions} completions, Adam at {schedule.rate:g} falling to 0. {machine}.",
+        "`python benchmarks/known_transfer.py --out benchmarks/results/study/known`: "
+        f"{trainings:,} trainings, {seeds} seeds, {schedule.steps} steps of {schedule.completions} completions, Adam "
+        f"at {schedule.rate:g} falling to 0. {machine}.",
         "",
         "The head of the script says what the situations, the settings and the figures are; it was written before the "
         "runs. Regret: how much more than a method's policy the best one with every path within budget is worth, in "
@@ -217,7 +215,7 @@ def write(folder: Path, study: Study, machine: str, schedule: Schedule) -> None:
         "",
         *table(study, "best"),
         "",
-        "A regret below 0 is possible: a path within 5% above the budget counts as within, and a policy that lets a few "
-        "rare paths go over budget may be worth more than one that lets none.",
+        "A regret below 0 is possible: a path within 5% above the budget counts as within, and a policy that lets a "
+        "few rare paths go over budget may be worth more than one that lets none.",
     ]
     write_text(folder / "README.md", "\n".join(page) + "\n")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import cmdp_fast as ops
 from cmdp_fast import objective
+from cmdp_fast.objective import GroupAdvantage
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Method:
     baseline: Literal["position_rloo", "grpo"] = "position_rloo"
     pid_gains: tuple[float, float, float] = (1.0, 0.1, 0.0)  # for kind pid; costs are tenths of a nat
     k3: float = 0.0  # the weight of k3 in the loss, as GRPO has it
-    long_term: bool = True  # whether an action answers for the costs of the states that it leads to
+    long_term: bool = True  # whether an action answers for the costs of the states that it leads to; position_rloo's
+    direct: bool = True  # whether the gradient goes through the costs themselves
 
 
 @dataclass(frozen=True)
@@ -57,25 +59,40 @@ def side_by_side(problem: Problem, paths: Tensor) -> Problem:
     )
 
 
-def loss_of(batch: Problem, rollout: Rollout, method: Method, size: int) -> Tensor:
-    """The sum of the losses of groups of so many neighbours: its gradient estimates that of minus the objective."""
+def worth(batch: Problem, rollout: Rollout, method: Method) -> Tensor:
+    """What the action at each token is worth before a baseline is subtracted, [B, T]."""
     constraint = method.setting.constraint
     task = objective.task_part(batch.reward, rollout.trace, constraint)
-    reward = rollout.reward if method.long_term else task
-    direct = objective.direct_coefficient(rollout.trace, constraint)
+    return objective.score_coefficient(rollout.reward if method.long_term else task, task, constraint)
+
+
+def advantage_of(batch: Problem, rollout: Rollout, method: Method, size: int) -> GroupAdvantage:
+    """By the method's baseline, over groups of so many neighbours: [B, T], and the number that it was divided by."""
     if method.baseline == "grpo":
-        advantage, scale = objective.grpo(reward.sum(1), size)
-        advantage, direct = advantage[:, None].expand_as(reward), direct / scale[:, None]
-    else:
-        advantage = objective.position_rloo(objective.score_coefficient(reward, task, constraint), size)
-    differentiable = not constraint.action_dependent
+        advantage, scale = objective.grpo(rollout.reward.sum(1), size)
+        return GroupAdvantage(advantage[:, None].expand_as(rollout.reward), scale[:, None])
+    return GroupAdvantage(
+        objective.position_rloo(worth(batch, rollout, method), size), torch.ones_like(rollout.reward[:, :1])
+    )
+
+
+def loss_of(
+    batch: Problem, rollout: Rollout, method: Method, size: int, credit: GroupAdvantage | None = None
+) -> Tensor:
+    """The sum of the losses of groups of so many neighbours: its gradient estimates that of minus the objective.
+
+    ``credit`` stands in for the advantages of `advantage_of`.
+    """
+    constraint = method.setting.constraint
+    advantage, scale = credit or advantage_of(batch, rollout, method, size)
+    with_direct = method.direct and not constraint.action_dependent
     loss, _ = objective.ppo_loss(
         rollout.logprob,
         rollout.logprob.detach(),
         advantage,
         mask=None,
-        cost=rollout.cost if differentiable else None,
-        direct=direct if differentiable else None,
+        cost=rollout.cost if with_direct else None,
+        direct=objective.direct_coefficient(rollout.trace, constraint) / scale if with_direct else None,
         normalizer=size,
     )
     if method.k3:
