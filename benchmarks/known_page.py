@@ -19,15 +19,17 @@ from seeds import Mean, mean_of
 from cmdp_fast.files import replacing, write_json, write_text
 
 Line = dict[str, Any]
+DEFAULTS = ("cmdp", "penalty=1 weight=1")
 FIGURES = ("score", "reward", "within", "mean_kl", "largest_kl")
 
 
 @dataclass(frozen=True)
 class Study:
-    """All runs, and the best reward under the budget of every path in each situation."""
+    """All runs, the best reward under the budget of every path in each situation, and the budget in nats."""
 
     lines: list[Line]
     optima: dict[str, float]
+    budgets: dict[str, float]
     feasible: float
 
     @cached_property
@@ -146,22 +148,25 @@ def draw(path: Path, study: Study) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
-def over_budget(study: Study) -> list[str]:
-    """Where a method's one setting is not feasible, or loses a tenth of what there is."""
+def verdicts(study: Study) -> list[str]:
+    """Where a method's one setting is not feasible, or loses a tenth of what there is; and cmdp's defaults."""
     out = [f"Of {len(study.situations)} situations:", ""]
     for method in study.methods:
         candidate = study.one_setting(method)
-        over = [each for each in study.situations if not study.is_feasible(each, method, candidate)]
-        lost = [
-            each for each in study.situations if each not in over and study.regret(each, method, candidate).mean > 10.0
-        ]
-        largest = max(study.regret(each, method, candidate).mean for each in study.situations)
-        setting = f" ({candidate})" if candidate else ""
-        out.append(
-            f"- `{method}`{setting}: {_those(over, 'over budget')}, {_those(lost, 'within it, a tenth or more below')}; "
-            f"largest regret {largest:.1f}%."
-        )
+        out.append(_verdict(study, method, candidate, f" ({candidate})" if candidate else ""))
+    if (study.situations[0], *DEFAULTS) in study.groups:
+        out.append(_verdict(study, *DEFAULTS, f" with the library's defaults ({DEFAULTS[1]})"))
     return out
+
+
+def _verdict(study: Study, method: str, candidate: str, setting: str) -> str:
+    regret = {each: study.regret(each, method, candidate).mean for each in study.situations}
+    over = [each for each in study.situations if not study.is_feasible(each, method, candidate)]
+    lost = [each for each in study.situations if each not in over and regret[each] > 10.0]
+    return (
+        f"- `{method}`{setting}: {_those(over, 'over budget')}, {_those(lost, 'within it, a tenth or more below')}; "
+        f"largest regret {max(regret.values()):.1f}%."
+    )
 
 
 def _those(situations: list[str], what: str) -> str:
@@ -169,21 +174,29 @@ def _those(situations: list[str], what: str) -> str:
     return f"{len(situations)} {what}{named}"
 
 
-def table(study: Study, kind: str) -> list[str]:
-    """Markdown: a row per situation; regret with its interval, and the share within budget where it is not all."""
+def table(study: Study, cell: Callable[[str, str], str]) -> list[str]:
+    """Markdown: a row per situation, a column per method."""
     lines = [
         "| situation | optimum | " + " | ".join(study.methods) + " |",
         "| --- | --: |" + " --: |" * len(study.methods),
     ]
     for situation in study.situations:
-        cells = []
-        for method in study.methods:
-            candidate = study.one_setting(method) if kind == "one" else study.choice(situation, method)
-            within = study.mean("within", situation, method, candidate)
-            cell = study.regret(situation, method, candidate).text(1)
-            cells.append(cell if within > 0.9995 else f"{cell} ({within:.0%} within)")
-        lines.append(f"| {situation} | {study.optima[situation]:.4f} | {' | '.join(cells)} |")
+        cells = [f"{study.optima[situation]:.4f}", *(cell(situation, method) for method in study.methods)]
+        lines.append(f"| {situation} | {' | '.join(cells)} |")
     return lines
+
+
+def regret_cell(study: Study, situation: str, method: str, candidate: str) -> str:
+    """Regret with its interval, and the share within budget where it is not all."""
+    within = study.mean("within", situation, method, candidate)
+    text = study.regret(situation, method, candidate).text(1)
+    return text if within > 0.9995 else f"{text} ({within:.0%} within)"
+
+
+def dearest_cell(study: Study, situation: str, method: str, candidate: str) -> str:
+    """The largest KL of a path of any seed, in percent of the budget."""
+    largest = max(line["largest_kl"] for line in study.groups[situation, method, candidate])
+    return f"{100.0 * largest / study.budgets[situation]:.0f}"
 
 
 def write(folder: Path, study: Study, machine: str, schedule: Schedule) -> None:
@@ -207,13 +220,17 @@ def write(folder: Path, study: Study, machine: str, schedule: Schedule) -> None:
         "",
         "## With the setting of the first situation",
         "",
-        *over_budget(study),
+        *verdicts(study),
         "",
-        *table(study, "one"),
+        *table(study, lambda situation, method: regret_cell(study, situation, method, study.one_setting(method))),
+        "",
+        "The dearest path of any seed, in percent of the budget:",
+        "",
+        *table(study, lambda situation, method: dearest_cell(study, situation, method, study.one_setting(method))),
         "",
         "## With the best setting of each situation",
         "",
-        *table(study, "best"),
+        *table(study, lambda situation, method: regret_cell(study, situation, method, study.choice(situation, method))),
         "",
         "A regret below 0 is possible: a path within 5% above the budget counts as within, and a policy that lets a "
         "few rare paths go over budget may be worth more than one that lets none.",

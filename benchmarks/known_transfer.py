@@ -221,7 +221,8 @@ def main() -> None:
             file.flush()
             report.status(f"{training.method} on {training.situation.name}")
     optima = {situation.name: situation.optimum for situation in of}
-    study = known_page.Study(lines, optima, FEASIBLE)
+    budgets = {situation.name: situation.budget for situation in of}
+    study = known_page.Study(lines, optima, budgets, FEASIBLE)
     known_page.write(args.out, study, machine(), schedule)
     known_page.show(study)
     report.say(str(args.out))
