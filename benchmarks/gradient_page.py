@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from seeds import Mean, mean_of
-
 from cmdp_fast.files import write_json, write_text
+from cmdp_fast.trainer.comparison.study.intervals import holm, interval_of, p_value
+from cmdp_fast.trainer.comparison.study.page import text_of
 
 CHANCE = 9.0  # a squared bias beyond so many times what chance makes of none counts as one: three deviations
 
@@ -53,11 +53,30 @@ def long_term_table(rows: list[dict[str, Any]], completions: int) -> list[str]:
     return out
 
 
-def against_whole(rows: list[dict[str, Any]], row: dict[str, Any], name: str) -> Mean:
-    """How much more the whole gradient ends with, by seed."""
+def lost(rows: list[dict[str, Any]], row: dict[str, Any], name: str) -> list[float]:
+    """How much more the whole gradient ends with than a row without a part of it, by seed."""
     keys = ("tokens", "start", "method")
     (whole,) = (each for each in rows if each["left out"] == "nothing" and all(each[k] == row[k] for k in keys))
-    return mean_of([with_all - without for with_all, without in zip(whole[name], row[name], strict=True)])
+    return [with_all - without for with_all, without in zip(whole[name], row[name], strict=True)]
+
+
+def long_term_ends(rows: list[dict[str, Any]]) -> list[str]:
+    """What the long-term part is worth at the end of training, by method."""
+    out = []
+    without = [row for row in rows if row["left out"] == "long-term part"]
+    for method in dict.fromkeys(row["method"] for row in without):
+        by_seed = [lost(rows, row, "score") for row in without if row["method"] == method]
+        each = [interval_of(values) for values in by_seed]
+        told = [interval for interval in each if interval.apart_from_zero]
+        better, worse = (sum(sign * interval.mean > 0 for interval in told) for sign in (1, -1))
+        means = [100 * interval.mean for interval in each]
+        kept = holm([p_value(values) for values in by_seed]) if len(by_seed[0]) > 1 else 0
+        out.append(
+            f"- `{method}`: right and within changes by {min(means):.2f} to {max(means):.2f} points with it. Of "
+            f"{len(each)} cases it helps in {better} and does harm in {worse}; the rest is not told apart. Holm's "
+            f"correction keeps {kept}."
+        )
+    return out
 
 
 def ends_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -68,17 +87,16 @@ def ends_table(rows: list[dict[str, Any]]) -> list[str]:
         "| --: | --- | --- | --- | --: | --: | --: | --: | --: | --: |",
     ]
     for row in rows:
-        means = [f"{mean_of(row[name]).mean:.4f}" for name in ("score", "reward")]
-        means += [f"{mean_of(row['within']).mean:.1%}", f"{mean_of(row['objective']).mean:.4f}"]
-        lost = ["", ""]
+        means = [f"{interval_of(row[name]).mean:.4f}" for name in ("score", "reward")]
+        means += [f"{interval_of(row['within']).mean:.1%}", f"{interval_of(row['objective']).mean:.4f}"]
+        differences = ["", ""]
         if row["left out"] != "nothing":
-            lost = [
-                (100 * difference.mean, 100 * difference.half, difference.told_apart)
-                for difference in (against_whole(rows, row, name) for name in ("score", "objective"))
+            intervals = [interval_of(lost(rows, row, name)) for name in ("score", "objective")]
+            differences = [
+                text_of(each, 100, 2) + ("" if each.apart_from_zero else " (not told apart)") for each in intervals
             ]
-            lost = [f"{mean:.2f} ± {half:.2f}{'' if told else ' (not told apart)'}" for mean, half, told in lost]
         names = [str(row["tokens"]), row["start"], f"`{row['method']}`", row["left out"]]
-        out.append(f"| {' | '.join([*names, *means, *lost])} |")
+        out.append(f"| {' | '.join([*names, *means, *differences])} |")
     return out
 
 
@@ -111,7 +129,14 @@ def write(folder: Path, found: dict[str, Any]) -> None:
         "",
         f"{settings['seeds']} seeds, {schedule['steps']} steps of {schedule['completions']} completions. Right and "
         "within: the reward of paths within budget (a path over it pays 0), exact over all paths. The last columns: "
-        "how much more the whole gradient ends with, paired by seed, with the 95% t interval.",
+        "how much more the whole gradient ends with, paired by seed, with the 95% t interval. The objective of `cmdp` "
+        "jumps at the budget, where its training ends: a hair above it the reward is lost. Its penalty acts through the "
+        "long-term part alone, since a crossing does not depend on the action there: without that part it is gone, and "
+        "so is the distance that it keeps from the budget.",
+        "",
+        "What the long-term part is worth:",
+        "",
+        *long_term_ends(found["ends"]),
         "",
         *ends_table(rows=found["ends"]),
     ]

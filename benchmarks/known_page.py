@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from sampled import Schedule
-from seeds import Mean, mean_of
 
 from cmdp_fast.files import replacing, write_json, write_text
+from cmdp_fast.trainer.comparison.study.intervals import Interval, interval_of
+from cmdp_fast.trainer.comparison.study.page import text_of
 
 Line = dict[str, Any]
 DEFAULTS = ("cmdp", "penalty=1 weight=1")
@@ -72,10 +73,12 @@ class Study:
         """The setting that is chosen on the first situation."""
         return self.choice(self.situations[0], method)
 
-    def regret(self, situation: str, method: str, candidate: str) -> Mean:
+    def regret(self, situation: str, method: str, candidate: str) -> Interval:
         """How much more the optimum is worth, in percent of it."""
         best = self.optima[situation]
-        return mean_of([100.0 * (best - line["score"]) / best for line in self.groups[situation, method, candidate]])
+        return interval_of(
+            [100.0 * (best - line["score"]) / best for line in self.groups[situation, method, candidate]]
+        )
 
     def summary(self) -> list[dict[str, Any]]:
         """A row per situation and method: the one setting and the best one there."""
@@ -189,7 +192,7 @@ def table(study: Study, cell: Callable[[str, str], str]) -> list[str]:
 def regret_cell(study: Study, situation: str, method: str, candidate: str) -> str:
     """Regret with its interval, and the share within budget where it is not all."""
     within = study.mean("within", situation, method, candidate)
-    text = study.regret(situation, method, candidate).text(1)
+    text = text_of(study.regret(situation, method, candidate))
     return text if within > 0.9995 else f"{text} ({within:.0%} within)"
 
 

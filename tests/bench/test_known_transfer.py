@@ -15,7 +15,6 @@ from cmdp_fast.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from seeds import mean_of
 
 known_page = pytest.importorskip("known_page", reason="draws, which needs matplotlib")
 known_transfer = pytest.importorskip("known_transfer", reason="needs the trainer's packages")
@@ -99,13 +98,3 @@ def test_a_setting_is_chosen_among_those_within_budget():
     assert known_page.dearest_cell(study, "other", "a", "kept") == "50"
     chosen = {row["situation"]: row["best setting here"]["candidate"] for row in study.summary()}
     assert chosen == {"first": "kept", "other": "over"}
-
-
-def test_the_interval_of_some_seeds():
-    """By hand: deviation 1, four degrees of freedom."""
-    found = mean_of([1.0 + each for each in (-1, -1, 0, 1, 1)])
-    assert found.mean == pytest.approx(1.0)
-    assert found.half == pytest.approx(2.776 / 5**0.5, rel=1e-3)
-    assert not found.told_apart and mean_of([1.0, 1.1, 0.9]).told_apart
-    with pytest.raises(ValueError, match="11 seeds"):
-        mean_of([0.0] * 11)
