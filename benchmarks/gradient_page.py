@@ -76,6 +76,9 @@ def long_term_ends(rows: list[dict[str, Any]]) -> list[str]:
             f"{len(each)} cases it helps in {better} and does harm in {worse}; the rest is not told apart. Holm's "
             f"correction keeps {kept}."
         )
+        if method != "cmdp":  # whose objective jumps where training ends
+            own = [100 * interval_of(lost(rows, row, "objective")).mean for row in without if row["method"] == method]
+            out[-1] += f" Its own objective changes by {min(own):.2f} to {max(own):.2f}."
     return out
 
 
@@ -130,9 +133,8 @@ def write(folder: Path, found: dict[str, Any]) -> None:
         f"{settings['seeds']} seeds, {schedule['steps']} steps of {schedule['completions']} completions. Right and "
         "within: the reward of paths within budget (a path over it pays 0), exact over all paths. The last columns: "
         "how much more the whole gradient ends with, paired by seed, with the 95% t interval. The objective of `cmdp` "
-        "jumps at the budget, where its training ends: a hair above it the reward is lost. Its penalty acts through the "
-        "long-term part alone, since a crossing does not depend on the action there: without that part it is gone, and "
-        "so is the distance that it keeps from the budget.",
+        "jumps at the budget, where its training ends: a hair above it the reward is lost. Its penalty acts through "
+        "the long-term part alone, since a crossing does not depend on the action there: without that part it is gone.",
         "",
         "What the long-term part is worth:",
         "",
