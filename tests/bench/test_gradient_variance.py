@@ -86,3 +86,23 @@ def test_the_table_says_from_how_many_completions_the_long_term_part_pays():
         common | {"estimator": "without the long-term part", "variance": 0.2, "bias2": 0.05, "beyond": 100.0},
     ]
     assert gradient_page.long_term_table(rows, 64)[-1] == "| `cmdp` | 2 | random | 0.3 | 0.25 | 128 completions |"
+
+
+def test_the_page_counts_where_the_long_term_part_helps():
+    """By hand: it is worth 2 points in one case, costs 1 in another, and 0.1 with signs of both in the third."""
+
+    def rows(tokens: int, whole: list[float], without: list[float]) -> list[dict]:
+        common = {"tokens": tokens, "start": "teacher", "method": "hinge"}
+        return [
+            common | {"left out": "nothing", "score": whole, "objective": whole},
+            common | {"left out": "long-term part", "score": without, "objective": without},
+        ]
+
+    cases = [
+        *rows(2, [0.52, 0.53, 0.5201], [0.5, 0.51, 0.5]),
+        *rows(4, [0.49, 0.4899, 0.49], [0.5, 0.5, 0.5]),
+        *rows(8, [0.51, 0.5, 0.493], [0.5, 0.5, 0.5]),
+    ]
+    (text,) = gradient_page.long_term_ends(cases)
+    assert "changes by -1.00 to 2.00 points" in text
+    assert "helps in 1 and does harm in 1; the rest is not told apart" in text
