@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,26 @@ def tree() -> Problem:
         state=torch.stack([torch.zeros(9, dtype=torch.long), 1 + tokens[:, 0]], dim=1),
         tokens=tokens,
         reward=torch.stack([torch.zeros(9, dtype=torch.float64), reward], dim=1),
+    )
+
+
+def tempered(problem: Problem, temperature: float) -> Problem:
+    """The problem with the teacher's logits divided by a temperature."""
+    return replace(problem, teacher=(problem.teacher.log() / temperature).softmax(-1))
+
+
+def repeated(problem: Problem, times: int) -> Problem:
+    """The problem several times in a row, each time from its first state; the mean of the rewards comes at the end.
+
+    A policy is a table of as many states as before. Some path repeats the dearest one each time, so all paths are
+    within ``times`` budgets if and only if those of the problem are within one: the best policy is the problem's, and
+    so is its value.
+    """
+    paths = torch.cartesian_prod(*[torch.arange(len(problem.tokens))] * times).reshape(-1, times)
+    reward = torch.zeros(paths.shape[0], times * problem.tokens.shape[1], dtype=problem.reward.dtype)
+    reward[:, -1] = problem.reward.sum(1)[paths].mean(1)
+    return replace(
+        problem, state=problem.state[paths].flatten(1), tokens=problem.tokens[paths].flatten(1), reward=reward
     )
 
 
