@@ -264,7 +264,7 @@ def test_regret_is_drawn_by_the_worst_and_marked_where_over_budget():
     """Rows by the worst regret, a column for it, a hatched cell for each that is not feasible."""
     over = [replace(e, figures={**e.figures, "within": 0.5}) if e.situation == "second" else e for e in SOME]
     axes = plots.regret(Results(STUDY, over)).axes[0]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["cmdp", "soft"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["cmdp", "soft 1"]
     assert [text.get_text() for text in axes.texts] == ["0", "10", "10", "13", "40", "40"]
     assert sorted((patch.get_x(), patch.get_y()) for patch in axes.patches) == [(0.5, -0.5), (0.5, 0.5)]
 

@@ -47,7 +47,7 @@ def regret(results: Results) -> Any:
     ]
     figure = _figure(1.6 + 0.74 * len(columns), 1.6 + 0.3 * len(rows))
     axes = figure.subplots()
-    _cells(axes, values, columns, [row.method for row in rows], "YlOrBr", CLIP)
+    _cells(axes, values, columns, [_name(results, row.method) for row in rows], "YlOrBr", CLIP)
     for y, flags in enumerate(over):
         for x, flag in enumerate(flags):
             if flag:
