@@ -256,7 +256,7 @@ def _average_only(results: Results) -> str:
     for setting in results.one_setting.values():
         for situation in results.situations:
             mean, within = (results.figure(situation, setting, name) for name in ("mean_kl", "within"))
-            if setting is None or mean is None or within is None or results.feasible(situation, setting):
+            if setting is None or mean is None or within is None:
                 continue
             budget = next(iter(results.of(situation, setting).values())).budget
             if mean.mean <= budget and within.mean < results.study.feasible:
