@@ -123,11 +123,12 @@ def test_the_lower_kl_decides_between_equals():
 
 
 def test_the_best_where_none_is_feasible():
-    """It is the highest score, and the page says so."""
+    """It is the highest score, and the page says so, but not of a situation that has no figures yet."""
     over = [replace(each, figures={**each.figures, "within": 0.5}) for each in SOME]
     results = Results(STUDY, over)
     assert results.best("first") == LOW
     assert "No setting is feasible in first, second" in page_of(results, ["cmdp-fast"], "a machine")
+    assert "No setting is feasible" not in page_of(Results(STUDY, SOME[:9]), ["cmdp-fast"], "a machine")
 
 
 def test_regret_is_paired_by_seed():

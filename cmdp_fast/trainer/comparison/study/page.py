@@ -165,15 +165,15 @@ def _regrets(results: Results, one_setting: bool) -> str:
         ]
     else:
         notes = ["Regret in points, with the candidate that was the best feasible one in brackets."]
-    unmet = [situation for situation in results.situations if not _best_is_feasible(results, situation)]
+    unmet = [situation for situation in results.situations if _none_feasible(results, situation)]
     if unmet:
         notes.append(f"No setting is feasible in {', '.join(unmet)}: the best is then the one with the highest score.")
     return f"{table}\n\n{' '.join(notes)}"
 
 
-def _best_is_feasible(results: Results, situation: str) -> bool:
+def _none_feasible(results: Results, situation: str) -> bool:
     best = results.best(situation)
-    return best is not None and results.feasible(situation, best)
+    return best is not None and not results.feasible(situation, best)
 
 
 def _regret_row(results: Results, row: RegretRow, one_setting: bool) -> list[str]:
