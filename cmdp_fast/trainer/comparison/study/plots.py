@@ -221,7 +221,7 @@ def _figure(width: float, height: float) -> Any:
 
 def _wrapped(figure: Any, *lines: str) -> str:
     """The lines of a title, broken where they are wider than the figure."""
-    return "\n".join(textwrap.fill(line, round(11 * figure.get_figwidth())) for line in lines)
+    return "\n".join(textwrap.fill(line, round(13 * figure.get_figwidth())) for line in lines)
 
 
 def _cells(
