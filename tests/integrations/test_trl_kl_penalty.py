@@ -1,4 +1,4 @@
-"""`kl_reward` and `kl_loss` against TRL's own RLOO and GRPO, whose reference model is the teacher."""
+"""`kl_reward` and `kl_loss` against TRL's own RLOO and GRPO, whose reference model stands for the teacher."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ from cmdp_fast.trainer.settings.recipe import read_recipe
 
 
 def one_batch(trainer):
-    """The first generation batch of a trainer, as the update gets it; the reference model is the teacher by now."""
+    """The first generation batch of a trainer, as the update gets it."""
     trainer.model.train()
     return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+
+
+def make_a_teacher_of(model):
+    """TRL's reference model is the student itself until it is changed."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 def logits(model, batch):
@@ -42,7 +50,7 @@ def test_the_advantage_of_kl_reward_is_that_of_trls_rloo(pair, tmp_path):
         train_dataset=prompts(),
         processing_class=tokenizer,
     )
-    trainer.ref_model.load_state_dict(student(pair["teacher"]).state_dict())
+    make_a_teacher_of(trainer.ref_model)
     batch = one_batch(trainer)
 
     tokens, mask = batch["completion_ids"], batch["completion_mask"].bool()
@@ -58,13 +66,12 @@ def test_the_advantage_of_kl_reward_is_that_of_trls_rloo(pair, tmp_path):
     assert (scale == 1).all() and not torch.allclose(advantage, objective.rloo(task.sum(1), 4), atol=1e-2)
 
 
-@pytest.mark.parametrize("beta", [0.04, 1.0])
-def test_the_loss_of_kl_loss_is_that_of_trls_grpo(pair, tmp_path, beta):
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_loss_of_kl_loss_is_that_of_trls_grpo(pair, tmp_path, corrected):
     """Value and gradient in the tokens' log-probabilities, at random ratios, some of them beyond the clip."""
-    trainer = grpo(
-        pair, tmp_path, plain=True, loss_type="dr_grpo", beta=beta, per_device_train_batch_size=8, num_iterations=2
-    )
-    trainer.ref_model.load_state_dict(student(pair["teacher"]).state_dict())
+    settings = {"loss_type": "dr_grpo", "beta": 0.3, "use_bias_correction_kl": corrected, "num_iterations": 2}
+    trainer = grpo(pair, tmp_path, plain=True, per_device_train_batch_size=8, **settings)
+    make_a_teacher_of(trainer.ref_model)
     batch = one_batch(trainer)
     trainer.current_gradient_accumulation_steps = 1
     mask = batch["completion_mask"].bool()
@@ -75,13 +82,16 @@ def test_the_loss_of_kl_loss_is_that_of_trls_grpo(pair, tmp_path, beta):
     expected = trainer._compute_loss(None, batch)
     expected.backward()
 
+    penalty = k3(ours, batch["ref_per_token_logps"])
+    if corrected:
+        penalty = penalty * (ours - batch["old_per_token_logps"]).exp()
     loss, metrics = objective.ppo_loss(
         ours,
         batch["old_per_token_logps"],
         torch.where(mask, batch["advantages"][:, None], 0.0),
         mask=mask,
-        cost=k3(ours, batch["ref_per_token_logps"]),
-        direct=beta * mask.float(),
+        cost=penalty,
+        direct=0.3 * mask.float(),
         normalizer=len(mask) * COMMON["max_completion_length"],
     )
     loss.backward()

@@ -38,7 +38,7 @@ def collected(learner: Learner, rows: list, prompts: list):
 @pytest.mark.parametrize("problem", [bandit(), tree()], ids=["bandit", "tree"])
 def test_the_gradient_of_k3_is_that_of_forward_kl_where_the_student_goes(problem: Problem):
     """Over all paths, in float64: the expected k3 is reverse KL, its expected gradient at a sampled token is that of
-    forward KL at the state, and that of reverse KL is another."""
+    forward KL at the state; that of reverse KL is another, and is k3's with the ratio that corrects it."""
     start = problem.teacher.log() + 0.8 * torch.randn(problem.teacher.shape, dtype=torch.float64)
     theta = start.requires_grad_()
     rollout = roll_out(problem, theta, Setting("hinge", 1.0))
@@ -52,6 +52,8 @@ def test_the_gradient_of_k3_is_that_of_forward_kl_where_the_student_goes(problem
         return torch.autograd.grad((share * value).sum(), theta, retain_graph=True)[0]
 
     torch.testing.assert_close(gradient(k3(rollout.logprob, teacher)), gradient(stats.forward_kl))
+    ratio = (rollout.logprob - rollout.logprob.detach()).exp()
+    torch.testing.assert_close(gradient(ratio * k3(rollout.logprob, teacher)), gradient(stats.reverse_kl))
     assert (gradient(stats.forward_kl) - gradient(stats.reverse_kl)).abs().max() > 0.01
 
 
@@ -89,7 +91,9 @@ def test_without_a_clamp_it_is_the_cost_k3_with_a_gradient():
 # The loss
 
 
-@pytest.mark.parametrize("changes", [{}, {"cost_clamp": 0.2}, {"logits": "full"}, {"baseline": "position_rloo"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"cost_clamp": 0.2}, {"logits": "full", "kl_loss_correction": True}, {"baseline": "position_rloo"}]
+)
 def test_kl_loss_is_the_tasks_advantage_and_k3_beside_it(changes, pair):
     """Against plain PyTorch on full logits, after the student has moved: a loss with a ratio and a clip."""
     learner, rows, prompts = learner_of(settings(pair, **(KL_LOSS | changes)))
@@ -122,6 +126,8 @@ def test_kl_loss_is_the_tasks_advantage_and_k3_beside_it(changes, pair):
     if learner.config.cost_clamp:
         assert (penalty[mask] > 0.2).any() and (penalty[mask] < 0.2).any()
         penalty = penalty.clamp(max=0.2)
+    if learner.config.kl_loss_correction:
+        penalty = ratio * penalty
     expected = torch.where(mask, 0.3 * penalty - surrogate, 0.0).sum() / len(mask)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["loss/direct"].item() == pytest.approx(

@@ -27,6 +27,7 @@ UNREAD = {
     "--pid-gains 1 1 1": f"{OF_PPO} with --kind pid",
     "--method kl_loss --penalty 2": f"{OF_PPO} with --kind cmdp or saute or worst_case",
     "--method sft --penalty 2": f"{OF_PPO} with --kind cmdp or saute or worst_case",
+    "--method kl_reward --kl-loss-correction": "it is for --algorithm kl_loss",
     "--budget-start 5": "it is for --budget-steps",
     "--lora-target q_proj": "it is for --lora-rank",
     "--sampler-correction off": (

@@ -2,19 +2,22 @@
 
     k3 = exp(-rho) - 1 + rho,  rho = log p_student(a|s) - log p_teacher(a|s)
 
-It is the KL penalty of TRL's GRPO (`beta`) and of verl's actor (`use_kl_loss` with `kl_loss_type=low_var_kl`), with the
-teacher for their reference model. k3 is never negative and its mean is the reverse KL, but the sampled token is not
-differentiated: its gradient, (1 - exp(-rho)) grad log p_student, has the mean of that of *forward* KL at each state.
+It is the KL penalty of GRPO, and that of TRL's GRPOTrainer (`beta`) and of verl's actor (`use_kl_loss` with
+`kl_loss_type=low_var_kl`) with the teacher for their reference model. k3 is never negative and its mean is the reverse
+KL, but the sampling is not differentiated: its gradient, (1 - exp(-rho)) grad log p_student, has the mean of that of
+*forward* KL at each state. With `kl_loss_correction` k3 is multiplied by PPO's ratio, whose gradient adds what is
+missing to that of reverse KL at each state (DeepSeek-V3.2): TRL 1.16 does so by default, verl's low_var_kl does not.
 
 The penalty is a sum over a completion's tokens, as the score term is: TRL's `loss_type="dr_grpo"`, without its division
-by the longest length. It is not divided by a group's deviation, though the advantages of `--baseline grpo` are. Its
-weight stays the same however far the student has moved since the sampling: no ratio corrects it, as in both.
+by the longest length. It is not divided by a group's deviation, though the advantages of `--baseline grpo` are, and
+PPO's clip has no part in it.
 
-k3 is not bounded, as in TRL; `cost_clamp` bounds it as verl does with 10, and a token beyond it has no gradient. The
+k3 is not bounded, as in TRL; `cost_clamp` bounds it as verl does with 10, and beyond it k3 has no gradient. The
 bound takes from the mean the tokens that the student neglects most, so it is not the default; an exponential that
 overflows (a log-ratio above 88 in float32) ends the training as any other gradient that is not finite.
 
-Source: Schulman 2020, "Approximating KL divergence"; Shao et al. 2024 (DeepSeekMath, equation 4).
+Source: Schulman 2020, "Approximating KL divergence"; Shao et al. 2024 (DeepSeekMath, equation 4); DeepSeek-V3.2 (arXiv
+2512.02556), as TRL cites it.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ class KLLoss(PPO):
     ) -> tuple[cf.TokenStats, tuple[Tensor, Tensor], Tensor]:
         """As of any method, with k3 for the cost."""
         stats, outputs, _ = super().statistics(part, constraint)
-        return stats, outputs, k3(stats.logprob, stats.teacher_logprob, constraint.cost_clamp)
+        penalty = k3(stats.logprob, stats.teacher_logprob, constraint.cost_clamp)
+        if self.config.kl_loss_correction:
+            penalty = penalty * (stats.logprob - part.stats.logprob).exp()
+        return stats, outputs, penalty
 
 
 def k3(logprob: Tensor, teacher_logprob: Tensor, clamp: float | None = None) -> Tensor:

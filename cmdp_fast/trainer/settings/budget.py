@@ -40,6 +40,9 @@ class BudgetSettings:
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
     """The multiplier of lagrangian (0: the task's reward alone), that from which pid's controller starts, the weight of
     the barrier, or that of k3 in the loss of kl_loss."""
+    kl_loss_correction: bool = False
+    """Whether kl_loss multiplies k3 by the ratio of the student to itself at the sampling, and differentiates that too:
+    the gradient is then that of reverse KL at each state. TRL 1.16 does so unless `use_bias_correction_kl=False`."""
     pid_gains: tuple[float, float, float] = (0.1, 0.01, 0.01)
     """Proportional, integral and derivative gain of the pid controller, which sets lambda by a step's completions
     before the update; per nat by which their mean cost exceeds their mean budget."""

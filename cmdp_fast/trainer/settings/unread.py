@@ -74,6 +74,7 @@ READERS = (
     _of_kinds(("penalty",), lambda kind: KINDS[kind].penalised),
     _of_kinds(("discrepancy_weight",), lambda kind: KINDS[kind].direct == "discrepancy"),
     _of_kinds(("coefficient",), lambda kind: KINDS[kind].coefficient),
+    Reader(("kl_loss_correction",), lambda c: c.entry.penalises, _algorithms(lambda entry: entry.penalises)),
     _of_kinds(("pid_gains",), lambda kind: kind == "pid"),
     Reader(("budget_start",), lambda c: c.budget_steps, "--budget-steps"),
     Reader(("teacher_timeout",), lambda c: is_served(c.teacher), "a --teacher on a server"),
