@@ -20,7 +20,17 @@ from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.comparison.study import figures, lines
 from cmdp_fast.trainer.comparison.study.lines import Line
-from cmdp_fast.trainer.comparison.study.plan import STUDIES, Budget, Kind, Training, digest, plan, read_study
+from cmdp_fast.trainer.comparison.study.plan import (
+    AFTER,
+    REFERENCES,
+    STUDIES,
+    Budget,
+    Kind,
+    Training,
+    digest,
+    plan,
+    read_study,
+)
 from cmdp_fast.trainer.settings.config import TrainConfig
 
 
@@ -101,7 +111,7 @@ def planned(study: Path) -> list[Training]:
 
 
 def cells(training: Training) -> set[tuple[str, str]]:
-    return {(wanted.line.candidate, wanted.line.situation) for wanted in training.wanted}
+    return {(wanted.line.candidate, wanted.line.situation) for wanted in training.wanted if wanted.who == AFTER}
 
 
 def test_what_reads_the_same_is_trained_once(study):
@@ -123,6 +133,19 @@ def test_what_reads_the_same_is_trained_once(study):
     assert len({training.config.name for training in trainings}) == 16
     budgets = [(wanted.line.situation, wanted.line.budget) for wanted in some[3].wanted]
     assert budgets == [("first", 2.0), ("tenfold", 2.0), ("wide", 4.0)]
+
+
+def test_teacher_and_student_before_stand_once_for_each_situation(study):
+    """The first training of each looks at them before it; its name is the same whether it does or not."""
+    trainings = planned(study)
+    wanted = [(t, each) for t in trainings for each in t.wanted if each.who != AFTER]
+    assert [(each.line.situation, each.line.method, each.who) for _, each in wanted] == [
+        (situation, *who) for situation in ("first", "tenfold", "wide") for who in REFERENCES.items()
+    ]
+    assert all(t.config.eval_before and t.config.seed == 0 and each.line.candidate == "" for t, each in wanted)
+    assert sum(t.config.eval_before for t in trainings) == 3
+    config = trainings[0].config
+    assert digest(replace(config, eval_before=False)) == config.name
 
 
 def test_settings_go_over_one_another(study):
@@ -206,7 +229,7 @@ def test_studies_of_the_package_could_start(path):
     study = read_study(path.stem)
     trainings = plan(study, Path("runs"))
     candidates = sum(len(method.candidates) for method in study.methods)
-    count = sum(len(training.wanted) for training in trainings)
+    count = sum(wanted.who == AFTER for training in trainings for wanted in training.wanted)
     assert count == len(study.seeds) * len(study.situations) * candidates >= len(trainings)
 
 
@@ -357,7 +380,7 @@ def test_a_study_that_is_killed_goes_on(recipe, tmp_path, capsys):
     assert text.startswith(before) and text.endswith("\n")
     of_all = lines.read_lines(path)
     assert {line.key for line in of_all} == {wanted.line.key for t in planned(study) for wanted in t.wanted}
-    assert len(of_all) == text.count("\n") - 1 == 12
+    assert len(of_all) == text.count("\n") - 1 == 12 + 2 * 3  # and teacher and student before of each situation
     assert not [*folder.glob("runs/*")] and not [*folder.glob("logs/*")]
     by_cell = {(line.candidate, line.situation, line.seed): line for line in of_all}
     narrow, wide = by_cell["gkd", "first", 0], by_cell["gkd", "wide", 0]

@@ -293,3 +293,21 @@ def test_the_frontier_is_for_situations_that_differ_in_budget_alone():
     assert list(cmdp.lines[0].get_ydata()) == pytest.approx([0.8, 0.8])
     assert list(soft.lines[0].get_ydata()) == pytest.approx([2 / 3, 0.5])
     assert list(best.containers[1].lines[0].get_ydata()) == pytest.approx([2 / 3, 0.9])
+
+
+# ---------------------------------------------------------------------------------------------------- references
+
+
+def test_teacher_and_student_before_stand_beside_the_methods():
+    """They are no methods: nothing is chosen or best among them. Where the budget alone differs, the page says by how
+    much each method is above its teacher: 20 points at 80 % for 60 %, 10 for each of its 2 nats."""
+    frontier = replace(STUDY, situations=(Situation("first", {"budget": 2.0}), Situation("second", {"budget": 4.0})))
+    teacher = [line(situation.name, Setting("teacher", ""), 0, 0.6, mean_kl=0.0) for situation in frontier.situations]
+    before = line("first", Setting("student before", ""), 0, 0.1)
+    some = [*lines("first", CMDP, 0.7, 0.8, 0.9, mean_kl=2.0), *lines("second", CMDP, 0.5, mean_kl=0.0)]
+    results = Results(frontier, [*some, *teacher, before])
+    assert results.best("first") == CMDP and len(results.lines) == 4
+    page = page_of(results, ["cmdp-fast"], "here")
+    assert page.count("| teacher |") == 2 and page.count("| student before |") == 1
+    assert "| cmdp | 20.0 ± 24.8 (10) | -10.0 (no KL) |" in page
+    assert "Above the teacher" not in page_of(Results(STUDY, [*SOME, *teacher]), ["cmdp-fast"], "here")

@@ -1,4 +1,4 @@
-"""The figures of a training in a situation, from the samples of its last evaluation."""
+"""The figures of a training in a situation, from the samples of its evaluations."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ QUANTILES = 21
 SHORTEST = 4  # tokens: the first part of the lengths
 
 
-def samples_after(path: Path) -> list[Sample]:
-    """The student's samples after the training, of a run's `samples.jsonl`. Raises ValueError if the KL of one is not
-    finite."""
+def samples_of(path: Path, who: str) -> list[Sample]:
+    """The samples of an evaluation, such as `student_after`, of a run's `samples.jsonl`. Raises ValueError if the KL of
+    one is not finite."""
     with open(path, encoding="utf-8") as lines:
-        samples = [sample for sample in map(json.loads, lines) if sample["who"] == "student_after"]
+        samples = [sample for sample in map(json.loads, lines) if sample["who"] == who]
     if any(sample["cumulative_kl"] is None for sample in samples):
         raise ValueError("the KL of a completion is not finite")
     return samples

@@ -18,8 +18,8 @@ from ..table import Column
 from .intervals import CONFIDENCE, Interval, interval_of
 from .lines import Line, Parts
 from .names import label, short
-from .plan import Study
-from .plots import draw_all
+from .plan import TEACHER, Study
+from .plots import budgets_alone, draw_all
 from .statistics import SCORE, Difference, RegretRow, Results, Setting, stand_correction
 
 COLUMNS = (
@@ -61,6 +61,8 @@ def page_of(results: Results, command: Sequence[str], origin: str, plots: Sequen
     parts += [f"## Against {results.reference}", *_against(results.against_reference(), results)]
     parts += ["## Within budget on average only", _average_only(results)]
     parts += ["## Figures", *_take(pictures, "frontier.png"), *_take(pictures, "kl_distribution.png")]
+    if budgets_alone(results):
+        parts += _above_teacher(results)
     for situation in results.situations:
         parts += [f"### {situation}", _figures(results, situation)]
     if study.kinds:
@@ -149,8 +151,11 @@ def _percent(share: float) -> str:
 
 
 def _figure(results: Results, situation: str, setting: Setting, column: Column) -> str:
-    interval = results.figure(situation, setting, column.name)
-    return text_of(interval, *((100.0, 1) if column.share else (1.0, 2 if "kl" in column.name else 1)))
+    return _cell(results.figure(situation, setting, column.name), column)
+
+
+def _cell(figure: Interval | None, column: Column) -> str:
+    return text_of(figure, *((100.0, 1) if column.share else (1.0, 2 if "kl" in column.name else 1)))
 
 
 def _regrets(results: Results, one_setting: bool) -> str:
@@ -201,7 +206,7 @@ def _figures(results: Results, situation: str) -> str:
                 settings.append(setting)
     columns = [c for c in COLUMNS if any(results.figure(situation, s, c.name) is not None for s in settings)]
     budgets = sorted({line.budget for setting in settings for line in results.of(situation, setting).values()})
-    rows = []
+    rows = [_reference(line, columns) for (where, _), line in results.references.items() if where == situation]
     for setting in settings:
         name = label(results.study, setting)
         if setting != results.one_setting[setting.method]:
@@ -211,6 +216,36 @@ def _figures(results: Results, situation: str) -> str:
         rows.append([name + mark, seeds, *(_figure(results, situation, setting, column) for column in columns)])
     table = _table(["", "seeds", *(column.title for column in columns)], rows)
     return f"Budget {', '.join(f'{budget:g}' for budget in budgets) or 'unknown'} nats.\n\n{table}"
+
+
+def _above_teacher(results: Results) -> list[str]:
+    """By how much each method's accuracy is above its teacher's, at each budget, and for each nat that it spends."""
+    rows = []
+    for method in results.study.methods:
+        cells = []
+        for situation in results.situations:
+            teacher = results.references.get((situation, TEACHER))
+            lines = results.of(situation, results.chosen(situation, method.name)).values()
+            if teacher is None or not lines:
+                cells.append("")
+                continue
+            gains = [100 * (line.figures["accuracy"] - teacher.figures["accuracy"]) for line in lines]
+            spent = math.fsum(line.figures["mean_kl"] for line in lines) / len(lines)
+            per_nat = f"{interval_of(gains).mean / spent:.0f}" if spent else "no KL"
+            cells.append(f"{text_of(interval_of(gains))} ({per_nat})")
+        rows.append([method.name, *cells])
+    return [
+        "### Above the teacher",
+        "Accuracy less that of the teacher in points, with the best setting of each budget; in brackets that for each "
+        "nat of the mean KL.",
+        _table(["", *results.situations], rows),
+    ]
+
+
+def _reference(line: Line, columns: Sequence[Column]) -> list[str]:
+    """The row of the teacher, or of the student before: an evaluation alone."""
+    figures = [interval_of([line.figures[c.name]]) if c.name in line.figures else None for c in columns]
+    return [line.method, "", *(_cell(figure, column) for figure, column in zip(figures, columns, strict=True))]
 
 
 def _against(differences: Sequence[Difference], results: Results) -> list[str]:

@@ -77,11 +77,19 @@ class Budget(NamedTuple):
         return bool(sample["cumulative_kl"] <= self.nats * (sample["length"] if self.per_token else 1))
 
 
+AFTER = "student_after"
+TEACHER, BEFORE = "teacher", "student before"
+REFERENCES = {TEACHER: "teacher", BEFORE: "student_before"}
+"""What stands beside the methods of a situation, by the name that its samples have."""
+
+
 class Wanted(NamedTuple):
     """A line that a training gives, without its figures, and the budget that they are for."""
 
     line: Line
     budget: Budget
+    who: str = AFTER
+    """Whose samples they are of."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +212,7 @@ def plan(study: Study, runs: Path) -> list[Training]:
         for candidate in method.candidates
     ]
     trainings: list[Training] = []
+    looked_at: set[str] = set()
     for seed in study.seeds:
         shared: dict[str, Training] = {}
         for situation, method, candidate, config in cells:
@@ -211,10 +220,21 @@ def plan(study: Study, runs: Path) -> list[Training]:
             name = digest(config)
             line = Line(name, situation, method, candidate, seed, config.budget)
             training = shared.get(name, Training(replace(config, name=name, output_dir=str(runs)), ()))
-            wanted = Wanted(line, Budget(config.budget, config.budget_per_token))
-            shared[name] = replace(training, wanted=(*training.wanted, wanted))
+            wanted = [Wanted(line, Budget(config.budget, config.budget_per_token))]
+            if situation not in looked_at:  # teacher and student before are the same for all of its trainings
+                looked_at.add(situation)
+                training = replace(training, config=replace(training.config, eval_before=True))
+                wanted += _references(wanted[0], config)
+            shared[name] = replace(training, wanted=(*training.wanted, *wanted))
         trainings += shared.values()
     return trainings
+
+
+def _references(wanted: Wanted, config: TrainConfig) -> list[Wanted]:
+    """Teacher and student before, as the evaluations of a training have them; not a teacher that cannot be sampled."""
+    sampled = replace(config, eval_before=True).evaluates_teacher
+    there = [who for who in REFERENCES if who != TEACHER or sampled]
+    return [wanted._replace(line=replace(wanted.line, method=who, candidate=""), who=REFERENCES[who]) for who in there]
 
 
 def _config(study: Study, situation: Situation, method: StudyMethod, candidate: str) -> TrainConfig:

@@ -12,6 +12,7 @@ from cmdp_fast.files import replacing
 
 from .intervals import Interval, interval_of
 from .names import label
+from .plan import TEACHER
 from .statistics import SCORE, Results, Setting
 
 MOST_PANELS = 4
@@ -149,6 +150,8 @@ def frontier(results: Results) -> Any:
                 f"{'one setting' if one_setting else 'the best setting of each budget'}",
                 fontsize=10,
             )
+            for line in [line for (_, who), line in results.references.items() if who == TEACHER][:1]:
+                axes.axhline(line.figures[name], color="black", ls=":", lw=1, label="teacher")
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.grid(alpha=0.3)

@@ -19,10 +19,10 @@ from ...records.lock import alone_in
 from ...records.report import Report
 from ..launching import jobs_of, remove, run_all
 from ..plan import CompareConfig, folder_of
-from .figures import by_kind, by_length, figures_of, kl_quantiles, samples_after
+from .figures import by_kind, by_length, figures_of, kl_quantiles, samples_of
 from .lines import Line, append_lines, read_lines
 from .page import write_page
-from .plan import Study, Training, head, plan, read_study
+from .plan import AFTER, Study, Training, head, plan, read_study
 
 FILE, RUNS, LOGS = "runs.jsonl", "runs", "logs"
 
@@ -80,18 +80,18 @@ def lines_of(training: Training, study: Study, failure: str) -> list[Line]:
         seconds = read_sealed(folder / SUMMARY)["seconds"]
         trained = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
         try:
-            samples = samples_after(folder / "samples.jsonl")
+            samples = {who: samples_of(folder / "samples.jsonl", who) for _, _, who in training.wanted}
         except ValueError as error:
             failure = str(error)
     if failure:
-        return [replace(line, failure=failure) for line, _ in training.wanted]
+        return [replace(line, failure=failure) for line, _, _ in training.wanted]
     return [
         replace(
             line,
-            figures=figures_of(samples, budget) | {"seconds": trained},
-            kl_quantiles=kl_quantiles(samples),
-            kinds=by_kind(samples, budget, study.kinds),
-            lengths=by_length(samples, budget),
+            figures=figures_of(samples[who], budget) | ({"seconds": trained} if who == AFTER else {}),
+            kl_quantiles=kl_quantiles(samples[who]),
+            kinds=by_kind(samples[who], budget, study.kinds),
+            lengths=by_length(samples[who], budget),
         )
-        for line, budget in training.wanted
+        for line, budget, who in training.wanted
     ]

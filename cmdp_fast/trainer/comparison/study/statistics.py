@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .intervals import Interval, holm, interval_of, p_value
 from .lines import Line
-from .plan import Study
+from .plan import REFERENCES, Study
 
 SCORE = "right_and_within"
 
@@ -60,10 +60,14 @@ class Results:
         self.situations = [situation.name for situation in study.situations]
         self.settings = [Setting(m.name, candidate) for m in study.methods for candidate in m.candidates]
         self._cells: dict[tuple[str, Setting], dict[int, Line]] = {}
+        self.references: dict[tuple[str, str], Line] = {}
+        """Teacher and student before of a situation, by its name and theirs."""
         self.lines: list[Line] = []
         self.failed: list[Line] = []
         for line in sorted(lines, key=lambda line: line.seed):
             cell = line.situation, Setting(line.method, line.candidate)
+            if line.method in REFERENCES and not line.failure:
+                self.references[line.situation, line.method] = line
             if cell[0] not in self.situations or cell[1] not in self.settings or line.seed not in study.seeds:
                 continue
             if line.failure:
