@@ -11,8 +11,16 @@ page serves. What has a line is not run again.
                             and penalty of later tokens are left out, and the direct term is as it is
     no gate, with penalty   hinge that pays the penalty at the crossing: the task's reward goes on beyond it
     penalty at every token  in violation, not at the crossing alone
+    log excess              what is charged is log(1 + excess): a completion far over budget counts for little more than
+                            one just over it, and its gradient is no longer many times that of the task's reward
+    price 0.1               beside the method, 0.1 for every nat, within the budget too
+    price of the deviation  the same price in the task's own units: what the whole budget costs is a deviation of the
+                            task's rewards in the step, whatever their scale, and less and less as they come to agree
     N steps old             completions of the student of N steps ago, with its log-probabilities: not corrected, by
                             token, or by completion
+
+The three before the last separate two reasons why cmdp may be behind methods that charge every nat: that the charges of
+rare violations drown the task's reward, or that within the budget nothing draws the student to its teacher.
 """
 
 from __future__ import annotations
@@ -33,6 +41,7 @@ from torch import Tensor, nn
 
 from cmdp_fast import objective
 from cmdp_fast.constraint import Constraint
+from cmdp_fast.credit import of_last_token
 from cmdp_fast.info import machine
 from cmdp_fast.trainer.comparison.launching import remove
 from cmdp_fast.trainer.comparison.study.lines import append_lines, read_lines
@@ -80,6 +89,41 @@ class PenaltyWithoutGate(PPO):
 class PenaltyAtEveryToken(PPO):
     def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
         return super().collect(problems, prompts, replace(constraint, penalty_at="every"))
+
+
+class LogExcess(PPO):
+    def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
+        experience = super().collect(problems, prompts, constraint)
+        over = (-experience.trace.remaining).clamp(min=0.0)
+        less = constraint.discrepancy_weight * (over - over.log1p())
+        less = less.diff(dim=1, prepend=torch.zeros_like(less[:, :1]))
+        return replace(experience, reward=torch.where(experience.rollout.mask, experience.reward + less, 0.0))
+
+    def targets(self, experience: Experience, constraint: Constraint) -> Targets:
+        targets = super().targets(experience, constraint)
+        over = of_last_token(-experience.trace.remaining, experience.rollout.mask).clamp(min=0.0)
+        return targets | {"direct": targets["direct"] / (1.0 + over)[:, None]}
+
+
+class Priced(PPO):
+    """For advantages that are not divided by anything: the price joins the direct term as it is."""
+
+    def price(self, experience: Experience) -> float:
+        return 0.1
+
+    def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
+        experience = super().collect(problems, prompts, constraint)
+        charged = self.price(experience) * experience.cost(constraint).detach()
+        return replace(experience, reward=experience.reward - torch.where(experience.rollout.mask, charged, 0.0))
+
+    def targets(self, experience: Experience, constraint: Constraint) -> Targets:
+        targets = super().targets(experience, constraint)
+        return targets | {"direct": targets["direct"] + self.price(experience) * experience.rollout.mask}
+
+
+class PricedByDeviation(Priced):
+    def price(self, experience: Experience) -> float:
+        return float(experience.task_reward.std()) / self.config.budget
 
 
 # ------------------------------------------------------------------------------------- stale rollouts
@@ -141,6 +185,9 @@ VARIANTS = (
     Variant("cmdp, no future cost", "cmdp", NoFutureCost),
     Variant("cmdp, penalty at every token", "cmdp", PenaltyAtEveryToken),
     Variant("cmdp, no gate, with penalty", "hinge", PenaltyWithoutGate),
+    Variant("cmdp, log excess", "cmdp", LogExcess),
+    Variant("cmdp, price 0.1", "cmdp", Priced),
+    Variant("cmdp, price of the deviation", "cmdp", PricedByDeviation),
     Variant("hinge", "hinge", PPO),
     Variant("hinge, no direct term", "hinge", NoDirectTerm),
     Variant("hinge, no future cost", "hinge", NoFutureCost),
