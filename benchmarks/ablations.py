@@ -46,7 +46,7 @@ from cmdp_fast.info import machine
 from cmdp_fast.trainer.comparison.launching import remove
 from cmdp_fast.trainer.comparison.study.lines import append_lines, read_lines
 from cmdp_fast.trainer.comparison.study.page import write_page
-from cmdp_fast.trainer.comparison.study.plan import Study, StudyMethod, Training, head, plan, read_study
+from cmdp_fast.trainer.comparison.study.plan import AFTER, Study, StudyMethod, Training, head, plan, read_study
 from cmdp_fast.trainer.comparison.study.run import FILE, lines_of
 from cmdp_fast.trainer.experience import Completions, Experience
 from cmdp_fast.trainer.methods import ppo
@@ -208,8 +208,11 @@ def plan_of(study: Study, variants: Sequence[Variant], runs: Path) -> list[tuple
             alone = replace(study, seeds=(seed,), methods=(StudyMethod(variant.name, (variant.candidate,)),))
             for training in plan(alone, runs):
                 name = hashlib.sha256(f"{training.config.name} {variant.name}".encode()).hexdigest()[:12]
-                wanted = tuple(w._replace(line=replace(w.line, training=name)) for w in training.wanted)
-                planned.append((variant, Training(replace(training.config, name=name, **variant.settings), wanted)))
+                looks = (seed, variant) == (study.seeds[0], variants[0])  # at teacher and student before, once
+                kept = [w for w in training.wanted if looks or w.who == AFTER]
+                wanted = tuple(w._replace(line=replace(w.line, training=name)) for w in kept)
+                config = replace(training.config, name=name, eval_before=looks, **variant.settings)
+                planned.append((variant, Training(config, wanted)))
     return planned
 
 
