@@ -147,8 +147,8 @@ def test_every_variant_is_a_training_of_its_own():
     assert len(planned) == len(ablations.VARIANTS) * len(study.situations)
     assert len({training.config.name for _, training in planned}) == len(planned)
     for variant, training in planned:
-        (wanted,) = training.wanted
-        line = wanted.line
+        line, *references = (wanted.line for wanted in training.wanted)
+        assert len(references) == (2 if variant is ablations.VARIANTS[0] else 0)
         assert (line.training, line.method, line.seed) == (training.config.name, variant.name, training.config.seed)
         training.config.validate()
 
