@@ -177,7 +177,8 @@ def test_the_lines_are_those_of_a_study_and_what_has_one_is_not_run_again(pair, 
     study = ablations.study_of(study, variants, "tiny-variants")
     assert ablations.run_all(study, variants, tmp_path / "out", ["python", "it.py"])
     lines = read_lines(tmp_path / "out" / "runs.jsonl")
-    assert [(line.method, line.candidate) for line in lines] == [("no direct term", "cmdp"), ("stale", "cmdp")]
+    assert [line.method for line in lines] == ["no direct term", "teacher", "student before", "stale"]
+    assert [line.candidate for line in lines] == ["cmdp", "", "", "cmdp"]
     page = (tmp_path / "out" / "README.md").read_text()
     assert "no direct term" in page and "the study's own head" in page
     monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("run again"))
