@@ -298,13 +298,18 @@ def test_refused_options(options, expected, recipe, tmp_path, capsys):
 
 
 def test_default_comparison_is_whole():
-    """Every method of the package, three multipliers, three seeds; and it could start."""
+    """Every method of the package but for other trainers' own, three multipliers, three seeds; and it could start."""
     runs = plan(CompareConfig())
     assert len(runs) == 3 * len(DEFAULT_METHODS) and len({run.folder for run in runs}) == len(runs)
     methods = {run.variant.method for run in runs}
-    assert methods == {path.stem for path in METHOD_FILES.glob("*.toml")}
+    assert methods == {path.stem for path in METHOD_FILES.glob("*.toml")} - {"kl_reward", "kl_loss"}
     sweep = [run.config.coefficient for run in runs if run.variant.method == "lagrangian" and run.config.seed == 0]
     assert len(sweep) >= 3
+
+
+def test_kl_penalties_are_compared_where_they_are_asked_for():
+    runs = plan(CompareConfig(methods=("kl_reward:coefficient=0.1", "kl_loss:kl_loss_correction=true"), seeds=(0,)))
+    assert [run.config.coefficient for run in runs] == [0.1, 0.04] and runs[1].config.kl_loss_correction
 
 
 def test_overrides_reach_the_run_as_they_were_checked(recipe):
