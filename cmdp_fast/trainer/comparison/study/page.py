@@ -225,14 +225,16 @@ def _above_teacher(results: Results) -> list[str]:
         cells = []
         for situation in results.situations:
             teacher = results.references.get((situation, TEACHER))
-            lines = results.of(situation, results.chosen(situation, method.name)).values()
-            if teacher is None or not lines:
+            setting = results.chosen(situation, method.name)
+            lines = results.of(situation, setting).values()
+            if teacher is None or setting is None or not lines:
                 cells.append("")
                 continue
             gains = [100 * (line.figures["accuracy"] - teacher.figures["accuracy"]) for line in lines]
             spent = math.fsum(line.figures["mean_kl"] for line in lines) / len(lines)
             per_nat = f"{interval_of(gains).mean / spent:.0f}" if spent else "no KL"
-            cells.append(f"{text_of(interval_of(gains))} ({per_nat})")
+            mark = "" if results.feasible(situation, setting) else MARK
+            cells.append(f"{text_of(interval_of(gains))}{mark} ({per_nat})")
         rows.append([method.name, *cells])
     return [
         "### Above the teacher",
