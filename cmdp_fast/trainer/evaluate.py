@@ -112,12 +112,17 @@ def of_several(samples: list[dict[str, Any]], n: int) -> dict[str, float]:
 
 
 def _samples(part: Completions, rows: list[Problem], judging: str) -> list[dict[str, Any]]:
-    """A dict per completion; `correct` is None where the reward that says so has no opinion."""
+    """A dict per completion; `correct` is None where the reward that says so has no opinion, and `reward`, all rewards
+    together, where none has."""
     length, unjudged = part.rollout.mask.sum(1), part.named_rewards[judging].isnan().tolist()
     columns: dict[str, list[Any]] = {
         "prompt": [row["prompt"] for row in rows],
         "completion": part.texts,
         "correct": [None if none else right for right, none in zip(part.correct.tolist(), unjudged, strict=True)],
+        "reward": [
+            value if scored else None
+            for value, scored in zip(part.task_reward.tolist(), part.scored.tolist(), strict=True)
+        ],
         "length": length.tolist(),
         "finished": part.rollout.finished.tolist(),
     }

@@ -32,14 +32,16 @@ def samples_of(path: Path, who: str) -> list[Sample]:
     return samples
 
 
-def figures_of(samples: Sequence[Sample], budget: Budget) -> dict[str, float]:
-    """The figures of all completions: see `lines.Line`. A completion that no judge had an opinion of is not right."""
+def figures_of(samples: Sequence[Sample], budget: Budget, unit: float = 1.0) -> dict[str, float]:
+    """The figures of all completions: see `lines.Line`. A completion that no judge had an opinion of is not right, and
+    earns nothing. ``unit``: what the right answer is worth."""
     kl = torch.tensor([sample["cumulative_kl"] for sample in samples], dtype=torch.float64)
     checked = [sample["sound"] for sample in samples if sample.get("sound") is not None]
     return {
         "accuracy": _accuracy(samples),
         "within": _within(samples, budget),
         "right_and_within": _mean(bool(sample["correct"]) and budget.holds(sample) for sample in samples),
+        "reward_within": _mean((sample["reward"] or 0.0) / unit * budget.holds(sample) for sample in samples),
         **({"reasoning_success": _mean(checked)} if checked else {}),
         "mean_kl": _mean_kl(samples),
         "cvar_kl": float(cvar(kl)),

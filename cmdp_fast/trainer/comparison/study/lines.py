@@ -34,7 +34,8 @@ class Line:
     seed: int
     budget: float
     figures: dict[str, float] = field(default_factory=dict)
-    """accuracy, within, right_and_within, mean_kl, cvar_kl, mean_length, examples, seconds; reasoning_success where
+    """accuracy, within, right_and_within, reward_within (the task's reward of those within budget, in units of what a
+    right answer is worth), mean_kl, cvar_kl, mean_length, examples, seconds; reasoning_success where
     steps were checked."""
     kl_quantiles: tuple[float, ...] = ()
     """The quantiles 0, 0.05, ..., 1 of the completions' cumulative KL."""

@@ -20,18 +20,24 @@ from .lines import Line, Parts
 from .names import label, short
 from .plan import TEACHER, Study
 from .plots import budgets_alone, draw_all
-from .statistics import SCORE, Difference, RegretRow, Results, Setting, stand_correction
+from .statistics import REWARD, SCORE, Difference, RegretRow, Results, Setting, stand_correction
 
 COLUMNS = (
     Column("within", "within budget (%)", share=True),
     Column("accuracy", "accuracy (%)", share=True),
     Column(SCORE, "right and within (%)", share=True),
+    Column(REWARD, "reward within (%)", share=True),
     Column("reasoning_success", "reasoning success (%)", share=True),
     Column("mean_kl", "mean KL (nats)"),
     Column("cvar_kl", "CVaR of KL (nats)"),
     Column("mean_length", "length (tokens)"),
 )
 MARK = "†"
+BY_REWARD = (
+    "The task may reward more than the right answer, such as brevity, and it is that for which a method spends its budget. "
+    "Here the score is the reward of the completions within budget, in percent of what a right answer is worth, and each "
+    "method's setting is the best by that."
+)
 
 
 def write_page(folder: Path, study: Study, lines: Sequence[Line], command: Sequence[str]) -> None:
@@ -58,6 +64,9 @@ def page_of(results: Results, command: Sequence[str], origin: str, plots: Sequen
     parts += [f"## {title}", *_take(pictures, "regret.png"), _regrets(results, one_setting=True)]
     if several and any(len(method.candidates) > 1 for method in study.methods):
         parts += ["## The best setting of each situation", _regrets(results, one_setting=False)]
+    if all(REWARD in line.figures for line in results.lines):
+        by_reward = Results(study, [*results.lines, *results.failed, *results.references.values()], REWARD)
+        parts += ["## By the task's reward", BY_REWARD, _regrets(by_reward, one_setting=True)]
     parts += [f"## Against {results.reference}", *_against(results.against_reference(), results)]
     parts += ["## Within budget on average only", _average_only(results)]
     parts += ["## Figures", *_take(pictures, "frontier.png"), *_take(pictures, "kl_distribution.png")]

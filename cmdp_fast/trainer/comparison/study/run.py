@@ -17,6 +17,7 @@ from cmdp_fast.info import machine
 from ...records.ending import SUMMARY
 from ...records.lock import alone_in
 from ...records.report import Report
+from ...settings.config import TrainConfig, reward_name
 from ..launching import jobs_of, remove, run_all
 from ..plan import CompareConfig, folder_of
 from .figures import by_kind, by_length, figures_of, kl_quantiles, samples_of
@@ -88,10 +89,18 @@ def lines_of(training: Training, study: Study, failure: str) -> list[Line]:
     return [
         replace(
             line,
-            figures=figures_of(samples[who], budget) | ({"seconds": trained} if who == AFTER else {}),
+            figures=figures_of(samples[who], budget, _unit(training.config))
+            | ({"seconds": trained} if who == AFTER else {}),
             kl_quantiles=kl_quantiles(samples[who]),
             kinds=by_kind(samples[who], budget, study.kinds),
             lengths=by_length(samples[who], budget),
         )
         for line, budget, who in training.wanted
     ]
+
+
+def _unit(config: TrainConfig) -> float:
+    """What a right answer is worth: the weight of the reward that says so, 1 if that is 0."""
+    names = [reward_name(spec) for spec in config.rewards]
+    weights = config.reward_weights or (1.0,) * len(names)
+    return dict(zip(names, weights, strict=True))[config.accuracy_reward or names[0]] or 1.0

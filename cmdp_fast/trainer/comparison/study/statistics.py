@@ -17,6 +17,7 @@ from .lines import Line
 from .plan import REFERENCES, Study
 
 SCORE = "right_and_within"
+REWARD = "reward_within"
 
 
 class Setting(NamedTuple):
@@ -55,8 +56,8 @@ class Difference:
 class Results:
     """The lines of a study by situation and setting. Lines of nothing that is in the study are left out."""
 
-    def __init__(self, study: Study, lines: Sequence[Line]) -> None:
-        self.study = study
+    def __init__(self, study: Study, lines: Sequence[Line], score: str = SCORE) -> None:
+        self.study, self.score = study, score
         self.situations = [situation.name for situation in study.situations]
         self.settings = [Setting(m.name, candidate) for m in study.methods for candidate in m.candidates]
         self._cells: dict[tuple[str, Setting], dict[int, Line]] = {}
@@ -114,14 +115,16 @@ class Results:
     def _rank(self, situation: str, setting: Setting) -> tuple[float, float]:
         """Score, and among equals the lower KL. Sums of the same numbers in another order are equal."""
         lines = self.of(situation, setting).values()
-        score = statistics.fmean(line.figures[SCORE] for line in lines)
+        score = statistics.fmean(line.figures[self.score] for line in lines)
         return round(score, 9), -statistics.fmean(line.figures["mean_kl"] for line in lines)
 
     def differences(self, situation: str, one: Setting | None, other: Setting | None) -> dict[int, float]:
         """The first setting's score less the second's in points, for each seed that both have."""
         first, second = self.of(situation, one), self.of(situation, other)
         return {
-            seed: 100 * (first[seed].figures[SCORE] - second[seed].figures[SCORE]) for seed in first if seed in second
+            seed: 100 * (first[seed].figures[self.score] - second[seed].figures[self.score])
+            for seed in first
+            if seed in second
         }
 
     def regret(self, situation: str, setting: Setting | None) -> Interval | None:
