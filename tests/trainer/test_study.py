@@ -236,12 +236,13 @@ def test_studies_of_the_package_could_start(path):
 # ---------------------------------------------------------------------------------------------------- figures
 
 SAMPLES: list[dict[str, Any]] = [
-    {"prompt": "1+8=", "correct": True, "length": 4, "sound": True, "cumulative_kl": 0.5},
-    {"prompt": "2+7=", "correct": True, "length": 5, "sound": False, "cumulative_kl": 3.0},
-    {"prompt": "7+2=", "correct": False, "length": 8, "sound": None, "cumulative_kl": 2.0},
+    {"prompt": "1+8=", "correct": True, "reward": 1.2, "length": 4, "sound": True, "cumulative_kl": 0.5},
+    {"prompt": "2+7=", "correct": True, "reward": 1.1, "length": 5, "sound": False, "cumulative_kl": 3.0},
+    {"prompt": "7+2=", "correct": False, "reward": 0.2, "length": 8, "sound": None, "cumulative_kl": 2.0},
     {
         "prompt": [{"role": "user", "content": "9+0="}],
         "correct": None,
+        "reward": None,
         "length": 33,
         "sound": None,
         "cumulative_kl": 8.5,
@@ -251,10 +252,11 @@ SAMPLES: list[dict[str, Any]] = [
 
 def test_figures_of_samples():
     """By hand. Exactly on the budget is within it; of four completions the worst tenth is a part of the last."""
-    assert figures.figures_of(SAMPLES, Budget(2.0)) == {
+    assert figures.figures_of(SAMPLES, Budget(2.0), unit=2.0) == {
         "accuracy": 0.5,
         "within": 0.5,
         "right_and_within": 0.25,
+        "reward_within": pytest.approx((1.2 + 0.2) / 2 / 4),
         "reasoning_success": 0.5,
         "mean_kl": 3.5,
         "cvar_kl": 8.5,

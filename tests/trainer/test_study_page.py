@@ -311,3 +311,17 @@ def test_teacher_and_student_before_stand_beside_the_methods():
     assert page.count("| teacher |") == 2 and page.count("| student before |") == 1
     assert "| cmdp | 20.0 ± 24.8 (10) | -10.0 (no KL) |" in page
     assert "Above the teacher" not in page_of(Results(STUDY, [*SOME, *teacher]), ["cmdp-fast"], "here")
+
+
+def test_a_table_by_the_tasks_reward():
+    """Where every line has it: here the order of the methods is the other way round, and a setting is chosen by it."""
+    rewarded = [
+        replace(each, figures={**each.figures, "reward_within": 1.1 - each.figures["right_and_within"]})
+        for each in SOME
+        if each.situation == "first" and each.candidate != LOW.candidate
+    ]
+    page = page_of(Results(replace(STUDY, situations=(Situation("first"),)), rewarded), ["cmdp-fast"], "here")
+    by_right, by_reward = page.split("## By the task's reward")
+    assert "| soft | 1 | 13.3" in by_right and "| cmdp |  | 0.0" in by_right
+    assert "| cmdp |  | 13.3" in by_reward and "| soft | 1 | 0.0" in by_reward
+    assert "By the task's reward" not in page_of(Results(STUDY, SOME), ["cmdp-fast"], "here")

@@ -34,9 +34,9 @@ COLUMNS = (
 )
 MARK = "†"
 BY_REWARD = (
-    "The task may reward more than the right answer, such as brevity, and it is that for which a method spends its budget. "
-    "Here the score is the reward of the completions within budget, in percent of what a right answer is worth, and each "
-    "method's setting is the best by that."
+    "The task may reward more than the right answer, such as brevity, and that is what a method spends its budget for. "
+    "Here the score is the reward of the completions within budget, in percent of what a right answer is worth, and "
+    "each method's setting is the best by that."
 )
 
 
