@@ -54,3 +54,25 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "teacher": tiny_model(root / "teacher", seed=2, layers=2),
         "dataset": str(problems),
     }
+
+
+@pytest.fixture(scope="module")
+def recipe(pair, tmp_path_factory) -> Path:
+    """A task of two steps with the tiny pair."""
+    settings = {
+        **pair,
+        "holdout_fraction": 0.3,
+        "steps": 2,
+        "prompts_per_step": 3,
+        "num_generations": 4,
+        "max_new_tokens": 6,
+        "minibatch_size": 6,
+        "learning_rate": 1e-2,
+        "eval_generations": 3,
+        "budget": 2.0,
+        "prefix_budget": 1.5,
+        "step_verifier": "equations",
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+    return path

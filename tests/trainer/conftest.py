@@ -16,9 +16,9 @@ MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 if not MISSING:
     from engine_runs import held, server
-    from pair_fixtures import one_thread, own_precision, pair, undrawn
+    from pair_fixtures import one_thread, own_precision, pair, recipe, undrawn
 
-    __all__ = ["held", "isolation", "one_thread", "own_precision", "pair", "server", "undrawn"]
+    __all__ = ["held", "isolation", "one_thread", "own_precision", "pair", "recipe", "server", "undrawn"]
 
 
 class Skipped(pytest.Module):

@@ -41,28 +41,6 @@ def undrawn() -> None:
     """Here figures are drawn."""
 
 
-@pytest.fixture(scope="module")
-def recipe(pair, tmp_path_factory) -> Path:
-    """A task of two steps with the tiny pair."""
-    settings = {
-        **pair,
-        "holdout_fraction": 0.3,
-        "steps": 2,
-        "prompts_per_step": 3,
-        "num_generations": 4,
-        "max_new_tokens": 6,
-        "minibatch_size": 6,
-        "learning_rate": 1e-2,
-        "eval_generations": 3,
-        "budget": 2.0,
-        "prefix_budget": 1.5,
-        "step_verifier": "equations",
-    }
-    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-    return path
-
-
 def words(recipe: Path, folder: Path, methods: str, seeds: str = "0 1", **options: str) -> list[str]:
     command = ["compare", "--recipe", str(recipe), "--methods", *methods.split(), "--seeds", *seeds.split()]
     command += ["--output-dir", str(folder), "--jobs", "2"]

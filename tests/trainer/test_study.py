@@ -33,27 +33,6 @@ from cmdp_fast.trainer.comparison.study.plan import (
 )
 from cmdp_fast.trainer.settings.config import TrainConfig
 
-
-@pytest.fixture(scope="module")
-def recipe(pair, tmp_path_factory) -> Path:
-    """A task of two steps with the tiny pair."""
-    settings = {
-        **pair,
-        "holdout_fraction": 0.3,
-        "steps": 2,
-        "prompts_per_step": 3,
-        "num_generations": 4,
-        "max_new_tokens": 6,
-        "minibatch_size": 6,
-        "learning_rate": 1e-2,
-        "eval_generations": 3,
-        "budget": 2.0,
-    }
-    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-    return path
-
-
 STUDY = """
 recipe = "RECIPE"
 seeds = [0, 1]
