@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from cmdp_fast.trainer.comparison.study.plan import (
     read_study,
 )
 from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.tasks.data import load_problems
 
 STUDY = """
 recipe = "RECIPE"
@@ -210,6 +212,11 @@ def test_studies_of_the_package_could_start(path):
     candidates = sum(len(method.candidates) for method in study.methods)
     count = sum(wanted.who == AFTER for training in trainings for wanted in training.wanted)
     assert count == len(study.seeds) * len(study.situations) * candidates >= len(trainings)
+    if study.kinds:
+        prompts = [row["prompt"] for row in load_problems(trainings[0].config).held_out]
+        assert {next(k.name for k in study.kinds if re.search(k.pattern, prompt)) for prompt in prompts} == {
+            kind.name for kind in study.kinds
+        }
 
 
 # ---------------------------------------------------------------------------------------------------- figures

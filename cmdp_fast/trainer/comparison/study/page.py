@@ -325,7 +325,9 @@ def _violations(results: Results) -> list[str]:
         lengths = {method: [line.lengths for line in each] for method, each in lines.items() if each}
         present = {name for each in lengths.values() for each_seed in each for name in each_seed}
         by_length = sorted(present, key=lambda name: int(name.partition("-")[0]))
-        parts += [f"{situation}, by kind of prompt:", _over_budget(kinds, [kind.name for kind in results.study.kinds])]
+        if any(part for each in kinds.values() for part in each):
+            names = [kind.name for kind in results.study.kinds]
+            parts += [f"{situation}, by kind of prompt:", _over_budget(kinds, names)]
         parts += [f"{situation}, by length in tokens:", _over_budget(lengths, by_length)]
     return parts
 

@@ -30,7 +30,7 @@ def draw_all(folder: Path, results: Results) -> list[str]:
         plots["regret.png"] = regret
     if budgets_alone(results):
         plots["frontier.png"] = frontier
-    if results.study.kinds:
+    if any(line.kinds for line in results.lines):
         plots["by_kind.png"] = by_kind
     for name, plot in plots.items():
         with replacing(folder / name) as part:
