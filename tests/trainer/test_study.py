@@ -25,7 +25,6 @@ from cmdp_fast.trainer.comparison.study.plan import (
     AFTER,
     REFERENCES,
     STUDIES,
-    Budget,
     Kind,
     Training,
     digest,
@@ -170,6 +169,7 @@ BAD = {
     "recipe": ("tiny.toml", "no.toml", "methods 'cmdp', 'cmdp' in 'first': --recipe"),
     "method": ('["gkd"]', '["gdk"]', "methods 'gkd', 'gdk' in 'first': --method gdk: neither"),
     "not read": ('["gkd"]', '["gkd:penalty=2"]', "'gkd:penalty=2' in 'first': --penalty 2.0 would have no effect"),
+    "a budget per token": ("budget = 4", "budget_per_token = true", "'cmdp' in 'wide': a study has one budget in nats"),
     "not in one situation": ("[10]", "[10, 10]", "'cmdp' in 'tenfold': --reward-weights must be a finite number"),
 }
 
@@ -238,7 +238,7 @@ SAMPLES: list[dict[str, Any]] = [
 
 def test_figures_of_samples():
     """By hand. Exactly on the budget is within it; of four completions the worst tenth is a part of the last."""
-    assert figures.figures_of(SAMPLES, Budget(2.0), unit=2.0) == {
+    assert figures.figures_of(SAMPLES, 2.0, unit=2.0) == {
         "accuracy": 0.5,
         "within": 0.5,
         "right_and_within": 0.25,
@@ -249,8 +249,7 @@ def test_figures_of_samples():
         "mean_length": 12.5,
         "examples": 4,
     }
-    assert figures.figures_of(SAMPLES, Budget(0.5, per_token=True))["within"] == 0.75
-    assert "reasoning_success" not in figures.figures_of(SAMPLES[2:], Budget(2.0))
+    assert "reasoning_success" not in figures.figures_of(SAMPLES[2:], 2.0)
     quantiles = figures.kl_quantiles(SAMPLES)
     assert len(quantiles) == 21 and (quantiles[0], quantiles[10], quantiles[20]) == (0.5, 2.5, 8.5)
     assert quantiles[1] == pytest.approx(0.5 + 3 * 0.05 * 1.5)
@@ -260,8 +259,8 @@ def test_figures_by_kind_and_length():
     kinds = (Kind("low", r"^[0-4]\+"), Kind("with 7", "7"), Kind("none", "x"))
     low = {"share": 0.5, "accuracy": 1.0, "within": 0.5, "mean_kl": 1.75}
     with_7 = {"share": 0.25, "accuracy": 0.0, "within": 1.0, "mean_kl": 2.0}
-    assert figures.by_kind(SAMPLES, Budget(2.0), kinds) == {"low": low, "with 7": with_7}  # the first that fits
-    by_length = figures.by_length(SAMPLES, Budget(2.0))
+    assert figures.by_kind(SAMPLES, 2.0, kinds) == {"low": low, "with 7": with_7}  # the first that fits
+    by_length = figures.by_length(SAMPLES, 2.0)
     assert {name: part["share"] for name, part in by_length.items()} == {"1-4": 0.25, "5-8": 0.5, "33-64": 0.25}
     assert by_length["5-8"] == {"share": 0.5, "accuracy": 0.5, "within": 0.5, "mean_kl": 2.5}
 
@@ -293,6 +292,15 @@ def test_lines_are_read_as_they_were_written(tmp_path):
     lines.append_line(path, replace(rounded, seed=1))
     assert lines.read_lines(path) == [rounded, replace(rounded, seed=1)]
     assert path.read_text().count('"study"') == 1
+
+
+def test_a_line_is_of_its_budget(tmp_path):
+    """A method that reads no budget has the same training for all of them, and other figures. A line is the one that
+    was asked for, though it has fewer digits of its budget."""
+    path, third = tmp_path / "runs.jsonl", replace(LINE, budget=1 / 3)
+    lines.append_lines(path, [LINE, third, replace(LINE, budget=0.5)])
+    assert [line.budget for line in lines.read_lines(path)] == [2.0, 0.33333, 0.5]
+    assert lines.read_lines(path)[1].key == third.key
 
 
 def test_a_line_that_is_not_whole_is_dropped_and_replaced(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from cmdp_fast.objective import cvar
 
 from .lines import Parts
-from .plan import Budget, Kind
+from .plan import Kind
 
 Sample = dict[str, Any]
 
@@ -32,16 +32,16 @@ def samples_of(path: Path, who: str) -> list[Sample]:
     return samples
 
 
-def figures_of(samples: Sequence[Sample], budget: Budget, unit: float = 1.0) -> dict[str, float]:
+def figures_of(samples: Sequence[Sample], budget: float, unit: float = 1.0) -> dict[str, float]:
     """The figures of all completions: see `lines.Line`. A completion that no judge had an opinion of is not right, and
-    earns nothing. ``unit``: what the right answer is worth."""
+    earns nothing. ``budget`` in nats; ``unit``: what the right answer is worth."""
     kl = torch.tensor([sample["cumulative_kl"] for sample in samples], dtype=torch.float64)
     checked = [sample["sound"] for sample in samples if sample.get("sound") is not None]
     return {
         "accuracy": _accuracy(samples),
         "within": _within(samples, budget),
-        "right_and_within": _mean(bool(sample["correct"]) and budget.holds(sample) for sample in samples),
-        "reward_within": _mean((sample["reward"] or 0.0) / unit * budget.holds(sample) for sample in samples),
+        "right_and_within": _mean(bool(sample["correct"]) and _holds(sample, budget) for sample in samples),
+        "reward_within": _mean((sample["reward"] or 0.0) / unit * _holds(sample, budget) for sample in samples),
         **({"reasoning_success": _mean(checked)} if checked else {}),
         "mean_kl": _mean_kl(samples),
         "cvar_kl": float(cvar(kl)),
@@ -56,7 +56,7 @@ def kl_quantiles(samples: Sequence[Sample]) -> tuple[float, ...]:
     return tuple(kl.quantile(torch.linspace(0, 1, QUANTILES, dtype=torch.float64)).tolist())
 
 
-def by_kind(samples: Sequence[Sample], budget: Budget, kinds: Sequence[Kind]) -> Parts:
+def by_kind(samples: Sequence[Sample], budget: float, kinds: Sequence[Kind]) -> Parts:
     """The figures of each kind of prompt that there is, in the order of the kinds."""
     parts: dict[str, list[Sample]] = {kind.name: [] for kind in kinds}
     for sample in samples:
@@ -67,7 +67,7 @@ def by_kind(samples: Sequence[Sample], budget: Budget, kinds: Sequence[Kind]) ->
     return {name: _part(part, budget, len(samples)) for name, part in parts.items() if part}
 
 
-def by_length(samples: Sequence[Sample], budget: Budget) -> Parts:
+def by_length(samples: Sequence[Sample], budget: float) -> Parts:
     """The figures of completions of 1 to 4 tokens, of 5 to 8, and so on in factors of two."""
     parts: dict[int, list[Sample]] = {}
     for sample in samples:
@@ -77,7 +77,7 @@ def by_length(samples: Sequence[Sample], budget: Budget) -> Parts:
     return {f"{first[n]}-{n}": _part(parts[n], budget, len(samples)) for n in sorted(parts)}
 
 
-def _part(samples: Sequence[Sample], budget: Budget, total: int) -> dict[str, float]:
+def _part(samples: Sequence[Sample], budget: float, total: int) -> dict[str, float]:
     return {
         "share": len(samples) / total,
         "accuracy": _accuracy(samples),
@@ -90,8 +90,12 @@ def _accuracy(samples: Sequence[Sample]) -> float:
     return _mean(bool(sample["correct"]) for sample in samples)
 
 
-def _within(samples: Sequence[Sample], budget: Budget) -> float:
-    return _mean(map(budget.holds, samples))
+def _within(samples: Sequence[Sample], budget: float) -> float:
+    return _mean(_holds(sample, budget) for sample in samples)
+
+
+def _holds(sample: Sample, budget: float) -> bool:
+    return bool(sample["cumulative_kl"] <= budget)
 
 
 def _mean_kl(samples: Sequence[Sample]) -> float:

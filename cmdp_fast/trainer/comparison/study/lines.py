@@ -46,9 +46,9 @@ class Line:
     failure: str = ""
 
     @property
-    def key(self) -> tuple[str, str, str, str, int]:
-        """What there is one line of."""
-        return self.training, self.situation, self.method, self.candidate, self.seed
+    def key(self) -> tuple[str, str, str, str, int, float]:
+        """What there is one line of: figures against another budget are another line, of the same training too."""
+        return self.training, self.situation, self.method, self.candidate, self.seed, _rounded(self.budget)
 
 
 def read_lines(path: Path, say: Callable[[str], None] = print) -> list[Line]:

@@ -66,17 +66,6 @@ class Study:
     text: str
 
 
-class Budget(NamedTuple):
-    """The budget of a situation: so many nats of reverse KL a completion, or a token."""
-
-    nats: float
-    per_token: bool = False
-
-    def holds(self, sample: dict[str, Any]) -> bool:
-        """Whether a completion's cumulative KL is within it."""
-        return bool(sample["cumulative_kl"] <= self.nats * (sample["length"] if self.per_token else 1))
-
-
 AFTER = "student_after"
 TEACHER, BEFORE = "teacher", "student before"
 REFERENCES = {TEACHER: "teacher", BEFORE: "student_before"}
@@ -84,10 +73,9 @@ REFERENCES = {TEACHER: "teacher", BEFORE: "student_before"}
 
 
 class Wanted(NamedTuple):
-    """A line that a training gives, without its figures, and the budget that they are for."""
+    """A line that a training gives, without its figures."""
 
     line: Line
-    budget: Budget
     who: str = AFTER
     """Whose samples they are of."""
 
@@ -220,7 +208,7 @@ def plan(study: Study, runs: Path) -> list[Training]:
             name = digest(config)
             line = Line(name, situation, method, candidate, seed, config.budget)
             training = shared.get(name, Training(replace(config, name=name, output_dir=str(runs)), ()))
-            wanted = [Wanted(line, Budget(config.budget, config.budget_per_token))]
+            wanted = [Wanted(line)]
             if situation not in looked_at:  # teacher and student before are the same for all of its trainings
                 looked_at.add(situation)
                 training = replace(training, config=replace(training.config, eval_before=True))
@@ -245,6 +233,8 @@ def _config(study: Study, situation: Situation, method: StudyMethod, candidate: 
         base = replace(base, **situation.settings)
         config = replace(base, **spec.overrides)
         check_config(config, base)
+        if config.budget_per_token or config.teacher_budgets:
+            raise InputError("a study has one budget in nats a completion, no --budget-per-token or --teacher-budgets")
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     return config

@@ -81,21 +81,21 @@ def lines_of(training: Training, study: Study, failure: str) -> list[Line]:
         seconds = read_sealed(folder / SUMMARY)["seconds"]
         trained = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
         try:
-            samples = {who: samples_of(folder / "samples.jsonl", who) for _, _, who in training.wanted}
+            samples = {who: samples_of(folder / "samples.jsonl", who) for _, who in training.wanted}
         except ValueError as error:
             failure = str(error)
     if failure:
-        return [replace(line, failure=failure) for line, _, _ in training.wanted]
+        return [replace(line, failure=failure) for line, _ in training.wanted]
     return [
         replace(
             line,
-            figures=figures_of(samples[who], budget, _unit(training.config))
+            figures=figures_of(samples[who], line.budget, _unit(training.config))
             | ({"seconds": trained} if who == AFTER else {}),
             kl_quantiles=kl_quantiles(samples[who]),
-            kinds=by_kind(samples[who], budget, study.kinds),
-            lengths=by_length(samples[who], budget),
+            kinds=by_kind(samples[who], line.budget, study.kinds),
+            lengths=by_length(samples[who], line.budget),
         )
-        for line, budget, who in training.wanted
+        for line, who in training.wanted
     ]
 
 
