@@ -149,6 +149,21 @@ def test_the_digest_is_of_what_is_read():
 
 BAD = {
     "TOML": ('recipe = "', "recipe = ", "not valid TOML"),
+    "nested without end": (
+        "budget = 4",
+        f"task_args = {{a = {'[' * 9999}}}",
+        "not valid TOML: ",
+    ),
+    "a number of many digits": ("budget = 4", f"budget = {'9' * 5000}", "not valid TOML: "),
+    "a number beyond all floats": (
+        "budget = 4",
+        f"budget = {'9' * 400}",
+        "--budget must be a positive number, not inf",
+    ),
+    "a weight beyond all floats": ("[10]", f"[-{'9' * 400}]", "a finite number for each of the 1 --rewards, not -inf"),
+    "what JSON has not": ("budget = 4", "task_args = {a = 1979-05-27}", "task_args must be a table of what JSON has"),
+    "a candidate of two lines": ('["gkd"]', r'["gkd:jsd_beta=0.1\nseed=1"]', "must be a list of str, each once"),
+    "many digits of a candidate": ('["gkd"]', f'["gkd:steps={"9" * 5000}"]', "steps must be int, not '999"),
     "unknown key": ("seeds =", "seed =", "there is no seed, only feasible, kinds"),
     "unknown key of a method": ('name = "gkd"', 'name = "gkd"\nbudget = 3', "methods 'gkd': there is no budget"),
     "seeds": ("[0, 1]", "[0, 0]", "seeds must be a list of int, each once, not [0, 0]"),
@@ -274,10 +289,10 @@ LINE = Line(
     "cmdp",
     0,
     2.0,
-    {"accuracy": 1 / 3, "within": 0.0},
-    (0.0, 123456.7),
+    dict.fromkeys(sorted(lines.FIGURES), 1.0) | {"accuracy": 1 / 3},
+    (*[0.0] * 20, 123456.7),
     {},
-    {"1-4": {"share": 1.0}},
+    {"1-4": dict.fromkeys(sorted(lines.PART), 0.5)},
 )
 FAILED = replace(LINE, seed=1, figures={}, kl_quantiles=(), lengths={}, failure="exit code 2: no")
 
@@ -287,7 +302,7 @@ def test_lines_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "runs.jsonl"
     assert lines.read_lines(path) == []
     lines.append_lines(path, [LINE, FAILED], {"study": "small"})
-    rounded = replace(LINE, figures={"accuracy": 0.33333, "within": 0.0}, kl_quantiles=(0.0, 123460.0))
+    rounded = replace(LINE, figures=LINE.figures | {"accuracy": 0.33333}, kl_quantiles=(*[0.0] * 20, 123460.0))
     assert lines.read_lines(path) == [rounded, FAILED]
     lines.append_line(path, replace(rounded, seed=1))
     assert lines.read_lines(path) == [rounded, replace(rounded, seed=1)]
@@ -321,7 +336,14 @@ DAMAGES = {
     "no seed": lambda value: json.dumps({key: item for key, item in value.items() if key != "seed"}),
     "text for a number": lambda value: json.dumps({**value, "budget": "2"}),
     "a number for text": lambda value: json.dumps({**value, "training": 2}),
-    "not finite": lambda value: json.dumps({**value, "figures": {"accuracy": math.nan}}),
+    "text": lambda value: '"study"',
+    "nested without end": lambda value: "[" * 100_000,
+    "a number of many digits": lambda value: json.dumps(value).replace("2.0", "9" * 400),
+    "a figure is missing": lambda value: json.dumps({**value, "figures": {"accuracy": 1.0}}),
+    "a figure of a part is missing": lambda value: json.dumps({**value, "kinds": {"low": {"share": 1.0}}}),
+    "no length": lambda value: json.dumps({**value, "lengths": {"short": value["lengths"]["1-4"]}}),
+    "quantiles": lambda value: json.dumps({**value, "kl_quantiles": [1.0]}),
+    "not finite": lambda value: json.dumps({**value, "figures": {**value["figures"], "accuracy": math.nan}}),
     "nothing": lambda value: json.dumps({**value, "figures": {}}),
     "parts": lambda value: json.dumps({**value, "kinds": [1]}),
 }

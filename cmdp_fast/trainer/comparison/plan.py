@@ -18,7 +18,7 @@ from cmdp_fast.files import as_json
 from ..records.ending import finished_summary
 from ..settings.config import TrainConfig
 from ..settings.ranges import SEED
-from ..settings.recipe import read_recipe, tomllib
+from ..settings.recipe import NOT_TOML, read_recipe, tomllib
 from ..settings.unread import changed, check_read
 from ..settings.values import typed
 
@@ -187,7 +187,7 @@ def _value(key: str, text: str) -> Any:
     """A value as TOML has it, or a word without quotes."""
     try:
         return tomllib.loads(f"{key} = {text}")[key]
-    except tomllib.TOMLDecodeError:
+    except NOT_TOML:
         return text
 
 

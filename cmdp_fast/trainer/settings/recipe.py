@@ -18,6 +18,7 @@ else:
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 METHOD_FILES = RECIPES / "methods"
+NOT_TOML = (ValueError, RecursionError)  # tomllib's own error is a ValueError; so is that of a number of 5000 digits
 
 
 def read_recipe(name: str, method: str = "") -> TrainConfig:
@@ -50,8 +51,13 @@ def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
         raise InputError(f"--{option} {name}: neither a TOML file nor one of the package's {option}s ({known})")
+    return typed(read_toml(path, f"--{option} {name}")[0], f"--{option} {name}")
+
+
+def read_toml(path: Path, source: str) -> tuple[dict[str, Any], str]:
+    """The values of a TOML file, and its text. Raises InputError, which names the source, for one that has none."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--{option} {name}: not valid TOML: {first_line(error)}") from error
-    return typed(values, f"--{option} {name}")
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text), text
+    except (*NOT_TOML, OSError) as error:
+        raise InputError(f"{source}: not valid TOML: {first_line(error)}") from error

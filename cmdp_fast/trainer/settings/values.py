@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any, get_args, get_type_hints
 
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, first_line, shown
 
 from .config import TrainConfig
 
@@ -22,15 +23,34 @@ def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
         expected = dict if default is dataclasses.MISSING else type(default)
         if isinstance(default, tuple) and isinstance(value, (list, tuple)):
             kind = type(default[0]) if default else get_args(kinds[key])[0]
-            values[key] = value = tuple(float(item) if (kind, type(item)) == (float, int) else item for item in value)
+            values[key] = value = tuple(_float(item) if (kind, type(item)) == (float, int) else item for item in value)
             if any(type(item) is not kind for item in value):
                 raise InputError(f"{source}: {key} must be a list of {kind.__name__}, not {list(value)!r}")
         elif isinstance(default, float) and type(value) is int:
-            values[key] = value = float(value)
+            values[key] = value = _float(value)
         if type(value) is not expected:
             kind_of = {"tuple": "a list", "dict": "a table"}.get(expected.__name__, expected.__name__)
-            raise InputError(f"{source}: {key} must be {kind_of}, not {value!r}")
+            raise InputError(f"{source}: {key} must be {kind_of}, not {shown(value)}")
+        if expected is dict:
+            _check_json(value, f"{source}: {key}")
     return values
+
+
+def _float(value: int) -> float:
+    """Infinite where no float is as large: no setting may be."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _check_json(value: dict[str, Any], source: str) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{source} must be a table of what JSON has, not {shown(value)}: {first_line(error)}"
+        ) from error
 
 
 def words(name: str, value: Any) -> list[str]:

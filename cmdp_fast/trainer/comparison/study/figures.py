@@ -13,12 +13,11 @@ import torch
 
 from cmdp_fast.objective import cvar
 
-from .lines import Parts
+from .lines import QUANTILES, Parts
 from .plan import Kind
 
 Sample = dict[str, Any]
 
-QUANTILES = 21
 SHORTEST = 4  # tokens: the first part of the lengths
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line, shown
 from cmdp_fast.files import as_json, writing
 
 DIGITS = 5  # that a figure is written with
 REQUIRED = {"training", "situation", "method", "candidate", "seed", "budget"}
+FIGURES = {"accuracy", "within", "right_and_within", "mean_kl", "cvar_kl", "mean_length", "examples"}
+PART = {"share", "accuracy", "within", "mean_kl"}
+QUANTILES = 21
 
 Parts = dict[str, dict[str, float]]
 
@@ -69,6 +73,8 @@ def read_lines(path: Path, say: Callable[[str], None] = print) -> list[Line]:
     for number, text in enumerate(whole, 1):
         try:
             value = json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError(f"{shown(value)} where a table is expected")
             if "study" in value:  # the head, which says where the lines are from
                 continue
             line = _line(value)
@@ -91,15 +97,24 @@ def _line(value: dict[str, Any]) -> Line:
             raise ValueError(f"{name} is {value[name]!r}, expected text")
     if type(value["seed"]) is not int:
         raise ValueError(f"seed is {value['seed']!r}, expected a whole number")
-    if not value.get("failure") and not value.get("figures"):
-        raise ValueError("it has neither figures nor a failure")
-    parts = {name: {key: _numbers(part) for key, part in value.get(name, {}).items()} for name in ("kinds", "lengths")}
+    about = {name: value[name] for name in REQUIRED} | {"budget": _number(value["budget"])}
+    if value.get("failure"):
+        return Line(**about, failure=value["failure"])
+    figures = _numbers(value.get("figures", {}), FIGURES)
+    parts = {
+        name: {key: _numbers(part, PART) for key, part in value.get(name, {}).items()} for name in ("kinds", "lengths")
+    }
+    if unnamed := [name for name in parts["lengths"] if not re.fullmatch(r"[0-9]+-[0-9]+", name)]:
+        raise ValueError(f"lengths have {unnamed[0]!r}, expected one such as '5-8'")
     quantiles = tuple(_number(quantile) for quantile in value.get("kl_quantiles", ()))
-    figures = _numbers(value.get("figures", {}))
-    return Line(**{**value, **parts, "budget": _number(value["budget"]), "figures": figures, "kl_quantiles": quantiles})
+    if len(quantiles) != QUANTILES:
+        raise ValueError(f"it has {len(quantiles)} quantiles, expected {QUANTILES}")
+    return Line(**about, **parts, figures=figures, kl_quantiles=quantiles)
 
 
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
+def _numbers(values: dict[str, Any], expected: set[str]) -> dict[str, float]:
+    if missing := expected - values.keys():
+        raise ValueError(f"{min(missing)} is missing")
     return {name: _number(value) for name, value in values.items()}
 
 

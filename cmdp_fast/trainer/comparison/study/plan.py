@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
 
 from ...settings.config import TrainConfig
 from ...settings.ranges import SEED
-from ...settings.recipe import RECIPES, read_recipe, tomllib
+from ...settings.recipe import RECIPES, read_recipe, read_toml, tomllib
 from ...settings.unread import READERS
 from ...settings.values import typed
 from ..plan import CHOSEN, check_config, spec_of
@@ -98,11 +98,7 @@ def read_study(name: str) -> Study:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.toml")))
         raise InputError(f"{source}: neither a TOML file nor one of the package's studies ({known})")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: not valid TOML: {first_line(error)}") from error
+    values, text = read_toml(path, source)
     table = _Table(source, values, {"recipe", "seeds", "feasible", "settings", "situations", "methods", "kinds"})
     seeds = table.list_of("seeds", int)
     for seed in seeds:
@@ -157,7 +153,12 @@ class _Table:
 
     def list_of(self, key: str, kind: type) -> tuple[Any, ...]:
         value = self.values.get(key)
-        if not isinstance(value, list) or not value or any(type(v) is not kind for v in value) or _repeated(value):
+        if (
+            not isinstance(value, list)
+            or not value
+            or any(type(v) is not kind or (kind is str and not v.isprintable()) for v in value)
+            or _repeated(value)
+        ):
             raise InputError(f"{self.source}: {key} must be a list of {kind.__name__}, each once, not {value!r}")
         return tuple(value)
 
