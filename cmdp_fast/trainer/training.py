@@ -125,7 +125,7 @@ class Training:
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            _check_records(state)
+            _check_records(state, self.config.eval_before)
             known = self.learner.scheduler.state_dict()
             schedule = {name: value for name, value in state["schedule"].items() if name in known}  # of any torch
             if "last_epoch" not in schedule or any(_form(known[name]) != _form(schedule[name]) for name in schedule):
@@ -297,10 +297,11 @@ class Training:
             self.report.say(f"{folder}: {'student/ ' if whole else ''}{names}")
 
 
-def _check_records(state: dict[str, Any]) -> None:
+def _check_records(state: dict[str, Any], evaluated_before: bool) -> None:
     """Raises ValueError or KeyError unless a checkpoint's records are of the form that `Training` writes."""
     steps = [record["step"] for name in ("metrics", "evaluations") for record in state[name]]
-    evaluated = [who for who in ("teacher", "student_before") if who in state["results"]]
+    evaluated = {who for who in ("teacher", "student_before") if who in state["results"]}
+    evaluated |= {"student_before"} if evaluated_before else set()
     figures = [state["results"][who]["accuracy"] for who in evaluated]
     samples = [sample["completion"] for some in state["samples"].values() for sample in some]
     drawn = [record[name] for name, _ in CURVES for record in state["metrics"]]
