@@ -97,11 +97,11 @@ def _line(value: dict[str, Any]) -> Line:
             raise ValueError(f"{name} is {value[name]!r}, expected text")
     if type(value["seed"]) is not int:
         raise ValueError(f"seed is {value['seed']!r}, expected a whole number")
-    about = {name: value[name] for name in REQUIRED} | {"budget": _number(value["budget"])}
+    about: dict[str, Any] = {name: value[name] for name in REQUIRED} | {"budget": _number(value["budget"])}
     if value.get("failure"):
         return Line(**about, failure=value["failure"])
     figures = _numbers(value.get("figures", {}), FIGURES)
-    parts = {
+    parts: dict[str, Any] = {
         name: {key: _numbers(part, PART) for key, part in value.get(name, {}).items()} for name in ("kinds", "lengths")
     }
     if unnamed := [name for name in parts["lengths"] if not re.fullmatch(r"[0-9]+-[0-9]+", name)]:

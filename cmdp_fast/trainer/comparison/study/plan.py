@@ -156,7 +156,7 @@ class _Table:
         if (
             not isinstance(value, list)
             or not value
-            or any(type(v) is not kind or (kind is str and not v.isprintable()) for v in value)
+            or any(type(v) is not kind or (isinstance(v, str) and not v.isprintable()) for v in value)
             or _repeated(value)
         ):
             raise InputError(f"{self.source}: {key} must be a list of {kind.__name__}, each once, not {value!r}")
