@@ -173,6 +173,7 @@ BAD = {
     "value of a setting": ("steps = 1", 'steps = "one"', "settings: steps must be int, not 'one'"),
     "a setting of the study's own": ("budget = 4", "eval_before = true", "eval_before is for the study to choose"),
     "two of one name": ('"tenfold"', '"first"', "two of the situations have the name 'first'"),
+    "a method of a reference's name": ('name = "gkd"', 'name = "teacher"', "methods 'teacher': the name is that of"),
     "no name": ('name = "gkd"', "", "methods 3: name must be a line of text, not None"),
     "no candidate": ('candidates = ["gkd"]', "candidates = []", "candidates must be a list of str, each once, not []"),
     "no situations": (

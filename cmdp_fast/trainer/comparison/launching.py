@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from cmdp_fast.digest import Damaged
+from cmdp_fast.errors import readable
 from cmdp_fast.files import writing
 
 from ..records.ending import finished_summary
@@ -56,7 +57,7 @@ def _failure(config: TrainConfig, code: int, log: Path) -> str:
         return str(error)
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     last = next((line for line in reversed(lines) if line.strip()), "no output")
-    return f"exit code {code}: {last.strip()}"
+    return f"exit code {code}: {readable(last.strip())}"
 
 
 def remove(folder: Path, report: Report) -> None:

@@ -111,6 +111,8 @@ def read_study(name: str) -> Study:
         StudyMethod(t.text("name"), t.list_of("candidates", str))
         for t in table.tables("methods", {"name", "candidates"})
     ]
+    if taken := [method.name for method in methods if method.name in REFERENCES]:
+        raise InputError(f"{source}: methods {taken[0]!r}: the name is that of a row beside the methods")
     kinds = [Kind(t.text("name"), t.pattern("pattern")) for t in table.tables("kinds", {"name", "pattern"}, least=0)]
     return Study(
         path.stem,
