@@ -44,10 +44,10 @@ from cmdp_fast.constraint import Constraint
 from cmdp_fast.credit import of_last_token
 from cmdp_fast.info import machine
 from cmdp_fast.trainer.comparison.launching import remove
-from cmdp_fast.trainer.comparison.study.lines import append_lines, read_lines
+from cmdp_fast.trainer.comparison.study.lines import FILE, append_lines, read_lines
 from cmdp_fast.trainer.comparison.study.page import write_page
 from cmdp_fast.trainer.comparison.study.plan import AFTER, Study, StudyMethod, Training, head, plan, read_study
-from cmdp_fast.trainer.comparison.study.run import FILE, lines_of
+from cmdp_fast.trainer.comparison.study.run import lines_of
 from cmdp_fast.trainer.experience import Completions, Experience
 from cmdp_fast.trainer.methods import ppo
 from cmdp_fast.trainer.methods.method import Targets

@@ -20,8 +20,9 @@ Written before the runs:
 - Each method has the candidates below, and more where its number is the one to tune: lambda from 0.001 to 100 by
   factors of about 3, so that every scale of the reward has its own within reach, and 0.5 and 0.55, about the smallest
   that keep every path of the first situation within its budget. pid has gains (kp, ki) and a lambda to start from.
-- `k1_reward` is PPO with a KL penalty in the reward, as verl has it; `k3_loss` GRPO with k3 in the loss, as TRL has it,
-  with advantages divided by their deviation. All others have the baseline of their position.
+- `k1_reward` is PPO with a KL penalty in the reward, as verl has it; `k3_loss` GRPO with k3 in the loss, as
+  DeepSeekMath and verl have it (TRL multiplies it by the ratio), with advantages divided by their deviation. All others
+  have the baseline of their position.
 
 What was looked at before: some trainings on the first situation with one seed, by which the number of steps and the
 gains of pid were set so that most of them come to rest, and exact ascents for the 0.5 and 0.55. No setting has changed

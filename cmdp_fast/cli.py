@@ -51,11 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     try:
-        import datasets
-        import transformers
-
         from .errors import InputError, ProcessAlone, ProcessLost
+        from .trainer.records.report import quiet_libraries
 
+        quiet_libraries()
         run = _runner(command)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cmdp_fast"):
@@ -64,9 +63,6 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
         print(f"cmdp-fast: error: {command} needs {error.name}, {extra}", file=sys.stderr)
         return 2
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
     try:
         return run(arguments)
     except InputError as error:

@@ -135,7 +135,7 @@ class Measurement(NamedTuple):
                 off[variant.name] = str(reason)
                 if not variant.peer:
                     problems.append(f"{variant.name}: {reason}")
-            except Exception as error:  # likewise; ours is a problem of the case, which is then shown as failed
+            except Exception as error:  # of a peer it is noted; ours shows the case as failed
                 _note(variant, first_line(error), absent, problems)
         return problems, off
 
@@ -159,7 +159,7 @@ def _trial(variant: Variant, inputs: Inputs) -> str:
         variant.run(variant.state(inputs))
         if inputs[next(iter(inputs))].is_cuda:
             torch.cuda.synchronize()
-    except Exception as error:  # likewise, and memory that does not hold it; the caller notes it beside the variant
+    except Exception as error:  # of any library, or of memory; the caller notes it
         return first_line(error)
     return ""
 
@@ -174,7 +174,7 @@ def _replays(variant: Variant, sets: Sequence[Inputs], setting: Setting) -> tupl
         return [], "no GPU"
     try:
         return replay(variant, sets), ""
-    except Exception as error:  # likewise; what waits for the host cannot be captured. Whole calls are timed already
+    except Exception as error:  # what waits for the host cannot be captured; calls are timed already
         with suppress(RuntimeError):
             torch.cuda.synchronize()
         return [], f"cannot be captured: {first_line(error)}"
@@ -235,7 +235,7 @@ def _add_memory(found: Measured, variant: Variant, inputs: Inputs, setting: Sett
     try:
         setting.free()
         found.memory = memory.peak_growth(variant, inputs, setting.device)
-    except Exception as error:  # likewise; the times stand, and this is said beside them
+    except Exception as error:  # of any library; the times stand, and this is said beside them
         found.memory_note = first_line(error)
 
 

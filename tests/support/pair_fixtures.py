@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
-from tiny_pair import PROBLEMS, tiny_model
+from tiny_pair import PROBLEMS, SMALL, tiny_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,20 +59,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def recipe(pair, tmp_path_factory) -> Path:
     """A task of two steps with the tiny pair."""
-    settings = {
-        **pair,
-        "holdout_fraction": 0.3,
-        "steps": 2,
-        "prompts_per_step": 3,
-        "num_generations": 4,
-        "max_new_tokens": 6,
-        "minibatch_size": 6,
-        "learning_rate": 1e-2,
-        "eval_generations": 3,
-        "budget": 2.0,
-        "prefix_budget": 1.5,
-        "step_verifier": "equations",
-    }
+    settings = {**pair, **SMALL, "budget": 2.0, "prefix_budget": 1.5, "step_verifier": "equations"}
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
     return path

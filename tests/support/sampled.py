@@ -18,6 +18,7 @@ from torch import Tensor
 import cmdp_fast as ops
 from cmdp_fast import objective
 from cmdp_fast.objective import GroupAdvantage
+from cmdp_fast.trainer.methods.kl_loss import k3
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def loss_of(
         normalizer=size,
     )
     if method.k3:
-        ratio = rollout.logprob - batch.teacher.log()[batch.state, batch.tokens]
-        loss = loss + method.k3 * (torch.expm1(-ratio) + ratio).sum() / size
+        teacher = batch.teacher.log()[batch.state, batch.tokens]
+        loss = loss + method.k3 * k3(rollout.logprob, teacher).sum() / size
     return loss
 
 

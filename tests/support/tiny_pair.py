@@ -60,21 +60,20 @@ def tiny_model(
     return str(folder)
 
 
+SMALL = {  # a training of two steps
+    "holdout_fraction": 0.3,
+    "steps": 2,
+    "prompts_per_step": 3,
+    "num_generations": 4,
+    "max_new_tokens": 6,
+    "minibatch_size": 6,
+    "learning_rate": 1e-2,
+    "eval_generations": 3,
+}
+
+
 def settings(pair: dict[str, str], **changes) -> TrainConfig:
-    base = TrainConfig(
-        **pair,
-        holdout_fraction=0.3,
-        steps=2,
-        prompts_per_step=3,
-        num_generations=4,
-        max_new_tokens=6,
-        minibatch_size=6,
-        micro_batch_size=5,
-        learning_rate=1e-2,
-        budget=2.0,
-        eval_generations=3,
-        baseline="position_rloo",
-    )
+    base = TrainConfig(**pair, **SMALL, micro_batch_size=5, budget=2.0, baseline="position_rloo")
     config = dataclasses.replace(base, **changes)
     config.validate()
     return config
@@ -87,15 +86,8 @@ def arguments(pair: dict[str, str], output: Path, **changes) -> list[str]:
         "task": "",
         "prompt_template": "",
         "answer_pattern": "",
-        "holdout_fraction": 0.3,
-        "steps": 2,
-        "prompts_per_step": 3,
-        "num_generations": 4,
-        "max_new_tokens": 6,
-        "minibatch_size": 6,
+        **SMALL,
         "micro_batch_size": 5,
-        "learning_rate": 1e-2,
-        "eval_generations": 3,
         "eval_every": 1,
         "output_dir": output,
         "name": "r",

@@ -84,3 +84,9 @@ def test_an_infinite_cost_is_named(pair):
     with pytest.raises(InputError, match="mean cost of the completions is inf nats"):
         learner.price(experience, learner.constraint())
     assert learner.pid.coefficient == 0.3
+
+
+@pytest.mark.parametrize("gains", [(0.1, math.inf, 0.0), (math.nan, 0.1, 0.0), (0.1, 0.1)])
+def test_gains_are_three_finite_numbers(gains, pair):
+    with pytest.raises(InputError, match="--pid-gains must be three finite numbers, not "):
+        settings(pair, kind="pid", coefficient=0.3, pid_gains=gains)

@@ -19,11 +19,12 @@ from forked_trainings import forking
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.comparison import launching
+from cmdp_fast.trainer.comparison.plan import REFERENCES
 from cmdp_fast.trainer.comparison.study import figures, lines
 from cmdp_fast.trainer.comparison.study.lines import Line
 from cmdp_fast.trainer.comparison.study.plan import (
     AFTER,
-    REFERENCES,
     STUDIES,
     Kind,
     Training,
@@ -120,7 +121,7 @@ def test_teacher_and_student_before_stand_once_for_each_situation(study):
     trainings = planned(study)
     wanted = [(t, each) for t in trainings for each in t.wanted if each.who != AFTER]
     assert [(each.line.situation, each.line.method, each.who) for _, each in wanted] == [
-        (situation, *who) for situation in ("first", "tenfold", "wide") for who in REFERENCES.items()
+        (situation, label, who) for situation in ("first", "tenfold", "wide") for who, label in REFERENCES.items()
     ]
     assert all(t.config.eval_before and t.config.seed == 0 and each.line.candidate == "" for t, each in wanted)
     assert sum(t.config.eval_before for t in trainings) == 3
@@ -305,7 +306,7 @@ def test_lines_are_read_as_they_were_written(tmp_path):
     lines.append_lines(path, [LINE, FAILED], {"study": "small"})
     rounded = replace(LINE, figures=LINE.figures | {"accuracy": 0.33333}, kl_quantiles=(*[0.0] * 20, 123460.0))
     assert lines.read_lines(path) == [rounded, FAILED]
-    lines.append_line(path, replace(rounded, seed=1))
+    lines.append_lines(path, [replace(rounded, seed=1)])
     assert lines.read_lines(path) == [rounded, replace(rounded, seed=1)]
     assert path.read_text().count('"study"') == 1
 
@@ -321,11 +322,11 @@ def test_a_line_is_of_its_budget(tmp_path):
 
 def test_a_line_that_is_not_whole_is_dropped_and_replaced(tmp_path):
     path, said = tmp_path / "runs.jsonl", []
-    lines.append_line(path, LINE)
+    lines.append_lines(path, [LINE])
     whole = path.read_text()
     path.write_text(whole + whole[:-1])
     assert len(lines.read_lines(path, said.append)) == 1 and "the last line is not whole" in said[0]
-    lines.append_line(path, FAILED)
+    lines.append_lines(path, [FAILED])
     assert path.read_text().startswith(whole) and lines.read_lines(path)[1:] == [FAILED]
 
 
@@ -353,7 +354,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_lines_are_named(damage: Callable[[dict[str, Any]], str], tmp_path):
     path = tmp_path / "runs.jsonl"
-    lines.append_line(path, LINE)
+    lines.append_lines(path, [LINE])
     whole = path.read_text()
     path.write_text(whole + damage(json.loads(whole)) + "\n" + whole)
     with pytest.raises(InputError, match=r"runs\.jsonl, line 2: not a line of a study: ") as error:
@@ -443,3 +444,11 @@ def test_a_training_that_fails_costs_itself_and_is_run_again(recipe, tmp_path, c
     assert run(words(study, tmp_path / "out")) == 1
     assert "4 trainings, 3 of them finished already" in capsys.readouterr().out
     assert len(lines.read_lines(path)) == 4 + 2
+
+
+def test_why_a_training_failed_is_readable(tmp_path):
+    """The last line of its log may be anything: it becomes one short line without control codes."""
+    log = tmp_path / "log"
+    log.write_text("first\n\x1b[2Jlost " + "x" * 1000 + "\n\n")
+    why = launching._failure(TrainConfig(output_dir=str(tmp_path), name="r"), 3, log)
+    assert why.startswith("exit code 3: ?[2Jlost xxx") and why.isprintable() and len(why) < 400

@@ -30,7 +30,8 @@ DEFAULT_METHODS = (
 SEEDS = (0, 1, 2)
 CHOSEN = ("recipe", "method", "name", "output_dir", "seed", "resume", "dry_run")  # by a comparison for each of its runs
 _COMMA = re.compile(r",(?![^\[\]]*\])(?![^{}]*\})")  # outside of a list or a table
-REFERENCES = ("teacher", "student_before")
+REFERENCES = {"teacher": "teacher", "student_before": "student before"}
+"""Who stands beside the methods: by the name in `summary.json` and in samples, that in tables."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class CompareConfig:
 
     study: str = ""
     """A study in place of `recipe` and `methods`: many situations and methods, out of a TOML file of the package by
-    name (transfer, per-completion, faulty-teacher) or by path. Its figures are kept in `runs.jsonl`, and what stands
-    there is not run again."""
+    name (transfer, per-completion, faulty-teacher, ablations) or by path. Its figures are kept in `runs.jsonl`, and
+    what stands there is not run again."""
     recipe: str = "tempting"
     """The task: a recipe of the package by name, or a path to a TOML file."""
     methods: tuple[str, ...] = DEFAULT_METHODS
@@ -213,3 +214,8 @@ def summary_of(run: SeededRun) -> dict[str, Any] | None:
             f"{remove}"
         )
     return summary
+
+
+def training_seconds(summary: dict[str, Any]) -> float:
+    """The seconds of a run's steps, without its evaluations."""
+    return float(sum(summary["seconds"][phase] for phase in ("rollout", "scoring", "update")))

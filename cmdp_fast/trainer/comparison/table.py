@@ -14,7 +14,7 @@ from cmdp_fast.files import as_json
 from cmdp_fast.info import machine
 
 from ..settings.config import TrainConfig
-from .plan import Result, Variant
+from .plan import REFERENCES, Result, Variant, training_seconds
 
 
 class Column(NamedTuple):
@@ -63,9 +63,7 @@ class TableRow:
 def figures_of(result: Result) -> dict[str, float]:
     """A finished run's figures by column; `seconds` are those of its steps, without evaluations."""
     assert result.summary is not None
-    seconds = result.summary["seconds"]
-    trained = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
-    return result.summary["student_after"] | {"seconds": trained} | result.judged
+    return result.summary["student_after"] | {"seconds": training_seconds(result.summary)} | result.judged
 
 
 def summarise(results: Sequence[Result]) -> list[TableRow]:
@@ -77,7 +75,7 @@ def summarise(results: Sequence[Result]) -> list[TableRow]:
     plain = next((r for r in finished if not r.run.variant.overrides), finished[0])
     assert plain.summary is not None
     rows = []
-    for label, who in (("teacher", "teacher"), ("student before", "student_before")):
+    for who, label in REFERENCES.items():
         if plain.summary[who] is None:  # a teacher that cannot be sampled
             continue
         figures = {name: Estimate(value, math.nan) for name, value in _known(plain.summary[who]).items()}

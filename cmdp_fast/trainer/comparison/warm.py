@@ -2,7 +2,8 @@
 
 The process is told on its standard input which trainings to start, a line of JSON for each, and answers on its standard
 output with a line for each that has ended. It computes nothing itself, so its children begin as a new process does. It
-ends them when its input ends: with whoever started it, however that ends.
+ends them when its input ends: with whoever started it, however that ends. The server of multiprocessing would leave
+the trainings of a comparison that was killed to go on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cmdp_fast.children import command
 from cmdp_fast.errors import InputError, without_controls
 from cmdp_fast.files import as_json
 
+from ..records.report import quiet_libraries
 from ..settings.config import TrainConfig
 from ..settings.values import typed
 
@@ -152,14 +154,9 @@ def _forked(training: dict[str, Any], answers: Any) -> int:
 
 def trained(settings: dict[str, Any]) -> int:
     """Trains and returns the exit code, as `cmdp-fast train` does."""
-    import datasets
-    import transformers
-
     from ..run import train
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
+    quiet_libraries()
     try:
         train(TrainConfig(**typed(settings, "a training's settings")))
     except InputError as error:

@@ -63,3 +63,13 @@ class Report:
             for item in items:
                 yield item
                 progress.update(task, advance=1, status=self._status)
+
+
+def quiet_libraries() -> None:
+    """Keeps transformers and datasets from warnings and progress bars of their own, in this process."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()

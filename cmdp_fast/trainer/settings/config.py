@@ -6,6 +6,7 @@ looks at every number and name before a model is loaded.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,10 @@ class TrainConfig(
             self.lora_rank or not self.lora_modules_to_save,
             "--lora-modules-to-save is for an adapter: it needs --lora-rank",
         )
-        _check(len(self.pid_gains) == 3, f"--pid-gains must be three numbers, not {self.pid_gains}")
+        _check(
+            len(self.pid_gains) == 3 and all(map(math.isfinite, self.pid_gains)),
+            f"--pid-gains must be three finite numbers, not {' '.join(map(str, self.pid_gains))}",
+        )
         check_rollout(self, self.rollout, self.mixes_teacher, self.lora_rank)
         samples = "mixture" if self.mixes_teacher else "" if self.entry.on_policy else "text"
         check_teacher(self, self.algorithm, samples if self.TRAINS else "", self.TRAINS)

@@ -13,7 +13,6 @@ HABITS = {
     "faulty": "the same, but a sum with 7 or more as its second term comes out one too small",
     "merged": "two terms at a step: 3+4+2=9;A9",
     "direct": "the answer without steps: A9",
-    "guess": "the same, and it is wrong: A11",
     "bare": "nothing but the number: 9",
 }
 
@@ -21,8 +20,8 @@ HABITS = {
 def worked_solution(expression: str, habit: str = "careful", rng: random.Random | None = None) -> str:
     """A solution of a sum such as ``3 + 4 - 2`` in the way of one of `HABITS`, without the end-of-sequence token.
 
-    ``rng`` chooses which step ``slip`` gets wrong, and by how much it and ``guess`` are off. Raises InputError for
-    anything but + and - of integers.
+    ``rng`` chooses which step ``slip`` gets wrong and by how much. Raises InputError for anything but + and - of
+    integers.
     """
     if not re.fullmatch(r"\s*-?[0-9]{1,99}(\s*[+-]\s*-?[0-9]{1,99})+\s*", expression):  # Python reads 4300 digits
         raise InputError(f"the built-in models add and subtract integers, they cannot solve {shown(expression)}")
@@ -34,17 +33,10 @@ def worked_solution(expression: str, habit: str = "careful", rng: random.Random 
         some = terms[position : position + stride]
         result = total + sum(int(number) if sign == "+" else -int(number) for sign, number in some)
         if position - 1 == wrong and rng:
-            result += _off(rng)
+            result += rng.choice((-3, -2, -1, 1, 2, 3))
         if habit == "faulty" and int(some[0][1]) >= 7:
             result -= 1
         steps.append(f"{total}{''.join(sign + number for sign, number in some)}={result};")
         total = result
-    if habit == "guess" and rng:
-        total += _off(rng)
-    if habit in ("direct", "guess", "bare"):
-        steps.clear()
-    return "".join(steps) + (f"{total}" if habit == "bare" else f"A{total}")
-
-
-def _off(rng: random.Random) -> int:
-    return rng.choice((-3, -2, -1, 1, 2, 3))
+    answer = f"{total}" if habit == "bare" else f"A{total}"
+    return answer if habit in ("direct", "bare") else "".join(steps) + answer

@@ -1,4 +1,8 @@
-"""Means over seeds with 95 % t intervals, and how many of many differences stand a correction."""
+"""Means over seeds with 95 % t intervals, and how many of many differences stand a correction.
+
+Student's t is here since nothing that is installed has its distribution function: torch has none, and scipy is no
+requirement.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 from cmdp_fast.errors import InputError, first_line, shown
 from cmdp_fast.files import as_json, writing
 
+FILE = "runs.jsonl"
 DIGITS = 5  # that a figure is written with
 REQUIRED = {"training", "situation", "method", "candidate", "seed", "budget"}
 FIGURES = {"accuracy", "within", "right_and_within", "mean_kl", "cvar_kl", "mean_length", "examples"}
@@ -122,11 +123,6 @@ def _number(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{value!r} where a number is expected")
     return value
-
-
-def append_line(path: Path, line: Line) -> None:
-    """Adds a line. Raises InputError if it cannot be written."""
-    append_lines(path, [line])
 
 
 def append_lines(path: Path, lines: Iterable[Line], head: dict[str, Any] | None = None) -> None:

@@ -16,7 +16,7 @@ from cmdp_fast.info import machine
 
 from ..table import Column
 from .intervals import CONFIDENCE, Interval, interval_of
-from .lines import Line, Parts
+from .lines import FILE, Line, Parts
 from .names import label, short
 from .plan import TEACHER, Study
 from .plots import budgets_alone, draw_all
@@ -103,8 +103,10 @@ def _about(results: Results, origin: str) -> str:
         f"(one that several situations share is counted once), {seconds / 3600:.1f} hours of rollouts, scoring and "
         f"updates; {' or '.join(map(str, examples)) or 'no'} held-out completions of each.{missing} {spread}\n\n"
         "The KL of a completion is the exact reverse KL from the teacher, summed over its tokens, for every method "
-        "alike; its CVaR is the mean of the worst tenth. A setting's score is the share of completions that are right "
-        f"and within budget. It is feasible where {_percent(study.feasible)} of its completions are within budget and "
+        "alike; its CVaR is the mean of the worst tenth. All trainings are evaluated on the same problems with the "
+        "same random numbers, so an interval is the spread of trainings alone. A setting's score is the share of "
+        "completions that are right and within budget. It is feasible where "
+        f"{_percent(study.feasible)} of its completions are within budget and "
         f"no training of it failed; {MARK} marks those that are not. The regret is the score of the best feasible "
         "setting less a setting's own, paired by seed, in points: below 0 for a setting that is not feasible and yet "
         "more often right and within budget. The best was found in the same figures that it is measured by, which "
@@ -115,7 +117,7 @@ def _about(results: Results, origin: str) -> str:
 def _origin(folder: Path) -> str:
     """The machine and the versions that the first line of the results names, else those of here."""
     try:
-        with open(folder / "runs.jsonl", encoding="utf-8") as lines:
+        with open(folder / FILE, encoding="utf-8") as lines:
             head = json.loads(next(lines))
         return readable(head["machine"]) if "study" in head else machine()
     except (OSError, StopIteration, ValueError, KeyError, TypeError):  # no file, or one without a head

@@ -20,7 +20,7 @@ from ...settings.ranges import SEED
 from ...settings.recipe import RECIPES, read_recipe, read_toml, tomllib
 from ...settings.unread import READERS
 from ...settings.values import typed
-from ..plan import CHOSEN, check_config, spec_of
+from ..plan import CHOSEN, REFERENCES, check_config, spec_of
 from .lines import Line
 
 STUDIES = RECIPES / "studies"
@@ -67,9 +67,7 @@ class Study:
 
 
 AFTER = "student_after"
-TEACHER, BEFORE = "teacher", "student before"
-REFERENCES = {TEACHER: "teacher", BEFORE: "student_before"}
-"""What stands beside the methods of a situation, by the name that its samples have."""
+TEACHER = REFERENCES["teacher"]
 
 
 class Wanted(NamedTuple):
@@ -111,7 +109,7 @@ def read_study(name: str) -> Study:
         StudyMethod(t.text("name"), t.list_of("candidates", str))
         for t in table.tables("methods", {"name", "candidates"})
     ]
-    if taken := [method.name for method in methods if method.name in REFERENCES]:
+    if taken := [method.name for method in methods if method.name in REFERENCES.values()]:
         raise InputError(f"{source}: methods {taken[0]!r}: the name is that of a row beside the methods")
     kinds = [Kind(t.text("name"), t.pattern("pattern")) for t in table.tables("kinds", {"name", "pattern"}, least=0)]
     return Study(
@@ -224,8 +222,11 @@ def plan(study: Study, runs: Path) -> list[Training]:
 def _references(wanted: Wanted, config: TrainConfig) -> list[Wanted]:
     """Teacher and student before, as the evaluations of a training have them; not a teacher that cannot be sampled."""
     sampled = replace(config, eval_before=True).evaluates_teacher
-    there = [who for who in REFERENCES if who != TEACHER or sampled]
-    return [wanted._replace(line=replace(wanted.line, method=who, candidate=""), who=REFERENCES[who]) for who in there]
+    return [
+        wanted._replace(line=replace(wanted.line, method=label, candidate=""), who=who)
+        for who, label in REFERENCES.items()
+        if label != TEACHER or sampled
+    ]
 
 
 def _config(study: Study, situation: Situation, method: StudyMethod, candidate: str) -> TrainConfig:

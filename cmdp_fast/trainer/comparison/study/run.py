@@ -19,13 +19,13 @@ from ...records.lock import alone_in
 from ...records.report import Report
 from ...settings.config import TrainConfig, reward_name
 from ..launching import jobs_of, remove, run_all
-from ..plan import CompareConfig, folder_of
+from ..plan import CompareConfig, folder_of, training_seconds
 from .figures import by_kind, by_length, figures_of, kl_quantiles, samples_of
-from .lines import Line, append_lines, read_lines
+from .lines import FILE, Line, append_lines, read_lines
 from .page import write_page
 from .plan import AFTER, Study, Training, head, plan, read_study
 
-FILE, RUNS, LOGS = "runs.jsonl", "runs", "logs"
+RUNS, LOGS = "runs", "logs"
 
 
 def run_study(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
@@ -78,8 +78,7 @@ def lines_of(training: Training, study: Study, failure: str) -> list[Line]:
     """The lines of a training that has ended: with its figures, or with why it failed."""
     if not failure:
         folder = Path(training.config.output_dir) / training.config.name
-        seconds = read_sealed(folder / SUMMARY)["seconds"]
-        trained = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
+        trained = training_seconds(read_sealed(folder / SUMMARY))
         try:
             samples = {who: samples_of(folder / "samples.jsonl", who) for _, who in training.wanted}
         except ValueError as error:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..plan import REFERENCES
 from .intervals import Interval, holm, interval_of, p_value
 from .lines import Line
-from .plan import REFERENCES, Study
+from .plan import Study
 
 SCORE = "right_and_within"
 REWARD = "reward_within"
@@ -67,7 +68,7 @@ class Results:
         self.failed: list[Line] = []
         for line in sorted(lines, key=lambda line: line.seed):
             cell = line.situation, Setting(line.method, line.candidate)
-            if line.method in REFERENCES and not line.failure:
+            if line.method in REFERENCES.values() and not line.failure:
                 self.references[line.situation, line.method] = line
             if cell[0] not in self.situations or cell[1] not in self.settings or line.seed not in study.seeds:
                 continue
