@@ -167,6 +167,7 @@ def test_a_sample_without_an_opinion_is_neither_right_nor_wrong(pair):
     learner, rows, _ = learner_of(config, reward=lambda completions, **_: [1.0, 0.0, None, math.nan])
     figures, samples = evaluate(learner.collector, learner.student, rows[:1], Clock())
     assert [sample["correct"] for sample in samples] == [True, False, None, None]
+    assert [sample["reward"] for sample in samples] == [1.0, 0.0, None, None]
     verdicts = [line.split("[")[-1].split(",")[0] for line in samples_text([("", samples)]).splitlines()[2:]]
     assert verdicts == ["right", "wrong", "not judged", "not judged"]
     assert figures["accuracy"] == of_several(samples, 4)["mean@4"] == 0.25 and figures["unjudged"] == 0.5
