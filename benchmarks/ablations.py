@@ -13,14 +13,12 @@ page serves. What has a line is not run again.
     penalty at every token  in violation, not at the crossing alone
     log excess              what is charged is log(1 + excess): a completion far over budget counts for little more than
                             one just over it, and its gradient is no longer many times that of the task's reward
-    price 0.1               beside the method, 0.1 for every nat, within the budget too
-    price of the deviation  the same price in the task's own units: what the whole budget costs is a deviation of the
-                            task's rewards in the step, whatever their scale, and less and less as they come to agree
     N steps old             completions of the student of N steps ago, with its log-probabilities: not corrected, by
                             token, or by completion
 
-The three before the last separate two reasons why cmdp may be behind methods that charge every nat: that the charges of
-rare violations drown the task's reward, or that within the budget nothing draws the student to its teacher.
+The one before the last is for a reason why cmdp may be behind methods that charge every nat: that the charges of rare
+violations drown the task's reward. The other, that within the budget nothing draws the student to its teacher, is what
+the setting `budget_price` is for.
 """
 
 from __future__ import annotations
@@ -101,29 +99,10 @@ class LogExcess(PPO):
 
     def targets(self, experience: Experience, constraint: Constraint) -> Targets:
         targets = super().targets(experience, constraint)
-        over = of_last_token(-experience.trace.remaining, experience.rollout.mask).clamp(min=0.0)
-        return targets | {"direct": targets["direct"] / (1.0 + over)[:, None]}
-
-
-class Priced(PPO):
-    """For advantages that are not divided by anything: the price joins the direct term as it is."""
-
-    def price(self, experience: Experience) -> float:
-        return 0.1
-
-    def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
-        experience = super().collect(problems, prompts, constraint)
-        charged = self.price(experience) * experience.cost(constraint).detach()
-        return replace(experience, reward=experience.reward - torch.where(experience.rollout.mask, charged, 0.0))
-
-    def targets(self, experience: Experience, constraint: Constraint) -> Targets:
-        targets = super().targets(experience, constraint)
-        return targets | {"direct": targets["direct"] + self.price(experience) * experience.rollout.mask}
-
-
-class PricedByDeviation(Priced):
-    def price(self, experience: Experience) -> float:
-        return float(experience.task_reward.std()) / self.config.budget
+        mask = experience.rollout.mask
+        over = of_last_token(-experience.trace.remaining, mask).clamp(min=0.0)[:, None]
+        charged = objective.direct_coefficient(experience.trace, replace(constraint, coefficient=None), mask=mask)
+        return targets | {"direct": targets["direct"] - charged + charged / (1.0 + over)}
 
 
 # ------------------------------------------------------------------------------------- stale rollouts
@@ -146,7 +125,8 @@ class Stale(PPO):
         completions = Completions(**{f.name: getattr(drawn, f.name) for f in fields(Completions)})
         completions.rollout = replace(drawn.rollout, sampler_logprob=drawn.stats.logprob)
         with self.clock.phase("scoring"):
-            return self.collector.score(completions, self.student, constraint, self.clock, keep_outputs=True)
+            scored = self.collector.score(completions, self.student, constraint, self.clock, keep_outputs=True)
+        return self.in_unit(scored, constraint)
 
 
 @contextlib.contextmanager
@@ -186,8 +166,6 @@ VARIANTS = (
     Variant("cmdp, penalty at every token", "cmdp", PenaltyAtEveryToken),
     Variant("cmdp, no gate, with penalty", "hinge", PenaltyWithoutGate),
     Variant("cmdp, log excess", "cmdp", LogExcess),
-    Variant("cmdp, price 0.1", "cmdp", Priced),
-    Variant("cmdp, price of the deviation", "cmdp", PricedByDeviation),
     Variant("hinge", "hinge", PPO),
     Variant("hinge, no direct term", "hinge", NoDirectTerm),
     Variant("hinge, no future cost", "hinge", NoFutureCost),

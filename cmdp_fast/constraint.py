@@ -28,17 +28,22 @@ class Kind(NamedTuple):
     penalised: bool
     """It pays ``penalty`` for being over the budget, when ``penalty_at`` says so."""
     coefficient: str | None
-    """What the price that it needs is called: lambda, or kappa for the barrier."""
+    """What its price is called: lambda, or kappa for the barrier; "price" beside a budget, where it may be left out."""
     direct: Literal["discrepancy", "price", "barrier"] | None
     """The amount that the direct term of the gradient carries (`cmdp_fast.objective.direct_coefficient`)."""
     task_reward: Literal["always", "feasible", "inside"]
     """Which tokens keep the task's reward: all, those not in violation, or those up to which budget was left."""
 
+    @property
+    def needs_price(self) -> bool:
+        """Whether it is nothing without its coefficient."""
+        return self.coefficient not in (None, "price")
+
 
 KINDS: dict[str, Kind] = {
     # kind                penalised  coefficient direct         task reward kept
-    "cmdp": Kind(True, None, "discrepancy", "feasible"),
-    "hinge": Kind(False, None, "discrepancy", "always"),
+    "cmdp": Kind(True, "price", "discrepancy", "feasible"),
+    "hinge": Kind(False, "price", "discrepancy", "always"),
     "saute": Kind(True, None, None, "feasible"),
     "lagrangian": Kind(False, "lambda", "price", "always"),
     "pid": Kind(False, "lambda", "price", "always"),
@@ -63,7 +68,8 @@ class Constraint:
         penalty_at: ``crossing`` pays it once, ``every`` at each violating token. None: crossing for ``cmdp``, every for
             ``saute`` and ``worst_case``. Refused for the other kinds.
         discrepancy_weight: beta >= 0 of the excess, for ``cmdp`` and ``hinge``.
-        coefficient: lambda (``lagrangian``, ``pid``) or kappa (``barrier``), >= 0; needed there, refused elsewhere.
+        coefficient: lambda (``lagrangian``, ``pid``) or kappa (``barrier``), >= 0; needed there. For ``cmdp`` and
+            ``hinge`` the price of every unit of cost, within the budget too; None: 0. Refused for the other kinds.
         barrier_slope: the price of a unit of cost once the barrier is crossed.
         gamma: discount of the *cost*, in (0, 1]. Not with ``reduction="mean"``.
         reduction: ``sum``, or ``mean``: the account is the prefix mean. None: mean for ``worst_case``, else sum.
@@ -154,10 +160,12 @@ class Constraint:
                     f"kind={self.kind!r} has no penalty, so penalty_at={self.penalty_at!r} means nothing; leave it out"
                 )
             checks.choice("penalty_at", self.penalty_at, ("crossing", "every"))
-        if (self.coefficient is None) == (self.is_a.coefficient is not None):
-            missing = self.coefficient is None
-            expected = "needs coefficient= (lambda, or kappa for the barrier)" if missing else "has none"
-            raise ValueError(f"kind={self.kind!r} {expected}, got coefficient={self.coefficient}")
+        if self.coefficient is None and self.is_a.needs_price:
+            raise ValueError(
+                f"kind={self.kind!r} needs coefficient= (lambda, or kappa for the barrier), got coefficient=None"
+            )
+        if self.coefficient is not None and not self.is_a.coefficient:
+            raise ValueError(f"kind={self.kind!r} has none, got coefficient={self.coefficient}")
 
     @property
     def is_a(self) -> Kind:
@@ -176,7 +184,7 @@ class Constraint:
 
     @property
     def price(self) -> float:
-        """The coefficient; 0 for a kind that has none."""
+        """The coefficient; 0 where there is none."""
         return 0.0 if self.coefficient is None else self.coefficient
 
     @property
@@ -193,7 +201,7 @@ class Constraint:
     @property
     def has_direct_term(self) -> bool:
         """Whether the gradient flows through the cost, and not through the sampled tokens alone."""
-        amount = {"discrepancy": self.discrepancy_weight, "price": self.price, "barrier": self.price}
+        amount = {"discrepancy": self.discrepancy_weight or self.price, "price": self.price, "barrier": self.price}
         return not self.action_dependent and bool(self.is_a.direct and amount[self.is_a.direct])
 
     def warn_of_a_penalty_without_gradient(self, stacklevel: int) -> None:

@@ -15,7 +15,7 @@ of the objective E[sum_t R_t] is the sum of two terms (v_t, whether the budget h
     direct term  -E[ sum_t k_t grad c_t ]                k_t = `direct_coefficient`
 
     kind                direct coefficient k_t (cost a plain sum)
-    hinge, cmdp         discrepancy_weight at *every* token of a sequence that ends over budget
+    hinge, cmdp         discrepancy_weight at *every* token of a sequence that ends over budget; and lambda, if any
     lagrangian, pid     lambda at every token
     barrier             kappa / (d - C_L) up to L, the last token before the crossing; then barrier_slope
     saute, worst_case   0
@@ -116,7 +116,8 @@ def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tens
     ``hinge, cmdp``: the excess telescopes to (C_T - d)+, so k_i = discrepancy_weight w_i 1[C_T > d] at t = T: all
     tokens of the sequence, those before the crossing included. For a sum of non-negative costs 1[C_T > d] is v_T. A
     prefix mean can cross and come back: v_T is absorbing and stays 1, but (m_T - d)+ and its gradient are 0. The
-    indicator used is therefore "v_T and C_T >= d"; the equality is for ``edge="saute"``, where it violates.
+    indicator used is therefore "v_T and C_T >= d"; the equality is for ``edge="saute"``, where it violates. With a
+    coefficient lambda it comes on top, undiscounted, at every token of every sequence.
 
     ``barrier``: the logarithms telescope to kappa log(1 - C_L/d), L the last token before the crossing, so
     k_i = kappa w_i / (d - C_L) up to L, with w_i taken at t = L, and barrier_slope from the crossing on.
@@ -140,7 +141,7 @@ def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tens
         return torch.zeros_like(remaining)
     if direct == "discrepancy":
         over = last_kept(trace.violated, keep) & ~(last_kept(remaining, keep) > 0)  # not "<= 0": NaN is over budget
-        weight = torch.where(over, constraint.discrepancy_weight * account_weight(keep), 0.0)
+        weight = torch.where(over, constraint.discrepancy_weight * account_weight(keep), 0.0) + constraint.price
     elif direct == "barrier":
         slack = torch.where(inside.any(1, keepdim=True), last_kept(remaining, inside), 1.0)
         weight = torch.where(inside, constraint.price * account_weight(inside) / slack, constraint.barrier_slope)

@@ -408,10 +408,11 @@ def modified_reward(
     if penalty_at is None:
         penalty_at = "crossing" if kind == "cmdp" else "every"
     charged = crossing if penalty_at == "crossing" else violated
+    charge = _weighed(discrepancy_weight, excess) + _weighed(float(coefficient or 0.0), paid)
     if kind == "cmdp":
-        value = torch.where(violated, 0.0, reward) - penalty * charged - _weighed(discrepancy_weight, excess)
+        value = torch.where(violated, 0.0, reward) - penalty * charged - charge
     elif kind == "hinge":
-        value = reward - _weighed(discrepancy_weight, excess)
+        value = reward - charge
     elif kind in ("saute", "worst_case"):
         value = torch.where(violated, 0.0, reward) - penalty * charged
     elif kind in ("lagrangian", "pid"):

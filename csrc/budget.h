@@ -77,6 +77,11 @@ struct RewardInput {
 // An amount as often as its weight says: 0 of it is nothing, even where it is infinite.
 CMDP_HD inline double weighed(double weight, double amount) { return weight == 0 ? 0 : weight * amount; }
 
+// What cmdp and hinge pay for the cost of a token: for its part over the budget, and for all of it.
+CMDP_HD inline double over_and_price(const RewardInput& in, const RewardRule& rule) {
+  return weighed(rule.discrepancy_weight, in.excess) + weighed(rule.coefficient, in.cost);
+}
+
 struct RewardState {
   double remaining_before = 0;
   bool started = false, inside = true;  // barrier only: still within the budget
@@ -85,9 +90,9 @@ struct RewardState {
     const bool charged = rule.penalty_at_crossing ? in.crossing : in.violated;
     switch (rule.kind) {
       case RewardKind::cmdp:
-        return (in.violated ? 0 : reward) - (charged ? rule.penalty : 0) - weighed(rule.discrepancy_weight, in.excess);
+        return (in.violated ? 0 : reward) - (charged ? rule.penalty : 0) - over_and_price(in, rule);
       case RewardKind::hinge:
-        return reward - weighed(rule.discrepancy_weight, in.excess);
+        return reward - over_and_price(in, rule);
       case RewardKind::saute:
         return (in.violated ? 0 : reward) - (charged ? rule.penalty : 0);
       case RewardKind::lagrangian:

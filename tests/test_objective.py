@@ -185,6 +185,11 @@ def test_direct_coefficients_of_the_other_kinds() -> None:
         assert not objective.direct_coefficient(trace, held(kind)).any()
     for kind in ("lagrangian", "pid"):
         assert torch.equal(objective.direct_coefficient(trace, held(kind, coefficient=0.25)), row([0.25] * 5))
+    for kind in ("cmdp", "hinge"):
+        plain, priced = held(kind), ops.Constraint(budget=0.5, kind=kind, coefficient=0.25)
+        expected = objective.direct_coefficient(trace, plain) + 0.25
+        assert torch.equal(objective.direct_coefficient(trace, priced), expected)
+        assert ops.Constraint(budget=1.0, kind=kind, discrepancy_weight=0.0, coefficient=0.25).has_direct_term
     barrier = objective.direct_coefficient(trace, held("barrier", barrier_slope=8.0))
     torch.testing.assert_close(barrier, row([1.6, 1.6, 8.0, 8.0, 8.0]))  # 1.6 = .5 / (.5 - .1875)
 

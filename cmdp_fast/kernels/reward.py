@@ -67,10 +67,11 @@ def reward_of(moment, formula, amounts):
     given, cost, remaining = moment.task_reward, moment.cost, moment.remaining
     charged = moment.crossing if formula.at_crossing else moment.violated
     paid = tl.where(charged, amounts.penalty, 0.0)
+    charge = weighed(amounts.discrepancy_weight, moment.excess) + weighed(amounts.coefficient, cost)
     if formula.kind == "cmdp":
-        return tl.where(moment.violated, 0.0, given) - paid - weighed(amounts.discrepancy_weight, moment.excess)
+        return tl.where(moment.violated, 0.0, given) - paid - charge
     elif formula.kind == "hinge":
-        return given - weighed(amounts.discrepancy_weight, moment.excess)
+        return given - charge
     elif formula.kind == "saute":
         return tl.where(moment.violated, 0.0, given) - paid
     elif formula.kind == "lagrangian":

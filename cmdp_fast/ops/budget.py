@@ -125,8 +125,8 @@ def modified_reward(
 
     | kind           | modified reward                               | note                                      |
     | -------------- | --------------------------------------------- | ----------------------------------------- |
-    | ``cmdp``       | (1-v_t) r_t - e_t n - beta Phi_t              | the method; the penalty is paid once      |
-    | ``hinge``      | r_t - beta Phi_t                              | exact penalty, reward kept                |
+    | ``cmdp``       | (1-v_t) r_t - e_t n - beta Phi_t - lambda c_t | the method; the penalty is paid once      |
+    | ``hinge``      | r_t - beta Phi_t - lambda c_t                 | exact penalty, reward kept                |
     | ``saute``      | (1-v_t) r_t - v_t n                           | Sauté RL without its state                |
     | ``lagrangian`` | r_t - lambda c_t                              | soft relaxation, lambda fixed             |
     | ``pid``        | r_t - lambda c_t                              | lambda from `cmdp_fast.pid.PIDController` |
@@ -143,7 +143,9 @@ def modified_reward(
             for ``saute`` and ``worst_case``. Paid at every violating token, the penalty makes a student that starts
             over budget stop early to pay less.
         discrepancy_weight: beta >= 0, for ``cmdp`` and ``hinge``.
-        coefficient: lambda (``lagrangian``, ``pid``) or kappa (``barrier``), >= 0; needed there, refused elsewhere.
+        coefficient: lambda (``lagrangian``, ``pid``) or kappa (``barrier``), >= 0; needed there. For ``cmdp`` and
+            ``hinge`` a price of every unit of cost beside the budget; 0, as in the paper, if it is left out. Refused
+            for the other kinds.
         barrier_slope: the price of a unit of cost once the barrier is crossed.
         mask, cu_seqlens, backend: as in `budget_trace`. Masked tokens have reward 0.
 

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import cmdp_fast as cf
 from cmdp_fast import batches, objective
-from cmdp_fast.constraint import KINDS, Constraint
+from cmdp_fast.constraint import Constraint
 from cmdp_fast.credit import of_last_token
 from cmdp_fast.errors import InputError
 from cmdp_fast.metrics import as_numbers, frac_reward_zero_std
@@ -141,9 +141,7 @@ class Learner:
 
     def constraint(self) -> Constraint:
         """The constraint of this step; for `pid` before the controller has seen its completions (`price`)."""
-        coefficient = self.pid.coefficient if self.config.kind == "pid" else self.config.coefficient
-        has_one = KINDS[self.config.kind].coefficient is not None
-        return training_constraint(self.config, self.steps_done, coefficient if has_one else None)
+        return training_constraint(self.config, self.steps_done, self.pid.coefficient)
 
     def targets(self, experience: Experience, constraint: Constraint) -> Targets:
         """The method's, by the weights of completions that another sampler has drawn."""
@@ -231,12 +229,18 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """The state beside that of the models, the optimizer and the schedule; plain numbers."""
-        return {"steps_done": self.steps_done, "tokens_seen": self.tokens_seen, "pid": self.pid.state_dict()}
+        return {
+            "steps_done": self.steps_done,
+            "tokens_seen": self.tokens_seen,
+            "pid": self.pid.state_dict(),
+            "method": self.method.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
         self.collector.steps_done, self.tokens_seen = state["steps_done"], state["tokens_seen"]
         self.pid.load_state_dict(state["pid"])
+        self.method.load_state_dict(state["method"])
         self.offload.rest()  # a checkpoint's optimizer is read to where the parameters are
 
 

@@ -200,7 +200,7 @@ def test_sequences_longer_than_a_chunk():
         got, want = (cf.budget_trace(cost, 900.0, mask=mask, backend=name, **settings) for name in ("triton", "torch"))
         for name, a, b in zip(got._fields, got, want, strict=True):
             assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=2e-4), name
-        for kind, coefficient in (("cmdp", None), ("barrier", 0.5)):
+        for kind, coefficient in (("cmdp", 0.25), ("barrier", 0.5)):
             rule = {"kind": kind, "coefficient": coefficient, "mask": mask}
             rewards = [
                 cf.modified_reward(torch.ones_like(cost), cost, t, backend=name, **rule)

@@ -72,7 +72,7 @@ def test_long_and_short_sequences_against_the_reference(lengths, masked):
         trace, reward = scanned(costs, limits, mask, offsets, rule, reward_rule)
         settings = {"gamma": rule.gamma, "reduction": "mean" if rule.mean else "sum"}
         settings |= {"edge": "saute" if rule.inclusive else "strict", "mask": mask, "cu_seqlens": offsets}
-        rewards = {"kind": kind, "coefficient": 0.5 if kind == "barrier" else None, "mask": mask, "cu_seqlens": offsets}
+        rewards = {"kind": kind, "coefficient": 0.5, "mask": mask, "cu_seqlens": offsets}
         exact, eager = (reference.budget_trace(c, limits, **settings) for c in (costs.double(), costs))
         for name in ("cumulative", "remaining", "excess"):
             size = float(exact.cumulative.abs().max()) if costs.numel() else 1.0

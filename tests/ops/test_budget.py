@@ -15,7 +15,7 @@ from cmdp_fast.ops.backends import INTERPRETED
 
 pytestmark = pytest.mark.scan
 
-COEFFICIENT = {"lagrangian": 0.5, "pid": 0.5, "barrier": 0.1}
+COEFFICIENT = {"cmdp": 0.25, "hinge": 0.25, "lagrangian": 0.5, "pid": 0.5, "barrier": 0.1}
 
 
 @pytest.fixture(params=[torch.float32, torch.float64])
@@ -286,7 +286,7 @@ def test_an_infinite_budget(backend):
     for kind in KINDS:
         settings_ = {"kind": kind, "coefficient": COEFFICIENT.get(kind), "mask": mask, "backend": backend}
         reward = cf.modified_reward(torch.ones(2, 3), cost, trace, **settings_)
-        expected = 0.5 if kind in ("lagrangian", "pid") else 1.0
+        expected = 1.0 if kind == "barrier" else 1.0 - COEFFICIENT.get(kind, 0.0)
         assert reward.tolist() == [[expected] * 3, [0.0] * 3], kind
 
 
@@ -365,7 +365,7 @@ COST = torch.ones(2, 3)
         (lambda: packed(torch.tensor([0.0, 3.0])), TypeError, "cu_seqlens must be int32 or int64"),
         (lambda: rewarded(kind="ppo"), ValueError, "kind='ppo' is unknown; expected one of cmdp"),
         (lambda: rewarded(kind="lagrangian"), ValueError, "needs coefficient="),
-        (lambda: rewarded(coefficient=1.0), ValueError, "kind='cmdp' has none, got coefficient=1.0"),
+        (lambda: rewarded(kind="saute", coefficient=1.0), ValueError, "kind='saute' has none, got coefficient=1.0"),
         (lambda: rewarded(penalty=-1.0), ValueError, "penalty must be finite and not negative"),
         (lambda: rewarded(kind="hinge", penalty_at="every"), ValueError, "has no penalty"),
         (lambda: cf.modified_reward(COST, COST, (COST,) * 5), TypeError, "trace must be the BudgetTrace"),

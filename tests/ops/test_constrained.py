@@ -13,7 +13,7 @@ from cmdp_fast.constraint import KINDS
 from cmdp_fast.ops.backends import INTERPRETED
 from cmdp_fast.reference import COSTS
 
-COEFFICIENT = {"lagrangian": 0.5, "pid": 0.5, "barrier": 0.1}
+COEFFICIENT = {"cmdp": 0.25, "hinge": 0.25, "lagrangian": 0.5, "pid": 0.5, "barrier": 0.1}
 pytestmark = pytest.mark.filterwarnings("ignore:kind='saute'")
 
 

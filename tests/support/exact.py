@@ -13,6 +13,7 @@ from torch import Tensor
 
 import cmdp_fast as ops  # the library as a user calls it: the native kernels where they are built
 from cmdp_fast import objective
+from cmdp_fast.constraint import KINDS
 from cmdp_fast.reference import BudgetTrace, token_cost
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -97,7 +98,7 @@ class Setting:
             kind=self.kind,
             penalty=self.penalty,
             discrepancy_weight=self.weight,
-            coefficient=self.coefficient if self.kind in ("lagrangian", "pid", "barrier") else None,
+            coefficient=self.coefficient if KINDS[self.kind].coefficient else None,
             reduction=self.reduction,
             gamma=self.cost_gamma,
         )

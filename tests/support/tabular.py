@@ -134,6 +134,8 @@ def settings(setting: Setting, **changes: Any) -> TrainConfig:
         penalty=setting.penalty,
         discrepancy_weight=setting.weight,
         coefficient=setting.coefficient or 0.0,
+        reward_unit="one",  # that of the exact optimum
+        budget_price=0.0,
         pid_gains=(1.0, 0.1, 0.0),  # costs are tenths of a nat, so the gains exceed the defaults by far
         steps=100,
         prompts_per_step=1,

@@ -72,8 +72,11 @@ SMALL = {  # a training of two steps
 }
 
 
+LITERAL = {"reward_unit": "one", "budget_price": 0.0}  # the rewards as they are, and the formula of `modified_reward`
+
+
 def settings(pair: dict[str, str], **changes) -> TrainConfig:
-    base = TrainConfig(**pair, **SMALL, micro_batch_size=5, budget=2.0, baseline="position_rloo")
+    base = TrainConfig(**pair, **SMALL, **LITERAL, micro_batch_size=5, budget=2.0, baseline="position_rloo")
     config = dataclasses.replace(base, **changes)
     config.validate()
     return config

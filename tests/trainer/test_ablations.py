@@ -96,23 +96,6 @@ def test_the_logarithm_of_the_excess_is_charged_and_differentiated(pair):
     assert (whole.targets(experience, constraint)["direct"] - slope).abs().max() > 0.1
 
 
-def test_a_price_beside_a_budget_that_nothing_exceeds_is_a_lagrangians(pair):
-    """Reward, advantage and direct term."""
-    soft, theirs, lagrangian = collected(pair, kind="lagrangian", coefficient=0.1)
-    method, ours, constraint = collected(pair, ablations.Priced, kind="hinge", discrepancy_weight=0.0)
-    torch.testing.assert_close(ours.reward, theirs.reward, **TOLERANCE)
-    targets, expected = method.targets(ours, constraint), soft.targets(theirs, lagrangian)
-    for name in ("advantage", "direct"):
-        torch.testing.assert_close(targets[name], expected[name], **TOLERANCE)
-
-
-def test_the_price_of_the_deviation_has_the_scale_of_the_rewards(pair):
-    small, experience, _ = collected(pair, ablations.PricedByDeviation)
-    large, scaled, _ = collected(pair, ablations.PricedByDeviation, reward_weights=(100.0,))
-    assert small.price(experience) == pytest.approx(float(experience.task_reward.std()) / 3.0)
-    assert large.price(scaled) == pytest.approx(100 * small.price(experience))
-
-
 def test_stale_completions_are_the_students_of_then(pair):
     """They report the log-probabilities of then, are scored by the student of now, and leave its weights alone."""
     method, rows, prompts, constraint = made(pair, ablations.stale(2))

@@ -196,7 +196,8 @@ def test_every_field_is_documented(capsys):
     "changes, expected",
     [
         ({"baseline": "grpo"}, True),
-        ({"baseline": "grpo", "kind": "hinge", "discrepancy_weight": 0.0}, False),
+        ({"baseline": "grpo", "kind": "hinge", "discrepancy_weight": 0.0}, True),  # by its price
+        ({"baseline": "grpo", "kind": "hinge", "discrepancy_weight": 0.0, "budget_price": 0.0}, False),
         ({"baseline": "grpo", "kind": "pid"}, True),
         ({"baseline": "grpo", "kind": "lagrangian"}, False),  # --method grpo: a multiplier of 0
         ({"baseline": "grpo", "kind": "lagrangian", "coefficient": 0.1}, True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib import import_module
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,14 @@ class Method(ABC):
         if (stored := stored_by(self.teacher)) is None:
             return None
         return chosen(stored, prompts, self.config.num_generations, self.collector.passes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to keep of it; plain numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`."""
+        del state
 
     # ------------------------------------------------------------------------------------- for the losses
 

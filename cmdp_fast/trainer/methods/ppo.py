@@ -7,17 +7,21 @@ loss       PPO's clipped term with the advantages, and the direct term: the cost
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import cmdp_fast as cf
 from cmdp_fast import batches, credit, objective
 from cmdp_fast.constraint import Constraint
 
 from ..experience import Experience, Metrics
 from ..micro_batches import lengths_of, split
 from ..models.value_head import explained_variance
+from ..reward_range import RewardRange
 from ..rollout import Rollout
+from ..tasks.data import Problem
 from .method import Loss, Method, Targets
 
 
@@ -25,6 +29,39 @@ class PPO(Method):
     """The method for a budget, and its soft relaxations: see the settings ``kind`` and ``baseline``."""
 
     mean_over = "completions"  # the objective is a sum over a completion's tokens and a mean over completions
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.reward_range = RewardRange()
+
+    def collect(self, problems: list[Problem], prompts: list[list[int]], constraint: Constraint) -> Experience:
+        """A completion of each prompt, sampled and scored, `in_unit`."""
+        return self.in_unit(super().collect(problems, prompts, constraint), constraint)
+
+    def in_unit(self, experience: Experience, constraint: Constraint) -> Experience:
+        """With the task's reward at its token in the unit of the setting ``reward_unit``, where that is its range as a
+        share of it, and the modified reward that follows. Every process must call this."""
+        if not self.config.in_range:
+            return experience
+        mask, scored = experience.rollout.mask, experience.scored
+        self.reward_range.see(experience.task_reward[scored], self.accelerator)
+        share, known = (
+            each.unflatten(0, (-1, self.config.num_generations))
+            for each in (self.reward_range.share(experience.task_reward), scored)
+        )
+        # Not the share of the mean: it is compared with this sum to the last bit.
+        share = torch.where(known, share, credit.mean_of_scored(share, known)).flatten()
+        task = credit.at_last_token(share, mask)
+        reward = cf.modified_reward(
+            task, experience.cost(constraint), experience.trace, constraint=constraint, mask=mask
+        )
+        return replace(experience, last_reward=task, reward=reward)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reward_range": self.reward_range.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reward_range.load_state_dict(state["reward_range"])
 
     def targets(self, experience: Experience, constraint: Constraint) -> Targets:
         """``advantage``, the weight of a token in the score term; ``direct``, the weight of its cost in the direct

@@ -34,9 +34,17 @@ class BudgetSettings:
     kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = "cmdp"
     """The modified reward: the price of being over the budget."""
     penalty: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Paid for crossing the budget (cmdp: once; saute, worst_case: at each token from there on)."""
+    """Paid for crossing the budget (cmdp: once; saute, worst_case: at each token from there on), in `reward_unit`."""
     discrepancy_weight: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Weight of the excess cost (cmdp, hinge)."""
+    """Price of a nat over the budget (cmdp, hinge), in `reward_unit`."""
+    budget_price: Annotated[float, NOT_NEGATIVE] = 0.5
+    """What spending the whole budget costs (cmdp, hinge): a nat costs so much divided by `budget`, within the budget
+    too, which draws the student to its teacher where the task's reward says little. 0: nothing, as in the paper."""
+    reward_unit: Literal["auto", "range", "one"] = "auto"
+    """The unit of `penalty`, `discrepancy_weight`, `budget_price`, `coefficient` and `pid_gains`. range: the difference
+    between the best and the worst task reward of the run so far, so that they mean the same whatever the task pays, and
+    n = 1 is the most that a violation can gain. one: the task's reward as it is. auto: range, and one for lagrangian,
+    whose coefficient is then what other trainers call beta."""
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
     """The multiplier of lagrangian (0: the task's reward alone), that from which pid's controller starts, the weight of
     the barrier, or that of k3 in the loss of kl_loss."""

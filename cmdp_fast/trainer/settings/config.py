@@ -154,6 +154,12 @@ class TrainConfig(
         return METHODS[self.algorithm]
 
     @property
+    def in_range(self) -> bool:
+        """Whether the task's reward is a share of its range where the constraint charges something beside it."""
+        unit = ("one" if self.kind == "lagrangian" else "range") if self.reward_unit == "auto" else self.reward_unit
+        return self.entry.compares and unit == "range"
+
+    @property
     def has_value_head(self) -> bool:
         """Whether completions are compared with the prediction of a value head."""
         return self.entry.compares and self.baseline == "gae"

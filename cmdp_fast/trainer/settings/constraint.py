@@ -7,11 +7,8 @@ from cmdp_fast.constraint import KINDS, Constraint, of_a_scaled_direct_term
 from .config import TrainConfig
 
 
-def training_constraint(config: TrainConfig, step: int, coefficient: float | None) -> Constraint:
-    """The constraint of a step, counted from 0; `coefficient` is lambda or kappa of the moment.
-
-    Where the penalty is in the loss it has no price in the reward.
-    """
+def training_constraint(config: TrainConfig, step: int, multiplier: float = 0.0) -> Constraint:
+    """The constraint of a step, counted from 0; ``multiplier`` is lambda of the moment, for `pid`."""
     worst_case = config.kind == "worst_case"
     return Constraint(
         cost=config.cost,
@@ -20,17 +17,27 @@ def training_constraint(config: TrainConfig, step: int, coefficient: float | Non
         kind=config.kind,
         penalty=config.penalty,
         discrepancy_weight=config.discrepancy_weight,
-        coefficient=0.0 if config.entry.penalises else coefficient,
+        coefficient=multiplier if config.kind == "pid" else _price(config),
         beta=config.jsd_beta,
         cost_clamp=config.cost_clamp or None,
     )
 
 
+def _price(config: TrainConfig) -> float | None:
+    """Lambda or kappa of a kind in which it is constant; None for one that has none."""
+    kind = KINDS[config.kind]
+    if kind.coefficient is None:
+        return None
+    if config.entry.penalises:
+        return 0.0  # the penalty is in the loss
+    if kind.needs_price:
+        return config.coefficient
+    return config.budget_price / (config.budget * (config.max_new_tokens if config.budget_per_token else 1))
+
+
 def warning_of_scale(config: TrainConfig) -> str:
     """The warning of a `baseline` whose divisor changes what the constraint's settings mean; empty if it does not."""
-    has_one = KINDS[config.kind].coefficient is not None
-    price = config.coefficient or (1.0 if config.kind == "pid" else 0.0)  # from 0 the controller raises it
-    constraint = training_constraint(config, 0, price if has_one else None)
+    constraint = training_constraint(config, 0, multiplier=1.0)  # from 0 the controller raises it
     if config.entry.compares and config.baseline == "grpo" and constraint.has_direct_term:
         return of_a_scaled_direct_term("--baseline grpo", "--baseline rloo")
     return ""
