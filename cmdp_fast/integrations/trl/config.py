@@ -119,7 +119,8 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
         default=None,
         metadata={
             "help": "The multiplier of `lagrangian`, that from which the controller of `pid` starts (0.001 if not "
-            "given), or the weight of `barrier`; no other kind has one."
+            "given), the weight of `barrier`, or for `cmdp` and `hinge` the price of every nat, within the budget too "
+            "(0 if not given); no other kind has one."
         },
     )
     pid_gains: list[float] = field(

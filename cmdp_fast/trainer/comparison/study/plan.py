@@ -24,7 +24,7 @@ from ..plan import CHOSEN, REFERENCES, check_config, spec_of
 from .lines import Line
 
 STUDIES = RECIPES / "studies"
-FORMAT = 1  # raise it when a default changes, or what a setting does: earlier lines are then those of other trainings
+FORMAT = 2  # raise it when a default changes, or what a setting does: earlier lines are then those of other trainings
 
 
 @dataclass(frozen=True)
