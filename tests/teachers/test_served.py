@@ -20,6 +20,7 @@ from cmdp_fast.heads import Head
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import check_vocabulary, open_teacher
 from cmdp_fast.teachers.served import batching, protocol, tensors
+from cmdp_fast.teachers.served import server as serving
 from cmdp_fast.teachers.served.server import TeacherServer
 from cmdp_fast.teachers.teacher import Asking, about_digest
 from cmdp_fast.vocabulary import vocabulary_digest
@@ -301,13 +302,17 @@ def test_more_than_a_server_takes_is_told_to_wait(serve, monkeypatch):
     monkeypatch.setattr(http_client, "_reason", busy)
     teacher.change = lambda hidden: go_on.wait() and hidden
     monkeypatch.setattr(http_client, "WAITS", ())  # which are for servers that do not say when to ask again
-    hasty = open_teacher(f"served:{url}", Asking(seconds=0.9))
+    hasty = open_teacher(f"served:{url}", Asking(seconds=20))
     answers = [served.ask([[i]], [1]) for i in range(4)]
-    while busy.call_count < 2:
-        time.sleep(0.01)
-    with pytest.raises(InputError, match="answered 503: 1 questions wait already"):
-        hasty.answer([[1]], [1])
-    go_on.set()
+    try:
+        while busy.call_count < 2:
+            time.sleep(0.01)
+        monkeypatch.setattr(serving, "RETRY", 30)  # later than it has time
+        with pytest.raises(InputError, match="answered 503: 1 questions wait already"):
+            hasty.answer([[1]], [1])
+        monkeypatch.setattr(serving, "RETRY", 1)
+    finally:
+        go_on.set()  # or the server would never end
     for i, answer in enumerate(answers):
         assert torch.equal(answer.result().as_hidden(), telling([[i]], [1]))
 

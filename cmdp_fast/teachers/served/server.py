@@ -34,6 +34,7 @@ HEADERS = 1 << 14  # bytes of a request's first line and headers
 PIECE = 1 << 24  # bytes of an answer that are sent at once
 ANSWER = 1 << 32  # bytes of an answer
 LINGER = 1.0  # seconds that a client who was refused may go on to send
+RETRY = 1  # seconds after which a client that was told to wait may ask again
 GRACE = 30.0  # seconds for answers that are on their way at the end
 
 
@@ -151,7 +152,8 @@ class _Listener(socketserver.ThreadingMixIn, HTTPServer):
             return
         request.settimeout(1.0)
         with contextlib.suppress(OSError):  # nobody is there any more
-            request.sendall(b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            busy = f"HTTP/1.1 503 Busy\r\nRetry-After: {RETRY}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            request.sendall(busy.encode())
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -351,7 +353,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(sum(len(piece) for piece in pieces)))
         if status == 503:
-            self.send_header("Retry-After", "1")
+            self.send_header("Retry-After", str(RETRY))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.connection.settimeout(SENDING)
