@@ -27,6 +27,9 @@ Written before the runs:
 What was looked at before: some trainings on the first situation with one seed, by which the number of steps and the
 gains of pid were set so that most of them come to rest, and exact ascents for the 0.5 and 0.55. No setting has changed
 since. The page's table of the dearest paths and its line on the library's defaults came after a look at first results.
+`trainer` came when the trainer's defaults had changed: its cmdp, with n and beta of 1, counts the reward in units of
+its range, here that of all paths, and has a price of every nat, half of that range for the whole budget; and the same
+without the price.
 
 Every setting in a situation is a line of runs.jsonl. A study that was stopped goes on with those that have none.
 """
@@ -78,6 +81,15 @@ class Situation:
     def seen(self) -> Problem:
         return replace(self.problem, reward=self.scale * self.problem.reward)
 
+    @property
+    def in_range(self) -> Problem:
+        """What is seen of it by a training that counts the reward from the worst path (0) to the best (1)."""
+        seen = self.seen
+        low, high = seen.reward.sum(1).min(), seen.reward.sum(1).max()
+        reward = seen.reward.clone()
+        reward[:, -1] -= low
+        return replace(seen, reward=reward / (high - low))
+
 
 def situations() -> list[Situation]:
     """All of them; settings are chosen on the first."""
@@ -127,6 +139,8 @@ def candidates(budget: float) -> dict[str, dict[str, sampled.Method]]:
         "k1_reward": kinds("lagrangian", *prices, cost="k1"),
         "k3_loss": {f"k3={price:g}": sampled.Method(no_budget, "grpo", k3=price) for price in PRICES},
         "grpo": {"": sampled.Method(no_budget, "grpo")},
+        "trainer": {"price=0.5": sampled.Method(Setting("cmdp", budget, coefficient=0.5 / budget))},
+        "trainer, no price": {"": sampled.Method(Setting("cmdp", budget))},
     }
 
 
@@ -164,7 +178,8 @@ class Training:
     def line(self, schedule: sampled.Schedule, seeds: list[int]) -> dict[str, Any]:
         """Trains with these seeds: a line of runs.jsonl, whose figures are lists in the order of the seeds."""
         situation = self.situation
-        policies = sampled.train(situation.seen, self.trained, schedule, seeds, temperature=situation.temperature)
+        seen = situation.in_range if self.method.startswith("trainer") else situation.seen
+        policies = sampled.train(seen, self.trained, schedule, seeds, temperature=situation.temperature)
         each = [figures(situation, logits) for logits in policies]
         return self.names | {"seeds": seeds} | {name: [one[name] for one in each] for name in each[0]}
 

@@ -53,6 +53,14 @@ def test_a_scale_is_of_the_reward_that_a_training_sees():
     assert known_transfer.figures(scaled, logits)["reward"] == 0.305  # the teacher's, as tests/vectors say
 
 
+def test_a_range_is_the_same_at_every_scale():
+    of = {each.name: each.in_range for each in known_transfer.situations()}
+    for name in ("tree", "bandit"):
+        one, large = (of[f"{name}, reward x {scale}"].reward.sum(1) for scale in (1, 100))
+        assert (float(one.min()), float(one.max())) == (0.0, 1.0)
+        torch.testing.assert_close(one, large)
+
+
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """A half line is dropped and its training done again; runs of another schedule are refused."""
     monkeypatch.setattr(known_transfer, "SCHEDULE", SHORT)
