@@ -33,8 +33,9 @@ class RewardRange:
 
     def share(self, reward: Tensor) -> Tensor:
         """Where in the range a reward [B] is, from 0 to 1; all of them 0 as long as all have been equal."""
-        width = self.high - self.low
-        return (reward - self.low).clamp(min=0.0) / width if width > 0 else torch.zeros_like(reward)
+        width = self.high - self.low  # in float64, which has room for the difference of any two
+        wide = (reward.double() - self.low).clamp(min=0.0) / width if width > 0 else torch.zeros_like(reward)
+        return wide.to(reward)
 
     def state_dict(self) -> dict[str, float]:
         """The two ends, for a checkpoint; nothing before the first reward."""

@@ -44,6 +44,12 @@ def test_equal_rewards_are_worth_nothing(batches):
     assert seen(*batches).share(torch.tensor([7.0, 7.0])).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("ends", [(-3e38, 3e38), (0.0, 1e-44), (1e8, 1e8 + 8)])
+def test_a_range_of_any_size(ends):
+    rewards = torch.tensor([*ends, ends[0]])
+    assert seen(rewards.tolist()).share(rewards).tolist() == [0.0, 1.0, 0.0]
+
+
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2), st.sampled_from([2.0**-9, 0.5, 4.0, 2.0**11]))
 def test_a_scale_changes_no_share(rewards, scale):
     """Of a power of two to the last bit: a float's exponent is all that it changes. Subnormal numbers lose theirs."""
