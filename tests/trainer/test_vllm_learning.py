@@ -33,12 +33,12 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_a_run_learns_as_with_generate(models, tmp_path):
-    """Two points of accuracy apart at most, and three deviations of what 1024 completions of each show of that. With
+    """Two points of accuracy apart at most, and three deviations of what 512 completions of each show of that. With
     twice the quickstart's learning rate, half its steps are enough."""
     figures = {}
     for rollout, words in {"": [], "vllm": [f"--rollout-python={PYTHON}", "--rollout=vllm"]}.items():
         words += [f"--{role}={folder}" for role, folder in models.items()]
-        words += ["--steps=60", "--learning-rate=3e-4", "--eval-generations=4", "--eval-every=0"]
+        words += ["--steps=60", "--learning-rate=3e-4", "--eval-generations=2", "--eval-every=0"]
         words += [f"--output-dir={tmp_path}", f"--name=with-{rollout}"]
         assert main(["train", *words]) == 0
         figures[rollout] = json.loads((tmp_path / f"with-{rollout}" / "summary.json").read_text())
