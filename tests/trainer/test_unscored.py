@@ -57,10 +57,11 @@ def collected(pair, reward=given, **changes):
 
 
 @pytest.mark.parametrize(("baseline", "gamma"), [*((name, 1.0) for name in BASELINES), ("rloo", 0.7), ("grpo", 0.7)])
-def test_a_completion_without_an_opinion_is_worth_nothing_to_the_task(pair, baseline, gamma):
+@pytest.mark.parametrize("unit", ["one", "range"])
+def test_a_completion_without_an_opinion_is_worth_nothing_to_the_task(pair, baseline, gamma, unit):
     """Its advantage was +5 in the first group, and those of the others were -1.67. With a discount, a shorter or longer
     one than the others had the difference."""
-    learner, constraint, experience = collected(pair, baseline=baseline, gamma=gamma, budget=1e9)
+    learner, constraint, experience = collected(pair, baseline=baseline, gamma=gamma, budget=1e9, reward_unit=unit)
     targets = learner.method.targets(experience, constraint)
     advantage = targets["advantage"]
     assert torch.equal(experience.scored, SCORED) and len(set(experience.rollout.mask.sum(1).tolist())) > 1
@@ -69,13 +70,17 @@ def test_a_completion_without_an_opinion_is_worth_nothing_to_the_task(pair, base
     if baseline in ("rloo", "grpo") and gamma == 1:
         assert not advantage[:3].any()  # three that are equal
     if baseline == "rloo" and gamma == 1:
-        assert advantage[[4, 6], 0].tolist() == [1.0, -1.0]
+        known = experience.task_reward[SCORED]
+        width = float(known.max() - known.min()) if unit == "range" else 1.0
+        assert advantage[[4, 6], 0].tolist() == pytest.approx([1.0 / width, -1.0 / width])
 
 
+@pytest.mark.parametrize("unit", ["one", "range"])
 @pytest.mark.parametrize("baseline", ["rloo", "grpo"])
-def test_a_missing_end_of_the_others_says_nothing_of_it(baseline, pair):
+def test_a_missing_end_of_the_others_says_nothing_of_it(baseline, unit, pair):
     """The penalty was taken from the others' rewards alone, so that a failed judge was worth up to 0.6."""
-    learner, constraint, experience = collected(pair, baseline=baseline, budget=1e9, missing_eos_penalty=0.6)
+    changes = {"baseline": baseline, "reward_unit": unit, "budget": 1e9, "missing_eos_penalty": 0.6}
+    learner, constraint, experience = collected(pair, **changes)
     penalised = ~experience.rollout.finished
     assert penalised[SCORED].any() and penalised[~SCORED].any()
     advantage = learner.method.targets(experience, constraint)["advantage"]
