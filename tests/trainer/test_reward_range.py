@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,16 @@ def test_a_soft_weight_is_in_units_of_the_reward_itself(pair):
     assert all(map(torch.equal, plain, literal)) and not all(map(torch.equal, plain, large))
     in_range, of_large = (trained(pair, **soft, reward_unit="range", reward_weights=(w,))[0] for w in (1.0, 256.0))
     assert all(map(torch.equal, in_range, of_large))
+
+
+def test_a_run_that_goes_on_has_the_range(pair):
+    config = settings(pair, **MEASURED)
+    first, rows, prompts = learner_of(config, lengths=lengths)
+    first.step(rows, prompts)
+    second, _, _ = learner_of(config, lengths=lengths)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    ends = first.method.reward_range.state_dict()
+    assert ends["low"] < ends["high"] and second.method.reward_range.state_dict() == ends
 
 
 @pytest.mark.parametrize("kind", ["cmdp", "saute"])
