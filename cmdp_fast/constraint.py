@@ -165,7 +165,7 @@ class Constraint:
                 f"kind={self.kind!r} needs coefficient= (lambda, or kappa for the barrier), got coefficient=None"
             )
         if self.coefficient is not None and not self.is_a.coefficient:
-            raise ValueError(f"kind={self.kind!r} has none, got coefficient={self.coefficient}")
+            raise ValueError(f"kind={self.kind!r} has no coefficient, got coefficient={self.coefficient}")
 
     @property
     def is_a(self) -> Kind:
@@ -220,8 +220,8 @@ def of_a_scaled_direct_term(scaled: str, instead: str) -> str:
     direct term; ``instead`` is the setting that does not."""
     return (
         f"{scaled} divides the direct term by a group's standard deviation, by 1e-4 where returns are equal, and "
-        f"cancels discrepancy_weight where nothing but the excess differs; {instead} keeps what penalty and "
-        "discrepancy_weight mean"
+        "cancels discrepancy_weight where nothing but the excess differs, and a price of every unit of cost where "
+        f"nothing but the cost does; {instead} keeps what penalty and discrepancy_weight mean"
     )
 
 

@@ -94,7 +94,7 @@ def test_the_fields_are_those_of_the_keywords() -> None:
         ({"barrier_slope": float("nan")}, ValueError, "barrier_slope must be finite"),
         ({"kind": "lagrangian", "coefficient": -1.0}, ValueError, "coefficient must be finite and not negative"),
         ({"kind": "lagrangian"}, ValueError, "kind='lagrangian' needs coefficient="),
-        ({"kind": "saute", "coefficient": 1.0}, ValueError, "kind='saute' has none, got coefficient=1.0"),
+        ({"kind": "saute", "coefficient": 1.0}, ValueError, "kind='saute' has no coefficient, got coefficient=1.0"),
         ({"kind": "hinge", "penalty_at": "every"}, ValueError, "kind='hinge' has no penalty, so penalty_at='every'"),
         ({"penalty_at": "end"}, ValueError, "penalty_at='end' is unknown; expected one of crossing, every"),
         ({"gamma": 0.0}, ValueError, r"gamma must lie in \(0, 1\], got 0.0"),

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+NOTHING = 1e-5  # of the larger end: float32 sums of the same rewards in another order differ by some 1e-7
+
+
 class RewardRange:
     """The least and the largest task reward of a run's completions so far, of all processes."""
 
@@ -32,10 +35,11 @@ class RewardRange:
         self.low, self.high = of_all[0], -of_all[1]
 
     def share(self, reward: Tensor) -> Tensor:
-        """Where in the range a reward [B] is, from 0 to 1; all of them 0 as long as all have been equal."""
+        """Where in the range a reward [B] is, from 0 to 1; all are 0 as long as all have been equal, to rounding."""
         width = self.high - self.low  # in float64, which has room for the difference of any two
-        wide = (reward.double() - self.low).clamp(min=0.0) / width if width > 0 else torch.zeros_like(reward)
-        return wide.to(reward)
+        if not width > NOTHING * max(abs(self.low), abs(self.high)):
+            return torch.zeros_like(reward)
+        return ((reward.double() - self.low).clamp(min=0.0) / width).to(reward)
 
     def state_dict(self) -> dict[str, float]:
         """The two ends, for a checkpoint; nothing before the first reward."""

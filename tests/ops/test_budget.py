@@ -365,7 +365,11 @@ COST = torch.ones(2, 3)
         (lambda: packed(torch.tensor([0.0, 3.0])), TypeError, "cu_seqlens must be int32 or int64"),
         (lambda: rewarded(kind="ppo"), ValueError, "kind='ppo' is unknown; expected one of cmdp"),
         (lambda: rewarded(kind="lagrangian"), ValueError, "needs coefficient="),
-        (lambda: rewarded(kind="saute", coefficient=1.0), ValueError, "kind='saute' has none, got coefficient=1.0"),
+        (
+            lambda: rewarded(kind="saute", coefficient=1.0),
+            ValueError,
+            "kind='saute' has no coefficient, got coefficient=1.0",
+        ),
         (lambda: rewarded(penalty=-1.0), ValueError, "penalty must be finite and not negative"),
         (lambda: rewarded(kind="hinge", penalty_at="every"), ValueError, "has no penalty"),
         (lambda: cf.modified_reward(COST, COST, (COST,) * 5), TypeError, "trace must be the BudgetTrace"),

@@ -120,7 +120,7 @@ def test_worst_case_fills_in_its_cost_and_reduction():
         ({"task_reward": torch.zeros(2, 4)}, ValueError, r"task_reward must have the shape of tokens, \[2, 5\]"),
         ({"student_hidden": None}, TypeError, "student_hidden must be a tensor, got NoneType"),
         ({"teacher_hidden": torch.zeros(2, 4, 20)}, ValueError, "must agree in all but the last axis"),
-        ({"kind": "saute", "coefficient": 1.0}, ValueError, "kind='saute' has none, got coefficient=1.0"),
+        ({"kind": "saute", "coefficient": 1.0}, ValueError, "kind='saute' has no coefficient, got coefficient=1.0"),
         ({"gamma": 0.0}, ValueError, r"gamma must lie in \(0, 1\], got 0.0"),
     ],
 )

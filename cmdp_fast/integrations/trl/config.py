@@ -178,7 +178,8 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
         )
         super().__post_init__()
         self.constraint.warn_of_a_penalty_without_gradient(stacklevel=3)
-        if self.has_direct_term and self.scale_rewards == "group" and self.budget != math.inf:
+        charged = self.budget != math.inf or self.constraint.price > 0
+        if self.has_direct_term and self.scale_rewards == "group" and charged:
             text = of_a_scaled_direct_term("scale_rewards='group'", "scale_rewards='none'")
             warnings.warn(text, stacklevel=3)
 

@@ -39,7 +39,8 @@ class BudgetSettings:
     """Price of a nat over the budget (cmdp, hinge), in `reward_unit`."""
     budget_price: Annotated[float, NOT_NEGATIVE] = 0.5
     """What spending the whole budget costs (cmdp, hinge): a nat costs so much divided by `budget`, within the budget
-    too, which draws the student to its teacher where the task's reward says little. 0: nothing, as in the paper."""
+    too, whatever a schedule or a teacher of its own has for a budget; with `budget_per_token` divided by that of
+    `max_new_tokens`. 0: nothing, as in the paper."""
     reward_unit: Literal["auto", "range", "one"] = "auto"
     """The unit of `penalty`, `discrepancy_weight`, `budget_price`, `coefficient` and `pid_gains`. range: the difference
     between the best and the worst task reward of the run so far, so that they mean the same whatever the task pays, and

@@ -115,6 +115,10 @@ class TrainConfig(
             not self.cost_clamp or self.cost in ("k1", "k3", "nll"),
             f"--cost-clamp would take the gradient of --cost {self.cost}; it is for k1, k3 and nll",
         )
+        _check(
+            math.isfinite(self.budget_price / self.budget),
+            f"--budget-price {self.budget_price} for --budget {self.budget} is more than a number for each nat",
+        )
         if self.kind == "barrier":
             _check(self.coefficient > 0, "--kind barrier needs its weight: --coefficient")
         if self.budget_steps:
