@@ -8,9 +8,11 @@ import os
 import sys
 import sysconfig
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -59,22 +61,75 @@ def told_of(what: str, thread: str = "") -> Iterator[None]:
 
     It is waited for all the same: no thread can be ended from outside, and one that was left behind would go on.
     """
-    caller = threading.get_ident()
-
-    def tell() -> None:
-        ident = next((each.ident for each in threading.enumerate() if each.name == thread), caller)
-        frame = sys._current_frames().get(ident or caller)
-        places = ((each.f_code.co_filename, line) for each, line in traceback.walk_stack(frame)) if frame else iter(())
-        place = next((f", it is at {file}:{line}" for file, line in places if not _is_installed(file)), "")
-        _log.warning("%s has not returned for %g s%s", what, NOTICE, place)
-
-    timer = threading.Timer(NOTICE, tell)
-    timer.daemon = True
-    timer.start()
+    call = _Call(what, thread, threading.get_ident(), time.monotonic() + NOTICE)
+    _watch.begin(call)
     try:
         yield
     finally:
-        timer.cancel()
+        _watch.end(call)
+
+
+@dataclass(eq=False)
+class _Call:
+    what: str
+    thread: str  # "": the caller's
+    caller: int
+    due: float  # when it is told of
+
+    def tell(self) -> None:
+        ident = next((each.ident for each in threading.enumerate() if each.name == self.thread), self.caller)
+        frame = sys._current_frames().get(ident or self.caller)
+        places = ((each.f_code.co_filename, line) for each, line in traceback.walk_stack(frame)) if frame else iter(())
+        place = next((f", it is at {file}:{line}" for file, line in places if not _is_installed(file)), "")
+        _log.warning("%s has not returned for %g s%s", self.what, NOTICE, place)
+
+
+class _Watch:
+    """One thread for all calls: to start one for each takes longer than most functions do."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls: set[_Call] = set()
+        self._next = 0.0  # when the thread looks again; 0: none runs
+
+    def begin(self, call: _Call) -> None:
+        with self._changed:
+            self._calls.add(call)
+            if not self._next:
+                self._next = call.due
+                threading.Thread(target=self._look, name="cmdp_fast calls", daemon=True).start()
+            elif call.due < self._next:
+                self._changed.notify()
+
+    def end(self, call: _Call) -> None:
+        with self._changed:
+            self._calls.discard(call)
+
+    def _look(self) -> None:
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                late = [call for call in self._calls if call.due <= now]
+                self._calls.difference_update(late)
+                if not late:
+                    # With no call it looks again as late as the next one could be due
+                    self._next = min((call.due for call in self._calls), default=now + NOTICE)
+                    self._changed.wait(self._next - now)
+            for call in late:
+                call.tell()
+
+
+_watch = _Watch()
+
+
+def _watch_anew() -> None:
+    """A fork has none of its parent's threads, and perhaps a lock that one of them held."""
+    global _watch
+    _watch = _Watch()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_watch_anew)
 
 
 def _plain(function: Any) -> Any:
