@@ -46,7 +46,7 @@ from .records.run_folder import check_run_folder
 from .records.trust import code_of
 from .rollout import make_sampling
 from .settings.config import TrainConfig
-from .settings.constraint import evaluation_constraint
+from .settings.constraint import evaluation_constraint, price_within
 from .settings.unread import warnings_of
 from .step import Learner
 from .stops import keep_end_tokens
@@ -107,6 +107,7 @@ def train(config: TrainConfig) -> Path:
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "
             f"{config.method or config.kind}, budget {config.budget:g} nats of {constraint.cost}"
             + (" per token" if constraint.per_token else "")
+            + (f", within it {price:.3g} a nat" if (price := price_within(config)) else "")
         )
         training = Training(config, learner, material, report, code)
         training.begin(held)

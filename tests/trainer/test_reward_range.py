@@ -14,7 +14,7 @@ from tiny_pair import learner_of, settings
 
 from cmdp_fast.trainer.reward_range import RewardRange
 from cmdp_fast.trainer.settings.config import TrainConfig
-from cmdp_fast.trainer.settings.constraint import training_constraint
+from cmdp_fast.trainer.settings.constraint import price_within, training_constraint
 from cmdp_fast.trainer.settings.unread import READERS
 
 ALONE = SimpleNamespace(gather=lambda ends: ends)
@@ -107,6 +107,7 @@ def test_a_run_is_the_same_whatever_the_reward_is_multiplied_by(kind, pair):
     plain, metrics = trained(pair, **of_kind(kind))
     large, of_large = trained(pair, **of_kind(kind), reward_weights=(256.0,))
     assert all(map(torch.equal, plain, large))
+    assert of_large[0]["cmdp/reward_high"] == 256 * metrics[0]["cmdp/reward_high"]
     assert of_large[0]["reward"] == pytest.approx(256 * metrics[0]["reward"])
     assert of_large[1]["cmdp/modified_reward"] == metrics[1]["cmdp/modified_reward"]
     other, _ = trained(pair, **of_kind(kind), reward_weights=(256.0,), reward_unit="one")
@@ -127,11 +128,12 @@ def test_a_soft_weight_is_in_units_of_the_reward_itself(pair):
 def test_a_run_that_goes_on_has_the_range(pair):
     config = settings(pair, **MEASURED)
     first, rows, prompts = learner_of(config, lengths=lengths)
-    first.step(rows, prompts)
+    metrics = first.step(rows, prompts)
     second, _, _ = learner_of(config, lengths=lengths)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     ends = first.method.reward_range.state_dict()
     assert ends["low"] < ends["high"] and second.method.reward_range.state_dict() == ends
+    assert (metrics["cmdp/reward_low"], metrics["cmdp/reward_high"]) == (ends["low"], ends["high"])
 
 
 @pytest.mark.parametrize("kind", ["cmdp", "saute"])
@@ -192,3 +194,19 @@ def test_with_no_weight_of_the_excess_it_is_a_lagrangians(pair):
     price, _ = trained(pair, kind="hinge", discrepancy_weight=0.0, budget_price=3.0)
     soft, _ = trained(pair, kind="lagrangian", coefficient=1.5, reward_unit="range")
     assert all(map(torch.equal, price, soft))
+
+
+@pytest.mark.parametrize(
+    ("changes", "price"),
+    [
+        ({}, 0.25),
+        ({"kind": "hinge"}, 0.25),
+        ({"budget_price": 0.0}, 0.0),
+        ({"budget_per_token": True, "max_new_tokens": 10}, 0.025),
+        ({"kind": "lagrangian", "coefficient": 0.5}, 0.0),
+        ({"algorithm": "gkd"}, 0.0),
+    ],
+)
+def test_the_price_that_a_run_says_at_its_start(changes, price, pair):
+    config = settings(pair, **(MEASURED | {"budget": 2.0} | changes))
+    assert price_within(config) == pytest.approx(price)

@@ -159,12 +159,14 @@ class PPO(Method):
         return Loss(loss, {name: value.detach() for name, value in metrics.items()}, outputs[0])
 
     def explained(self, experience: Experience, targets: Targets) -> Metrics:
-        """With a value head, how much of the returns' variance it predicts."""
+        """The ends of the task reward's range so far, where that is its unit; with a value head, how much of the
+        returns' variance it predicts."""
+        ends = {f"cmdp/reward_{end}": value for end, value in self.reward_range.state_dict().items()}
         if experience.value is None:
-            return {}
+            return ends
         tensors = (experience.value, targets["value"], experience.rollout.mask & experience.scored[:, None])
         value, target, mask = (batches.gathered(tensor, self.accelerator) for tensor in tensors)
-        return {"value/explained_variance": float(explained_variance(value, target, mask))}
+        return ends | {"value/explained_variance": float(explained_variance(value, target, mask))}
 
 
 def one_token_more(rollout: Rollout) -> tuple[Rollout, Tensor]:

@@ -23,6 +23,13 @@ def training_constraint(config: TrainConfig, step: int, multiplier: float = 0.0)
     )
 
 
+def price_within(config: TrainConfig) -> float:
+    """What a nat within the budget costs beside the budget, in units of the setting `reward_unit`; 0 where a method has
+    no such price."""
+    beside = config.entry.compares and KINDS[config.kind].coefficient == "price"
+    return (_price(config) or 0.0) if beside else 0.0
+
+
 def _price(config: TrainConfig) -> float | None:
     """Lambda or kappa of a kind in which it is constant; None for one that has none."""
     kind = KINDS[config.kind]
