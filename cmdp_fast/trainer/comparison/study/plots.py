@@ -48,11 +48,11 @@ def regret(results: Results) -> Any:
     ]
     figure = _figure(1.6 + 0.74 * len(columns), 1.6 + 0.3 * len(rows))
     axes = figure.subplots()
-    _cells(axes, values, columns, [_name(results, row.method) for row in rows], "YlOrBr", CLIP)
+    cells(axes, values, columns, [_name(results, row.method) for row in rows], "YlOrBr", CLIP)
     for y, flags in enumerate(over):
         for x, flag in enumerate(flags):
             if flag:
-                _hatch(axes, x, y)
+                hatch(axes, x, y)
     axes.axvline(len(results.situations) - 0.5, color="white", lw=4)
     figure.suptitle(
         _wrapped(
@@ -194,7 +194,7 @@ def by_kind(results: Results) -> Any:
             lines = results.of(situation, results.one_setting[method]).values()
             by_name = {kind: [line.kinds[kind]["within"] for line in lines if kind in line.kinds] for kind in kinds}
             values.append([100 * interval_of(v).mean if v else math.nan for v in by_name.values()])
-        _cells(axes, values, kinds, [_name(results, method) for method in methods], "cividis", 100.0)
+        cells(axes, values, kinds, [_name(results, method) for method in methods], "cividis", 100.0)
         axes.set_title(situation, fontsize=10)
     figure.suptitle(_wrapped(figure, "Completions within budget by kind of prompt (%)"), fontsize=10)
     return figure
@@ -227,7 +227,7 @@ def _wrapped(figure: Any, *lines: str) -> str:
     return "\n".join(textwrap.fill(line, round(13 * figure.get_figwidth())) for line in lines)
 
 
-def _cells(
+def cells(
     axes: Any,
     values: Sequence[Sequence[float]],
     columns: Sequence[str],
@@ -260,7 +260,7 @@ def _cells(
     axes.tick_params(which="minor", length=0)
 
 
-def _hatch(axes: Any, x: int, y: int) -> None:
+def hatch(axes: Any, x: int, y: int) -> None:
     from matplotlib.patches import Rectangle
 
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", edgecolor="0.55", lw=0, zorder=2))
