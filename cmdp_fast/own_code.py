@@ -19,6 +19,7 @@ from typing import Any
 from cmdp_fast.errors import InputError, first_line, readable
 
 NOTICE = 60.0  # seconds after which it is said what is waited for
+WATCH = "cmdp_fast watches calls"  # the name of the thread that says it
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class _Watch:
             self._calls.add(call)
             if not self._next:
                 self._next = call.due
-                threading.Thread(target=self._look, name="cmdp_fast calls", daemon=True).start()
+                threading.Thread(target=self._look, name=WATCH, daemon=True).start()
             elif call.due < self._next:
                 self._changed.notify()
 

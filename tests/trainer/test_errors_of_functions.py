@@ -8,7 +8,10 @@ import gc
 import json
 import logging
 import re
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 from tiny_pair import arguments, settings
@@ -258,6 +261,66 @@ def test_the_place_is_that_of_the_thread_that_is_asked_about(heard):
         thread.join()
     line = stands_still.__code__.co_firstlineno
     assert heard.lines[0] in {f"it has not returned for 0.01 s, it is at {__file__}:{line + after}" for after in (1, 2)}
+
+
+def test_one_thread_watches_all_calls(heard):
+    """To start one for each took more time than the calls, of which a step has hundreds."""
+    with told_of("first"), told_of("second"):
+        assert heard.event.wait(60)
+    while len(heard.lines) < 2:
+        time.sleep(0.001)
+    watching = [thread for thread in threading.enumerate() if thread.name == own_code.WATCH]
+    before = len(heard.lines)
+    own_code.NOTICE = 60.0
+    for _ in range(100):
+        with told_of("quick"):
+            pass
+    assert [thread for thread in threading.enumerate() if thread.name == own_code.WATCH] == watching
+    assert len(watching) == 1 and len(heard.lines) == before
+
+
+def test_a_shorter_notice_than_the_last_is_kept(heard):
+    """The thread sleeps until the first call is due, and is woken for one that is due earlier."""
+    own_code.NOTICE = 60.0
+    with told_of("slow"):
+        own_code.NOTICE = 0.01
+        with told_of("quick"):
+            assert heard.event.wait(30)
+    assert heard.lines[0].startswith("quick has not returned")
+
+
+FORKED = """
+import logging, os, sys, time
+from cmdp_fast import own_code
+own_code.NOTICE = 0.01
+
+class Heard(logging.Handler):
+    def emit(self, record):
+        os.write(1, (record.getMessage().split(",")[0] + "\\n").encode())
+        told.append(record)
+
+told = []
+logging.getLogger(own_code.__name__).addHandler(Heard())
+with own_code.told_of("parent"):
+    while not told:
+        time.sleep(0.001)
+told.clear()
+with own_code.told_of("both"):
+    child = os.fork()
+    if not child:
+        with own_code.told_of("child"):
+            while not told:
+                time.sleep(0.001)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_calls_of_a_fork_are_told_of_too():
+    """It has none of its parent's threads."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {"parent has not returned for 0.01 s", "child has not returned for 0.01 s"} <= set(done.stdout.splitlines())
 
 
 @pytest.mark.parametrize(
