@@ -94,7 +94,7 @@ def rows_of(studies: Sequence[Results]) -> list[Row]:
 
 def page_of(studies: Sequence[Results], rows: Sequence[Row]) -> str:
     count = sum(len(results.situations) for results in studies)
-    seeds = sorted({seed for results in studies for seed in results.study.seeds})
+    had = {r.study.name: len({line.seed for line in r.lines}) for r in studies}
     heading = ["setting", *(f"{r.study.name} ({len(r.situations)})" for r in studies), "all", "worst", "within"]
     lines = [heading, ["---", *["---:"] * (len(studies) + 1), "---", "---:"]]
     for row in rows:
@@ -107,12 +107,11 @@ def page_of(studies: Sequence[Results], rows: Sequence[Row]) -> str:
 
     python benchmarks/together.py
 
-From the lines of {", ".join(f"[{r.study.name}](../{r.study.name}/README.md)" for r in studies)}; seeds
-{", ".join(map(str, seeds))}. A row is a setting that all of these studies have; none was chosen here. The regret of a
+From the lines of {", ".join(f"[{name}](../{name}/README.md) ({count} seeds)" for name, count in had.items())}. A row is a setting that all of these studies have; none was chosen here. The regret of a
 situation is the share of completions that are right and within budget, in points, of the best feasible setting of that
 situation less a setting's own, paired by seed; the best was found in the same figures, which makes every regret
 slightly too large. Columns are means over situations ± the half-width of the 95 % t interval over seeds; five of the
-situations of `transfer` differ in the reward's scale alone. `within`: in how many situations 95 % of the completions
+situations of `transfer` differ in the reward's scale alone. "All" is over the seeds that every study has. "Within": in how many situations 95 % of the completions
 keep the budget.
 
 ![regret of one setting in every situation]({PICTURE})
