@@ -1,4 +1,4 @@
-"""The picture of the README: how much each method keeps of the teacher's ways, from the table of a comparison.
+"""A picture of a comparison: how much each method keeps of the teacher's ways, from the table of a comparison.
 
     python benchmarks/picture.py
 
