@@ -39,7 +39,7 @@ TITLES = {"a third of the problems tempts": "a third tempts, 2 nats", "the same 
 # Of the rows with a weight the picture has those that are not between two others of much the same colours.
 SHOWN = (
     *("cmdp", "cmdp:budget_price=0", "hinge", "hinge:discrepancy_weight=0"),
-    *("pid", "pid:pid_gains=[0.01, 0.001, 0.001]", "barrier", "worst_case"),
+    *("pid", "pid:pid_gains=[0.01, 0.001, 0.001]", "barrier"),
     *("lagrangian:coefficient=0.001", "lagrangian:coefficient=0.01", "lagrangian:coefficient=0.1"),
     *("lagrangian:coefficient=1", "kl_reward:coefficient=0.1", "kl_loss:coefficient=1,kl_loss_correction=true"),
     *("grpo", "gkd", "minillm", "sft", "kd"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -11,7 +12,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -24,7 +24,7 @@ WATCH = "cmdp_fast watches calls"  # the name of the thread that says it
 _log = logging.getLogger(__name__)
 
 
-@contextmanager
+@contextlib.contextmanager
 def errors_named(what: str, function: Any) -> Iterator[None]:
     """An exception of a function's own in the body becomes an InputError of one line, with the exception as its cause;
     ``what`` says whose it is."""
@@ -55,7 +55,7 @@ def described(error: BaseException, function: Any = None) -> str:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def told_of(what: str, thread: str = "") -> Iterator[None]:
     """Says so if the body has not ended after `NOTICE` seconds, and at which line it is: in this thread, or in that of
     a name.
@@ -97,8 +97,11 @@ class _Watch:
         with self._changed:
             self._calls.add(call)
             if not self._next:
-                self._next = call.due
-                threading.Thread(target=self._look, name=WATCH, daemon=True).start()
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # no more threads can be started: not watched, and made all the same
+                    threading.Thread(target=self._look, name=WATCH, daemon=True).start()
+                    self._next = call.due
             elif call.due < self._next:
                 self._changed.notify()
 
@@ -117,7 +120,8 @@ class _Watch:
                     self._next = min((call.due for call in self._calls), default=now + NOTICE)
                     self._changed.wait(self._next - now)
             for call in late:
-                call.tell()
+                with contextlib.suppress(Exception):  # of a log's handler: the next calls are watched all the same
+                    call.tell()
 
 
 _watch = _Watch()

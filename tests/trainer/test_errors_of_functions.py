@@ -289,6 +289,33 @@ def test_a_shorter_notice_than_the_last_is_kept(heard):
     assert heard.lines[0].startswith("quick has not returned")
 
 
+def test_the_next_call_is_told_of_after_a_handler_raised(heard, monkeypatch):
+    raised = threading.Event()
+
+    def emit(record: logging.LogRecord) -> None:
+        if not raised.is_set():
+            raised.set()
+            raise OSError("the log is full")
+        Heard.emit(heard, record)
+
+    monkeypatch.setattr(heard, "emit", emit)
+    with told_of("first"):
+        assert raised.wait(60)
+    with told_of("second"):
+        assert heard.event.wait(60)
+    assert heard.lines[0].startswith("second has not returned for 0.01 s")
+
+
+def test_a_call_is_made_where_no_thread_can_be_started(monkeypatch):
+    monkeypatch.setattr(own_code, "_watch", own_code._Watch())
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new")))
+        with told_of("it"):
+            pass
+    with told_of("the next"):
+        assert own_code._watch._next
+
+
 FORKED = """
 import logging, os, sys, time
 from cmdp_fast import own_code

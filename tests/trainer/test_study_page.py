@@ -76,8 +76,6 @@ def test_the_interval_of_three_numbers():
     assert mean == 3
     assert half == pytest.approx(4.302653 * math.sqrt(7 / 3), rel=1e-6)
     assert math.isnan(interval_of([5.0]).half)
-    assert not interval_of([5.0]).apart_from_zero
-    assert Interval(-3, 2).apart_from_zero and not Interval(2, 2).apart_from_zero
 
 
 @pytest.mark.parametrize(
@@ -90,10 +88,10 @@ def test_student_t(degrees: int, quantile: float):
 
 
 def test_p_of_a_t_test():
-    """With two degrees the p of t is 1 - t / √(2 + t²). Equal numbers leave no doubt."""
+    """With two degrees the p of t is 1 - t / √(2 + t²). Equal numbers say nothing of a spread."""
     t = 3 / math.sqrt(7 / 3)
     assert p_value([1, 2, 6]) == pytest.approx(1 - t / math.sqrt(2 + t**2))
-    assert (p_value([2.0, 2.0]), p_value([0.0, 0.0])) == (0, 1)
+    assert p_value([2.0, 2.0]) == p_value([0.0, 0.0]) == p_value([1.75781, 1.75782, 1.75781]) == 1
 
 
 def test_holm():
@@ -170,9 +168,9 @@ def test_methods_against_the_first():
     results = Results(STUDY, SOME)
     first, second = results.against_reference()
     assert (first.situation, first.method, second.situation) == ("first", "soft", "second")
-    assert first.points.mean == pytest.approx(-40 / 3) and not first.points.apart_from_zero
+    assert first.points.mean == pytest.approx(-40 / 3) and not first.apart
     assert second.points == pytest.approx((-30, 4.302653 * 10 / math.sqrt(3)), rel=1e-6)
-    assert second.points.apart_from_zero
+    assert second.apart
     assert second.p == pytest.approx(1 - 30 / math.sqrt(2 * 100 / 3 + 900))
     assert stand_correction([first, second]) == 0 and stand_correction([second]) == 1
 
@@ -227,8 +225,26 @@ def test_the_page_of_one_seed():
     """There is no interval anywhere, and nothing is told apart."""
     results = Results(replace(STUDY, seeds=(1,)), SOME)
     page = page_of(results, ["cmdp-fast"], "a machine")
-    assert "There is one seed" in page and "takes two seeds" in page
+    assert "There is one seed" in page and "takes 3 seeds" in page
     assert "±" not in page and "| soft | 1 | 10.0 | 45.0 | 45.0 | 27.5 |" in page
+
+
+def test_two_seeds_tell_nothing_apart():
+    """The interval of two is 13 times their deviation, and scores are often equal to a completion."""
+    results = Results(replace(STUDY, seeds=(0, 1)), [each for each in SOME if each.seed < 2])
+    assert not any(difference.apart for difference in results.against_reference())
+    assert "takes 3 seeds" in page_of(results, ["cmdp-fast"], "a machine")
+
+
+def test_a_part_of_few_completions_has_no_spread():
+    """Its completions of all seeds are taken together."""
+    some = [
+        replace(each, kinds={"easy": {"share": share, "accuracy": 1.0, "within": within, "mean_kl": 1.0}})
+        for each, share, within in zip(
+            lines("first", CMDP, 0.7, 0.8, 0.9), (0.002, 0.002, 0.004), (0, 1, 1), strict=True
+        )
+    ]
+    assert "| cmdp | 25.0 (0) |" in page_of(Results(STUDY, some), ["x"], "m")
 
 
 def test_the_page_of_one_situation(tmp_path: Path):

@@ -13,6 +13,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-4  # of a mean: lines have five digits
+LEAST = 3  # seeds from which a difference is told apart: the interval of two says nothing of their spread
 
 
 class Interval(NamedTuple):
@@ -20,11 +22,6 @@ class Interval(NamedTuple):
 
     mean: float
     half: float
-
-    @property
-    def apart_from_zero(self) -> bool:
-        """Whether the interval is there and does not hold 0."""
-        return abs(self.mean) > self.half
 
 
 def interval_of(values: Sequence[float]) -> Interval:
@@ -36,10 +33,11 @@ def interval_of(values: Sequence[float]) -> Interval:
 
 
 def p_value(values: Sequence[float]) -> float:
-    """The two-sided p of the t test that the mean of two or more values is 0."""
+    """The two-sided p of the t test that the mean of two or more values is 0; 1 for equal ones, from which no spread
+    can be told: shares of some hundreds of completions are often equal."""
     mean, spread = statistics.fmean(values), statistics.stdev(values)
-    if spread == 0:
-        return float(mean == 0)
+    if spread <= ROUNDING * abs(mean):
+        return 1.0
     return 1 - share_inside(abs(mean) / spread * math.sqrt(len(values)), len(values) - 1)
 
 

@@ -15,7 +15,7 @@ from cmdp_fast.files import write_text
 from cmdp_fast.info import machine
 
 from ..table import Column
-from .intervals import CONFIDENCE, Interval, interval_of
+from .intervals import CONFIDENCE, LEAST, Interval, interval_of
 from .lines import FILE, Line, Parts
 from .names import label, short
 from .plan import TEACHER, Study
@@ -33,6 +33,7 @@ COLUMNS = (
     Column("mean_length", "length (tokens)"),
 )
 MARK = "†"
+LEAST_PART = 0.04  # of the completions: of some hundreds
 BY_REWARD = (
     "The task may reward more than the right answer, such as brevity, and that is what a method spends its budget for. "
     "Here the score is the reward of the completions within budget, in percent of what a right answer is worth, and "
@@ -96,7 +97,7 @@ def _about(results: Results, origin: str) -> str:
         f"Figures are means over seeds ± the half-width of the {_percent(CONFIDENCE)} t interval "
         f"({len(study.seeds) - 1} degrees of freedom where no seed is missing)."
         if len(study.seeds) > 1
-        else "There is one seed, so there are no intervals and nothing is told apart."
+        else "There is one seed, so there are no intervals."
     )
     return (
         f"{origin}.\n\nRecipe `{study.recipe}`, seeds {', '.join(map(str, study.seeds))}; {len(trainings)} trainings "
@@ -265,9 +266,9 @@ def _against(differences: Sequence[Difference], results: Results) -> list[str]:
     """What beats the reference, what it beats, and what is not told apart: by method, with its situations."""
     known = [difference for difference in differences if not math.isnan(difference.p)]
     if not known:
-        return ["Nothing can be told apart: it takes two seeds that both methods have."]
-    apart = [difference for difference in known if difference.points.apart_from_zero]
-    even = [difference for difference in known if not difference.points.apart_from_zero]
+        return [f"Nothing can be told apart: it takes {LEAST} seeds that both methods have."]
+    apart = [difference for difference in known if difference.apart]
+    even = [difference for difference in known if not difference.apart]
     count = len(known)
     return [
         f"Score of each method less that of {results.reference}, both with their one setting, paired by seed: {count} "
@@ -342,13 +343,15 @@ def _over_budget(by_method: dict[str, list[Parts]], names: Sequence[str]) -> str
 
 
 def _over(parts: Sequence[dict[str, float] | None]) -> str:
-    """Over the seeds that have completions of the part; its share is 0 in the others."""
+    """Of the completions of the part in all seeds; its spread over seeds where each has more than a few."""
     there = [part for part in parts if part is not None]
-    if not there:
+    total = math.fsum(part["share"] for part in there)
+    if not total:
         return ""
-    over = interval_of([1 - part["within"] for part in there])
-    share = math.fsum(part["share"] for part in there) / len(parts)
-    return f"{text_of(over, 100.0)} ({100 * share:.0f})"
+    over = math.fsum(part["share"] * (1 - part["within"]) for part in there) / total
+    enough = len(there) == len(parts) and min(part["share"] for part in there) >= LEAST_PART
+    half = interval_of([1 - part["within"] for part in there]).half if enough else math.nan
+    return f"{text_of(Interval(over, half), 100.0)} ({100 * total / len(parts):.0f})"
 
 
 def _failures(failed: Sequence[Line]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..plan import REFERENCES
-from .intervals import Interval, holm, interval_of, p_value
+from .intervals import CONFIDENCE, LEAST, Interval, holm, interval_of, p_value
 from .lines import Line
 from .plan import Study
 
@@ -46,12 +46,16 @@ class RegretRow:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's score less that of the reference, in points; p is NaN for a single seed."""
+    """A method's score less that of the reference, in points; p is NaN for fewer than `LEAST` seeds."""
 
     situation: str
     method: str
     points: Interval
     p: float
+
+    @property
+    def apart(self) -> bool:
+        return self.p < 1 - CONFIDENCE
 
 
 class Results:
@@ -168,7 +172,7 @@ class Results:
                 settings = self.one_setting[method.name], self.one_setting[self.reference]
                 points = list(self.differences(situation, *settings).values())
                 if points:
-                    p = p_value(points) if len(points) > 1 else math.nan
+                    p = p_value(points) if len(points) >= LEAST else math.nan
                     compared.append(Difference(situation, method.name, interval_of(points), p))
         return compared
 
