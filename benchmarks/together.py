@@ -103,16 +103,20 @@ def page_of(studies: Sequence[Results], rows: Sequence[Row]) -> str:
         kept = count - len(row.infeasible)
         lines.append([row.name, *cells, text_of(row.mean()), f"{worst:.1f} ({where})", f"{kept} of {count}"])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    whence = ", ".join(f"[{name}](../{name}/README.md) ({seeds} seeds)" for name, seeds in had.items())
     return f"""# What one setting is worth over all situations
 
     python benchmarks/together.py
 
-From the lines of {", ".join(f"[{name}](../{name}/README.md) ({count} seeds)" for name, count in had.items())}. A row is a setting that all of these studies have; none was chosen here. The regret of a
-situation is the share of completions that are right and within budget, in points, of the best feasible setting of that
-situation less a setting's own, paired by seed; the best was found in the same figures, which makes every regret
-slightly too large. Columns are means over situations ± the half-width of the 95 % t interval over seeds; five of the
-situations of `transfer` differ in the reward's scale alone. "All" is over the seeds that every study has. "Within": in how many situations 95 % of the completions
-keep the budget.
+From the lines of {whence}.
+
+A row is a setting that all of these studies have; none was chosen here. The regret of a situation is the share of
+completions that are right and within budget, in points, of the best feasible setting of that situation less a
+setting's own, paired by seed; the best was found in the same figures, which makes every regret slightly too large.
+Columns are means over situations ± the half-width of the 95 % t interval over seeds, "all" over the seeds that every
+study has. Five of the situations of `transfer` differ in the reward's scale alone, and what is trained in units of the
+reward's range, or without a reward, is the same in them. "Within": in how many situations 95 % of the completions keep
+the budget.
 
 ![regret of one setting in every situation]({PICTURE})
 
