@@ -97,9 +97,8 @@ class _Watch:
         with self._changed:
             self._calls.add(call)
             if not self._next:
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # no more threads can be started: not watched, and made all the same
+                # Where no more threads can be started it is not watched, and made all the same
+                with contextlib.suppress(RuntimeError):
                     threading.Thread(target=self._look, name=WATCH, daemon=True).start()
                     self._next = call.due
             elif call.due < self._next:
