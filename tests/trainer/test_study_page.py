@@ -76,6 +76,8 @@ def test_the_interval_of_three_numbers():
     assert mean == 3
     assert half == pytest.approx(4.302653 * math.sqrt(7 / 3), rel=1e-6)
     assert math.isnan(interval_of([5.0]).half)
+    assert not interval_of([5.0]).apart_from_zero
+    assert Interval(-3, 2).apart_from_zero and not Interval(2, 2).apart_from_zero
 
 
 @pytest.mark.parametrize(

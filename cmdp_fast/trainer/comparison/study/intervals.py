@@ -23,6 +23,11 @@ class Interval(NamedTuple):
     mean: float
     half: float
 
+    @property
+    def apart_from_zero(self) -> bool:
+        """Whether the interval is there and does not hold 0."""
+        return abs(self.mean) > self.half
+
 
 def interval_of(values: Sequence[float]) -> Interval:
     """The mean of values, of which there is one or more, with its t interval of 95 %."""
