@@ -24,7 +24,7 @@ from cmdp_fast.trainer.comparison.study.lines import FILE, read_lines
 from cmdp_fast.trainer.comparison.study.page import text_of
 from cmdp_fast.trainer.comparison.study.plan import read_study
 from cmdp_fast.trainer.comparison.study.plots import cells, hatch
-from cmdp_fast.trainer.comparison.study.statistics import Results, Setting
+from cmdp_fast.trainer.comparison.study.statistics import Results
 
 FOLDER = Path(__file__).parent / "results" / "study"
 STUDIES = ("transfer", "faulty-teacher", "per-completion")
@@ -36,7 +36,8 @@ NAMES = {
     "pid:pid_gains=[0.01, 0.001, 0.001]": "pid, a tenth of the gains",
 }
 TITLES = {"a third of the problems tempts": "a third tempts, 2 nats", "the same with 3 nats": "a third tempts, 3 nats"}
-# Of the rows with a weight the picture has those that are not between two others of much the same colours.
+# Of the rows with a weight the picture has those that are not between two others of much the same colours. `worst_case`
+# bounds something else, and is in the table alone.
 SHOWN = (
     *("cmdp", "cmdp:budget_price=0", "hinge", "hinge:discrepancy_weight=0"),
     *("pid", "pid:pid_gains=[0.01, 0.001, 0.001]", "barrier"),
@@ -81,9 +82,10 @@ def rows_of(studies: Sequence[Results]) -> list[Row]:
     for candidate in dict.fromkeys(setting.candidate for setting in studies[0].settings):
         row = Row(candidate)
         for results in studies:
-            setting = next((s for s in results.settings if s.candidate == candidate), Setting("", candidate))
+            setting = next((s for s in results.settings if s.candidate == candidate), None)
             for situation in results.situations:
-                if behind := results.differences(situation, results.best(situation), setting):
+                behind = results.differences(situation, results.best(situation), setting)
+                if setting is not None and behind:
                     row.regrets[results.study.name, situation] = behind
                     if not results.feasible(situation, setting):
                         row.infeasible.add((results.study.name, situation))
@@ -124,7 +126,7 @@ the budget.
 """
 
 
-def draw(path: Path, studies: Sequence[Results], rows: Sequence[Row]) -> None:
+def drawn(studies: Sequence[Results], rows: Sequence[Row]) -> Figure:
     """A cell for each setting and situation with the points behind the best; hatched where it is over budget."""
     places = [(results.study.name, situation) for results in studies for situation in results.situations]
     rows = [row for row in rows if row.candidate in SHOWN]
@@ -149,15 +151,15 @@ def draw(path: Path, studies: Sequence[Results], rows: Sequence[Row]) -> None:
         "within budget (hatched: fewer than 95 % within)",
         fontsize=10.5,
     )
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=110)
+    return figure
 
 
 def main(folder: Path = FOLDER) -> None:
     studies = [Results(read_study(name), read_lines(folder / name / FILE)) for name in STUDIES]
     rows = rows_of(studies)
     (folder / "together").mkdir(exist_ok=True)
-    draw(folder / "together" / PICTURE, studies, rows)
+    with replacing(folder / "together" / PICTURE) as part:
+        drawn(studies, rows).savefig(part, format="png", dpi=110)
     write_text(folder / "together" / "README.md", page_of(studies, rows))
 
 

@@ -80,13 +80,16 @@ def test_rows_are_the_settings_of_all_studies(together, studies):
     assert other.mean().mean == pytest.approx((2 - 10 + 25) / 3)
 
 
-def test_the_page_and_the_picture(together, studies, tmp_path):
+def test_the_page_and_the_picture(together, studies):
     rows = together.rows_of(studies)
     page = together.page_of(studies, rows)
     assert "| setting | first (2) | second (1) | all | worst | within |" in page
     assert page.splitlines()[-1].startswith("| price alone | -4.0 ± ") and page.endswith("25.0 (there) | 2 of 3 |\n")
-    together.draw(tmp_path / "picture.png", studies, rows)
-    assert (tmp_path / "picture.png").stat().st_size > 5000
+    (axes,) = together.drawn(studies, rows).axes
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["0", "0", "0", "0", "2", "-10", "25", "25", "first", "second"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cmdp", "price alone"]
+    assert [patch.get_xy() for patch in axes.patches] == [(0.5, 0.5)]  # the second situation of the second row
 
 
 @pytest.mark.parametrize(

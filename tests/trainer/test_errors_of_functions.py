@@ -263,20 +263,24 @@ def test_the_place_is_that_of_the_thread_that_is_asked_about(heard):
     assert heard.lines[0] in {f"it has not returned for 0.01 s, it is at {__file__}:{line + after}" for after in (1, 2)}
 
 
-def test_one_thread_watches_all_calls(heard):
+def test_one_thread_watches_all_calls(monkeypatch):
     """To start one for each took more time than the calls, of which a step has hundreds."""
-    with told_of("first"), told_of("second"):
-        assert heard.event.wait(60)
-    while len(heard.lines) < 2:
-        time.sleep(0.001)
-    watching = [thread for thread in threading.enumerate() if thread.name == own_code.WATCH]
-    before = len(heard.lines)
-    own_code.NOTICE = 60.0
+    monkeypatch.setattr(own_code, "_watch", own_code._Watch())
+    before = {thread.ident for thread in threading.enumerate()}
     for _ in range(100):
-        with told_of("quick"):
+        with told_of("outer"), told_of("inner"):
             pass
-    assert [thread for thread in threading.enumerate() if thread.name == own_code.WATCH] == watching
-    assert len(watching) == 1 and len(heard.lines) == before
+    new = [thread.name for thread in threading.enumerate() if thread.ident not in before]
+    assert new == [own_code.WATCH]
+
+
+def test_calls_within_one_another_are_both_told_of(heard):
+    with told_of("first"), told_of("second"):
+        for _ in range(6000):
+            if len(heard.lines) == 2:
+                break
+            time.sleep(0.01)
+    assert {line.partition(" ")[0] for line in heard.lines} == {"first", "second"}
 
 
 def test_a_shorter_notice_than_the_last_is_kept(heard):

@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
-ROUNDING = 1e-4  # of a mean: lines have five digits
 LEAST = 3  # seeds from which a difference is told apart: the interval of two says nothing of their spread
 
 
@@ -37,11 +36,11 @@ def interval_of(values: Sequence[float]) -> Interval:
     return Interval(mean, _quantile(count - 1) * statistics.stdev(values) / math.sqrt(count))
 
 
-def p_value(values: Sequence[float]) -> float:
-    """The two-sided p of the t test that the mean of two or more values is 0; 1 for equal ones, from which no spread
-    can be told: shares of some hundreds of completions are often equal."""
+def p_value(values: Sequence[float], rounding: float = 0.0) -> float:
+    """The two-sided p of the t test that the mean of two or more values is 0; 1 for those that are equal but for
+    ``rounding``, from which no spread can be told: shares of some hundreds of completions are often equal."""
     mean, spread = statistics.fmean(values), statistics.stdev(values)
-    if spread <= ROUNDING * abs(mean):
+    if spread <= rounding:
         return 1.0
     return 1 - share_inside(abs(mean) / spread * math.sqrt(len(values)), len(values) - 1)
 

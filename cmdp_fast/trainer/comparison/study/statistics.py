@@ -19,6 +19,7 @@ from .plan import Study
 
 SCORE = "right_and_within"
 REWARD = "reward_within"
+ROUNDING = 0.002  # points: a share in a line has five digits, and two are compared
 
 
 class Setting(NamedTuple):
@@ -172,7 +173,7 @@ class Results:
                 settings = self.one_setting[method.name], self.one_setting[self.reference]
                 points = list(self.differences(situation, *settings).values())
                 if points:
-                    p = p_value(points) if len(points) >= LEAST else math.nan
+                    p = p_value(points, ROUNDING) if len(points) >= LEAST else math.nan
                     compared.append(Difference(situation, method.name, interval_of(points), p))
         return compared
 
