@@ -283,14 +283,25 @@ def test_calls_within_one_another_are_both_told_of(heard):
     assert {line.partition(" ")[0] for line in heard.lines} == {"first", "second"}
 
 
-def test_a_shorter_notice_than_the_last_is_kept(heard):
+def test_a_shorter_notice_than_the_last_is_kept(heard, monkeypatch):
     """The thread sleeps until the first call is due, and is woken for one that is due earlier."""
+    monkeypatch.setattr(own_code, "_watch", own_code._Watch())
     own_code.NOTICE = 60.0
     with told_of("slow"):
+        time.sleep(0.1)  # until it sleeps
         own_code.NOTICE = 0.01
         with told_of("quick"):
             assert heard.event.wait(30)
     assert heard.lines[0].startswith("quick has not returned")
+
+
+def test_a_call_that_has_returned_is_not_told_of(heard):
+    own_code.NOTICE = 1.0
+    with told_of("quick"):
+        pass
+    with told_of("slow"):
+        assert heard.event.wait(60)
+    assert [line.partition(" ")[0] for line in heard.lines] == ["slow"]
 
 
 def test_the_next_call_is_told_of_after_a_handler_raised(heard, monkeypatch):
