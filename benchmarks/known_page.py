@@ -26,10 +26,12 @@ FIGURES = ("score", "reward", "within", "mean_kl", "largest_kl")
 
 @dataclass(frozen=True)
 class Study:
-    """All runs, the best reward under the budget of every path in each situation, and the budget in nats."""
+    """All runs, the best reward under the budget of every path in each situation, the teacher's, and the budget in
+    nats."""
 
     lines: list[Line]
     optima: dict[str, float]
+    teachers: dict[str, float]
     budgets: dict[str, float]
     feasible: float
 
@@ -180,11 +182,12 @@ def _those(situations: list[str], what: str) -> str:
 def table(study: Study, cell: Callable[[str, str], str]) -> list[str]:
     """Markdown: a row per situation, a column per method."""
     lines = [
-        "| situation | optimum | " + " | ".join(study.methods) + " |",
-        "| --- | --: |" + " --: |" * len(study.methods),
+        "| situation | teacher | optimum | " + " | ".join(study.methods) + " |",
+        "| --- | --: | --: |" + " --: |" * len(study.methods),
     ]
     for situation in study.situations:
-        cells = [f"{study.optima[situation]:.4f}", *(cell(situation, method) for method in study.methods)]
+        ends = (f"{of[situation]:.4f}" for of in (study.teachers, study.optima))
+        cells = [*ends, *(cell(situation, method) for method in study.methods)]
         lines.append(f"| {situation} | {' | '.join(cells)} |")
     return lines
 
@@ -216,7 +219,8 @@ def write(folder: Path, study: Study, machine: str, schedule: Schedule) -> None:
         "",
         "The head of the script says what the situations, the settings and the figures are; it was written before the "
         "runs. Regret: how much more than a method's policy the best one with every path within budget is worth, in "
-        "percent, where a path over budget pays 0; ± is the 95% t interval over seeds. In brackets: the share of the "
+        "percent, where a path over budget pays 0; the teacher earns a part of the optimum itself. ± is the 95% t "
+        "interval over seeds. In brackets: the share of the "
         "completions within budget where it is not all. Figures are exact, over all paths.",
         "",
         "![regret by method and situation](regret.png)",

@@ -238,8 +238,9 @@ def main() -> None:
             file.flush()
             report.status(f"{training.method} on {training.situation.name}")
     optima = {situation.name: situation.optimum for situation in of}
+    teachers = {situation.name: figures(situation, situation.problem.teacher.log())["score"] for situation in of}
     budgets = {situation.name: situation.budget for situation in of}
-    study = known_page.Study(lines, optima, budgets, FEASIBLE)
+    study = known_page.Study(lines, optima, teachers, budgets, FEASIBLE)
     known_page.write(args.out, study, machine(), schedule)
     known_page.show(study)
     report.say(str(args.out))

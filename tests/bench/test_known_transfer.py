@@ -96,7 +96,9 @@ def test_a_setting_is_chosen_among_those_within_budget():
         line("other", "a", "kept", [0.3, 0.5], within=0.5),
         line("other", "a", "worse", [0.1, 0.1]),
     ]
-    study = known_page.Study(lines, {"first": 0.5, "other": 0.8}, {"first": 0.1, "other": 0.2}, feasible=0.95)
+    study = known_page.Study(
+        lines, {"first": 0.5, "other": 0.8}, {"first": 0.2, "other": 0.3}, {"first": 0.1, "other": 0.2}, feasible=0.95
+    )
     assert study.one_setting("a") == "kept"
     assert study.choice("other", "a") == "over"
     assert study.regret("other", "a", "kept").mean == pytest.approx(50.0)  # percent of 0.8
