@@ -1,12 +1,13 @@
 """Ablations of the method that are no settings of the trainer: parts of the gradient left out, stale rollouts.
 
-    python benchmarks/ablations.py [--seeds 0 1 2 3 4] [--out comparisons/study-ablations-of-the-gradient]
+    python benchmarks/ablations.py [--study ablations-without-price] [--seeds 0 1 2 3 4] [--out FOLDER]
 
-The situations, the task and the seeds are those of the study `ablations` (recipes/studies/ablations.toml). Each variant
-is the method `PPO` with one thing changed, trained in a process of its own, and gives the lines of a study, so that its
-page serves. What has a line is not run again.
+The situations, the task, the seeds and the price of a nat are those of the study (a file of recipes/studies, by default
+ablations.toml). Each variant is the method `PPO` with one thing changed, trained in a process of its own, and gives the
+lines of a study, so that its page serves. What has a line is not run again.
 
-    no direct term          the divergence in the reward alone: what is differentiated is the score
+    no direct term          the divergence in the reward alone: what is differentiated is the score. It takes the direct
+                            term of the price and that of the excess; without a price, that of the excess
     no future cost          the score is the return of the task's reward alone, which still stops at the crossing; costs
                             and penalty of later tokens are left out, and the direct term is as it is
     no gate, with penalty   hinge that pays the penalty at the crossing: the task's reward goes on beyond it
@@ -56,7 +57,10 @@ from cmdp_fast.trainer.run import train
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.tasks.data import Problem
 
-NAME = "ablations-of-the-gradient"
+STUDIES = {  # and what the pages of the gradient are called
+    "ablations": "ablations-of-the-gradient",
+    "ablations-without-price": "ablations-of-the-gradient-without-price",
+}
 
 
 # ------------------------------------------------------------------------------------- parts of the gradient
@@ -211,10 +215,9 @@ def _train(variant: Variant, config: TrainConfig, log: Path) -> None:
     train(config)
 
 
-def study_of(study: Study, variants: Sequence[Variant], name: str) -> Study:
+def study_of(study: Study, variants: Sequence[Variant], name: str, about: str) -> Study:
     """The study with the variants as its methods, and with what they are at its head."""
-    assert __doc__ is not None
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in __doc__.strip().splitlines())
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in about.strip().splitlines())
     methods = tuple(StudyMethod(variant.name, (variant.candidate,)) for variant in variants)
     return replace(study, name=name, methods=methods, text=f"{comment}#\n{study.text}")
 
@@ -247,13 +250,19 @@ def run_all(study: Study, variants: Sequence[Variant], folder: Path, command: li
 
 def main(args: argparse.Namespace) -> bool:
     torch.set_num_threads(1)
-    study = study_of(read_study("ablations"), VARIANTS, NAME)
+    assert __doc__ is not None
+    name = STUDIES[args.study]
+    study = study_of(read_study(args.study), VARIANTS, name, __doc__)
     study = replace(study, seeds=tuple(args.seeds or study.seeds))
-    return run_all(study, VARIANTS, args.out, ["python", "benchmarks/ablations.py", *sys.argv[1:]])
+    folder = args.out or Path("comparisons") / f"study-{name}"
+    return run_all(study, VARIANTS, folder, ["python", "benchmarks/ablations.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, default="ablations")
     parser.add_argument("--seeds", type=int, nargs="+", help="those of the study")
-    parser.add_argument("--out", type=Path, default=Path("comparisons") / f"study-{NAME}")
+    parser.add_argument(
+        "--out", type=Path, help="comparisons/study-ablations-of-the-gradient, or as the study is called"
+    )
     raise SystemExit(not main(parser.parse_args()))

@@ -238,6 +238,8 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
+        if "method" not in state:
+            raise ValueError("an earlier version of cmdp_fast wrote it, with which its run can be ended")
         self.collector.steps_done, self.tokens_seen = state["steps_done"], state["tokens_seen"]
         self.pid.load_state_dict(state["pid"])
         self.method.load_state_dict(state["method"])

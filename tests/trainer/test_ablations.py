@@ -1,4 +1,5 @@
-"""benchmarks/ablations.py: each variant changes what it says and nothing else, and its lines are those of a study."""
+"""benchmarks/ablations.py and other_problems.py: each variant changes what it says and nothing else, and its lines are
+those of a study."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from tiny_pair import learner_of, settings
 from cmdp_fast import objective
 from cmdp_fast.reading import completion_logits
 from cmdp_fast.trainer.comparison.study.lines import read_lines
-from cmdp_fast.trainer.comparison.study.plan import Situation, Study, read_study
+from cmdp_fast.trainer.comparison.study.plan import Situation, Study, plan, read_study
 from cmdp_fast.trainer.methods import ppo
 from cmdp_fast.trainer.methods.ppo import PPO
+from cmdp_fast.trainer.tasks.data import load_problems
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import ablations
+import other_problems
 
 GROUP = 4
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32 sums of six tokens
@@ -123,9 +126,10 @@ def logprobs(student, policy, rollout):
     return torch.where(rollout.mask, each, 0.0)
 
 
-def test_every_variant_is_a_training_of_its_own():
+@pytest.mark.parametrize("name", ablations.STUDIES)
+def test_every_variant_is_a_training_of_its_own(name):
     """Of which the settings alone would not tell: those of the same candidate are the same."""
-    study = replace(read_study("ablations"), seeds=(3,))
+    study = replace(read_study(name), seeds=(3,))
     planned = ablations.plan_of(study, ablations.VARIANTS, Path("runs"))
     assert len(planned) == len(ablations.VARIANTS) * len(study.situations)
     assert len({training.config.name for _, training in planned}) == len(planned)
@@ -134,6 +138,7 @@ def test_every_variant_is_a_training_of_its_own():
         assert len(references) == (2 if variant is ablations.VARIANTS[0] else 0)
         assert (line.training, line.method, line.seed) == (training.config.name, variant.name, training.config.seed)
         training.config.validate()
+        assert training.config.budget_price == study.settings.get("budget_price", training.config.budget_price)
 
 
 def test_a_variant_is_trained_in_its_own_process(pair, tmp_path):
@@ -157,13 +162,25 @@ def test_the_lines_are_those_of_a_study_and_what_has_one_is_not_run_again(pair, 
     study = Study("tiny", str(recipe), (0,), 0.95, {}, (Situation("only"),), (), (), "# the study's own head\n")
     stale = ablations.Variant("stale", "cmdp", ablations.stale(1), {"sampler_correction": "sequence"})
     variants = (ablations.Variant("no direct term", "cmdp", ablations.NoDirectTerm), stale)
-    study = ablations.study_of(study, variants, "tiny-variants")
+    study = ablations.study_of(study, variants, "tiny-variants", "What they are.")
     assert ablations.run_all(study, variants, tmp_path / "out", ["python", "it.py"])
     lines = read_lines(tmp_path / "out" / "runs.jsonl")
     assert [line.method for line in lines] == ["no direct term", "teacher", "student before", "stale"]
     assert [line.candidate for line in lines] == ["cmdp", "", "", "cmdp"]
     page = (tmp_path / "out" / "README.md").read_text()
-    assert "no direct term" in page and "the study's own head" in page
+    assert "no direct term" in page and "> What they are.\n>\n> the study's own head\n" in page
     monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("run again"))
     assert ablations.run_all(study, variants, tmp_path / "out", ["python", "it.py"])
     assert read_lines(tmp_path / "out" / "runs.jsonl") == lines
+
+
+def test_other_problems_are_those_behind_the_ones_of_the_study(monkeypatch):
+    """None of them is evaluated on in the study, and all that is trained is what it trains on."""
+    training, *_ = plan(replace(read_study("faulty-teacher"), seeds=(0,)), Path("runs"))
+    train, held_out = load_problems(training.config)
+    theirs, others = other_problems.others(training.config)
+    taken = training.config.eval_prompts
+    assert theirs == train and others[:taken] == held_out[taken : 2 * taken]
+    assert sorted(map(str, others)) == sorted(map(str, held_out))
+    with pytest.raises(ValueError, match=f"{len(held_out)} held-out problems are not twice the 200"):
+        other_problems.others(replace(training.config, eval_prompts=200))

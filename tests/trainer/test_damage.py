@@ -176,6 +176,7 @@ def test_a_checkpoint_of_an_earlier_version_is_named_as_one(run, learner, tmp_pa
         {"schedule": {"optimizer": "x"}},
         {"metrics": [{"step": 1}, {"step": 2}]},
         {"ppo": {"steps_done": 2, "tokens_seen": "x"}},
+        {"ppo": {"steps_done": 2, "tokens_seen": "x", "method": {}}},
     ],
     ids=str,
 )
@@ -189,6 +190,18 @@ def test_a_state_that_somebody_wrote(changes, run, pair, tmp_path, capsys):
     assert main(["train", f"--resume={tmp_path / 'r'}"]) == 2
     error = capsys.readouterr().err
     assert "not one of such a run" in error and error.count("\n") == 1
+
+
+def test_a_state_without_that_of_the_method(run, pair, tmp_path, capsys):
+    """As versions before 0.2.0 wrote it: they did not count the reward in its range."""
+    shutil.copytree(run, tmp_path / "r")
+    for checkpoint in run_checkpoints.checkpoints(tmp_path / "r"):
+        about = digest.read_sealed(checkpoint / MANIFEST)
+        del about["ppo"]["method"]
+        digest.write_sealed(checkpoint / MANIFEST, about)
+    (tmp_path / "r" / "summary.json").unlink()
+    assert main(["train", f"--resume={tmp_path / 'r'}"]) == 2
+    assert "an earlier version of cmdp_fast wrote it, with which its run can be ended" in capsys.readouterr().err
 
 
 def test_what_lies_beside_or_behind_a_link_is_not_read(run, learner, tmp_path, capsys):

@@ -128,7 +128,8 @@ def test_the_best_where_none_is_feasible():
     over = [replace(each, figures={**each.figures, "within": 0.5}) for each in SOME]
     results = Results(STUDY, over)
     assert results.best("first") == LOW
-    assert "No setting is feasible in first, second" in page_of(results, ["cmdp-fast"], "a machine")
+    page = page_of(results, ["cmdp-fast"], "a machine")
+    assert "No setting is feasible in first, second" in page and " | 0 of 2 |\n" in page
     assert "No setting is feasible" not in page_of(Results(STUDY, SOME[:9]), ["cmdp-fast"], "a machine")
 
 
@@ -196,8 +197,8 @@ def test_the_page(tmp_path: Path):
         "64 held-out completions",
         "**1 of 18 lines are missing or failed.**",
         "> Decided before.\n>\n> - one thing\n\n",
-        "| soft | 1 | 13.3 ± 14.3 | 40.0 ± 21.5 | 40.0 | 26.7 ± 15.6 |",
-        "| soft | 13.3 ± 14.3 (1) | 0.0 ± 0.0 (0.1) | 13.3 | 6.7 ± 7.2 |",
+        "| soft | 1 | 13.3 ± 14.3 | 40.0 ± 21.5 | 40.0 | 26.7 ± 15.6 | 2 of 2 |",
+        "| soft | 13.3 ± 14.3 (1) | 0.0 ± 0.0 (0.1) | 13.3 | 6.7 ± 7.2 | 2 of 2 |",
         "**Worse than cmdp:**\n\n- soft: second (-30.0 ± 24.8)\n",
         "**Better than cmdp:**\n\nNone.",
         "**Not told apart:**\n\n- soft: first (-13.3 ± 14.3)\n",
@@ -229,7 +230,7 @@ def test_the_page_of_one_seed():
     results = Results(replace(STUDY, seeds=(1,)), SOME)
     page = page_of(results, ["cmdp-fast"], "a machine")
     assert "There is one seed" in page and "takes 3 seeds" in page
-    assert "±" not in page and "| soft | 1 | 10.0 | 45.0 | 45.0 | 27.5 |" in page
+    assert "±" not in page and "| soft | 1 | 10.0 | 45.0 | 45.0 | 27.5 | 2 of 2 |" in page
 
 
 def test_two_seeds_tell_nothing_apart():

@@ -173,7 +173,7 @@ def _cell(figure: Interval | None, column: Column) -> str:
 def _regrets(results: Results, one_setting: bool) -> str:
     """Methods by situations, by their worst regret."""
     rows = results.regrets(one_setting)
-    heading = ["", *(["setting"] if one_setting else []), *results.situations, "worst", "mean"]
+    heading = ["", *(["setting"] if one_setting else []), *results.situations, "worst", "mean", "feasible"]
     table = _table(heading, (_regret_row(results, row, one_setting) for row in rows), right=1 + one_setting)
     if one_setting:
         first = results.situations[0]
@@ -198,15 +198,18 @@ def _regret_row(results: Results, row: RegretRow, one_setting: bool) -> list[str
     cells = [row.method]
     if one_setting:
         cells.append(short(next(iter(row.settings.values()))) if several else "")
+    kept = 0
     for situation in results.situations:
         if situation not in row.regrets:
             cells.append("none")
             continue
         setting = row.settings[situation]
-        mark = "" if results.feasible(situation, setting) else MARK
+        feasible = results.feasible(situation, setting)
+        kept += feasible
+        mark = "" if feasible else MARK
         which = f" ({short(setting)})" if several and not one_setting else ""
         cells.append(f"{text_of(row.regrets[situation])}{mark}{which}")
-    return [*cells, _number(row.worst, 1), text_of(row.mean)]
+    return [*cells, _number(row.worst, 1), text_of(row.mean), f"{kept} of {len(results.situations)}"]
 
 
 def _figures(results: Results, situation: str) -> str:
