@@ -15,7 +15,7 @@ lines of a study, so that its page serves. What has a line is not run again.
     log excess              what is charged is log(1 + excess): a completion far over budget counts for little more than
                             one just over it, and its gradient is no longer many times that of the task's reward
     N steps old             completions of the student of N steps ago, with its log-probabilities: not corrected, by
-                            token, or by completion
+                            token, or by completion; in `ablations` alone
 
 The one before the last is for a reason why cmdp may be behind methods that charge every nat: that the charges of rare
 violations drown the task's reward. The other, that within the budget nothing draws the student to its teacher, is what
@@ -56,11 +56,6 @@ from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.run import train
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.tasks.data import Problem
-
-STUDIES = {  # and what the pages of the gradient are called
-    "ablations": "ablations-of-the-gradient",
-    "ablations-without-price": "ablations-of-the-gradient-without-price",
-}
 
 
 # ------------------------------------------------------------------------------------- parts of the gradient
@@ -163,7 +158,7 @@ class Variant:
 
 CORRECTIONS = {"off": "not corrected", "token": "corrected by token", "sequence": "corrected by completion"}
 
-VARIANTS = (
+PARTS = (
     Variant("cmdp", "cmdp", PPO),
     Variant("cmdp, no direct term", "cmdp", NoDirectTerm),
     Variant("cmdp, no future cost", "cmdp", NoFutureCost),
@@ -173,12 +168,16 @@ VARIANTS = (
     Variant("hinge", "hinge", PPO),
     Variant("hinge, no direct term", "hinge", NoDirectTerm),
     Variant("hinge, no future cost", "hinge", NoFutureCost),
-    *(
-        Variant(f"cmdp, {steps} steps old, {said}", "cmdp", stale(steps), {"sampler_correction": correction})
-        for steps in (1, 2, 4, 8)
-        for correction, said in CORRECTIONS.items()
-    ),
 )
+STALE = tuple(
+    Variant(f"cmdp, {steps} steps old, {said}", "cmdp", stale(steps), {"sampler_correction": correction})
+    for steps in (1, 2, 4, 8)
+    for correction, said in CORRECTIONS.items()
+)
+STUDIES = {  # the studies of settings, what that of the gradient is called, and its variants
+    "ablations": ("ablations-of-the-gradient", (*PARTS, *STALE)),
+    "ablations-without-price": ("ablations-of-the-gradient-without-price", PARTS),
+}
 
 
 def plan_of(study: Study, variants: Sequence[Variant], runs: Path) -> list[tuple[Variant, Training]]:
@@ -251,11 +250,11 @@ def run_all(study: Study, variants: Sequence[Variant], folder: Path, command: li
 def main(args: argparse.Namespace) -> bool:
     torch.set_num_threads(1)
     assert __doc__ is not None
-    name = STUDIES[args.study]
-    study = study_of(read_study(args.study), VARIANTS, name, __doc__)
+    name, variants = STUDIES[args.study]
+    study = study_of(read_study(args.study), variants, name, __doc__)
     study = replace(study, seeds=tuple(args.seeds or study.seeds))
     folder = args.out or Path("comparisons") / f"study-{name}"
-    return run_all(study, VARIANTS, folder, ["python", "benchmarks/ablations.py", *sys.argv[1:]])
+    return run_all(study, variants, folder, ["python", "benchmarks/ablations.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
