@@ -57,7 +57,6 @@ from cmdp_fast.trainer.run import train
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.tasks.data import Problem
 
-
 # ------------------------------------------------------------------------------------- parts of the gradient
 
 
