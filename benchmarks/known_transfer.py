@@ -29,7 +29,8 @@ gains of pid were set so that most of them come to rest, and exact ascents for t
 since. The page's table of the dearest paths and its line on the library's defaults came after a look at first results.
 `trainer` came when the trainer's defaults had changed: its cmdp, with n and beta of 1, counts the reward in units of
 its range, here that of all paths, and has a price of every nat, half of that range for the whole budget; and the same
-without the price.
+without the price. Last came "lagrangian, in units", since a reviewer asked what the units are worth without a budget:
+lambdas that are what the whole budget costs, in units of that range. 0.5 is the trainer's price and nothing else.
 
 Every setting in a situation is a line of runs.jsonl. A study that was stopped goes on with those that have none.
 """
@@ -62,6 +63,7 @@ from cmdp_fast.trainer.records.report import Report  # noqa: E402
 SCHEDULE = sampled.Schedule(steps=200, completions=256, rate=0.05)
 SLACK = 0.05
 FEASIBLE = 0.95
+IN_UNITS = ("trainer", "trainer, no price", "lagrangian, in units")  # of the reward's range
 PRICES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 0.5, 0.55, 1.0, 3.0, 10.0, 30.0, 100.0)
 SCALES = (1.0, 0.01, 0.1, 10.0, 100.0)
 
@@ -141,6 +143,10 @@ def candidates(budget: float) -> dict[str, dict[str, sampled.Method]]:
         "grpo": {"": sampled.Method(no_budget, "grpo")},
         "trainer": {"price=0.5": sampled.Method(Setting("cmdp", budget, coefficient=0.5 / budget))},
         "trainer, no price": {"": sampled.Method(Setting("cmdp", budget))},
+        "lagrangian, in units": {
+            f"price={price:g}": sampled.Method(Setting("lagrangian", budget, coefficient=price / budget))
+            for price in PRICES
+        },
     }
 
 
@@ -178,7 +184,7 @@ class Training:
     def line(self, schedule: sampled.Schedule, seeds: list[int]) -> dict[str, Any]:
         """Trains with these seeds: a line of runs.jsonl, whose figures are lists in the order of the seeds."""
         situation = self.situation
-        seen = situation.in_range if self.method.startswith("trainer") else situation.seen
+        seen = situation.in_range if self.method in IN_UNITS else situation.seen
         policies = sampled.train(seen, self.trained, schedule, seeds, temperature=situation.temperature)
         each = [figures(situation, logits) for logits in policies]
         return self.names | {"seeds": seeds} | {name: [one[name] for one in each] for name in each[0]}
