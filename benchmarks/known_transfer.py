@@ -145,7 +145,7 @@ def candidates(budget: float) -> dict[str, dict[str, sampled.Method]]:
         "trainer, no price": {"": sampled.Method(Setting("cmdp", budget))},
         "lagrangian, in units": {
             f"price={price:g}": sampled.Method(Setting("lagrangian", budget, coefficient=price / budget))
-            for price in PRICES
+            for price in (*PRICES, 0.15, 0.165)  # what 0.5 and 0.55 a nat are on the first situation
         },
     }
 
