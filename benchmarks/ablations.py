@@ -4,7 +4,8 @@
 
 The situations, the task, the seeds and the price of a nat are those of the study (a file of recipes/studies, by default
 ablations.toml). Each variant is the method `PPO` with one thing changed, trained in a process of its own, and gives the
-lines of a study, so that its page serves. What has a line is not run again.
+lines of a study, so that its page serves. What has a line is not run again; a variant whose class has changed needs
+another folder, since its lines go by its name.
 
     no direct term          the divergence in the reward alone: what is differentiated is the score. It takes the direct
                             term of the price and that of the excess; without a price, that of the excess

@@ -12,7 +12,7 @@ setting that is good in all of them has to tell these situations apart by the bu
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class Row:
     candidate: str
     regrets: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     """By study and situation, points behind the best of that situation by seed."""
+    within: dict[tuple[str, str], float] = field(default_factory=dict)
+    """The share of the completions within budget, of all seeds."""
     infeasible: set[tuple[str, str]] = field(default_factory=set)
 
     @property
@@ -73,7 +75,25 @@ class Row:
     @property
     def worst(self) -> tuple[float, str]:
         """The largest mean over seeds, and the situation."""
-        return max((statistics.fmean(regrets.values()), where) for (_, where), regrets in self.regrets.items())
+        return self.worst_of(self.regrets)
+
+    def worst_of(self, places: Iterable[tuple[str, str]]) -> tuple[float, str]:
+        """The same of these situations alone."""
+        return max((statistics.fmean(self.regrets[place].values()), place[1]) for place in places)
+
+    @property
+    def least_within(self) -> tuple[float, str]:
+        """The smallest share within budget, and the situation."""
+        return min((share, where) for (_, where), share in self.within.items())
+
+    def gain_over(self, other: Row) -> Interval:
+        """Points more than another setting has, the mean over all situations, with the interval of its spread."""
+        every = [regrets.keys() for row in (self, other) for regrets in row.regrets.values()]
+        seeds = set.intersection(*map(set, every))
+        return interval_of([other._of_seed(seed) - self._of_seed(seed) for seed in sorted(seeds)])
+
+    def _of_seed(self, seed: int) -> float:
+        return statistics.fmean(regrets[seed] for regrets in self.regrets.values())
 
 
 def rows_of(studies: Sequence[Results]) -> list[Row]:
@@ -87,6 +107,8 @@ def rows_of(studies: Sequence[Results]) -> list[Row]:
                 behind = results.differences(situation, results.best(situation), setting)
                 if setting is not None and behind:
                     row.regrets[results.study.name, situation] = behind
+                    lines = results.of(situation, setting).values()
+                    row.within[results.study.name, situation] = statistics.fmean(x.figures["within"] for x in lines)
                     if not results.feasible(situation, setting):
                         row.infeasible.add((results.study.name, situation))
         if len(row.regrets) == sum(len(results.situations) for results in studies):
@@ -94,16 +116,25 @@ def rows_of(studies: Sequence[Results]) -> list[Row]:
     return sorted(rows, key=lambda row: (round(row.worst[0], 6), row.mean().mean))
 
 
+def unscaled(studies: Sequence[Results]) -> list[tuple[str, str]]:
+    """The situations with the reward as it is."""
+    return [(r.study.name, x.name) for r in studies for x in r.study.situations if "reward_weights" not in x.settings]
+
+
 def page_of(studies: Sequence[Results], rows: Sequence[Row]) -> str:
     count = sum(len(results.situations) for results in studies)
     had = {r.study.name: len({line.seed for line in r.lines}) for r in studies}
-    heading = ["setting", *(f"{r.study.name} ({len(r.situations)})" for r in studies), "all", "worst", "within"]
-    lines = [heading, ["---", *["---:"] * (len(studies) + 1), "---", "---:"]]
+    reference = next(row for row in rows if row.candidate == studies[0].settings[0].candidate)
+    of_studies = [f"{r.study.name} ({len(r.situations)})" for r in studies]
+    heading = ["setting", *of_studies, "all", f"more than {reference.name}", "worst", "worst, reward x 1"]
+    lines = [[*heading, "within", "least within"], ["---", *["---:"] * (len(studies) + 2), *["---"] * 2, "---:", "---"]]
     for row in rows:
-        worst, where = row.worst
+        worsts = [f"{worst:.1f} ({where})" for worst, where in (row.worst, row.worst_of(unscaled(studies)))]
         cells = [text_of(row.mean(results.study.name)) for results in studies]
-        kept = count - len(row.infeasible)
-        lines.append([row.name, *cells, text_of(row.mean()), f"{worst:.1f} ({where})", f"{kept} of {count}"])
+        more = "" if row is reference else text_of(row.gain_over(reference))
+        share, where = row.least_within
+        kept = [f"{count - len(row.infeasible)} of {count}", f"{100 * share:.1f} % ({where})"]
+        lines.append([row.name, *cells, text_of(row.mean()), more, *worsts, *kept])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     whence = ", ".join(f"[{name}](../{name}/README.md) ({seeds} seeds)" for name, seeds in had.items())
     return f"""# What one setting is worth over all situations
@@ -112,13 +143,20 @@ def page_of(studies: Sequence[Results], rows: Sequence[Row]) -> str:
 
 From the lines of {whence}.
 
-A row is a setting that all of these studies have; none was chosen here. The regret of a situation is the share of
-completions that are right and within budget, in points, of the best feasible setting of that situation less a
-setting's own, paired by seed; the best was found in the same figures, which makes every regret slightly too large.
-Columns are means over situations ± the half-width of the 95 % t interval over seeds, "all" over the seeds that every
-study has. Five of the situations of `transfer` differ in the reward's scale alone, and what is trained in units of the
-reward's range, or without a reward, is the same in them. "Within": in how many situations 95 % of the completions keep
-the budget.
+A row is a setting that all of these studies have; none was chosen here. (The default price of `cmdp`, `hinge` and the
+price alone was chosen in two of the studies, with other seeds.) The regret of a situation is the share of completions
+that are right and within budget, in points, of the best feasible setting of that situation less a setting's own, paired
+by seed; the best was found in the same figures, which makes every regret slightly too large. Columns are means over
+situations ± the half-width of the 95 % t interval over seeds, "all" over the seeds that every study has, and "more than
+{reference.name}" the difference of such means, paired by seed and not corrected for the number of rows.
+
+Five of the situations of `transfer` differ in the reward's scale alone. What is trained in units of the reward's range,
+or without a reward, is the same in them; `lagrangian` and `kl_reward` weigh the reward as it is, as in TRL and verl.
+"Worst, reward x 1" leaves out the four with another scale: there a weight has to suit lengths, models, problems and
+budgets alone.
+
+The score does not see by how much a budget is broken, nor a wrong answer over it. "Within": in how many situations 95 %
+of the completions, of all seeds, keep the budget; "least within": how many do so in the situation where the fewest do.
 
 ![regret of one setting in every situation]({PICTURE})
 
@@ -129,11 +167,15 @@ the budget.
 def drawn(studies: Sequence[Results], rows: Sequence[Row]) -> Figure:
     """A cell for each setting and situation with the points behind the best; hatched where it is over budget."""
     places = [(results.study.name, situation) for results in studies for situation in results.situations]
+    same = unscaled(studies)
     rows = [row for row in rows if row.candidate in SHOWN]
     figure = Figure(figsize=(12.5, 1.9 + 0.27 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    values = [[*(statistics.fmean(row.regrets[place].values()) for place in places), row.worst[0]] for row in rows]
-    titles = [*(TITLES.get(situation, situation) for _, situation in places), "worst"]
+    values = [
+        [*(statistics.fmean(row.regrets[place].values()) for place in places), row.worst[0], row.worst_of(same)[0]]
+        for row in rows
+    ]
+    titles = [*(TITLES.get(situation, situation) for _, situation in places), "worst", "worst, reward x 1"]
     cells(axes, values, titles, [row.name for row in rows], "YlOrBr", CLIP)
     axes.set_xticks(range(len(titles)), titles, fontsize=9, rotation=45, ha="left")
     for y, row in enumerate(rows):

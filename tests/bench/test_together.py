@@ -50,7 +50,7 @@ def study(name: str, scores: dict[str, dict[str, list[float]]], over: tuple[str,
         for candidate, values in each.items()
         for seed, score in enumerate(values)
     ]
-    situations = tuple(map(Situation, scores))
+    situations = tuple(Situation(name, {"reward_weights": [10, 10]} if name == "there" else {}) for name in scores)
     return Results(Study(name, "tempting", (0, 1), 0.95, {}, situations, methods, (), ""), lines)
 
 
@@ -78,16 +78,23 @@ def test_rows_are_the_settings_of_all_studies(together, studies):
     assert other.worst == (pytest.approx(25.0), "there")
     assert other.mean("second").mean == pytest.approx(25.0)
     assert other.mean().mean == pytest.approx((2 - 10 + 25) / 3)
+    assert other.gain_over(best) == pytest.approx(together.interval_of([-(4 - 10 + 30) / 3, -(0 - 10 + 20) / 3]))
 
 
 def test_the_page_and_the_picture(together, studies):
     rows = together.rows_of(studies)
     page = together.page_of(studies, rows)
-    assert "| setting | first (2) | second (1) | all | worst | within |" in page
-    assert page.splitlines()[-1].startswith("| price alone | -4.0 ± ") and page.endswith("25.0 (there) | 2 of 3 |\n")
+    heading = ["setting", "first (2)", "second (1)", "all", "more than cmdp", "worst", "worst, reward x 1"]
+    assert f"| {' | '.join([*heading, 'within', 'least within'])} |" in page
+    best, other = page.splitlines()[-2:]
+    assert best.startswith("| cmdp | 0.0 ± 0.0 |") and best.endswith(
+        "|  | 0.0 (there) | 0.0 (near) | 3 of 3 | 100.0 % (far) |"
+    )
+    assert other.startswith("| price alone | -4.0 ± ")
+    assert other.endswith("25.0 (there) | 2.0 (near) | 2 of 3 | 50.0 % (far) |")
     (axes,) = together.drawn(studies, rows).axes
     texts = [text.get_text() for text in axes.texts]
-    assert texts == ["0", "0", "0", "0", "2", "-10", "25", "25", "first", "second"]
+    assert texts == ["0", "0", "0", "0", "0", "2", "-10", "25", "25", "2", "first", "second"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cmdp", "price alone"]
     assert [patch.get_xy() for patch in axes.patches] == [(0.5, 0.5)]  # the second situation of the second row
 

@@ -225,6 +225,18 @@ def test_the_page(tmp_path: Path):
     assert page_of(Results(STUDY, some), ["x"], "m") == page_of(Results(STUDY, some[::-1]), ["x"], "m")
 
 
+def test_trainings_that_keep_their_mean_alone():
+    """Of the three of the low weight one has a mean over the budget of 2 nats, and one of the others 10 % over it, as is allowed."""
+    kept = [
+        line("first", LOW, 0, 0.8, within=0.5, mean_kl=2.0),
+        line("first", LOW, 1, 0.8, within=0.5, mean_kl=2.1),
+        line("first", LOW, 2, 0.8, within=0.9, mean_kl=1.0),
+        line("first", HIGH, 0, 0.8, within=0.899, mean_kl=0.1),
+    ]
+    page = page_of(Results(STUDY, kept), ["x"], "m")
+    assert "and up to how many:\n\n- soft: first (2 of 3, up to 50.0 %)\n" in page
+
+
 def test_the_page_of_one_seed():
     """There is no interval anywhere, and nothing is told apart."""
     results = Results(replace(STUDY, seeds=(1,)), SOME)

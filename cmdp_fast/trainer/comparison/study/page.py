@@ -182,6 +182,7 @@ def _regrets(results: Results, one_setting: bool) -> str:
         ]
     else:
         notes = ["Regret in points, with the candidate that was the best feasible one in brackets."]
+    notes.append("The last column: in how many situations the setting is feasible.")
     unmet = [situation for situation in results.situations if _none_feasible(results, situation)]
     if unmet:
         notes.append(f"No setting is feasible in {', '.join(unmet)}: the best is then the one with the highest score.")
@@ -209,7 +210,7 @@ def _regret_row(results: Results, row: RegretRow, one_setting: bool) -> list[str
         mark = "" if feasible else MARK
         which = f" ({short(setting)})" if several and not one_setting else ""
         cells.append(f"{text_of(row.regrets[situation])}{mark}{which}")
-    return [*cells, _number(row.worst, 1), text_of(row.mean), f"{kept} of {len(results.situations)}"]
+    return [*cells, _number(row.worst, 1), text_of(row.mean), f"{kept} of {len(row.regrets)}"]
 
 
 def _figures(results: Results, situation: str) -> str:
@@ -317,8 +318,25 @@ def _average_only(results: Results) -> str:
                 by_method.setdefault(label(results.study, setting), []).append(text)
     return (
         f"Mean KL within the budget, and more than {_percent(1 - results.study.feasible)} of the completions over it, "
-        f"of each method with its one setting:\n\n{_items(by_method)}"
+        f"of each method with its one setting:\n\n{_items(by_method)}\n\n"
+        "Training by training, with every candidate: of those whose own mean KL is within the budget, how many have "
+        f"more than {_percent(1 - results.study.feasible)} of their completions over it, and up to how many:\n\n"
+        f"{_items(_average_only_by_training(results))}"
     )
+
+
+def _average_only_by_training(results: Results) -> dict[str, list[str]]:
+    by_method: dict[str, list[str]] = {}
+    for method in results.study.methods:
+        for situation in results.situations:
+            settings = [Setting(method.name, candidate) for candidate in method.candidates]
+            lines = [line for setting in settings for line in results.of(situation, setting).values()]
+            shares = [1 - line.figures["within"] for line in lines if line.figures["mean_kl"] <= line.budget]
+            over = [share for share in shares if round(share, 9) > round(1 - results.study.feasible, 9)]
+            if over:
+                text = f"{situation} ({len(over)} of {len(shares)}, up to {100 * max(over):.1f} %)"
+                by_method.setdefault(method.name, []).append(text)
+    return by_method
 
 
 def _violations(results: Results) -> list[str]:
