@@ -226,7 +226,7 @@ def test_the_page(tmp_path: Path):
 
 
 def test_trainings_that_keep_their_mean_alone():
-    """Of the three of the low weight one has a mean over the budget of 2 nats, and one of the others 10 % over it, as is allowed."""
+    """Of the four one has a mean over the budget of 2 nats, and one 10 % over it, as is allowed here."""
     kept = [
         line("first", LOW, 0, 0.8, within=0.5, mean_kl=2.0),
         line("first", LOW, 1, 0.8, within=0.5, mean_kl=2.1),
