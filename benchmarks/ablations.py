@@ -158,13 +158,15 @@ class Variant:
 
 CORRECTIONS = {"off": "not corrected", "token": "corrected by token", "sequence": "corrected by completion"}
 
-PARTS = (
+PARTS_OF_CMDP = (
     Variant("cmdp", "cmdp", PPO),
     Variant("cmdp, no direct term", "cmdp", NoDirectTerm),
     Variant("cmdp, no future cost", "cmdp", NoFutureCost),
     Variant("cmdp, penalty at every token", "cmdp", PenaltyAtEveryToken),
     Variant("cmdp, no gate, with penalty", "hinge", PenaltyWithoutGate),
     Variant("cmdp, log excess", "cmdp", LogExcess),
+)
+PARTS_OF_HINGE = (
     Variant("hinge", "hinge", PPO),
     Variant("hinge, no direct term", "hinge", NoDirectTerm),
     Variant("hinge, no future cost", "hinge", NoFutureCost),
@@ -175,8 +177,8 @@ STALE = tuple(
     for correction, said in CORRECTIONS.items()
 )
 STUDIES = {  # the studies of settings, what that of the gradient is called, and its variants
-    "ablations": ("ablations-of-the-gradient", (*PARTS, *STALE)),
-    "ablations-without-price": ("ablations-of-the-gradient-without-price", PARTS),
+    "ablations": ("ablations-of-the-gradient", (*PARTS_OF_CMDP, *PARTS_OF_HINGE, *STALE)),
+    "ablations-without-price": ("ablations-of-the-gradient-without-price", PARTS_OF_CMDP),
 }
 
 

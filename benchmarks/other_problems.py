@@ -32,7 +32,6 @@ CANDIDATES = {
     "cmdp": "cmdp",
     "cmdp, no price": "cmdp:budget_price=0",
     "price alone": "hinge:discrepancy_weight=0",
-    "hinge": "hinge",
 }
 VARIANTS = tuple(Variant(name, candidate, PPO) for name, candidate in CANDIDATES.items())
 
