@@ -3,8 +3,8 @@
     python benchmarks/other_problems.py [--seeds 0 1 2 3 4] [--out comparisons/study-other-problems]
 
 The trainer's price of a nat was chosen with seeds of its own, but on the held-out problems on which `faulty-teacher` is
-evaluated: the first 128, in the order of a hash. Here it is evaluated on the next 128. All else is that of the study, for
-`cmdp` with its defaults: the same trainings, task and teacher. It checks the evaluation's problems and no more.
+evaluated: the first 128, in the order of a hash. Here it is evaluated on the next 128. All else is that of the study,
+for `cmdp` with its defaults: the same trainings, task and teacher. It checks the evaluation's problems and no more.
 
 Written down before the runs, after those of `faulty-teacher`: 128 problems of four completions each, of which 5 % are
 over budget, have a standard error of about a point by themselves, so a share that is within two points of the study's
