@@ -1,14 +1,13 @@
 """Ablations of the method that are no settings of the trainer: parts of the gradient left out, stale rollouts.
 
-    python benchmarks/ablations.py [--study ablations-without-price] [--seeds 0 1 2 3 4] [--out FOLDER]
+    python benchmarks/ablations.py [--seeds 0 1 2 3 4] [--out comparisons/study-ablations-of-the-gradient]
 
-The situations, the task, the seeds and the price of a nat are those of the study (a file of recipes/studies, by default
-ablations.toml). Each variant is the method `PPO` with one thing changed, trained in a process of its own, and gives the
+The situations, the task and the seeds are those of the study `ablations` (recipes/studies/ablations.toml). Each variant is the method `PPO` with one thing changed, trained in a process of its own, and gives the
 lines of a study, so that its page serves. What has a line is not run again; a variant whose class has changed needs
 another folder, since its lines go by its name.
 
-    no direct term          the divergence in the reward alone: what is differentiated is the score. It takes the direct
-                            term of the price and that of the excess; without a price, that of the excess
+    no direct term          the divergence in the reward alone: what is differentiated is the score. It takes both the
+                            direct term of the price and that of the excess
     no future cost          the score is the return of the task's reward alone, which still stops at the crossing; costs
                             and penalty of later tokens are left out, and the direct term is as it is
     no gate, with penalty   hinge that pays the penalty at the crossing: the task's reward goes on beyond it
@@ -16,7 +15,7 @@ another folder, since its lines go by its name.
     log excess              what is charged is log(1 + excess): a completion far over budget counts for little more than
                             one just over it, and its gradient is no longer many times that of the task's reward
     N steps old             completions of the student of N steps ago, with its log-probabilities: not corrected, by
-                            token, or by completion; in `ablations` alone
+                            token, or by completion
 
 The one before the last is for a reason why cmdp may be behind methods that charge every nat: that the charges of rare
 violations drown the task's reward. The other, that within the budget nothing draws the student to its teacher, is what
@@ -57,6 +56,8 @@ from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.run import train
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.tasks.data import Problem
+
+NAME = "ablations-of-the-gradient"
 
 # ------------------------------------------------------------------------------------- parts of the gradient
 
@@ -158,28 +159,22 @@ class Variant:
 
 CORRECTIONS = {"off": "not corrected", "token": "corrected by token", "sequence": "corrected by completion"}
 
-PARTS_OF_CMDP = (
+VARIANTS = (
     Variant("cmdp", "cmdp", PPO),
     Variant("cmdp, no direct term", "cmdp", NoDirectTerm),
     Variant("cmdp, no future cost", "cmdp", NoFutureCost),
     Variant("cmdp, penalty at every token", "cmdp", PenaltyAtEveryToken),
     Variant("cmdp, no gate, with penalty", "hinge", PenaltyWithoutGate),
     Variant("cmdp, log excess", "cmdp", LogExcess),
-)
-PARTS_OF_HINGE = (
     Variant("hinge", "hinge", PPO),
     Variant("hinge, no direct term", "hinge", NoDirectTerm),
     Variant("hinge, no future cost", "hinge", NoFutureCost),
+    *(
+        Variant(f"cmdp, {steps} steps old, {said}", "cmdp", stale(steps), {"sampler_correction": correction})
+        for steps in (1, 2, 4, 8)
+        for correction, said in CORRECTIONS.items()
+    ),
 )
-STALE = tuple(
-    Variant(f"cmdp, {steps} steps old, {said}", "cmdp", stale(steps), {"sampler_correction": correction})
-    for steps in (1, 2, 4, 8)
-    for correction, said in CORRECTIONS.items()
-)
-STUDIES = {  # the studies of settings, what that of the gradient is called, and its variants
-    "ablations": ("ablations-of-the-gradient", (*PARTS_OF_CMDP, *PARTS_OF_HINGE, *STALE)),
-    "ablations-without-price": ("ablations-of-the-gradient-without-price", PARTS_OF_CMDP),
-}
 
 
 def plan_of(study: Study, variants: Sequence[Variant], runs: Path) -> list[tuple[Variant, Training]]:
@@ -252,18 +247,13 @@ def run_all(study: Study, variants: Sequence[Variant], folder: Path, command: li
 def main(args: argparse.Namespace) -> bool:
     torch.set_num_threads(1)
     assert __doc__ is not None
-    name, variants = STUDIES[args.study]
-    study = study_of(read_study(args.study), variants, name, __doc__)
+    study = study_of(read_study("ablations"), VARIANTS, NAME, __doc__)
     study = replace(study, seeds=tuple(args.seeds or study.seeds))
-    folder = args.out or Path("comparisons") / f"study-{name}"
-    return run_all(study, variants, folder, ["python", "benchmarks/ablations.py", *sys.argv[1:]])
+    return run_all(study, VARIANTS, args.out, ["python", "benchmarks/ablations.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=STUDIES, default="ablations")
     parser.add_argument("--seeds", type=int, nargs="+", help="those of the study")
-    parser.add_argument(
-        "--out", type=Path, help="comparisons/study-ablations-of-the-gradient, or as the study is called"
-    )
+    parser.add_argument("--out", type=Path, default=Path("comparisons") / f"study-{NAME}")
     raise SystemExit(not main(parser.parse_args()))
