@@ -2,9 +2,10 @@
 
     python benchmarks/ablations.py [--seeds 0 1 2 3 4] [--out comparisons/study-ablations-of-the-gradient]
 
-The situations, the task and the seeds are those of the study `ablations` (recipes/studies/ablations.toml). Each variant is the method `PPO` with one thing changed, trained in a process of its own, and gives the
-lines of a study, so that its page serves. What has a line is not run again; a variant whose class has changed needs
-another folder, since its lines go by its name.
+The situations, the task and the seeds are those of the study `ablations` (recipes/studies/ablations.toml). Each variant
+is the method `PPO` with one thing changed, trained in a process of its own, and gives the lines of a study, so that its
+page serves. What has a line is not run again; a variant whose class has changed needs another folder, since its lines go
+by its name.
 
     no direct term          the divergence in the reward alone: what is differentiated is the score. It takes both the
                             direct term of the price and that of the excess
@@ -58,6 +59,7 @@ from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.tasks.data import Problem
 
 NAME = "ablations-of-the-gradient"
+
 
 # ------------------------------------------------------------------------------------- parts of the gradient
 
