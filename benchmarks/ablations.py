@@ -4,8 +4,8 @@
 
 The situations, the task and the seeds are those of the study `ablations` (recipes/studies/ablations.toml). Each variant
 is the method `PPO` with one thing changed, trained in a process of its own, and gives the lines of a study, so that its
-page serves. What has a line is not run again; a variant whose class has changed needs another folder, since its lines go
-by its name.
+page serves. What has a line is not run again; a variant whose class has changed needs another folder, since its lines
+go by its name.
 
     no direct term          the divergence in the reward alone: what is differentiated is the score. It takes both the
                             direct term of the price and that of the excess

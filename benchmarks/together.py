@@ -32,6 +32,7 @@ PICTURE = "together.png"
 CLIP = 40.0  # points: where the colours end
 NAMES = {
     "cmdp:budget_price=0": "cmdp, no price",
+    "cmdp:discrepancy_weight=0.1": "cmdp, weight 0.1",
     "hinge:discrepancy_weight=0": "price alone",
     "pid:pid_gains=[0.01, 0.001, 0.001]": "pid, a tenth of the gains",
 }
@@ -39,7 +40,7 @@ TITLES = {"a third of the problems tempts": "a third tempts, 2 nats", "the same 
 # Of the rows with a weight the picture has those that are not between two others of much the same colours. `worst_case`
 # bounds something else, and is in the table alone.
 SHOWN = (
-    *("cmdp", "cmdp:budget_price=0", "hinge", "hinge:discrepancy_weight=0"),
+    *("cmdp", "cmdp:budget_price=0", "cmdp:discrepancy_weight=0.1", "hinge", "hinge:discrepancy_weight=0"),
     *("pid", "pid:pid_gains=[0.01, 0.001, 0.001]", "barrier"),
     *("lagrangian:coefficient=0.001", "lagrangian:coefficient=0.01", "lagrangian:coefficient=0.1"),
     *("lagrangian:coefficient=1", "kl_reward:coefficient=0.1", "kl_loss:coefficient=1,kl_loss_correction=true"),

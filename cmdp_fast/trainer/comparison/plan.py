@@ -40,8 +40,8 @@ class CompareConfig:
 
     study: str = ""
     """A study in place of `recipe` and `methods`: many situations and methods, out of a TOML file of the package by
-    name (transfer, per-completion, faulty-teacher, longer, ablations, ablations-without-price) or by path. Its figures
-    are kept in `runs.jsonl`, and what stands there is not run again."""
+    name (transfer, per-completion, faulty-teacher, longer, ablations) or by path. Its figures are kept in `runs.jsonl`,
+    and what stands there is not run again."""
     recipe: str = "tempting"
     """The task: a recipe of the package by name, or a path to a TOML file."""
     methods: tuple[str, ...] = DEFAULT_METHODS
