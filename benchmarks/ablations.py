@@ -213,9 +213,10 @@ def _train(variant: Variant, config: TrainConfig, log: Path) -> None:
     train(config)
 
 
-def study_of(study: Study, variants: Sequence[Variant], name: str, about: str) -> Study:
+def study_of(study: Study, variants: Sequence[Variant], name: str) -> Study:
     """The study with the variants as its methods, and with what they are at its head."""
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in about.strip().splitlines())
+    assert __doc__ is not None
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in __doc__.strip().splitlines())
     methods = tuple(StudyMethod(variant.name, (variant.candidate,)) for variant in variants)
     return replace(study, name=name, methods=methods, text=f"{comment}#\n{study.text}")
 
@@ -248,8 +249,7 @@ def run_all(study: Study, variants: Sequence[Variant], folder: Path, command: li
 
 def main(args: argparse.Namespace) -> bool:
     torch.set_num_threads(1)
-    assert __doc__ is not None
-    study = study_of(read_study("ablations"), VARIANTS, NAME, __doc__)
+    study = study_of(read_study("ablations"), VARIANTS, NAME)
     study = replace(study, seeds=tuple(args.seeds or study.seeds))
     return run_all(study, VARIANTS, args.out, ["python", "benchmarks/ablations.py", *sys.argv[1:]])
 

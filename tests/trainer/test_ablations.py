@@ -1,5 +1,4 @@
-"""benchmarks/ablations.py and other_problems.py: each variant changes what it says and nothing else, and its lines are
-those of a study."""
+"""benchmarks/ablations.py: each variant changes what it says and nothing else, and its lines are those of a study."""
 
 from __future__ import annotations
 
@@ -15,15 +14,13 @@ from tiny_pair import learner_of, settings
 from cmdp_fast import objective
 from cmdp_fast.reading import completion_logits
 from cmdp_fast.trainer.comparison.study.lines import read_lines
-from cmdp_fast.trainer.comparison.study.plan import Situation, Study, plan, read_study
+from cmdp_fast.trainer.comparison.study.plan import Situation, Study, read_study
 from cmdp_fast.trainer.methods import ppo
 from cmdp_fast.trainer.methods.ppo import PPO
-from cmdp_fast.trainer.tasks.data import load_problems
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import ablations
-import other_problems
 
 GROUP = 4
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32 sums of six tokens
@@ -160,25 +157,13 @@ def test_the_lines_are_those_of_a_study_and_what_has_one_is_not_run_again(pair, 
     study = Study("tiny", str(recipe), (0,), 0.95, {}, (Situation("only"),), (), (), "# the study's own head\n")
     stale = ablations.Variant("stale", "cmdp", ablations.stale(1), {"sampler_correction": "sequence"})
     variants = (ablations.Variant("no direct term", "cmdp", ablations.NoDirectTerm), stale)
-    study = ablations.study_of(study, variants, "tiny-variants", "What they are.")
+    study = ablations.study_of(study, variants, "tiny-variants")
     assert ablations.run_all(study, variants, tmp_path / "out", ["python", "it.py"])
     lines = read_lines(tmp_path / "out" / "runs.jsonl")
     assert [line.method for line in lines] == ["no direct term", "teacher", "student before", "stale"]
     assert [line.candidate for line in lines] == ["cmdp", "", "", "cmdp"]
     page = (tmp_path / "out" / "README.md").read_text()
-    assert "no direct term" in page and "> What they are.\n>\n> the study's own head\n" in page
+    assert "no direct term" in page and "the study's own head" in page
     monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("run again"))
     assert ablations.run_all(study, variants, tmp_path / "out", ["python", "it.py"])
     assert read_lines(tmp_path / "out" / "runs.jsonl") == lines
-
-
-def test_other_problems_are_those_behind_the_ones_of_the_study(monkeypatch):
-    """None of them is evaluated on in the study, and all that is trained is what it trains on."""
-    training, *_ = plan(replace(read_study("faulty-teacher"), seeds=(0,)), Path("runs"))
-    train, held_out = load_problems(training.config)
-    theirs, others = other_problems.others(training.config)
-    taken = training.config.eval_prompts
-    assert theirs == train and others[:taken] == held_out[taken : 2 * taken]
-    assert sorted(map(str, others)) == sorted(map(str, held_out))
-    with pytest.raises(ValueError, match=f"{len(held_out)} held-out problems are not twice the 200"):
-        other_problems.others(replace(training.config, eval_prompts=200))
