@@ -29,7 +29,7 @@ gains of pid were set so that most of them come to rest, and exact ascents for t
 since. The page's table of the dearest paths and its line on the library's defaults came after a look at first results.
 `trainer` came when the trainer's defaults had changed: its cmdp, with n and beta of 1, counts the reward in units of
 its range, here that of all paths, and has a price of every nat, half of that range for the whole budget; and the same
-without the price. Last came "lagrangian, in units", since a reviewer asked what the units are worth without a budget:
+without the price. Last came "lagrangian, in units", to see what the units are worth without a budget:
 lambdas that are what the whole budget costs, in units of that range. 0.5 is the trainer's price and nothing else.
 
 Every setting in a situation is a line of runs.jsonl. A study that was stopped goes on with those that have none.
