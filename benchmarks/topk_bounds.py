@@ -5,8 +5,8 @@
 samples completions of the recipe's held-out problems from its student at the training's temperature, and writes
 results/topk/bounds.json and results/topk/plots/bounds.png, for another recipe than quickstart bounds-RECIPE: per
 completion the exact divergences, their bounds for each k, and the share of the completions that the bounds certify or
-refute under the recipe's budget. The models of quickstart need no download; `--recipe smollm2` and `--recipe pair
---student FOLDER --teacher FOLDER` take models that are there.
+refute under the recipe's budget. The models of quickstart need no download; `--recipe
+benchmarks/pruned_smollm2.toml` and `--recipe pair --student FOLDER --teacher FOLDER` take models that are there.
 """
 
 from __future__ import annotations

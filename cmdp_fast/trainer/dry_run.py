@@ -49,7 +49,7 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     sampling = make_sampling(config, *models, material.tokenizer)
     loaded = {"student": material.student, "teacher": material.loaded_teacher}
     roles = {role: model for role, model in loaded.items() if model is not None}
-    half = config.mixed_precision == "bf16"
+    half = config.precision == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as in the training
         free = config.padding_free
         scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature, padding_free=free)

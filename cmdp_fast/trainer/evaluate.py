@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from cmdp_fast.constraint import Constraint
+
 from .distributed import share, whole
 from .experience import Collector, Completions, Experience, joined
 from .records.clock import Clock
 from .records.report import Report
+from .records.token_texts import token_texts
 from .rollout import encode_prompts
 from .settings.constraint import evaluation_constraint
 from .stored import stored_by
 from .tasks.data import Problem
 
+DETAILED = 200  # problems whose first completion is kept with its tokens and what each of them has cost
 EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, for any seed of the run
 
 # The figures of an evaluation, from the metrics of all its completions together; those that do not apply are absent.
@@ -37,6 +41,10 @@ FIGURES = {
     "mean_token_cost": "cmdp/mean_token_cost",
     "max_token_cost": "cmdp/max_token_cost",
     "first_violation": "cmdp/first_violation",
+    "reward": "reward",
+    "teacher_perplexity": "cmdp/teacher_perplexity",
+    "distinct_2": "completions/distinct_2",
+    "repetition_4": "completions/repetition_4",
     "mean_length": "completions/mean_length",
     "truncated": "completions/clipped_ratio",
     "sampling_logp_difference": "sampling/sampling_logp_difference/mean",
@@ -70,9 +78,13 @@ def evaluate(
     it satisfies any budget. For a collector without a teacher, or with one that answers for stored completions alone,
     all that compares with one is absent.
 
-    A sample is one completion's part of these, with what reward functions log of it as ``extra``. Several processes
-    evaluate a share each. ``seed`` decides what is sampled. The random state of the training is left as it was. With a
-    `report` there is a progress bar.
+    ``reward`` is the task's, ``teacher_perplexity`` that of the completions to the teacher at its temperature, to be
+    read as how usual they are to it, and ``distinct_2`` and ``repetition_4`` say how varied they are (`diversity.py`).
+
+    A sample is one completion's part of these, with what reward functions log of it as ``extra``; the first completions
+    of the first `DETAILED` problems have the text of each token, its cost, and where the budget was crossed. Several
+    processes evaluate a share each. ``seed`` decides what is sampled. The random state of the training is left as it
+    was. With a `report` there is a progress bar.
     """
     config, constraint = collector.config, evaluation_constraint(collector.config)
     everything = [row for row in rows for _ in range(config.eval_generations)]
@@ -91,9 +103,33 @@ def evaluate(
             else:
                 parts.append(collector.collect(policy, rows[some], prompts[some], constraint, Clock()))
             samples += _samples(parts[-1], rows[some], collector.judging)
+            first = collector.accelerator.process_index * len(rows) + start
+            numbers = range(-first % config.eval_generations, len(rows[some]), config.eval_generations)
+            if isinstance(parts[-1], Experience):
+                detailed = [i for i in numbers if first + i < DETAILED * config.eval_generations]
+                _add_tokens(samples[start:], parts[-1], detailed, constraint, collector.tokenizer)
     metrics = collector.measure(joined(parts), constraint, len(everything))
     figures = {ours: metrics[theirs] for ours, theirs in FIGURES.items() if theirs in metrics}
     return figures | {"examples": len(everything)}, whole(samples, len(everything), collector.accelerator)
+
+
+def _add_tokens(
+    samples: list[dict[str, Any]], part: Experience, rows: list[int], constraint: Constraint, tokenizer: Any
+) -> None:
+    """Gives these rows' samples ``tokens``, the text of each; ``costs``, what each has cost, in nats for a KL; and
+    ``crossing``, the place of the first one beyond the budget, None if there is none."""
+    if not rows:
+        return
+    ids, costs, crossed = part.rollout.completion_ids(), part.cost(constraint).tolist(), part.trace.violated.tolist()
+    for row in rows:
+        if (texts := token_texts(ids[row], tokenizer)) is None:
+            continue
+        beyond = crossed[row][: len(texts)]
+        samples[row] |= {
+            "tokens": texts,
+            "costs": [float(f"{cost:.4g}") for cost in costs[row][: len(texts)]],
+            "crossing": beyond.index(True) if any(beyond) else None,
+        }
 
 
 def of_several(samples: list[dict[str, Any]], n: int) -> dict[str, float]:

@@ -93,7 +93,7 @@ def _recipe_asks(config: EvaluateConfig) -> bool:
     """Whether the recipe says how much is evaluated, of the problems that it names itself."""
     if config.resume:
         return False
-    recipe = read_recipe(config.recipe, config.method)
+    recipe = read_recipe(config.recipe, config.method, config.fast)
     own = (recipe.dataset, recipe.eval_dataset) == (config.dataset, config.eval_dataset) != ("", ())
     return own and recipe.eval_prompts != TrainConfig.eval_prompts
 

@@ -28,6 +28,7 @@ from cmdp_fast.topk_scoring import FromTopK
 
 from .correction import check_reported, estimate_weight, log_ratio
 from .distributed import any_process, by_itself, together
+from .diversity import distinct, repetition
 from .engine.engine import Engine
 from .kept_outputs import KeptOutputs
 from .micro_batches import MicroBatch, Splitter, in_order, lengths_of, widened
@@ -342,6 +343,8 @@ class Collector:
             "completions/min_length": length.min(),
             "completions/max_length": length.max(),
             "completions/clipped_ratio": 1.0 - e.rollout.finished.float().mean(),
+            "completions/distinct_2": distinct(e.rollout.tokens, e.rollout.mask, 2),
+            "completions/repetition_4": repetition(e.rollout.tokens, e.rollout.mask, 4),
             "cmdp/accuracy": e.correct.float().mean(),
         }
         metrics |= {f"rewards/{name}/mean": value.nanmean() for name, value in e.named_rewards.items()}
@@ -386,6 +389,7 @@ class Collector:
         mask = e.rollout.mask
         tokens = mask.sum()
         metrics = {"kl": e.stats.reverse_kl.sum() / tokens, "entropy": e.stats.entropy.sum() / tokens}
+        surprise = -torch.where(mask, e.stats.teacher_logprob, 0.0).sum() / tokens
         ratio = e.sampler_log_ratio
         weight = estimate_weight(ratio, self.config) if corrected else None
         if ratio is not None:
@@ -405,6 +409,7 @@ class Collector:
         ours = budget_metrics(**account, budget=budget)
         if whose is not None:
             metrics |= metrics_by_teacher(self.config, whose, account, budget)
+        ours["teacher_perplexity"] = surprise.exp()
         if self.config.prefix_budget:
             likelihood = cf.token_cost(e.stats, "nll")
             of_prefixes = objective.constraint_metrics(

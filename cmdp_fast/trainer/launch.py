@@ -60,9 +60,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     handlers = [InitProcessGroupKwargs(timeout=patience()), views]
     try:
         plugin = FullyShardedDataParallelPlugin() if _asks_for_sharding() else None
-        if plugin is not None and plugin.fsdp_version == 2 and config.mixed_precision == "bf16":
+        if plugin is not None and plugin.fsdp_version == 2 and config.precision == "bf16":
             plugin.mixed_precision_policy = _policy()
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers, fsdp_plugin=plugin)
+        accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=handlers, fsdp_plugin=plugin)
     except dist.DistError as error:
         raise _not_met(error) from error
     except (ImportError, ValueError, NotImplementedError) as error:
@@ -152,8 +152,8 @@ def described(accelerator: Accelerator, config: TrainConfig) -> str:
     weights". Every process must call this."""
     count, hosts = accelerator.num_processes, host_count(accelerator)
     spread = f"FSDP2 over {count}" if accelerator.distributed_type == "FSDP" else "DDP" if count > 1 else ""
-    precision = "bf16 over float32 weights" if config.mixed_precision == "bf16" else "float32"
-    if config.lora_rank and config.mixed_precision == "bf16":
+    precision = "bf16 over float32 weights" if config.precision == "bf16" else "float32"
+    if config.lora_rank and config.precision == "bf16":
         precision = "bf16, the adapter in float32"
     number = f"{count} process" + ("es" if count > 1 else "")
     return ", ".join(filter(None, [f"{hosts} host" + ("s" if hosts > 1 else ""), number, spread, precision]))

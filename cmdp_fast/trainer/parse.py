@@ -44,9 +44,10 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
     first.add_argument("--recipe", default="quickstart")
     first.add_argument("--method", default="")
     first.add_argument("--resume", default="")
+    first.add_argument("--fast", action="store_true")
     base, _ = first.parse_known_args(list(args))
     if not base.resume:
-        default = kind(**vars(read_recipe(base.recipe, base.method)))
+        default = kind(**vars(read_recipe(base.recipe, base.method, base.fast)))
         config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
         config.validate()
         if config.TRAINS:

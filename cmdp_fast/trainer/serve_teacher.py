@@ -38,7 +38,7 @@ class ServeSettings:
     """Settings of `cmdp-fast teacher`."""
 
     model: str = ""
-    """Hub id or folder of the teacher, or `builtin:arithmetic-teacher`, `builtin:smollm2-teacher`."""
+    """Hub id or folder of the teacher, or `builtin:arithmetic-teacher`, `builtin:smollm2`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What it computes with. auto: as its files have it. A training with `mixed_precision no` holds its own teacher in
     float32, one with `bf16` in bfloat16."""

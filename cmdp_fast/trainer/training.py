@@ -82,7 +82,7 @@ class Training:
                 self._drop_students_after(0)
                 self.log = MetricsLog(self.folder, self.accelerator, self.config)
             if self.config.eval_before:
-                self._log_evaluation(0, self.results["student_before"])
+                self._log_evaluation(0, self.results["student_before"], self.samples["student_before"])
         with together(self.accelerator):
             if self.config.resume and self.accelerator.is_main_process:
                 write_config(self.folder, self.config, self._beginning)
@@ -158,7 +158,7 @@ class Training:
                     raise KeyboardInterrupt
                 interrupts.deferred = self.accelerator.num_processes > 1  # they cannot leave each at its own time
                 self._evaluate("student_after", self.learner.student)
-                self._log_evaluation(self.config.steps, self.results["student_after"])
+                self._log_evaluation(self.config.steps, self.results["student_after"], self.samples["student_after"])
         except BaseException as raised:
             error = raised
             raise
@@ -208,7 +208,7 @@ class Training:
             if step < c.steps and c.save_student_every and step % c.save_student_every == 0:
                 self._save_student(step)
             if step < c.steps and c.eval_every and step % c.eval_every == 0:
-                self._log_evaluation(step, self._evaluated(self.learner.student)[0])
+                self._log_evaluation(step, *self._evaluated(self.learner.student))
             if any_process(interrupts.received, self.accelerator):
                 return
             if step < c.steps and c.checkpoint_every and step % c.checkpoint_every == 0:
@@ -248,9 +248,13 @@ class Training:
         self.results[who], self.samples[who] = self._evaluated(policy, who)
         self.report.say(f"{who:<15}{_describe(self.results[who])}")
 
-    def _log_evaluation(self, step: int, result: dict[str, float]) -> None:
+    def _log_evaluation(self, step: int, result: dict[str, float], samples: list[dict[str, Any]]) -> None:
         with together(self.accelerator):
-            self.log.evaluation(step, result)
+            self.log.evaluation(step, result, self._shown(samples))
+
+    def _shown(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of an evaluation's samples those that are written as text: the first completions of the first problems."""
+        return samples[:: self.config.eval_generations][:SAMPLES]
 
     # ------------------------------------------------------------------------------------- save
 
@@ -267,7 +271,7 @@ class Training:
             )
         agreed = isinstance(error, (InputError, KeyboardInterrupt, type(None))) and not isinstance(error, ProcessLost)
         whole = self.accelerator.num_processes == 1 or agreed
-        shown = ((who, some[:: c.eval_generations][:SAMPLES]) for who, some in self.samples.items())
+        shown = ((who, self._shown(some)) for who, some in self.samples.items())
         constraint, accuracy = evaluation_constraint(c), self.results.get("teacher", {}).get("accuracy")
         writes: list[Callable[[], None]] = [
             self.log.close,

@@ -46,6 +46,7 @@ def test_figures_are_those_of_all_completions_together(collector):
     assert figures["mean_cumulative_kl"] == pytest.approx(mean("cumulative_kl"), rel=1e-5)
     assert figures["mean_length"] == pytest.approx(mean("length"))
     assert figures["truncated"] == pytest.approx(1 - mean("finished"))
+    assert figures["reward"] == pytest.approx(mean("reward"))
     excess = [max(0.0, s["cumulative"] - collector.config.budget) for s in samples]
     assert figures["mean_excess"] == pytest.approx(sum(excess) / n, rel=1e-4)
     worst = sorted((s["cumulative_kl"] for s in samples), reverse=True)
@@ -79,7 +80,8 @@ def test_without_a_teacher_nothing_is_compared(collector):
     whole, samples = evaluate(collector, collector.student, rows, Clock())
     collector.teacher = None
     alone, same = evaluate(collector, collector.student, rows, Clock())
-    left = {"accuracy", "reasoning_success", "reasoning_checked", "mean_length", "truncated", "examples"}
+    left = {"accuracy", "reasoning_success", "reasoning_checked", "reward", "distinct_2", "repetition_4"}
+    left |= {"mean_length", "truncated", "examples"}
     assert alone == {name: whole[name] for name in left}
     assert [s["completion"] for s in same] == [s["completion"] for s in samples]
     assert "feasible" not in same[0] and "cumulative_kl" not in same[0]

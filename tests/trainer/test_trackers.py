@@ -46,6 +46,22 @@ def begun(folder, pair, steps=()):
     MetricsLog(folder, Accelerator(), settings(pair, trackers=("wandb", "trackio")), steps).close()
 
 
+def test_tensorboard_has_the_samples_as_they_are(pair, tmp_path):
+    """As Markdown's code, in which nothing is markup."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, Accelerator(), settings(pair, trackers=("tensorboard",)))
+    sample = {"prompt": "1+1=", "completion": "<b>*2*</b>\n# x", "correct": None}
+    log.evaluation(3, {"accuracy": 0.5}, [sample])
+    log.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    read.Reload()
+    (event,) = read.Tensors("samples/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 3 and "after 3 steps" in text and "<b>*2*</b>" in text
+    assert all(line.startswith("    ") for line in text.splitlines() if line)
+
+
 def test_a_run_that_goes_on_is_the_same_run(pair, stubs, tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     for folder in (run, other):

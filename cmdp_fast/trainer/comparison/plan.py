@@ -28,7 +28,16 @@ DEFAULT_METHODS = (
     *("grpo", "gkd", "minillm", "sft", "kd"),
 )
 SEEDS = (0, 1, 2)
-CHOSEN = ("recipe", "method", "name", "output_dir", "seed", "resume", "dry_run")  # by a comparison for each of its runs
+CHOSEN = (
+    "recipe",
+    "method",
+    "fast",
+    "name",
+    "output_dir",
+    "seed",
+    "resume",
+    "dry_run",
+)  # by a comparison for each of its runs
 _COMMA = re.compile(r",(?![^\[\]]*\])(?![^{}]*\})")  # outside of a list or a table
 REFERENCES = {"teacher": "teacher", "student_before": "student before"}
 """Who stands beside the methods: by the name in `summary.json` and in samples, that in tables."""

@@ -28,7 +28,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 
 def dtype_name(config: TrainConfig) -> str:
     """The dtype that servers compute in: that of the student's forward pass."""
-    return "bfloat16" if config.mixed_precision == "bf16" else "float32"
+    return "bfloat16" if config.precision == "bf16" else "float32"
 
 
 class Weights(Protocol):

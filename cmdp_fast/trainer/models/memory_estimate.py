@@ -80,7 +80,7 @@ def estimate_memory(
     ``processes``: with several, each holds all of both models (DDP). ``device`` is where the training is to be; None: a
     GPU under bfloat16, which is meant for them, or where there is one.
     """
-    half = config.mixed_precision == "bf16"
+    half = config.precision == "bf16"
     if device is None:
         device = torch.device("cuda" if half or torch.cuda.is_available() else "cpu")
     held: Any = _HeadsAlone(teacher) if isinstance(teacher, Teacher) else teacher
@@ -192,7 +192,7 @@ def head_bytes(
     These are gone when it becomes float32, to be added to the gradient that other micro-batches have left.
     """
     weight, frozen = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
-    half = config.mixed_precision == "bf16"
+    half = config.precision == "bf16"
     converted = half and weight.dtype == torch.float32
     copy = HALF * weight.numel() if converted else 0
     cast = weight.nbytes if converted and weight.requires_grad else 0
@@ -254,7 +254,7 @@ def _cache_bytes(cache: Any) -> int:
 
 
 def _autocast(config: TrainConfig) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16")
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def _count(parameters: Sequence[Tensor]) -> int:

@@ -156,7 +156,7 @@ def load_teacher(config: TrainConfig, found: Found) -> CausalLM:
 
 
 def _frozen_dtype(config: TrainConfig) -> torch.dtype:
-    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
 def load_alone(
@@ -291,7 +291,7 @@ def check_attention(config: TrainConfig) -> None:
     known = ["eager", *sorted(key for key in AttentionInterface().valid_keys() if "|" not in key)]
     if name and "/" not in name and name not in known:
         raise InputError(f"--attn-implementation {name}: transformers has {', '.join(known)}")
-    if name.startswith("flash_") and config.mixed_precision == "no":
+    if name.startswith("flash_") and config.precision == "no":
         raise InputError(f"--attn-implementation {name} computes in half precision: it needs --mixed-precision bf16")
     version = name.removeprefix("flash_attention_")
     installed = getattr(import_utils, f"is_flash_attn_{version}_available", None)

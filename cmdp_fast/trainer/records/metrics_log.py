@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json, sync, write_text, writing
 
 from ..settings.config import TrainConfig
+from .samples import samples_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,12 +58,17 @@ class MetricsLog:
             with writing(self._path.parent):
                 self._accelerator.log(metrics, step=step)
 
-    def evaluation(self, step: int, result: dict[str, float]) -> None:
-        """Records an evaluation of the student after so many steps; it has its place in the curves."""
+    def evaluation(self, step: int, result: dict[str, float], samples: Sequence[dict[str, Any]]) -> None:
+        """Records an evaluation of the student after so many steps; it has its place in the curves. TensorBoard gets
+        the samples as well, as text."""
         self.evaluations.append({"step": step, **result})
         if self._accelerator.is_main_process:
             with writing(self._path.parent):
                 self._accelerator.log({f"eval/{name}": value for name, value in result.items()}, step=step)
+                text = samples_text([(f"after {step} steps", samples)])
+                for tracker in self._accelerator.trackers:
+                    if tracker.name == "tensorboard":  # which reads it as Markdown: four spaces keep it as it is
+                        tracker.tracker.add_text("samples", textwrap.indent(text, " " * 4), step)
 
     def close(self) -> None:
         """Has the disk keep the file, and ends the trackers."""

@@ -156,7 +156,7 @@ def has_experts(model: Any) -> bool:
 
 def peak(config: TrainConfig, device: torch.device) -> float | None:
     """The FLOP/s that a device can reach in the training's precision; None where that is not known."""
-    if device.type != "cuda" or config.mixed_precision != "bf16":
+    if device.type != "cuda" or config.precision != "bf16":
         return None
     return PEAKS.get(torch.cuda.get_device_name(device))
 

@@ -23,6 +23,7 @@ from .budget import BudgetSettings
 from .completion import CompletionSettings
 from .evaluation import EvaluationSettings
 from .models import ModelSettings
+from .precision import faster_precision
 from .ranges import Range
 from .reward import RewardSettings
 from .rollout import RolloutSettings, check_rollout
@@ -146,6 +147,11 @@ class TrainConfig(
     def evaluates_teacher(self) -> bool:
         """Whether a training samples the teacher once, for its figures."""
         return self.eval_before and not self.asks_teacher and self.teacher_device != "cpu"
+
+    @property
+    def precision(self) -> Literal["no", "bf16"]:
+        """`mixed_precision`, or what it stands for on this machine."""
+        return faster_precision() if self.mixed_precision == "auto" else self.mixed_precision
 
     @property
     def run_name(self) -> str:

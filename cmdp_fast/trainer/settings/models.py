@@ -14,10 +14,10 @@ class ModelSettings:
 
     student: str = ""
     """Hub id or folder of the causal language model to train, or `builtin:arithmetic-student`,
-    `builtin:arithmetic-shortcut-student`, `builtin:smollm2-pruned-student`."""
+    `builtin:arithmetic-shortcut-student`, `builtin:smollm2`, `builtin:smollm2-pruned-student`."""
     teacher: str = ""
     """Hub id or folder of the causal language model to stay close to, or `builtin:arithmetic-teacher`,
-    `builtin:smollm2-teacher`. Or one that is asked: `served:http://HOST:PORT` or `served:unix:/SOCKET` (`cmdp-fast
+    `builtin:smollm2`. Or one that is asked: `served:http://HOST:PORT` or `served:unix:/SOCKET` (`cmdp-fast
     teacher`), `vllm:http://HOST:PORT`, `cached:FOLDER` (`cmdp-fast cache-teacher`)."""
     teacher_column: str = ""
     """Column with the name of a problem's teacher, of several: `--teacher NAME=TEACHER NAME=TEACHER`, each of
@@ -30,9 +30,10 @@ class ModelSettings:
     """What a served teacher's hidden states are sent in. Empty: as it computes them."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Weights are read from safetensors files only, with either value."""
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "auto"] = "no"
     """bf16: the student runs under autocast and weights that are not trained, the teacher's or those under an adapter,
-    are held in bfloat16 (for GPUs)."""
+    are held in bfloat16. For GPUs, and for processors that multiply in bfloat16; on others it is far slower than
+    float32. auto: bf16 where a product in it is the faster one, as measured when the run begins."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Train an adapter of this rank and leave the student's own weights as they are. If the teacher is the same model,
     its weights are shared. `student/` gets the merged model in float32, `student/adapter` the adapter. 0: train all

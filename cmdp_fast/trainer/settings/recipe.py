@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line, shown
 
 from .config import TrainConfig, check_choices
 from .values import typed
@@ -21,18 +21,23 @@ METHOD_FILES = RECIPES / "methods"
 NOT_TOML = (ValueError, RecursionError)  # tomllib's own error is a ValueError; so is that of a number of 5000 digits
 
 
-def read_recipe(name: str, method: str = "") -> TrainConfig:
+def read_recipe(name: str, method: str = "", fast: bool = False) -> TrainConfig:
     """The configuration in a recipe, changed by a method; each is one of the package by name or a TOML file by path.
 
-    Without a method it is the one that the recipe names, if it does. Raises InputError for a file that is not there or
-    not valid, and for settings that do not exist or have the wrong type.
+    Without a method it is the one that the recipe names, if it does. ``fast``: with the settings of the recipe's table
+    of that name over its own. Raises InputError for a file that is not there or not valid, for settings that do not
+    exist or have the wrong type, and for ``fast`` where there is no such table.
     """
     values = _read("recipe", name, RECIPES)
+    quick = values.pop("fast", None)
+    if fast and quick is None:
+        raise InputError(f"--fast: the recipe {name} has no [fast] table")
+    values |= {**quick, "fast": True} if fast and quick else {}
     _check_own("recipe", name, values, "recipe", "resume")
     method = method or values.get("method", "")
     if method:
         own = _read("method", method, METHOD_FILES)
-        _check_own("method", method, own, "recipe", "resume", "method")
+        _check_own("method", method, own, "recipe", "resume", "method", "fast")
         values |= own | {"method": method}
     config = TrainConfig(**{**values, "recipe": name})
     check_choices(config)
@@ -46,12 +51,20 @@ def _check_own(option: str, name: str, values: dict[str, Any], *others: str) -> 
 
 
 def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
-    """The settings in a TOML file, as the types that TrainConfig has."""
+    """The settings in a TOML file, as the types that TrainConfig has; those of a recipe's table `fast` in a dict."""
     path = Path(name) if str(name).endswith(".toml") else folder / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
         raise InputError(f"--{option} {name}: neither a TOML file nor one of the package's {option}s ({known})")
-    return typed(read_toml(path, f"--{option} {name}")[0], f"--{option} {name}")
+    source = f"--{option} {name}"
+    values = read_toml(path, source)[0]
+    quick = values.pop("fast", None) if option == "recipe" else None
+    if quick is None:
+        return typed(values, source)
+    if not isinstance(quick, dict) or not quick:
+        raise InputError(f"{source}: fast must be a table of settings, not {shown(quick)}")
+    _check_own("recipe", name, quick, "recipe", "resume", "method", "fast")
+    return {**typed(values, source), "fast": typed(quick, f"{source} [fast]")}
 
 
 def read_toml(path: Path, source: str) -> tuple[dict[str, Any], str]:

@@ -18,6 +18,8 @@ class RunSettings:
     """The way to deal with the budget: a method of the package by name (cmdp, hinge, saute, worst_case, lagrangian,
     pid, barrier, grpo, kl_reward, kl_loss, gkd, minillm, sft, kd), or a path to a TOML file. Its settings go
     over the recipe's."""
+    fast: bool = False
+    """Take the recipe's quick form, the settings in its table `[fast]`: to see in minutes what it shows."""
     name: str = ""
     """Folder of the run inside `output_dir`, which must not exist yet. Empty: the recipe's name, numbered if taken."""
     output_dir: str = "runs"

@@ -1,4 +1,5 @@
-"""The source of the problems: a reasoning-gym task by name, or any dataset with a prompt and an answer column.
+"""The source of the problems: a task of reasoning-gym's or ours by name, or any dataset with a prompt and an answer
+column.
 
 A problem is a dict with `prompt` (a text, or a list of chat messages), usually `answer`, and the other columns of
 its source; all but the prompt are passed on to the reward functions. `prompts.py` makes the prompt of a row.
@@ -30,6 +31,7 @@ from cmdp_fast.errors import InputError, first_line
 from ..settings.config import TrainConfig
 from .prompts import check_template_kwargs, with_prompt
 from .varying import VARYING, entries
+from .writing import writing_rows
 
 Problem = dict[str, Any]
 
@@ -51,7 +53,7 @@ def load_problems(config: TrainConfig) -> Problems:
     """The problems that a configuration asks for; raises InputError if there are none to train or to evaluate on."""
     check_template_kwargs(config.chat_template_kwargs, "--chat-template-kwargs")
     if config.task:
-        rows = reasoning_gym_rows(config.task, config.task_args, config.task_size)
+        rows = task_rows(config)
     else:
         rows = _dataset_rows(config, Source("--dataset", config.dataset, config.dataset_split))
     count = len(rows)
@@ -125,6 +127,13 @@ def is_held_out(prompt: Any, fraction: float) -> bool:
     return _digest(prompt) < fraction
 
 
+def task_rows(config: TrainConfig) -> list[Problem]:
+    """The problems of a task, as rows with a prompt; those of reasoning-gym's have answer and metadata too."""
+    if config.task == "writing":
+        return writing_rows(config.task_args, config.task_size)
+    return reasoning_gym_rows(config.task, config.task_args, config.task_size)
+
+
 def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: int = 1) -> list[Problem]:
     """`size` problems of a reasoning-gym task as rows with prompt, answer and metadata, the same in every process."""
     import reasoning_gym
@@ -134,7 +143,9 @@ def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: in
         import difflib
 
         close = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)[:3]
-        raise InputError(f"--task {task}: reasoning-gym has no such task (did you mean {', '.join(close)}?)")
+        raise InputError(
+            f"--task {task}: neither writing nor a task of reasoning-gym's (did you mean {', '.join(close)}?)"
+        )
     try:
         every = {"seed": seed, "size": size, **arguments}
         source = reasoning_gym.create_dataset(task, **every)

@@ -35,6 +35,7 @@ from cmdp_fast.messages import as_completion, text_of
 
 from ..settings.config import TrainConfig, reward_name
 from .data import Problem, last_group
+from .hackable import colour_words, questions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,6 +47,7 @@ LARGEST = torch.finfo(torch.float32).max  # of a reward
 NEEDED = {  # columns, by the name of a built-in reward
     **dict.fromkeys(("exact_answer", "brevity", "math_verify"), ("answer",)),
     "reasoning_gym": ("answer", "metadata"),
+    **dict.fromkeys(("colour_words", "questions"), ()),
 }
 BREVITY_BONUS = 0.2  # small beside the 1 of a right answer
 
@@ -56,7 +58,7 @@ def check_columns(config: TrainConfig, functions: dict[str, RewardFunction], row
     for spec, function in zip(config.rewards, functions.values(), strict=True):
         if spec in NEEDED:
             _check_needed(spec, rows[0], f" in {where}")
-            if spec != "reasoning_gym":  # whose judges take what its tasks give
+            if NEEDED[spec] == ("answer",):  # the judges of reasoning-gym take what its tasks give
                 _check_references(spec, rows, where)
         else:
             reward_functions.check_call(f"{where}: --rewards {spec}", function, given)
@@ -93,6 +95,8 @@ def load_rewards(config: TrainConfig, example: Problem) -> dict[str, RewardFunct
         "brevity": lambda: brevity(pattern, config.max_new_tokens),
         "math_verify": lambda: math_verify(pattern, seconds),
         "reasoning_gym": lambda: reasoning_gym_judge(pattern, seconds, isolated=not config.unisolated_judges),
+        "colour_words": lambda: colour_words,
+        "questions": lambda: questions,
     }
     functions: dict[str, RewardFunction] = {}
     for spec in config.rewards:

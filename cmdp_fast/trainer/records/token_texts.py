@@ -1,0 +1,31 @@
+"""The text of each token of a completion, to be shown beside what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+LONGEST = 8  # tokens that may wait for the rest of a character; one of UTF-8 has four bytes
+BROKEN = "\ufffd"  # what a tokenizer puts where a character is not whole
+
+
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str] | None:
+    """What each token adds to the text, which all of them together are; None for a tokenizer whose texts do not grow by
+    their tokens.
+
+    The last of several tokens that make one character has it, and the others, like special tokens, are "". A token is
+    read behind a few before it: many tokenizers write a first one without its space.
+    """
+    texts: list[str] = []
+    start = read = 0  # what is known already is ids[start:read], read again as a beginning
+    known = ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+        if text.endswith(BROKEN) and end - read < LONGEST and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(known) :])
+        start, read = read, end
+        known = tokenizer.decode(ids[start:read], skip_special_tokens=True)
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    return texts if "".join(texts) == whole else None

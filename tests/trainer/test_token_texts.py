@@ -1,0 +1,58 @@
+"""The text of each token, which all together are the completion's."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_pair import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from cmdp_fast.trainer.records.token_texts import token_texts
+
+
+@pytest.fixture(scope="module")
+def of_bytes() -> PreTrainedTokenizerFast:
+    """A token for each byte, as a byte-level BPE without merges has them."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(letters | {"<end>": len(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def test_a_character_is_with_its_last_byte(of_bytes):
+    ids = of_bytes("a é 🙂\n")["input_ids"]
+    assert token_texts([*ids, of_bytes.eos_token_id], of_bytes) == [
+        *("a", " ", "", "é", " ", "", "", "", "🙂", "\n"),
+        "",
+    ]
+
+
+@given(ids=st.lists(st.integers(0, 256), max_size=40))
+def test_all_together_are_the_text(of_bytes, ids):
+    """Whatever a model samples: half characters, ends in the middle."""
+    texts = token_texts(ids, of_bytes)
+    if texts is not None:
+        assert len(texts) == len(ids) and "".join(texts) == of_bytes.decode(ids, skip_special_tokens=True)
+
+
+@given(text=st.text(max_size=30))
+def test_every_text_has_its_tokens(of_bytes, text):
+    ids = of_bytes(text)["input_ids"]
+    assert token_texts(ids, of_bytes) is not None
+
+
+def test_nothing_has_none(of_bytes):
+    assert token_texts([], of_bytes) == []
+
+
+def test_a_tokenizer_whose_texts_do_not_grow_has_none(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model(tmp_path, seed=1))
+
+    class Backwards:
+        def decode(self, ids, **settings):
+            return tokenizer.decode(list(ids)[::-1], **settings)
+
+    assert token_texts(tokenizer("12+3")["input_ids"], Backwards()) is None
