@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json, sync, write_text, writing
 
 from ..settings.config import TrainConfig
+from ..settings.recorded import recorded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,7 +98,7 @@ def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path,
     accelerator.init_trackers("cmdp_fast")
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":  # which would make a run of its own of them
-            tracker.store_init_configuration(json.loads(as_json(asdict(config))))
+            tracker.store_init_configuration(json.loads(as_json(recorded(config))))
 
 
 def _wandb_id(folder: Path, goes_on: bool) -> str:

@@ -28,11 +28,11 @@ def read_recipe(name: str, method: str = "") -> TrainConfig:
     not valid, and for settings that do not exist or have the wrong type.
     """
     values = _read("recipe", name, RECIPES)
-    _check_own("recipe", name, values, "recipe", "resume")
+    _check_own("recipe", name, values, "recipe", "resume", "random_weights")
     method = method or values.get("method", "")
     if method:
         own = _read("method", method, METHOD_FILES)
-        _check_own("method", method, own, "recipe", "resume", "method")
+        _check_own("method", method, own, "recipe", "resume", "random_weights", "method")
         values |= own | {"method": method}
     config = TrainConfig(**{**values, "recipe": name})
     check_choices(config)
