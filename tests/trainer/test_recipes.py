@@ -146,7 +146,11 @@ def test_recipe_is_valid_and_names_its_run(name):
 @pytest.mark.parametrize("name", ["qwen2.5-math", pytest.param("llama-3.2", marks=pytest.mark.slow), "qwen2.5-24gb"])
 def test_memory_in_the_head_is_that_of_a_dry_run(name):
     of_this_project()
-    missing = [line for line in recipe_models.table(*recipe_models.memory_of(name)) if line not in recipe_text(name).splitlines()]
+    missing = [
+        line
+        for line in recipe_models.table(*recipe_models.memory_of(name))
+        if line not in recipe_text(name).splitlines()
+    ]
     assert not missing, "`python tests/support/recipe_models.py` prints the lines"
 
 
