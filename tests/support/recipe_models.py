@@ -95,11 +95,13 @@ def without_weights(folder: Path, numbers: dict[str, Any]) -> str:
     return str(folder)
 
 
-def problems(file: Path, system_prompt: str, tokens: int) -> str:
-    """A file of problems like GSM8K's, with prompts of so many tokens."""
-    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": ""}]
-    chat = chat_tokenizer().apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    width = tokens - len(chat)  # a byte each
+def problems(file: Path, settings: TrainConfig) -> str:
+    """A file of problems like GSM8K's, with prompts of the longest length."""
+    tokenizer, bare = chat_tokenizer(), (settings.prompt_template or "{prompt}").format(prompt="")
+    if settings.chat:
+        messages = [{"role": "system", "content": settings.system_prompt}, {"role": "user", "content": bare}]
+        bare = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    width = settings.max_prompt_length - len(tokenizer(bare)["input_ids"])  # a byte each
     rows = [{"question": f"{i:0{width}}", "answer": f"{i}+0=<<{i}+0={i}>>{i}.\n#### {i}"} for i in range(40)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
@@ -109,7 +111,7 @@ def dry_run_of(recipe: str, folder: Path, changes: dict[str, Any]) -> tuple[Trai
     """The settings, and what the dry run says of models without weights that it finds in a folder."""
     settings = read_recipe(recipe)
     student, teacher = (without_weights(folder / str(i), numbers) for i, numbers in enumerate(MODELS[recipe]))
-    dataset = problems(folder / "problems.jsonl", settings.system_prompt, settings.max_prompt_length)
+    dataset = problems(folder / "problems.jsonl", settings)
     own = {"student": student, "teacher": teacher, "dataset": dataset, "dataset_config": "", "eval_split": ""}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in {**own, **changes}.items()]
     config = parse([f"--recipe={recipe}", *words, "--dry-run", "--random-weights"])

@@ -93,6 +93,7 @@ def test_layers_take_no_memory_of_their_own(tmp_path):
     assert sum(storages.values()) < sum(p.nbytes for p in model.parameters()) / 5
     first, second = (model.model.layers[i].mlp.up_proj.weight for i in (0, 1))
     assert not torch.equal(first, second) and len(first.unique(dim=0)) == len(first)
+    assert all((m.weight == 1).all() for m in model.modules() if type(m).__name__ == "LlamaRMSNorm")
 
 
 def test_ends_are_those_of_the_generation_settings(pair, tmp_path):
