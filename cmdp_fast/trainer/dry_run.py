@@ -27,6 +27,11 @@ from .settings.config import TrainConfig
 from .settings.unread import warnings_of
 from .stored import check_stored, stored_by
 
+NOT_CHECKED = (
+    "--random-weights: not checked is that the models' files hold all weights, as safetensors and in the shapes of "
+    "their configurations; --dry-run alone checks it"
+)
+
 
 def dry_run(config: TrainConfig) -> MemoryEstimate:
     """Loads and checks models and data, prints the settings and an estimate of the memory, and returns the latter.
@@ -66,6 +71,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
         f"prompts of up to {longest} tokens"
     )
     print_memory(config, memory)
+    if config.random_weights:
+        print(NOT_CHECKED)
     return memory
 
 

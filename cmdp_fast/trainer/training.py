@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from .records.run_folder import Beginning, make_run_folder, write_config
 from .records.samples import samples_text, write_samples
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
+from .settings.recorded import recorded
 from .step import Learner
 from .tasks.data import shuffled
 
@@ -348,7 +349,7 @@ def summary(
         "seconds": seconds,
         "kernel_share_of_step": round(seconds["kernels"] / step, 4) if step else None,
         "pid": learner.pid.state_dict() if config.kind == "pid" else None,
-        "config": asdict(replace(config, resume="")),
+        "config": recorded(replace(config, resume="")),
     }
 
 

@@ -234,6 +234,7 @@ REFUSED = {
     "no method": (":budget=1", "expected a method's name"),
     "another run": ("cmdp:resume=runs/a", "resume is for the comparison to choose"),
     "no run": ("cmdp:dry_run=true", "dry_run is for the comparison to choose"),
+    "no weights": ("cmdp:random_weights=true", "random_weights is for the comparison to choose"),
     "unread": ("sft:penalty=2", "--methods sft:penalty=2: --penalty 2.0 would have no effect"),
     "the comparison's own": ("cmdp:seed=1", "seed is for the comparison to choose"),
     "twice": ("cmdp cmdp", "each once"),

@@ -20,6 +20,11 @@ from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.recipe import read_recipe
 
+PARAMETERS = {  # of student and teacher, the real ones
+    "qwen2.5-24gb": (494_032_768, 3_085_938_688),
+    "qwen2.5-math": (1_543_714_304, 7_615_616_512),
+}
+
 
 @pytest.fixture(scope="module")
 def gsm8k(tmp_path_factory) -> str:
@@ -110,6 +115,14 @@ def test_qwen_math_in_small(gsm8k, tmp_path):
     check(*run("qwen2.5-math", student, teacher, gsm8k, tmp_path / "runs"))
 
 
+def test_qwen_of_a_chat_in_small(gsm8k, tmp_path):
+    folders = []
+    for seed in (1, 2):
+        folders.append(tiny_model(tmp_path / str(seed), seed=seed, family="qwen2", spare=300, positions=512))
+        recipe_models.chat_tokenizer().save_pretrained(folders[-1])
+    check(*run("qwen2.5-24gb", *folders, gsm8k, tmp_path / "runs"))
+
+
 def test_llama_in_small(gsm8k, tmp_path):
     student = tiny_model(tmp_path / "s", seed=1, positions=256)
     check(*run("llama-3.2", student, vision_model(tmp_path / "t", student), gsm8k, tmp_path / "runs"))
@@ -128,18 +141,46 @@ def test_language_model_of_a_vision_model(tmp_path):
         assert torch.equal(teacher(input_ids=ids).logits, whole)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-math", "llama-3.2"])
+@pytest.mark.parametrize("name", ["qwen2.5-math", "llama-3.2", "qwen2.5-24gb"])
 def test_recipe_is_valid_and_names_its_run(name):
     recipe = read_recipe(name)
     recipe.validate()
     assert recipe.run_name == name
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-math", pytest.param("llama-3.2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2.5-math", pytest.param("llama-3.2", marks=pytest.mark.slow), "qwen2.5-24gb"])
 def test_memory_in_the_head_is_that_of_a_dry_run(name):
     of_this_project()
-    missing = [line for line in recipe_models.table(name) if line not in recipe_text(name).splitlines()]
+    missing = [
+        line
+        for line in recipe_models.table(*recipe_models.memory_of(name))
+        if line not in recipe_text(name).splitlines()
+    ]
     assert not missing, "`python tests/support/recipe_models.py` prints the lines"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"), [("qwen2.5-24gb", {}), ("qwen2.5-24gb", recipe_models.ADAPTER), ("qwen2.5-math", {})]
+)
+def test_a_dry_run_without_weights_has_the_memory_in_the_head(name, changes, tmp_path):
+    """Of models of the real shapes, in 3 and 7 GB."""
+    of_this_project()
+    if changes:
+        pytest.importorskip("peft")
+    config, memory = recipe_models.dry_run_of(name, tmp_path, changes)
+    student = memory.parameters - (memory.trained_parameters if changes else 0)
+    assert (student, memory.teacher_parameters) == PARAMETERS[name]
+    lines, table = recipe_text(name).splitlines(), recipe_models.table(config, memory)
+    assert any(lines[i : i + len(table)] == table for i in range(len(lines)))
+    if name == "qwen2.5-24gb":
+        assert max(memory.rollout, memory.update) < 19 * 2**30  # of 24
+
+
+def test_the_adapters_line_in_the_head_is_the_one_that_was_computed():
+    words = (f"--{name.replace('_', '-')} {value}" for name, value in recipe_models.ADAPTER.items())
+    text = recipe_text("qwen2.5-24gb").replace("1e-5", str(1e-5))
+    assert f"#   cmdp-fast train --recipe qwen2.5-24gb {' '.join(words)}" in text.splitlines()
 
 
 @pytest.mark.slow

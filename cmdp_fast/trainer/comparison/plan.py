@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ..records.ending import finished_summary
 from ..settings.config import TrainConfig
 from ..settings.ranges import SEED
 from ..settings.recipe import NOT_TOML, read_recipe, tomllib
+from ..settings.recorded import recorded
 from ..settings.unread import changed, check_read
 from ..settings.values import typed
 
@@ -28,16 +29,9 @@ DEFAULT_METHODS = (
     *("grpo", "gkd", "minillm", "sft", "kd"),
 )
 SEEDS = (0, 1, 2)
-CHOSEN = (
-    "recipe",
-    "method",
-    "fast",
-    "name",
-    "output_dir",
-    "seed",
-    "resume",
-    "dry_run",
-)  # by a comparison for each of its runs
+CHOSEN = (  # by a comparison for each of its runs
+    *("recipe", "method", "fast", "name", "output_dir", "seed", "resume", "dry_run", "random_weights"),
+)
 _COMMA = re.compile(r",(?![^\[\]]*\])(?![^{}]*\})")  # outside of a list or a table
 REFERENCES = {"teacher": "teacher", "student_before": "student before"}
 """Who stands beside the methods: by the name in `summary.json` and in samples, that in tables."""
@@ -215,7 +209,7 @@ def summary_of(run: SeededRun) -> dict[str, Any] | None:
         raise InputError(f"{run.folder}: {error}: {remove}") from error
     if summary is None:
         return None
-    past, wanted = summary["config"], json.loads(as_json(asdict(run.config)))
+    past, wanted = summary["config"], json.loads(as_json(recorded(run.config)))
     if different := [key for key in wanted.keys() | past.keys() if wanted.get(key) != past.get(key)]:
         key = sorted(different)[0]
         raise InputError(

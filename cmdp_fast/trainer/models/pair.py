@@ -28,6 +28,7 @@ from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
 from .builtin import builtin_folder
 from .quantization import effect, quantization_config, read_prompts
+from .random_weights import RandomCausalLM, check_plain
 from .recompute import recompute_layers
 from .smollm2 import smollm2_folder
 
@@ -196,13 +197,17 @@ def _load_model(
     role: str, name: str, dtype: torch.dtype | str, config: TrainConfig, quantization: str = "", **options: Any
 ) -> tuple[Any, list[str]]:
     """A causal language model from safetensors, which hold numbers and nothing that could run; and the tensors of its
-    files that transformers leaves out."""
-    from transformers import AutoModelForCausalLM
+    files that transformers leaves out. With `--random-weights` one without its files."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # its own error names no tensor
+    options["dtype"] = dtype
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
+    if config.random_weights:
+        check_plain(role, name, _load(AutoConfig, role, name, config.trust_remote_code))
+        return _load(RandomCausalLM, role, name, config.trust_remote_code, **options), []
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # its own error names no tensor
     if quantization:
         options["quantization_config"] = quantization_config(quantization)
     model, info = _load(AutoModelForCausalLM, role, name, config.trust_remote_code, **options)

@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.files import sync, sync_folder, writing
 
 from ..settings.config import TrainConfig
+from ..settings.recorded import recorded
 from .lock import alone_in
 
 
@@ -66,7 +67,7 @@ def make_run_folder(config: TrainConfig, began: Beginning, held: ExitStack, say:
 
 def write_config(folder: Path, config: TrainConfig, began: Beginning) -> None:
     """`config.json`: the settings, and what the run has begun with beside them."""
-    settings = asdict(replace(config, resume="", dry_run=False))
+    settings = recorded(replace(config, resume="", dry_run=False))
     write_sealed(folder / "config.json", {**settings, **began._asdict()})
 
 

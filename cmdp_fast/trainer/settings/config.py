@@ -24,6 +24,7 @@ from .completion import CompletionSettings
 from .evaluation import EvaluationSettings
 from .models import ModelSettings
 from .precision import faster_precision
+from .random_weights import check_random_weights
 from .ranges import Range
 from .reward import RewardSettings
 from .rollout import RolloutSettings, check_rollout
@@ -101,6 +102,7 @@ class TrainConfig(
         samples = "mixture" if self.mixes_teacher else "" if self.entry.on_policy else "text"
         check_teacher(self, self.algorithm, samples if self.TRAINS else "", self.TRAINS)
         check_several(self, self, self.logits)
+        check_random_weights(self, self)
         if self.kind == "worst_case":
             _check(
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"

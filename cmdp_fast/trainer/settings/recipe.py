@@ -33,11 +33,11 @@ def read_recipe(name: str, method: str = "", fast: bool = False) -> TrainConfig:
     if fast and quick is None:
         raise InputError(f"--fast: the recipe {name} has no [fast] table")
     values |= {**quick, "fast": True} if fast and quick else {}
-    _check_own("recipe", name, values, "recipe", "resume")
+    _check_own("recipe", name, values, "recipe", "resume", "random_weights")
     method = method or values.get("method", "")
     if method:
         own = _read("method", method, METHOD_FILES)
-        _check_own("method", method, own, "recipe", "resume", "method", "fast")
+        _check_own("method", method, own, "recipe", "resume", "random_weights", "method", "fast")
         values |= own | {"method": method}
     config = TrainConfig(**{**values, "recipe": name})
     check_choices(config)
@@ -63,7 +63,7 @@ def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
         return typed(values, source)
     if not isinstance(quick, dict) or not quick:
         raise InputError(f"{source}: fast must be a table of settings, not {shown(quick)}")
-    _check_own("recipe", name, quick, "recipe", "resume", "method", "fast")
+    _check_own("recipe", name, quick, "recipe", "resume", "random_weights", "method", "fast")
     return {**typed(values, source), "fast": typed(quick, f"{source} [fast]")}
 
 

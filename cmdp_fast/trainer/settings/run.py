@@ -44,3 +44,6 @@ class RunSettings:
     """Seed of the prompts' order and of the sampling."""
     dry_run: bool = False
     """Load and check models and data, print the settings and an estimate of the memory, and stop there."""
+    random_weights: bool = False
+    """With `dry_run`: read configurations and tokenizers, a few MB, and no weights. The models get random ones in the
+    shapes of their configurations, in little memory. That their files hold all weights is not checked."""

@@ -1,0 +1,19 @@
+"""The settings of a run as its files hold them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from .config import TrainConfig
+
+UNRECORDED = ("random_weights",)
+"""No run has them, and files from before there were these settings are compared with those of today."""
+WHERE_TRUE = ("fast",)
+"""For the same reason recorded only where they are on."""
+
+
+def recorded(config: TrainConfig) -> dict[str, Any]:
+    """The settings by name, for `config.json`, `summary.json` and trackers."""
+    off = {name for name in WHERE_TRUE if not getattr(config, name)}
+    return {name: value for name, value in asdict(config).items() if name not in UNRECORDED and name not in off}
