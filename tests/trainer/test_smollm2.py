@@ -73,7 +73,7 @@ def test_recipe_in_small(tmp_path):
     model = tiny_model(tmp_path / "m", seed=1, positions=256)
     options = [f"--student={model}", f"--teacher={model}", "--steps=2", "--eval-prompts=4", "--max-new-tokens=6"]
     options += ["--rewards", "colour_words", f"{tmp_path / 'mine.py'}:ones", f"--output-dir={tmp_path}"]
-    options += ["--learning-rate=0.1"]
+    options += ["--learning-rate=0.1", "--no-chat"]
     assert main(["train", "--recipe=smollm2", "--fast", "--mixed-precision=no", *options]) == 0
     check_run(tmp_path / "smollm2")
 
