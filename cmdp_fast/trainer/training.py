@@ -20,6 +20,7 @@ from .distributed import any_process, noticing_loss, of_main, share, together, w
 from .evaluate import evaluate
 from .interrupts import Interrupts
 from .material import Material
+from .models.adapter import FrozenBase
 from .models.saving import save_student
 from .records.checkpoint import (
     checkpoints,
@@ -77,7 +78,7 @@ class Training:
             if self.learner.collector.teacher_engine and self.config.entry.on_policy:
                 self.learner.collector.teacher_engine.close()  # it is not sampled from again
             if self.config.eval_before:
-                self._evaluate("student_before", self.learner.student)
+                self._evaluate_before()
             self.folder = self._make_folder(held)
             with together(self.accelerator):
                 self._drop_students_after(0)
@@ -94,6 +95,16 @@ class Training:
             self.report.say(f"teacher        not evaluated: with {how} it cannot be sampled")
         else:
             self._evaluate("teacher", self.learner.teacher)
+
+    def _evaluate_before(self) -> None:
+        """The student, unless it has been seen as the teacher: an adapter begins as nothing, to the last bit."""
+        c = self.config
+        if isinstance(self.learner.teacher, FrozenBase) and not (c.teacher_temperature or c.rollout):
+            for kept in (self.results, self.samples):
+                kept["student_before"] = kept["teacher"]
+            self.report.say("student_before the same, without its adapter")
+        else:
+            self._evaluate("student_before", self.learner.student)
 
     def _make_folder(self, held: ExitStack) -> Path:
         """The run's folder, made by the main process; that of a run to be resumed is there and has no checkpoint."""
