@@ -12,8 +12,9 @@ from .samples import Sample
 from .tokens import shown_text
 from .words import facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
 
-# What Markdown, GitHub's additions to it or HTML read as markup inside a line. A character reference is none of it.
-_MARKUP = re.compile(r"[&<>\"|`*_~\[\](){}\\$#:@!+^=-]|(?<=[Ww])\.")
+# What Markdown, GitHub's additions to it or HTML read as markup inside a line, where all that is escaped stands. A
+# character reference is none of it. A colon makes a link of `http://`, a point one of `www.`.
+_MARKUP = re.compile(r"[&<>|`*_~\[\]\\$#:@]|(?<=[Ww])\.")
 
 
 def markdown_of(groups: Sequence[Group], rows: Sequence[Row], chosen: Chosen, plot: str) -> str:
@@ -37,12 +38,12 @@ def markdown_of(groups: Sequence[Group], rows: Sequence[Row], chosen: Chosen, pl
         f"# {escaped(title_of(groups))}",
         escaped(lead_of(groups)),
         f"![Reward against cumulative KL over the training]({plot})",
-        escaped(plot_words(groups)),
+        plot_words(groups),
         "## Measures",
         "\n".join(table),
-        escaped(measure_words(groups)),
+        measure_words(groups),
         "## Samples",
-        escaped(sample_words(chosen)),
+        sample_words(chosen),
         *(_prompt(number, row, chosen.voices) for number, row in enumerate(chosen.rows, 1)),
     ]
     return "\n\n".join(parts) + "\n"

@@ -104,7 +104,7 @@ def _legend(edges: Sequence[float]) -> str:
     levels += [f"from {ends[-1]} nats"]
     items = [f'<span class="swatch k{level}"></span>{_e(text)}' for level, text in enumerate(levels)]
     items += [
-        '<span class="key"></span>the token that exceeds the budget, those behind it underlined',
+        '<span class="key"></span> the token that exceeds the budget, those behind it underlined',
         f"{LINE_END} line end",
         f"{END} end of sequence",
         f"{EMPTY} a token without text",
@@ -162,10 +162,11 @@ def _more(left_out: int, what: str, note: str = "") -> str:
 
 def _facts(sample: Sample, voice: Voice) -> str:
     facts = facts_of(sample, voice.run)
-    parts = [_e(text) for text in (facts.reward, facts.spent, facts.length) if text]
+    verdicts = []
     if facts.within is not None:
         kind, sign = ("within", "✓") if facts.within else ("over", "✕")
-        parts.append(f'<span class="{kind}">{sign} {_e(verdict_of(facts))}</span>')
+        verdicts.append(f'<span class="{kind}">{sign} {_e(verdict_of(facts))}</span>')
     if facts.cut_off:
-        parts.append('<span class="cut">✂ cut off</span>')
-    return " · ".join(parts)
+        verdicts.append('<span class="cut">✂ cut off</span>')
+    measured = " · ".join(_e(text) for text in (facts.reward, facts.spent, facts.length) if text)
+    return f"{measured}<br>{' · '.join(verdicts)}" if verdicts else measured

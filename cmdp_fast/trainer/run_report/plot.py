@@ -11,7 +11,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from .groups import Group
 from .runs import Run
@@ -72,6 +72,8 @@ def plot_png(groups: Sequence[Group], ink: Ink = LIGHT) -> bytes:
     beyond = bool(budgets) and furthest > FAR * budgets[0]
     if beyond:
         axes.set_xscale("symlog", linthresh=budgets[0])
+        axes.set_xticks(_ticks(budgets[0], furthest))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     scale = f", logarithmic beyond {budgets[0]:g}" if beyond else ""
@@ -91,6 +93,15 @@ def way_of(run: Run) -> tuple[list[float], list[float]]:
     parts = [known[end - window : end] for end in range(window, len(known) + 1)]
     kl = [statistics.fmean(kl for kl, _ in part) for part in parts]
     return kl, [statistics.fmean(reward for _, reward in part) for part in parts]
+
+
+def _ticks(budget: float, furthest: float) -> list[float]:
+    """0, half of the budget, the budget, and up to seven beyond it."""
+    factor = 2.0
+    while budget * factor**7 < furthest:
+        factor *= factor if factor < 10 else 10
+    beyond = [budget * factor**power for power in range(1, 8)]
+    return [0.0, budget / 2, budget, *(tick for tick in beyond if tick <= furthest)]
 
 
 def _draw(axes: Axes, kl: list[float], reward: list[float], number: int, seeds: int) -> None:

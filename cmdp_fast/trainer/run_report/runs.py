@@ -58,7 +58,8 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        return "student_after" in self.figures
+        """Whether the student was evaluated after the training."""
+        return "student_after" in self.figures or "student_after" in self.samples
 
 
 def read_runs(places: Sequence[str], say: Callable[[str], None]) -> list[Run]:

@@ -36,13 +36,15 @@ p {{ margin: .5rem 0; max-width: 48rem; }}
 .lead, .note {{ color: var(--quiet); }}
 .note {{ font-size: .9rem; }}
 figure {{ margin: 0; overflow-x: auto; }}
-figure img {{ display: block; width: 100%; max-width: 46rem; min-width: 30rem; height: auto; }}
+figcaption {{ max-width: 48rem; margin-top: .5rem; }}
+figure img {{ display: block; width: 100%; max-width: 50rem; min-width: 30rem; height: auto; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .95rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
 th, td {{ padding: .5rem 1.1rem .5rem 0; text-align: right; border-bottom: 1px solid var(--line); }}
 td {{ white-space: nowrap; }}
 thead th {{ font-weight: 500; font-size: .85rem; line-height: 1.3; color: var(--quiet); vertical-align: bottom; }}
-tbody th {{ font-weight: 500; text-align: left; min-width: 9rem; max-width: 22rem; overflow-wrap: anywhere; }}
+tbody th {{ font-weight: 500; text-align: left; min-width: 15rem; max-width: 24rem; overflow-wrap: anywhere; }}
+th:first-child {{ position: sticky; left: 0; background: var(--paper); }}
 .dot {{
   display: inline-block; width: .65em; height: .65em; margin-right: .5em; border-radius: 50%; background: var(--quiet);
 }}
@@ -56,7 +58,7 @@ tbody th {{ font-weight: 500; text-align: left; min-width: 9rem; max-width: 22re
 .prompt {{ margin: 2.5rem 0 0; padding: 1.5rem 0 0; border-top: 1px solid var(--line); }}
 .ask {{ margin: .3rem 0 1.1rem; font-size: 1.05rem; white-space: pre-wrap; overflow: hidden; }}
 .role {{ color: var(--quiet); font-size: .85rem; }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14.5rem), 1fr)); gap: 1rem; }}
 .cell {{
   display: flex; flex-direction: column; min-width: 0; padding: .9rem 1.1rem; overflow: hidden;
   background: var(--soft); border: 1px solid var(--line); border-radius: 10px;
@@ -64,7 +66,7 @@ tbody th {{ font-weight: 500; text-align: left; min-width: 9rem; max-width: 22re
 .text {{
   flex: 1; margin: .5rem 0 .9rem; white-space: pre-wrap; line-height: 1.75; tab-size: 4; overflow: hidden;
 }}
-.facts {{ margin: 0; font-size: .85rem; line-height: 1.45; color: var(--quiet); font-variant-numeric: tabular-nums; }}
+.facts {{ margin: 0; font-size: .85rem; line-height: 1.5; color: var(--quiet); font-variant-numeric: tabular-nums; }}
 .over {{ color: var(--over); font-weight: 650; }}
 .within {{ color: var(--within); font-weight: 600; }}
 .cut {{ color: var(--text); font-weight: 600; }}
@@ -74,13 +76,14 @@ tbody th {{ font-weight: 500; text-align: left; min-width: 9rem; max-width: 22re
 .text span, .text mark {{ padding: .15em 0; border-radius: 2px; }}
 mark {{ color: inherit; outline: 2px solid var(--over); outline-offset: -1px; }}
 mark::before, .key::before {{
-  content: "budget spent ▸"; margin: 0 .35em 0 .15em; padding: .1em .5em; border-radius: 1em; font-size: .72rem;
-  font-weight: 650; white-space: nowrap; color: var(--on-over); background: var(--over);
+  content: "▶"; margin: 0 .2em 0 0; padding: .25em .35em; font-size: .7em; vertical-align: .1em;
+  color: var(--on-over); background: var(--over);
 }}
 mark ~ span {{ text-decoration: underline dotted var(--over) 2px; text-underline-offset: .25em; }}
 @media (max-width: 700px) {{
   main {{ padding: 1.75rem 1.1rem 3rem; }}
   h1 {{ font-size: 1.5rem; }}
   .grid {{ grid-template-columns: 1fr; }}
+  tbody th {{ min-width: 8.5rem; }}
 }}
 """

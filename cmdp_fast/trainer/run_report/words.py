@@ -18,12 +18,13 @@ NAME = 60
 
 
 class Facts(NamedTuple):
-    """What stands below a completion. `within` is None where there is no teacher to say."""
+    """What stands below a completion. `within` is None where no teacher says so; `crossed` is from where on it is not."""
 
     reward: str
     spent: str
     length: str
     within: bool | None
+    crossed: str
     cut_off: bool
 
 
@@ -84,19 +85,20 @@ def sample_words(chosen: Chosen) -> str:
 def facts_of(sample: Sample, run: Run) -> Facts:
     """The facts below a completion."""
     budget = budget_of(sample, run)
-    of = "" if budget is None else f" of {number(budget, 2)}"
+    of = "" if budget is None else f" of {budget:.4g}"
     return Facts(
         "not judged" if sample.reward is None else f"reward {sample.reward:.4g}",
         "" if sample.cumulative is None else f"{number(sample.cumulative, 2)}{of} nats",
         _counted(sample.length, "token"),
         sample.feasible,
+        "" if sample.crossing is None else f" from token {sample.crossing + 1}",
         not sample.finished,
     )
 
 
 def verdict_of(facts: Facts) -> str:
     """Whether a completion is within its budget."""
-    return {True: "within budget", False: "OVER BUDGET", None: ""}[facts.within]
+    return {True: "within budget", False: f"OVER BUDGET{facts.crossed}", None: ""}[facts.within]
 
 
 def _runs(groups: Sequence[Group]) -> list[Run]:
