@@ -18,7 +18,7 @@ NAME = 60
 
 
 class Facts(NamedTuple):
-    """What stands below a completion. `within` is None where no teacher says so; `crossed` is from where on it is not."""
+    """What stands below a completion. `within` is None where no teacher says so; `crossed` is from where not."""
 
     reward: str
     spent: str
