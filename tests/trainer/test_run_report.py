@@ -295,8 +295,8 @@ def test_what_methods_are_called(tmp_path):
     a, b, c, d, e, f = (group.label for group in groups(*folders))
     assert (a, b, c) == (
         "cmdp, steps 20",
-        "lagrangian, steps 20, coefficient 0.1",
-        "lagrangian, steps 20, coefficient 0.02",
+        "lagrangian, coefficient 0.1, steps 20",
+        "lagrangian, coefficient 0.02, steps 20",
     )
     assert d == "hinge, steps 20" and e != f
     assert re.fullmatch("mine, steps 40, files [0-9a-f]{8}", e) and re.fullmatch("mine, steps 40, files [0-9a-f]{8}", f)
