@@ -134,7 +134,7 @@ def test_the_files_and_what_the_page_may_do(tmp_path, capsys):
     assert "task sums · budget 2 nats a completion (reverse_kl) · 2 methods · seed 0" in page.text
     assert [name for name in ("before", "cmdp", "lagrangian") if name in page.text] == ["before", "cmdp", "lagrangian"]
     assert "reward 1 · 0.50 of 2 nats · 3 tokens✓ within budget" in page.text
-    assert "2 runs, 2 methods, 1 prompts" in capsys.readouterr().out
+    assert "2 runs, 2 methods, 1 prompt" in capsys.readouterr().out
 
 
 def test_tokens_are_shaded_and_the_crossing_is_marked(tmp_path):
@@ -186,6 +186,11 @@ def test_a_budget_per_token_is_that_of_the_length(tmp_path):
     assert "0.50 of 1.5 nats" in page.text and "budget 0.5 nats a token" in page.text
 
 
+def test_the_scale_is_of_the_smallest_budget_and_one_for_all(tmp_path):
+    folders = [write_run(tmp_path / f"{budget}", budget=budget) for budget in (8.0, 0.5, 2.0)]
+    assert edges_of(read_runs([str(folder) for folder in folders], quiet)) == (0.005, 0.015, 0.05, 0.15, 0.5)
+
+
 def test_a_chat_is_shown_by_its_messages(tmp_path):
     chat = [
         {"role": "system", "content": "Be short."},
@@ -200,7 +205,7 @@ def test_a_chat_is_shown_by_its_messages(tmp_path):
 def test_a_long_completion_is_shown_in_part(tmp_path):
     many = sample(completion="ab" * 10**5, tokens=["ab"] * 10**5, costs=[0.001] * 10**5, crossing=2000)
     long = sample("student_before", completion="y" * 5_000_000)
-    single = sample(prompt="2", completion="z" * 5000, tokens=["z" * 5000], costs=[1.0])
+    single = sample(prompt="2", completion="z" * 5000, tokens=["z" * 4999, "z"], costs=[1.0, 1.0])
     one = [long, many, sample("student_before", "2"), single]
     text = report(write_run(tmp_path / "r", one), output=tmp_path / "out")
     page = Page(text)
@@ -208,6 +213,7 @@ def test_a_long_completion_is_shown_in_part(tmp_path):
     assert "… 99,000 more tokens; the budget is spent at token 2001" in page.text
     assert f"… {5_000_000 - MOST_CHARACTERS:,} more characters" in page.text
     assert f"… {5_000_000 - MOST_CHARACTERS:,} more characters" in markdown_in(tmp_path / "out")
+    assert len(page.cells[3]) == 1 and "… 1 more token" in page.text
     assert "z" * MOST_CHARACTERS in page.text and "z" * (MOST_CHARACTERS + 1) not in page.text
 
 
@@ -320,7 +326,7 @@ def test_a_comparison_is_all_of_its_runs_and_a_run_is_there_once(tmp_path, capsy
     (comparison / "runs" / "note.txt").write_text("")
     report(comparison, comparison / "runs" / "cmdp-seed1", output=tmp_path / "out")
     out = capsys.readouterr().out
-    assert "begun: no config.json, left out" in out and ".hidden" not in out and "2 runs, 1 methods" in out
+    assert "begun: no config.json, left out" in out and ".hidden" not in out and "2 runs, 1 method, 1 prompt" in out
 
 
 def test_a_run_that_was_stopped_has_its_line_alone(tmp_path, capsys):
@@ -329,9 +335,9 @@ def test_a_run_that_was_stopped_has_its_line_alone(tmp_path, capsys):
     assert len(run.steps) == 5 and not run.ended
     page = Page(report(stopped, output=tmp_path / "one"))
     assert "the last line is not whole and is dropped" in capsys.readouterr().out
-    assert "1 run of 1 not at its end" in page.text and "No run has samples yet" in page.text
+    assert "1 of 1 run not finished" in page.text and "No run has samples yet" in page.text
     page = Page(report(stopped, write_run(tmp_path / "b"), output=tmp_path / "two"))
-    assert "1 run of 2 not at its end" in page.text
+    assert "1 of 2 runs not finished" in page.text
     assert "| cmdp | 1 of 2 | 1.000 | 0.975 |" in markdown_in(tmp_path / "two")
     begun = write_run(tmp_path / "begun", None, (), summary=False)
     (begun / "metrics.jsonl").unlink()

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, readable
 
 from .groups import Group
 from .runs import Run
@@ -50,7 +50,7 @@ def choose(groups: Sequence[Group], count: int, seed: int) -> Chosen:
         return Chosen((), (), 0, False, seed)
     common = [key for key in voices[0].policy.first if all(key in voice.policy.first for voice in voices)]
     if not common:
-        names = "; ".join(f"{voice.name} ({voice.run.folder})" for voice in voices)
+        names = readable("; ".join(f"{voice.name} ({voice.run.folder})" for voice in voices), 600)
         raise InputError(f"no prompt has completions of all of these, which a page could compare: {names}")
     telling = [voice.policy.with_costs for voice in voices if voice.policy.with_costs]
     told = [key for key in common if telling and all(key in keys for keys in telling)]

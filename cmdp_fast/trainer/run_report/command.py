@@ -21,6 +21,7 @@ from .measures import rows_of
 from .page import page_of
 from .plot import DARK, LIGHT, plot_png
 from .runs import read_runs
+from .words import counted
 
 MOST_PROMPTS = 200
 PAGE, MARKDOWN, PLOT = "samples.html", "samples.md", "reward_against_kl.png"
@@ -62,7 +63,7 @@ def write_report(config: ReportConfig) -> Path:
         part.write_bytes(light)
     write_text(folder / MARKDOWN, text)
     write_text(folder / PAGE, page)
-    report.say(f"{len(runs)} runs, {len(groups)} methods, {len(chosen.rows)} prompts")
+    report.say(f"{counted(len(runs), 'run')}, {counted(len(groups), 'method')}, {counted(len(chosen.rows), 'prompt')}")
     report.say(f"{folder}: {PAGE} {MARKDOWN} {PLOT}")
     return folder
 

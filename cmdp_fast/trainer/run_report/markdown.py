@@ -10,7 +10,7 @@ from .groups import Group
 from .measures import Row, columns_of, text_of
 from .samples import Sample
 from .tokens import shown_text
-from .words import facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
+from .words import counted, facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
 
 # What Markdown, GitHub's additions to it or HTML read as markup inside a line, where all that is escaped stands. A
 # character reference is none of it. A colon makes a link of `http://`, a point one of `www.`.
@@ -81,4 +81,4 @@ def _cells(sample: Sample, voice: Voice) -> list[str]:
 
 def _shown(text: str) -> str:
     part, left_out = shown_text(text)
-    return f"{part} … {left_out:,} more character{'' if left_out == 1 else 's'}" if left_out else part
+    return f"{part} … {counted(left_out, 'more character')}" if left_out else part

@@ -18,8 +18,7 @@ from .plot import COLOURS
 from .samples import Sample
 from .style import STYLE
 from .tokens import EMPTY, END, LINE_END, crossed_behind, edges_of, shown_text, shown_tokens
-from .visible import visible
-from .words import facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
+from .words import counted, facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -157,7 +156,7 @@ def _completion(sample: Sample, edges: Sequence[float]) -> str:
 def _more(left_out: int, what: str, note: str = "") -> str:
     if not left_out:
         return ""
-    return f'<span class="more"> … {left_out:,} more {what}{"" if left_out == 1 else "s"}{_e(visible(note))}</span>'
+    return f'<span class="more"> … {counted(left_out, f"more {what}")}{_e(note)}</span>'
 
 
 def _facts(sample: Sample, voice: Voice) -> str:

@@ -44,9 +44,9 @@ def lead_of(groups: Sequence[Group]) -> str:
     parts = [
         f"task {_listed([_task(run) for run in runs])}",
         f"budget {budgets}",
-        _counted(len(groups), "method"),
+        counted(len(groups), "method"),
         f"{'seed' if len(seeds) == 1 else 'seeds'} {_listed(seeds)}",
-        *([f"{_counted(len(unfinished), 'run')} of {len(runs)} not at its end"] if unfinished else []),
+        *([f"{len(unfinished)} of {counted(len(runs), 'run')} not finished"] if unfinished else []),
     ]
     return " · ".join(parts)
 
@@ -89,7 +89,7 @@ def facts_of(sample: Sample, run: Run) -> Facts:
     return Facts(
         "not judged" if sample.reward is None else f"reward {sample.reward:.4g}",
         "" if sample.cumulative is None else f"{number(sample.cumulative, 2)}{of} nats",
-        _counted(sample.length, "token"),
+        counted(sample.length, "token"),
         sample.feasible,
         "" if sample.crossing is None else f" from token {sample.crossing + 1}",
         not sample.finished,
@@ -116,7 +116,8 @@ def _listed(texts: Sequence[str]) -> str:
     return ", ".join(some[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _counted(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+    """A number of things."""
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
