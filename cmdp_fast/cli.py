@@ -1,4 +1,4 @@
-"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `teacher`, `cache-teacher`, `bench` and `info`."""
+"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `report`, `teacher`, `cache-teacher`, `bench`, `info`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ commands:
   train          distil a student from a teacher under a KL budget
   compare        run several methods on one task with several seeds: a table and plots
   evaluate       measure a student on held-out problems, with or without a teacher
+  report         put what trainings have written on a page: samples side by side, measures, a plot
   teacher        serve a teacher's hidden states to trainers elsewhere
   cache-teacher  store what a teacher says of completions, to train on them without it
   bench          speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(report())
         return 0
-    if command in ("train", "compare", "evaluate", "teacher", "cache-teacher"):
+    if command in ("train", "compare", "evaluate", "report", "teacher", "cache-teacher"):
         return _with_the_extra(command, rest)
     if command == "bench":
         return _bench(rest)
@@ -54,7 +55,8 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
         from .errors import InputError, ProcessAlone, ProcessLost
         from .trainer.records.report import quiet_libraries
 
-        quiet_libraries()
+        if command != "report":  # which reads files alone, and imports none of them
+            quiet_libraries()
         run = _runner(command)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cmdp_fast"):
@@ -107,6 +109,10 @@ def _runner(command: str) -> Callable[[Sequence[str]], int]:
         from .trainer.evaluate_student import evaluate_student, parse_evaluate
 
         return lambda arguments: _done(evaluate_student(parse_evaluate(arguments)))
+    if command == "report":
+        from .trainer.run_report.command import parse_report, write_report
+
+        return lambda arguments: _done(write_report(parse_report(arguments)))
     if command == "teacher":
         from .trainer.serve_teacher import parse_teacher, serve_teacher
 

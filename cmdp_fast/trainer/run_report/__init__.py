@@ -1,0 +1,1 @@
+"""`cmdp-fast report`: what trainings have written, on one page."""

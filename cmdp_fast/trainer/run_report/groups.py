@@ -1,0 +1,107 @@
+"""Runs that differ in nothing but their seed are one method; what it is called."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmdp_fast.errors import InputError
+from cmdp_fast.files import as_json
+
+from ..records.resume import CHANGEABLE
+from ..settings.recipe import METHOD_FILES, read_toml
+from .runs import Run
+from .visible import short
+
+LONGEST_NAME, LONGEST_VALUE = 80, 40
+MOST_NAMED = 6  # settings in a label
+# Settings that change a run's place, its memory or its machine, and not what it learns.
+_OF_THE_RUN = {"seed", "name", "output_dir", *CHANGEABLE} - {"steps"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method by their seeds."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def ended(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if run.ended)
+
+    def sampled(self, who: str) -> Run | None:
+        """The run of the smallest seed that has samples of a policy."""
+        return next((run for run in self.runs if who in run.samples), None)
+
+
+def groups_of(runs: Sequence[Run]) -> list[Group]:
+    """The methods in the order in which they come. Raises InputError for two runs of one method and one seed, which
+    would count twice."""
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
+        by_settings.setdefault(as_json([_settings(run), _files(run)]), []).append(run)
+    groups = [sorted(some, key=lambda run: run.seed) for some in by_settings.values()]
+    for group in groups:
+        for one, other in itertools.pairwise(group):
+            if one.seed == other.seed:
+                raise InputError(f"{one.folder} and {other.folder} are one training with one seed: give one of them")
+    labels = _labels([group[0] for group in groups])
+    return [Group(label, tuple(group)) for label, group in zip(labels, groups, strict=True)]
+
+
+def method_of(run: Run) -> str:
+    """The name of the run's method; of one that its recipe decided about, that of the kind or of the algorithm."""
+    settings = run.settings
+    plain = settings["kind"] if settings["algorithm"] == "ppo" else settings["algorithm"]
+    return Path(settings["method"]).stem or plain
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What decides about what the run learns, in one order."""
+    return {name: run.settings[name] for name in sorted(run.settings) if name not in _OF_THE_RUN | {"method"}} | {
+        "method": method_of(run)
+    }
+
+
+def _files(run: Run) -> str:
+    """A name for the problems, models and functions that the run has begun with."""
+    return hashlib.sha256(as_json([run.began["code"], run.began["origin"]]).encode()).hexdigest()[:8]
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """A label for each of some runs: its method, and in what else it differs from the others."""
+    each = [_settings(run) for run in runs]
+    names = list(dict.fromkeys(name for settings in each for name in settings if name != "method"))
+    differ = [name for name in names if len({_value(settings, name) for settings in each}) > 1]
+    made_of = {path.stem: read_toml(path, path.name)[0] for path in sorted(METHOD_FILES.glob("*.toml"))}
+    of_methods = {name for values in made_of.values() for name in values}
+    labels = []
+    for settings in each:
+        same = [other for other in each if other["method"] == settings["method"]]
+        own = made_of.get(settings["method"], {})
+        named = [
+            name
+            for name in differ
+            if name not in of_methods  # a setting of the situation
+            or len({_value(other, name) for other in same}) > 1
+            or (name in own and _value(own, name) != _value(settings, name))
+        ]
+        parts = [f"{name.replace('_', ' ')} {short(_value(settings, name), LONGEST_VALUE)}" for name in named]
+        more = [f"{len(parts) - MOST_NAMED} more"] if len(parts) > MOST_NAMED else []
+        labels.append(", ".join([short(settings["method"], LONGEST_NAME), *parts[:MOST_NAMED], *more]))
+    alike = {label for label in labels if labels.count(label) > 1}
+    return [
+        f"{label}, files {_files(run)}" if label in alike else label for label, run in zip(labels, runs, strict=True)
+    ]
+
+
+def _value(settings: dict[str, Any], name: str) -> str:
+    value = settings.get(name)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) and value else as_json(value)

@@ -1,0 +1,43 @@
+"""Text that somebody else has written, so that a reader sees all of it and it does nothing.
+
+A completion may turn the direction of writing, hide characters or move a terminal's cursor. What would do so is shown:
+a control code as its picture (`␛`), another invisible character as its number (`⟨U+202E⟩`). Line ends and tabs stay.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+CUT = "…"
+JOINERS = "\u200c\u200d"  # writing needs them: Persian, and families of emoji
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def visible(text: str) -> str:
+    """The text with what cannot be seen as something that can."""
+    return text if text.isascii() and text.isprintable() else "".join(map(_seen, text))
+
+
+def cut(text: str, most: int) -> tuple[str, int]:
+    """The first ``most`` characters of a text, and how many are left out."""
+    return text[:most], max(0, len(text) - most)
+
+
+def short(text: str, most: int) -> str:
+    """A name on one line, of ``most`` characters at most, visible."""
+    line = " ".join(text[: most + 1].split())
+    return visible(line if len(line) <= most else f"{line[: most - 1]}{CUT}")
+
+
+def _seen(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t" or character in JOINERS:
+        return character
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\N{SYMBOL FOR DELETE}"
+    nothing = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF  # Unicode's noncharacters, which HTML refuses
+    if nothing or unicodedata.category(character) in _HIDDEN:
+        return f"⟨U+{code:04X}⟩"
+    return character
