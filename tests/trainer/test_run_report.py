@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -21,14 +22,14 @@ from written_runs import FIGURES, SETTINGS, STEPS, of_prompts, sample, write_run
 from cmdp_fast.cli import main
 from cmdp_fast.digest import write_sealed
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.run_report import samples as samples_module
+from cmdp_fast.trainer.run_report import plot, reading
 from cmdp_fast.trainer.run_report.chosen import Chosen, Voice, choose
 from cmdp_fast.trainer.run_report.groups import groups_of
 from cmdp_fast.trainer.run_report.markdown import escaped, markdown_of
 from cmdp_fast.trainer.run_report.measures import COLUMNS, rows_of, text_of
 from cmdp_fast.trainer.run_report.page import page_of
 from cmdp_fast.trainer.run_report.plot import plot_png, way_of
-from cmdp_fast.trainer.run_report.reading import LONGEST_LINE, Place
+from cmdp_fast.trainer.run_report.reading import Place
 from cmdp_fast.trainer.run_report.runs import Run, Step, read_runs
 from cmdp_fast.trainer.run_report.samples import Policy, sample_of
 from cmdp_fast.trainer.run_report.tokens import MOST_CHARACTERS, MOST_TOKENS, edges_of
@@ -324,7 +325,7 @@ def test_a_comparison_is_all_of_its_runs_and_a_run_is_there_once(tmp_path, capsy
     (comparison / "runs" / "begun").mkdir()
     (comparison / "runs" / ".hidden").mkdir()
     (comparison / "runs" / "note.txt").write_text("")
-    report(comparison, comparison / "runs" / "cmdp-seed1", output=tmp_path / "out")
+    report(comparison, comparison / ".." / "c" / "runs" / "cmdp-seed1", output=tmp_path / "out")
     out = capsys.readouterr().out
     assert "begun: no config.json, left out" in out and ".hidden" not in out and "2 runs, 1 method, 1 prompt" in out
 
@@ -397,11 +398,18 @@ def test_a_line_is_of_running_means():
     assert len(kl) == 39 and (kl[0], reward[0]) == (1.0, 0.5) and (kl[-1], reward[-1]) == (79.0, 39.5)
 
 
-@pytest.mark.parametrize("label", ["$x^{2", "_hidden", "\u202etxet \x1b[2J", "漢字 \ud800", "", "%s {0} \\frac"])
-def test_a_label_is_drawn_as_it_is(label):
+@pytest.mark.parametrize("label", ["$x^{2$", "_hidden", "\u202etxet \x1b[2J", "漢字 \ud800", "", "%s {0} \\frac"])
+def test_a_label_is_drawn_as_it_is(label, monkeypatch):
     steps = (Step(1.0, 1e99), Step(None, None), Step(-1e99, 0.0))
     run = Run(Path("r"), {**SETTINGS, "method": label}, {"code": {}, "origin": {}}, steps, {}, {})
-    assert plot_png(groups_of([run])).startswith(b"\x89PNG")
+    made = groups_of([run])
+    drawn = []
+    monkeypatch.setattr(plot.Figure, "savefig", lambda figure, file, **_: drawn.append(figure))
+    plot_png(made)
+    shown, budget = (text.get_text() for text in drawn[0].legends[0].get_texts())
+    assert shown == short(made[0].label, plot.LONGEST_LABEL) and budget == "budget 2"
+    monkeypatch.undo()
+    assert plot_png(made).startswith(b"\x89PNG")
 
 
 # ------------------------------------------------------------------------------------------------------ hostile folders
@@ -511,10 +519,7 @@ def test_a_file_that_no_training_writes_is_named(name, tmp_path, capsys):
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path, capsys, monkeypatch):
-    from cmdp_fast.trainer.run_report import reading
-
     run = write_run(tmp_path / "r", [sample(completion="x" * 2000)])
-    assert LONGEST_LINE == 1 << 26
     monkeypatch.setattr(reading, "LONGEST_LINE", 1000)
     assert main(["report", str(run), f"--output-dir={tmp_path / 'out'}"]) == 2
     assert "samples.jsonl, line 1: expected at most" in capsys.readouterr().err
@@ -647,8 +652,6 @@ def test_any_text_leaves_the_columns_of_the_markdown(label, prompt, completion, 
 
 @given(ANY)
 def test_what_is_escaped_reads_as_it_was(text):
-    import html
-
     seen = visible(text)
     assert html.unescape(escaped(seen).replace("<br>", "\n").replace("&emsp;", "\t")) == seen
 
@@ -662,7 +665,6 @@ def test_a_second_reading_checks_what_it_reads(tmp_path):
     """A file that changes between the two is an error, not a page."""
     run = write_run(tmp_path / "r", summary=False)
     made = groups(run)
-    (run / "samples.jsonl").write_text("x" * 1000)
+    (run / "samples.jsonl").write_text("x" * 1000)  # no line is where one was
     with pytest.raises(InputError, match=r"samples\.jsonl, line"):
         choose(made, 1, 0)
-    assert samples_module.WHO == ("teacher", "student_before", "student_after")
