@@ -567,6 +567,16 @@ def test_numbers_that_are_none_leave_a_gap(tmp_path):
     assert "not judged · 3 tokens" in page.text and "nan" not in page.text.lower()
 
 
+def test_settings_that_are_brackets_in_brackets_are_an_error():
+    """At some depth reading them works, and writing them does not."""
+    deep: Any = 1
+    for _ in range(1000):
+        deep = [deep]
+    run = Run(Path("r"), {**SETTINGS, "deep": deep}, {"code": {}, "origin": {}}, (), {}, {})
+    with pytest.raises(InputError, match=r"config\.json: expected settings"):
+        groups_of([run])
+
+
 def test_hostile_settings_give_a_sound_page(tmp_path):
     evil = "</title><script>alert(1)</script><img src=http://x onerror=alert(1)>\x1b[2J\u202e\"'&amp;"
     names = {"recipe": evil, "task": evil, "method": evil.replace("/", ":"), "kind": evil, evil: {evil: evil}}

@@ -44,7 +44,11 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     would count twice."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        by_settings.setdefault(as_json([_settings(run), _files(run)]), []).append(run)
+        try:
+            key = as_json([_settings(run), _files(run)])
+        except RecursionError as error:  # it holds more brackets inside one another than can be written
+            raise InputError(f"{run.folder / 'config.json'}: expected settings, not brackets in brackets") from error
+        by_settings.setdefault(key, []).append(run)
     groups = [sorted(some, key=lambda run: run.seed) for some in by_settings.values()]
     for group in groups:
         for one, other in itertools.pairwise(group):
