@@ -184,3 +184,16 @@ def test_without_peft(same, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
     assert main(arguments(same, tmp_path / "runs", lora_rank=4)) == 2
     assert "cmdp_fast[lora]" in capsys.readouterr().err
+
+
+def test_a_teacher_without_the_adapter_is_evaluated_once(same, tmp_path, capsys):
+    """It and the student before are the same model, to the last bit of every completion."""
+    words = arguments(same, tmp_path, lora_rank=2, steps=1)
+    assert main(words) == 0
+    assert "evaluating student_before" not in capsys.readouterr().out
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["student_before"] == summary["teacher"]
+    assert main([*words, "--name=other", "--teacher-temperature=1"]) == 0
+    assert "evaluating student_before" in capsys.readouterr().out
+    apart = json.loads((tmp_path / "other" / "summary.json").read_text())
+    assert apart["student_before"] == apart["teacher"] == summary["teacher"]

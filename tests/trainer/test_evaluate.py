@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from tiny_pair import arguments, learner_of, settings
 
 from cmdp_fast.cli import main
+from cmdp_fast.trainer import evaluate as evaluate_module
 from cmdp_fast.trainer.evaluate import FIGURES, evaluate
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.tasks import data
@@ -130,3 +132,33 @@ def test_refused(changes, expected, pair, tmp_path, capsys):
     assert main(command(pair, tmp_path, **changes)) == 2
     error = capsys.readouterr().err
     assert error.startswith("cmdp-fast: error: ") and error.count("\n") == 1 and expected in error
+
+
+def test_first_completions_of_the_first_problems_have_their_tokens(collector, monkeypatch):
+    """Three completions of each problem, in batches that begin in the middle of one."""
+    monkeypatch.setattr(evaluate_module, "DETAILED", 4)
+    collector.config = dataclasses.replace(collector.config, prompts_per_step=2, num_generations=4)
+    rows = data.load_problems(collector.config).held_out
+    assert len(rows) > 5 and collector.config.batch_size % 3
+    _, samples = evaluate(collector, collector.student, rows, Clock())
+    assert [i for i, sample in enumerate(samples) if "tokens" in sample] == [0, 3, 6, 9]
+    for sample in samples[:10:3]:
+        assert "".join(sample["tokens"]) == sample["completion"]
+        spent = torch.tensor(sample["costs"]).cumsum(0)
+        assert len(spent) == len(sample["tokens"]) == sample["length"]
+        assert float(spent[-1]) == pytest.approx(sample["cumulative"], rel=1e-3)
+        over = (spent > collector.config.budget).nonzero().flatten().tolist()
+        assert sample["crossing"] == (over[0] if over else None)
+    assert any(sample["crossing"] is not None for sample in samples[:10:3])
+    collector.teacher = None
+    assert not any("tokens" in sample for sample in evaluate(collector, collector.student, rows, Clock())[1])
+
+
+def test_perplexity_is_the_teacher_s_of_what_was_sampled(collector, monkeypatch):
+    parts = []
+    monkeypatch.setattr(
+        collector, "collect", lambda *a, **k: parts.append(type(collector).collect(collector, *a, **k)) or parts[-1]
+    )
+    figures, _ = evaluate(collector, collector.student, data.load_problems(collector.config).held_out, Clock())
+    likelihood = torch.cat([part.stats.teacher_logprob[part.rollout.mask] for part in parts]).double()
+    assert figures["teacher_perplexity"] == pytest.approx(math.exp(-float(likelihood.mean())), rel=1e-5)
