@@ -24,8 +24,9 @@ def repetition(tokens: Tensor, mask: Tensor, n: int) -> Tensor:
     One that has none counts as 0. NaN without completions.
     """
     grams, present = ngrams(tokens, mask, n)
-    row = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(grams)
-    different = torch.stack([row[present], grams[present]]).unique(dim=1)[0].bincount(minlength=len(tokens))
+    kinds = int(grams.max()) + 1 if grams.numel() else 1  # no more than there are tokens: row and number fit an int64
+    row = torch.arange(len(tokens), device=tokens.device)[:, None]
+    different = ((row * kinds + grams)[present].unique() // kinds).bincount(minlength=len(tokens))
     count = present.sum(1)
     return (1.0 - different / count.clamp(min=1)).masked_fill(count == 0, 0.0).mean()
 

@@ -14,13 +14,15 @@ from .distributed import share, whole
 from .experience import Collector, Completions, Experience, joined
 from .records.clock import Clock
 from .records.report import Report
-from .records.token_texts import token_texts
+from .records.token_texts import cut_texts, token_texts
 from .rollout import encode_prompts
 from .settings.constraint import evaluation_constraint
 from .stored import stored_by
 from .tasks.data import Problem
 
-DETAILED = 200  # problems whose first completion is kept with its tokens and what each of them has cost
+# Problems whose first completion is kept with its tokens and what each has cost, and how many tokens a process keeps at
+# most: checkpoints hold them too
+DETAILED, TOKENS = 200, 20_000
 EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, for any seed of the run
 
 # The figures of an evaluation, from the metrics of all its completions together; those that do not apply are absent.
@@ -59,6 +61,7 @@ def evaluate(
     report: Report | None = None,
     who: str = "student",
     seed: int = EVALUATION_SEED,
+    detailed: bool = False,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(figures, samples) of a policy on some problems, `eval_generations` completions each.
 
@@ -81,10 +84,11 @@ def evaluate(
     ``reward`` is the task's, ``teacher_perplexity`` that of the completions to the teacher at its temperature, to be
     read as how usual they are to it, and ``distinct_2`` and ``repetition_4`` say how varied they are (`diversity.py`).
 
-    A sample is one completion's part of these, with what reward functions log of it as ``extra``; the first completions
-    of the first `DETAILED` problems have the text of each token, its cost, and where the budget was crossed. Several
-    processes evaluate a share each. ``seed`` decides what is sampled. The random state of the training is left as it
-    was. With a `report` there is a progress bar.
+    A sample is one completion's part of these, with what reward functions log of it as ``extra``. If they are to be
+    ``detailed``, the first completions of the first `DETAILED` problems have the text of each token, its cost, and
+    where the budget was crossed, up to `TOKENS` tokens in all. Several processes evaluate a share each. ``seed``
+    decides what is sampled. The random state of the training is left as it was. With a `report` there is a progress
+    bar.
     """
     config, constraint = collector.config, evaluation_constraint(collector.config)
     everything = [row for row in rows for _ in range(config.eval_generations)]
@@ -93,6 +97,7 @@ def evaluate(
     device = collector.accelerator.device
     parts: list[Completions] = []
     samples: list[dict[str, Any]] = []
+    left = TOKENS
     with clock.phase("evaluation"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed + collector.accelerator.process_index)
         starts = range(0, len(rows), config.batch_size)
@@ -105,31 +110,41 @@ def evaluate(
             samples += _samples(parts[-1], rows[some], collector.judging)
             first = collector.accelerator.process_index * len(rows) + start
             numbers = range(-first % config.eval_generations, len(rows[some]), config.eval_generations)
-            if isinstance(parts[-1], Experience):
-                detailed = [i for i in numbers if first + i < DETAILED * config.eval_generations]
-                _add_tokens(samples[start:], parts[-1], detailed, constraint, collector.tokenizer)
+            if detailed and isinstance(parts[-1], Experience):
+                chosen = [i for i in numbers if first + i < DETAILED * config.eval_generations]
+                left -= _add_tokens(samples[start:], parts[-1], chosen, constraint, collector.tokenizer, left)
     metrics = collector.measure(joined(parts), constraint, len(everything))
     figures = {ours: metrics[theirs] for ours, theirs in FIGURES.items() if theirs in metrics}
     return figures | {"examples": len(everything)}, whole(samples, len(everything), collector.accelerator)
 
 
 def _add_tokens(
-    samples: list[dict[str, Any]], part: Experience, rows: list[int], constraint: Constraint, tokenizer: Any
-) -> None:
+    samples: list[dict[str, Any]],
+    part: Experience,
+    rows: list[int],
+    constraint: Constraint,
+    tokenizer: Any,
+    most: int,
+) -> int:
     """Gives these rows' samples ``tokens``, the text of each; ``costs``, what each has cost, in nats for a KL; and
-    ``crossing``, the place of the first one beyond the budget, None if there is none."""
+    ``crossing``, the place of the first one beyond the budget, None if there is none. Returns how many tokens these
+    are, of completions that all together have no more than ``most``."""
     if not rows:
-        return
+        return 0
     ids, costs, crossed = part.rollout.completion_ids(), part.cost(constraint).tolist(), part.trace.violated.tolist()
+    kept = 0
     for row in rows:
-        if (texts := token_texts(ids[row], tokenizer)) is None:
-            continue
+        if kept + len(ids[row]) > most:
+            return most  # none of the later ones either
+        kept += len(ids[row])
+        texts = token_texts(ids[row], tokenizer)
         beyond = crossed[row][: len(texts)]
         samples[row] |= {
-            "tokens": texts,
+            "tokens": cut_texts(texts, len(samples[row]["completion"])),
             "costs": [float(f"{cost:.4g}") for cost in costs[row][: len(texts)]],
             "crossing": beyond.index(True) if any(beyond) else None,
         }
+    return kept
 
 
 def of_several(samples: list[dict[str, Any]], n: int) -> dict[str, float]:

@@ -409,7 +409,8 @@ class Collector:
         ours = budget_metrics(**account, budget=budget)
         if whose is not None:
             metrics |= metrics_by_teacher(self.config, whose, account, budget)
-        ours["teacher_perplexity"] = surprise.exp()
+        if not isinstance(self.scoring, FromTopK):  # which knows the log-probability of no other token
+            ours["teacher_perplexity"] = surprise.exp()
         if self.config.prefix_budget:
             likelihood = cf.token_cost(e.stats, "nll")
             of_prefixes = objective.constraint_metrics(

@@ -40,11 +40,11 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
     Raises InputError for settings that cannot work; tyro itself exits with code 2 on options that do not exist.
     """
     args = with_one_teacher(args)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="quickstart")
     first.add_argument("--method", default="")
     first.add_argument("--resume", default="")
-    first.add_argument("--fast", action="store_true")
+    first.add_argument("--fast", action=argparse.BooleanOptionalAction, default=False)
     base, _ = first.parse_known_args(list(args))
     if not base.resume:
         default = kind(**vars(read_recipe(base.recipe, base.method, base.fast)))
@@ -52,7 +52,7 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
         config.validate()
         if config.TRAINS:
             check_read(config, changed(config, default))
-        return config
+        return replace(config, mixed_precision=config.precision)  # as `resolved`, of this kind
     if not kind.TRAINS or launched() == 1:
         return _going_on(kind, base.resume, args, prog, description, read_config(Path(base.resume)))
     met = meet()

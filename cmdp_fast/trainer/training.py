@@ -97,9 +97,11 @@ class Training:
             self._evaluate("teacher", self.learner.teacher)
 
     def _evaluate_before(self) -> None:
-        """The student, unless it has been seen as the teacher: an adapter begins as nothing, to the last bit."""
+        """The student, unless it has been seen as the teacher: an adapter begins as nothing, to the last bit. Not where
+        another sampler draws, or a copy of a layer is float32 and the original bfloat16."""
         c = self.config
-        if isinstance(self.learner.teacher, FrozenBase) and not (c.teacher_temperature or c.rollout):
+        others = c.teacher_temperature or c.rollout or c.lora_modules_to_save
+        if isinstance(self.learner.teacher, FrozenBase) and not others:
             for kept in (self.results, self.samples):
                 kept["student_before"] = kept["teacher"]
             self.report.say("student_before the same, without its adapter")
@@ -253,8 +255,10 @@ class Training:
                 shutil.rmtree(part, ignore_errors=True)
 
     def _evaluated(self, policy: nn.Module, who: str = "") -> Any:
+        """Without a name of whose they are the samples are not kept, and have no tokens."""
         report = self.report if who else None
-        return evaluate(self.learner.collector, policy, self.material.held_out, self.learner.clock, report, who)
+        rows, clock = self.material.held_out, self.learner.clock
+        return evaluate(self.learner.collector, policy, rows, clock, report, who, detailed=bool(who))
 
     def _evaluate(self, who: str, policy: Any) -> None:
         self.results[who], self.samples[who] = self._evaluated(policy, who)

@@ -140,7 +140,7 @@ def test_first_completions_of_the_first_problems_have_their_tokens(collector, mo
     collector.config = dataclasses.replace(collector.config, prompts_per_step=2, num_generations=4)
     rows = data.load_problems(collector.config).held_out
     assert len(rows) > 5 and collector.config.batch_size % 3
-    _, samples = evaluate(collector, collector.student, rows, Clock())
+    _, samples = evaluate(collector, collector.student, rows, Clock(), detailed=True)
     assert [i for i, sample in enumerate(samples) if "tokens" in sample] == [0, 3, 6, 9]
     for sample in samples[:10:3]:
         assert "".join(sample["tokens"]) == sample["completion"]
@@ -150,8 +150,16 @@ def test_first_completions_of_the_first_problems_have_their_tokens(collector, mo
         over = (spent > collector.config.budget).nonzero().flatten().tolist()
         assert sample["crossing"] == (over[0] if over else None)
     assert any(sample["crossing"] is not None for sample in samples[:10:3])
-    collector.teacher = None
+    few = samples[0]["length"] + samples[3]["length"]
+    for most, kept in ((few, [0, 3]), (few - 1, [0])):
+        monkeypatch.setattr(evaluate_module, "TOKENS", most)
+        _, again = evaluate(collector, collector.student, rows, Clock(), detailed=True)
+        assert [i for i, sample in enumerate(again) if "tokens" in sample] == kept
+    monkeypatch.undo()
     assert not any("tokens" in sample for sample in evaluate(collector, collector.student, rows, Clock())[1])
+    collector.teacher = None
+    _, alone = evaluate(collector, collector.student, rows, Clock(), detailed=True)
+    assert not any("tokens" in sample for sample in alone)
 
 
 def test_perplexity_is_the_teacher_s_of_what_was_sampled(collector, monkeypatch):

@@ -26,6 +26,8 @@ def test_its_table_goes_over_the_recipe_and_under_all_else(recipe, tmp_path):
     assert (quick.fast, quick.steps, quick.eval_prompts, quick.learning_rate) == (True, 12, 64, 1.0)
     assert quick.penalty == 1.0  # the method's
     assert parse(["--recipe", recipe, "--fast", "--steps", "3"]).steps == 3
+    last = parse(["--recipe", recipe, "--fast", "--no-fast"])
+    assert (last.fast, last.steps) == (False, 60)
 
 
 def test_a_recipe_without_one_has_no_quick_form(capsys):

@@ -7,6 +7,8 @@ import time
 import pytest
 import torch
 
+from cmdp_fast.trainer.comparison.plan import variant
+from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.settings import precision
 from cmdp_fast.trainer.settings.config import TrainConfig
 
@@ -54,3 +56,21 @@ def test_a_gpu_takes_what_it_has(has, expected, clock, monkeypatch):
 @pytest.mark.parametrize("given", ["no", "bf16"])
 def test_what_is_asked_for_is_not_measured(given, clock):
     assert TrainConfig(mixed_precision=given).precision == given
+
+
+def test_a_run_keeps_what_it_began_with(clock, tmp_path):
+    """Whoever goes on with it, or is another process of it, does not measure again."""
+    clock.update({torch.float32: 1.0, torch.bfloat16: 0.5})
+    words = ["--recipe=smollm2", "--student=a", "--teacher=b"]
+    assert parse(words).mixed_precision == "bf16"
+    assert variant("cmdp", "smollm2").config.mixed_precision == "bf16"
+    precision.faster_precision.cache_clear()
+    clock[torch.bfloat16] = 2.0
+    assert parse(words).mixed_precision == "no"
+
+
+def test_a_gpu_that_is_not_used_is_not_asked(clock, monkeypatch):
+    clock.update({torch.float32: 1.0, torch.bfloat16: 2.0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert precision.faster_precision() == "no"

@@ -135,7 +135,7 @@ def test_it_is_said_what_was_not_checked(pair, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-ROUTED = {"teacher": "routed:a=T,b=builtin:smollm2-teacher", "teacher_column": "note"}
+ROUTED = {"teacher": "routed:a=T,b=builtin:smollm2", "teacher_column": "note"}
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ ROUTED = {"teacher": "routed:a=T,b=builtin:smollm2-teacher", "teacher_column": "
         ("--no-dry-run", {}, "--random-weights is for --dry-run alone"),
         ("--dry-run", {"teacher_quantization": "torchao-int8"}, "--teacher-quantization torchao-int8 quantises"),
         ("--dry-run", {"student": "builtin:arithmetic-student"}, "builtin:arithmetic-student is made on this machine"),
-        ("--dry-run", {"teacher": "builtin:smollm2-teacher"}, "builtin:smollm2-teacher is made on this machine"),
-        ("--dry-run", ROUTED, "builtin:smollm2-teacher is made on this machine"),
+        ("--dry-run", {"teacher": "builtin:smollm2"}, "builtin:smollm2 is made on this machine"),
+        ("--dry-run", ROUTED, "builtin:smollm2 is made on this machine"),
     ],
 )
 def test_refused_before_anything_is_read(words, changes, expected, pair, tmp_path, capsys, monkeypatch):

@@ -179,7 +179,7 @@ def test_a_dry_run_without_weights_has_the_memory_in_the_head(name, changes, tmp
 
 def test_the_adapters_line_in_the_head_is_the_one_that_was_computed():
     words = (f"--{name.replace('_', '-')} {value}" for name, value in recipe_models.ADAPTER.items())
-    text = recipe_text("qwen2.5-24gb").replace("1e-5", str(1e-5))
+    text = recipe_text("qwen2.5-24gb").replace("1e-4", str(1e-4))
     assert f"#   cmdp-fast train --recipe qwen2.5-24gb {' '.join(words)}" in text.splitlines()
 
 

@@ -176,6 +176,7 @@ def variant(spec: str, recipe: str) -> Variant:
         check_config(config, base)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+    config = config.resolved()  # once for all runs
     return Variant(":".join([Path(method).stem, *([changes] if changes else [])]), method, overrides, config)
 
 

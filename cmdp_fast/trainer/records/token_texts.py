@@ -9,9 +9,9 @@ LONGEST = 8  # tokens that may wait for the rest of a character; one of UTF-8 ha
 BROKEN = "\ufffd"  # what a tokenizer puts where a character is not whole
 
 
-def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str] | None:
-    """What each token adds to the text, which all of them together are; None for a tokenizer whose texts do not grow by
-    their tokens.
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """What each token adds to the text, which all of them together are; for a tokenizer whose texts do not grow by
+    their tokens, what each would be alone.
 
     The last of several tokens that make one character has it, and the others, like special tokens, are "". A token is
     read behind a few before it: many tokenizers write a first one without its space.
@@ -28,4 +28,15 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str] | None:
         start, read = read, end
         known = tokenizer.decode(ids[start:read], skip_special_tokens=True)
     whole = tokenizer.decode(ids, skip_special_tokens=True)
-    return texts if "".join(texts) == whole else None
+    if "".join(texts) == whole:
+        return texts
+    return [tokenizer.decode([token], skip_special_tokens=True) for token in ids]
+
+
+def cut_texts(texts: Sequence[str], length: int) -> list[str]:
+    """The texts of a completion's tokens where only its first ``length`` characters are shown: a stop string is not."""
+    cut, left = list[str](), length
+    for text in texts:
+        cut.append(text[:left])
+        left -= len(cut[-1])
+    return cut

@@ -12,8 +12,9 @@ from .samples import Sample
 from .tokens import shown_text
 from .words import counted, facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
 
-# What Markdown, GitHub's additions to it or HTML read as markup inside a line, where all that is escaped stands. A
-# character reference is none of it. A colon makes a link of `http://`, a point one of `www.`.
+# What Markdown or HTML read as markup inside a line, where all that is escaped stands: in a file a character reference
+# is none of it. (GitHub's comments look for mentions once references are read.) A colon makes a link of `http://`, a
+# point one of `www.`.
 _MARKUP = re.compile(r"[&<>|`*_~\[\]\\$#:@]|(?<=[Ww])\.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ COLOURS = (  # readable on white and on nearly black; the first six are told apa
 MARKERS = "osD^v<>Pphd8X"
 PARTS = 20  # a point is the mean of up to so small a part of the steps
 FAR = 3.0  # budgets beyond which the axis of KL is logarithmic
+POINTS = 500  # of a line
 LONGEST_LABEL, MOST_LABELS, MOST_BUDGETS = 44, 24, 5
 DPI = 144
 
@@ -87,10 +89,14 @@ def plot_png(groups: Sequence[Group], ink: Ink = LIGHT) -> bytes:
 
 
 def way_of(run: Run) -> tuple[list[float], list[float]]:
-    """(cumulative KL, reward) over a training: running means, of the steps that have both."""
+    """(cumulative KL, reward) over a training: running means, of the steps that have both, at up to `POINTS` places."""
     known = [(s.cumulative_kl, s.reward) for s in run.steps if s.cumulative_kl is not None and s.reward is not None]
     window = window_of(len(known))
-    parts = [known[end - window : end] for end in range(window, len(known) + 1)]
+    last = len(known) - window
+    starts = (
+        sorted({round(place * last / (POINTS - 1)) for place in range(POINTS)}) if last >= POINTS else range(last + 1)
+    )
+    parts = [known[start : start + window] for start in starts]
     kl = [statistics.fmean(kl for kl, _ in part) for part in parts]
     return kl, [statistics.fmean(reward for _, reward in part) for part in parts]
 
@@ -98,7 +104,7 @@ def way_of(run: Run) -> tuple[list[float], list[float]]:
 def _ticks(budget: float, furthest: float) -> list[float]:
     """0, half of the budget, the budget, and up to seven beyond it."""
     factor = 2.0
-    while budget * factor**7 < furthest:
+    while math.log(budget) + 7 * math.log(factor) < math.log(furthest):
         factor *= factor if factor < 10 else 10
     beyond = [budget * factor**power for power in range(1, 8)]
     return [0.0, budget / 2, budget, *(tick for tick in beyond if tick <= furthest)]

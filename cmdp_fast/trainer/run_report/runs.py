@@ -15,6 +15,7 @@ from .reading import LONGEST_FILE, Place, as_number, check_regular, is_there, nu
 from .samples import WHO, Policy, index_of
 
 MOST = 1000  # runs of a report
+LEAST_BUDGET = 1e-12  # nats: far below the rounding of a KL
 
 Figures = dict[str, float]
 
@@ -138,8 +139,8 @@ def _settings(values: dict[str, Any], place: Place) -> dict[str, Any]:
     of_type(values, "budget_per_token", bool, place)
     of_type(values, "teacher_budgets", list, place)
     budget = number(values, "budget", place)
-    if budget is None or budget <= 0:
-        raise place.wrong(f"budget is {shown(budget)}, expected a positive number of nats")
+    if budget is None or budget < LEAST_BUDGET:
+        raise place.wrong(f"budget is {shown(budget)}, expected a number of nats from {LEAST_BUDGET:g}")
     return {**values, "budget": budget}
 
 

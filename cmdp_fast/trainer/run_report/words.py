@@ -98,7 +98,8 @@ def facts_of(sample: Sample, run: Run) -> Facts:
 
 def verdict_of(facts: Facts) -> str:
     """Whether a completion is within its budget."""
-    return {True: "within budget", False: f"OVER BUDGET{facts.crossed}", None: ""}[facts.within]
+    within = f"within budget at its end, over it{facts.crossed} on" if facts.crossed else "within budget"
+    return {True: within, False: f"OVER BUDGET{facts.crossed}", None: ""}[facts.within]
 
 
 def _runs(groups: Sequence[Group]) -> list[Run]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -149,6 +149,11 @@ class TrainConfig(
     def evaluates_teacher(self) -> bool:
         """Whether a training samples the teacher once, for its figures."""
         return self.eval_before and not self.asks_teacher and self.teacher_device != "cpu"
+
+    def resolved(self) -> TrainConfig:
+        """The settings with what this machine makes of them: a run that goes on, or another process of it, is to take
+        the same, and not to measure again."""
+        return replace(self, mixed_precision=self.precision)
 
     @property
     def precision(self) -> Literal["no", "bf16"]:

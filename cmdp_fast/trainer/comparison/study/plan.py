@@ -241,7 +241,7 @@ def _config(study: Study, situation: Situation, method: StudyMethod, candidate: 
             raise InputError("a study has one budget in nats a completion, no --budget-per-token or --teacher-budgets")
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    return config
+    return config.resolved()
 
 
 def digest(config: TrainConfig) -> str:
