@@ -391,6 +391,22 @@ def test_runs_without_a_prompt_in_common_are_refused(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------ the plot
 
 
+def test_a_long_run_is_drawn_by_some_of_its_points(monkeypatch):
+    """And both of its ends are among them."""
+    monkeypatch.setattr(plot, "POINTS", 5)
+    steps = tuple(Step(float(n), float(n)) for n in range(1000))
+    kl, reward = way_of(Run(Path("r"), {}, {}, steps, {}, {}))
+    assert len(kl) == 5 and kl == reward == sorted(kl)
+    window = plot.window_of(1000)
+    assert kl[0] == (window - 1) / 2 and kl[-1] == 999 - (window - 1) / 2
+
+
+@pytest.mark.parametrize(("budget", "furthest"), [(1e-12, 1e100), (2.0, 7.0), (20.0, 60.0)])
+def test_ticks_of_any_budget(budget, furthest):
+    ticks = plot._ticks(budget, furthest)
+    assert ticks[:3] == [0.0, budget / 2, budget] and len(ticks) <= 10 and ticks == sorted(ticks)
+
+
 def test_a_line_is_of_running_means():
     steps = tuple(Step(reward=float(i), cumulative_kl=None if i == 3 else 2.0 * i) for i in range(41))
     run = Run(Path("r"), dict(SETTINGS), {"code": {}, "origin": {}}, steps, {}, {})
@@ -459,7 +475,7 @@ DAMAGES = {
         "config.json does not fit its own sha256",
     ),
     "config: a budget of text": (_settings(budget="2"), "config.json: budget is '2', expected a number"),
-    "config: no budget": (_settings(budget=None), "budget is None, expected a positive number"),
+    "config: no budget": (_settings(budget=None), "budget is None, expected a number of nats from"),
     "config: a seed of true": (_settings(seed=True), "config.json: seed is True, expected a whole number"),
     "config: a method of lists": (_settings(method=[]), "config.json: method is [], expected text"),
     "config: large": (lambda run: (run / "config.json").write_text(" " * (1 << 25)), "a file of at most 16 MiB"),
