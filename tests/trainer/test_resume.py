@@ -190,10 +190,10 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(number, pair, tmp_path, 
 def test_an_interrupt_of_the_last_evaluation_loses_nothing(pair, tmp_path, uninterrupted, monkeypatch):
     original = training.evaluate
 
-    def interrupted(*args):
+    def interrupted(*args, **named):
         if args[-1] == "student_after":
             signal.raise_signal(signal.SIGINT)
-        return original(*args)
+        return original(*args, **named)
 
     monkeypatch.setattr(training, "evaluate", interrupted)
     assert main(command(pair, tmp_path, checkpoint_every=0)) == 130
