@@ -52,7 +52,7 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
         config.validate()
         if config.TRAINS:
             check_read(config, changed(config, default))
-        return replace(config, mixed_precision=config.precision)  # as `resolved`, of this kind
+        return config.resolved()
     if not kind.TRAINS or launched() == 1:
         return _going_on(kind, base.resume, args, prog, description, read_config(Path(base.resume)))
     met = meet()

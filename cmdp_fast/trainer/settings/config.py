@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import regex
 
@@ -34,6 +34,8 @@ from .step import StepSettings
 from .task import TaskSettings
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and a folder that is made has a longer one meanwhile
+
+Config = TypeVar("Config", bound="TrainConfig")
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class TrainConfig(
         """Whether a training samples the teacher once, for its figures."""
         return self.eval_before and not self.asks_teacher and self.teacher_device != "cpu"
 
-    def resolved(self) -> TrainConfig:
+    def resolved(self: Config) -> Config:
         """The settings with what this machine makes of them: a run that goes on, or another process of it, is to take
         the same, and not to measure again."""
         return replace(self, mixed_precision=self.precision)
