@@ -61,3 +61,12 @@ def test_where_texts_do_not_grow_each_token_is_read_alone(tmp_path):
 
 def test_a_stop_string_is_cut_off():
     assert cut_texts(["ab", "c\n\n", "x"], 4) == ["ab", "c\n", ""]
+
+
+def test_a_word_keeps_the_space_that_a_first_one_has_not():
+    """As in tokenizers of SentencePiece's kind."""
+    tokenizer = Tokenizer(models.WordLevel({"▁a": 0, "▁word": 1, "s": 2}, unk_token="s"))
+    tokenizer.decoder = decoders.Metaspace()
+    ours = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert ours.decode([1]) == "word"
+    assert token_texts([0, 1, 2, 1], ours) == ["a", " word", "s", " word"]
