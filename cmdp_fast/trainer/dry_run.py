@@ -142,7 +142,8 @@ def print_memory(config: TrainConfig, memory: MemoryEstimate) -> None:
     from rich.table import Table
 
     rows = memory_rows(config, memory)
-    table = Table(title="memory of a process, completions at full length")
+    place = "on the CPU" if memory.device == "cpu" else "on a GPU"
+    table = Table(title=f"memory of a process {place}, completions at full length")
     table.add_column("what", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("of what")

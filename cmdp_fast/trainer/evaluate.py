@@ -16,6 +16,7 @@ from .records.clock import Clock
 from .records.report import Report
 from .records.token_texts import cut_texts, token_texts
 from .rollout import encode_prompts
+from .routing import held_to
 from .settings.constraint import evaluation_constraint
 from .stored import stored_by
 from .tasks.data import Problem
@@ -29,6 +30,7 @@ EVALUATION_SEED = 20_250_922  # every evaluation draws the same random numbers, 
 FIGURES = {
     "accuracy": "cmdp/accuracy",
     "constraint_satisfaction": "cmdp/constraint_satisfaction",
+    "certified": "cmdp/certified",
     "never_violated": "cmdp/never_violated",
     "prefix_satisfaction": "cmdp/prefix_satisfaction",
     "correct_and_feasible": "cmdp/correct_and_feasible",
@@ -68,18 +70,18 @@ def evaluate(
     ``accuracy`` counts those whose `accuracy_reward` is at least `correct_at`; ``constraint_satisfaction`` those whose
     cumulative cost is within the budget at the end, ``never_violated`` those where it was at every token (the same but
     for costs that may be negative), ``prefix_satisfaction`` (with a `prefix_budget`) those whose every prefix is likely
-    enough for the teacher, ``reasoning_success`` (with a `step_verifier`) those whose steps are all right among
-    the share ``reasoning_checked`` that has any to check; ``unjudged`` those on which a judge in a process of its own
-    gave no verdict (it raised, hung or died), or the `accuracy_reward` none; ``mean_cumulative_kl`` is the mean over
-    completions of the
-    exact reverse KL summed over the tokens, in nats, ``cvar_cumulative_kl`` that of the worst tenth; ``…_cumulative``,
-    ``mean_excess``, ``…_token_cost`` and ``first_violation`` (a share of the length) are those of the cost that the
-    budget is for; ``mean_length`` counts tokens with the end of sequence, ``truncated`` completions without one;
-    ``examples`` is how many completions there were. ``sampling_logp_difference`` is the mean over tokens of how far, in
-    nats, the log-probabilities of a sampler are off, where one reports them: figures are of what it drew, and corrected
-    for nothing, since they say what the policy does where it is served. The teacher's divergence from itself is 0, so
-    it satisfies any budget. For a collector without a teacher, or with one that answers for stored completions alone,
-    all that compares with one is absent.
+    enough for the teacher, ``certified`` (with a teacher that gives bounds of the cost) those that are proven to be
+    within the budget at every token, ``reasoning_success`` (with a `step_verifier`) those whose steps are all right
+    among the share ``reasoning_checked`` that has any to check; ``unjudged`` those on which a judge in a process of its
+    own gave no verdict (it raised, hung or died), or the `accuracy_reward` none; ``mean_cumulative_kl`` is the mean
+    over completions of the exact reverse KL summed over the tokens, in nats, ``cvar_cumulative_kl`` that of the worst
+    tenth; ``…_cumulative``, ``mean_excess``, ``…_token_cost`` and ``first_violation`` (a share of the length) are those
+    of the cost that the budget is for; ``mean_length`` counts tokens with the end of sequence, ``truncated``
+    completions without one; ``examples`` is how many completions there were. ``sampling_logp_difference`` is the mean
+    over tokens of how far, in nats, the log-probabilities of a sampler are off, where one reports them: figures are of
+    what it drew, and corrected for nothing, since they say what the policy does where it is served. The teacher's
+    divergence from itself is 0, so it satisfies any budget. For a collector without a teacher, or with one that answers
+    for stored completions alone, all that compares with one is absent.
 
     ``reward`` is the task's, ``teacher_perplexity`` that of the completions to the teacher at its temperature, to be
     read as how usual they are to it, and ``distinct_2`` and ``repetition_4`` say how varied they are (`diversity.py`).
@@ -107,7 +109,12 @@ def evaluate(
                 parts.append(collector.complete(policy, rows[some], prompts[some], Clock()))
             else:
                 parts.append(collector.collect(policy, rows[some], prompts[some], constraint, Clock()))
-            samples += _samples(parts[-1], rows[some], collector.judging)
+            samples += _samples(
+                parts[-1],
+                rows[some],
+                collector.judging,
+                held_to(config, constraint, parts[-1].rollout.teacher_index),
+            )
             first = collector.accelerator.process_index * len(rows) + start
             numbers = range(-first % config.eval_generations, len(rows[some]), config.eval_generations)
             if detailed and isinstance(parts[-1], Experience):
@@ -162,9 +169,10 @@ def of_several(samples: list[dict[str, Any]], n: int) -> dict[str, float]:
     return figures
 
 
-def _samples(part: Completions, rows: list[Problem], judging: str) -> list[dict[str, Any]]:
+def _samples(part: Completions, rows: list[Problem], judging: str, constraint: Constraint) -> list[dict[str, Any]]:
     """A dict per completion; `correct` is None where the reward that says so has no opinion, and `reward`, all rewards
-    together, where none has."""
+    together, where none has. Of a teacher that gives bounds alone, `cumulative` and `feasible` are by the lower one,
+    and `certified` says whether the budget is kept by the upper one too."""
     length, unjudged = part.rollout.mask.sum(1), part.named_rewards[judging].isnan().tolist()
     columns: dict[str, list[Any]] = {
         "prompt": [row["prompt"] for row in rows],
@@ -184,6 +192,8 @@ def _samples(part: Completions, rows: list[Problem], judging: str) -> list[dict[
         columns["cumulative"] = part.trace.cumulative.gather(1, last)[:, 0].tolist()
         columns["feasible"] = (part.trace.remaining.gather(1, last)[:, 0] >= 0).tolist()
         columns["cumulative_kl"] = part.stats.reverse_kl.sum(1).tolist()
+        if (verdict := part.verdict(constraint)) is not None:
+            columns["certified"] = verdict.certified.tolist()
     if part.logged.extra:
         columns["extra"] = part.logged.rows()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

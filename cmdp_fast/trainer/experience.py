@@ -88,6 +88,12 @@ class Experience(Completions):
             return self.trace.cumulative.diff(dim=1, prepend=torch.zeros_like(self.trace.cumulative[:, :1]))
         return cf.token_cost(self.stats, constraint.cost, clamp=constraint.cost_clamp)
 
+    def verdict(self, constraint: Constraint) -> cf.BudgetVerdict | None:
+        """What a teacher's bounds prove of each completion's budget; None where its costs are exact."""
+        if self.upper_cost is None:
+            return None
+        return cf.budget_verdict(self.cost(constraint), self.upper_cost, constraint=constraint, mask=self.rollout.mask)
+
     def rows(self, part: MicroBatch) -> Experience:
         """Some of the completions, as wide as their longest, without their texts."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -405,7 +411,8 @@ class Collector:
             "weight": weight,
         }
         whose = e.rollout.teacher_index
-        budget = held_to(self.config, constraint, whose).budget
+        held = held_to(self.config, constraint, whose)
+        budget = held.budget
         ours = budget_metrics(**account, budget=budget)
         if whose is not None:
             metrics |= metrics_by_teacher(self.config, whose, account, budget)
@@ -417,8 +424,7 @@ class Collector:
                 likelihood, e.trace, mask=mask, mean_budget=self.config.prefix_budget, weight=weight
             )
             ours["prefix_satisfaction"] = of_prefixes["prefix_satisfaction"]
-        if e.upper_cost is not None:
-            verdict = cf.budget_verdict(e.cost(constraint), e.upper_cost, constraint=constraint, mask=mask)
+        if (verdict := e.verdict(held)) is not None:
             ours |= {name: flag.float().mean() for name, flag in verdict._asdict().items()}
         if constraint.is_a.coefficient == "lambda":
             ours["lambda"] = torch.tensor(constraint.coefficient)

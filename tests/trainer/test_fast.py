@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.comparison.plan import spec_of
+from cmdp_fast.trainer.comparison.plan import folder_of, parse_compare, plan, spec_of
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.settings.recipe import read_recipe
 
@@ -63,3 +65,21 @@ def test_a_method_has_none(tmp_path):
 def test_it_is_for_the_command_line_to_choose():
     with pytest.raises(InputError, match="fast is for the comparison to choose"):
         spec_of("cmdp:fast=true", "--methods cmdp")
+
+
+def test_a_comparison_may_be_of_the_quick_form(recipe):
+    config = parse_compare(["--recipe", recipe, "--fast", "--methods", "cmdp", "grpo:steps=3", "--seeds", "0"])
+    quick, changed = (run.config for run in plan(config))
+    assert (quick.fast, quick.steps, quick.learning_rate) == (True, 12, 1.0) and changed.steps == 3
+    name = Path(recipe).stem
+    assert [folder_of(parse_compare(["--recipe", recipe, *fast])) for fast in ([], ["--fast"])] == [
+        Path("comparisons") / name,
+        Path("comparisons") / f"{name}-fast",  # a run of the other form would be refused there
+    ]
+
+
+def test_a_comparison_of_a_recipe_without_a_quick_form_is_refused(capsys):
+    assert main(["compare", "--fast", "--methods", "cmdp"]) == 2
+    assert "--fast: the recipe tempting has no [fast] table" in capsys.readouterr().err
+    assert main(["compare", "--fast", "--study", "transfer"]) == 2
+    assert "--fast would have no effect: --study transfer decides about it" in capsys.readouterr().err

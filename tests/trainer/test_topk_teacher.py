@@ -11,7 +11,9 @@ from tiny_pair import learner_of, settings, untimed
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers import open as teachers
+from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.material import check_asked_cost
+from cmdp_fast.trainer.records.samples import samples_text
 
 
 def learner_with(pair, monkeypatch, k: int, floor: bool = True, **changes):
@@ -65,6 +67,17 @@ def test_without_the_least_likely_token_nothing_is_certified(pair, monkeypatch):
     metrics = learner.step(rows, prompts)
     assert metrics["cmdp/constraint_satisfaction"] == 1.0
     assert metrics["cmdp/certified"] == metrics["cmdp/refuted"] == 0.0
+
+
+@pytest.mark.parametrize(("floor", "proven"), [(True, 1.0), (False, 0.0)])
+def test_samples_say_what_is_proven(floor, proven, pair, monkeypatch):
+    """With a budget that no bound exceeds; without the least likely token there is no upper one."""
+    learner, rows, _ = learner_with(pair, monkeypatch, 15, floor=floor, budget=1e6)
+    figures, samples = evaluate(learner.collector, learner.student, rows, learner.clock)
+    assert figures["certified"] == proven and {one["certified"] for one in samples} == {bool(proven)}
+    assert all(one["feasible"] for one in samples)
+    named = samples_text([("student", samples)])
+    assert ("within budget by a lower bound" in named) != bool(proven)
 
 
 def test_kept_answers_are_as_good_as_those_that_are_asked_again(pair, monkeypatch):

@@ -47,6 +47,8 @@ class CompareConfig:
     and what stands there is not run again."""
     recipe: str = "tempting"
     """The task: a recipe of the package by name, or a path to a TOML file."""
+    fast: bool = False
+    """With the settings of the recipe's table `[fast]`, to see in some minutes what it shows."""
     methods: tuple[str, ...] = DEFAULT_METHODS
     """Methods as `train --method` takes them, each followed by the settings that it changes in the recipe, if any:
     `cmdp`, `lagrangian:coefficient=0.05`, `cmdp:budget=1.0,penalty=2`."""
@@ -55,8 +57,8 @@ class CompareConfig:
     jobs: int = 0
     """Runs at a time, between which the processors are divided. 0: one per processor, or one where there is a GPU."""
     output_dir: str = ""
-    """Folder of the results and of the runs. Empty: `comparisons/` and the recipe's name, or `study-` and the
-    study's."""
+    """Folder of the results and of the runs. Empty: `comparisons/` and the recipe's name, with `-fast` behind it, or
+    `study-` and the study's."""
     judge: str = ""
     """The judge that compares completions of the same held-out problems in pairs: `programmatic` (the right answer
     first, then sound steps, then brevity), or your function as `module:function` or `path/file.py:function`. Empty:
@@ -106,16 +108,16 @@ def parse_compare(args: Sequence[str], prog: str = "cmdp-fast compare") -> Compa
 
 def folder_of(config: CompareConfig) -> Path:
     """The folder of the comparison, or of the study."""
-    prefix = "study-" if config.study else ""
+    prefix, suffix = "study-" if config.study else "", "-fast" if config.fast else ""
     name = Path(config.study or config.recipe).name.removesuffix(".toml")
-    return Path(config.output_dir or Path("comparisons") / f"{prefix}{name}")
+    return Path(config.output_dir or Path("comparisons") / f"{prefix}{name}{suffix}")
 
 
 def plan(config: CompareConfig) -> list[SeededRun]:
     """All runs, a seed of every method before the next seed. Raises InputError for one that could not be run."""
     if not config.methods or len(set(config.methods)) < len(config.methods):
         raise InputError(f"--methods must be one or more, each once, not {' '.join(config.methods) or 'none'}")
-    variants = [variant(spec, config.recipe) for spec in config.methods]
+    variants = [variant(spec, config.recipe, config.fast) for spec in config.methods]
     names = [_file_name(v.label) for v in variants]
     if len(set(names)) < len(names):
         raise InputError(f"--methods {' '.join(config.methods)}: two of these have the same name")
@@ -136,7 +138,7 @@ def check(config: CompareConfig) -> None:
     if config.jobs < 0:
         raise InputError(f"--jobs must not be negative, it is {config.jobs}")
     if config.study:
-        for name in ("recipe", "methods", "judge", "judge_against"):
+        for name in ("recipe", "fast", "methods", "judge", "judge_against"):
             if getattr(config, name) != getattr(CompareConfig, name):
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} would have no effect: --study {config.study} decides about it")
@@ -166,11 +168,11 @@ def spec_of(spec: str, source: str) -> Spec:
     return Spec(method, changes, typed(overrides, source))
 
 
-def variant(spec: str, recipe: str) -> Variant:
-    """The variant that a spec names, on a recipe. Raises InputError if none."""
+def variant(spec: str, recipe: str, fast: bool = False) -> Variant:
+    """The variant that a spec names, on a recipe, with its table ``fast`` or without. Raises InputError if none."""
     source = f"--methods {spec}"
     method, changes, overrides = spec_of(spec, source)
-    base = read_recipe(recipe, method)
+    base = read_recipe(recipe, method, fast)
     config = replace(base, **overrides)
     try:
         check_config(config, base)

@@ -31,6 +31,7 @@ FLOAT32, HALF = 4, 2
 class MemoryEstimate:
     """Bytes, with every completion at its full length; and how many parameters they belong to."""
 
+    device: str  # the kind that it is for
     parameters: int  # of the student
     trained_parameters: int  # of the student or its adapter, and of the value head
     teacher_parameters: int  # of its own: 0 if it is the student without its adapter
@@ -105,6 +106,7 @@ def estimate_memory(
     away = {id(tensor) for tensor in layers_of(held)} if config.teacher_device == "offload" else set[int]()
     room = config.teacher_cache_mb * 2**20
     return MemoryEstimate(
+        device=device.type,
         parameters=_count(ours),
         trained_parameters=_count(trained),
         teacher_parameters=_count(theirs),

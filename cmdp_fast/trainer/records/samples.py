@@ -24,7 +24,8 @@ def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
             verdict = {True: "right", False: "wrong", None: "not judged"}[s["correct"]]
             account = ""  # where a teacher was asked about it
             if "cumulative" in s:
-                account = f", {s['cumulative']:.2f}, {'within budget' if s['feasible'] else 'OVER BUDGET'}"
+                within = "within budget" if s.get("certified", True) else "within budget by a lower bound"
+                account = f", {s['cumulative']:.2f}, {within if s['feasible'] else 'OVER BUDGET'}"
             text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}{account}]"
             lines.append(without_controls(text))
         lines.append("")

@@ -12,6 +12,8 @@ from .groups import Group
 from .runs import Run
 from .samples import Policy, Sample, read_samples
 
+MOST_SHOWN = 4000  # completions on a page
+
 
 @dataclass(frozen=True)
 class Voice:
@@ -43,7 +45,7 @@ def choose(groups: Sequence[Group], count: int, seed: int) -> Chosen:
     """``count`` prompts, or all, of those that every voice has a completion of, in the order of the first voice's file.
 
     If the costs of tokens were kept, for a part of the prompts, it is one of that part. Raises InputError if the voices
-    have no prompt in common.
+    have no prompt in common, or more completions than `MOST_SHOWN` would be shown.
     """
     voices = _voices(groups)
     if not voices:
@@ -56,6 +58,9 @@ def choose(groups: Sequence[Group], count: int, seed: int) -> Chosen:
     told = [key for key in common if telling and all(key in keys for keys in telling)]
     among = told or common
     drawn = sorted(random.Random(seed).sample(range(len(among)), min(count, len(among))))
+    if len(drawn) * len(voices) > MOST_SHOWN:
+        shown = f"{len(drawn)} prompts with {len(voices)} completions each"
+        raise InputError(f"{shown} are more than the {MOST_SHOWN:,} of a page: fewer --prompts, or fewer runs")
     columns = [
         read_samples(voice.run.folder / "samples.jsonl", [voice.policy.first[among[place]] for place in drawn])
         for voice in voices

@@ -9,7 +9,7 @@ from .chosen import Chosen, Voice
 from .groups import Group
 from .measures import Row, columns_of, text_of
 from .samples import Sample
-from .tokens import shown_text
+from .tokens import MOST_MESSAGES, shown_text
 from .words import counted, facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
 
 # What Markdown or HTML read as markup inside a line, where all that is escaped stands: in a file a character reference
@@ -60,7 +60,12 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _prompt(number: int, row: Sequence[Sample], voices: Sequence[Voice]) -> str:
-    messages = [f"{shown_text(role)[0]}: {_shown(text)}" if role else _shown(text) for role, text in row[0].prompt]
+    prompt = row[0].prompt
+    messages = [
+        f"{shown_text(role)[0]}: {_shown(text)}" if role else _shown(text) for role, text in prompt[:MOST_MESSAGES]
+    ]
+    if len(prompt) > MOST_MESSAGES:
+        messages.append(f"… {counted(len(prompt) - MOST_MESSAGES, 'more message')}")
     table = [
         "| | completion | reward | nats | tokens | |",
         "| --- | --- | ---: | ---: | ---: | --- |",

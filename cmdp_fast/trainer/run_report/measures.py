@@ -28,6 +28,7 @@ COLUMNS = (
     Column("reward", "reward", 3),
     Column("reward_in_training", "reward in training", 3),
     Column("constraint_satisfaction", "within budget, %", 1, share=True),
+    Column("certified", "proven within budget, %", 1, share=True),
     Column("mean_cumulative_kl", "cumulative KL, nats", 2),
     Column("teacher_perplexity", "perplexity under the teacher", 2),
     Column("distinct_2", "distinct-2, %", 1, share=True),

@@ -17,7 +17,7 @@ from .measures import Row, columns_of, text_of
 from .plot import COLOURS
 from .samples import Sample
 from .style import STYLE
-from .tokens import EMPTY, END, LINE_END, crossed_behind, edges_of, shown_text, shown_tokens
+from .tokens import EMPTY, END, LINE_END, MOST_MESSAGES, crossed_behind, edges_of, shown_text, shown_tokens
 from .words import counted, facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -116,10 +116,12 @@ def _legend(edges: Sequence[float]) -> str:
 
 def _prompt(number: int, row: Sequence[Sample], voices: Sequence[Voice], edges: Sequence[float]) -> str:
     messages = []
-    for role, text in row[0].prompt:
+    for role, text in row[0].prompt[:MOST_MESSAGES]:
         part, left_out = shown_text(text)
         name = f'<span class="role"><bdi>{_e(shown_text(role)[0])}</bdi></span>\n' if role else ""
         messages.append(f"{name}<bdi>{_e(part)}</bdi>{_more(left_out, 'character')}")
+    if len(row[0].prompt) > MOST_MESSAGES:
+        messages.append(_more(len(row[0].prompt) - MOST_MESSAGES, "message"))
     cells = "\n".join(_cell(sample, voice, edges) for sample, voice in zip(row, voices, strict=True))
     return (
         f'<section class="prompt"><h3>Prompt {number}</h3><div class="ask">{chr(10).join(messages)}</div>\n'
@@ -165,6 +167,8 @@ def _facts(sample: Sample, voice: Voice) -> str:
     if facts.within is not None:
         kind, sign = ("within", "✓") if facts.within else ("over", "✕")
         verdicts.append(f'<span class="{kind}">{sign} {_e(verdict_of(facts))}</span>')
+    elif facts.open:
+        verdicts.append(f'<span class="open">? {_e(facts.open)}</span>')
     if facts.cut_off:
         verdicts.append('<span class="cut">✂ cut off</span>')
     measured = " · ".join(_e(text) for text in (facts.reward, facts.spent, facts.length) if text)

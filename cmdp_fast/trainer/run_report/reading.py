@@ -19,6 +19,7 @@ from cmdp_fast.errors import InputError, first_line, readable, shown
 T = TypeVar("T")
 
 LONGEST_LINE = 1 << 26  # bytes of a line of JSON: a completion of a million tokens takes some 30 MB
+MOST_LINES = 1 << 22  # of a file
 LONGEST_FILE = 1 << 24  # bytes of a file that is read whole
 LARGEST = 1e100  # of a number: k3 reaches float32's 3e38, and the square of this one is still a float
 MISSING = object()
@@ -81,6 +82,8 @@ def tables(path: Path, dropped: Callable[[str], None] | None = None) -> Iterator
             if dropped is not None and len(text) <= LONGEST_LINE and not text.endswith(b"\n"):
                 dropped(f"{readable(str(path))}: the last line is not whole and is dropped")
                 return
+            if count > MOST_LINES:
+                raise Place(path).wrong(f"expected at most {MOST_LINES:,} lines")
             yield Line(Place(path, count), start, table(text, Place(path, count)))
             start += len(text)
 

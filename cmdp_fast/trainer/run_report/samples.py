@@ -40,6 +40,9 @@ class Sample:
     finished: bool
     cumulative: float | None
     feasible: bool | None
+    certified: bool | None
+    """Of a teacher that gives bounds alone, whose costs here are the lower ones: whether the upper ones keep the budget
+    too; None where costs are exact."""
     tokens: tuple[Token, ...] | None
     """None where their costs were not kept."""
     crossing: int | None
@@ -113,6 +116,7 @@ def sample_of(values: dict[str, Any], place: Place) -> Sample:
         finished=of_type(values, "finished", bool, place),
         cumulative=number(values, "cumulative", place),
         feasible=of_type(values, "feasible", bool, place, None),
+        certified=of_type(values, "certified", bool, place, None),
         tokens=tokens if spelt else None,
         crossing=crossing if spelt else None,
         misspelt=not spelt,

@@ -69,7 +69,7 @@ th:first-child {{ position: sticky; left: 0; background: var(--paper); }}
 .facts {{ margin: 0; font-size: .85rem; line-height: 1.5; color: var(--quiet); font-variant-numeric: tabular-nums; }}
 .over {{ color: var(--over); font-weight: 650; }}
 .within {{ color: var(--within); font-weight: 600; }}
-.cut {{ color: var(--text); font-weight: 600; }}
+.cut, .open {{ color: var(--text); font-weight: 600; }}
 .more, .end {{ color: var(--quiet); }}
 {" ".join(f".k{level} {{ background: var(--k{level}); }}" for level in range(len(_LEVELS_LIGHT)))}
 .k4, .k5 {{ color: var(--deep); }}

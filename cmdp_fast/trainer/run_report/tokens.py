@@ -10,7 +10,8 @@ from .runs import Run
 from .samples import Sample, Token
 from .visible import cut, visible
 
-MOST_TOKENS, MOST_CHARACTERS = 1000, 4000  # of a completion or a prompt that are shown
+MOST_TOKENS, MOST_CHARACTERS = 1000, 4000  # of a completion or a message that are shown
+MOST_MESSAGES = 100  # of a prompt
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the budget: where each level of costs begins
 PER_TOKEN = 10.0  # a budget per token, times this, is what the shares are of
 END, EMPTY, LINE_END = "∎", "∅", "↵"

@@ -9,8 +9,12 @@ from __future__ import annotations
 import unicodedata
 
 CUT = "…"
-JOINERS = "\u200c\u200d"  # writing needs them: Persian, and families of emoji
+JOINERS = "\u200c\u200d\ufe0e\ufe0f"  # writing needs them: Persian, families of emoji, emoji in colour
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Of Unicode's Default_Ignorable_Code_Point, which Python does not have, those of other categories: joiners, fillers,
+# variation selectors, and what is not assigned but never to be seen. And a Braille cell without dots.
+_BLANK = [(0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2065, 0x2065), (0x2800, 0x2800)]
+_BLANK += [(0x3164, 0x3164), (0xFE00, 0xFE0D), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0xE0000, 0xE0FFF)]
 
 
 def visible(text: str) -> str:
@@ -38,6 +42,7 @@ def _seen(character: str) -> str:
     if code == 0x7F:
         return "\N{SYMBOL FOR DELETE}"
     nothing = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF  # Unicode's noncharacters, which HTML refuses
-    if nothing or unicodedata.category(character) in _HIDDEN:
+    blank = any(first <= code <= last for first, last in _BLANK)
+    if nothing or blank or unicodedata.category(character) in _HIDDEN:
         return f"⟨U+{code:04X}⟩"
     return character

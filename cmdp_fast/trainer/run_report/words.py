@@ -18,12 +18,14 @@ NAME = 60
 
 
 class Facts(NamedTuple):
-    """What stands below a completion. `within` is None where no teacher says so; `crossed` is from where not."""
+    """What stands below a completion. `within` is None where no teacher says so, or one whose bounds leave it open;
+    `open` says that they do, `crossed` is from where it is not."""
 
     reward: str
     spent: str
     length: str
     within: bool | None
+    open: str
     crossed: str
     cut_off: bool
 
@@ -65,9 +67,14 @@ def measure_words(groups: Sequence[Group]) -> str:
     """What the table shows."""
     several = any(len(group.ended) > 1 for group in groups)
     spread = " Means over the seeds that came to their end, ± half of the 95 % t interval." if several else ""
+    counts = {
+        int(count) for run in _runs(groups) for figures in run.figures.values() if (count := figures.get("examples"))
+    }
+    more = f" They are {_span(counts)} a run: of more, fewer pairs of tokens are distinct." if len(counts) > 1 else ""
     return (
-        "Of completions of held-out problems. Reward in training is the mean over the last tenth of the steps, which "
-        f"should agree with the held-out one.{spread}"
+        f"Of completions of held-out problems.{more} Reward in training is the mean over the last tenth of the steps, "
+        "which should agree with the held-out one. Perplexity is that of the completions under the teacher at the "
+        f"temperature at which it is compared with.{spread}"
     )
 
 
@@ -79,18 +86,23 @@ def sample_words(chosen: Chosen) -> str:
     others = f"the {chosen.among} held-out prompts{which} that all columns have"
     drawn = f"All of {others}" if len(chosen.rows) == chosen.among else f"{len(chosen.rows)} of {others}"
     by = "" if len(chosen.rows) == chosen.among else f", drawn at random with seed {chosen.seed} and not picked"
-    return f"{drawn}{by}: the first completion of each, by the run with the method's smallest seed."
+    bounds = any(sample.certified is not None for row in chosen.rows for sample in row)
+    lower = " Costs that are lower bounds, of a teacher that gives no others, are named “at least”." if bounds else ""
+    return f"{drawn}{by}: the first completion of each, by the run with the method's smallest seed.{lower}"
 
 
 def facts_of(sample: Sample, run: Run) -> Facts:
     """The facts below a completion."""
     budget = budget_of(sample, run)
     of = "" if budget is None else f" of {budget:.4g}"
+    undecided = sample.feasible is True and sample.certified is False
+    least = "" if sample.certified is None else "at least "
     return Facts(
         "not judged" if sample.reward is None else f"reward {sample.reward:.4g}",
-        "" if sample.cumulative is None else f"{number(sample.cumulative, 2)}{of} nats",
+        "" if sample.cumulative is None else f"{least}{number(sample.cumulative, 2)}{of} nats",
         counted(sample.length, "token"),
-        sample.feasible,
+        None if undecided else sample.feasible,
+        "within budget or not: its teacher gives bounds" if undecided else "",
         "" if sample.crossing is None else f" from token {sample.crossing + 1}",
         not sample.finished,
     )
@@ -99,7 +111,7 @@ def facts_of(sample: Sample, run: Run) -> Facts:
 def verdict_of(facts: Facts) -> str:
     """Whether a completion is within its budget."""
     within = f"within budget at its end, over it{facts.crossed} on" if facts.crossed else "within budget"
-    return {True: within, False: f"OVER BUDGET{facts.crossed}", None: ""}[facts.within]
+    return {True: within, False: f"OVER BUDGET{facts.crossed}", None: facts.open}[facts.within]
 
 
 def _runs(groups: Sequence[Group]) -> list[Run]:
