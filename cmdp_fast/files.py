@@ -26,6 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     be written."""
     part = path.with_name(f".{path.name}")
     with writing(path):
+        part.unlink(missing_ok=True)  # a kill's, or a link or a pipe that somebody has put there: never written to
         try:
             yield part
             sync(part)

@@ -52,7 +52,9 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
         config.validate()
         if config.TRAINS:
             check_read(config, changed(config, default))
-        return config.resolved()
+        if not kind.TRAINS or launched() == 1 or config.mixed_precision != "auto":
+            return config.resolved()
+        return replace(config, mixed_precision=of_main(lambda: config.precision, meet()))
     if not kind.TRAINS or launched() == 1:
         return _going_on(kind, base.resume, args, prog, description, read_config(Path(base.resume)))
     met = meet()

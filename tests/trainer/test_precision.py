@@ -7,6 +7,8 @@ import time
 import pytest
 import torch
 
+from cmdp_fast.trainer import parse as parsing
+from cmdp_fast.trainer.comparison import plan as planning
 from cmdp_fast.trainer.comparison.plan import variant
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.settings import precision
@@ -74,3 +76,54 @@ def test_a_gpu_that_is_not_used_is_not_asked(clock, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert precision.faster_precision() == "no"
+
+
+def test_what_computes_beside_does_not_decide(clock, monkeypatch):
+    """Turns alternate, on one thread, and the shortest counts: of ten of each, nine are ten times as long."""
+    clock.update({torch.float32: 0.010, torch.bfloat16: 0.006})
+    alone, turns, threads = dict(clock), [], []
+    product = torch.Tensor.__matmul__
+
+    def disturbed(left, right):
+        turns.append(left.dtype)
+        threads.append(torch.get_num_threads())
+        clock[left.dtype] = alone[left.dtype] * (1 if turns.count(left.dtype) == 7 else 10)
+        return product(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", disturbed)
+    monkeypatch.setattr(precision, "ENOUGH", 100.0)
+    before = torch.get_num_threads()
+    assert precision.faster_precision() == "bf16"
+    assert turns == [torch.float32, torch.bfloat16] * precision.ROUNDS[1]
+    assert set(threads) == {1} and torch.get_num_threads() == before
+
+
+def test_it_takes_no_longer_where_bfloat16_is_emulated(clock):
+    clock.update({torch.float32: 0.001, torch.bfloat16: 0.5})
+    since = time.perf_counter()
+    assert precision.faster_precision() == "no"
+    assert time.perf_counter() - since == pytest.approx(3 * 0.501)
+
+
+def test_a_comparison_that_goes_on_keeps_what_was_measured(clock, monkeypatch):
+    clock.update({torch.float32: 1.0, torch.bfloat16: 2.0})
+    finished = {"cmdp-seed0": {"config": {"mixed_precision": "bf16"}}}
+    monkeypatch.setattr(planning, "finished_summary", lambda folder: finished.get(folder.name))
+    config = planning.CompareConfig(
+        recipe="smollm2", methods=("cmdp", "hinge", "grpo:mixed_precision=no"), seeds=(0, 1), output_dir="none"
+    )
+    assert [run.config.mixed_precision for run in planning.plan(config)] == ["bf16", "bf16", "no"] * 2
+    finished.clear()
+    assert {run.config.mixed_precision for run in planning.plan(config)} == {"no"}
+    finished["grpo-mixed_precision=no-seed0"] = {"config": {"mixed_precision": "bf16"}}  # which nobody measured
+    assert {run.config.mixed_precision for run in planning.plan(config)} == {"no"}
+
+
+def test_processes_take_what_the_main_one_measures(clock, monkeypatch):
+    clock.update({torch.float32: 1.0, torch.bfloat16: 2.0})
+    monkeypatch.setattr(parsing, "launched", lambda: 2)
+    monkeypatch.setattr(parsing, "meet", lambda: "met")
+    monkeypatch.setattr(parsing, "of_main", lambda function, met: {"no": "bf16"}[function()])
+    words = ["--recipe=smollm2", "--student=a", "--teacher=b"]
+    assert parse(words).mixed_precision == "bf16"
+    assert parse([*words, "--mixed-precision=no"]).mixed_precision == "no"

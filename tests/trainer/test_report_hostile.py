@@ -20,7 +20,8 @@ from written_runs import FIGURES, SETTINGS, STEPS, sample, write_run
 from cmdp_fast.cli import main
 from cmdp_fast.digest import write_sealed
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.run_report import reading
+from cmdp_fast.trainer.run_report import groups as grouping
+from cmdp_fast.trainer.run_report import reading, runs
 from cmdp_fast.trainer.run_report.chosen import Chosen, Voice, choose
 from cmdp_fast.trainer.run_report.groups import groups_of
 from cmdp_fast.trainer.run_report.markdown import escaped, markdown_of
@@ -211,10 +212,69 @@ def test_settings_that_are_brackets_in_brackets_are_an_error():
 def test_hostile_settings_give_a_sound_page(tmp_path):
     evil = "</title><script>alert(1)</script><img src=http://x onerror=alert(1)>\x1b[2J\u202e\"'&amp;"
     names = {"recipe": evil, "task": evil, "method": evil.replace("/", ":"), "kind": evil, evil: {evil: evil}}
-    runs = [write_run(tmp_path / f"{i}", **names, budget=float(i + 1)) for i in range(2)]
-    page = Page(report(*runs, output=tmp_path / "out"))
+    folders = [write_run(tmp_path / f"{i}", **names, budget=float(i + 1)) for i in range(2)]
+    page = Page(report(*folders, output=tmp_path / "out"))
     assert "<script>alert(1)" in page.text and "⟨U+202E⟩" in page.text and "␛[2J" in page.text
     assert "\x1b" not in markdown_in(tmp_path / "out") and "<script" not in markdown_in(tmp_path / "out")
+
+
+def test_a_setting_of_another_name_names_nothing(tmp_path):
+    """Two runs that differ in it are two methods all the same."""
+    evil = "evil\u202eKEY\n" + "A" * 1000
+    one, two = groups(*(write_run(tmp_path / f"{i}", **{evil: i}) for i in range(2)))
+    assert re.fullmatch("cmdp, settings [0-9a-f]{8}", one.label) and one.label != two.label
+    assert groups(write_run(tmp_path / "same", **{evil: 0}), tmp_path / "1")[0].label == one.label
+
+
+def test_many_settings_of_many_runs_are_compared_once(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(grouping, "_value", lambda value: compared.append(1) or str(value))
+    own = {f"own {i}": i for i in range(500)}
+    groups(*(write_run(tmp_path / f"{i}", **own, coefficient=float(i)) for i in range(20)))
+    assert len(compared) < 20 * 2 * len(grouping._DEFAULTS)
+
+
+def test_a_setting_that_a_file_does_not_have_is_the_default(tmp_path):
+    plain, fast = groups(write_run(tmp_path / "plain"), write_run(tmp_path / "fast", fast=True))
+    assert (plain.label, fast.label) == ("cmdp, fast false", "cmdp, fast true")
+
+
+def test_names_of_folders_move_no_cursor(tmp_path, capsys):
+    evil = tmp_path / "c" / "runs" / "x\x1b]0;t\x07 y\u202ez\nFAKE"
+    evil.mkdir(parents=True)
+    run = write_run(tmp_path / "c" / "runs" / "run")
+    report(tmp_path / "c", output=tmp_path / "out")
+    assert main(["report", str(run), str(write_run(evil / "again")), f"--output-dir={tmp_path / 'two'}"]) == 2
+    written = capsys.readouterr()
+    assert "no config.json, left out" in written.out and "are one training with one seed" in written.err
+    for text in written:
+        assert not re.search("[\x1b\x07\u202e]|^FAKE", text, re.MULTILINE)
+
+
+def test_a_file_that_is_endless_is_not_hashed(tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "r")
+    monkeypatch.setattr(reading, "LONGEST_LINES", 1 << 20)
+    monkeypatch.setattr(runs, "LONGEST_LINES", 1 << 20)
+    os.truncate(run / "metrics.jsonl", 1 << 40)  # it takes no room
+    assert main(["report", str(run), f"--output-dir={tmp_path / 'out'}"]) == 2
+    assert "metrics.jsonl: expected a file of at most 1 MiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [lambda path, victim: path.symlink_to(victim), lambda path, _: os.mkfifo(path)])
+def test_what_lies_where_the_page_is_written_is_not_written_to(make, tmp_path):
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("mine")
+    out.mkdir()
+    for name in ("samples.md", ".samples.md", ".samples.html", ".reward_against_kl.png"):
+        make(out / name, victim)
+    report(write_run(tmp_path / "r"), output=out)
+    assert victim.read_text() == "mine" and not (out / "samples.md").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x\0y"])
+def test_a_folder_that_cannot_be_is_one_line(name, tmp_path, capsys):
+    assert main(["report", str(write_run(tmp_path / "r")), f"--output-dir={tmp_path / name}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_nothing_is_imported_that_models_need(tmp_path):

@@ -46,6 +46,7 @@ def test_seeds_of_a_method_are_one_row_with_its_interval(tmp_path):
     page = Page(report(*folders, output=tmp_path / "out"))
     assert "3.000 ± 6.572" in page.text and "30.0 ± 65.7" in page.text and "50.0 ± 0.0" in page.text
     assert "| cmdp | 3 | 3.000 ± 6.572 | 0.975 ± 0.000 | 30.0 ± 65.7 | 1.25 ± 0.00 |" in markdown_in(tmp_path / "out")
+    assert "± half of the 95 % t interval" in page.text
     assert before.label == "student before" and before.figures["reward"].mean == 0.5
     assert math.isnan(before.figures["reward"].half), "one evaluation, whatever the number of seeds"
     assert "student before |  | 0.500 | – | 90.0 |" in markdown_in(tmp_path / "out")
@@ -84,6 +85,12 @@ def test_figures_of_different_numbers_of_completions_are_named(tmp_path):
     ]
     assert "They are 64 to 128 a run: of more, fewer pairs of tokens are distinct." in measure_words(groups(*runs))
     assert "a run" not in measure_words(groups(runs[0]))
+
+
+def test_what_is_by_bounds_says_so(tmp_path):
+    proven = groups(write_run(tmp_path / "topk", after={**FIGURES, "certified": 0.5}))
+    assert "within budget are by the lower one, proven within budget by the upper one" in measure_words(proven)
+    assert "bounds" not in measure_words(groups(write_run(tmp_path / "exact")))
 
 
 def test_a_large_number_has_an_exponent():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 from report_pages import Page, groups, markdown_in, quiet, report
@@ -11,10 +12,12 @@ from written_runs import FIGURES, of_prompts, sample, write_run
 
 from cmdp_fast.cli import main
 from cmdp_fast.trainer.run_report import chosen as chosen_samples
-from cmdp_fast.trainer.run_report import markdown, page
+from cmdp_fast.trainer.run_report import samples
 from cmdp_fast.trainer.run_report.chosen import choose
+from cmdp_fast.trainer.run_report.reading import Place
 from cmdp_fast.trainer.run_report.runs import read_runs
-from cmdp_fast.trainer.run_report.tokens import MOST_CHARACTERS, MOST_TOKENS, edges_of
+from cmdp_fast.trainer.run_report.samples import MOST_CHARACTERS, MOST_TOKENS
+from cmdp_fast.trainer.run_report.tokens import edges_of
 
 WRITTEN = ("reward_against_kl.png", "samples.html", "samples.md")
 
@@ -72,6 +75,29 @@ def test_a_token_in_the_middle_may_have_no_text_and_an_end_none(tmp_path):
     assert [text for *_, text in page.cells[0]] == ["a", "∅", "b"]
 
 
+def test_one_that_is_cut_off_has_no_end(tmp_path):
+    """The last token that it may have can be one without text."""
+    after = sample(completion="a", tokens=["a", ""], costs=[0.1, 0.1], finished=False)
+    page = Page(report(write_run(tmp_path / "r", [after]), output=tmp_path / "out"))
+    assert [text for *_, text in page.cells[0]] == ["a", "∅"]
+
+
+def test_one_that_is_over_for_a_while_says_so(tmp_path):
+    after = sample(completion="ab", tokens=["a", "b"], costs=[3.0, -2.0], crossing=0, cumulative=1.0)
+    page = Page(report(write_run(tmp_path / "r", [after]), output=tmp_path / "out"))
+    assert "✓ within budget at its end, over it for a while from token 1" in page.text
+
+
+def test_no_more_of_a_sample_is_kept_than_is_shown():
+    values = sample(completion="ab" * 10**5, tokens=["ab"] * 10**5, costs=[0.0] * 10**5, prompt="p" * 10**5)
+    one = samples.sample_of(values, Place(Path("s"), 1))
+    assert len(one.completion.text) == len(one.prompt[0].text.text) == MOST_CHARACTERS
+    assert len(one.tokens) == MOST_TOKENS and one.more_tokens == 10**5 - MOST_TOKENS
+    values = sample(completion="abc" * 5000, tokens=["abc" * 2500, "abc" * 2500], costs=[0.0, 0.0])
+    one = samples.sample_of(values, Place(Path("s"), 1))
+    assert [len(token.text) for token in one.tokens] == [MOST_CHARACTERS] and one.more_tokens == 1
+
+
 def test_without_costs_and_without_a_teacher_it_is_plain(tmp_path):
     plain = {name: value for name, value in sample(completion="a\nb").items() if "cumulative" not in name}
     del plain["feasible"]
@@ -107,13 +133,13 @@ def test_a_chat_is_shown_by_its_messages(tmp_path):
     assert "**Prompt 1** system&#58; Be short.<br>user&#58; Hello<br>assistant&#58; " in markdown_in(tmp_path / "out")
 
 
-def test_of_a_long_chat_the_first_messages_are_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "MOST_MESSAGES", 2)
-    monkeypatch.setattr(markdown, "MOST_MESSAGES", 2)
+def test_of_a_long_chat_the_beginning_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "MOST_MESSAGES", 2)
+    monkeypatch.setattr(samples, "MOST_CHARACTERS", 12)
     chat = [{"role": "user", "content": f"message {i}"} for i in range(1003)]
     text = Page(report(write_run(tmp_path / "r", [sample(prompt=chat)]), output=tmp_path / "out")).text
-    assert "message 1" in text and "message 2" not in text and " … 1,001 more messages" in text
-    assert "message 1<br>… 1,001 more messages" in markdown_in(tmp_path / "out")
+    assert "user\nmessage 0\nuser\nmes … 6 more characters\n … 1,001 more messages" in text
+    assert "user&#58; mes … 6 more characters<br>… 1,001 more messages" in markdown_in(tmp_path / "out")
 
 
 def test_a_budget_that_bounds_leave_open_is_not_called_kept(tmp_path):
@@ -152,11 +178,11 @@ def test_the_seed_decides_which_prompts_are_shown(tmp_path):
     others = [*reversed(prompts[:25]), "only here"]
     two = write_run(tmp_path / "two", of_prompts("student_after", others), method="hinge")
     for seed in (0, 3):
-        shown = [row[0].prompt[0][1] for row in choose(groups(one, two), 4, seed).rows]
+        shown = [row[0].prompt[0].text.text for row in choose(groups(one, two), 4, seed).rows]
         assert shown == [prompts[i] for i in sorted(random.Random(seed).sample(range(25), 4))]
     chosen = choose(groups(one, two), 4, 3)
-    assert [s.completion for s in chosen.rows[0]] == [
-        f"student_{who} {chosen.rows[0][0].prompt[0][1]}" for who in ("before", "after", "after")
+    assert [s.completion.text for s in chosen.rows[0]] == [
+        f"student_{who} {chosen.rows[0][0].prompt[0].text.text}" for who in ("before", "after", "after")
     ]
     page = Page(report(one, two, output=tmp_path / "out", prompts=4, seed=3))
     assert "4 of the 25 held-out prompts that all columns have, drawn at random with seed 3" in page.text
@@ -168,7 +194,7 @@ def test_prompts_whose_costs_were_kept_go_before_others(tmp_path):
     for one in samples[4:7]:
         one |= {"tokens": [one["completion"]], "costs": [0.5]}
     chosen = choose(groups(write_run(tmp_path / "r", samples)), 3, 0)
-    assert [row[0].prompt[0][1] for row in chosen.rows] == ["p4", "p5", "p6"] and chosen.with_costs
+    assert [row[0].prompt[0].text.text for row in chosen.rows] == ["p4", "p5", "p6"] and chosen.with_costs
 
 
 def test_a_prompt_has_its_first_completion_by_the_smallest_seed(tmp_path):
@@ -177,7 +203,7 @@ def test_a_prompt_has_its_first_completion_by_the_smallest_seed(tmp_path):
         for seed in (5, 2)
     ]
     (row,) = choose(groups(*runs), 5, 0).rows
-    assert [each.completion for each in row] == ["first 2"]
+    assert [each.completion.text for each in row] == ["first 2"]
 
 
 def test_a_page_has_a_bound(tmp_path, monkeypatch, capsys):

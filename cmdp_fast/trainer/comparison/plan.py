@@ -76,6 +76,8 @@ class Variant:
     method: str
     overrides: dict[str, Any]
     config: TrainConfig
+    measured: bool
+    """Whether its precision is what was measured on this machine."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,32 @@ def plan(config: CompareConfig) -> list[SeededRun]:
     if len(set(names)) < len(names):
         raise InputError(f"--methods {' '.join(config.methods)}: two of these have the same name")
     runs_dir = str(folder_of(config) / "runs")
-    return [
+    runs = [
         SeededRun(v, replace(v.config, seed=seed, output_dir=runs_dir, name=f"{name}-seed{seed}"))
         for seed in config.seeds or SEEDS
         for v, name in zip(variants, names, strict=True)
     ]
+    return _as_measured_before(runs)
+
+
+def _as_measured_before(runs: list[SeededRun]) -> list[SeededRun]:
+    """The runs with the precision of one that has finished, where it was measured: a comparison that goes on does not
+    measure again, and come to something else on a machine that is busy now."""
+    found = next(filter(None, (_precision_of(run) for run in runs if run.variant.measured)), None)
+    if found is None:
+        return runs
+    return [
+        replace(run, config=replace(run.config, mixed_precision=found)) if run.variant.measured else run for run in runs
+    ]
+
+
+def _precision_of(run: SeededRun) -> Any:
+    try:
+        summary = finished_summary(run.folder)
+    except Damaged:  # which is said where its figures are read
+        return None
+    found = summary["config"].get("mixed_precision") if summary else None
+    return found if found in ("no", "bf16") else None
 
 
 def check(config: CompareConfig) -> None:
@@ -178,8 +201,8 @@ def variant(spec: str, recipe: str, fast: bool = False) -> Variant:
         check_config(config, base)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    config = config.resolved()  # once for all runs
-    return Variant(":".join([Path(method).stem, *([changes] if changes else [])]), method, overrides, config)
+    measured, config = config.mixed_precision == "auto", config.resolved()  # once for all runs
+    return Variant(":".join([Path(method).stem, *([changes] if changes else [])]), method, overrides, config, measured)
 
 
 def check_config(config: TrainConfig, base: TrainConfig) -> None:

@@ -25,7 +25,8 @@ def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
             account = ""  # where a teacher was asked about it
             if "cumulative" in s:
                 within = "within budget" if s.get("certified", True) else "within budget by a lower bound"
-                account = f", {s['cumulative']:.2f}, {within if s['feasible'] else 'OVER BUDGET'}"
+                least = "at least " if "certified" in s else ""
+                account = f", {least}{s['cumulative']:.2f}, {within if s['feasible'] else 'OVER BUDGET'}"
             text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}{account}]"
             lines.append(without_controls(text))
         lines.append("")

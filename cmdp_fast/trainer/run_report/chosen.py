@@ -12,7 +12,7 @@ from .groups import Group
 from .runs import Run
 from .samples import Policy, Sample, read_samples
 
-MOST_SHOWN = 4000  # completions on a page
+MOST_SHOWN = 1000  # completions on a page
 
 
 @dataclass(frozen=True)

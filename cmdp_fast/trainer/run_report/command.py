@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, first_line, readable
 from cmdp_fast.files import replacing, write_text, writing
 
 from ..records.report import Report
@@ -76,5 +78,11 @@ def _check(config: ReportConfig) -> None:
     SEED.check("--seed", config.seed)
     folder = Path(config.output_dir)
     for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
+        try:
+            is_folder = stat.S_ISDIR(os.stat(place).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # a name that is too long, or holds a zero
+            raise InputError(f"--output-dir {readable(config.output_dir)}: {first_line(error)}") from error
+        if not is_folder:
             raise InputError(f"--output-dir {config.output_dir}: {place} is a file, expected a folder")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, readable
 from cmdp_fast.files import as_json
 
 from ..records.resume import CHANGEABLE
+from ..settings.config import TrainConfig
 from ..settings.recipe import METHOD_FILES, read_toml
 from .runs import Run
 from .visible import short
 
 LONGEST_NAME, LONGEST_VALUE = 80, 40
 MOST_NAMED = 6  # settings in a label
+_DEFAULTS = asdict(TrainConfig())  # a file may hold other names, and one of an earlier version not all
 # Settings that change a run's place, its memory or its machine, and not what it learns.
 _OF_THE_RUN = {"seed", "name", "output_dir", *CHANGEABLE} - {"steps"}
 
@@ -53,7 +56,8 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     for group in groups:
         for one, other in itertools.pairwise(group):
             if one.seed == other.seed:
-                raise InputError(f"{one.folder} and {other.folder} are one training with one seed: give one of them")
+                both = f"{readable(str(one.folder))} and {readable(str(other.folder))}"
+                raise InputError(f"{both} are one training with one seed: give one of them")
     labels = _labels([group[0] for group in groups])
     return [Group(label, tuple(group)) for label, group in zip(labels, groups, strict=True)]
 
@@ -74,38 +78,58 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _files(run: Run) -> str:
     """A name for the problems, models and functions that the run has begun with."""
-    return hashlib.sha256(as_json([run.began["code"], run.began["origin"]]).encode()).hexdigest()[:8]
+    return f"files {_digest([run.began['code'], run.began['origin']])}"
+
+
+def _all(run: Run) -> str:
+    """A name for all that it has begun with, settings that no label names among it."""
+    return f"settings {_digest(_settings(run))}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(as_json(value).encode()).hexdigest()[:8]
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
     """A label for each of some runs: its method, and in what else it differs from the others."""
-    each = [_settings(run) for run in runs]
-    names = list(dict.fromkeys(name for settings in each for name in settings if name != "method"))
-    differ = [name for name in names if len({_value(settings, name) for settings in each}) > 1]
+    each = [
+        {name: _value(settings.get(name, default)) for name, default in _DEFAULTS.items()} | {"method": method_of(run)}
+        for run, settings in zip(runs, map(_settings, runs), strict=True)
+    ]
+    names = [name for name in _DEFAULTS if name != "method"]
+    differ = _differ(each, names)
     made_of = {path.stem: read_toml(path, path.name)[0] for path in sorted(METHOD_FILES.glob("*.toml"))}
     of_methods = {name for values in made_of.values() for name in values}
+    methods = list(dict.fromkeys(settings["method"] for settings in each))
+    within = {one: _differ([settings for settings in each if settings["method"] == one], differ) for one in methods}
     labels = []
     for settings in each:
-        same = [other for other in each if other["method"] == settings["method"]]
         own = made_of.get(settings["method"], {})
         named = [
             name
             for name in differ
             if name not in of_methods  # a setting of the situation
-            or len({_value(other, name) for other in same}) > 1
-            or (name in own and _value(own, name) != _value(settings, name))
+            or name in within[settings["method"]]
+            or (name in own and _value(own[name]) != settings[name])
         ]
-        parts = [f"{name.replace('_', ' ')} {short(_value(settings, name), LONGEST_VALUE)}" for name in named]
+        parts = [f"{name.replace('_', ' ')} {short(settings[name], LONGEST_VALUE)}" for name in named]
         more = [f"{len(parts) - MOST_NAMED} more"] if len(parts) > MOST_NAMED else []
         labels.append(", ".join([short(settings["method"], LONGEST_NAME), *parts[:MOST_NAMED], *more]))
-    alike = {label for label in labels if labels.count(label) > 1}
-    return [
-        f"{label}, files {_files(run)}" if label in alike else label for label, run in zip(labels, runs, strict=True)
-    ]
+    for tell in (_files, _all):
+        told = [tell(run) for run in runs]
+        different = Counter(label for label, _ in set(zip(labels, told, strict=True)))
+        labels = [
+            f"{label}, {more}" if different[label] > 1 else label for label, more in zip(labels, told, strict=True)
+        ]
+    return labels
 
 
-def _value(settings: dict[str, Any], name: str) -> str:
-    value = settings.get(name)
+def _differ(each: Sequence[dict[str, str]], names: Iterable[str]) -> dict[str, None]:
+    """The settings, of these, that are not the same in all."""
+    return dict.fromkeys(name for name in names if len({settings[name] for settings in each}) > 1)
+
+
+def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) and value else as_json(value)

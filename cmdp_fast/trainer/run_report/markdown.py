@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from .chosen import Chosen, Voice
 from .groups import Group
 from .measures import Row, columns_of, text_of
-from .samples import Sample
-from .tokens import MOST_MESSAGES, shown_text
+from .samples import Part, Sample
+from .visible import visible
 from .words import counted, facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
 
 # What Markdown or HTML read as markup inside a line, where all that is escaped stands: in a file a character reference
@@ -60,12 +60,9 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _prompt(number: int, row: Sequence[Sample], voices: Sequence[Voice]) -> str:
-    prompt = row[0].prompt
-    messages = [
-        f"{shown_text(role)[0]}: {_shown(text)}" if role else _shown(text) for role, text in prompt[:MOST_MESSAGES]
-    ]
-    if len(prompt) > MOST_MESSAGES:
-        messages.append(f"… {counted(len(prompt) - MOST_MESSAGES, 'more message')}")
+    messages = [f"{visible(role)}: {_shown(text)}" if role else _shown(text) for role, text in row[0].prompt]
+    if row[0].more_messages:
+        messages.append(f"… {counted(row[0].more_messages, 'more message')}")
     table = [
         "| | completion | reward | nats | tokens | |",
         "| --- | --- | ---: | ---: | ---: | --- |",
@@ -85,6 +82,6 @@ def _cells(sample: Sample, voice: Voice) -> list[str]:
     return [voice.name, _shown(sample.completion), reward, spent, length, verdict]
 
 
-def _shown(text: str) -> str:
-    part, left_out = shown_text(text)
-    return f"{part} … {counted(left_out, 'more character')}" if left_out else part
+def _shown(part: Part) -> str:
+    more = f" … {counted(part.left_out, 'more character')}" if part.left_out else ""
+    return visible(part.text) + more

@@ -17,7 +17,8 @@ from .measures import Row, columns_of, text_of
 from .plot import COLOURS
 from .samples import Sample
 from .style import STYLE
-from .tokens import EMPTY, END, LINE_END, MOST_MESSAGES, crossed_behind, edges_of, shown_text, shown_tokens
+from .tokens import EMPTY, END, LINE_END, crossed_behind, edges_of, shown_tokens
+from .visible import visible
 from .words import counted, facts_of, lead_of, measure_words, plot_words, sample_words, title_of, verdict_of
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -116,12 +117,11 @@ def _legend(edges: Sequence[float]) -> str:
 
 def _prompt(number: int, row: Sequence[Sample], voices: Sequence[Voice], edges: Sequence[float]) -> str:
     messages = []
-    for role, text in row[0].prompt[:MOST_MESSAGES]:
-        part, left_out = shown_text(text)
-        name = f'<span class="role"><bdi>{_e(shown_text(role)[0])}</bdi></span>\n' if role else ""
-        messages.append(f"{name}<bdi>{_e(part)}</bdi>{_more(left_out, 'character')}")
-    if len(row[0].prompt) > MOST_MESSAGES:
-        messages.append(_more(len(row[0].prompt) - MOST_MESSAGES, "message"))
+    for role, (text, left_out) in row[0].prompt:
+        name = f'<span class="role"><bdi>{_e(visible(role))}</bdi></span>\n' if role else ""
+        messages.append(f"{name}<bdi>{_e(visible(text))}</bdi>{_more(left_out, 'character')}")
+    if row[0].more_messages:
+        messages.append(_more(row[0].more_messages, "message"))
     cells = "\n".join(_cell(sample, voice, edges) for sample, voice in zip(row, voices, strict=True))
     return (
         f'<section class="prompt"><h3>Prompt {number}</h3><div class="ask">{chr(10).join(messages)}</div>\n'
@@ -140,19 +140,19 @@ def _cell(sample: Sample, voice: Voice, edges: Sequence[float]) -> str:
 def _completion(sample: Sample, edges: Sequence[float]) -> str:
     """The completion from within its `bdi`, which it ends."""
     if sample.tokens is None:
-        text, left_out = shown_text(sample.completion)
+        text, left_out = sample.completion
         note = (
             '<span class="more"> (its tokens do not spell it, so no costs are shown)</span>' if sample.misspelt else ""
         )
-        return f"{_e(text)}</bdi>{_more(left_out, 'character')}{note}"
-    tokens, left_out = shown_tokens(sample.tokens, sample.crossing, edges)
+        return f"{_e(visible(text))}</bdi>{_more(left_out, 'character')}{note}"
+    tokens = shown_tokens(sample, edges)
     spans = []
     for token in tokens:
         tag = "mark" if token.crossing else "span"
         kinds = [*([] if token.level is None else [f"k{token.level}"]), *(["end"] if token.end else [])]
         kind = f' class="{" ".join(kinds)}"' if kinds else ""
         spans.append(f'<{tag}{kind} title="{_e(token.title)}">{_e(token.text)}</{tag}>')
-    return f"{''.join(spans)}</bdi>{_more(left_out, 'token', crossed_behind(sample, len(tokens)))}"
+    return f"{''.join(spans)}</bdi>{_more(sample.more_tokens, 'token', crossed_behind(sample, len(tokens)))}"
 
 
 def _more(left_out: int, what: str, note: str = "") -> str:

@@ -19,7 +19,7 @@ from cmdp_fast.errors import InputError, first_line, readable, shown
 T = TypeVar("T")
 
 LONGEST_LINE = 1 << 26  # bytes of a line of JSON: a completion of a million tokens takes some 30 MB
-MOST_LINES = 1 << 22  # of a file
+MOST_LINES, LONGEST_LINES = 1 << 22, 1 << 32  # of a file of lines, and its bytes
 LONGEST_FILE = 1 << 24  # bytes of a file that is read whole
 LARGEST = 1e100  # of a number: k3 reaches float32's 3e38, and the square of this one is still a float
 MISSING = object()
@@ -76,7 +76,7 @@ def opened(path: Path, largest: int | None = None) -> BinaryIO:
 def tables(path: Path, dropped: Callable[[str], None] | None = None) -> Iterator[Line]:
     """The lines of a file, each a JSON object. A last one without an end is ``dropped``, which is said: a training that
     was killed leaves such a one. Without that it is a line like any other."""
-    with opened(path) as file:
+    with opened(path, LONGEST_LINES) as file:
         start = 0
         for count, text in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
             if dropped is not None and len(text) <= LONGEST_LINE and not text.endswith(b"\n"):

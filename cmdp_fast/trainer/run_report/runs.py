@@ -11,7 +11,7 @@ from cmdp_fast.digest import Damaged, check_digests, read_sealed
 from cmdp_fast.errors import InputError, readable, shown
 
 from ..records.ending import SUMMARY
-from .reading import LONGEST_FILE, Place, as_number, check_regular, is_there, number, of_type, tables
+from .reading import LONGEST_FILE, LONGEST_LINES, Place, as_number, check_regular, is_there, number, of_type, tables
 from .samples import WHO, Policy, index_of
 
 MOST = 1000  # runs of a report
@@ -83,13 +83,14 @@ def _folders(place: Path, say: Callable[[str], None]) -> list[Path]:
         inside = sorted(runs.iterdir()) if runs.is_dir() and not runs.is_symlink() else []
     except OSError as error:
         raise Place(runs).wrong(f"cannot be read: {error.strerror}") from error
-    inside = [folder for folder in inside if not folder.name.startswith(".") and folder.is_dir()]
+    inside = [folder for folder in inside if not folder.name.startswith(".")]
     for link in filter(Path.is_symlink, inside):
         raise Place(link).wrong("is a link, expected a run's folder")
+    inside = [folder for folder in inside if folder.is_dir()]
     found = [folder for folder in inside if is_there(folder / "config.json")]
     for folder in inside:
         if folder not in found:
-            say(f"{folder}: no config.json, left out")
+            say(f"{readable(str(folder))}: no config.json, left out")
     if not found:
         raise Place(place).wrong("expected a run's folder, with config.json in it, or a comparison's, with runs/")
     return found
@@ -123,7 +124,7 @@ def _check_files(folder: Path, summary: dict[str, Any]) -> None:
         raise Place(folder / SUMMARY).wrong(f"files is {shown(files)}, expected an object")
     read = [name for name in ("metrics.jsonl", "samples.jsonl") if name in files]
     for name in read:
-        check_regular(folder / name)
+        check_regular(folder / name, LONGEST_LINES)  # before it is read whole
     try:
         check_digests(folder, {name: files[name] for name in read})
     except Damaged as error:

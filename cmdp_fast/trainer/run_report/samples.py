@@ -7,7 +7,7 @@ its reward and where the first completion of each prompt begins. The second time
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,23 @@ from cmdp_fast.errors import shown
 
 from .reading import LONGEST_LINE, Place, as_json_text, as_number, number, of_type, opened, table, tables
 
+MOST_TOKENS, MOST_CHARACTERS = 1000, 4000  # that are kept, and shown, of a completion; the latter also of a prompt
+MOST_MESSAGES, LONGEST_ROLE = 100, 60  # of a prompt
 WHO = ("teacher", "student_before", "student_after")
 
-Prompt = tuple[tuple[str, str], ...]
-"""(role, text) of each message; of a prompt that is a text one, without a role."""
+
+class Part(NamedTuple):
+    """The beginning of a text, and how many characters stand behind it."""
+
+    text: str
+    left_out: int
+
+
+class Message(NamedTuple):
+    """A message of a prompt; a prompt that is a text is one, without a role."""
+
+    role: str
+    text: Part
 
 
 class Token(NamedTuple):
@@ -33,8 +46,10 @@ class Token(NamedTuple):
 class Sample:
     """A completion, and what was measured of it. Costs are in nats; None: no teacher was asked, or nobody judged."""
 
-    prompt: Prompt
-    completion: str
+    prompt: tuple[Message, ...]
+    more_messages: int
+    """Behind those of `prompt`."""
+    completion: Part
     reward: float | None
     length: int
     finished: bool
@@ -44,7 +59,9 @@ class Sample:
     """Of a teacher that gives bounds alone, whose costs here are the lower ones: whether the upper ones keep the budget
     too; None where costs are exact."""
     tokens: tuple[Token, ...] | None
-    """None where their costs were not kept."""
+    """The first ones; None where their costs were not kept."""
+    more_tokens: int
+    """Behind those of `tokens`."""
     crossing: int | None
     """The first token with which the budget is exceeded."""
     misspelt: bool
@@ -102,6 +119,8 @@ def sample_of(values: dict[str, Any], place: Place) -> Sample:
     completion = of_type(values, "completion", str, place)
     tokens = _tokens(values, place)
     spelt = tokens is None or "".join(token.text for token in tokens) == completion
+    first = _first(tokens) if tokens is not None and spelt else None
+    prompt, more_messages = _prompt(values, place)
     crossing = of_type(values, "crossing", int, place, None)
     if crossing is not None and not 0 <= crossing < len(tokens or ()):
         raise place.wrong(f"crossing is {crossing}, expected one of the {len(tokens or ())} tokens")
@@ -109,15 +128,17 @@ def sample_of(values: dict[str, Any], place: Place) -> Sample:
     if not 0 <= length < 1 << 53:
         raise place.wrong(f"length is {shown(length)}, expected a number of tokens")
     return Sample(
-        prompt=_prompt(values, place),
-        completion=completion,
+        prompt=prompt,
+        more_messages=more_messages,
+        completion=_part(completion, MOST_CHARACTERS),
         reward=number(values, "reward", place),
         length=length,
         finished=of_type(values, "finished", bool, place),
         cumulative=number(values, "cumulative", place),
         feasible=of_type(values, "feasible", bool, place, None),
         certified=of_type(values, "certified", bool, place, None),
-        tokens=tokens if spelt else None,
+        tokens=None if first is None else tuple(first),
+        more_tokens=len(tokens or ()) - len(first or ()),
         crossing=crossing if spelt else None,
         misspelt=not spelt,
     )
@@ -137,13 +158,35 @@ def _tokens(values: dict[str, Any], place: Place) -> tuple[Token, ...] | None:
     return tuple(Token(text, as_number(cost, "a cost", place)) for text, cost in zip(texts, costs, strict=True))
 
 
-def _prompt(values: dict[str, Any], place: Place) -> Prompt:
+def _first(tokens: Sequence[Token]) -> list[Token]:
+    """The first tokens that have so many characters at most, of which the last one may be cut."""
+    found, left = list[Token](), MOST_CHARACTERS
+    for token in tokens[:MOST_TOKENS]:
+        if left == 0:
+            break
+        found.append(Token(token.text[:left], token.cost))
+        left -= len(found[-1].text)
+    return found
+
+
+def _part(text: str, most: int) -> Part:
+    return Part(text[:most], max(0, len(text) - most))
+
+
+def _prompt(values: dict[str, Any], place: Place) -> tuple[tuple[Message, ...], int]:
+    """Its first messages, and how many there are behind them."""
     prompt = values.get("prompt")
     if type(prompt) is str:
-        return (("", prompt),)
+        return (Message("", _part(prompt, MOST_CHARACTERS)),), 0
     if type(prompt) is not list or not all(type(message) is dict for message in prompt):
         raise place.wrong(f"prompt is {shown(prompt)}, expected text or a list of messages")
-    return tuple((of_type(message, "role", str, place, ""), _content(message, place)) for message in prompt)
+    messages, left = list[Message](), MOST_CHARACTERS
+    for message in prompt:
+        role, text = of_type(message, "role", str, place, ""), _content(message, place)
+        if len(messages) < MOST_MESSAGES:
+            messages.append(Message(role[:LONGEST_ROLE], _part(text, left)))
+            left -= len(messages[-1].text.text)
+    return tuple(messages), max(0, len(prompt) - MOST_MESSAGES)
 
 
 def _content(message: dict[str, Any], place: Place) -> str:

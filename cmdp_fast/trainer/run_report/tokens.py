@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .runs import Run
-from .samples import Sample, Token
-from .visible import cut, visible
+from .samples import Sample
+from .visible import visible
 
-MOST_TOKENS, MOST_CHARACTERS = 1000, 4000  # of a completion or a message that are shown
-MOST_MESSAGES = 100  # of a prompt
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the budget: where each level of costs begins
 PER_TOKEN = 10.0  # a budget per token, times this, is what the shares are of
 END, EMPTY, LINE_END = "∎", "∅", "↵"
@@ -40,27 +38,18 @@ def level_of(cost: float, edges: Sequence[float]) -> int:
     return sum(cost >= edge for edge in edges)
 
 
-def shown_tokens(tokens: Sequence[Token], crossing: int | None, edges: Sequence[float]) -> tuple[list[Shown], int]:
-    """The tokens that are shown, and how many are left out behind them."""
-    found, left, spent = list[Shown](), MOST_CHARACTERS, 0.0
-    for place, token in enumerate(tokens[:MOST_TOKENS]):
-        if left == 0:
-            break
-        part, _ = cut(token.text, left)
-        left -= len(part)
+def shown_tokens(sample: Sample, edges: Sequence[float]) -> list[Shown]:
+    """The tokens of a sample that are shown."""
+    tokens = sample.tokens or ()
+    found, spent, count = list[Shown](), 0.0, len(tokens) + sample.more_tokens
+    for place, token in enumerate(tokens):
         spent += math.nan if token.cost is None else token.cost
-        end = not token.text and place == len(tokens) - 1
-        text = END if end else visible(part).replace("\n", f"{LINE_END}\n") or EMPTY
+        end = sample.finished and not token.text and place == count - 1
+        text = END if end else visible(token.text).replace("\n", f"{LINE_END}\n") or EMPTY
         level = None if token.cost is None else level_of(token.cost, edges)
-        title = f"{_nats(token.cost)}, {_nats(spent)} so far (token {place + 1} of {len(tokens)})"
-        found.append(Shown(text, level, title, place == crossing, end))
-    return found, len(tokens) - len(found)
-
-
-def shown_text(text: str) -> tuple[str, int]:
-    """A text's beginning, made visible, and how many characters are left out behind it."""
-    part, left_out = cut(text, MOST_CHARACTERS)
-    return visible(part), left_out
+        title = f"{_nats(token.cost)}, {_nats(spent)} so far (token {place + 1} of {count})"
+        found.append(Shown(text, level, title, place == sample.crossing, end))
+    return found
 
 
 def crossed_behind(sample: Sample, shown: int) -> str:

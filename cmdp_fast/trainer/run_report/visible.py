@@ -22,11 +22,6 @@ def visible(text: str) -> str:
     return text if text.isascii() and text.isprintable() else "".join(map(_seen, text))
 
 
-def cut(text: str, most: int) -> tuple[str, int]:
-    """The first ``most`` characters of a text, and how many are left out."""
-    return text[:most], max(0, len(text) - most)
-
-
 def short(text: str, most: int) -> str:
     """A name on one line, of ``most`` characters at most, visible."""
     line = " ".join(text[: most + 1].split())

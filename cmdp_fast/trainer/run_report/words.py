@@ -65,8 +65,13 @@ def plot_words(groups: Sequence[Group]) -> str:
 
 def measure_words(groups: Sequence[Group]) -> str:
     """What the table shows."""
-    several = any(len(group.ended) > 1 for group in groups)
-    spread = " Means over the seeds that came to their end, ± half of the 95 % t interval." if several else ""
+    several = any(len(group.ended or group.runs) > 1 for group in groups)
+    spread = " Means over seeds, of those that came to their end, ± half of the 95 % t interval." if several else ""
+    bounds = any("certified" in each for run in _runs(groups) for each in run.figures.values())
+    lower = (
+        " A teacher of most likely tokens gives bounds alone: cumulative KL and within budget are by the lower one, "
+        "proven within budget by the upper one."
+    )
     counts = {
         int(count) for run in _runs(groups) for figures in run.figures.values() if (count := figures.get("examples"))
     }
@@ -74,7 +79,7 @@ def measure_words(groups: Sequence[Group]) -> str:
     return (
         f"Of completions of held-out problems.{more} Reward in training is the mean over the last tenth of the steps, "
         "which should agree with the held-out one. Perplexity is that of the completions under the teacher at the "
-        f"temperature at which it is compared with.{spread}"
+        f"temperature at which it is compared with.{spread}{lower if bounds else ''}"
     )
 
 
@@ -110,7 +115,7 @@ def facts_of(sample: Sample, run: Run) -> Facts:
 
 def verdict_of(facts: Facts) -> str:
     """Whether a completion is within its budget."""
-    within = f"within budget at its end, over it{facts.crossed} on" if facts.crossed else "within budget"
+    within = f"within budget at its end, over it for a while{facts.crossed}" if facts.crossed else "within budget"
     return {True: within, False: f"OVER BUDGET{facts.crossed}", None: facts.open}[facts.within]
 
 
