@@ -60,8 +60,9 @@ def test_what_is_asked_for_is_not_measured(given, clock):
     assert TrainConfig(mixed_precision=given).precision == given
 
 
-def test_a_run_keeps_what_it_began_with(clock, tmp_path):
-    """Whoever goes on with it, or is another process of it, does not measure again."""
+def test_a_run_keeps_what_it_began_with(clock, monkeypatch):
+    """Whoever goes on with it does not measure again. One process meets no others."""
+    monkeypatch.setattr(parsing, "meet", lambda: pytest.fail("there are no others"))
     clock.update({torch.float32: 1.0, torch.bfloat16: 0.5})
     words = ["--recipe=smollm2", "--student=a", "--teacher=b"]
     assert parse(words).mixed_precision == "bf16"
@@ -92,10 +93,12 @@ def test_what_computes_beside_does_not_decide(clock, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", disturbed)
     monkeypatch.setattr(precision, "ENOUGH", 100.0)
-    before = torch.get_num_threads()
+    chosen = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     assert precision.faster_precision() == "bf16"
     assert turns == [torch.float32, torch.bfloat16] * precision.ROUNDS[1]
-    assert set(threads) == {1} and torch.get_num_threads() == before
+    assert set(threads) == {1} and chosen == [2, 1, 2]
 
 
 def test_it_takes_no_longer_where_bfloat16_is_emulated(clock):
