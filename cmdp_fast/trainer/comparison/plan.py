@@ -76,7 +76,7 @@ class Variant:
     method: str
     overrides: dict[str, Any]
     config: TrainConfig
-    measured: bool
+    measured: bool = False
     """Whether its precision is what was measured on this machine."""
 
 
