@@ -18,7 +18,7 @@ from cmdp_fast.files import write_json, write_text, writing
 
 from .sources import NAME, PACKAGE, kernel_files
 
-BACKENDS = ("cpu", "cuda")  # those that were run: the CPU, and NVIDIA's GPUs
+BACKENDS = ("cpu", "cuda")  # where these sources have run as the package's
 HUB_NAME = NAME.replace("_", "-")  # the Hub's names have no underscores
 TEMPLATE = Path(__file__).with_name("template")
 
