@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from cmdp_fast.errors import first_line
 from cmdp_fast.files import as_json, write_text
@@ -26,10 +27,19 @@ class Damaged(ValueError):
 def sha256(path: Path) -> str:
     """The sha256 of a file's contents in hexadecimal; the file is read a piece at a time."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file to be read. Raises OSError for what is none: a pipe waits for a writer, and a device may have no end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path.name} is no file")
+    return os.fdopen(descriptor, "rb")
 
 
 def digests(folder: Path, names: Iterable[str] = (".",)) -> dict[str, str]:
@@ -77,7 +87,8 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any]:
     """The value that `write_sealed` wrote. Raises Damaged if the file holds anything else, down to the last byte."""
     try:
-        text = path.read_bytes().decode()
+        with _opened(path) as file:
+            text = file.read().decode()
         value = json.loads(text)
         written = value.pop("sha256", None)
         fits = text == _sealed(value)

@@ -27,6 +27,9 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}")
     with writing(path):
         part.unlink(missing_ok=True)  # a kill's, or a link or a pipe that somebody has put there: never written to
+        # Made here and by nobody else, so that the body opens no link that has come there since. In a folder like /tmp,
+        # where others may make files and remove none of ours, it stays what it is.
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         try:
             yield part
             sync(part)

@@ -36,6 +36,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, Union, cast, get_args, get
 import torch
 from torch import Tensor
 
+from cmdp_fast.ops.namespace import NAMESPACE
 from cmdp_fast.ops.onlookers import autograd_excluded, unobserved
 
 Given = TypeVar("Given", bound=tuple[Any, ...])  # a NamedTuple of arguments
@@ -200,7 +201,7 @@ class Operator(Generic[Given, Made]):
         self.function = function
         self.differentiated: Any = None  # the function as one that autograd knows, if there is a gradient
         self.registered = torch.library.custom_op(
-            f"cmdp_fast::{name}",
+            f"{NAMESPACE}::{name}",
             self._run,
             mutates_args=(mutates,) if mutates else (),
             schema=f"({declared}, str revision='') -> {'()' if returned == 'None' else returned}",
@@ -236,7 +237,7 @@ class Operator(Generic[Given, Made]):
 
     def _call(self, given: Given, needing: dict[str, Tensor]) -> Made:
         if torch.autograd._profiler_enabled():
-            with torch.profiler.record_function(f"cmdp_fast::{self.name}"):
+            with torch.profiler.record_function(f"{NAMESPACE}::{self.name}"):
                 return self._compute(given, needing)
         return self._compute(given, needing)
 
@@ -316,7 +317,7 @@ class Operator(Generic[Given, Made]):
             return (None, None, *(gradients.get(name) for name in ctx.needing))
 
         # By the name that torch gives the one it makes of the registered operator: errors quote it.
-        name = f"GeneratedBackwardFor_cmdp_fast_{self.name}_default"
+        name = f"GeneratedBackwardFor_{NAMESPACE}_{self.name}_default"
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(name, (torch.autograd.Function,), methods)
 

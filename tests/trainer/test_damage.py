@@ -267,6 +267,15 @@ def test_a_folder_with_links_is_not_written_to(link, run, tmp_path, capsys):
     assert mine.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["config.json", ".lock", "student/more"])
+def test_a_folder_with_a_pipe_is_not_gone_on_with(name, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "r" / name)
+    assert main(["train", f"--resume={tmp_path / 'r'}"]) == 2
+    assert f"{name} is no file, and a run's folder has no such thing" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------- config.json
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,9 +134,23 @@ def test_code_of_a_model_runs_by_flag_alone(pair, tmp_path, monkeypatch):
     assert mark.exists() and type(student).__name__ == "OwnModel"
 
 
-@pytest.mark.parametrize("name", ["pandas", "json", "webdataset"])
-def test_a_format_is_not_a_dataset(name, tmp_path, monkeypatch):
-    """To the library it is whatever lies in the working directory, a pickle for instance."""
+class LeavesMark:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("name", ["pandas", "json", "webdataset", "hf://datasets/pandas"])
+def test_a_format_is_not_a_dataset(name, folder, tmp_path, monkeypatch):
+    """To the library it is whatever lies in the working directory, pickles too with datasets 4.8: whether or not a
+    folder has that name, and with the hub's address before it."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.pkl").write_bytes(pickle.dumps(LeavesMark(tmp_path / "mark")))
+    if folder:
+        Path(name.rpartition("/")[2]).mkdir()
     with pytest.raises(InputError, match=f"--dataset {name}: that is a format, not a dataset"):
         data.load_problems(TrainConfig(dataset=name))
+    assert not (tmp_path / "mark").exists()

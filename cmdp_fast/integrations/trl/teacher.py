@@ -105,7 +105,9 @@ def _tokenizer_of(model: Any) -> Any:
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False
+        )  # without it transformers asks at a terminal
     except (OSError, ValueError):
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -122,11 +123,15 @@ def is_finished(config: TrainConfig, say: Callable[[str], None]) -> bool:
 
 
 def _check_links(run: Path) -> None:
-    """Raises InputError if something in the run's folder is a link: a run must write inside it alone. The links
-    that wandb makes lie in its own folder."""
+    """Raises InputError if something in the run's folder is a link: a run must write inside it alone. So for what is
+    neither a file nor a folder, such as a pipe. The links that wandb makes lie in its own folder."""
     for parent, folders, files in os.walk(run):
         for name in folders + files:
-            if (Path(parent) / name).is_symlink():
-                raise InputError(f"--resume {run}: {Path(parent) / name} is a link, and a run's folder has none")
+            mode = os.lstat(Path(parent) / name).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                kind = "a link" if stat.S_ISLNK(mode) else "no file"
+                raise InputError(
+                    f"--resume {run}: {Path(parent) / name} is {kind}, and a run's folder has no such thing"
+                )
         if Path(parent) == run and "wandb" in folders:
             folders.remove("wandb")

@@ -173,9 +173,11 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
     said, name, path = f"{source.option} {source.name}", source.name, Path(source.name)
     if path.is_file() and path.suffix not in _LOADERS:
         raise InputError(f"{said}: a file must end in {', '.join(_LOADERS)}")
-    if not path.exists() and name in packaged_modules._PACKAGED_DATASETS_MODULES:
-        # To `datasets` a way of reading any file in the working directory, for older versions pickles too.
-        raise InputError(f"{said}: that is a format, not a dataset; give a hub id, a file or a folder")
+    if name.removeprefix("hf://datasets/") in packaged_modules._PACKAGED_DATASETS_MODULES:
+        # To `datasets` a way of reading any file in the working directory, for older versions pickles too. It looks for
+        # the format first, and for a folder of that name not at all.
+        folder = f" (the folder is ./{name})" if path.is_dir() else ""
+        raise InputError(f"{said}: that is a format, not a dataset; give a hub id, a file or a folder{folder}")
     if (path.is_file() or (path / "state.json").is_file()) and source.split not in ("", "train"):
         raise InputError(f"{said}: it has one split, not {source.split!r}; --eval-dataset takes another file")
     _check_beginning(path, said)

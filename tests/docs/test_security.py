@@ -1,0 +1,163 @@
+"""What `cmdp_fast/guide/security.md` says of the package: what could run somebody else's code, or make a name that
+others foresee, stands in few files, each with its reason. Read is the source of every module; texts that are handed to
+another process are not."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "cmdp_fast"
+
+ALLOWED = {
+    # A pickle is read where this package has just written it: by a process that it has started, over its own pipe.
+    ("judging/pool.py", "import pickle"): "writes requests to the process of the judges, and reads none",
+    (
+        "judging/process.py",
+        "import pickle",
+    ): "reads them from its standard input; a completion in the isolated child alone",
+    ("trainer/tasks/varying.py", "import pickle"): "of a process that imports reasoning-gym and makes its problems",
+    # Modules that are named in a text
+    ("imports.py", "import_module of a variable"): "the user's own functions, named on the command line",
+    ("imports.py", "exec_module"): "the same, of a file",
+    ("judging/process.py", "exec_module"): "isolation.py and judges.py beside it, by their paths",
+    (
+        "judging/judges.py",
+        "import_module of a variable",
+    ): "a function of the package verl itself, in the process of the judges",
+    ("teachers/open.py", "import_module of a variable"): "the modules of a table in that file",
+    ("trainer/methods/method.py", "import_module of a variable"): "the module of a method, by the table in methods/",
+    ("apidoc.py", "import_module of a variable"): "the modules of this package",
+    ("bench/peers/__init__.py", "import_module of a variable"): "the modules of its folder",
+    ("trainer/comparison/warm.py", "import_module of a variable"): "the modules of a table in that file",
+}
+
+PICKLES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+OPENERS = {"eval", "exec", "compile", "__import__"}  # builtins that take a text for code
+CALLS = {
+    "os.system": "a shell",
+    "os.popen": "a shell",
+    "subprocess.getoutput": "a shell",
+    "tempfile.mktemp": "a name that others foresee",
+    "runpy.run_path": "runs a file",
+    "runpy.run_module": "runs a module",
+}
+
+
+def dangers(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of a module with something on the list, and what it is."""
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Import(names=aliases):
+                yield from ((node.lineno, f"import {a.name}") for a in aliases if a.name.partition(".")[0] in PICKLES)
+            case ast.ImportFrom(module=str(module)) if module.partition(".")[0] in PICKLES:
+                yield node.lineno, f"import {module}"
+            case ast.Constant(value=str(value)) if value.startswith(("/tmp", "/var/tmp")):
+                yield node.lineno, "a path in /tmp"
+            case ast.Call():
+                yield from ((node.lineno, danger) for danger in _of_call(node))
+
+
+def _of_call(call: ast.Call) -> Iterator[str]:
+    name = ast.unparse(call.func)
+    last = name.rpartition(".")[2]
+    given = {word.arg: word.value for word in call.keywords}
+    if name in OPENERS:
+        yield name
+    if name in CALLS:
+        yield CALLS[name]
+    if _is(given.get("shell"), True):
+        yield "a shell"
+    if name == "torch.load" and not _is(given.get("weights_only"), True):
+        yield "torch.load without weights_only"
+    if last == "load" and name.partition(".")[0] in ("np", "numpy") and not _is(given.get("allow_pickle"), False):
+        yield "numpy's load"
+    if last in ("load", "load_all", "full_load", "unsafe_load") and name.partition(".")[0] == "yaml":
+        yield "yaml that makes objects"
+    if _is(given.get("trust_remote_code"), True):
+        yield "code from the hub"
+    # Where transformers is not told, it asks at the terminal.
+    if last == "from_pretrained" and name.startswith("Auto") and not {"trust_remote_code", "gguf_file"} & given.keys():
+        yield "from_pretrained that asks about code"
+    if last == "import_module" and not isinstance(call.args[0], ast.Constant):
+        yield "import_module of a variable"
+    if last in ("exec_module", "extractall"):
+        yield last
+
+
+def _is(node: ast.expr | None, value: bool) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+def test_nothing_on_the_list_but_what_has_a_reason():
+    found = {
+        (path.relative_to(PACKAGE).as_posix(), danger): line
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for line, danger in dangers(path.read_text(encoding="utf-8"))
+    }
+    assert not {where: line for where, line in found.items() if where not in ALLOWED}
+    assert not ALLOWED.keys() - found.keys(), "a reason without its line"
+
+
+@pytest.mark.parametrize(
+    ("text", "danger"),
+    [
+        ("import os, pickle", "import pickle"),
+        ("def f():\n    from cloudpickle import loads", "import cloudpickle"),
+        ("torch.load(path)", "torch.load without weights_only"),
+        ("torch.load(path, weights_only=False)", "torch.load without weights_only"),
+        ("eval('1')", "eval"),
+        ("exec(code)", "exec"),
+        ("subprocess.run(command, shell=True)", "a shell"),
+        ("os.system('ls')", "a shell"),
+        ("yaml.load(text)", "yaml that makes objects"),
+        ("np.load(path)", "numpy's load"),
+        ("tempfile.mktemp()", "a name that others foresee"),
+        ("open('/tmp/log', 'w')", "a path in /tmp"),
+        ("AutoModel.from_pretrained(name, trust_remote_code=True)", "code from the hub"),
+        ("AutoTokenizer.from_pretrained(name)", "from_pretrained that asks about code"),
+        ("importlib.import_module(name)", "import_module of a variable"),
+        ("loader.exec_module(module)", "exec_module"),
+    ],
+)
+def test_each_is_found(text, danger):
+    assert [what for _, what in dangers(text)] == [danger]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "torch.load(path, weights_only=True)",
+        "model.eval()",
+        "re.compile(pattern)",
+        "torch.compile(model)",
+        "yaml.safe_load(text)",
+        "json.load(file)",
+        "importlib.import_module('vllm')",
+        "subprocess.run(['ls'])",
+        "tempfile.mkdtemp()",
+        "auto.from_pretrained(name, trust_remote_code=trusted)",
+    ],
+)
+def test_what_does_no_harm_is_passed(text):
+    assert not list(dangers(text))
+
+
+def test_the_pages_figures_are_those_of_the_code():
+    from cmdp_fast import http_client
+    from cmdp_fast.judging import pool
+    from cmdp_fast.teachers.served import protocol
+    from cmdp_fast.trainer.run_report import reading
+
+    page = (PACKAGE / "guide" / "security.md").read_text(encoding="utf-8")
+    sizes = {reading.LONGEST_LINE: "64 MiB in a line", reading.LONGEST_LINES: "4 GiB in a file of lines"}
+    sizes |= {reading.LONGEST_FILE: "16 MiB in any other", http_client.LONGEST: "1 GiB at most"}
+    for size, said in sizes.items():
+        number, unit = said.split()[:2]
+        assert size == int(number) << {"MiB": 20, "GiB": 30}[unit] and said in page
+    assert pool.MEMORY == 1 << 30 and "a gibibyte of memory" in page
+    assert protocol.TOKENS // 10**6 == 4 and "4 million tokens" in page

@@ -1,0 +1,58 @@
+"""Files that appear whole: what somebody else has put where they are written is never written to."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from cmdp_fast.digest import Damaged, check_digests, read_sealed, sha256, write_sealed
+from cmdp_fast.errors import InputError
+from cmdp_fast.files import replacing, write_text
+
+
+def test_a_link_that_comes_at_the_last_moment_is_not_followed(tmp_path, monkeypatch):
+    """Between the removal of what was there and the first byte, as in a folder where others may make files."""
+    victim, file, unlink = tmp_path / "victim", tmp_path / "file", Path.unlink
+    victim.write_text("mine")
+
+    def planted(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        if path.name == ".file" and not os.path.lexists(path):
+            path.symlink_to(victim)
+
+    monkeypatch.setattr(Path, "unlink", planted)
+    with pytest.raises(InputError, match=r"could not be written: .*File exists"):
+        write_text(file, "text")
+    assert victim.read_text() == "mine" and not file.exists()
+
+
+def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+def test_the_body_writes_the_file_and_nothing_is_left_where_it_fails(tmp_path):
+    with replacing(tmp_path / "file") as part:
+        part.write_bytes(b"a longer one")
+    with pytest.raises(KeyError), replacing(tmp_path / "other"):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("made", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_read(tmp_path, made):
+    """A pipe would wait for a writer, and that device has no end."""
+    write_sealed(tmp_path / "sealed.json", {"a": 1})
+    assert read_sealed(tmp_path / "sealed.json") == {"a": 1}
+    made(tmp_path / "other")
+    with pytest.raises(OSError, match="other is no file"):
+        sha256(tmp_path / "other")
+    with pytest.raises(Damaged, match="other cannot be read: other is no file"):
+        read_sealed(tmp_path / "other")
+    with pytest.raises(Damaged, match="other is not there, or cannot be read"):
+        check_digests(tmp_path, {"other": "0"})
