@@ -36,29 +36,33 @@ from .records.report import Report
 from .rollout import Sampling, drop_long_prompts, encode_prompts, generate, make_sampling
 from .settings.config import TrainConfig
 from .settings.ranges import NOT_NEGATIVE, POSITIVE
+from .settings.units import COLUMN, FOLDER, LOGPROBS, MIB
 from .stops import token_named
 from .tasks.data import Problem, evaluation_sets, load_problems
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
 class CacheConfig(TrainConfig):
-    """Settings of `cmdp-fast cache-teacher`: those of a training, whose recipe gives the models and the task."""
+    """What it has beside the settings of a training, whose recipe gives the models and the task."""
 
     TRAINS: ClassVar[bool] = False
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *("output", "teacher", "student", "recipe", "task", "dataset", "completion_column", "logprobs", "dtype"),
+        *("shard_mb", "prompts_per_step", "num_generations", "max_new_tokens", "temperature", "seed"),
+    )
+    UNREAD: ClassVar[tuple[str, ...]] = ("reward", "budget", "step", "optimizer", "rollout", "evaluation")  # sections
 
-    output: str = ""
+    output: Annotated[str, FOLDER] = ""
     """Folder for what the teacher says; one that an earlier command has begun is gone on with."""
-    completion_column: str = ""
+    completion_column: Annotated[str, COLUMN] = ""
     """Column of the dataset with completions, instead of sampling them: a text, a list of token ids, or a list of
     several of either. A text gets the end of sequence behind it. What is longer than `max_new_tokens` is cut."""
-    logprobs: Annotated[int, NOT_NEGATIVE] = 0
+    logprobs: Annotated[int, NOT_NEGATIVE, LOGPROBS] = 0
     """Store so many of the teacher's largest log-probabilities of each token, which bound a divergence. 0: its hidden
     states, which give it."""
     dtype: Literal["", "bfloat16", "float32"] = ""
     """Store numbers in this dtype. Empty: hidden states as the teacher computes them, log-probabilities in float32."""
-    shard_mb: Annotated[int, POSITIVE] = 256
+    shard_mb: Annotated[int, POSITIVE, MIB] = 256
     """Size from which a file is complete; as much is held in memory."""
 
     def validate(self) -> None:
@@ -104,7 +108,7 @@ def cache_teacher(config: CacheConfig) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, report.say):
-        writer = CacheWriter(folder, contents, work.teacher, config.shard_mb * MIB)
+        writer = CacheWriter(folder, contents, work.teacher, config.shard_mb << 20)
         if writer.index.whole:
             report.say(f"{folder} is finished: {_described(writer)}")
             return folder
