@@ -46,7 +46,7 @@ def load() -> tuple[Any, str | None, str | None]:
             return None, *_missing()
         missing = re.search(r"lib[\w.+-]+\.so[\w.]*(?=: cannot open)", str(error))
         first = f"install {missing[0]} (of the system's packages), or " if missing else ""
-        return None, f"the native module cannot be loaded ({error})", first + _reinstall()
+        return None, f"the native module cannot be loaded ({error})", first + _reinstall(from_source=True)
     sources = _source_tree()
     # Python takes a submodule that is missing here from an editable installation of another folder, if there is one.
     if not sources and Path(module.__file__).resolve().parent != PACKAGE:
@@ -75,7 +75,7 @@ def _missing() -> tuple[str, str]:
     if not why and is_pure():
         return (
             "this is the pure-Python wheel, which has none",
-            f"install {COMPILER}, then {_reinstall()}",
+            f"install {COMPILER}, then {_reinstall(from_source=True)}",
         )
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return (
@@ -125,8 +125,9 @@ def _path_of(url: str) -> Path:
     return Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
 
 
-def _reinstall() -> str:
-    """The command that builds this installation again: a wheel that pip has cached may be one without kernels."""
+def _reinstall(from_source: bool = False) -> str:
+    """The command that builds this installation again: a wheel that pip has cached may be one without kernels.
+    ``from_source``: and so would be, or would not load, the one of the package index."""
     tree = _source_tree()
     if tree:
         return f"pip install --no-deps -e {shlex.quote(str(tree))}"
@@ -138,5 +139,5 @@ def _reinstall() -> str:
         return "build and install the wheel again"
     elif url.startswith("file:"):
         url = str(_path_of(url))
-    source = "--no-binary cmdp_fast " if url == "cmdp_fast" else ""  # no wheel of the index, which this one came from
+    source = "--no-binary cmdp_fast " if from_source and url == "cmdp_fast" else ""
     return f"pip install --no-cache-dir --force-reinstall --no-deps {source}{shlex.quote(url)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -36,10 +37,11 @@ def native_kernels() -> Iterator[Row]:
 def chosen() -> Iterator[Row]:
     """The backend that a call gets, by where its tensors are, and why the others are not there."""
     available = backends.available_backends()
-    on_cpu = backends.choose(None, torch.empty(1), "token_stats")
-    says = f"CPU tensors: {on_cpu}"
-    if torch.cuda.is_available():
-        says += f"; GPU tensors: {backends.choose(None, torch.empty(1, device='cuda'), 'token_stats')}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kernels that are not there, which is said above
+        says = f"CPU tensors: {backends.choose(None, torch.empty(1), 'token_stats')}"
+        if torch.cuda.is_available():
+            says += f"; GPU tensors: {backends.choose(None, torch.empty(1, device='cuda'), 'token_stats')}"
     yield Row(OK, "backend", says)
     for name in ("cuda", "triton"):
         if available[name] is not None:
