@@ -34,11 +34,13 @@ from .records.lock import alone_in
 from .records.origin import model_digest
 from .records.report import Report
 from .rollout import Sampling, drop_long_prompts, encode_prompts, generate, make_sampling
+from .settings import units
 from .settings.config import TrainConfig
 from .settings.ranges import NOT_NEGATIVE, POSITIVE
-from .settings.units import COLUMN, FOLDER, LOGPROBS, MIB
 from .stops import token_named
 from .tasks.data import Problem, evaluation_sets, load_problems
+
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,17 @@ class CacheConfig(TrainConfig):
     )
     UNREAD: ClassVar[tuple[str, ...]] = ("reward", "budget", "step", "optimizer", "rollout", "evaluation")  # sections
 
-    output: Annotated[str, FOLDER] = ""
+    output: Annotated[str, units.FOLDER] = ""
     """Folder for what the teacher says; one that an earlier command has begun is gone on with."""
-    completion_column: Annotated[str, COLUMN] = ""
+    completion_column: Annotated[str, units.COLUMN] = ""
     """Column of the dataset with completions, instead of sampling them: a text, a list of token ids, or a list of
     several of either. A text gets the end of sequence behind it. What is longer than `max_new_tokens` is cut."""
-    logprobs: Annotated[int, NOT_NEGATIVE, LOGPROBS] = 0
+    logprobs: Annotated[int, NOT_NEGATIVE, units.LOGPROBS] = 0
     """Store so many of the teacher's largest log-probabilities of each token, which bound a divergence. 0: its hidden
     states, which give it."""
     dtype: Literal["", "bfloat16", "float32"] = ""
     """Store numbers in this dtype. Empty: hidden states as the teacher computes them, log-probabilities in float32."""
-    shard_mb: Annotated[int, POSITIVE, MIB] = 256
+    shard_mb: Annotated[int, POSITIVE, units.MIB] = 256
     """Size from which a file is complete; as much is held in memory."""
 
     def validate(self) -> None:
@@ -108,7 +110,7 @@ def cache_teacher(config: CacheConfig) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, report.say):
-        writer = CacheWriter(folder, contents, work.teacher, config.shard_mb << 20)
+        writer = CacheWriter(folder, contents, work.teacher, config.shard_mb * MIB)
         if writer.index.whole:
             report.say(f"{folder} is finished: {_described(writer)}")
             return folder
