@@ -74,12 +74,12 @@ def _going_on(kind: type[Config], run: str, args: Sequence[str], prog: str, desc
         default = replace(default, student=str(Path(run) / "student"))
     config = settings_of(kind, args, prog, description, default)
     check_named_again(began, config, [*prog.split(), *args])
+    if not (config.TRAINS and config.task and config.dataset):  # one of which is a change, as is said below
+        check_source(config, default)
+        config.validate()
     if config.TRAINS:
         check_changes(began, config)
-    else:
-        check_source(config, default)
-    config.validate()
-    if not config.TRAINS and config.student == default.student and not Path(config.student).is_dir():
+    elif config.student == default.student and not Path(config.student).is_dir():
         raise InputError(f"--resume {config.resume}: there is no {config.student}; --student names another")
     check_unchanged(config, code)
     return config
