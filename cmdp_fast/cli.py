@@ -1,4 +1,5 @@
-"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `report`, `teacher`, `cache-teacher`, `bench`, `info`."""
+"""The command line: `cmdp-fast train`, `compare`, `evaluate`, `report`, `teacher`, `cache-teacher`, `bench`, `doctor`,
+`info`."""
 
 from __future__ import annotations
 
@@ -7,66 +8,50 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-COMMANDS = """\
-usage: cmdp-fast COMMAND [options]
+from cmdp_fast import __version__
+from cmdp_fast.errors import InputError, ProcessAlone, ProcessLost, without_controls
+from cmdp_fast.nearest import did_you_mean
+from cmdp_fast.terminal import beside, columns, message, show, wrapped
 
-commands:
-  train          distil a student from a teacher under a KL budget
-  compare        run several methods on one task with several seeds: a table and plots
-  evaluate       measure a student on held-out problems, with or without a teacher
-  report         put what trainings have written on a page: samples side by side, measures, a plot
-  teacher        serve a teacher's hidden states to trainers elsewhere
-  cache-teacher  store what a teacher says of completions, to train on them without it
-  bench          speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
-  info           versions, CPU features, kernel variant, threads and backends
-
-All but bench and info need the extra: pip install 'cmdp_fast[train]'.
-`cmdp-fast COMMAND --help` lists a command's options.
-"""
+COMMANDS = {
+    "train": "distil a student from a teacher under a KL budget",
+    "compare": "run several methods on one task with several seeds: a table and plots",
+    "evaluate": "measure a student on held-out problems, with or without a teacher",
+    "report": "put what trainings have written on a page: samples side by side, measures, a plot",
+    "teacher": "serve a teacher's hidden states to trainers elsewhere",
+    "cache-teacher": "store what a teacher says of completions, to train on them without it",
+    "bench": "speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')",
+    "doctor": "check this installation and its kernels; its output is what a bug report should hold",
+    "info": "versions, CPU features, kernel variant, threads and backends",
+}
+WITH_THE_EXTRA = ("train", "compare", "evaluate", "report", "teacher", "cache-teacher")
+NO_OPTIONS = ("doctor", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code.
 
-    0, 1 for a comparison of which a run failed, 2 for an input that the user has to change, 130 for an interrupt.
+    0, 1 for a comparison of which a run failed and where `doctor` finds a problem, 2 for an input that the user has to
+    change, 130 for an interrupt.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     if command in ("-h", "--help"):
-        print(COMMANDS, end="")
+        show(overview(columns(sys.stdout)), sys.stdout)
         return 0
-    if command == "info":
-        from .info import report
-
-        print(report())
+    if command in ("-V", "--version"):
+        print(f"cmdp-fast {__version__}")
         return 0
-    if command in ("train", "compare", "evaluate", "report", "teacher", "cache-teacher"):
-        return _with_the_extra(command, rest)
-    if command == "bench":
-        return _bench(rest)
-    print(
-        f"cmdp-fast: error: unknown command {command!r}\n{COMMANDS}" if command else COMMANDS, end="", file=sys.stderr
-    )
-    return 2
-
-
-def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
-    try:
-        from .errors import InputError, ProcessAlone, ProcessLost
-        from .trainer.records.report import quiet_libraries
-
-        if command != "report":  # which reads files alone, and imports none of them
-            quiet_libraries()
-        run = _runner(command)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("cmdp_fast"):
-            raise
-        extra = "which comes with the extra: pip install 'cmdp_fast[train]'"
-        print(f"cmdp-fast: error: {command} needs {error.name}, {extra}", file=sys.stderr)
+    if command not in COMMANDS:
+        hint = did_you_mean(command, COMMANDS) or " (cmdp-fast --help lists them)"
+        said = f"cmdp-fast: error: unknown command {command!r}{hint}" if command else overview(columns(sys.stderr))
+        show(message(without_controls(said), sys.stderr) if command else said, sys.stderr)
         return 2
-
     try:
-        return run(arguments)
+        if command in NO_OPTIONS:
+            return _without_options(command, rest)
+        return _bench(rest) if command == "bench" else _with_the_extra(command, rest)
     except InputError as error:
         if os.environ.get("CMDP_FAST_TRACEBACK") == "1":
             _tell_all("".join(traceback.format_exception(error)))  # of several processes one has the cause
@@ -78,12 +63,62 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
         return 130
 
 
-def _say(message: str, each_machine: bool = False, alone: bool = False) -> None:
+def overview(width: int) -> str:
+    """What `cmdp-fast --help` prints."""
+    lines = ["usage: cmdp-fast COMMAND [options]", "", "commands:"]
+    for name, says in COMMANDS.items():
+        lines += beside(name, says, width, len("  cache-teacher  "))
+    lines += ["", *wrapped("All but bench, doctor and info need the extra: pip install 'cmdp_fast[train]'.", width)]
+    lines += wrapped("`cmdp-fast COMMAND --help` has a command's options, `cmdp-fast --version` the version.", width)
+    return "\n".join(lines)
+
+
+def _without_options(command: str, arguments: Sequence[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        show("\n".join(wrapped(f"usage: cmdp-fast {command}: {COMMANDS[command]}", columns(sys.stdout))), sys.stdout)
+        return 0
+    if arguments:
+        raise InputError(f"{command} takes no options, not {arguments[0]}")
+    if command == "doctor":
+        from .doctor import doctor
+
+        return doctor()
+    from .info import report
+
+    show(report(), sys.stdout)
+    return 0
+
+
+class _Runner(NamedTuple):
+    """A command in two halves: nothing that is large is imported before the command line has been read."""
+
+    parse: Callable[[Sequence[str]], Any]
+    load: Callable[[], Callable[[Any, Sequence[str]], int]]
+
+
+def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
+    try:
+        runner = _runner(command)
+        settings = runner.parse(arguments)
+        if command != "report":  # which reads files alone, and imports none of them
+            from .trainer.records.report import quiet_libraries
+
+            quiet_libraries()
+        run = runner.load()
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("cmdp_fast"):
+            raise
+        extra = "which comes with the extra: pip install 'cmdp_fast[train]'"
+        raise InputError(f"{command} needs {error.name}, {extra}") from error
+    return run(settings, arguments)
+
+
+def _say(text: str, each_machine: bool = False, alone: bool = False) -> None:
     """Of several processes the first one speaks, of all or of `each_machine`: the others have the same to say
     (trainer/distributed.py), unless they have not met yet, or the one that speaks is lost. One that is `alone` with
     what it has to say speaks too."""
     if alone or os.environ.get("LOCAL_RANK" if each_machine else "RANK", "0") == "0":
-        _tell_all(f"cmdp-fast: {message}")
+        _tell_all(f"cmdp-fast: {text}")
 
 
 def _have_met() -> bool:
@@ -92,48 +127,58 @@ def _have_met() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _tell_all(message: str) -> None:
-    from cmdp_fast.errors import without_controls
-
-    print(without_controls(message), file=sys.stderr)
+def _tell_all(text: str) -> None:
+    show(message(without_controls(text), sys.stderr), sys.stderr)
 
 
-def _runner(command: str) -> Callable[[Sequence[str]], int]:
-    """The function that runs a command with its arguments and returns the exit code."""
+def _runner(command: str) -> _Runner:
+    """What reads a command's options, and what loads the function that runs it and returns the exit code."""
     if command == "compare":
-        from .trainer.comparison.compare import compare
         from .trainer.comparison.plan import parse_compare
 
-        return lambda arguments: 0 if compare(parse_compare(arguments), arguments) else 1
+        return _Runner(parse_compare, _load_compare)
     if command == "evaluate":
         from .trainer.evaluate_student import evaluate_student, parse_evaluate
 
-        return lambda arguments: _done(evaluate_student(parse_evaluate(arguments)))
+        return _Runner(parse_evaluate, lambda: lambda config, _: _done(evaluate_student(config)))
     if command == "report":
-        from .trainer.run_report.command import parse_report, write_report
+        from .trainer.run_report.settings import parse_report
 
-        return lambda arguments: _done(write_report(parse_report(arguments)))
+        return _Runner(parse_report, _load_report)
     if command == "teacher":
         from .trainer.serve_teacher import parse_teacher, serve_teacher
 
-        def serve(arguments: Sequence[str]) -> int:
-            serve_teacher(parse_teacher(arguments), arguments)
+        def serve(settings: Any, arguments: Sequence[str]) -> int:
+            serve_teacher(settings, arguments)
             return 0
 
-        return serve
+        return _Runner(parse_teacher, lambda: serve)
     if command == "cache-teacher":
         from .trainer.cache_teacher import cache_teacher, parse_cache
 
-        return lambda arguments: _done(cache_teacher(parse_cache(arguments)))
-    from .trainer.dry_run import dry_run
+        return _Runner(parse_cache, lambda: lambda config, _: _done(cache_teacher(config)))
     from .trainer.parse import parse
+
+    return _Runner(parse, _load_train)
+
+
+def _load_train() -> Callable[[Any, Sequence[str]], int]:
+    from .trainer.dry_run import dry_run
     from .trainer.run import train
 
-    def run(arguments: Sequence[str]) -> int:
-        config = parse(arguments)
-        return _done(dry_run(config) if config.dry_run else train(config))
+    return lambda config, _: _done(dry_run(config) if config.dry_run else train(config))
 
-    return run
+
+def _load_compare() -> Callable[[Any, Sequence[str]], int]:
+    from .trainer.comparison.compare import compare
+
+    return lambda config, arguments: 0 if compare(config, arguments) else 1
+
+
+def _load_report() -> Callable[[Any, Sequence[str]], int]:
+    from .trainer.run_report.command import write_report
+
+    return lambda config, _: _done(write_report(config))
 
 
 def _done(_: object) -> int:
@@ -143,14 +188,11 @@ def _done(_: object) -> int:
 def _bench(arguments: Sequence[str]) -> int:
     for needed in ("rich", "matplotlib"):
         if importlib.util.find_spec(needed) is None:
-            print(
-                f"cmdp-fast: error: bench needs {needed}, which comes with the extra: pip install 'cmdp_fast[bench]'",
-                file=sys.stderr,
-            )
-            return 2
-    from .bench.command import entry
+            raise InputError(f"bench needs {needed}, which comes with the extra: pip install 'cmdp_fast[bench]'")
+    from .bench.command import main as bench
 
-    return entry(arguments)
+    bench(arguments)
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.nearest import did_you_mean
 from cmdp_fast.own_code import described
 
 
@@ -26,7 +27,7 @@ def import_function(option: str, spec: str, built_in: Sequence[str] = ()) -> Cal
     module_name, colon, function_name = spec.rpartition(":")
     if not colon:
         neither = f"neither one of {', '.join(built_in)} nor" if built_in else "not"
-        raise InputError(f"{option} {spec}: {neither} module:function")
+        raise InputError(f"{option} {spec}: {neither} module:function{did_you_mean(spec, built_in)}")
     try:
         if module_name.endswith(".py"):
             loader = _FromSource(Path(module_name).stem, module_name)

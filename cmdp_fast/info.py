@@ -15,7 +15,8 @@ from cmdp_fast.ops.backends import available_backends
 _PACKAGES = ("cmdp_fast", "torch", "triton", "transformers", "datasets", "accelerate", "tyro", "reasoning-gym")
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The version of a package, or 'not installed'."""
     if package == "cmdp_fast":
         return __version__  # of the source that runs: a checkout may have no metadata, or old ones
     if package == "torch":
@@ -33,14 +34,14 @@ def machine() -> str:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     processor = f"{name or platform.processor() or 'unnamed processor'} ({platform.machine()})"
-    versions = ", ".join(f"{package} {_version(package)}" for package in ("cmdp_fast", "torch", "transformers"))
+    versions = ", ".join(f"{package} {version(package)}" for package in ("cmdp_fast", "torch", "transformers"))
     return f"{processor}, {os.cpu_count()} processors, python {platform.python_version()}, {versions}"
 
 
 def report() -> str:
     """Versions, processor features, the kernel variant chosen, threads, and which backends work."""
     lines = [f"python         {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    lines += [f"{package:<14} {_version(package)}" for package in _PACKAGES]
+    lines += [f"{package:<14} {version(package)}" for package in _PACKAGES]
     if native is None:
         lines.append(f"native module  absent{f'. To have it: {CURE}' if CURE else ''}")
     else:

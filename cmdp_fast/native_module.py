@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 import shlex
 import sys
 import sysconfig
@@ -43,7 +44,9 @@ def load() -> tuple[Any, str | None, str | None]:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cmdp_fast._C":
             return None, *_missing()
-        return None, f"the native module cannot be loaded ({error})", _reinstall()
+        missing = re.search(r"lib[\w.+-]+\.so[\w.]*(?=: cannot open)", str(error))
+        first = f"install {missing[0]} (of the system's packages), or " if missing else ""
+        return None, f"the native module cannot be loaded ({error})", first + _reinstall(from_source=True)
     sources = _source_tree()
     # Python takes a submodule that is missing here from an editable installation of another folder, if there is one.
     if not sources and Path(module.__file__).resolve().parent != PACKAGE:
@@ -62,12 +65,17 @@ def _missing() -> tuple[str, str]:
     failure = PACKAGE / FAILURE
     why = f": {failure.read_text(encoding='utf-8').strip()}" if failure.is_file() else ""
     tree = _source_tree()
-    hidden = next((path for _, path in _installations() if path != tree), None)
+    hidden = next((path for _, path in installations() if path != tree), None)
     if tree and hidden:
         return (
             f"the native module was not built in the source tree {tree}, which hides the installation in {hidden}{why}",
             f"run from another folder, or with PYTHONSAFEPATH=1 (python -P) from Python 3.11 on, or build it here: "
             f"{_reinstall()}",
+        )
+    if not why and is_pure():
+        return (
+            "this is the pure-Python wheel, which has none",
+            f"install {COMPILER}, then {_reinstall(from_source=True)}",
         )
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return (
@@ -89,7 +97,7 @@ def _source_tree() -> Path | None:
     return parent if all((parent / name).is_file() for name in ("csrc/CMakeLists.txt", "setup.py")) else None
 
 
-def _installations() -> list[tuple[dict[str, Any], Path]]:
+def installations() -> list[tuple[dict[str, Any], Path]]:
     """Where the package is installed on the search path: what pip noted of its origin (PEP 610), and the folder."""
     installations = []
     for distribution in importlib.metadata.distributions(name="cmdp_fast"):
@@ -102,16 +110,28 @@ def _installations() -> list[tuple[dict[str, Any], Path]]:
     return installations
 
 
+def is_pure() -> bool:
+    """Whether this is an installation of a wheel that holds no native module by choice, and not for want of a compiler:
+    a wheel for every machine."""
+    if _source_tree():
+        return False
+    for distribution in importlib.metadata.distributions(name="cmdp_fast"):
+        if Path(str(distribution.locate_file(""))).resolve() == PACKAGE.parent:
+            return "Root-Is-Purelib: true" in (distribution.read_text("WHEEL") or "")
+    return False
+
+
 def _path_of(url: str) -> Path:
     return Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
 
 
-def _reinstall() -> str:
-    """The command that builds this installation again: a wheel that pip has cached may be one without kernels."""
+def _reinstall(from_source: bool = False) -> str:
+    """The command that builds this installation again: a wheel that pip has cached may be one without kernels.
+    ``from_source``: and so would be, or would not load, the one of the package index."""
     tree = _source_tree()
     if tree:
         return f"pip install --no-deps -e {shlex.quote(str(tree))}"
-    origin = next((origin for origin, path in _installations() if path == PACKAGE.parent), {})
+    origin = next((origin for origin, path in installations() if path == PACKAGE.parent), {})
     url = origin.get("url", "cmdp_fast")
     if "vcs_info" in origin:
         url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
@@ -119,4 +139,5 @@ def _reinstall() -> str:
         return "build and install the wheel again"
     elif url.startswith("file:"):
         url = str(_path_of(url))
-    return f"pip install --no-cache-dir --force-reinstall --no-deps {shlex.quote(url)}"
+    source = "--no-binary cmdp_fast " if from_source and url == "cmdp_fast" else ""
+    return f"pip install --no-cache-dir --force-reinstall --no-deps {source}{shlex.quote(url)}"

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -17,36 +18,82 @@ from cmdp_fast.bench.peers import PEERS
 from cmdp_fast.bench.suite import Plan, run_case
 from cmdp_fast.bench.sweep import AXES, sweeps
 from cmdp_fast.errors import InputError
+from cmdp_fast.nearest import did_you_mean
+from cmdp_fast.terminal import beside, columns, wrapped
 
 DEVICES = ("cpu", "cuda")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are InputErrors, and its help has whole words."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError: argparse would print, and exit."""
+        raise InputError(message.removeprefix("argument "))
+
+    def format_help(self) -> str:
+        """The options, within the width of the terminal."""
+        width = columns(sys.stdout)
+        lines = wrapped("usage: cmdp-fast bench [OP ...] [options]", width)
+        lines += ["", *wrapped(self.description or "", width), ""]
+        for action in self._actions:
+            given = "" if action.nargs == 0 or not action.option_strings else f" {action.metavar}"
+            flag = f"{', '.join(action.option_strings) or 'OP ...'}{given}"
+            lines += beside(flag, action.help or "", width, 26)
+        return "\n".join([*lines, "", *wrapped(self.epilog or "", width), ""])
+
+
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cmdp-fast bench",
         description="Speed, memory and error of the operations beside other libraries' and the machine's floors.",
-        epilog=f"operations: {', '.join(OPS)}; shapes: {', '.join(SHAPES)}; peers: {', '.join(PEERS)}",
+        epilog=f"Operations: {', '.join(OPS)}. Shapes: {', '.join(SHAPES)}. Peers: {', '.join(PEERS)}.",
         allow_abbrev=False,
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help="operations (default: all)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--shapes", help="comma-separated (default: each operation's own)")
-    parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, float16, comma-separated")
-    parser.add_argument("--peers", default=",".join(PEERS), help="peers to measure beside ours (default: all), or none")
-    parser.add_argument("--repeat", type=int, default=9, help="rounds (default: 9)")
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out memory (a process per variant)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what has changed since that run")
-    parser.add_argument("--sweep", help=f"instead of cases, scaling along one of {', '.join(AXES)}")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files here")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--shapes", metavar="NAMES", help="comma-separated (default: each operation's own)")
+    parser.add_argument(
+        "--dtype",
+        default="float32,bfloat16",
+        metavar="NAMES",
+        help="some of float32, bfloat16, float16, comma-separated (default: float32,bfloat16)",
+    )
+    parser.add_argument(
+        "--peers",
+        default=",".join(PEERS),
+        metavar="NAMES",
+        help="peers to measure beside ours, comma-separated, or none (default: all)",
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=9, metavar="ROUNDS", help="times that all is measured (default: 9 rounds)"
+    )
+    parser.add_argument("--threads", type=int, metavar="THREADS", help="threads of PyTorch (default: its own choice)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory, which takes a process per variant")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here (default: nowhere)")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="print what has changed since that run (default: nothing)"
+    )
+    parser.add_argument(
+        "--sweep", metavar="AXIS", help=f"instead of cases, scaling along one of {', '.join(AXES)} (default: cases)"
+    )
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw PNG files here (default: nowhere)")
     return parser
+
+
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options on a command line. Raises InputError for those that do not exist."""
+    options, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        known = [name for action in parser()._actions for name in action.option_strings]
+        raise InputError(f"{unknown[0]}: there is no such option{did_you_mean(unknown[0].partition('=')[0], known)}")
+    return options
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the command. Raises InputError for arguments that cannot be used, before any work is done."""
-    options = parser().parse_args(arguments)
+    options = options_of(arguments)
     plan = plan_of(options)
     old = results.read(options.compare) if options.compare else None
     for path in (options.json, options.plots):
@@ -103,7 +150,7 @@ def _names(option: str, given: str, known: Collection[str]) -> tuple[str, ...]:
 def _among(option: str, names: Sequence[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
-            raise InputError(f"{option} {name!r} is unknown; expected {', '.join(known)}")
+            raise InputError(f"{option} {name!r} is unknown; expected {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def _cases(plan: Plan, run: results.BenchmarkRun, screen: show.Screen) -> Iterator[None]:
@@ -125,16 +172,3 @@ def _sweep(plan: Plan, axis: str, run: results.BenchmarkRun, screen: show.Screen
         run.sweeps.append(sweep)
         screen.sweep(sweep)
         yield
-
-
-def entry(arguments: Sequence[str]) -> int:
-    """Runs `cmdp-fast bench` and returns the exit code."""
-    try:
-        main(arguments)
-    except InputError as error:
-        print(f"cmdp-fast: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("cmdp-fast: interrupted", file=sys.stderr)
-        return 130
-    return 0

@@ -34,6 +34,7 @@ from .records.lock import alone_in
 from .records.origin import model_digest
 from .records.report import Report
 from .rollout import Sampling, drop_long_prompts, encode_prompts, generate, make_sampling
+from .settings import units
 from .settings.config import TrainConfig
 from .settings.ranges import NOT_NEGATIVE, POSITIVE
 from .stops import token_named
@@ -44,21 +45,26 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class CacheConfig(TrainConfig):
-    """Settings of `cmdp-fast cache-teacher`: those of a training, whose recipe gives the models and the task."""
+    """What it has beside the settings of a training, whose recipe gives the models and the task."""
 
     TRAINS: ClassVar[bool] = False
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *("output", "teacher", "student", "recipe", "task", "dataset", "completion_column", "logprobs", "dtype"),
+        *("shard_mb", "prompts_per_step", "num_generations", "max_new_tokens", "temperature", "seed"),
+    )
+    UNREAD: ClassVar[tuple[str, ...]] = ("reward", "budget", "step", "optimizer", "rollout", "evaluation")  # sections
 
-    output: str = ""
+    output: Annotated[str, units.FOLDER] = ""
     """Folder for what the teacher says; one that an earlier command has begun is gone on with."""
-    completion_column: str = ""
+    completion_column: Annotated[str, units.COLUMN] = ""
     """Column of the dataset with completions, instead of sampling them: a text, a list of token ids, or a list of
     several of either. A text gets the end of sequence behind it. What is longer than `max_new_tokens` is cut."""
-    logprobs: Annotated[int, NOT_NEGATIVE] = 0
+    logprobs: Annotated[int, NOT_NEGATIVE, units.LOGPROBS] = 0
     """Store so many of the teacher's largest log-probabilities of each token, which bound a divergence. 0: its hidden
     states, which give it."""
     dtype: Literal["", "bfloat16", "float32"] = ""
     """Store numbers in this dtype. Empty: hidden states as the teacher computes them, log-probabilities in float32."""
-    shard_mb: Annotated[int, POSITIVE] = 256
+    shard_mb: Annotated[int, POSITIVE, units.MIB] = 256
     """Size from which a file is complete; as much is held in memory."""
 
     def validate(self) -> None:

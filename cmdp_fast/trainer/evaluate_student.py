@@ -31,6 +31,7 @@ from .run import make_collector
 from .settings.config import TrainConfig
 from .settings.ranges import NOT_NEGATIVE, SEED
 from .settings.recipe import read_recipe
+from .settings.units import FILE, FOLDER, NUMBER, WHOLE
 from .tasks.data import Problem, evaluation_sets, held_out_alone
 
 Figures = dict[str, float]
@@ -38,22 +39,27 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class EvaluateConfig(TrainConfig):
-    """Settings of `cmdp-fast evaluate`: those of a training, whose recipe gives the task and the budget."""
+    """What an evaluation has beside the settings of a training, whose recipe gives the task and the budget."""
 
     REQUIRED_MODELS: ClassVar[tuple[str, ...]] = ("student",)
     TRAINS: ClassVar[bool] = False
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *("student", "teacher", "resume", "recipe", "task", "dataset", "eval_dataset", "eval_split", "held_out"),
+        *("rewards", "budget", "max_new_tokens", "temperature", "eval_prompts", "eval_generations", "seeds", "json"),
+    )
+    UNREAD: ClassVar[tuple[str, ...]] = ("step", "optimizer")  # sections
 
-    temperature: Annotated[float, NOT_NEGATIVE] = 1.0
+    temperature: Annotated[float, NOT_NEGATIVE, NUMBER] = 1.0
     """Temperature of the sampling. 0: the most likely token each time; divergences are then those of the policy at
     temperature 1."""
     held_out: bool = False
     """Of a dataset without `eval_split`, evaluate only the part that a training with these settings holds out."""
-    resume: str = ""
+    resume: Annotated[str, FOLDER] = ""
     """Folder of a run, whose settings are taken: its `student/` is evaluated (`student` names another) on what the run
     was evaluated on. Code that it names runs only if you name it again, in the same words."""
-    seeds: tuple[int, ...] = ()
+    seeds: Annotated[tuple[int, ...], WHOLE] = ()
     """Seeds of the sampling; of several the mean is shown, and the standard deviation. Empty: a training's own."""
-    json: str = ""
+    json: Annotated[str, FILE] = ""
     """File for the figures, beside the table on the terminal."""
 
     def validate(self) -> None:

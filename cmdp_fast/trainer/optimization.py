@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.nearest import did_you_mean
 
 from .settings.config import TrainConfig
 
@@ -46,7 +47,9 @@ def _optimizer_class(config: TrainConfig) -> tuple[Callable[..., torch.optim.Opt
 
     name = config.optim
     if name not in (known := [each.value for each in OptimizerNames]):
-        raise InputError(f"--optim {name}: not in transformers' list, which is {', '.join(known)}")
+        raise InputError(
+            f"--optim {name}: not in transformers' list, which is {', '.join(known)}{did_you_mean(name, known)}"
+        )
     for part, reason in _UNUSABLE.items():
         if part in name:
             raise InputError(f"--optim {name} cannot be used here: it {reason}")

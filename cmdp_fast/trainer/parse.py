@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
 from cmdp_fast.errors import InputError
 
+from .command_line.parsing import FirstLook, settings_of
 from .distributed import of_main, together
 from .launch import launched, meet
 from .records.resume import Begun, check_changes, read_config, spread_again
@@ -24,6 +23,7 @@ from .records.trust import check_named_again, check_unchanged, without_code
 from .settings.config import TrainConfig
 from .settings.recipe import read_recipe
 from .settings.several import with_one_teacher
+from .settings.source import check_source
 from .settings.unread import changed, check_read
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -37,10 +37,10 @@ def parse(args: Sequence[str], prog: str = "cmdp-fast train") -> TrainConfig:
 def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: str) -> Config:
     """The configuration that the command line asks for, validated.
 
-    Raises InputError for settings that cannot work; tyro itself exits with code 2 on options that do not exist.
+    Raises InputError for options that do not exist and settings that cannot work.
     """
     args = with_one_teacher(args)
-    first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    first = FirstLook(prog)
     first.add_argument("--recipe", default="quickstart")
     first.add_argument("--method", default="")
     first.add_argument("--resume", default="")
@@ -48,7 +48,8 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
     base, _ = first.parse_known_args(list(args))
     if not base.resume:
         default = kind(**vars(read_recipe(base.recipe, base.method, base.fast)))
-        config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
+        config = settings_of(kind, args, prog, description, default)
+        check_source(config, default)
         config.validate()
         if config.TRAINS:
             check_read(config, changed(config, default))
@@ -71,9 +72,11 @@ def _going_on(kind: type[Config], run: str, args: Sequence[str], prog: str, desc
     default = kind(**vars(without_code(began)))
     if not kind.TRAINS:  # what the run has made, and not what it began with
         default = replace(default, student=str(Path(run) / "student"))
-    config = tyro.cli(kind, prog=prog, description=description, default=default, args=list(args))
+    config = settings_of(kind, args, prog, description, default)
     check_named_again(began, config, [*prog.split(), *args])
-    config.validate()
+    if not (config.TRAINS and config.task and config.dataset):  # one of which is a change, as is said below
+        check_source(config, default)
+        config.validate()
     if config.TRAINS:
         check_changes(began, config)
     elif config.student == default.student and not Path(config.student).is_dir():

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
-import tyro
 
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.teachers.in_process import TeacherInProcess
@@ -18,6 +17,7 @@ from cmdp_fast.teachers.prefix_cache import PrefixCachedTeacher
 from cmdp_fast.teachers.served.client import read_token
 from cmdp_fast.teachers.served.server import TeacherServer
 
+from .command_line.parsing import settings_of
 from .interrupts import Interrupts
 from .models.pair import load_alone
 from .records.origin import model_digest
@@ -25,6 +25,7 @@ from .records.report import Report
 from .settings.config import check_choices, check_ranges
 from .settings.ranges import NOT_NEGATIVE, POSITIVE, Range
 from .settings.recipe import read_recipe
+from .settings.units import ADDRESS, FILE, MIB, MODEL, NAME, PROCESSES, TOKENS, WHOLE
 from .stops import end_tokens
 from .tasks.data import load_problems
 from .teacher_ranks import meet, rank, ranks
@@ -37,34 +38,34 @@ EVERY = 10.0  # seconds between two lines on a terminal
 class ServeSettings:
     """Settings of `cmdp-fast teacher`."""
 
-    model: str = ""
+    model: Annotated[str, MODEL] = ""
     """Hub id or folder of the teacher, or `builtin:arithmetic-teacher`, `builtin:smollm2`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What it computes with. auto: as its files have it. A training with `mixed_precision no` holds its own teacher in
     float32, one with `bf16` in bfloat16."""
-    device: str = ""
+    device: Annotated[str, NAME] = ""
     """Where it computes, such as `cuda:1`. Empty: on a GPU where there is one."""
-    attn_implementation: str = ""
+    attn_implementation: Annotated[str, NAME] = ""
     """How it computes attention, by transformers' name. Empty: as transformers chooses."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Weights are read from safetensors files only, with either value."""
-    recipe: str = "quickstart"
+    recipe: Annotated[str, NAME] = "quickstart"
     """The recipe whose task a `builtin:arithmetic-teacher` has learned."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, ADDRESS] = "127.0.0.1"
     """Address to listen at. Any but this machine's own needs a `token_file`."""
-    port: Annotated[int, PORT] = 8765
+    port: Annotated[int, PORT, WHOLE] = 8765
     """Port to listen at. 0: any that is free, which the first line names."""
-    socket: str = ""
+    socket: Annotated[str, FILE] = ""
     """A Unix socket to listen at in place of host and port; only its owner may open it."""
-    token_file: str = ""
+    token_file: Annotated[str, FILE] = ""
     """File with the word that trainers have to bring (their `teacher_token_file`), 8 characters at least."""
-    batch_tokens: Annotated[int, POSITIVE] = 1 << 16
+    batch_tokens: Annotated[int, POSITIVE, TOKENS] = 1 << 16
     """Tokens that the model reads at once, each row counted as long as the longest. A question of more is read in
     several batches, one of less just as it was asked."""
-    prefix_cache_mb: Annotated[int, NOT_NEGATIVE] = 0
-    """Megabytes for the keys and values of prompts, which their completions share: a prompt is read once, and the
+    prefix_cache_mb: Annotated[int, NOT_NEGATIVE, MIB] = 0
+    """Memory for the keys and values of prompts, which their completions share: a prompt is read once, and the
     results are those of whole rows but for rounding. For models whose every layer attends to all tokens. 0: none."""
-    tensor_parallel: Annotated[int, POSITIVE] = 1
+    tensor_parallel: Annotated[int, POSITIVE, PROCESSES] = 1
     """Processes that hold the model together, each a part of every layer, by transformers' own plan; on GPUs one each,
     the first of `CUDA_VISIBLE_DEVICES`."""
     merge: bool = False
@@ -73,10 +74,10 @@ class ServeSettings:
 
 
 def parse_teacher(args: Sequence[str], prog: str = "cmdp-fast teacher") -> ServeSettings:
-    """The settings that the command line asks for. Raises InputError for those that cannot work; tyro itself exits with
-    code 2 on options that do not exist."""
+    """The settings that the command line asks for. Raises InputError for options that do not exist and settings that
+    cannot work."""
     description = "Serve a teacher's hidden states: `cmdp-fast train --teacher served:http://HOST:PORT` asks for them."
-    settings = tyro.cli(ServeSettings, prog=prog, description=description, args=list(args))
+    settings = settings_of(ServeSettings, args, prog, description)
     check_ranges(settings)
     check_choices(settings)
     if not settings.model:

@@ -320,3 +320,41 @@ def test_a_warning_that_is_an_error_does_not_go_away(tree):
         "for _ in range(2):\n    try:\n        cf.divergence(x, x)\n    except RuntimeWarning:\n        print('said')"
     )
     assert python(tree, twice).stdout.split() == ["said", "said"]
+
+
+def test_a_wheel_without_kernels_by_choice_says_so(tmp_path, monkeypatch):
+    """One for every machine: another installation of the same wheel would bring no kernels either."""
+    package, about = tmp_path / "cmdp_fast", tmp_path / "cmdp_fast-9.dist-info"
+    package.mkdir()
+    about.mkdir()
+    (package / "__init__.py").touch()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: cmdp_fast\nVersion: 9\n")
+    monkeypatch.setattr(native_module, "PACKAGE", package)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (about / "WHEEL").write_text("Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp311-cp311-linux_x86_64\n")
+    assert not native_module.is_pure() and native_module._missing()[0].startswith("the native module was not built for")
+    (about / "WHEEL").write_text("Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    problem, cure = native_module._missing()
+    assert native_module.is_pure() and problem == "this is the pure-Python wheel, which has none"
+    assert cure.startswith("install a C++20 compiler") and "--no-binary cmdp_fast cmdp_fast" in cure
+    (package / FAILURE).write_text("no C++ compiler was found")
+    assert native_module._missing()[0] == "the native module was not built: no C++ compiler was found"
+
+
+@pytest.mark.parametrize(
+    "error, first",
+    [
+        ("libgomp.so.1: cannot open shared object file: No such file or directory", "install libgomp.so.1 (of the sys"),
+        ("/x/_C.so: invalid ELF header", "pip install "),
+    ],
+)
+def test_a_module_that_cannot_be_loaded_has_a_cure(monkeypatch, error, first):
+    def fails(name, *given):
+        if (given and given[2] == ("_C",)) or name == "cmdp_fast._C":
+            raise ImportError(error)
+        return real(name, *given)
+
+    real = __import__
+    monkeypatch.setattr("builtins.__import__", fails)
+    module, problem, cure = native_module.load()
+    assert module is None and problem == f"the native module cannot be loaded ({error})" and cure.startswith(first)

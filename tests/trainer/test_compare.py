@@ -225,7 +225,7 @@ def test_a_run_that_fails_costs_itself(recipe, tmp_path, capsys, forked):
 
 
 REFUSED = {
-    "method": ("cmpd", "--method cmpd: neither"),
+    "method": ("cmpd", "--methods cmpd: neither"),
     "setting": ("cmdp:bugdet=1", "no setting named 'bugdet'"),
     "value": ("cmdp:budget=much", "budget must be float"),
     "value out of range": ("cmdp:budget=-1", "--methods cmdp:budget=-1: --budget must be a positive number"),

@@ -334,6 +334,7 @@ def test_changes_that_would_make_it_another_run(pair, tmp_path, uninterrupted, c
     for option, complaint in (
         ("--budget=3", "--budget 3.0"),
         ("--seed=1", "--seed 1"),
+        ("--task=chain_sum", f"--task chain_sum: {folder} began with nothing, and a run goes on as it began"),
         ("--steps=8", "cosine learning rate"),
     ):
         assert main(["train", f"--resume={folder}", option]) == 2

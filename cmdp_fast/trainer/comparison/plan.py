@@ -7,19 +7,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import tyro
+from typing import Annotated, Any, NamedTuple
 
 from cmdp_fast.digest import Damaged
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
 
+from ..command_line.parsing import settings_of
 from ..records.ending import finished_summary
 from ..settings.config import TrainConfig
 from ..settings.ranges import SEED
 from ..settings.recipe import NOT_TOML, read_recipe, tomllib
 from ..settings.recorded import recorded
+from ..settings.units import FOLDER, FUNCTION, METHOD, NAME, RUNS, WHOLE
 from ..settings.unread import changed, check_read
 from ..settings.values import typed
 
@@ -41,29 +41,29 @@ REFERENCES = {"teacher": "teacher", "student_before": "student before"}
 class CompareConfig:
     """Settings of `cmdp-fast compare`."""
 
-    study: str = ""
-    """A study in place of `recipe` and `methods`: many situations and methods, out of a TOML file of the package by
-    name (transfer, per-completion, faulty-teacher, longer, ablations) or by path. Its figures are kept in `runs.jsonl`,
+    study: Annotated[str, NAME] = ""
+    """A study in place of `recipe` and `methods`, by name or by the path of a TOML file: transfer, per-completion,
+    faulty-teacher, longer, ablations. It has many situations and methods. Its figures are kept in `runs.jsonl`,
     and what stands there is not run again."""
-    recipe: str = "tempting"
-    """The task: a recipe of the package by name, or a path to a TOML file."""
+    recipe: Annotated[str, NAME] = "tempting"
+    """The task, by a recipe's name or the path of a TOML file."""
     fast: bool = False
     """With the settings of the recipe's table `[fast]`, to see in some minutes what it shows."""
-    methods: tuple[str, ...] = DEFAULT_METHODS
-    """Methods as `train --method` takes them, each followed by the settings that it changes in the recipe, if any:
+    methods: Annotated[tuple[str, ...], METHOD] = DEFAULT_METHODS
+    """Methods as `train --method` takes them, with the settings that each changes in the recipe, if any. For example
     `cmdp`, `lagrangian:coefficient=0.05`, `cmdp:budget=1.0,penalty=2`."""
-    seeds: tuple[int, ...] = ()
+    seeds: Annotated[tuple[int, ...], WHOLE] = ()
     """Seeds of the training; every method is run with each. Empty: 0, 1 and 2, or those of the study."""
-    jobs: int = 0
+    jobs: Annotated[int, RUNS] = 0
     """Runs at a time, between which the processors are divided. 0: one per processor, or one where there is a GPU."""
-    output_dir: str = ""
+    output_dir: Annotated[str, FOLDER] = ""
     """Folder of the results and of the runs. Empty: `comparisons/` and the recipe's name, with `-fast` behind it, or
     `study-` and the study's."""
-    judge: str = ""
-    """The judge that compares completions of the same held-out problems in pairs: `programmatic` (the right answer
+    judge: Annotated[str, FUNCTION] = ""
+    """The judge that compares completions of the same held-out problems in pairs. `programmatic` (the right answer
     first, then sound steps, then brevity), or your function as `module:function` or `path/file.py:function`. Empty:
     none."""
-    judge_against: str = "teacher"
+    judge_against: Annotated[str, NAME] = "teacher"
     """The completions that the judge compares a method's with: those of `teacher`, `student_before`, or one of
     `methods`."""
 
@@ -103,9 +103,9 @@ class Result:
 
 
 def parse_compare(args: Sequence[str], prog: str = "cmdp-fast compare") -> CompareConfig:
-    """The settings on the command line. tyro itself exits with code 2 on options that do not exist."""
+    """The settings on the command line. Raises InputError for options that do not exist."""
     description = "Compare methods on one task, several seeds of each, in a table and in plots."
-    return tyro.cli(CompareConfig, prog=prog, description=description, args=list(args))
+    return settings_of(CompareConfig, args, prog, description)
 
 
 def folder_of(config: CompareConfig) -> Path:
@@ -195,7 +195,10 @@ def variant(spec: str, recipe: str, fast: bool = False) -> Variant:
     """The variant that a spec names, on a recipe, with its table ``fast`` or without. Raises InputError if none."""
     source = f"--methods {spec}"
     method, changes, overrides = spec_of(spec, source)
-    base = read_recipe(recipe, method, fast)
+    try:
+        base = read_recipe(recipe, method, fast)
+    except InputError as error:
+        raise InputError(str(error).replace(f"--method {method}:", f"{source}:", 1)) from error
     config = replace(base, **overrides)
     try:
         check_config(config, base)

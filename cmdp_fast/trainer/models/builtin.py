@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.nearest import did_you_mean
 
 from ..records.report import Report
 from ..settings.config import TrainConfig
@@ -84,7 +85,7 @@ RECIPES = {
 def builtin_folder(name: str, config: TrainConfig, train: Sequence[Problem], report: Report) -> Path:
     """The folder with a built-in model for this task, made now if it is not in the cache, or not as it was made."""
     if name not in RECIPES:
-        raise InputError(f"there is no model {name}, only {' and '.join(RECIPES)}")
+        raise InputError(f"there is no model {name}, only {' and '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     if not all("expression" in row.get("metadata", {}) and isinstance(row["prompt"], str) for row in train):
         raise InputError(f"{name} only learns reasoning-gym tasks that are sums (basic_arithmetic, chain_sum)")
     recipe = RECIPES[name]

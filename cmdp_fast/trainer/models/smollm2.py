@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.nearest import did_you_mean
 
 from ..records.report import Report
 from .cache import cache_dir, damage, made_once
@@ -40,7 +41,7 @@ def smollm2_folder(name: str, report: Report) -> Path:
     Raises InputError for another name, and if the package or its reader is not installed.
     """
     if name not in NAMES:
-        raise InputError(f"there is no model {name}, only {' and '.join(NAMES)}")
+        raise InputError(f"there is no model {name}, only {' and '.join(NAMES)}{did_you_mean(name, NAMES)}")
     folder = cache_dir() / f"{name.removeprefix('builtin:')}-{FORMAT}"
     if damage(folder) is None:
         return folder

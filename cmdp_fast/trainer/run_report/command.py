@@ -1,15 +1,10 @@
-"""`cmdp-fast report`: the settings, and what is read, made and written, in this order."""
+"""`cmdp-fast report`: what is read, made and written, in this order."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from cmdp_fast.errors import InputError, first_line, readable
 from cmdp_fast.files import replacing, write_text, writing
@@ -23,30 +18,11 @@ from .measures import rows_of
 from .page import page_of
 from .plot import DARK, LIGHT, plot_png
 from .runs import read_runs
+from .settings import ReportConfig
 from .words import counted
 
 MOST_PROMPTS = 200
 PAGE, MARKDOWN, PLOT = "samples.html", "samples.md", "reward_against_kl.png"
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Settings of `cmdp-fast report`."""
-
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Folders of trainings, or of comparisons, all of whose runs are taken."""
-    output_dir: str = "report"
-    """Folder of the page (`samples.html`), of the same as Markdown (`samples.md`) and of the plot."""
-    prompts: int = 20
-    """Prompts of which the completions are shown, out of those that all runs have."""
-    seed: int = 0
-    """Decides which prompts these are."""
-
-
-def parse_report(args: Sequence[str], prog: str = "cmdp-fast report") -> ReportConfig:
-    """The settings on the command line. tyro itself exits with code 2 on options that do not exist."""
-    description = "Put what trainings have written on a page: a plot, a table of measures, completions side by side."
-    return tyro.cli(ReportConfig, prog=prog, description=description, args=list(args))
 
 
 def write_report(config: ReportConfig) -> Path:

@@ -6,38 +6,39 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from .ranges import FROM_0_TO_1, NOT_NEGATIVE, POSITIVE
+from .units import FRACTION, GAINS, NAMED_NATS, NATS, NATS_PER_TOKEN, PRICE, REWARDS, STEPS
 
 
 @dataclass(frozen=True)
 class BudgetSettings:
     """The constraint: cost, budget and the modified reward."""
 
-    budget: Annotated[float, POSITIVE] = 2.0
-    """The cumulative cost that a completion may have, in nats."""
-    teacher_budgets: tuple[str, ...] = ()
+    budget: Annotated[float, POSITIVE, NATS] = 2.0
+    """The cumulative cost that a completion may have."""
+    teacher_budgets: Annotated[tuple[str, ...], NAMED_NATS] = ()
     """The budget of the completions of each teacher, of several, as `NAME=NATS`; of one that is not named `budget`."""
     budget_per_token: bool = False
     """The budget is in nats per token of the completion, so that a long one may spend more."""
-    budget_start: Annotated[float, NOT_NEGATIVE] = 0.0
+    budget_start: Annotated[float, NOT_NEGATIVE, NATS] = 0.0
     """The budget at the first step, from which it goes to `budget` in a straight line over `budget_steps`."""
-    budget_steps: Annotated[int, NOT_NEGATIVE] = 0
+    budget_steps: Annotated[int, NOT_NEGATIVE, STEPS] = 0
     """Length of that schedule. 0: the budget is `budget` from the beginning. Evaluations always use `budget`."""
-    prefix_budget: Annotated[float, NOT_NEGATIVE] = 0.0
+    prefix_budget: Annotated[float, NOT_NEGATIVE, NATS_PER_TOKEN] = 0.0
     """The bound, in nats per token, on the teacher's mean negative log-likelihood over any prefix of a completion.
     `worst_case` keeps to it, and `prefix_satisfaction` reports it. 0: neither."""
     cost: Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"] = "reverse_kl"
     """Cost of a token. The first three are exact divergences with a direct gradient."""
-    cost_clamp: Annotated[float, NOT_NEGATIVE] = 0.0
+    cost_clamp: Annotated[float, NOT_NEGATIVE, NATS] = 0.0
     """The largest size in nats of a token's cost, for k1, k3 and nll: k3 of a single token may be 1e13. 0: as it is."""
-    jsd_beta: Annotated[float, FROM_0_TO_1] = 0.5
+    jsd_beta: Annotated[float, FROM_0_TO_1, FRACTION] = 0.5
     """Beta of the cost `jsd` and of the loss of `gkd`: 0 is forward KL, 1 reverse KL."""
     kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = "cmdp"
     """The modified reward: the price of being over the budget."""
-    penalty: Annotated[float, NOT_NEGATIVE] = 1.0
+    penalty: Annotated[float, NOT_NEGATIVE, REWARDS] = 1.0
     """Paid for crossing the budget (cmdp: once; saute, worst_case: at each token from there on), in `reward_unit`."""
-    discrepancy_weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    discrepancy_weight: Annotated[float, NOT_NEGATIVE, PRICE] = 1.0
     """Price of a nat over the budget (cmdp, hinge), in `reward_unit`."""
-    budget_price: Annotated[float, NOT_NEGATIVE] = 0.5
+    budget_price: Annotated[float, NOT_NEGATIVE, REWARDS] = 0.5
     """What spending the whole budget costs (cmdp, hinge): a nat costs so much divided by `budget`, within the budget
     too, whatever a schedule or a teacher of its own has for a budget; with `budget_per_token` divided by that of
     `max_new_tokens`. 0: nothing, as in the paper."""
@@ -46,12 +47,12 @@ class BudgetSettings:
     between the best and the worst task reward of the run so far, so that they mean the same whatever the task pays, and
     n = 1 is the most that a violation can gain. one: the task's reward as it is. auto: range, and one for lagrangian,
     whose coefficient is then what other trainers call beta."""
-    coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
+    coefficient: Annotated[float, NOT_NEGATIVE, PRICE] = 0.0
     """The multiplier of lagrangian (0: the task's reward alone), that from which pid's controller starts, the weight of
     the barrier, or that of k3 in the loss of kl_loss."""
     kl_loss_correction: bool = False
     """Whether kl_loss multiplies k3 by the ratio of the student to itself at the sampling, and differentiates that too:
     the gradient is then that of reverse KL at each state. TRL 1.16 does so unless `use_bias_correction_kl=False`."""
-    pid_gains: tuple[float, float, float] = (0.1, 0.01, 0.01)
+    pid_gains: Annotated[tuple[float, float, float], GAINS] = (0.1, 0.01, 0.01)
     """Proportional, integral and derivative gain of the pid controller, which sets lambda by a step's completions
     before the update; per nat by which their mean cost exceeds their mean budget."""

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hi
 import regex
 
 from cmdp_fast.errors import InputError
+from cmdp_fast.nearest import did_you_mean
 from cmdp_fast.teachers.open import is_asked
 
 from ..methods import METHODS, MethodEntry
@@ -22,13 +23,16 @@ from .asked import check_teacher
 from .budget import BudgetSettings
 from .completion import CompletionSettings
 from .evaluation import EvaluationSettings
+from .memory import MemorySettings
 from .models import ModelSettings
+from .optimizer import OptimizerSettings
 from .precision import faster_precision
 from .random_weights import check_random_weights
 from .ranges import Range
 from .reward import RewardSettings
 from .rollout import RolloutSettings, check_rollout
 from .run import RunSettings
+from .sampling import SamplingSettings
 from .several import check_several
 from .step import StepSettings
 from .task import TaskSettings
@@ -41,9 +45,12 @@ Config = TypeVar("Config", bound="TrainConfig")
 @dataclass(frozen=True)
 class TrainConfig(
     EvaluationSettings,
-    CompletionSettings,
     RolloutSettings,
+    MemorySettings,
+    OptimizerSettings,
     StepSettings,
+    CompletionSettings,
+    SamplingSettings,
     BudgetSettings,
     RewardSettings,
     TaskSettings,
@@ -54,6 +61,10 @@ class TrainConfig(
 
     REQUIRED_MODELS: ClassVar[tuple[str, ...]] = ("student", "teacher")
     TRAINS: ClassVar[bool] = True  # or evaluates alone
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (  # what `--help` shows
+        *("recipe", "method", "fast", "student", "teacher", "task", "dataset", "rewards", "budget", "steps"),
+        *("max_new_tokens", "learning_rate", "mixed_precision", "lora_rank", "seed", "name", "resume", "dry_run"),
+    )
 
     def validate(self) -> None:
         """Raises InputError on the first value that cannot work; no model or dataset is touched."""
@@ -246,7 +257,8 @@ def check_choices(config: object) -> None:
     for name, kind in get_type_hints(type(config)).items():
         choices, value = get_args(kind), getattr(config, name)
         if get_origin(kind) is Literal:
-            _check(value in choices, f"--{_flag(name)} must be one of {', '.join(choices)}, not {value}")
+            meant = did_you_mean(str(value), filter(None, choices))
+            _check(value in choices, f"--{_flag(name)} must be one of {', '.join(choices)}, not {value}{meant}")
         elif choices and get_origin(choices[0]) is Literal:
             for item in value:
                 allowed = get_args(choices[0])

@@ -1,4 +1,4 @@
-"""Student and teacher: where they come from and in what form they are held."""
+"""Student and teacher: where they come from, how they are held."""
 
 from __future__ import annotations
 
@@ -6,52 +6,49 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from .ranges import NOT_NEGATIVE, POSITIVE
+from .units import COLUMN, FILE, MODEL, NAME, NUMBER, SECONDS, WHOLE
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Student and teacher: where they come from and in what form they are held."""
+    """Student and teacher: where they come from, how they are held."""
 
-    student: str = ""
-    """Hub id or folder of the causal language model to train, or `builtin:arithmetic-student`,
+    student: Annotated[str, MODEL] = ""
+    """The causal language model to train: hub id or folder. Or `builtin:arithmetic-student`,
     `builtin:arithmetic-shortcut-student`, `builtin:smollm2`, `builtin:smollm2-pruned-student`."""
-    teacher: str = ""
-    """Hub id or folder of the causal language model to stay close to, or `builtin:arithmetic-teacher`,
+    teacher: Annotated[str, MODEL] = ""
+    """The causal language model to stay close to: hub id or folder. Or `builtin:arithmetic-teacher`,
     `builtin:smollm2`. Or one that is asked: `served:http://HOST:PORT` or `served:unix:/SOCKET` (`cmdp-fast
     teacher`), `vllm:http://HOST:PORT`, `cached:FOLDER` (`cmdp-fast cache-teacher`)."""
-    teacher_column: str = ""
+    teacher_column: Annotated[str, COLUMN] = ""
     """Column with the name of a problem's teacher, of several: `--teacher NAME=TEACHER NAME=TEACHER`, each of
     them as here: one that is asked, or a folder, a hub id or a built-in model, which is loaded."""
-    teacher_timeout: Annotated[float, POSITIVE] = 600.0
+    teacher_timeout: Annotated[float, POSITIVE, SECONDS] = 600.0
     """Seconds that a teacher on a server may take for an answer."""
-    teacher_token_file: str = ""
+    teacher_token_file: Annotated[str, FILE] = ""
     """File with the word that a served teacher wants to hear."""
     teacher_wire: Literal["", "bfloat16", "float32", "int8"] = ""
     """What a served teacher's hidden states are sent in. Empty: as it computes them."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Weights are read from safetensors files only, with either value."""
     mixed_precision: Literal["no", "bf16", "auto"] = "no"
-    """bf16: the student runs under autocast and weights that are not trained, the teacher's or those under an adapter,
-    are held in bfloat16. For GPUs, and for processors that multiply in bfloat16; on others it is far slower than
-    float32. auto: bf16 on a GPU that has it, and on a CPU where a product in it takes less than three quarters of the
-    time of one in float32, as measured when the run begins; its settings have what it was."""
-    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
-    """Train an adapter of this rank and leave the student's own weights as they are. If the teacher is the same model,
-    its weights are shared. `student/` gets the merged model in float32, `student/adapter` the adapter. 0: train all
-    weights."""
-    lora_alpha: Annotated[float, POSITIVE] = 32.0
+    """Arithmetic of the models. bf16: the student runs under autocast and weights that are not trained, the
+    teacher's or those under an adapter, are held in bfloat16. For GPUs, and for processors that multiply in bfloat16;
+    on others it is far slower than float32. auto: bf16 on a GPU that has it, and on a CPU where a product in it takes
+    less than three quarters of the time of one in float32, as measured when the run begins; its settings have what it
+    was."""
+    lora_rank: Annotated[int, NOT_NEGATIVE, WHOLE] = 0
+    """Train an adapter of this rank, and not all weights. The student's own stay as they are. If the teacher is the
+    same model, its weights are shared. `student/` gets the merged model in float32, `student/adapter` the adapter. 0:
+    train all weights."""
+    lora_alpha: Annotated[float, POSITIVE, NUMBER] = 32.0
     """The adapter's part of the output is multiplied by this over the rank."""
-    lora_target: tuple[str, ...] = ("all-linear",)
+    lora_target: Annotated[tuple[str, ...], NAME] = ("all-linear",)
     """Ends of the names of the modules that get an adapter, such as `q_proj v_proj`. `all-linear`: every linear layer
     but the head."""
-    lora_modules_to_save: tuple[str, ...] = ()
+    lora_modules_to_save: Annotated[tuple[str, ...], NAME] = ()
     """Ends of the names of layers that are trained whole beside the adapter, as copies, such as `lm_head` (peft's
     `modules_to_save`). A head that is tied to the embedding becomes one of its own."""
-    gradient_checkpointing: bool = False
-    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more time."""
-    attn_implementation: str = ""
-    """How the models compute attention, by transformers' name: `sdpa`, `eager`, `flash_attention_2`, … Empty: as
-    transformers chooses."""
     teacher_device: Literal["", "cpu", "offload"] = ""
     """cpu: the teacher's layers are in the host's memory and computed there, its head is on the accelerator; it is
     asked like one on a server, and not sampled. offload: its layers are in the host's memory during the update, which
@@ -60,5 +57,3 @@ class ModelSettings:
     teacher_quantization: Literal["", "bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8"] = ""
     """Quantise the teacher's layers as they are loaded, with the package of that name (4bit: NF4). How far it is from
     the full teacher, in nats on a few prompts, is said before the training. The file that is read is the full one."""
-    offload_optimizer: bool = False
-    """Keep the optimizer's state in the host's memory but for the update."""

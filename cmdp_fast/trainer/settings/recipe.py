@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.errors import InputError, first_line, shown
+from cmdp_fast.nearest import did_you_mean
 
 from .config import TrainConfig, check_choices
 from .values import typed
@@ -54,8 +55,11 @@ def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
     """The settings in a TOML file, as the types that TrainConfig has; those of a recipe's table `fast` in a dict."""
     path = Path(name) if str(name).endswith(".toml") else folder / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
-        raise InputError(f"--{option} {name}: neither a TOML file nor one of the package's {option}s ({known})")
+        known = sorted(p.stem for p in folder.glob("*.toml"))
+        raise InputError(
+            f"--{option} {name}: neither a TOML file nor one of the package's {option}s ({', '.join(known)})"
+            f"{did_you_mean(str(name), known)}"
+        )
     source = f"--{option} {name}"
     values = read_toml(path, source)[0]
     quick = values.pop("fast", None) if option == "recipe" else None

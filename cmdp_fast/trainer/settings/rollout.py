@@ -10,38 +10,39 @@ from urllib.parse import urlsplit
 from cmdp_fast.errors import InputError
 
 from .ranges import NOT_NEGATIVE, POSITIVE, ZERO_OR_ONE
+from .units import ADDRESS, FILE, FOLDER, NATS, SECONDS, STEPS
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """Servers of vLLM for `--rollout vllm`: where they are, how they are started, what is asked of them."""
+    """Servers of vLLM for `--rollout vllm`."""
 
-    rollout_url: tuple[str, ...] = ()
+    rollout_url: Annotated[tuple[str, ...], ADDRESS] = ()
     """Servers of vLLM that run elsewhere, such as `http://10.0.0.2:8000`; each gets the weights of every step, and a
     part of the prompts. Empty: the run starts one on this machine and ends it. The guide has the command that starts
     them."""
-    rollout_teacher_url: tuple[str, ...] = ()
+    rollout_teacher_url: Annotated[tuple[str, ...], ADDRESS] = ()
     """Servers with the teacher, for what is sampled from it. With `rollout_url` and without these `generate` samples
     from the teacher."""
-    rollout_python: str = ""
+    rollout_python: Annotated[str, FILE] = ""
     """Python of the environment that vLLM is installed in, for the server that the run starts. Empty: this one."""
     rollout_args: str = ""
     """Further options for the server that the run starts, as one word: `"--gpu-memory-utilization 0.4"`."""
     rollout_devices: str = ""
     """`CUDA_VISIBLE_DEVICES` of the server that the run starts, such as `6,7`. Empty: those of the run."""
-    rollout_folder: str = ""
+    rollout_folder: Annotated[str, FOLDER] = ""
     """Folder for the weights on their way to the servers, under the same path on every machine. Empty: one of the
     system's temporary folders, which a server elsewhere does not see."""
     rollout_transfer: Literal["folder", "nccl"] = "folder"
     """The way of the weights to the servers: through `rollout_folder`, or from GPU to GPU with vLLM's own transfer, for
     which vLLM has to be installed beside the trainer (no GPU has run it yet)."""
-    rollout_timeout: Annotated[float, POSITIVE] = 900.0
+    rollout_timeout: Annotated[float, POSITIVE, SECONDS] = 900.0
     """Seconds that a server may take for an answer, and to start."""
-    rollout_tolerance: Annotated[float, NOT_NEGATIVE] = 0.0
+    rollout_tolerance: Annotated[float, NOT_NEGATIVE, NATS] = 0.0
     """Largest mean difference, in nats, between a server's log-probabilities of some fixed tokens and the trainer's
     after each transfer of weights. 0: 0.02 where both compute in float32, else 0.2, and after the first comparison ten
     times its difference if that is less."""
-    rollout_ahead: Annotated[int, ZERO_OR_ONE] = 0
+    rollout_ahead: Annotated[int, ZERO_OR_ONE, STEPS] = 0
     """1: the completions of a step are sampled while the step before updates the student, from the student before that
     update. 0: from the student that they train."""
 

@@ -8,6 +8,7 @@ import math
 from typing import Any, get_args, get_type_hints
 
 from cmdp_fast.errors import InputError, first_line, shown
+from cmdp_fast.nearest import did_you_mean
 
 from .config import TrainConfig
 
@@ -18,7 +19,7 @@ def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
     kinds = get_type_hints(TrainConfig)
     for key, value in values.items():
         if key not in fields:
-            raise InputError(f"{source}: there is no setting named {key!r}")
+            raise InputError(f"{source}: there is no setting named {key!r}{did_you_mean(key, fields)}")
         default = fields[key].default
         expected = dict if default is dataclasses.MISSING else type(default)
         if isinstance(default, tuple) and isinstance(value, (list, tuple)):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
+from cmdp_fast.nearest import did_you_mean
 
 from ...settings.config import TrainConfig
 from ...settings.ranges import SEED
@@ -94,8 +95,11 @@ def read_study(name: str) -> Study:
     path = Path(name) if name.endswith(".toml") else STUDIES / f"{name}.toml"
     source = f"--study {name}"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.toml")))
-        raise InputError(f"{source}: neither a TOML file nor one of the package's studies ({known})")
+        known = sorted(p.stem for p in STUDIES.glob("*.toml"))
+        raise InputError(
+            f"{source}: neither a TOML file nor one of the package's studies ({', '.join(known)})"
+            f"{did_you_mean(name, known)}"
+        )
     values, text = read_toml(path, source)
     table = _Table(source, values, {"recipe", "seeds", "feasible", "settings", "situations", "methods", "kinds"})
     seeds = table.list_of("seeds", int)

@@ -1,0 +1,125 @@
+"""What is installed: this package, the versions of what it needs, other copies of it, its variables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cmdp_fast
+from cmdp_fast import native_module
+from cmdp_fast.info import version
+from cmdp_fast.nearest import did_you_mean
+
+from .row import NOTE, OK, PROBLEM, Row
+
+VARIABLES = (  # that this package reads
+    *("CMDP_FAST_AUTOTUNE", "CMDP_FAST_PATIENCE", "CMDP_FAST_TEACHER_RANK", "CMDP_FAST_TILE_BYTES"),
+    *("CMDP_FAST_TRACEBACK", "CMDP_FAST_CUDA", "CMDP_FAST_REQUIRE_NATIVE"),  # the last two: setup.py
+    *("CMDP_FAST_CUDA_HOST", "CMDP_FAST_VLLM_PYTHON"),  # its tests
+)
+NEEDED = "train"  # the extra of the commands that train
+DEVELOPMENT = ("test", "docs")  # extras that nothing at run time needs
+
+
+def package() -> Iterator[Row]:
+    """Which package runs, on which Python."""
+    yield Row(OK, "cmdp_fast", f"{cmdp_fast.__version__} in {native_module.PACKAGE}")
+    yield Row(OK, "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.prefix}")
+    noted = _noted_version()
+    if noted not in (None, cmdp_fast.__version__):
+        yield Row(NOTE, "cmdp_fast", f"pip has left the metadata of {noted}, with whose bounds versions are compared")
+
+
+def versions() -> Iterator[Row]:
+    """The versions of other packages, against the bounds in this package's own metadata."""
+    try:
+        required = importlib.metadata.requires("cmdp_fast") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Row(NOTE, "versions", "not compared: cmdp_fast runs from a folder that pip has not installed")
+        return
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        yield Row(NOTE, "versions", "not compared: there is no packaging", "pip install packaging")
+        return
+    parsed = [Requirement(text) for text in required]
+    extras = importlib.metadata.metadata("cmdp_fast").get_all("Provides-Extra") or []
+    wrong: dict[str, Row] = {}
+    for extra in ("", NEEDED, *(name for name in extras if name not in (NEEDED, *DEVELOPMENT))):
+        needs = [r for r in parsed if _of(r, extra) and r.name.replace("-", "_") != "cmdp_fast"]
+        missing = [r.name for r in needs if _installed(r.name) is None]
+        for requirement in needs:
+            found = _installed(requirement.name)
+            if found is not None and not requirement.specifier.contains(found, prereleases=True):
+                asks = f"{found}, and cmdp_fast{f'[{extra}]' if extra else ''} needs {requirement.specifier}"
+                level = PROBLEM if extra in ("", NEEDED) else NOTE
+                cure = f"pip install '{requirement.name}{requirement.specifier}'"
+                wrong.setdefault(requirement.name, Row(level, f"version of {requirement.name}", asks, cure))
+        if extra == "":
+            wrong |= {name: Row(PROBLEM, f"version of {name}", "not installed") for name in missing}
+        if extra == NEEDED:
+            yield _of_extra(len(needs), missing)
+    yield from wrong.values()
+    named = ("torch", "triton", "transformers", "trl", "vllm", "verl", "peft")
+    found_versions = [f"{name} {version(name)}" for name in named if version(name) != "not installed"]
+    found_versions.append(f"{len(wrong)} out of bounds" if wrong else "all within bounds")
+    yield Row(OK, "versions", ", ".join(found_versions))
+
+
+def _of_extra(needed: int, missing: list[str]) -> Row:
+    what, cure = f"extra {NEEDED}", f"pip install 'cmdp_fast[{NEEDED}]'"
+    if not missing:
+        return Row(OK, what, f"all {needed} packages are installed")
+    if len(missing) > needed // 2:
+        return Row(NOTE, what, "not installed: the operations work, and the commands that train do not", cure)
+    return Row(PROBLEM, what, f"{', '.join(missing)} not installed", cure)
+
+
+def others() -> Iterator[Row]:
+    """Other copies of this package that the same Python would find, or that it hides."""
+    here = native_module.PACKAGE.parent
+    places = [Path(entry or os.curdir).resolve() for entry in sys.path]
+    found = [place for place in dict.fromkeys(places) if (place / "cmdp_fast" / "__init__.py").is_file()]
+    installed = [path for _, path in native_module.installations()]
+    rest = [path for path in dict.fromkeys([*found, *installed]) if path != here]
+    if rest:
+        cure = "run from another folder or with python -P, or uninstall the other one"
+        yield Row(NOTE, "copies", f"the one in {here} runs and hides {', '.join(map(str, rest))}", cure)
+    else:
+        yield Row(OK, "copies", "one cmdp_fast on the path")
+
+
+def variables() -> Iterator[Row]:
+    """Variables of the environment that are this package's, or look so."""
+    for name in sorted(name for name in os.environ if name.upper().startswith("CMDP_FAST")):
+        if name in VARIABLES:
+            yield Row(NOTE, "variable", f"{name}={os.environ[name]} is set")
+        else:
+            yield Row(PROBLEM, "variable", f"{name} is set, and nothing reads it{did_you_mean(name, VARIABLES)}")
+
+
+def _of(requirement: Any, extra: str) -> bool:
+    """Whether a requirement is one of an extra, or (with "") of the package itself, on this machine."""
+    marker = requirement.marker
+    if marker is None:
+        return extra == ""
+    named = re.search(r"\bextra\b", str(marker)) is not None
+    return bool(marker.evaluate({"extra": extra})) and named == (extra != "")
+
+
+def _installed(name: str) -> str | None:
+    found = version(name)
+    return None if found == "not installed" else found
+
+
+def _noted_version() -> str | None:
+    try:
+        return importlib.metadata.version("cmdp_fast")
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,65 @@
+"""Text for a terminal: as wide as that is, with whole words."""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+from typing import IO
+
+DEFAULT, NARROWEST, WIDEST = 80, 20, 100  # columns; longer lines are hard to read
+TWO_COLUMNS = 60  # from here on a text stands beside its name, and not under it
+_COMMAND = re.compile(r": (?=(?:cmdp-fast|pip|python|accelerate launch|torchrun) )")
+
+
+def columns(stream: IO[str]) -> int:
+    """The width to write with: COLUMNS, that of the terminal behind the stream, or 80."""
+    try:
+        asked = int(os.environ.get("COLUMNS", ""))
+    except ValueError:
+        asked = 0
+    if asked <= 0:
+        try:
+            asked = os.get_terminal_size(stream.fileno()).columns
+        except (OSError, ValueError, AttributeError):  # no terminal, or no file
+            asked = 0
+    return min(max(asked or DEFAULT, NARROWEST), WIDEST)
+
+
+def wrapped(text: str, width: int, first: str = "", rest: str | None = None) -> list[str]:
+    """The lines of a text, the first one behind ``first``, the others behind ``rest``. A word that is wider than a line
+    has one of its own."""
+    rest = " " * len(first) if rest is None else rest
+    fold = textwrap.TextWrapper(
+        width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    return fold.wrap(text) or [first.rstrip()]
+
+
+def beside(name: str, text: str, width: int, column: int) -> list[str]:
+    """The lines of a text that begins at a column, beside its name, or under it where there is no room."""
+    if width < TWO_COLUMNS:
+        return [*wrapped(name, width, "  ", " " * 6), *wrapped(text, width, " " * 4)]
+    if len(name) + 4 <= column:
+        return wrapped(text, width, f"  {name}".ljust(column))
+    return [*wrapped(name, width, "  ", " " * 6), *wrapped(text, width, " " * column)]
+
+
+def message(text: str, stream: IO[str]) -> str:
+    """A message as it is written to a stream: as it is into a pipe or a file, and at a terminal wrapped, but for a
+    command at its end, which has a line of its own, to be copied."""
+    if not stream.isatty():
+        return text
+    lines = []
+    for line in text.splitlines() or [""]:
+        said = _COMMAND.split(line, maxsplit=1)
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += wrapped(said[0].lstrip() + (":" if len(said) > 1 else ""), columns(stream), indent, f"{indent}  ")
+        lines += [f"{indent}  {said[1]}"] if len(said) > 1 else []
+    return "\n".join(lines)
+
+
+def show(text: str, stream: IO[str]) -> None:
+    """Prints a text; what the stream's encoding lacks becomes a question mark."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)

@@ -1,0 +1,108 @@
+"""Settings out of the words of a command line, by tyro; help and errors are ours."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from cmdp_fast.errors import InputError, readable
+from cmdp_fast.nearest import did_you_mean
+from cmdp_fast.terminal import columns, show
+
+from .options import Option, Settings, sections_of
+from .screens import ALL, Screen
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+class FirstLook(argparse.ArgumentParser):
+    """Reads a few options before all others are known. Its errors are InputErrors."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError: argparse would print, and exit."""
+        raise InputError(message.removeprefix("argument "))
+
+
+def settings_of(
+    kind: type[Kind], args: Sequence[str], prog: str, description: str, default: Kind | None = None
+) -> Kind:
+    """The settings that the words ask for, over those of ``default`` or of the fields.
+
+    Prints help and exits with code 0 where that is asked for. Raises InputError for an option that does not exist and
+    for a value that is none of its option's.
+    """
+    topic = _help_topic(args)
+    if topic is not None:
+        show("\n".join(Screen(prog, description, kind, default, columns(sys.stdout)).lines(topic)), sys.stdout)
+        raise SystemExit(0)
+    given: dict[str, Any] = {"prog": prog, "args": list(args), "return_unknown_args": True}
+    if default is not None:
+        given["default"] = default
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said), redirect_stdout(said):
+            settings, unknown = tyro.cli(kind, **given)
+    except SystemExit as ending:
+        if not ending.code:  # it was asked for a shell's completions
+            show(said.getvalue().rstrip("\n"), sys.stdout)
+            raise
+        options = [o for section in sections_of(kind, default, prog) for o in section.options]
+        raise InputError(_refused(said.getvalue(), options, args)) from None
+    if unknown:
+        names = [o.flag.removeprefix("--") for section in sections_of(kind, default, prog) for o in section.options]
+        raise InputError(_unknown(unknown[0], names, prog))
+    return settings
+
+
+def _help_topic(args: Sequence[str]) -> str | None:
+    """What help is asked of: "" for the first screen; None where it is not asked for."""
+    for at, word in enumerate(args):
+        if word in ("-h", "--help"):
+            following = args[at + 1] if at + 1 < len(args) else ""
+            return following if re.fullmatch(r"(?:--)?\w[\w-]*", following) else ""
+        if word.startswith("--help="):
+            return word.partition("=")[2]
+        if word.replace("_", "-") == "--help-all":
+            return ALL
+    return None
+
+
+def _unknown(word: str, names: Sequence[str], prog: str) -> str:
+    name = re.sub(r"^-+|=.*$", "", word)
+    hint = did_you_mean(name, [*names, "help", "help-all"], "--") or f" ({prog} --help-all lists all)"
+    what = "there is no such option" if word.startswith("-") else "expected an option, which begins with --"
+    return f"{readable(word)}: {what}{hint}"
+
+
+def _refused(said: str, options: Sequence[Option], args: Sequence[str]) -> str:
+    """Why tyro has refused a value, in one line: the option, what was given and what is expected."""
+    text = re.split(r"─{8,}", re.sub(r"╭[^\n]*╮", "", said))[0]
+    text = " ".join(re.sub(r"[│╭╮╰╯]", " ", text).split())
+    by_flag = {o.flag: o for o in options if o.flag}
+    flag = next((word for word in re.findall(r"--[\w-]+", text) if word in by_flag), "")
+    if not flag:
+        return readable(text) or "the command line cannot be read"
+    option, given = by_flag[flag], _given(flag, args)
+    hint = did_you_mean(given, [c for c in option.choices if c]) if given else ""
+    return f"{flag} {readable(given)}".rstrip() + f": expected {option.expected}{hint}"
+
+
+def _given(flag: str, args: Sequence[str]) -> str:
+    """The words behind the last mention of an option."""
+    found = ""
+    for at, word in enumerate(args):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            end = next((i for i in range(at + 1, len(args)) if args[i].startswith("--")), len(args))
+            found = value if equals else " ".join(args[at + 1 : end])
+    return found

@@ -1,0 +1,366 @@
+"""`cmdp-fast doctor`: each line in a world that is made for it, the exit code, and that nothing secret is printed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import cmdp_fast as cf
+from cmdp_fast import cpu, doctor, native_module
+from cmdp_fast.cli import main
+from cmdp_fast.doctor import backends, installation, machine
+from cmdp_fast.doctor.row import NOTE, OK, PROBLEM, Row, lines, public
+
+Patch = pytest.MonkeyPatch
+
+
+def only(rows, what: str) -> Row:
+    (row,) = [row for row in rows if row.what == what]
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_prints_a_line_each_and_counts(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fine():
+        yield Row(OK, "a", "as it is")
+
+    def noted():
+        yield Row(NOTE, "b", "odd", "do this")
+
+    def broken():
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(doctor, "CHECKS", (fine, noted))
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == (
+        "ok       a: as it is\nnote     b: odd\n         cure: do this\nno problems, 1 note\n"
+    )
+    monkeypatch.setattr(doctor, "CHECKS", (fine, broken))
+    assert main(["doctor"]) == 1
+    assert (
+        "problem  broken: cannot be looked at: RuntimeError: no such thing\n1 problem, 0 notes"
+        in capsys.readouterr().out
+    )
+
+
+def test_this_machine_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is here is whatever it is: every check says something, and none fails itself."""
+    main(["doctor"])
+    text = capsys.readouterr().out
+    assert "cannot be looked at" not in text and str(Path.home()) + "/" not in text
+    for what in ("cmdp_fast", "python", "backend", "numbers torch", "threads", "memory", "disk", "gpu", "compilers"):
+        assert f" {what}: " in text
+
+
+def test_lines_are_wrapped_at_a_terminal_and_cures_are_whole() -> None:
+    row = Row(PROBLEM, "disk", "word " * 30, "pip install " + "x" * 90)
+    shown = lines(row, 60)
+    assert all(len(line) <= 60 for line in shown[:-1]) and shown[1].startswith(" " * 9 + "word")
+    assert shown[-1] == "         cure: pip install " + "x" * 90
+    assert len(lines(row, None)) == 2
+
+
+def test_nothing_secret_is_printed(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/somebody"))
+    assert public("in /home/somebody/x, not /home/somebody2 and /mnt/home/somebody") == (
+        "in ~/x, not /home/somebody2 and /mnt/home/somebody"
+    )
+    assert (
+        public("git+https://me:token@host.example/a\nb\x1b[31m")
+        == "git+https://host.example/a b\N{REPLACEMENT CHARACTER}[31m"
+    )
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    assert public("in /x") == "in /x"
+
+
+# --------------------------------------------------------------------------------------------------- the installation
+
+
+def test_the_package(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(installation, "_noted_version", lambda: "0.0.1")
+    rows = list(installation.package())
+    assert cf.__version__ in rows[0].says and rows[-1].level == NOTE and "0.0.1" in rows[-1].says
+
+
+REQUIRED = [
+    "torch>=2.8",
+    "transformers>=5.0; extra == 'train'",
+    "tyro>=1.0; extra == 'train'",
+    "landlock>=1; platform_system == 'Nowhere' and extra == 'train'",
+    "cmdp_fast[lora]; extra == 'smollm2'",
+    "trl<1.17,>=1.16; extra == 'trl'",
+    "pytest>=99; extra == 'test'",
+]
+
+
+def bounds(monkeypatch: Patch, **versions: str) -> list[Row]:
+    pytest.importorskip("packaging")
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRED)
+    extras = SimpleNamespace(get_all=lambda name: ["train", "smollm2", "trl", "test"])
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: extras)
+    monkeypatch.setattr(installation, "version", lambda name: versions.get(name, "not installed"))
+    return list(installation.versions())
+
+
+def test_versions_within_their_bounds(monkeypatch: Patch) -> None:
+    rows = bounds(monkeypatch, torch="2.13.0+cpu", transformers="5.1", tyro="1.0.1", pytest="8")
+    assert [row.level for row in rows] == [OK, OK] and "all 2 packages" in rows[0].says
+    assert rows[1].says == "torch 2.13.0+cpu, transformers 5.1, all within bounds"
+
+
+def test_versions_out_of_their_bounds(monkeypatch: Patch) -> None:
+    rows = bounds(monkeypatch, torch="2.7.1", transformers="4.9", trl="1.20")
+    assert only(rows, "version of torch") == Row(
+        PROBLEM, "version of torch", "2.7.1, and cmdp_fast needs >=2.8", "pip install 'torch>=2.8'"
+    )
+    assert only(rows, "version of transformers").level == PROBLEM
+    assert "cmdp_fast[train] needs >=5.0" in only(rows, "version of transformers").says
+    assert only(rows, "version of trl").level == NOTE and only(rows, "extra train").level == PROBLEM
+    assert only(rows, "extra train").says == "tyro not installed"
+    rows = bounds(monkeypatch)
+    assert only(rows, "extra train").level == NOTE and "cmdp_fast[train]" in only(rows, "extra train").cure
+    assert only(rows, "version of torch").says == "not installed"
+
+
+def test_versions_without_metadata_or_packaging(monkeypatch: Patch) -> None:
+    def absent(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRED)
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    (row,) = installation.versions()
+    assert row.level == NOTE and row.cure == "pip install packaging"
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    (row,) = installation.versions()
+    assert row.level == NOTE and "from a folder that pip has not installed" in row.says
+
+
+def test_other_copies(monkeypatch: Patch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [str(native_module.PACKAGE.parent), str(tmp_path)])
+    monkeypatch.setattr(native_module, "installations", lambda: [])
+    assert [row.level for row in installation.others()] == [OK]
+    (tmp_path / "cmdp_fast").mkdir()
+    (tmp_path / "cmdp_fast" / "__init__.py").touch()
+    (row,) = installation.others()
+    assert row.level == NOTE and f"hides {tmp_path}" in row.says and "python -P" in row.cure
+
+
+def test_variables(monkeypatch: Patch) -> None:
+    for name in [name for name in os.environ if name.startswith("CMDP_FAST")]:
+        monkeypatch.delenv(name)
+    assert not list(installation.variables())
+    monkeypatch.setenv("CMDP_FAST_TILE_BYTES", "4096")
+    monkeypatch.setenv("CMDP_FAST_TITLE_BYTES", "secret")
+    rows = list(installation.variables())
+    assert rows[0] == Row(NOTE, "variable", "CMDP_FAST_TILE_BYTES=4096 is set")
+    assert (
+        rows[1].level == PROBLEM
+        and "did you mean CMDP_FAST_TILE_BYTES?" in rows[1].says
+        and "secret" not in rows[1].says
+    )
+
+
+def test_the_list_of_variables_is_what_is_read() -> None:
+    root = native_module.PACKAGE.parent
+    sources = [*native_module.PACKAGE.rglob("*.py"), *(root / "tests").rglob("*.py"), root / "setup.py"]
+    texts = [path.read_text(encoding="utf-8") for path in sources if path.is_file() and path.name != "installation.py"]
+    asked = [name for name in installation.VARIABLES if any(f'"{name}"' in text for text in texts)]
+    assert asked == list(installation.VARIABLES)
+
+
+# -------------------------------------------------------------------------------------------------------- the backends
+
+
+def test_the_native_kernels(monkeypatch: Patch) -> None:
+    native = SimpleNamespace(
+        variant=lambda: "v2", variants=lambda: [("v2", True), ("v3", False)], cpu_features=lambda: ["avx"], OPENMP=False
+    )
+    monkeypatch.setattr(cpu, "native", native)
+    first, second = backends.native_kernels()
+    assert first == Row(OK, "native kernels", "v2 of v2 (processor: avx)") and second.level == NOTE
+    monkeypatch.setattr(cpu, "native", None)
+    monkeypatch.setattr(cpu, "PROBLEM", "the native module was not built: no C++ compiler was found")
+    monkeypatch.setattr(cpu, "CURE", "install one")
+    monkeypatch.setattr(native_module, "is_pure", lambda: False)
+    (row,) = backends.native_kernels()
+    assert row.level == PROBLEM and "no C++ compiler was found" in row.says and row.cure == "install one"
+    monkeypatch.setattr(native_module, "is_pure", lambda: True)
+    assert [row.level for row in backends.native_kernels()] == [NOTE]
+
+
+def test_the_backend_that_a_call_gets(monkeypatch: Patch) -> None:
+    found = {"cpu": None, "cuda": "not built", "triton": "no triton", "torch": None}
+    monkeypatch.setattr(backends.backends, "available_backends", lambda: found)
+    monkeypatch.setattr(backends.backends, "choose", lambda backend, tensor, operation: "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = list(backends.chosen())
+    assert rows[0].says == "CPU tensors: cpu" and [row.level for row in rows] == [OK, OK, OK]
+    assert rows[2].says == "not here: no triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device="cpu": None)
+    rows = list(backends.chosen())
+    assert rows[0].says.endswith("GPU tensors: cpu") and only(rows, "backend triton").level == NOTE
+
+
+def test_numbers(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(backends.backends, "available_backends", lambda: {"cpu": "none", "torch": None})
+    (row,) = backends.numbers()
+    assert row.level == OK and row.what == "numbers torch"
+    right = cf.token_stats
+
+    def wrong(*given, **settings):
+        stats = right(*given, **settings)
+        return stats._replace(forward_kl=stats.forward_kl + 1e-4)
+
+    monkeypatch.setattr(cf, "token_stats", wrong)
+    (row,) = backends.numbers()
+    assert row.level == PROBLEM and row.says.startswith("forward_kl is off by 0.0001") and "report" in row.cure
+    monkeypatch.setattr(cf, "token_stats", lambda *given, **settings: 1 / 0)
+    (row,) = backends.numbers()
+    assert row.level == PROBLEM and "ZeroDivisionError" in row.says
+
+
+def test_a_number_that_is_none_is_wrong(monkeypatch: Patch) -> None:
+    right = cf.budget_trace
+
+    def wrong(*given, **settings):
+        trace = right(*given, **settings)
+        return trace._replace(excess=trace.excess * float("nan"))
+
+    monkeypatch.setattr(backends.backends, "available_backends", lambda: {"torch": None})
+    monkeypatch.setattr(cf, "budget_trace", wrong)
+    (row,) = backends.numbers()
+    assert row.level == PROBLEM and row.says.startswith("excess is off by inf")
+
+
+# --------------------------------------------------------------------------------------------------------- the machine
+
+
+@pytest.mark.parametrize(
+    "used, usable, given, level, cure",
+    [
+        (2, 2, None, OK, ""),
+        (1, 4, None, OK, ""),
+        (8, 2, "8", NOTE, "export OMP_NUM_THREADS=2"),
+        (1, 4, "1", NOTE, "unset OMP_NUM_THREADS"),
+    ],
+)
+def test_threads(monkeypatch: Patch, used: int, usable: int, given: str | None, level: str, cure: str) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used)
+    monkeypatch.setattr(machine, "_usable_processors", lambda: usable)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    (row,) = machine.threads()
+    assert (row.level, row.cure) == (level, cure) and row.says.startswith(f"{used} on {usable} usable")
+
+
+@pytest.fixture
+def world(monkeypatch: Patch, tmp_path: Path):
+    """Writes files of /proc and /sys/fs/cgroup."""
+    monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    return write
+
+
+def test_processors_of_a_container(world) -> None:
+    assert machine._usable_processors() == 8
+    world("proc/self/cgroup", "0::/a/b\n")
+    assert machine._usable_processors() == 8
+    world("cgroup/a/b/cpu.max", "max 100000\n")
+    assert machine._usable_processors() == 8
+    world("cgroup/a/cpu.max", "250000 100000\n")  # of a group above
+    assert machine._usable_processors() == 3
+    world("proc/self/cgroup", "4:cpu,cpuacct:/docker/x\n")  # version 1, whose folder a container sees as the root
+    world("cgroup/cpu/cpu.cfs_quota_us", "150000\n")
+    world("cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert machine._usable_processors() == 2
+    world("cgroup/cpu/cpu.cfs_quota_us", "-1\n")
+    assert machine._usable_processors() == 8
+
+
+def test_memory(world) -> None:
+    (row,) = machine.memory()
+    assert row.level == OK and "does not tell" in row.says
+    world("proc/meminfo", f"MemTotal:  {16 * 2**20} kB\nMemAvailable: {8 * 2**20} kB\nHugePages_Total: 0\n")
+    (row,) = machine.memory()
+    assert (row.level, row.says) == (OK, "8.0 GiB free of 16.0 GiB")
+    world("proc/self/cgroup", "0::/\n")
+    world("cgroup/memory.max", f"{2 * 2**30}\n")
+    world("cgroup/memory.current", f"{3 * 2**29}\n")
+    (row,) = machine.memory()
+    assert (row.level, row.says) == (NOTE, "0.5 GiB free of 16.0 GiB, by a container's limit of 2.0 GiB")
+
+
+def test_openmp(world) -> None:
+    assert not list(machine.openmp())
+    line = "7f00-7f10 r-xp 00000000 08:01 42   {}\n"
+    world("proc/self/maps", line.format("/lib/libgomp.so.1") * 2 + "7f20-7f30 rw-p 00000000 00:00 0\n")
+    assert list(machine.openmp()) == [Row(OK, "openmp", "/lib/libgomp.so.1")]
+    world("proc/self/maps", line.format("/lib/libgomp.so.1") + line.format("/opt/a b/libiomp5.so"))
+    (row,) = machine.openmp()
+    assert row.level == NOTE and row.says.endswith("/lib/libgomp.so.1, /opt/a b/libiomp5.so")
+    world("proc/self/maps", "")
+    assert only(machine.openmp(), "openmp").level == OK
+
+
+def test_disk(monkeypatch: Patch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(0, 0, 5 * 2**30))
+    assert only(machine.disk(), "disk") == Row(OK, "disk", f"5.0 GiB free at {tmp_path / 'cmdp_fast'}")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
+    assert only(machine.disk(), "disk").level == NOTE
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    row = only(machine.disk(), "disk")
+    assert row.level == PROBLEM and "XDG_CACHE_HOME" in row.cure
+
+
+def test_gpu(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    monkeypatch.setattr(machine, "_first_line", lambda *command: "")
+    assert list(machine.gpu()) == [Row(OK, "gpu", "none (torch for CPUs, no NVIDIA driver)")]
+    monkeypatch.setattr(machine, "_first_line", lambda *command: "570.1")
+    assert only(machine.gpu(), "gpu").level == NOTE and "pytorch.org" in only(machine.gpu(), "gpu").cure
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert only(machine.gpu(), "gpu").level == PROBLEM
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    about = [SimpleNamespace(name="H", major=9, minor=0), SimpleNamespace(name="V", major=7, minor=0)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about[index])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**30, 2**31))
+    first, second = machine.gpu()
+    assert first == Row(OK, "gpu 0", "H, compute capability 9.0, 1.0 GiB free of 2.0 GiB, driver 570.1, torch for 12.8")
+    assert second.level == NOTE and second.says.endswith("too old for the CUDA kernels")
+
+
+def test_compilers(monkeypatch: Patch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in ("g++", "cmake") else None)
+    monkeypatch.setattr(machine, "_output", lambda *command: f"{command[0]} (Debian 3) 12.2.0-14\n")
+    assert only(machine.compilers(), "compilers").says == "g++ 12.2.0, cmake 12.2.0, ninja none, nvcc none"
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cpu, "native", None)
+    row = only(machine.compilers(), "compilers")
+    assert row.level == NOTE and row.says.startswith("no C++ compiler") and "C++20" in row.cure
+
+
+def test_a_program_that_hangs_or_is_none_says_nothing(monkeypatch: Patch) -> None:
+    assert machine._output("/no/such/program") == "" and machine._first_line("/bin/false") == ""
