@@ -1,6 +1,6 @@
 """Instructions per column that the CPU's kernels execute, counted by QEMU: no processor of the architecture is needed.
 
-    python benchmarks/cpu_instructions.py [--arch aarch64] [--cpu max,sve512=off,sve256=on]
+    python benchmarks/cpu_instructions.py --cpu max,sve-max-vq=2
 
 Needs a compiler for the architecture and QEMU's user emulation (Debian: g++-aarch64-linux-gnu, qemu-user). A count is
 the difference between a row and one of twice its width, so that it is of the loops alone; all instructions of the
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ import torch
 import cmdp_fast as cf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-import emulated  # noqa: E402
+import emulated
 
-WIDTH = 33792  # whole segments for vectors of 4, 8 and 16 floats
+WIDTH = 16896  # whole segments for vectors of 4 and 8 floats
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,12 +62,6 @@ def divergence_backward(width: int, dtype: torch.dtype) -> None:
     cf.divergence(x.requires_grad_(), y, kind="jsd", backend="cpu").sum().backward()
 
 
-def tail(width: int, dtype: torch.dtype) -> None:
-    x, _, tokens = rows(width, dtype)
-    ids = torch.arange(1, 9).expand(1, 8)
-    cf.topk_token_stats(x, ids, torch.full((1, 8), -3.0), tokens, backend="cpu")
-
-
 # What is called, and what of it is to be taken off: the forward pass of a backward one.
 CASES: dict[str, tuple[Callable[[int, torch.dtype], None], str | None]] = {
     "statistics": (statistics, None),
@@ -80,7 +75,9 @@ CASES: dict[str, tuple[Callable[[int, torch.dtype], None], str | None]] = {
 
 def kernels_of(program: Path, objdump: str) -> tuple[dict[int, str], str]:
     """The instructions of all kernels by address, and the range that they lie in."""
-    text = subprocess.run([objdump, "-d", "-C", "--no-show-raw-insn", program], check=True, capture_output=True, text=True)
+    text = subprocess.run(
+        [objdump, "-d", "-C", "--no-show-raw-insn", program], check=True, capture_output=True, text=True
+    )
     code = {}
     for function in re.split(r"\n(?=[0-9a-f]{16} <)", text.stdout):
         if re.match(r"[0-9a-f]+ <.*cmdp::(x86_64_v\d|baseline|neon|sve_\d+)::", function):
@@ -88,7 +85,9 @@ def kernels_of(program: Path, objdump: str) -> tuple[dict[int, str], str]:
     return code, f"{min(code):#x}..{max(code) + 15:#x}"
 
 
-def executed(target: emulated.Target, cpu: str, variant: str, span: str, call: Callable[[], None]) -> collections.Counter[int]:
+def executed(
+    target: emulated.Target, cpu: str, variant: str, span: str, call: Callable[[], None]
+) -> collections.Counter[int]:
     """How often each instruction ran, by address."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -101,7 +100,9 @@ def executed(target: emulated.Target, cpu: str, variant: str, span: str, call: C
             return collections.Counter(int(line.split("/", 2)[1], 16) for line in lines if line.startswith("Trace"))
 
 
-COPIES = re.compile(r"mov\s+v\d+\.16b|mov\s+z\d+\.\w, z|movprfx|v?movap[sd]\s+%[xyz]mm\d+,%[xyz]mm|vmovdqa\w*\s+%[xyz]mm\d+,%[xyz]mm")
+COPIES = re.compile(
+    r"mov\s+v\d+\.16b|mov\s+z\d+\.\w, z|movprfx|v?movap[sd]\s+%[xyz]mm\d+,%[xyz]mm|vmovdqa\w*\s+%[xyz]mm\d+,%[xyz]mm"
+)
 STACK = re.compile(r"\[sp|\(%rsp|\(%rbp")
 
 
@@ -118,24 +119,21 @@ def main() -> None:
     module = emulated.Emulated(options.cpu, target)
     variants = options.variants or [name for name, runs in module.variants() if runs]
     module.close()
-    print(f"{'variant':12}{'kernel':26}{'dtype':10}{'instructions':>13}{'of them copies':>16}{'on the stack':>14}   a column")
+    print(f"{'per column':12}{'kernel':26}{'dtype':10}{'instructions':>13}{'of them copies':>16}{'on the stack':>14}")
     for variant in variants:
         for dtype in DTYPES:
             counts: dict[str, collections.Counter[int]] = {}
             for name in options.cases:
                 case, less = CASES[name]
-                twice, once = (
-                    executed(target, options.cpu, variant, span, lambda w=w: case(w, dtype)) for w in (2 * WIDTH, WIDTH)
-                )
+                calls = (partial(case, width, dtype) for width in (2 * WIDTH, WIDTH))
+                twice, once = (executed(target, options.cpu, variant, span, call) for call in calls)
                 twice.subtract(once)
                 counts[name] = twice
                 ran = collections.Counter(twice)
                 if less is not None:
                     ran.subtract(counts[less])
                 total = ran.total() / WIDTH
-                copies, stack = (
-                    sum(n for a, n in ran.items() if p.search(code[a])) / WIDTH for p in (COPIES, STACK)
-                )
+                copies, stack = (sum(n for a, n in ran.items() if p.search(code[a])) / WIDTH for p in (COPIES, STACK))
                 kind = str(dtype).removeprefix("torch.")
                 print(f"{variant:12}{name:26}{kind:10}{total:13.2f}{copies:16.2f}{stack:14.2f}", flush=True)
 

@@ -1,5 +1,5 @@
 # How the CPU's kernels are compiled. Gives what whoever offers their calls (../calls.h) needs:
-# `kernel_objects` to link, and `kernel_list` to define as CMDP_VARIANTS.
+# `kernel_objects` to link, `kernel_list` to define as CMDP_VARIANTS, and `call_flags`.
 if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release)
 endif()
@@ -13,7 +13,9 @@ set(CMAKE_CXX_VISIBILITY_PRESET hidden)
 # multiply-adds is meant; reassociation is not allowed, so that a row's result is the same wherever it is computed. The
 # vectors are explicit, and GCC 12's own pairing of scalars (SLP) drops a rounding to float that gradient.h depends on.
 set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-tree-slp-vectorize -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized)
-#
+# What calls them is not contracted: a budget's account is the same bits on every processor.
+set(call_flags -Wall -Wextra -ffp-contract=off)
+
 # `kernel_variants`: from the oldest instruction set to the newest. variants.h knows what runs each.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(kernel_variants x86_64_v2 x86_64_v3 x86_64_v4)

@@ -2,6 +2,10 @@
 
 `Emulated` may stand in for `cmdp_fast._C` (`cmdp_fast.cpu.native`). A call sends the memory that its addresses name to
 tests/csrc/emulated, and writes what comes back to the same places.
+
+    python tests/support/emulated.py max,sve-max-vq=2 tests/ops -k "cpu or variant"
+
+runs other tests on it, with QEMU's name of the processor; `sve-max-vq` is the length of SVE's vectors, in 128 bits.
 """
 
 from __future__ import annotations
@@ -92,7 +96,7 @@ class Matrix(NamedTuple):
 
 
 def words(value: Any) -> Iterator[str]:
-    """An argument as the program reads it. An optional one, or one of two types, begins with whether it is the first."""
+    """An argument as the program reads it. An optional one, or one of two types, begins with which it is."""
     if isinstance(value, Matrix):
         yield from words((value.address, value.dtype, len(value.sizes), *value.sizes, *value.strides, value.width))
     elif isinstance(value, (list, tuple)):
@@ -115,9 +119,10 @@ def joined(regions: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class Emulated:
-    """The functions of cmdp_fast/_C.pyi. `cpu`: QEMU's name of the processor, with its features; `options` are QEMU's."""
+    """The functions of cmdp_fast/_C.pyi. `cpu` is QEMU's name of the processor, and `options` are QEMU's too."""
 
     SAVED, STATE, OPENMP, CUDA_NOTE = SAVED, len(FIELDS), True, ""
+    TokenState: Any = getattr(cmdp_fast.cpu.native, "TokenState", None)  # no kernel: that of this processor
     Matrix = Matrix
 
     def __init__(self, cpu: str = "max", target: Target = AARCH64, options: Sequence[str] = ()) -> None:
@@ -145,13 +150,13 @@ class Emulated:
             raise ValueError(answer.removeprefix("error: ").strip())
         return answer.strip()
 
-    def token_stats(self, x, y, tokens, mask, vocab, temperature, statistics, wide, saved, threads):  # type: ignore[no-untyped-def]
+    def token_stats(self, x, y, tokens, mask, vocab, temperature, statistics, wide, saved, threads):
         n = x.rows
         rows = [(tokens, 8 * n), (mask, n), (saved, 8 * SAVED * n), *((s, (8 if wide else 4) * n) for s in statistics)]
         given = (x, y, tokens, mask, vocab, temperature, statistics, wide, saved, threads)
         self._call("token_stats", [x.region, y.region, *rows], *given)
 
-    def token_stats_backward(  # type: ignore[no-untyped-def]
+    def token_stats_backward(
         self, x, y, tokens, mask, vocab, temperature, upstream, saved, out, threads, first_column=0
     ):
         n = x.rows
@@ -159,13 +164,13 @@ class Emulated:
         given = (x, y, tokens, mask, vocab, temperature, upstream, saved, out, threads, first_column)
         self._call("token_stats_backward", [x.region, y.region, out.region, *rows], *given)
 
-    def mixture(self, x, y, mask, vocab, temperature, b, teacher, student, saved, value, mean, threads):  # type: ignore[no-untyped-def]
+    def mixture(self, x, y, mask, vocab, temperature, b, teacher, student, saved, value, mean, threads):
         n = x.rows
         rows = [(mask, n), (saved, 8 * SAVED * n), (value, 8 * n), (mean, 8 * n)]
         given = (x, y, mask, vocab, temperature, b, teacher, student, saved, value, mean, threads)
         self._call("mixture", [x.region, y.region, *rows], *given)
 
-    def mixture_backward(  # type: ignore[no-untyped-def]
+    def mixture_backward(
         self, x, y, mask, vocab, temperature, b, teacher, student, saved, mean, upstream, out, threads
     ):
         n = x.rows
@@ -173,27 +178,27 @@ class Emulated:
         given = (x, y, mask, vocab, temperature, b, teacher, student, saved, mean, upstream, out, threads)
         self._call("mixture_backward", [x.region, y.region, out.region, *rows], *given)
 
-    def update_states(self, x, y, tokens, first_column, temperature, states, threads, mask=0):  # type: ignore[no-untyped-def]
+    def update_states(self, x, y, tokens, first_column, temperature, states, threads, mask=0):
         n = x.rows
         rows = [(tokens, 8 * n), (mask, n), (states, 8 * len(FIELDS) * n)]
         given = (x, y, tokens, first_column, temperature, states, threads, mask)
         self._call("update_states", [x.region, y.region, *rows], *given)
 
-    def update_tails(self, x, ids, listed, tokens, mask, vocab, temperature, first, states, threads):  # type: ignore[no-untyped-def]
+    def update_tails(self, x, ids, listed, tokens, mask, vocab, temperature, first, states, threads):
         n = x.rows
         sizes = (4 * 8 * n, 8 * n * listed, 8 * n)
         rows = [(ids, 8 * n * listed), (tokens, 8 * n), (mask, n), *zip(states, sizes, strict=True)]
         given = (x, ids, listed, tokens, mask, vocab, temperature, first, states, threads)
         self._call("update_tails", [x.region, *rows], *given)
 
-    def tail_backward(self, x, ids, listed, tokens, mask, vocab, temperature, first, gradient, out, threads):  # type: ignore[no-untyped-def]
+    def tail_backward(self, x, ids, listed, tokens, mask, vocab, temperature, first, gradient, out, threads):
         n = x.rows
         sizes = (*[8 * n] * 5, 8 * n * listed)
         rows = [(ids, 8 * n * listed), (tokens, 8 * n), (mask, n), *zip(gradient, sizes, strict=True)]
         given = (x, ids, listed, tokens, mask, vocab, temperature, first, gradient, out, threads)
         self._call("tail_backward", [x.region, out.region, *rows], *given)
 
-    def budget_trace(  # type: ignore[no-untyped-def]
+    def budget_trace(
         self, cost, wide, mask, offsets, count, total, limits, budget, trace, reward, task_reward, result, threads
     ):
         number = 8 if wide else 4
@@ -207,7 +212,7 @@ class Emulated:
             "budget_trace", [*regions, *zip(trace, sizes, strict=True)], *given, paid, task_reward, result, threads
         )
 
-    def modified_reward(self, task_reward, cost, wide, mask, offsets, count, total, trace, reward, result):  # type: ignore[no-untyped-def]
+    def modified_reward(self, task_reward, cost, wide, mask, offsets, count, total, trace, reward, result):
         number = 8 if wide else 4
         sizes = (number * total, number * total, total, number * total)
         tokens = [(mask, total), *((a, number * total) for a in (cost, task_reward, result))]
@@ -240,3 +245,12 @@ def in_place_of_native(module: Emulated) -> Iterator[None]:
         yield
     finally:
         cmdp_fast.cpu.native = before
+
+
+if __name__ == "__main__":
+    import sys
+
+    import pytest
+
+    with in_place_of_native(Emulated(sys.argv[1])):
+        sys.exit(pytest.main(sys.argv[2:]))
