@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -85,19 +87,38 @@ def kernels_of(program: Path, objdump: str) -> tuple[dict[int, str], str]:
     return code, f"{min(code):#x}..{max(code) + 15:#x}"
 
 
-def executed(
-    target: emulated.Target, cpu: str, variant: str, span: str, call: Callable[[], None]
-) -> collections.Counter[int]:
-    """How often each instruction ran, by address."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        module = emulated.Emulated(cpu, target, ("-singlestep", "-d", "exec,nochain", "-dfilter", span, "-D", str(log)))
-        module.set_variant(variant)
-        with emulated.in_place_of_native(module):
-            call()
-        module.close()
-        with open(log, encoding="ascii", errors="replace") as lines:
-            return collections.Counter(int(line.split("/", 2)[1], 16) for line in lines if line.startswith("Trace"))
+@dataclass(frozen=True)
+class Counter:
+    """Counts what one variant of the kernels executes on one processor. `span`: of the kernels' addresses."""
+
+    target: emulated.Target
+    cpu: str
+    variant: str
+    span: str
+
+    def executed(self, call: Callable[[], None]) -> collections.Counter[int]:
+        """How often each instruction ran, by address."""
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            usage = subprocess.run([self.target.emulator, "--help"], capture_output=True, text=True).stdout
+            one = "-one-insn-per-tb" if "-one-insn-per-tb" in usage else "-singlestep"  # the latter until QEMU 8.1
+            options = (one, "-d", "exec,nochain", "-dfilter", self.span, "-D", str(log))
+            module = emulated.Emulated(self.cpu, self.target, options)
+            module.set_variant(self.variant)
+            with emulated.in_place_of_native(module):
+                call()
+            module.close()
+            with open(log, encoding="ascii", errors="replace") as lines:
+                return collections.Counter(int(row.split("/", 2)[1], 16) for row in lines if row.startswith("Trace"))
+
+    def in_loops(self, name: str, dtype: torch.dtype) -> collections.Counter[int]:
+        """The same of a case's loops, for WIDTH columns."""
+        case, less = CASES[name]
+        ran = self.executed(partial(case, 2 * WIDTH, dtype))
+        ran.subtract(self.executed(partial(case, WIDTH, dtype)))
+        if less is not None:
+            ran.subtract(self.in_loops(less, dtype))
+        return ran
 
 
 COPIES = re.compile(
@@ -121,21 +142,12 @@ def main() -> None:
     module.close()
     print(f"{'per column':12}{'kernel':26}{'dtype':10}{'instructions':>13}{'of them copies':>16}{'on the stack':>14}")
     for variant in variants:
-        for dtype in DTYPES:
-            counts: dict[str, collections.Counter[int]] = {}
-            for name in options.cases:
-                case, less = CASES[name]
-                calls = (partial(case, width, dtype) for width in (2 * WIDTH, WIDTH))
-                twice, once = (executed(target, options.cpu, variant, span, call) for call in calls)
-                twice.subtract(once)
-                counts[name] = twice
-                ran = collections.Counter(twice)
-                if less is not None:
-                    ran.subtract(counts[less])
-                total = ran.total() / WIDTH
-                copies, stack = (sum(n for a, n in ran.items() if p.search(code[a])) / WIDTH for p in (COPIES, STACK))
-                kind = str(dtype).removeprefix("torch.")
-                print(f"{variant:12}{name:26}{kind:10}{total:13.2f}{copies:16.2f}{stack:14.2f}", flush=True)
+        counter = Counter(target, options.cpu, variant, span)
+        for dtype, name in itertools.product(DTYPES, options.cases):
+            ran = counter.in_loops(name, dtype)
+            copies, stack = (sum(n for a, n in ran.items() if p.search(code[a])) / WIDTH for p in (COPIES, STACK))
+            kind = str(dtype).removeprefix("torch.")
+            print(f"{variant:12}{name:26}{kind:10}{ran.total() / WIDTH:13.2f}{copies:16.2f}{stack:14.2f}", flush=True)
 
 
 if __name__ == "__main__":

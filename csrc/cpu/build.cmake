@@ -17,15 +17,19 @@ set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-tree-slp-vectorize 
 set(call_flags -Wall -Wextra -ffp-contract=off)
 
 # `kernel_variants`: from the oldest instruction set to the newest. variants.h knows what runs each.
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+set(processor "${CMAKE_SYSTEM_PROCESSOR}")
+if(CMAKE_OSX_ARCHITECTURES)  # several at once are compiled from one list of flags: the baseline of each
+  set(processor "${CMAKE_OSX_ARCHITECTURES}")
+endif()
+if(processor MATCHES "^(x86_64|AMD64|amd64)$")
   set(kernel_variants x86_64_v2 x86_64_v3 x86_64_v4)
   set(options_x86_64_v2 -march=x86-64-v2)
   set(options_x86_64_v3 -march=x86-64-v3)
   set(options_x86_64_v4 -march=x86-64-v4)
-elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
+elseif(processor MATCHES "^(aarch64|arm64|ARM64)$")
   set(kernel_variants neon)
-  # One variant per length of vectors: of what the compiler knows the length it keeps arrays and sums as of NEON's, and
-  # Linux tells the length. 256 bits are Graviton3, 128 bits Graviton4, Grace, Axion and Cobalt.
+  # One variant per length of vectors: only types of a known length can be elements of arrays and members. 256 bits are
+  # Graviton3, 128 bits Graviton4, Grace, Axion and Cobalt; all of them have bfloat16. On Linux, which tells the length.
   foreach(bits 128 256)
     set(options_sve_${bits} -march=armv8.2-a+sve+bf16 -msve-vector-bits=${bits})
   endforeach()

@@ -1,7 +1,7 @@
 // A vector of floats as wide as the instruction set, and the few operations that the kernels need on it.
 //
 // The compiler's vector types give + - * / and lane access; intrinsics appear only where the language has no word
-// (max without a NaN detour, half-precision conversion). Compiled once per instruction set, see CMakeLists.txt.
+// (max without a NaN detour, half-precision conversion). Compiled once per instruction set, see build.cmake.
 #pragma once
 
 #include <bit>

@@ -23,6 +23,7 @@ CMDP_VARIANTS
 
 // Which variants the processor runs.
 struct Processor {
+  bool baseline = true;
 #if defined(__x86_64__)
   bool x86_64_v2, x86_64_v3, x86_64_v4;
 
@@ -36,7 +37,7 @@ struct Processor {
                 __builtin_cpu_supports("avx512vl");
   }
 #else
-  bool baseline = true, neon = true, sve_128, sve_256;
+  bool neon = true, sve_128, sve_256;
 
   Processor() {
     const bool bf16 = arm_capabilities().sve_bf16;

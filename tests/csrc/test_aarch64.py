@@ -2,11 +2,14 @@
 against the kernels of this machine. `python tests/support/emulated.py` runs other tests on them.
 """
 
+import importlib
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from emulated import Emulated, in_place_of_native, problem
+from emulated import AARCH64, Emulated, build, in_place_of_native, problem
 from helpers import (
     DIFFERENTIABLE,
     DTYPES,
@@ -22,6 +25,8 @@ import cmdp_fast as cf
 from cmdp_fast import cpu, reference, topk_reference
 from cmdp_fast.constraint import KINDS
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+cpu_instructions = importlib.import_module("cpu_instructions")
 REASON = problem() or (None if cpu.native else "the native module is not built: there is nothing to compare with")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 INF, NAN = math.inf, math.nan
@@ -292,3 +297,12 @@ def test_wrong_calls_raise_there_too(emulated):
     with in_place_of_native(emulated), pytest.raises(ValueError, match="temperature must be positive"):
         arguments = cpu.matrix(x), cpu.matrix(y), tokens.data_ptr(), 0, 8, 0.0, [0] * 6, False, 0, 1
         emulated.token_stats(*arguments)
+
+
+def test_nothing_is_done_lane_by_lane(emulated):
+    """Instructions per column of bfloat16, with room for other compilers; lane by lane they were 23."""
+    variant = emulated.variant()
+    _, span = cpu_instructions.kernels_of(build(AARCH64), AARCH64.objdump)
+    counter = cpu_instructions.Counter(AARCH64, PROCESSORS[variant], variant, span)
+    ran = counter.in_loops("statistics", torch.bfloat16)
+    assert ran.total() / cpu_instructions.WIDTH < {"neon": 17.5, "sve_128": 12, "sve_256": 6.5}[variant]
