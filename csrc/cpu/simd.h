@@ -105,7 +105,7 @@ static inline void store(BFloat16* to, Floats v) {
 }
 
 // float16, as many at a time as there are in a vector of floats or in its half: 0 where there is no instruction for it.
-#if defined(CMDP_SVE)
+#if defined(CMDP_SVE) && CMDP_SVE > 128  // else NEON's do more at a time
 constexpr int kHalves = kLanes;
 
 static inline void widen_halves(const uint16_t* from, float* to) {
