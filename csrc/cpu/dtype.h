@@ -41,12 +41,9 @@ struct Row {
       for (; i + kLanes <= count; i += kLanes) store(buffer + i, load(brain + i));
       for (; i < count; ++i) buffer[i] = widen(brain[i]);
     } else {
-#if defined(__F16C__)
-      for (; i + 8 <= count; i += 8) {
-        const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i));
-        _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(narrow));
+      if constexpr (kHalves > 0) {
+        for (; i + kHalves <= count; i += kHalves) widen_halves(half + i, buffer + i);
       }
-#endif
       for (; i < count; ++i) buffer[i] = from_float16(half[i]);
     }
     return buffer;
@@ -84,12 +81,9 @@ struct OutRow {
       for (; i + kLanes <= count; i += kLanes) store(brain + i, load(values + i));
       for (; i < count; ++i) half[i] = to_bfloat16(values[i]);
     } else {
-#if defined(__F16C__)
-      for (; i + 8 <= count; i += 8) {
-        const __m128i narrow = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), narrow);
+      if constexpr (kHalves > 0) {
+        for (; i + kHalves <= count; i += kHalves) narrow_halves(values + i, half + i);
       }
-#endif
       for (; i < count; ++i) half[i] = to_float16(values[i]);
     }
   }

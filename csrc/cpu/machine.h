@@ -9,9 +9,34 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#include <sys/prctl.h>
+#endif
 #endif
 
 namespace cmdp {
+
+// What an ARM processor has beyond NEON, as Linux tells; nothing elsewhere. Bits and calls are spelled out as numbers,
+// which are fixed for ever: headers older than a bit do not name it.
+struct ArmCapabilities {
+  unsigned long first = 0, second = 0;
+  int sve_bits = 0;  // of a vector; 0 without SVE
+  bool sve_bf16 = false;
+
+  ArmCapabilities() {
+#if defined(__linux__) && defined(__aarch64__)
+    first = getauxval(16), second = getauxval(26);  // AT_HWCAP, AT_HWCAP2
+    if (first >> 22 & 1) {                          // HWCAP_SVE
+      const int length = prctl(51);                 // PR_SVE_GET_VL: bytes in the lower 16 bits
+      if (length > 0) sve_bits = (length & 0xffff) * 8;
+    }
+    sve_bf16 = sve_bits > 0 && (second >> 12 & 1);  // HWCAP2_SVEBF16
+#endif
+  }
+};
+
+inline ArmCapabilities arm_capabilities() { return {}; }
 
 // The processor's instruction sets, for `cmdp-fast info`.
 inline std::vector<std::string> cpu_features() {
@@ -29,6 +54,19 @@ inline std::vector<std::string> cpu_features() {
   CMDP_FEATURE("avx512bw")
   CMDP_FEATURE("avx512vl")
 #undef CMDP_FEATURE
+#elif defined(__aarch64__)  // by the names of /proc/cpuinfo
+  const ArmCapabilities has = arm_capabilities();
+  const auto feature = [&](unsigned long word, int bit, const char* name) {
+    if (word >> bit & 1) features.push_back(name);
+  };
+  features.push_back("asimd");  // NEON, which every such processor has
+  feature(has.first, 10, "asimdhp");
+  feature(has.first, 20, "asimddp");
+  feature(has.second, 14, "bf16");
+  feature(has.first, 22, "sve");
+  feature(has.second, 12, "svebf16");
+  feature(has.second, 1, "sve2");
+  if (has.sve_bits > 0) features.push_back("(sve of " + std::to_string(has.sve_bits) + " bits)");
 #endif
   return features;
 }

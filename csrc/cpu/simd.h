@@ -1,7 +1,7 @@
 // A vector of floats as wide as the instruction set, and the few operations that the kernels need on it.
 //
 // The compiler's vector types give + - * / and lane access; intrinsics appear only where the language has no word
-// (max without a NaN detour, half-precision conversion). Compiled once per instruction set, see CMakeLists.txt.
+// (max without a NaN detour, half-precision conversion). Compiled once per instruction set, see build.cmake.
 #pragma once
 
 #include <bit>
@@ -13,6 +13,11 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+// SVE vectors of a length that the compiler has been told, see build.cmake.
+#if defined(__ARM_FEATURE_SVE_BITS) && __ARM_FEATURE_SVE_BITS > 0
+#define CMDP_SVE __ARM_FEATURE_SVE_BITS
+#include <arm_sve.h>
+#endif
 
 #include "../logits.h"  // CMDP_ISA, conversions of one 16-bit float
 
@@ -23,10 +28,22 @@ inline namespace CMDP_ISA {
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
+#elif defined(CMDP_SVE)
+constexpr int kLanes = CMDP_SVE / 32;
 #else
 constexpr int kLanes = 4;
 #endif
 
+#if defined(CMDP_SVE)  // for which GCC has the operators of its own vectors
+typedef svfloat32_t Floats __attribute__((arm_sve_vector_bits(CMDP_SVE)));
+typedef svint32_t Ints __attribute__((arm_sve_vector_bits(CMDP_SVE)));
+typedef svuint32_t Words __attribute__((arm_sve_vector_bits(CMDP_SVE)));
+
+static inline svbool_t all() { return svptrue_b32(); }
+static inline Floats splat(float value) { return svdup_n_f32(value); }
+static inline Floats load(const float* from) { return svld1_f32(all(), from); }
+static inline void store(float* to, Floats v) { svst1_f32(all(), to, v); }
+#else
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float))));  // for arithmetic on bits, which may wrap
@@ -40,6 +57,9 @@ static inline Floats load(const float* from) {
   return v;
 }
 
+static inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+#endif
+
 // Widening a bfloat16 while loading it costs two instructions and no memory.
 struct BFloat16 {
   uint16_t bits;
@@ -51,6 +71,10 @@ static inline float widen(BFloat16 value) { return from_bfloat16(value.bits); }
 static inline Floats load(const BFloat16* from) {
 #if defined(__AVX512F__)  // GCC 12 would widen two halves and join them
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(CMDP_SVE)
+  return svreinterpret_f32_u32(svlsl_n_u32_x(all(), svld1uh_u32(all(), &from->bits), 16));
+#elif defined(__aarch64__)  // GCC 12 would widen lane by lane
+  return (Floats)vshll_n_u16(vld1_u16(&from->bits), 16);
 #else
   Shorts narrow;
   std::memcpy(&narrow, from, sizeof narrow);
@@ -58,10 +82,16 @@ static inline Floats load(const BFloat16* from) {
 #endif
 }
 
-static inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
-
-// Rounds as to_bfloat16 does.
+// Rounds as to_bfloat16 does. SVE's instruction, too, but a NaN keeps its sign and the top of its payload.
 static inline void store(BFloat16* to, Floats v) {
+#if defined(CMDP_SVE)
+  const svbfloat16_t narrow = svcvt_bf16_f32_x(all(), v);  // in the lower half of each lane
+  svst1h_u32(all(), &to->bits, svreinterpret_u32_bf16(narrow));
+#elif defined(__aarch64__)
+  // The upper half of bits - (1 - odd) + 0x8000, which is bits + 0x7fff + odd.
+  const uint32x4_t number = vceqq_f32(v, v), bits = vbslq_u32(number, (uint32x4_t)v, vdupq_n_u32(0x7fc00000));
+  vst1_u16(&to->bits, vrsubhn_u32(bits, vbicq_u32(vdupq_n_u32(1), vshrq_n_u32(bits, 16))));
+#else
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words narrow = v == v ? rounded : Words{} + 0x7fc0;
@@ -71,9 +101,50 @@ static inline void store(BFloat16* to, Floats v) {
   const Shorts halves = __builtin_convertvector(narrow, Shorts);
   std::memcpy(to, &halves, sizeof halves);
 #endif
+#endif
 }
 
-// a > b ? a : b in every lane; b where either is NaN.
+// float16, as many at a time as there are in a vector of floats or in its half: 0 where there is no instruction for it.
+#if defined(CMDP_SVE) && CMDP_SVE > 128  // else NEON's do more at a time
+constexpr int kHalves = kLanes;
+
+static inline void widen_halves(const uint16_t* from, float* to) {
+  store(to, svcvt_f32_f16_x(all(), svreinterpret_f16_u32(svld1uh_u32(all(), from))));
+}
+static inline void narrow_halves(const float* from, uint16_t* to) {
+  svst1h_u32(all(), to, svreinterpret_u32_f16(svcvt_f16_f32_x(all(), load(from))));
+}
+#elif defined(__aarch64__)
+constexpr int kHalves = 8;
+
+static inline void widen_halves(const uint16_t* from, float* to) {
+  const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(from));
+  vst1q_f32(to, vcvt_f32_f16(vget_low_f16(halves)));
+  vst1q_f32(to + 4, vcvt_high_f32_f16(halves));
+}
+static inline void narrow_halves(const float* from, uint16_t* to) {
+  const float16x4_t low = vcvt_f16_f32(vld1q_f32(from));
+  vst1q_u16(to, vreinterpretq_u16_f16(vcvt_high_f16_f32(low, vld1q_f32(from + 4))));
+}
+#elif defined(__F16C__)
+constexpr int kHalves = 8;
+
+static inline void widen_halves(const uint16_t* from, float* to) {
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(narrow));
+}
+static inline void narrow_halves(const float* from, uint16_t* to) {
+  const __m128i narrow = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow);
+}
+#else
+constexpr int kHalves = 0;
+
+static inline void widen_halves(const uint16_t*, float*) {}
+static inline void narrow_halves(const float*, uint16_t*) {}
+#endif
+
+// a > b ? a : b in every lane; b where a is NaN. The same of a b that may be NaN is max_or_nan.
 static inline Floats max(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
@@ -81,8 +152,48 @@ static inline Floats max(Floats a, Floats b) {
   return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined(__SSE__)
   return (Floats)_mm_max_ps((__m128)a, (__m128)b);
+#elif defined(CMDP_SVE)
+  return svmaxnm_f32_x(all(), a, b);
+#elif defined(__aarch64__)
+  return (Floats)vmaxnmq_f32((float32x4_t)a, (float32x4_t)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+// a > b ? a : b in every lane; b where b is NaN.
+static inline Floats max_or_nan(Floats a, Floats b) {
+#if defined(CMDP_SVE)
+  return svmax_f32_x(all(), a, b);
+#elif defined(__aarch64__)
+  return (Floats)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  return max(a, b);
+#endif
+}
+
+// Comparisons: all bits of a lane, or none.
+static inline Ints differs(Floats a, Floats b) {
+#if defined(CMDP_SVE)
+  return svdup_n_s32_z(svcmpne_f32(all(), a, b), -1);
+#else
+  return a != b;
+#endif
+}
+
+static inline Ints less(Floats a, Floats b) {
+#if defined(CMDP_SVE)
+  return svdup_n_s32_z(svcmplt_f32(all(), a, b), -1);
+#else
+  return a < b;
+#endif
+}
+
+static inline Floats to_floats(Ints v) {
+#if defined(CMDP_SVE)
+  return svcvt_f32_s32_x(all(), v);
+#else
+  return __builtin_convertvector(v, Floats);
 #endif
 }
 
@@ -93,6 +204,8 @@ static inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(CMDP_SVE)
+  return svmad_f32_x(all(), a, b, c);
 #elif defined(__aarch64__)
   return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else  // no such instruction: the product is exact in double
@@ -140,6 +253,34 @@ static inline Floats exp2(Floats t) {
 
 static inline Floats exp2_in_range(Floats t, Words&) { return exp2(t); }
 static inline bool in_range(Words) { return true; }
+#elif defined(CMDP_SVE)
+// 2^t of t = integer / 64 + f with |f| <= 1/128: FEXPA makes 2^(integer / 64), its exponent included, of the integer's
+// lower 14 bits, biased by 127; of 2^f - 1 two terms are left (error 7e-9). 0 has 2^0 = 1. A bias below 1 makes a
+// number below 2^-126, and exactly 0 of t = -127.
+constexpr float kShift = 0x1.8p17f + 127;
+constexpr uint32_t kShiftBits = 0x48400000;  // of 0x1.8p17f
+
+static inline Floats exp2_of(Floats t, Floats shifted) {
+  const Floats f = t - (shifted - kShift);
+  const Floats power = svexpa_f32((Words)shifted);
+  return power + power * (f * (f * 0x1.ebfbep-3f + 0x1.62e456p-1f));
+}
+
+// 2^t for t <= 127, exactly 0 for t <= -127.
+static inline Floats exp2(Floats t) {
+  t = max(t, splat(-127.0f));
+  return exp2_of(t, t + kShift);
+}
+
+// 2^t for t in (-127, 128) without a clamp. `seen` tells whether every t was in the range: any other value, infinities
+// and NaNs included, changes a bit above the lower 14.
+static inline Floats exp2_in_range(Floats t, Words& seen) {
+  const Floats shifted = t + kShift;
+  seen |= (Words)shifted ^ kShiftBits;
+  return exp2_of(t, shifted);
+}
+
+static inline bool in_range(Words seen) { return svmaxv_u32(all(), seen) < 1u << 14; }
 #else
 // 2^t for t <= 127, exactly 0 for t <= -127.
 //
@@ -186,7 +327,7 @@ static inline Floats log2(Floats g) {
   p = p * s2 + 0.2f;
   p = p * s2 + (1.0f / 3);
   p = p * s2 + 1.0f;
-  return __builtin_convertvector(exponent, Floats) + s * p * 2.885390082f;  // 2 / ln 2
+  return to_floats(exponent) + s * p * 2.885390082f;  // 2 / ln 2
 }
 
 }  // namespace CMDP_ISA

@@ -41,7 +41,7 @@ static inline TailSums tail_sums(const float* x, int64_t count, float scale, flo
   Floats z{}, h{}, run_z{}, run_h{};
   const Floats factor = splat(scale), minus_m = splat(-m), bottom = splat(-1e30f);
   const auto step = [&](const float* xs) {
-    const Floats t = max(bottom, multiply_add(load(xs), factor, minus_m));
+    const Floats t = max_or_nan(bottom, multiply_add(load(xs), factor, minus_m));
     const Floats weight = exp2(t);
     z += weight;
     h += weight * t;
