@@ -52,12 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     try:
-        from .errors import InputError, ProcessAlone, ProcessLost
+        from .errors import InputError, Interrupted, ProcessAlone, ProcessLost
         from .trainer.records.report import quiet_libraries
 
         if command != "report":  # which reads files alone, and imports none of them
             quiet_libraries()
         run = _runner(command)
+    except KeyboardInterrupt:  # the imports take seconds
+        print("cmdp-fast: interrupted", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cmdp_fast"):
             raise
@@ -73,6 +76,8 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
         each_machine = isinstance(error, ProcessLost) or not _have_met()
         _say(f"error: {error}", each_machine, alone=isinstance(error, ProcessAlone))
         return 2
+    except Interrupted:
+        return 130
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
@@ -94,8 +99,10 @@ def _have_met() -> bool:
 
 def _tell_all(message: str) -> None:
     from cmdp_fast.errors import without_controls
+    from cmdp_fast.trainer.records.report import wrapped
 
-    print(without_controls(message), file=sys.stderr)
+    text = without_controls(message)
+    print(wrapped(text) if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 def _runner(command: str) -> Callable[[Sequence[str]], int]:
@@ -131,7 +138,7 @@ def _runner(command: str) -> Callable[[Sequence[str]], int]:
 
     def run(arguments: Sequence[str]) -> int:
         config = parse(arguments)
-        return _done(dry_run(config) if config.dry_run else train(config))
+        return _done(dry_run(config) if config.dry_run else train(config, arguments))
 
     return run
 

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -38,6 +38,9 @@ from .settings.config import TrainConfig
 from .settings.ranges import NOT_NEGATIVE, POSITIVE
 from .stops import token_named
 from .tasks.data import Problem, evaluation_sets, load_problems
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MIB = 2**20
 
@@ -108,19 +111,30 @@ def cache_teacher(config: CacheConfig) -> Path:
         if writer.index.whole:
             report.say(f"{folder} is finished: {_described(writer)}")
             return folder
-        done, size = writer.prompts, config.prompts_per_step
-        if done:
-            report.say(f"{folder} goes on after {done} of {len(work.prompts)} prompts")
-        starts = range(done, len(work.prompts), size)
-        with accelerator.autocast():  # as a training samples; what is asked is computed in another thread, without
-            for start in report.track(starts, f"storing {folder}"):
-                prompts = work.prompts[start : start + size]
-                writer.store(list(work.pairs(start, prompts)), len(prompts), config.micro_batch_size)
-                report.status(f"{start + len(prompts)} of {len(work.prompts)} prompts")
-        writer.finish()
+        if writer.prompts:
+            report.say(f"{folder} goes on after {writer.prompts} of {len(work.prompts)} prompts")
+        try:
+            _store(config, work, writer, accelerator, report)
+        except KeyboardInterrupt:  # what waits for others that make a shard is drawn again
+            report.say(f"{folder} has {writer.prompts} of {len(work.prompts)} prompts; the same command goes on there")
+            raise
     work.teacher.close()
     report.say(f"{folder}: {_described(writer)}")
     return folder
+
+
+def _store(config: CacheConfig, work: _Work, writer: CacheWriter, accelerator: Accelerator, report: Report) -> None:
+    """Everything that the folder lacks."""
+    done, size, count, completions = writer.prompts, config.prompts_per_step, len(work.prompts), 0
+    starts = range(done, count, size)
+    with accelerator.autocast():  # as a training samples; what is asked is computed in another thread, without
+        for start in report.track(starts, f"storing {config.output}", before=done, each=size, total=count):
+            prompts = work.prompts[start : start + size]
+            pairs = list(work.pairs(start, prompts))
+            writer.store(pairs, len(prompts), config.micro_batch_size)
+            completions += len(pairs)
+            report.status(f"{completions} completions")
+    writer.finish()
 
 
 def _described(writer: CacheWriter) -> str:
