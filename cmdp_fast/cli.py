@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,7 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0, 1 for a comparison of which a run failed, 2 for an input that the user has to change, 130 for an interrupt.
     """
-    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
+    code = _main(list(sys.argv[1:] if arguments is None else arguments) or [""])
+    if code == 130 and arguments is None:  # what still runs in threads is waited for, unless there is another Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
+
+
+def _main(words: Sequence[str]) -> int:
+    command, *rest = words
     if command in ("-h", "--help"):
         print(COMMANDS, end="")
         return 0

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from cmdp_fast.errors import InputError
-from cmdp_fast.files import writing
+from cmdp_fast.errors import InputError, readable
+from cmdp_fast.files import check_writable, writing
 from cmdp_fast.teachers.cached.writer import CacheWriter, Pair, contents_of
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.teacher import Teacher
@@ -99,10 +99,13 @@ def cache_teacher(config: CacheConfig) -> Path:
     teacher. What was written before an error stays, and is gone on with.
     """
     report, folder = Report(), Path(config.output)
+    check_writable(folder, f"--output {readable(config.output)}")
     accelerator = make_accelerator(config)
-    train = load_problems(config).train
+    with report.waiting(f"reading the problems of {config.task or config.dataset}"):
+        train = load_problems(config).train
     found = find_pair(config, train, report)
-    work = _work(config, found, train, accelerator.device, report)
+    with report.waiting(f"loading {config.teacher}"):
+        work = _work(config, found, train, accelerator.device, report)
     contents = contents_of(work.teacher, config.logprobs, config.dtype, work.source)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

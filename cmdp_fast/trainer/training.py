@@ -236,9 +236,9 @@ class Training:
             next(batches)
         remaining = range(self.learner.steps_done + 1, c.steps + 1)
         upcoming = share(next(batches), self.accelerator)
-        if any_process(interrupts.received, self.accelerator):  # while the folder was made
-            return
         for step in self.report.track(remaining, f"training {self.folder}", before=self.learner.steps_done):
+            if any_process(interrupts.received, self.accelerator):
+                return
             chosen, constraint = upcoming, self.learner.constraint()
             upcoming = share(next(batches), self.accelerator) if step < c.steps else []
             if c.rollout_ahead:
@@ -254,8 +254,6 @@ class Training:
             if step < c.steps and c.eval_every and step % c.eval_every == 0:
                 with self.report.doing("evaluating"):
                     self._log_evaluation(step, *self._evaluated(self.learner.student))
-            if any_process(interrupts.received, self.accelerator):
-                return
             if step < c.steps and c.checkpoint_every and step % c.checkpoint_every == 0:
                 with self.report.doing("writing a checkpoint"):
                     self._checkpoint()
