@@ -43,6 +43,8 @@ def run_all(
                     config = waiting.pop()
                     processes.start(config.name, config, logs / f"{config.name}.log")
                     running[config.name] = config
+                if not ended:
+                    report.status(f"{next(iter(running))} runs")
                 name, code = processes.ended()
                 ended += 1
                 config = running.pop(name)

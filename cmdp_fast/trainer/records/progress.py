@@ -48,7 +48,7 @@ class Progress:
         if self._ended is not None:
             return f"in {duration(self._ended - self._begun)}"
         left = self.seconds_left()
-        return f"{'-:--:--' if left is None else duration(left)} left"
+        return f"{duration(time.monotonic() - self._begun)} so far" if left is None else f"{duration(left)} left"
 
     def pieces(self, width: int) -> dict[str, str]:
         """What is shown in so many columns, in order from left to right; "bar" is as many spaces as it gets.

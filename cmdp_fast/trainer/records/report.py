@@ -44,6 +44,8 @@ class Report:
     def status(self, *figures: str) -> None:
         """Sets the figures beside the bar that is running, the one that matters most first."""
         self._figures = figures
+        if self._progress is not None:
+            self._progress.figures = figures
 
     def note(self, text: str) -> None:
         """Has the bar that is running say this in the place of its description; does nothing else, so that a handler
@@ -96,7 +98,6 @@ class Report:
                 for number, item in enumerate(items, 1):
                     yield item
                     progress.reach(progress.before + number * each)
-                    progress.figures = self._figures
             finally:
                 progress.end()
                 self._progress = None

@@ -57,7 +57,7 @@ class Session:
             "processors": os.cpu_count(),
             "gpu": gpu,
             "gpus": accelerator.num_processes if gpu else 0,
-            "precision": config.precision,
+            "precision": "bf16" if config.precision == "bf16" else "float32",
             "backend": f"{backend}{variant}",
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
