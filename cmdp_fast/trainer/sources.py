@@ -27,7 +27,7 @@ def check_path(option: str, name: str, file_too: bool) -> None:
     path = Path(name)
     if os.path.lexists(path) or not _is_path(name, file_too):
         return
-    home = Path(name).expanduser()
+    home = Path(os.path.expanduser(name))
     if name.startswith("~") and home.exists():
         raise InputError(f"{option} {name}: the shell has left the ~ as it is; did you mean {readable(str(home))}?")
     if not path.parent.is_dir():
@@ -50,7 +50,9 @@ def alike(path: Path) -> str:
         names = [name for name in os.listdir(path.parent) if name.isprintable()]
     except OSError:
         return ""
-    close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3)]
+    stems = difflib.get_close_matches(path.stem, [Path(name).stem for name in names], n=3)
+    near = [*difflib.get_close_matches(path.name, names, n=3), *(name for name in names if Path(name).stem in stems)]
+    close = [str(path.parent / name) for name in dict.fromkeys(near)][:3]
     return f" (did you mean {', '.join(close)}?)" if close else ""
 
 
