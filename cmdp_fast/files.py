@@ -14,7 +14,7 @@ from typing import Any
 
 from cmdp_fast.errors import InputError, first_line, readable
 
-PROBE = 1 << 20  # bytes
+PROBE = 4096  # bytes: a block, which a full disk has not
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,7 +56,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def check_writable(folder: Path, said: str) -> None:
     """Raises InputError, with the path and the reason, unless files can be written into a folder, which need not be
-    there yet. ``said`` is what named it. A mebibyte is written to see it; nothing of that is left."""
+    there yet. ``said`` is what named it. A block is written to see it; nothing of that is left."""
     place, missing = folder, list[str]()
     try:
         while not place.exists():

@@ -11,10 +11,11 @@ import sys
 import termios
 
 import pytest
+import torch
 
 from cmdp_fast.trainer.records import progress as progress_module
 from cmdp_fast.trainer.records.progress import FREE, Progress, Waiting, duration
-from cmdp_fast.trainer.records.report import Report, wrapped
+from cmdp_fast.trainer.records.report import Report, quiet_libraries, wrapped
 
 FIGURES = ("reward 0.68", "budget use 334%", "KL 6.68", "3730 tokens/s")
 
@@ -186,3 +187,17 @@ def test_the_notes_of_what_a_run_does_meanwhile():
     assert progress.note == "stopping"  # and stays
     with report.doing("writing a checkpoint"):
         assert progress.note == "stopping"
+
+
+def test_what_other_libraries_say_of_tied_weights_alone(capsys, caplog):
+    """That one of two names is saved is as it should be; anything else of the same module is said."""
+    from accelerate import PartialState
+    from accelerate.utils import other
+
+    PartialState()  # without which its log is silent
+    quiet_libraries()
+    weight = torch.zeros(2)
+    with caplog.at_level("WARNING"):
+        assert list(other.clean_state_dict_for_safetensors({"embedding": weight, "head": weight})) == ["embedding"]
+        other.logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ class Report:
     def __init__(self, shown: bool = True) -> None:
         self.shown = shown
         in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-        self.quiet = in_ci or not sys.stdout.isatty() or os.environ.get("TERM") in ("dumb", "unknown")
+        self.quiet = in_ci or not sys.stdout.isatty() or _draws_nothing()
         self._figures: tuple[str, ...] = ()
         self._progress: Progress | None = None  # the one that is drawn now: rich has room for one
 
@@ -117,6 +118,13 @@ class Report:
                 yield
 
 
+def _draws_nothing() -> bool:
+    """Whether the terminal cannot go back in a line."""
+    from rich.console import Console
+
+    return Console().is_dumb_terminal
+
+
 def wrapped(text: str, width: int = 0) -> str:
     """The text in lines of so many columns, those of the terminal if not given; what follows a first one is indented.
 
@@ -148,6 +156,12 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
+    # Of weights that are tied one is saved, and loading ties them again: nothing to be told of, or to check
+    logging.getLogger("accelerate.utils.other").addFilter(_tells_something)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    return "Removed shared tensor" not in record.getMessage()
