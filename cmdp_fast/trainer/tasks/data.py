@@ -182,7 +182,7 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
         raise InputError(f"{said}: it has one split, not {source.split!r}; --eval-dataset takes another file")
     check_path(source.option, name, file_too=True)
     if path.is_file() and not path.stat().st_size:
-        raise InputError(f"{said}: the file is empty")
+        raise InputError(f"{said}: there are no rows in it, the file is empty")
     _check_beginning(path, said)
     if not path.exists():
         find_hub()
