@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -12,10 +13,13 @@ import termios
 
 import pytest
 import torch
+from rich.console import Console
 
+from cmdp_fast.trainer.comparison.table import Estimate, TableRow, columns_of, fitting, print_rows
 from cmdp_fast.trainer.records import progress as progress_module
 from cmdp_fast.trainer.records.progress import FREE, Progress, Waiting, duration
 from cmdp_fast.trainer.records.report import Report, quiet_libraries, wrapped
+from cmdp_fast.trainer.settings.config import TrainConfig
 
 FIGURES = ("reward 0.68", "budget use 334%", "KL 6.68", "3730 tokens/s")
 
@@ -202,3 +206,21 @@ def test_what_other_libraries_say_of_tied_weights_alone(capsys, caplog):
         other.logger.warning("something else")
     (record,) = caplog.records
     assert record.getMessage().endswith("something else")
+
+
+def test_a_comparison_shows_the_columns_that_fit():
+    figures = {name: Estimate(0.985, 0.003) for name in ("accuracy", "constraint_satisfaction", "mean_cumulative_kl")}
+    rows = [TableRow("cmdp:budget=8,penalty=2", 3, TrainConfig(), {**figures, "mean_length": Estimate(18.0, 0.1)})]
+    every = columns_of(rows)
+    for width in range(20, 140):
+        shown = fitting(rows, every, width)
+        assert shown == every[: len(shown)] and shown
+        if len(shown) > 1 and width >= 80:  # no figure is cut
+            console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("rich.console.Console", lambda console=console: console)
+                print_rows(rows)
+            text = console.file.getvalue()
+            assert "98.5 ± 0.3" in text and ("more columns: table.md" in text) == (shown != every)
+            assert "…" not in text
+    assert fitting(rows, every, 80) == every[:3] and fitting(rows, every, 139) == every
