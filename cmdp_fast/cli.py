@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cmdp_fast import __version__
-from cmdp_fast.errors import InputError, ProcessAlone, ProcessLost, without_controls
+from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost, without_controls
 from cmdp_fast.nearest import did_you_mean
 from cmdp_fast.terminal import beside, columns, message, show, wrapped
 
@@ -36,7 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0, 1 for a comparison of which a run failed and where `doctor` finds a problem, 2 for an input that the user has to
     change, 130 for an interrupt.
     """
-    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
+    code = _main(list(sys.argv[1:] if arguments is None else arguments) or [""])
+    if code == 130 and arguments is None:  # what still runs in threads is waited for, unless there is another Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
+
+
+def _main(words: Sequence[str]) -> int:
+    command, *rest = words
     if command in ("-h", "--help"):
         show(overview(columns(sys.stdout)), sys.stdout)
         return 0
@@ -58,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         each_machine = isinstance(error, ProcessLost) or not _have_met()
         _say(f"error: {error}", each_machine, alone=isinstance(error, ProcessAlone))
         return 2
+    except Interrupted:
+        return 130
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
@@ -78,7 +88,7 @@ def _without_options(command: str, arguments: Sequence[str]) -> int:
         show("\n".join(wrapped(f"usage: cmdp-fast {command}: {COMMANDS[command]}", columns(sys.stdout))), sys.stdout)
         return 0
     if arguments:
-        raise InputError(f"{command} takes no options, not {arguments[0]}")
+        raise InputError(f"{command} takes no arguments, given: {' '.join(arguments)}")
     if command == "doctor":
         from .doctor import doctor
 
@@ -166,7 +176,7 @@ def _load_train() -> Callable[[Any, Sequence[str]], int]:
     from .trainer.dry_run import dry_run
     from .trainer.run import train
 
-    return lambda config, _: _done(dry_run(config) if config.dry_run else train(config))
+    return lambda config, arguments: _done(dry_run(config) if config.dry_run else train(config, arguments))
 
 
 def _load_compare() -> Callable[[Any, Sequence[str]], int]:

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what was given and what was expected."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interrupt whose consequences the user has been told of already."""
+
+
 class ProcessLost(InputError):
     """Another process of the run has gone, or cannot be reached: from here on nothing can be agreed on with others."""
 

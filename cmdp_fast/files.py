@@ -6,12 +6,15 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line, readable
+
+PROBE = 4096  # bytes: a block, which a full disk has not
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,6 +55,32 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except stops as error:
         raise InputError(f"{path} could not be written: {first_line(error)}") from error
+
+
+def check_writable(folder: Path, said: str) -> None:
+    """Raises InputError, with the path and the reason, unless files can be written into a folder, which need not be
+    there yet. ``said`` is what named it. A block is written to see it; nothing of that is left."""
+    place, missing = folder, list[str]()
+    try:
+        while not place.exists():
+            if place.is_symlink():
+                raise InputError(f"{said}: {place} is a link to nothing")
+            missing.append(place.name)
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"{said}: {place} is a file, expected a folder")
+        with tempfile.TemporaryDirectory(prefix=".cmdp-fast-", dir=place) as scratch:
+            inner = Path(scratch, *([] if ".." in missing else missing[::-1]))  # for names that are too long
+            inner.mkdir(parents=True, exist_ok=True)
+            with open(inner / "probe", "wb") as probe:
+                probe.write(bytes(PROBE))
+                probe.flush()
+                os.fsync(probe.fileno())
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a name with a zero
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{said}: {readable(str(place))} cannot be written to: {reason}") from error
 
 
 def sync(path: Path) -> None:

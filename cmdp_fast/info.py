@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
 
@@ -13,6 +14,7 @@ from cmdp_fast.cpu import CURE, native
 from cmdp_fast.ops.backends import available_backends
 
 _PACKAGES = ("cmdp_fast", "torch", "triton", "transformers", "datasets", "accelerate", "tyro", "reasoning-gym")
+_ABSENT = "not installed"
 
 
 def version(package: str) -> str:
@@ -24,18 +26,27 @@ def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return _ABSENT
 
 
-def machine() -> str:
-    """Processor and versions in a line, to be quoted beside measurements."""
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """The version of each package that is installed."""
+    return {name: found for name in packages if (found := version(name)) != _ABSENT}
+
+
+def processor() -> str:
+    """The processor's name and architecture."""
     name = ""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    processor = f"{name or platform.processor() or 'unnamed processor'} ({platform.machine()})"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("cmdp_fast", "torch", "transformers"))
-    return f"{processor}, {os.cpu_count()} processors, python {platform.python_version()}, {versions}"
+    return f"{name or platform.processor() or 'unnamed processor'} ({platform.machine()})"
+
+
+def machine() -> str:
+    """Processor and versions in a line, to be quoted beside measurements."""
+    named = ", ".join(f"{package} {version(package)}" for package in ("cmdp_fast", "torch", "transformers"))
+    return f"{processor()}, {os.cpu_count()} processors, python {platform.python_version()}, {named}"
 
 
 def report() -> str:

@@ -9,7 +9,8 @@ from typing import IO
 
 DEFAULT, NARROWEST, WIDEST = 80, 20, 100  # columns; longer lines are hard to read
 TWO_COLUMNS = 60  # from here on a text stands beside its name, and not under it
-_COMMAND = re.compile(r": (?=(?:cmdp-fast|pip|python|accelerate launch|torchrun) )")
+# A command at the end of a text, such as "to go on: cmdp-fast train --resume runs/N"
+_COMMAND = re.compile(r"(?<=:) (?=(?:\w+=\S+ )?(?:cmdp-fast|pip|python|accelerate launch|torchrun) )")
 
 
 def columns(stream: IO[str]) -> int:
@@ -50,12 +51,14 @@ def message(text: str, stream: IO[str]) -> str:
     command at its end, which has a line of its own, to be copied."""
     if not stream.isatty():
         return text
-    lines = []
+    width, lines = columns(stream), []
     for line in text.splitlines() or [""]:
-        said = _COMMAND.split(line, maxsplit=1)
+        said, *command = _COMMAND.split(line, maxsplit=1)
         indent = line[: len(line) - len(line.lstrip())]
-        lines += wrapped(said[0].lstrip() + (":" if len(said) > 1 else ""), columns(stream), indent, f"{indent}  ")
-        lines += [f"{indent}  {said[1]}"] if len(said) > 1 else []
+        if len(line) <= width:
+            lines.append(line)
+        else:
+            lines += [*wrapped(said.lstrip(), width, indent, f"{indent}  "), *(f"{indent}  {each}" for each in command)]
     return "\n".join(lines)
 
 

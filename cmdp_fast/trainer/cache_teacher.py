@@ -14,12 +14,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from cmdp_fast.errors import InputError
-from cmdp_fast.files import writing
+from cmdp_fast.errors import InputError, readable
+from cmdp_fast.files import check_writable, writing
 from cmdp_fast.teachers.cached.writer import CacheWriter, Pair, contents_of
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.teacher import Teacher
@@ -39,6 +39,9 @@ from .settings.config import TrainConfig
 from .settings.ranges import NOT_NEGATIVE, POSITIVE
 from .stops import token_named
 from .tasks.data import Problem, evaluation_sets, load_problems
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MIB = 2**20
 
@@ -102,10 +105,13 @@ def cache_teacher(config: CacheConfig) -> Path:
     teacher. What was written before an error stays, and is gone on with.
     """
     report, folder = Report(), Path(config.output)
+    check_writable(folder, f"--output {readable(config.output)}")
     accelerator = make_accelerator(config)
-    train = load_problems(config).train
+    with report.waiting(f"reading the problems of {config.task or config.dataset}"):
+        train = load_problems(config).train
     found = find_pair(config, train, report)
-    work = _work(config, found, train, accelerator.device, report)
+    with report.waiting(f"loading {config.teacher}"):
+        work = _work(config, found, train, accelerator.device, report)
     contents = contents_of(work.teacher, config.logprobs, config.dtype, work.source)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,19 +120,30 @@ def cache_teacher(config: CacheConfig) -> Path:
         if writer.index.whole:
             report.say(f"{folder} is finished: {_described(writer)}")
             return folder
-        done, size = writer.prompts, config.prompts_per_step
-        if done:
-            report.say(f"{folder} goes on after {done} of {len(work.prompts)} prompts")
-        starts = range(done, len(work.prompts), size)
-        with accelerator.autocast():  # as a training samples; what is asked is computed in another thread, without
-            for start in report.track(starts, f"storing {folder}"):
-                prompts = work.prompts[start : start + size]
-                writer.store(list(work.pairs(start, prompts)), len(prompts), config.micro_batch_size)
-                report.status(f"{start + len(prompts)} of {len(work.prompts)} prompts")
-        writer.finish()
+        if writer.prompts:
+            report.say(f"{folder} goes on after {writer.prompts} of {len(work.prompts)} prompts")
+        try:
+            _store(config, work, writer, accelerator, report)
+        except KeyboardInterrupt:  # what waits for others that make a shard is drawn again
+            report.say(f"{folder} has {writer.prompts} of {len(work.prompts)} prompts; the same command goes on there")
+            raise
     work.teacher.close()
     report.say(f"{folder}: {_described(writer)}")
     return folder
+
+
+def _store(config: CacheConfig, work: _Work, writer: CacheWriter, accelerator: Accelerator, report: Report) -> None:
+    """Everything that the folder lacks."""
+    done, size, count, completions = writer.prompts, config.prompts_per_step, len(work.prompts), 0
+    starts = range(done, count, size)
+    with accelerator.autocast():  # as a training samples; what is asked is computed in another thread, without
+        for start in report.track(starts, f"storing {config.output}", before=done, each=size, total=count):
+            prompts = work.prompts[start : start + size]
+            pairs = list(work.pairs(start, prompts))
+            writer.store(pairs, len(prompts), config.micro_batch_size)
+            completions += len(pairs)
+            report.status(f"{completions} completions")
+    writer.finish()
 
 
 def _described(writer: CacheWriter) -> str:

@@ -102,9 +102,10 @@ def evaluate(
     left = TOKENS
     with clock.phase("evaluation"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed + collector.accelerator.process_index)
-        starts = range(0, len(rows), config.batch_size)
-        for start in report.track(starts, f"evaluating {who}") if report else starts:
-            some = slice(start, start + config.batch_size)
+        each = config.batch_size
+        starts = range(0, len(rows), each)
+        for start in report.track(starts, f"evaluating {who}", each=each, total=len(rows)) if report else starts:
+            some = slice(start, start + each)
             if collector.teacher is None or stored_by(collector.teacher) is not None:
                 parts.append(collector.complete(policy, rows[some], prompts[some], Clock()))
             else:

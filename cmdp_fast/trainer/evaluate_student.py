@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.files import write_json
+from cmdp_fast.files import check_writable, write_json
 
 from .distributed import check_alike, main_first, on_device, together
 from .engines import Engines, check_engines, make_engines
@@ -123,6 +123,8 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     with together(accelerator):
         check_engines(config, accelerator.is_main_process)
+        if config.json and accelerator.is_main_process:
+            check_writable(Path(config.json).parent, f"--json {config.json}")
     report = Report(accelerator.is_main_process)
     sets = main_first(lambda: _sets(config), accelerator)
     material = main_first(lambda: load(config, report, sets), accelerator)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+PENDING = "stopping after this step (again: at once)"
+
 
 class Interrupts:
-    """While it is entered, both signals raise KeyboardInterrupt, or set `received` where `deferred`.
+    """While it is entered, both signals raise KeyboardInterrupt, or set `received` where `deferred`, which the `note`
+    is told.
 
-    A step is not left in its middle, where nothing could be resumed. A user in a hurry repeats the signal. With
-    several processes a second signal changes nothing: their launcher sends it by itself.
+    A step is not left in its middle, where nothing could be resumed. A user in a hurry repeats the signal, and is
+    `hurried`: nothing that takes long is begun any more. With several processes a second signal changes nothing: their
+    launcher sends it by itself.
     """
 
-    def __init__(self, patient: bool = False) -> None:
+    def __init__(self, patient: bool = False, note: Callable[[str], None] | None = None) -> None:
         self.received = False
         self.deferred = False
-        self._patient = patient
+        self.hurried = False
+        self._patient, self._note = patient, note
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -32,6 +38,9 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.deferred or (self.received and not self._patient):
+        again = self.received and not self._patient
+        self.received, self.hurried = True, self.hurried or again
+        if not self.deferred or again:
             raise KeyboardInterrupt
-        self.received = True
+        if self._note is not None:
+            self._note(PENDING)

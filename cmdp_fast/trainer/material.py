@@ -50,7 +50,8 @@ class Material:
 def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | None = None) -> Material:
     """Everything, the models on the CPU and last: what can be refused without them is. ``sets``: of problems by name,
     for an evaluation without a training. Raises InputError for material that cannot be used."""
-    parts = list(load_problems(config)) if sets is None else list(sets.values())
+    with report.waiting(f"reading the problems of {config.task or config.dataset}"):
+        parts = list(load_problems(config)) if sets is None else list(sets.values())
     # A built-in model is made of a task's problems to train on
     train = parts[0] if sets is None else load_problems(config).train if config.task else []
     rewards = load_rewards(config, parts[0][0])
@@ -78,7 +79,8 @@ def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | N
         check_asked_tokens(found.asked, config, every)
         limits[config.teacher] = found.asked.about.positions
     check_lengths(config, limits, longest)
-    student, teacher, tokenizer = load_pair(config, train, report, found)
+    with report.waiting(f"loading {' and '.join(found.folders.values())}"):
+        student, teacher, tokenizer = load_pair(config, train, report, found)
     held = teacher.model if isinstance(teacher, TeacherInProcess) else teacher
     if config.teacher_quantization:
         report.say(compare_quantised(config, found, held, every))

@@ -7,6 +7,7 @@ end and write a checkpoint; an error leaves the last one, as does a kill. `distr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -43,6 +44,7 @@ from .records.origin import check_origin
 from .records.report import Report
 from .records.resume import is_finished
 from .records.run_folder import check_run_folder
+from .records.session import Session
 from .records.trust import code_of
 from .rollout import make_sampling
 from .settings.config import TrainConfig
@@ -56,14 +58,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def train(config: TrainConfig) -> Path:
-    """Trains as the configuration says and returns the run's folder.
+def train(config: TrainConfig, words: Sequence[str] = ()) -> Path:
+    """Trains as the configuration says and returns the run's folder; ``words`` are those of the command line, which
+    `summary.json` quotes.
 
     Raises InputError for anything that cannot be used, before the folder is made, if another process is at work in the
     folder of a run to be resumed, and if it is impossible to go on, with everything saved so far.
     An interrupt (Ctrl-C, SIGTERM) once the training has begun ends it after the step at hand with a checkpoint, and
     KeyboardInterrupt is raised.
     """
+    session = Session(words)
     check_trackers(config)
     check_optimizer(config)
     check_offload(config)
@@ -73,7 +77,7 @@ def train(config: TrainConfig) -> Path:
     report = Report(accelerator.is_main_process)
     again = "start it again on all machines with the same launcher, with --resume where its folder is there"
     with (
-        Interrupts(patient=accelerator.num_processes > 1) as interrupts,
+        Interrupts(accelerator.num_processes > 1, report.note) as interrupts,
         ExitStack() as held,
         noticing_loss(accelerator, lambda: again),
     ):
@@ -109,8 +113,8 @@ def train(config: TrainConfig) -> Path:
             + (" per token" if constraint.per_token else "")
             + (f", within it {price:.3g} a nat" if (price := price_within(config)) else "")
         )
-        training = Training(config, learner, material, report, code)
-        training.begin(held)
+        training = Training(config, learner, material, report, code, session)
+        training.begin(held, interrupts)
         training.finish(interrupts)
     return training.folder
 

@@ -34,6 +34,7 @@ from cmdp_fast.reward_functions import mean_metrics
 from cmdp_fast.teachers.teacher import Taken, Teacher
 
 from .correction import estimate_weight, weighed
+from .distributed import any_process
 from .experience import Experience, Metrics
 from .methods.method import Method, Targets
 from .micro_batches import Lengths, lengths_of
@@ -42,6 +43,12 @@ from .records.checkpoint import Trained
 from .records.throughput import Throughput, read_tokens
 from .settings.constraint import training_constraint
 from .tasks.data import Problem
+
+CAUSES = "a cost is infinite where the teacher excludes a token that the student uses, or the learning rate is too high"
+
+
+class NotFinite(InputError):
+    """Loss, gradient or weights are not finite: the step that has led to it has perhaps ruined the student."""
 
 
 class Learner:
@@ -148,14 +155,18 @@ class Learner:
         return weighed(self.method.targets(experience, constraint), experience.sampler_log_ratio, self.config)
 
     def update(self, experience: Experience, targets: Targets, constraint: Constraint) -> Metrics:
-        """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches."""
+        """Some epochs over the completions in minibatches; returns the metrics' means over the minibatches. Raises
+        NotFinite, in every process, as soon as it sees that the student is, or would be, ruined."""
         history = list[Metrics]()
         with self.clock.phase("update"), self.offload.updating():
             lengths = lengths_of(experience.rollout)
             for _ in range(self.config.epochs):
                 for minibatch in minibatches(len(experience.rollout), self.config.minibatch_size):
-                    metrics = self._accumulate(experience, targets, constraint, minibatch, lengths)
-                    history.append(self._mean(metrics) | self.descend())
+                    metrics = self._mean(self._accumulate(experience, targets, constraint, minibatch, lengths))
+                    if not math.isfinite(metrics["loss"]):
+                        raise NotFinite(f"the loss is not finite: {CAUSES}")
+                    history.append(metrics | self.descend())
+            self.check_weights()
             learning_rate = float(self.scheduler.get_last_lr()[0])
             self.scheduler.step()
         means = {name: sum(each[name] for each in history) / len(history) for name in history[0]}
@@ -190,18 +201,25 @@ class Learner:
 
     def descend(self) -> Metrics:
         """The optimizer's step, with the gradients of student and value head each cut to the largest norm. Raises
-        InputError, and takes none, if one of them is not finite."""
+        NotFinite, and takes none, if one of them is not finite."""
         norms = {"grad_norm": self._clipped(self.student)}
         if self.method.value_head is not None:
             norms["value/grad_norm"] = self._clipped(self.method.value_head)
         if not all(map(math.isfinite, norms.values())):
-            raise InputError(
-                "the gradient is not finite: a cost is infinite where the teacher excludes a token that the student "
-                "uses, or the learning rate is too high"
-            )
+            raise NotFinite(f"the gradient is not finite: {CAUSES}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norms
+
+    def check_weights(self) -> None:
+        """Raises NotFinite, in every process, if one of the weights that are trained is not finite."""
+        modules = (self.student, self.method.value_head or nn.Module())
+        here = (
+            p.to_local() if isinstance(p, DTensor) else p for m in modules for p in m.parameters() if p.requires_grad
+        )
+        fine = torch.stack([p.detach().isfinite().all() for p in here]).all()
+        if any_process(not bool(fine), self.accelerator):
+            raise NotFinite(f"a weight of the student is not finite: {CAUSES}")
 
     def _clipped(self, model: nn.Module) -> float:
         """The norm of a model's gradient before it is cut to the largest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from cmdp_fast.constraint import Constraint
-from cmdp_fast.errors import InputError, ProcessLost, first_line
+from cmdp_fast.errors import InputError, Interrupted, ProcessLost, first_line
 from cmdp_fast.files import write_text
 from cmdp_fast.teachers.teacher import Teacher
 
@@ -26,20 +26,24 @@ from .records.checkpoint import (
     checkpoints,
     folders_of_steps,
     load_checkpoint,
+    load_weights,
     remove_checkpoint,
     remove_checkpoints,
     save_checkpoint,
 )
-from .records.curves import CURVES, plot_curves
+from .records.curves import plot_curves
 from .records.ending import write_summary
+from .records.figures import of_evaluation, of_step
+from .records.form import check_records, form_of
 from .records.metrics_log import MetricsLog
 from .records.report import Report
 from .records.run_folder import Beginning, make_run_folder, write_config
 from .records.samples import samples_text, write_samples
+from .records.session import Session, earlier
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
 from .settings.recorded import recorded
-from .step import Learner
+from .step import Learner, NotFinite
 from .tasks.data import shuffled
 
 SAMPLES = 20
@@ -52,20 +56,28 @@ class Training:
     log: MetricsLog
 
     def __init__(
-        self, config: TrainConfig, learner: Learner, material: Material, report: Report, code: dict[str, str]
+        self,
+        config: TrainConfig,
+        learner: Learner,
+        material: Material,
+        report: Report,
+        code: dict[str, str],
+        session: Session,
     ) -> None:
         self.config, self.learner, self.material, self.report, self.code = config, learner, material, report, code
-        self.accelerator = learner.accelerator
-        self.saved = 0  # the step of the last checkpoint
+        self.accelerator, self.session = learner.accelerator, session
+        self.began = self.saved = 0  # the steps before this session, and those of the last checkpoint
+        self.earlier_sessions: list[dict[str, Any]] = []
         self.results: dict[str, Any] = {}
         self.samples: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------- begin
 
-    def begin(self, held: ExitStack) -> None:
+    def begin(self, held: ExitStack, interrupts: Interrupts) -> None:
         """From the last checkpoint of the run to be resumed, or with a look at teacher and student and a new folder.
 
-        `held` gets the new folder's lock, as it has that of a run to be resumed.
+        `held` gets the new folder's lock, as it has that of a run to be resumed. From the moment that the folder is
+        there an interrupt waits.
         """
         run = self.config.resume
         if run and of_main(lambda: bool(checkpoints(Path(run))), self.accelerator):
@@ -79,6 +91,7 @@ class Training:
                 self.learner.collector.teacher_engine.close()  # it is not sampled from again
             if self.config.eval_before:
                 self._evaluate_before()
+            interrupts.deferred = True
             self.folder = self._make_folder(held)
             with together(self.accelerator):
                 self._drop_students_after(0)
@@ -135,14 +148,22 @@ class Training:
             "evaluations": self.log.evaluations,
             "results": self.results,
             "samples": self.samples,
+            "sessions": self._sessions(),
         }
+
+    def _sessions(self) -> list[dict[str, Any]]:
+        """What each session of the run was made with, this one's at last."""
+        steps = (self.began, self.learner.steps_done)
+        return [*self.earlier_sessions, self.session.record(self.config, self.accelerator, steps)]
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            _check_records(state, self.config.eval_before)
+            check_records(state, self.config.eval_before)
             known = self.learner.scheduler.state_dict()
             schedule = {name: value for name, value in state["schedule"].items() if name in known}  # of any torch
-            if "last_epoch" not in schedule or any(_form(known[name]) != _form(schedule[name]) for name in schedule):
+            if "last_epoch" not in schedule or any(
+                form_of(known[name]) != form_of(schedule[name]) for name in schedule
+            ):
                 raise ValueError("its schedule is of another form")
             self.learner.load_state_dict(state["ppo"])
             self.learner.scheduler.load_state_dict(schedule)
@@ -150,7 +171,8 @@ class Training:
             self.results, self.samples = state["results"], state["samples"]
         except Exception as error:  # it is as it was written, and was not written by this program
             raise InputError(f"{self.folder}: its last checkpoint is not one of such a run: {error!r}") from error
-        done = self.saved = self.learner.steps_done
+        done = self.began = self.saved = self.learner.steps_done
+        self.earlier_sessions = earlier(state.get("sessions"))
         if done > self.config.steps:
             raise InputError(f"--steps {self.config.steps}: {self.folder} has {done} behind it")
         with together(self.accelerator):
@@ -173,12 +195,17 @@ class Training:
                 interrupts.deferred = self.accelerator.num_processes > 1  # they cannot leave each at its own time
                 self._evaluate("student_after", self.learner.student)
                 self._log_evaluation(self.config.steps, self.results["student_after"], self.samples["student_after"])
+        except KeyboardInterrupt as raised:
+            error = raised
+            if not self.report.quiet:  # what it says it says to the one who interrupts
+                raise Interrupted from None
+            raise
         except BaseException as raised:
             error = raised
             raise
         finally:
             interrupts.deferred = True
-            self._write(error)
+            self._write(error, interrupts.hurried)
         if self.accelerator.is_main_process and not self.config.checkpoint_every:
             remove_checkpoints(self.folder)
 
@@ -209,7 +236,9 @@ class Training:
             next(batches)
         remaining = range(self.learner.steps_done + 1, c.steps + 1)
         upcoming = share(next(batches), self.accelerator)
-        for step in self.report.track(remaining, f"training {self.folder}"):
+        for step in self.report.track(remaining, f"training {self.folder}", before=self.learner.steps_done):
+            if any_process(interrupts.received, self.accelerator):
+                return
             chosen, constraint = upcoming, self.learner.constraint()
             upcoming = share(next(batches), self.accelerator) if step < c.steps else []
             if c.rollout_ahead:
@@ -218,15 +247,16 @@ class Training:
             metrics = self.learner.step([material.problems[i] for i in chosen], [material.prompts[i] for i in chosen])
             with together(self.accelerator):
                 self.log.step(step, metrics)
-            self.report.status(_status(metrics, constraint))
+            self.report.status(*of_step(metrics, constraint))
             if step < c.steps and c.save_student_every and step % c.save_student_every == 0:
-                self._save_student(step)
+                with self.report.doing("saving the student"):
+                    self._save_student(step)
             if step < c.steps and c.eval_every and step % c.eval_every == 0:
-                self._log_evaluation(step, *self._evaluated(self.learner.student))
-            if any_process(interrupts.received, self.accelerator):
-                return
+                with self.report.doing("evaluating"):
+                    self._log_evaluation(step, *self._evaluated(self.learner.student))
             if step < c.steps and c.checkpoint_every and step % c.checkpoint_every == 0:
-                self._checkpoint()
+                with self.report.doing("writing a checkpoint"):
+                    self._checkpoint()
 
     def _checkpoint(self) -> None:
         done = self.learner.steps_done
@@ -262,7 +292,7 @@ class Training:
 
     def _evaluate(self, who: str, policy: Any) -> None:
         self.results[who], self.samples[who] = self._evaluated(policy, who)
-        self.report.say(f"{who:<15}{_describe(self.results[who])}")
+        self.report.say(f"{who:<15}{of_evaluation(self.results[who])}")
 
     def _log_evaluation(self, step: int, result: dict[str, float], samples: list[dict[str, Any]]) -> None:
         with together(self.accelerator):
@@ -274,33 +304,33 @@ class Training:
 
     # ------------------------------------------------------------------------------------- save
 
-    def _write(self, error: BaseException | None) -> None:
+    def _write(self, error: BaseException | None, hurried: bool = False) -> None:
         """Everything into the folder, as far as it has come, and `summary.json` last. A file that cannot be written
-        keeps no other away, and does not hide the error that ended the run."""
+        keeps no other away, and does not hide the error that ended the run. Of a run that is left in a hurry nothing
+        that takes long."""
         c, folder, done = self.config, self.folder, self.learner.steps_done
-        if error is not None:
-            kept = checkpoints(folder)
-            what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
-            self.report.say(
-                f"{what} after step {done}; "
-                + (f"to go on from {kept[-1].name}: cmdp-fast train --resume {folder}" if kept else "no checkpoint yet")
-            )
         agreed = isinstance(error, (InputError, KeyboardInterrupt, type(None))) and not isinstance(error, ProcessLost)
-        whole = self.accelerator.num_processes == 1 or agreed
+        # Otherwise the other processes are elsewhere, and cannot help to put the student together
+        whole = not hurried and (self.accelerator.num_processes == 1 or agreed)
+        step = self._last_good() if isinstance(error, NotFinite) else done if whole else None
+        if error is not None:
+            self.report.say(self._what_ended(error, step))
         shown = ((who, self._shown(some)) for who, some in self.samples.items())
         constraint, accuracy = evaluation_constraint(c), self.results.get("teacher", {}).get("accuracy")
-        writes: list[Callable[[], None]] = [
-            self.log.close,
-            lambda: write_samples(folder / "samples.jsonl", self.samples),
-            lambda: write_text(folder / "samples.txt", samples_text(shown)),
-            lambda: plot_curves(folder / "curves.png", self.log, constraint, accuracy),
-        ]
-        if whole:  # otherwise the other processes are elsewhere, and cannot help to put the student together
+        writes: list[Callable[[], None]] = [self.log.close]
+        if not hurried:
+            writes += [
+                lambda: write_samples(folder / "samples.jsonl", self.samples),
+                lambda: write_text(folder / "samples.txt", samples_text(shown)),
+                lambda: plot_curves(folder / "curves.png", self.log, constraint, accuracy),
+            ]
+        if step is not None:
             model, weights = whole_student(self.learner.student, self.accelerator)
             writes.append(lambda: save_student(model, self.material.tokenizer, folder, weights))
         failures: list[InputError] = []
         ended = [error]  # or by the first file that cannot be written
-        writes.append(lambda: write_summary(folder, summary(c, self.learner, self.results, done, ended[0])))
+        about = {"student_step": step, "sessions": self._sessions()}
+        writes.append(lambda: write_summary(folder, summary(c, self.learner, self.results, done, ended[0]) | about))
         for write in writes if self.accelerator.is_main_process else []:
             try:
                 write()
@@ -312,39 +342,33 @@ class Training:
             with together(self.accelerator):
                 if failures:
                     raise failures[0]
-        if not failures:
+        if not failures and not isinstance(error, KeyboardInterrupt):
             names = "summary.json metrics.jsonl tensorboard/ curves.png samples.txt samples.jsonl"
-            self.report.say(f"{folder}: {'student/ ' if whole else ''}{names}")
+            self.report.say(f"{folder}: {'student/ ' if step is not None else ''}{names}")
 
+    def _last_good(self) -> int | None:
+        """Has the student the weights of the last checkpoint, in place of those that are ruined; its step, None where
+        there is none. Every process must call this."""
+        try:
+            if not of_main(lambda: bool(checkpoints(self.folder)), self.accelerator):
+                return None
+            return load_weights(self.accelerator, self.learner.trained, self.folder, self.report)
+        except InputError as error:
+            self.report.say(str(error))
+            return None
 
-def _check_records(state: dict[str, Any], evaluated_before: bool) -> None:
-    """Raises ValueError or KeyError unless a checkpoint's records are of the form that `Training` writes."""
-    steps = [record["step"] for name in ("metrics", "evaluations") for record in state[name]]
-    evaluated = {who for who in ("teacher", "student_before") if who in state["results"]}
-    evaluated |= {"student_before"} if evaluated_before else set()
-    figures = [state["results"][who]["accuracy"] for who in evaluated]
-    samples = [sample["completion"] for some in state["samples"].values() for sample in some]
-    drawn = [record[name] for name, _ in CURVES for record in state["metrics"]]
-    drawn += [record.get(name) for _, name in CURVES for record in state["evaluations"]]  # some are without a teacher
-    if not (
-        all(_form(value) in ("number", "NoneType") for value in drawn)  # None: it was not finite
-        and _form([*state["seconds"].values()]) == ["number"] * len(state["seconds"])
-        and type(state["ppo"]["tokens_seen"]) is int
-        and all(type(step) is int for step in [state["ppo"]["steps_done"], *steps])
-        and all(isinstance(figure, float) for figure in figures)
-        and all(isinstance(sample, str) for sample in samples)
-        and state["ppo"]["steps_done"] == len(state["metrics"]) > 0
-    ):
-        raise ValueError("its records are of another form")
-
-
-def _form(value: Any) -> Any:
-    """What kind of values stand where in a value out of JSON."""
-    if isinstance(value, dict):
-        return {name: _form(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_form(each) for each in value]
-    return "number" if type(value) in (int, float) else type(value).__name__
+    def _what_ended(self, error: BaseException, student: int | None) -> str:
+        """How far the run has come, what of it is kept, and how it goes on; `student`: the step whose weights are
+        written to `student/`."""
+        folder, done, kept = self.folder, self.learner.steps_done, checkpoints(self.folder)
+        interrupted, last = isinstance(error, KeyboardInterrupt), kept[-1].name if kept else ""
+        parts = [f"{'interrupted' if interrupted else 'stopped by an error'} after step {done} of {self.config.steps}"]
+        if isinstance(error, NotFinite):
+            there = "stays as it was" if (folder / "student").exists() else "is not written"
+            parts.append(f"student/ has the weights of step {student}" if student is not None else f"student/ {there}")
+        kept_there = f"{folder} keeps {last}" if kept else f"{folder} has no checkpoint yet and begins again"
+        parts.append(f"{kept_there}. To go on: cmdp-fast train --resume {shlex.quote(str(folder))}")
+        return "; ".join(parts)
 
 
 def summary(
@@ -366,22 +390,3 @@ def summary(
         "pid": learner.pid.state_dict() if config.kind == "pid" else None,
         "config": recorded(replace(config, resume="")),
     }
-
-
-def _status(metrics: dict[str, float], constraint: Constraint) -> str:
-    """The text beside the progress: budget use is the mean cumulative cost as a share of the budget."""
-    budget = constraint.budget * (metrics["completions/mean_length"] if constraint.per_token else 1.0)
-    return (
-        f"reward {metrics['reward']:.2f}  KL {metrics['cmdp/cumulative_kl']:.2f}  "
-        f"budget use {metrics['cmdp/mean_cumulative'] / budget:.0%}  {metrics['tokens_per_second']:.0f} tokens/s"
-    )
-
-
-def _describe(result: dict[str, float]) -> str:
-    compared = ""  # with the teacher, where it says something of any completion
-    if "mean_cumulative_kl" in result:
-        compared = (
-            f"within budget {result['constraint_satisfaction']:.1%}   "
-            f"cumulative KL {result['mean_cumulative_kl']:.2f}   "
-        )
-    return f"accuracy {result['accuracy']:.1%}   {compared}length {result['mean_length']:.1f}"

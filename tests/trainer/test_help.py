@@ -146,8 +146,8 @@ WRONG = {
     "command": (["trian"], "unknown command 'trian', did you mean train?"),
     "operation": (["bench", "token_stas"], "did you mean token_stats?"),
     "option of bench": (["bench", "--reapeat", "3"], "--reapeat: there is no such option, did you mean --repeat?"),
-    "info": (["info", "nonsense"], "info takes no options, not nonsense"),
-    "doctor": (["doctor", "--fix"], "doctor takes no options, not --fix"),
+    "info": (["info", "nonsense"], "info takes no arguments, given: nonsense"),
+    "doctor": (["doctor", "--fix"], "doctor takes no arguments, given: --fix"),
     "help": (["train", "--help", "optimzer"], "--help optimzer: neither a section (run, "),
     "dataset of a recipe with a task": (
         ["train", "--dataset", "m.jsonl"],

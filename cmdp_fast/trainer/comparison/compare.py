@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cmdp_fast.errors import InputError
-from cmdp_fast.files import write_text, writing
+from cmdp_fast.errors import InputError, readable
+from cmdp_fast.files import check_writable, write_text, writing
 
 from ..records.lock import alone_in
 from ..records.report import Report
@@ -34,6 +34,7 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
     for settings that cannot be used.
     """
     check(config)
+    check_writable(folder_of(config), f"--output-dir {readable(str(folder_of(config)))}")
     if config.study:
         return run_study(config, arguments)
     report = Report()

@@ -35,17 +35,28 @@ def run_all(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = list(todo[::-1])
     running: dict[str, TrainConfig] = {}
+    ended = 0
     with trainings(threads, lock, logs / "start.log", warm=not torch.cuda.is_available()) as processes:
-        for _ in report.track(todo, f"running {len(todo)}"):
-            while waiting and len(running) < jobs:
-                config = waiting.pop()
-                processes.start(config.name, config, logs / f"{config.name}.log")
-                running[config.name] = config
-            name, code = processes.ended()
-            config = running.pop(name)
-            failure = _failure(config, code, logs / f"{name}.log")
-            report.status(f"{name} {'FAILED' if failure else 'done'}")
-            yield config, failure
+        try:
+            for _ in report.track(todo, f"running {len(todo)}"):
+                while waiting and len(running) < jobs:
+                    config = waiting.pop()
+                    processes.start(config.name, config, logs / f"{config.name}.log")
+                    running[config.name] = config
+                if not ended:
+                    report.status(f"{next(iter(running))} runs")
+                name, code = processes.ended()
+                ended += 1
+                config = running.pop(name)
+                failure = _failure(config, code, logs / f"{name}.log")
+                report.status(f"{name} {'FAILED' if failure else 'done'}")
+                yield config, failure
+        except KeyboardInterrupt:
+            report.say(
+                f"interrupted after {ended} of {len(todo)}: what is running ends its step first (again: at once); the "
+                "same command goes on with what is missing"
+            )
+            raise
 
 
 def _failure(config: TrainConfig, code: int, log: Path) -> str:

@@ -129,17 +129,32 @@ def print_rows(rows: Sequence[TableRow]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = columns_of(rows)
-    table = Table(title=caption(rows))
+    every = columns_of(rows)
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width to keep to
+        console.width = 32 + 15 * (len(every) + 1)
+    columns = fitting(rows, every, console.width) if console.is_terminal else every
+    rest = None if columns == every else f"{len(every) - len(columns)} more columns: table.md"
+    table = Table(title=caption(rows), caption=rest)
     table.add_column("", no_wrap=True)
     for heading in ("runs", *map(title, columns)):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(row.label, str(row.runs), *(cell(row, column) for column in columns))
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width to keep to
-        console.width = 32 + 15 * (len(columns) + 1)
     console.print(table)
+
+
+def fitting(rows: Sequence[TableRow], columns: Sequence[Column], width: int) -> list[Column]:
+    """The first columns whose figures fit so many characters whole; one at least."""
+    room = width - max(len(row.label) for row in rows) - len("runs") - 7  # a border on either side, and between
+    fit = list[Column]()
+    for column in columns:
+        words = [*title(column).split(), *(cell(row, column) for row in rows)]
+        room -= max(map(len, words)) + 3
+        if fit and room < 0:
+            break
+        fit.append(column)
+    return fit
 
 
 def caption(rows: Sequence[TableRow]) -> str:

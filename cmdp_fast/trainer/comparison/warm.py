@@ -87,6 +87,12 @@ def trainings(threads: int, lock: int, log: Path, warm: bool) -> Iterator[Traini
             yield Trainings(process)
         finally:
             process.terminate()
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # by a user in a hurry
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # it has a session of its own, and its trainings are in it
+                raise
 
 
 # ------------------------------------------------------------------------------------- in the process itself

@@ -214,7 +214,8 @@ class Engine:
         since = time.monotonic()
         self._server = Server(c, options, log, on_cpu)
         client = client_of(self._server.url, c, self._server.gone)
-        self._server.wait(client, c.rollout_timeout)
+        with self.report.waiting(f"vLLM starts for the {self.role}", c.rollout_timeout):
+            self._server.wait(client, c.rollout_timeout)
         self._clients = [client]
         took = time.monotonic() - since
         self.report.say(

@@ -23,6 +23,7 @@ from ..causal_lm import CausalLM
 from ..records.origin import model_digest
 from ..records.report import Report
 from ..settings.config import TrainConfig
+from ..sources import alike, check_path, find_hub, with_hub
 from ..stops import end_tokens, keep_end_tokens
 from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
@@ -262,6 +263,11 @@ def _common_name(names: list[str]) -> str:
 
 
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
+    if not Path(name).is_dir():
+        check_path(f"--{role}", name, file_too=False)
+        if Path(name).exists():
+            raise InputError(f"--{role} {name} is a file, expected a hub id or the folder of a model")
+        find_hub()
     try:
         return auto.from_pretrained(name, trust_remote_code=trusted, **options)
     except Exception as error:  # of libraries that read anybody's files, in whatever form
@@ -278,7 +284,8 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
                 f"--{role} {name}: no safetensors in this {kind}. Other files are pickles, which can run code as they "
                 "are read; convert them with save_pretrained where you trust them"
             ) from error
-        raise InputError(f"--{role} {name}: no causal language model in this {kind}: {reason}") from error
+        said = f"--{role} {name}: no causal language model in this {kind}: {with_hub(reason, name)}"
+        raise InputError(said + (alike(Path(name)) if kind != "folder" else "")) from error
 
 
 def check_attention(config: TrainConfig) -> None:

@@ -36,6 +36,7 @@ from .report import Report
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 
 MANIFEST = "run.json"
@@ -137,7 +138,6 @@ def load_checkpoint(
     Where its random numbers do not fit, for the processes are others, new ones begin, from the `seed` and the step.
     """
     folder, state, damaged = of_main(lambda: _last_whole(run, report), accelerator)
-    reshard(trained.student)
     _load(accelerator, trained, folder)
     if not _continues_random_numbers(accelerator, folder):
         from accelerate.utils import set_seed
@@ -189,28 +189,50 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return state
 
 
+def load_weights(accelerator: Accelerator, trained: Trained, run: Path, report: Report) -> int:
+    """Loads the weights of the last checkpoint that is as it was written, and of it nothing else; returns its step.
+    Every process must call this. Raises InputError as `load_checkpoint` does."""
+    folder, state, _ = of_main(lambda: _last_whole(run, report), accelerator)
+    _load_model(accelerator, trained, folder)
+    return int(state["step"])
+
+
 def _load(accelerator: Accelerator, trained: Trained, folder: Path) -> None:
     """Weights and optimizer, which the main process reads and sends to the others."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-    several = accelerator.num_processes > 1
-    read: list[dict[str, Any]] = [{}, {}]
-    with together(accelerator), _loading(folder):
-        if accelerator.is_main_process:
-            read = [torch.load(folder / name, map_location="cpu", weights_only=True) for name in (MODEL, OPTIMIZER)]
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
-    with _loading(folder):
-        set_model_state_dict(trained.modules, read[0], options=options)
-    groups = of_main(lambda: _groups_alone(read[1], folder), accelerator)
+    _load_model(accelerator, trained, folder)
+    read = _read(accelerator, folder, OPTIMIZER)
+    groups = of_main(lambda: _groups_alone(read, folder), accelerator)
     with _loading(folder):
         for ours, theirs in zip(trained.optimizer.param_groups, groups, strict=True) if groups else ():
             ours.update(theirs)
         if not groups:
-            set_optimizer_state_dict(trained.modules, trained.optimizer, read[1], options=options)
+            set_optimizer_state_dict(trained.modules, trained.optimizer, read, options=_sent(accelerator))
+
+
+def _load_model(accelerator: Accelerator, trained: Trained, folder: Path) -> None:
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    reshard(trained.student)
+    read = _read(accelerator, folder, MODEL)
+    with _loading(folder):
+        set_model_state_dict(trained.modules, read, options=_sent(accelerator))
+
+
+def _read(accelerator: Accelerator, folder: Path, name: str) -> dict[str, Any]:
+    """The contents of a file in the main process; nothing in others."""
+    read: dict[str, Any] = {}
+    with together(accelerator), _loading(folder):
+        if accelerator.is_main_process:
+            read = torch.load(folder / name, map_location="cpu", weights_only=True)
+    return read
+
+
+def _sent(accelerator: Accelerator) -> StateDictOptions:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
 
 
 def _groups_alone(state: dict[str, Any], folder: Path) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmdp_fast.digest import write_sealed
-from cmdp_fast.errors import InputError
-from cmdp_fast.files import sync, sync_folder, writing
+from cmdp_fast.errors import InputError, readable
+from cmdp_fast.files import check_writable, sync, sync_folder, writing
 
 from ..settings.config import TrainConfig
 from ..settings.recorded import recorded
@@ -21,10 +21,16 @@ from .lock import alone_in
 
 
 def check_run_folder(config: TrainConfig) -> None:
-    """Raises InputError if the run was given a name that is taken, or a place that is a file."""
-    for place in (Path(config.output_dir), *Path(config.output_dir).parents):
-        if not config.resume and place.exists() and not place.is_dir():
-            raise InputError(f"--output-dir {config.output_dir}: {place} is a file, expected a folder")
+    """Raises InputError if the run was given a name that is taken, or a place that cannot be written to."""
+    _check_name(config)
+    if config.resume:
+        check_writable(Path(config.resume), f"--resume {config.resume}")
+    else:
+        said = f"--output-dir {readable(config.output_dir)}"
+        check_writable(Path(config.output_dir) / config.run_name, said)
+
+
+def _check_name(config: TrainConfig) -> None:
     folder = Path(config.output_dir) / config.run_name
     if config.name and not config.resume and folder.exists():
         raise InputError(f"{folder} exists: choose another --name, or remove it")
@@ -83,5 +89,5 @@ def _rename(part: Path, parent: Path, config: TrainConfig) -> Path:
         except OSError:
             if not folder.exists():
                 raise
-            check_run_folder(config)
+            _check_name(config)
             number += 1

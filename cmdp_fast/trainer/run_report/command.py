@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 
-from cmdp_fast.errors import InputError, first_line, readable
-from cmdp_fast.files import replacing, write_text, writing
+from cmdp_fast.errors import InputError, readable
+from cmdp_fast.files import check_writable, replacing, write_text, writing
 
 from ..records.report import Report
 from ..settings.ranges import SEED
@@ -52,13 +50,4 @@ def _check(config: ReportConfig) -> None:
     if not 1 <= config.prompts <= MOST_PROMPTS:
         raise InputError(f"--prompts must be from 1 to {MOST_PROMPTS}, not {config.prompts}")
     SEED.check("--seed", config.seed)
-    folder = Path(config.output_dir)
-    for place in (folder, *folder.parents):
-        try:
-            is_folder = stat.S_ISDIR(os.stat(place).st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError) as error:  # a name that is too long, or holds a zero
-            raise InputError(f"--output-dir {readable(config.output_dir)}: {first_line(error)}") from error
-        if not is_folder:
-            raise InputError(f"--output-dir {config.output_dir}: {place} is a file, expected a folder")
+    check_writable(Path(config.output_dir), f"--output-dir {readable(config.output_dir)}")

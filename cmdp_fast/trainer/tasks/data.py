@@ -29,6 +29,8 @@ import regex
 from cmdp_fast.errors import InputError, first_line
 
 from ..settings.config import TrainConfig
+from ..sources import check_path, find_hub, with_hub
+from .broken import where_broken
 from .prompts import check_template_kwargs, with_prompt
 from .varying import VARYING, entries
 from .writing import writing_rows
@@ -180,7 +182,12 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
         raise InputError(f"{said}: that is a format, not a dataset; give a hub id, a file or a folder{folder}")
     if (path.is_file() or (path / "state.json").is_file()) and source.split not in ("", "train"):
         raise InputError(f"{said}: it has one split, not {source.split!r}; --eval-dataset takes another file")
+    check_path(source.option, name, file_too=True)
+    if path.is_file() and not path.stat().st_size:
+        raise InputError(f"{said}: there are no rows in it, the file is empty")
     _check_beginning(path, said)
+    if not path.exists():
+        find_hub()
     stream = config.streaming
     subset = config.dataset_config or None if name == config.dataset else None
     try:
@@ -201,7 +208,8 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
                 loaded = datasets.load_dataset(name, subset, split=split, streaming=stream)
             rows = list(islice(loaded, config.max_rows or None))
     except Exception as error:  # of a library that reads anybody's files, in whatever form
-        raise InputError(f"{said}: {_reason(error)}") from error
+        broken = where_broken(path) if path.is_file() else ""
+        raise InputError(f"{said}: {broken or with_hub(_reason(error), name)}") from error
     if not rows:
         raise InputError(f"{said}: there are no rows in it")
     columns = list(rows[0])
@@ -210,7 +218,9 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
         wanted["answer"] = config.answer_column
     for role, column in wanted.items():
         if column not in columns:
-            raise InputError(f"{said}: there is no column {column!r} for the {role}, only {', '.join(columns)}")
+            raise InputError(
+                f"{said}: there is no column {column!r} for the {role}, only {', '.join(columns)} (--{role}-column)"
+            )
     renamed = []
     for row in rows:
         taken = {role: row.get(column) for role, column in wanted.items()}

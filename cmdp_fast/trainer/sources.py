@@ -1,0 +1,82 @@
+"""Where the name of a dataset or a model leads: to a path on this machine, or to a hub.
+
+A path that is not there is never asked a hub for. A hub that does not answer is asked once, in seconds, and after that
+what its cache holds is taken; the libraries would try every file five times, with pauses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from pathlib import Path
+
+from cmdp_fast.errors import InputError, first_line, readable
+
+FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip")
+PATIENCE = 10.0  # seconds for the first answer of a hub
+
+_away = ""  # why the hub is not asked in this process
+
+
+def check_path(option: str, name: str, file_too: bool) -> None:
+    """Raises InputError if a name is that of a path, and nothing is there, with what is called alike in its place.
+
+    A hub's ids are `name` and `owner/name`; ``file_too``: or a file, which its ending tells of.
+    """
+    path = Path(name)
+    if os.path.lexists(path) or not _is_path(name, file_too):
+        return
+    home = Path(os.path.expanduser(name))
+    if name.startswith("~") and home.exists():
+        raise InputError(f"{option} {name}: the shell has left the ~ as it is; did you mean {readable(str(home))}?")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {name}: there is no folder {path.parent}")
+    raise InputError(f"{option} {name}: there is no such {'file or folder' if file_too else 'folder'}{alike(path)}")
+
+
+def _is_path(name: str, file_too: bool) -> bool:
+    return (
+        name.startswith((".", "~", os.sep))
+        or name.count(os.sep) > 1
+        or name.endswith(os.sep)
+        or (file_too and Path(name).suffix.lower() in FILES)
+    )
+
+
+def alike(path: Path) -> str:
+    """What in the folder of a path has a name like its own, as the end of a sentence; nothing if nothing has."""
+    try:
+        names = [name for name in os.listdir(path.parent) if name.isprintable()]
+    except OSError:
+        return ""
+    stems = difflib.get_close_matches(path.stem, [Path(name).stem for name in names], n=3)
+    near = [*difflib.get_close_matches(path.name, names, n=3), *(name for name in names if Path(name).stem in stems)]
+    close = [str(path.parent / name) for name in dict.fromkeys(near)][:3]
+    return f" (did you mean {', '.join(close)}?)" if close else ""
+
+
+def find_hub() -> None:
+    """Asks the hub for a first answer, once in a process. If there is none it is left alone from here on, and what its
+    cache holds is taken, as with HF_HUB_OFFLINE."""
+    import datasets
+    from huggingface_hub import constants, get_session
+
+    global _away
+    if constants.HF_HUB_OFFLINE or _away:
+        _away = _away or "HF_HUB_OFFLINE is set, so that nothing but the cache is looked at"
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # of the client that its version has, and of proxies
+        _away = (
+            f"{constants.ENDPOINT} cannot be reached ({readable(first_line(error))}), and the cache does not hold it: "
+            "give a path, or see to the network"
+        )
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of it once more for every file
+
+
+def with_hub(reason: str, name: str) -> str:
+    """The reason why something could not be loaded, and where the hub was not asked for it, why."""
+    return reason if not _away or Path(name).exists() else f"{reason.rstrip('.')}; {_away}"

@@ -1,0 +1,226 @@
+"""What a person sees in a terminal: a bar that fits, one line a text, nothing that moves in a pipe."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+
+import pytest
+import torch
+from rich.console import Console
+
+from cmdp_fast.trainer.comparison.table import Estimate, TableRow, columns_of, fitting, print_rows
+from cmdp_fast.trainer.records import progress as progress_module
+from cmdp_fast.trainer.records.progress import FREE, Progress, Waiting, duration
+from cmdp_fast.trainer.records.report import Report, quiet_libraries, wrapped
+from cmdp_fast.trainer.settings.config import TrainConfig
+
+FIGURES = ("reward 0.68", "budget use 334%", "KL 6.68", "3730 tokens/s")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+    now = [1000.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def at(done: int, total: int = 400, before: int = 0, description: str = "training runs/quickstart") -> Progress:
+    progress = Progress(description, total, before)
+    progress.figures = FIGURES
+    progress.reach(done)
+    return progress
+
+
+def shown(progress: Progress, width: int) -> str:
+    pieces = progress.pieces(width)
+    return " ".join(text if name != "bar" else "=" * len(text) for name, text in pieces.items())
+
+
+def test_what_a_line_has_at_any_width(clock):
+    """The count at all of them; at 80 columns the bar, the time left and the first figure as well."""
+    progress = at(13)
+    for width in range(1, 200):
+        pieces = progress.pieces(width - FREE)
+        line = sum(map(len, pieces.values())) + len(pieces) - 1 + sum(name.isdigit() for name in pieces)
+        assert pieces["count"] == " 13/400" and (line <= width - FREE or list(pieces) == ["count"])
+        if width >= 80:
+            assert {"what", "bar", "time", "0"} <= pieces.keys() and len(pieces["bar"]) >= 8
+        if width >= 60:
+            assert {"what", "bar", "time"} <= pieces.keys()
+    assert list(progress.pieces(200)) == ["what", "bar", "count", "time", "0", "1", "2", "3"]
+    assert shown(progress, 20) == " 13/400 0:00:00 left"
+
+
+def test_the_description_is_cut_at_words(clock):
+    long = at(13, description="first run: training the arithmetic-student of somebody with a very long name")
+    assert long.pieces(76)["what"] == "first run: training the"  # a figure is worth more than the rest
+
+
+def test_a_run_that_goes_on_counts_steps_and_estimates_by_its_own_speed(clock):
+    progress = at(40, total=94, before=40)
+    assert progress.seconds_left() is None
+    clock[0] += 5
+    assert shown(progress, 34).split() == ["training", "40/94", "0:00:05", "so", "far"]
+    clock[0] += 5
+    progress.reach(42)
+    assert progress.seconds_left() == 5 * 52  # and not what 42 steps in ten seconds would say
+    clock[0] += 3
+    assert progress.seconds_left() == 5 * 52 - 3
+    progress.end()
+    assert shown(progress, 76).split()[3:6] == ["42/94", "in", "0:00:13"]
+
+
+def test_long_steps_have_a_time_left(clock):
+    """rich's own estimate forgets what is older than half a minute."""
+    progress = at(0)
+    for done in range(1, 4):
+        clock[0] += 300
+        progress.reach(done)
+    assert progress.seconds_left() == 397 * 300 and duration(397 * 300) == "33:05:00"
+
+
+def test_texts_are_broken_at_words_and_commands_are_not():
+    text = "interrupted after step 13 of 94; runs/quickstart keeps step-000013. To go on: cmdp-fast train --resume r"
+    assert wrapped(text, 200) == text
+    assert wrapped(text, 60).split("\n") == [
+        "interrupted after step 13 of 94; runs/quickstart keeps",
+        "  step-000013. To go on:",
+        "  cmdp-fast train --resume r",
+    ]
+    command = f"To go on: cmdp-fast train --resume {'x' * 80} --steps 3"
+    assert wrapped(command, 40) == command.replace(": ", ":\n  ")
+    assert wrapped("a-" * 60, 40) == "a-" * 60  # a path is not broken either
+
+
+class Terminal:
+    """A terminal of so many columns in the place of the standard output; `lines` is what a person sees at last."""
+
+    def __init__(self, monkeypatch, columns: int) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.output = os.fdopen(slave, "w", encoding="utf-8")
+        monkeypatch.setattr(sys, "stdout", self.output)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.delenv("CI", raising=False)
+
+    def lines(self) -> list[str]:
+        self.output.flush()
+        os.set_blocking(self.master, False)
+        text = ""
+        while True:
+            try:
+                text += os.read(self.master, 1 << 16).decode()
+            except BlockingIOError:
+                break
+        drawn = [line.split("\x1b[2K")[-1] for line in text.replace("\r\n", "\n").split("\n")]
+        return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line).rstrip() for line in drawn if line]
+
+
+def test_an_interrupt_leaves_one_bar_and_what_was_said(monkeypatch):
+    terminal = Terminal(monkeypatch, 80)
+    report = Report()
+    assert not report.quiet
+    with pytest.raises(KeyboardInterrupt):
+        for item in report.track(range(30), "training runs/quickstart", before=10):
+            if item == 3:
+                report.note("stopping after this step (again: at once)")
+                raise KeyboardInterrupt
+            report.status(*FIGURES)
+    report.say("interrupted after step 13 of 40; runs/quickstart keeps it")
+    bars = [line for line in terminal.lines() if "/40" in line]
+    assert len(bars) == 1 and " 13/40 in 0:00:00  reward 0.68" in bars[0] and len(bars[0]) <= 80 - FREE
+    assert bars[0].startswith("training runs/quickstart ")
+
+
+def test_what_is_waited_for_leaves_nothing(monkeypatch):
+    terminal = Terminal(monkeypatch, 60)
+    report = Report()
+    with report.waiting("vLLM starts for the student", most=600):
+        pass
+    report.say("vLLM serves")
+    assert [line for line in terminal.lines() if line][-1] == "vLLM serves"
+    assert str(Waiting("vLLM starts", 600)) == "0:00:00 of at most 0:10:00  vLLM starts"
+
+
+@pytest.mark.parametrize("why", ["CI", "a pipe", "a terminal that draws nothing"])
+def test_quiet(why, monkeypatch, capsys):
+    """A line at a tenth of the way, by the count of the whole, and nothing that moves."""
+    if why == "CI":
+        terminal = Terminal(monkeypatch, 80)
+        monkeypatch.setenv("CI", "true")
+    elif why != "a pipe":
+        terminal = Terminal(monkeypatch, 80)
+        monkeypatch.setenv("TERM", "dumb")
+    else:
+        monkeypatch.delenv("CI", raising=False)
+    report = Report()
+    with report.waiting("something"):
+        for _ in report.track(range(3), "training", before=40):
+            report.status("reward 0.50", "KL 1.00")
+    lines = capsys.readouterr().out.splitlines() if why == "a pipe" else terminal.lines()
+    assert lines[0] == "training" and len(lines) == 4
+    assert [line.strip() for line in lines[1:]] == [f"{n}/43  reward 0.50  KL 1.00  0 s left" for n in (41, 42, 43)]
+
+
+def test_evaluations_count_completions(clock):
+    report = Report(shown=False)
+    seen = []
+    for start in report.track(range(0, 100, 32), "evaluating", each=32, total=100):
+        seen.append(start)
+    assert seen == [0, 32, 64, 96]
+    progress = Progress("evaluating", 100)
+    progress.reach(4 * 32)
+    assert progress.done == 100
+
+
+def test_the_notes_of_what_a_run_does_meanwhile():
+    report = Report()
+    report._progress = progress = Progress("training", 10)
+    with report.doing("evaluating"):
+        assert progress.note == "evaluating"
+        report.note("stopping")  # a signal comes
+    assert progress.note == "stopping"  # and stays
+    with report.doing("writing a checkpoint"):
+        assert progress.note == "stopping"
+
+
+def test_what_other_libraries_say_of_tied_weights_alone(capsys, caplog):
+    """That one of two names is saved is as it should be; anything else of the same module is said."""
+    from accelerate import PartialState
+    from accelerate.utils import other
+
+    PartialState()  # without which its log is silent
+    quiet_libraries()
+    weight = torch.zeros(2)
+    with caplog.at_level("WARNING"):
+        assert list(other.clean_state_dict_for_safetensors({"embedding": weight, "head": weight})) == ["embedding"]
+        other.logger.warning("something else")
+    (record,) = caplog.records
+    assert record.getMessage().endswith("something else")
+
+
+def test_a_comparison_shows_the_columns_that_fit():
+    figures = {name: Estimate(0.985, 0.003) for name in ("accuracy", "constraint_satisfaction", "mean_cumulative_kl")}
+    rows = [TableRow("cmdp:budget=8,penalty=2", 3, TrainConfig(), {**figures, "mean_length": Estimate(18.0, 0.1)})]
+    every = columns_of(rows)
+    for width in range(20, 140):
+        shown = fitting(rows, every, width)
+        assert shown == every[: len(shown)] and shown
+        if len(shown) > 1 and width >= 80:  # no figure is cut
+            console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("rich.console.Console", lambda console=console: console)
+                print_rows(rows)
+            text = console.file.getvalue()
+            assert "98.5 ± 0.3" in text and ("more columns: table.md" in text) == (shown != every)
+            assert "…" not in text
+    assert fitting(rows, every, 80) == every[:3] and fitting(rows, every, 139) == every

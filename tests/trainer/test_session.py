@@ -1,0 +1,119 @@
+"""What `summary.json` says of versions, machine and command, for each session of a run, and what it does not say."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from test_ending import command
+from tiny_pair import arguments
+
+import cmdp_fast
+from cmdp_fast.cli import main
+from cmdp_fast.digest import read_sealed, write_sealed
+from cmdp_fast.trainer.comparison.plan import finished_summary
+from cmdp_fast.trainer.records.session import command_line, commit, earlier
+
+
+def sessions(folder: Path) -> list[dict]:
+    return json.loads((folder / "summary.json").read_text())["sessions"]
+
+
+def test_each_session_has_an_entry(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = command(pair, tmp_path, checkpoint_every=1)
+    assert main(words) == 0
+    folder = tmp_path / "r"
+    (only,) = sessions(folder)
+    assert only["command"].startswith("cmdp-fast train --student=") and "--output-dir=~" in only["command"]
+    assert only["packages"]["cmdp_fast"] == cmdp_fast.__version__ and only["packages"]["torch"] == torch.__version__
+    assert {"transformers", "accelerate", "datasets"} < only["packages"].keys()
+    assert (only["steps"], only["seed"], only["processes"], only["threads"]) == ([0, 2], 0, 1, torch.get_num_threads())
+    assert (only["precision"], only["gpu"], only["gpus"]) == ("float32", None, 0) and only["processor"]
+    assert only["backend"].split()[0] in cmdp_fast.available_backends()
+    assert only["began"] <= only["ended"] and only["seconds"] > 0
+    assert str(tmp_path) not in json.dumps(only) and socket.gethostname() not in json.dumps(only)
+    assert main(["train", f"--resume={folder}", "--steps=3"]) == 0
+    first, second = sessions(folder)
+    assert first["steps"] == [0, 2] and second["steps"] == [2, 3] and "--steps=3" in second["command"]
+    assert first["began"] == only["began"]
+
+
+def test_runs_from_before_there_were_sessions(pair, tmp_path):
+    """They are resumed, and compared, as before."""
+    assert main(command(pair, tmp_path, checkpoint_every=1)) == 0
+    folder = tmp_path / "r"
+    for path in (folder / "summary.json", *folder.glob("checkpoints/*/run.json")):
+        content = read_sealed(path)
+        for name in ("sessions", "student_step", "sha256"):
+            content.pop(name, None)
+        write_sealed(path, content)
+    assert finished_summary(folder)["steps"] == 2
+    assert main(["train", f"--resume={folder}", "--steps=3"]) == 0
+    assert [session["steps"] for session in sessions(folder)] == [[2, 3]]
+
+
+def test_what_somebody_else_has_written_there():
+    assert earlier(None) == earlier("x") == earlier({"a": 1}) == []
+    assert earlier([1, {"a": 1}, None]) == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("--teacher=served:https://me:pass@host:80/x", "--teacher=served:https://host:80/x"),
+        ("https://a:b@c@host/", "https://host/"),
+        ("http://host/v1?model=m&api_key=abc&x=1", "http://host/v1?model=m&api_key=***&x=1"),
+        ("--rollout-args=--api-key abc --port 1", "--rollout-args=--api-key *** --port 1"),
+        ("hf_abcdefgh12345", "***"),
+        ("{home}/runs", "~/runs"),
+        ("--output-dir={home}", "--output-dir=~"),
+        ("{home}less/runs", "{home}less/runs"),
+        ("--max-new-tokens=5", "--max-new-tokens=5"),
+        ("--stop-tokens=<|im_end|>", "--stop-tokens=<|im_end|>"),
+        ("--teacher-token-file=t.txt", "--teacher-token-file=t.txt"),
+    ],
+)
+def test_what_a_command_does_not_say(word, shown, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    quoted = command_line([shown.format(home=tmp_path)]) if "{home}less" not in shown else str(tmp_path) + "less/runs"
+    assert command_line([word.format(home=tmp_path)]) == quoted
+
+
+def test_a_secret_that_is_a_word_of_its_own():
+    assert command_line(["x", "--api-key", "abc", "--steps", "3"]) == "x --api-key '***' --steps 3"
+
+
+def test_the_commit_of_a_checkout(tmp_path):
+    assert commit(tmp_path) is None
+    one, two = "a" * 40, "b" * 40
+    git = tmp_path / ".git"
+    (git / "refs" / "heads").mkdir(parents=True)
+    (git / "HEAD").write_text(f"{one}\n")
+    assert commit(tmp_path) == one
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    assert commit(tmp_path) is None
+    (git / "packed-refs").write_text(f"# pack-refs\n{one} refs/heads/other\n{two} refs/heads/main\n")
+    assert commit(tmp_path) == two
+    (git / "refs" / "heads" / "main").write_text(f"{one}\n")
+    assert commit(tmp_path) == one
+    (git / "refs" / "heads" / "main").write_text("not a commit\n")
+    assert commit(tmp_path) is None
+    worktree = tmp_path / "worktree"
+    worktree.mkdir()
+    (git / "worktrees" / "w").mkdir(parents=True)
+    (worktree / ".git").write_text(f"gitdir: {git / 'worktrees' / 'w'}\n")
+    (git / "worktrees" / "w" / "HEAD").write_text("ref: refs/heads/other\n")
+    (git / "worktrees" / "w" / "commondir").write_text("../..\n")
+    assert commit(worktree) == one
+
+
+def test_a_training_that_a_program_starts_has_no_command(pair, tmp_path):
+    from cmdp_fast.trainer.parse import parse
+    from cmdp_fast.trainer.run import train
+
+    folder = train(parse(arguments(pair, tmp_path, steps=1, eval_every=0)[1:]))
+    assert sessions(folder)[0]["command"] is None

@@ -1,0 +1,137 @@
+"""Names of datasets and models that lead nowhere: said at once, with what is called alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from tiny_pair import arguments
+
+from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
+from cmdp_fast.trainer import sources
+from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.tasks.broken import where_broken
+from cmdp_fast.trainer.tasks.data import Source, _dataset_rows
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that cannot be reached, and the requests that it was asked."""
+    asked: list[str] = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "_away", "")
+    return asked
+
+
+def rows_of(name: str) -> list:
+    return _dataset_rows(TrainConfig(dataset=name), Source("--dataset", name, ""))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine.jsonl", r"no such file or folder \(did you mean mine2.jsonl, mines.csv\?\)$"),
+        ("./mine", r"no such file or folder \(did you mean mines.csv, mine2.jsonl\?\)$"),
+        ("nowhere/mine.jsonl", "there is no folder nowhere$"),
+        ("a/b/c", "there is no folder a/b$"),
+        ("~nobody-of-that-name/x.csv", "there is no folder ~nobody-of-that-name$"),
+        ("zzz.parquet", "no such file or folder$"),
+    ],
+)
+def test_a_file_that_is_not_there(name, message, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for present in ("mine2.jsonl", "mines.csv", "a\nb.jsonl"):
+        Path(present).touch()
+    with pytest.raises(InputError, match=f"^--dataset {name}: .*{message}"):
+        rows_of(name)
+    assert not hub
+
+
+def test_a_home_that_the_shell_has_not_put_in(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.jsonl").touch()
+    with pytest.raises(InputError, match=f"did you mean {tmp_path}/mine.jsonl"):
+        rows_of("~/mine.jsonl")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_that_is_not_there(role, pair, hub, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    present = Path(pair[role])
+    wrong = f"{present}-2"
+    for name, message in (
+        (wrong, f"there is no such folder (did you mean {present}"),
+        ("./missing/model", "there is no folder missing"),
+        (str(tmp_path / "file"), "is a file, expected a hub id or the folder of a model"),
+    ):
+        assert main(arguments({**pair, role: name}, tmp_path / "runs")) == 2
+        assert f"--{role} {name}" in (error := capsys.readouterr().err) and message in error
+    assert not hub and not (tmp_path / "runs").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(pair, hub, tmp_path, capsys):
+    for words in (
+        arguments({**pair, "dataset": "org/nosuch"}, tmp_path),
+        arguments({**pair, "student": "o/s"}, tmp_path),
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert "cannot be reached (Name or service not known), and the cache does not hold it" in error
+        assert error.count("\n") == 1
+    assert hub == [constants.ENDPOINT]
+
+
+def test_a_hub_that_is_not_to_be_asked(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"--dataset org/nosuch: .*HF_HUB_OFFLINE is set"):
+        rows_of("org/nosuch")
+    assert not hub
+
+
+GOOD = json.dumps({"prompt": "1+1=", "answer": "2"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", f"{GOOD}\n\n{GOOD}\n{{oops\n", "line 4: Expecting property name"),
+        ("late.jsonl", f"{GOOD}\n" * 60_000 + "{oops\n", "line 60001: "),  # beyond a block of the reader's
+        ("a.jsonl", f"{GOOD}\n3\n", "line 2: expected an object for each row, not '3'"),
+        ("a.jsonl", GOOD.encode() + b'\n{"prompt": "\xe9"}\n', "line 2 is no text in UTF-8"),
+        ("a.json", f"[\n{GOOD},\n{{oops}}\n]", "line 3: Expecting property name"),
+        ("a.json", "hello", "line 1: Expecting value"),
+        ("a.jsonl", "[" * 100_000 + "\n", "it is too deep"),  # too deep for Python
+        ("a.jsonl", "", "the file is empty"),
+        ("a.csv", "", "the file is empty"),
+        ("a.csv", "prompt,answer\n1,2\n1,2,3\n", "Expected 2 fields in line 3, saw 3"),
+        (
+            "a.csv",
+            "question,answer\n1,2\n",
+            r"no column 'prompt' for the prompt, only question, answer \(--prompt-column",
+        ),
+    ],
+)
+def test_files_that_cannot_be_read_name_the_line(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=f"^--dataset {tmp_path / name}: .*{message}"):
+        rows_of(str(tmp_path / name))
+
+
+def test_a_file_without_a_broken_place(tmp_path):
+    for name, content in (("a.json", json.dumps({"prompt": "1"}, indent=1)), ("a.jsonl", f"{GOOD}\n"), ("a.csv", "x")):
+        (tmp_path / name).write_text(content)
+        assert where_broken(tmp_path / name) == ""
