@@ -47,11 +47,14 @@ def beside(name: str, text: str, width: int, column: int) -> list[str]:
 
 
 def message(text: str, stream: IO[str]) -> str:
-    """A message as it is written to a stream: as it is into a pipe or a file, and at a terminal wrapped, but for a
-    command at its end, which has a line of its own, to be copied."""
-    if not stream.isatty():
-        return text
-    width, lines = columns(stream), []
+    """A message as it is written to a stream: as it is into a pipe or a file, and `fitted` to a terminal."""
+    return fitted(text, columns(stream)) if stream.isatty() else text
+
+
+def fitted(text: str, width: int) -> str:
+    """A text in lines of so many columns; what follows a first one is indented. A command at its end, which is there to
+    be copied, has a line of its own and stays whole."""
+    lines = []
     for line in text.splitlines() or [""]:
         said, *command = _COMMAND.split(line, maxsplit=1)
         indent = line[: len(line) - len(line.lstrip())]

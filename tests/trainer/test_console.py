@@ -15,10 +15,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from cmdp_fast.terminal import fitted
 from cmdp_fast.trainer.comparison.table import Estimate, TableRow, columns_of, fitting, print_rows
 from cmdp_fast.trainer.records import progress as progress_module
 from cmdp_fast.trainer.records.progress import FREE, Progress, Waiting, duration
-from cmdp_fast.trainer.records.report import Report, quiet_libraries, wrapped
+from cmdp_fast.trainer.records.report import Report, quiet_libraries
 from cmdp_fast.trainer.settings.config import TrainConfig
 
 FIGURES = ("reward 0.68", "budget use 334%", "KL 6.68", "3730 tokens/s")
@@ -89,15 +90,15 @@ def test_long_steps_have_a_time_left(clock):
 
 def test_texts_are_broken_at_words_and_commands_are_not():
     text = "interrupted after step 13 of 94; runs/quickstart keeps step-000013. To go on: cmdp-fast train --resume r"
-    assert wrapped(text, 200) == text
-    assert wrapped(text, 60).split("\n") == [
+    assert fitted(text, 200) == text
+    assert fitted(text, 60).split("\n") == [
         "interrupted after step 13 of 94; runs/quickstart keeps",
         "  step-000013. To go on:",
         "  cmdp-fast train --resume r",
     ]
     command = f"To go on: cmdp-fast train --resume {'x' * 80} --steps 3"
-    assert wrapped(command, 40) == command.replace(": ", ":\n  ")
-    assert wrapped("a-" * 60, 40) == "a-" * 60  # a path is not broken either
+    assert fitted(command, 40) == command.replace(": ", ":\n  ")
+    assert fitted("a-" * 60, 40) == "a-" * 60  # a path is not broken either
 
 
 class Terminal:
