@@ -1,7 +1,7 @@
 """A Sphinx extension: docstrings, which are Markdown with Google's sections, as the reStructuredText that autodoc reads.
 
-What differs and is used: formulas between dollars, tables, code that is indented, and characters that are markup in one
-of the two alone.
+What differs and is used: formulas between dollars, tables, code that is indented, and characters that are markup in
+one of the two alone.
 """
 
 from __future__ import annotations

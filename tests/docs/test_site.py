@@ -1,4 +1,4 @@
-"""The site: it builds without a warning, every link in it leads somewhere, it needs no network, and it has every page."""
+"""The site: it builds without a warning, its links lead somewhere, it needs no network, and it has every page."""
 
 from __future__ import annotations
 
