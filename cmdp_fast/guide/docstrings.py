@@ -1,4 +1,4 @@
-"""A Sphinx extension: docstrings, which are Markdown with Google's sections, as the reStructuredText that autodoc reads.
+"""A Sphinx extension: docstrings, Markdown with Google's sections, as the reStructuredText that autodoc reads.
 
 What differs and is used: formulas between dollars, tables, code that is indented, and characters that are markup in
 one of the two alone.
