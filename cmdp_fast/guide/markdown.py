@@ -53,8 +53,9 @@ def _links_outside_code(prose: str, changed: Callable[[re.Match[str]], str]) -> 
 
 
 def with_known_fences(text: str) -> str:
-    """The text with GitHub's blocks of mathematics as MyST's, and lists for our tests as plain text."""
+    """The text with GitHub's blocks of mathematics as MyST's, and languages as Pygments knows them."""
     text = re.sub(r"^```math$", "```{math}", text, flags=re.MULTILINE)
+    text = re.sub(r"^```jsonl$", "```json", text, flags=re.MULTILINE)
     return re.sub(r"^```(floors|top-level)$", "```text", text, flags=re.MULTILINE)
 
 

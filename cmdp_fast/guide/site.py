@@ -26,6 +26,8 @@ CONFIGURATION = {
     "html_math_renderer": "mathml",
     "html_static_path": [str(Path(__file__).parent / "static")],
     "html_css_files": ["site.css"],
+    "html_use_index": False,
+    "html_domain_indices": False,
     "html_copy_source": False,
     "html_show_sphinx": False,
     "myst_enable_extensions": ["dollarmath"],
