@@ -12,7 +12,8 @@ from typing import Any
 from docutils import nodes
 from sphinx import addnodes
 
-_LITERAL = re.compile(r"``.+?``|`[^`]+`|\$[^$\n]+\$", re.DOTALL)
+# What is markup in both: code, references, formulas, and emphasis of a word or two.
+_LITERAL = re.compile(r"``.+?``|`[^`]+`|\$[^$\n]+\$|(?<![\w*])\*\w[\w ]*\*(?![\w*])|\*\*\w[\w ]*\.?\*\*", re.DOTALL)
 _NAME = re.compile(r"^`[A-Za-z_][\w.]*`$")
 _PLACEHOLDER = re.compile(r"^Alias for field number \d+$")  # what Python says of a NamedTuple's field by itself
 
@@ -65,7 +66,7 @@ def _literal(found: str) -> str:
     """Code stays code; what has single backticks is a reference where it is a name, and else code."""
     if found.startswith("$"):
         return f":math:`{found[1:-1]}`"
-    if found.startswith("``") or _NAME.match(found):
+    if found.startswith(("``", "*")) or _NAME.match(found):
         return found
     return f"`{found}`"
 

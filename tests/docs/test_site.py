@@ -194,9 +194,19 @@ def test_a_link_to_nothing_is_named(clone, tmp_path):
 
 
 def test_a_docstring_becomes_restructured_text():
-    lines = ["One * of `a.b` and `--c d`, $x_1$.", "", "    code | *", "", "$$ y", "z $$", "", "Args:", "    n_: it."]
+    lines = [
+        "One * *of* **x.** of `a.b` and `--c d`, $x_1$.",
+        "",
+        "    code | *",
+        "",
+        "$$ y",
+        "z $$",
+        "",
+        "Args:",
+        "    n_: it.",
+    ]
     assert docstrings.converted(lines) == [
-        r"One \* of `a.b` and ``--c d``, :math:`x_1`.", "",
+        r"One \* *of* **x.** of `a.b` and ``--c d``, :math:`x_1`.", "",
         ".. code-block:: text", "", "    code | *", "", "",
         ".. math::  y z", "",
         "Args:", r"    n\_: it.",
