@@ -35,7 +35,6 @@ CONFIGURATION = {
     "default_role": "py:obj",
     "autodoc_default_options": {"members": True, "undoc-members": True, "member-order": "bysource"},
     "autodoc_typehints_format": "short",
-    "autodoc_use_type_comments": False,
     "add_module_names": False,
     "napoleon_numpy_docstring": False,
 }
