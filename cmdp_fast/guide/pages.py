@@ -21,8 +21,11 @@ class Page(NamedTuple):
     optional: bool = False  # left out where there is no such file
 
 
+GUIDES = "cmdp_fast/guide"
+
+
 def _guide(name: str, *sections: str, optional: bool = False) -> Page:
-    return Page(name, f"cmdp_fast/guide/{name}.md", sections, optional=optional)
+    return Page(name, f"{GUIDES}/{name}.md", sections, optional=optional)
 
 
 INDEX = _guide("index", "Ten lines of use", "Cite")
@@ -69,10 +72,16 @@ GROUPS: dict[str, tuple[Page, ...]] = {
 RESULTS = "benchmarks/results"  # every other page below it is a page of the site too, below `results/`
 
 
+OTHERS = "Use"  # the group of guides of this folder that no group names
+
+
 def pages_of(root: Path) -> dict[str, tuple[Page, ...]]:
     """The sidebar of a clone: groups of pages whose files are there."""
-    groups = {caption: tuple(_there(root, page) for page in pages) for caption, pages in GROUPS.items()}
-    return {caption: tuple(filter(None, pages)) for caption, pages in groups.items()}
+    groups = {caption: list(filter(None, (_there(root, page) for page in pages))) for caption, pages in GROUPS.items()}
+    named = {page.name for pages in GROUPS.values() for page in pages} | {INDEX.name}
+    found = sorted(path.stem for path in (root / GUIDES).glob("*.md"))
+    groups[OTHERS] += [_guide(name) for name in found if name not in named]
+    return {caption: tuple(pages) for caption, pages in groups.items()}
 
 
 def _there(root: Path, page: Page) -> Page | None:
