@@ -44,6 +44,10 @@ class _Writer:
         self.sections = markdown.sections((root / README).read_text(encoding="utf-8"))
         self.pages = {page.path: page.name for page in pages if page.path != README} | {README: "index"}
         self.places = {title: page for page in pages for title in page.sections}
+        self.titles = {markdown.slug(title): title for title in self.places}
+        # guides that stand in the place of sections, and do not show them
+        texts = {page.path: (root / page.path).read_text(encoding="utf-8") for page in pages if page.sections}
+        self.instead = {path for path, text in texts.items() if path != README and "<!-- from README.md:" not in text}
         self.shown: set[str] = set()
         if lost := self.sections.keys() - self.places.keys():
             raise ValueError(
@@ -81,7 +85,10 @@ class _Writer:
 
         def target(address: str, shown: str) -> str | None:
             file, _, anchor = address.partition("#")
-            name = self._page_of(posixpath.normpath(posixpath.join(here, file)) if file else path, anchor)
+            at = posixpath.normpath(posixpath.join(here, file)) if file else path
+            name = self._page_of(at, anchor)
+            if at == README and anchor and self.places[self.titles[anchor]].path in self.instead:
+                anchor = ""  # the page as a whole says what the section says
             return name and _relative(f"{name}.md", page.name) + (f"#{anchor}" if anchor else "")
 
         def image(address: str) -> str:
@@ -96,8 +103,7 @@ class _Writer:
     def _page_of(self, path: str, anchor: str) -> str | None:
         """The name of the page for a file and an anchor in it, or None where there is none."""
         if path == README and anchor:
-            of = {markdown.slug(title): page.name for title, page in self.places.items()}
-            return of[anchor]
+            return self.places[self.titles[anchor]].name
         if path in self.pages:
             return self.pages[path]
         if not (self.root / path).is_file():

@@ -187,6 +187,18 @@ def test_a_section_that_is_on_no_page_is_named(clone, tmp_path):
         sources.write(clone, tmp_path / "out")
 
 
+def test_a_link_to_a_section_that_a_guide_replaces_is_one_to_the_guide(clone, tmp_path):
+    (clone / "cmdp_fast" / "ops" / "README.md").write_text(
+        "# T\n[a](../../README.md#the-method) [b](../../README.md#speed) "
+        "[c](../../README.md#cite) [d](../../README.md)\n"
+    )
+    (clone / pages.INDEX.path).write_text("# T\n## Cite\n<!-- from README.md: Cite -->\n", encoding="utf-8")
+    sources.write(clone, tmp_path / "out")
+    written = (tmp_path / "out" / "operations.md").read_text(encoding="utf-8")
+    assert written == "# T\n[a](method.md) [b](speed.md#speed) [c](index.md#cite) [d](index.md)\n"
+    assert "text" in (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
+
+
 def test_a_link_to_nothing_is_named(clone, tmp_path):
     (clone / "cmdp_fast" / "ops" / "README.md").write_text("# T\n[x](nowhere.py)\n", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"cmdp_fast/ops/nowhere\.py"):
