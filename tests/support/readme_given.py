@@ -82,6 +82,12 @@ def trl_run() -> dict[str, Any]:
     }
 
 
+def trl_distillation() -> dict[str, Any]:
+    """`trl_run` with options that TRL's distillation has."""
+    given = trl_run()
+    return {**given, "options": {k: v for k, v in given["options"].items() if k != "num_generations"}}
+
+
 def trl_gkd() -> dict[str, Any]:
     """`trl_run` with what GKD needs: messages, a template for them, and no names of other trainers."""
     from datasets import Dataset
