@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
+
+_FUNCTION = re.compile(r"<mi>(?:log|exp)</mi>(?!<mo)")  # LaTeX puts a thin space between it and its argument
 
 
 def mathml(formula: str, display: str) -> str:
     """A formula of LaTeX as MathML; ``display`` is ``inline`` or ``block``."""
     from latex2mathml.converter import convert
 
-    return convert(formula, display=display)
+    return _FUNCTION.sub(r"\g<0><mspace width='0.17em'/>", convert(formula, display=display))
 
 
 def _inline(translator: Any, node: nodes.Element) -> None:

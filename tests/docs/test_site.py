@@ -226,6 +226,7 @@ def test_a_docstring_becomes_restructured_text():
 
 
 def test_a_formula_is_mathml():
+    assert "<mi>log</mi><mspace" in mathml.mathml(r"\log p", "inline")
     assert re.match(r"<math [^>]*display=\"block\">.*</math>$", mathml.mathml(r"\frac{a}{b}", "block"))
 
 
