@@ -24,7 +24,9 @@ MODULES = (  # each with the modules below it, but for those that an `__all__` h
     "cmdp_fast.teachers",
     "cmdp_fast.trainer.settings",
     "cmdp_fast.trainer.methods",
-    "cmdp_fast.trainer.tasks",
+    "cmdp_fast.trainer.tasks.rewards",
+    "cmdp_fast.trainer.tasks.judge",
+    "cmdp_fast.trainer.tasks.step_verifiers",
     "cmdp_fast.trainer.user_rollout",
     "cmdp_fast.judging",
 )
