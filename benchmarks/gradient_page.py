@@ -19,7 +19,7 @@ def estimator_tables(rows: list[dict[str, Any]]) -> list[str]:
     out = []
     for tokens, objective in dict.fromkeys((row["tokens"], row["objective"]) for row in rows):
         here = [row for row in rows if (row["tokens"], row["objective"]) == (tokens, objective)]
-        out += ["", f"### `{objective}`, {tokens} tokens", ""]
+        out += ["", f"## `{objective}`, {tokens} tokens", ""]
         out.append("| estimator | " + " | ".join(f"{each}: variance | bias² | cosine" for each in policies) + " |")
         out.append("| --- |" + " --: |" * (3 * len(policies)))
         for estimator in dict.fromkeys(row["estimator"] for row in here):
@@ -120,7 +120,7 @@ def write(folder: Path, found: dict[str, Any]) -> None:
         "between one estimate and the gradient. The head of the script says what is estimated.",
         *estimator_tables(rows),
         "",
-        "### The long-term part (future KL): bias against variance",
+        "## The long-term part (future KL): bias against variance",
         "",
         "Without it an estimate has less variance and a bias. The error is the sum of variance and bias². The variance "
         f"falls with the number of completions, {settings['completions']} here, and the bias does not: with so many "

@@ -31,7 +31,7 @@ ALLOWED = {
     ): "a function of the package verl itself, in the process of the judges",
     ("teachers/open.py", "import_module of a variable"): "the modules of a table in that file",
     ("trainer/methods/method.py", "import_module of a variable"): "the module of a method, by the table in methods/",
-    ("apidoc.py", "import_module of a variable"): "the modules of this package",
+    ("guide/api.py", "import_module of a variable"): "the modules of this package",
     ("bench/peers/__init__.py", "import_module of a variable"): "the modules of its folder",
     ("trainer/comparison/warm.py", "import_module of a variable"): "the modules of a table in that file",
 }

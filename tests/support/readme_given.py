@@ -80,3 +80,42 @@ def trl_run() -> dict[str, Any]:
             "save_strategy": "no",
         },
     }
+
+
+def trl_distillation() -> dict[str, Any]:
+    """`trl_run` with options that TRL's distillation has."""
+    given = trl_run()
+    return {**given, "options": {k: v for k, v in given["options"].items() if k != "num_generations"}}
+
+
+def trl_gkd() -> dict[str, Any]:
+    """`trl_run` with what GKD needs: messages, a template for them, and no names of other trainers."""
+    from datasets import Dataset
+
+    given = trl_run()
+    tokenizer = given["tokenizer"]
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    rows = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": str(row["answer"])}]}
+        for row in given["dataset"]
+    ]
+    options = {k: v for k, v in given["options"].items() if k not in ("num_generations", "max_completion_length")}
+    return {**given, "messages": Dataset.from_list(rows), "chat_tokenizer": tokenizer, "options": options}
+
+
+def trained_student() -> dict[str, Any]:
+    """A student in the folder of a run, as a training leaves it."""
+    from tiny_pair import tiny_model
+
+    tiny_model(Path("runs/budget-2/student"), 0)
+    return {}
+
+
+def a_run() -> dict[str, Any]:
+    """The figures of a run, as a training writes them: those that the block reads."""
+    import json
+
+    names = ("reward", "reward_std", "frac_reward_zero_std", "grad_norm", "approx_kl", "cmdp/constraint_satisfaction")
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/metrics.jsonl").write_text(json.dumps(dict.fromkeys(names, 0.5)) + "\n", encoding="utf-8")
+    return {}
