@@ -25,11 +25,8 @@ here = Path(__file__).resolve().parent
 native_module = runpy.run_path(str(here / "cmdp_fast" / "native_module.py"))
 
 
-def wished(variable: str, default: str) -> bool:
-    return os.environ.get(variable, default) not in ("", "0")
-
-
-left_out, required = not wished("CMDP_FAST_NATIVE", "1"), wished("CMDP_FAST_REQUIRE_NATIVE", "0")
+left_out = os.environ.get("CMDP_FAST_NATIVE") == "0"
+required = os.environ.get("CMDP_FAST_REQUIRE_NATIVE", "0") not in ("", "0")
 if left_out and required:
     sys.exit("CMDP_FAST_NATIVE=0 leaves the native kernels out, CMDP_FAST_REQUIRE_NATIVE=1 requires them: set one")
 

@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cmdp_fast import installation
+
 if typing.TYPE_CHECKING:
     import pdoc
 
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where to write the pages")
     folder = parser.parse_args(arguments).folder
     if importlib.util.find_spec("pdoc") is None:
-        print("cmdp_fast.apidoc: error: needs pdoc: pip install 'cmdp_fast[train,docs]'", file=sys.stderr)
+        print(f"cmdp_fast.apidoc: error: needs pdoc: {installation.extra('train,docs')}", file=sys.stderr)
         return 2
     for name, reason in build(folder).items():
         print(f"left out: {name}: {reason}")

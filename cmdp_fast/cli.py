@@ -18,10 +18,10 @@ commands:
   report         put what trainings have written on a page: samples side by side, measures, a plot
   teacher        serve a teacher's hidden states to trainers elsewhere
   cache-teacher  store what a teacher says of completions, to train on them without it
-  bench          speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')
+  bench          speed, memory and error beside other libraries (needs the extra `bench`)
   info           versions, CPU features, kernel variant, threads and backends
 
-All but bench and info need the extra: pip install 'cmdp_fast[train]'.
+All but bench and info need the extra `train`: pip install '.[train]' in the checkout.
 `cmdp-fast COMMAND --help` lists a command's options.
 """
 
@@ -61,8 +61,12 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cmdp_fast"):
             raise
-        extra = "which comes with the extra: pip install 'cmdp_fast[train]'"
-        print(f"cmdp-fast: error: {command} needs {error.name}, {extra}", file=sys.stderr)
+        from .installation import extra
+
+        print(
+            f"cmdp-fast: error: {command} needs {error.name}, which comes with the extra: {extra('train')}",
+            file=sys.stderr,
+        )
         return 2
 
     try:
@@ -143,8 +147,10 @@ def _done(_: object) -> int:
 def _bench(arguments: Sequence[str]) -> int:
     for needed in ("rich", "matplotlib"):
         if importlib.util.find_spec(needed) is None:
+            from .installation import extra
+
             print(
-                f"cmdp-fast: error: bench needs {needed}, which comes with the extra: pip install 'cmdp_fast[bench]'",
+                f"cmdp-fast: error: bench needs {needed}, which comes with the extra: {extra('bench')}",
                 file=sys.stderr,
             )
             return 2
