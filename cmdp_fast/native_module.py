@@ -6,6 +6,7 @@ setup.py runs this file too, to leave word of a failed build where `load` looks 
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -41,7 +42,7 @@ def load() -> tuple[Any, str | None, str | None]:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cmdp_fast._C":
             return None, *_missing()
-        return None, f"the native module cannot be loaded ({error})", _library(str(error)) or installation.again()
+        return None, f"the native module cannot be loaded ({error})", _repair(str(error))
     sources = installation.source_tree()
     # Python takes a submodule that is missing here from an editable installation of another folder, if there is one.
     if not sources and Path(module.__file__).resolve().parent != installation.PACKAGE:
@@ -55,20 +56,30 @@ def load() -> tuple[Any, str | None, str | None]:
     return module, None, None
 
 
-def _library(error: str) -> str | None:
-    """What to do where the loader finds no OpenMP: neither torch's, which most builds bring along, nor the system's."""
-    if "libgomp" not in error or "cannot open shared object file" not in error:
-        return None
-    return "install GCC's OpenMP library, libgomp.so.1 (Debian, Ubuntu: libgomp1; Fedora: libgomp; conda: libgomp)"
+def is_pure() -> bool:
+    """Whether this is the wheel for every system, which has no native module by choice and not for want of a compiler."""
+    from cmdp_fast import installation
+
+    return (installation.PACKAGE / LEFT_OUT).is_file()
+
+
+def _repair(error: str) -> str:
+    """What to do where the module cannot be loaded. Its OpenMP is torch's, or the system's where torch brings none."""
+    from cmdp_fast import installation
+
+    missing = re.search(r"lib[\w.+-]+\.so[\w.]*(?=: cannot open)", error)
+    if not missing:
+        return installation.again()
+    package = " (Debian, Ubuntu: libgomp1; Fedora, conda: libgomp)" if missing[0].startswith("libgomp") else ""
+    return f"install {missing[0]}{package}, or {installation.again()}"
 
 
 def _missing() -> tuple[str, str]:
     """Why there is no native module, and what to do."""
     from cmdp_fast import installation
 
-    failure, left_out = (installation.PACKAGE / name for name in (FAILURE, LEFT_OUT))
-    note = next((path for path in (failure, left_out) if path.is_file()), None)
-    why = f": {note.read_text(encoding='utf-8').strip()}" if note else ""
+    note = installation.PACKAGE / (LEFT_OUT if is_pure() else FAILURE)
+    why = f": {note.read_text(encoding='utf-8').strip()}" if note.is_file() else ""
     tree = installation.source_tree()
     hidden = next((path for _, path in installation.installations() if path != tree), None)
     if tree and hidden:
@@ -77,7 +88,7 @@ def _missing() -> tuple[str, str]:
             f"run from another folder, or with PYTHONSAFEPATH=1 (python -P) from Python 3.11 on, or build it here: "
             f"{installation.again()}",
         )
-    if note == left_out:
+    if is_pure():
         return (
             f"the native module was left out{why}",
             f"install a wheel for this system and Python; or else {COMPILER}, and then a checkout or an sdist: "

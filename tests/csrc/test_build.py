@@ -149,6 +149,8 @@ def test_every_way_of_installing_keeps_the_cuda_kernels(compiler, way, tree, tmp
         said = {"PIP_CONFIG_FILE": os.devnull, "PIP_QUIET": "0"}  # what was compiled is read from what pip says
         environment = {**os.environ, **SILENT, **environment, **said}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        # An editable installation is a folder on the search path, no hook in the imports: type checkers follow it.
+        assert not list((tmp_path / "site").rglob("__editable__*.py"))
         (home,) = {noted.parent for noted in (tmp_path / "site").rglob("cmdp_fast-*.dist-info")} or {None}
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "uninstall" not in said.lower(), said

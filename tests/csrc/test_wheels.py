@@ -123,4 +123,4 @@ def test_without_an_openmp_library_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     module, problem, cure = native_module.load()
     assert module is None and "libgomp.so.1: cannot open shared object file" in problem
-    assert "Debian, Ubuntu: libgomp1" in cure
+    assert cure.startswith("install libgomp.so.1 (Debian, Ubuntu: libgomp1; Fedora, conda: libgomp), or pip install")
