@@ -57,7 +57,7 @@ def load() -> tuple[Any, str | None, str | None]:
 
 
 def is_pure() -> bool:
-    """Whether this is the wheel for every system, which has no native module by choice and not for want of a compiler."""
+    """Whether this is the wheel for every system, which has no native module by choice, and lacked no compiler."""
     from cmdp_fast import installation
 
     return (installation.PACKAGE / LEFT_OUT).is_file()
