@@ -5,7 +5,7 @@ The library works without the native module (the plain PyTorch backend serves), 
 installation. The reason is written beside the place of the module, since pip shows nothing that is printed here, and
 `cmdp-fast info` and a warning tell it. Set CMDP_FAST_REQUIRE_NATIVE=1 to make it fail instead. Likewise the CUDA
 kernels, which are built where there are an nvcc and an NVIDIA GPU; CMDP_FAST_CUDA=1 builds them anywhere or fails, 0
-leaves them out.
+leaves them out. CMDP_FAST_NATIVE=0 makes the wheel for every system, which has no native module.
 """
 
 import os
@@ -17,11 +17,18 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 here = Path(__file__).resolve().parent
 native_module = runpy.run_path(str(here / "cmdp_fast" / "native_module.py"))
+
+
+left_out = os.environ.get("CMDP_FAST_NATIVE") == "0"
+required = os.environ.get("CMDP_FAST_REQUIRE_NATIVE", "0") not in ("", "0")
+if left_out and required:
+    sys.exit("CMDP_FAST_NATIVE=0 leaves the native kernels out, CMDP_FAST_REQUIRE_NATIVE=1 requires them: set one")
 
 
 def run(command: list[str]) -> None:
@@ -59,6 +66,22 @@ class CleanBuild(build):
         if earlier.exists():
             shutil.rmtree(earlier)
         super().run()
+        if left_out:
+            note = "this is the wheel for every system (CMDP_FAST_NATIVE=0)\n"
+            (earlier / native_module["LEFT_OUT"]).write_text(note, encoding="utf-8")
+
+
+class Wheel(bdist_wheel):
+    """Of a build that failed, its name says so: of all that is printed here, pip shows the wheel's name alone.
+
+    The build tag is the place for words. Of one Python and any system, it yields to every wheel with kernels.
+    """
+
+    FAILED = "0_without_native_kernels"
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, system = super().get_tag()
+        return (python, "none", "any") if self.build_number == self.FAILED else (python, abi, system)
 
 
 class CMakeBuild(build_ext):
@@ -69,7 +92,6 @@ class CMakeBuild(build_ext):
         try:
             self._build(ext)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            required = os.environ.get("CMDP_FAST_REQUIRE_NATIVE", "0") not in ("", "0")
             if required or os.environ.get("CMDP_FAST_CUDA", "auto") not in ("", "auto", "0"):
                 raise
             print(
@@ -82,6 +104,9 @@ class CMakeBuild(build_ext):
             failure.parent.mkdir(parents=True, exist_ok=True)
             failure.write_text(reason(error) + "\n", encoding="utf-8")
             self.extensions = []
+            wheel = self.distribution.command_obj.get("bdist_wheel")
+            if isinstance(wheel, Wheel) and not self.editable_mode:  # whose name has a build tag already
+                wheel.build_number = Wheel.FAILED
 
     def copy_extensions_to_source(self) -> None:
         """The modules that this build made, none of an earlier one: an editable installation imports them there."""
@@ -146,6 +171,14 @@ class CMakeBuild(build_ext):
         run(["cmake", "--build", str(folder)])
 
 
+def long_description() -> str:
+    """The README for an index, which has neither its pictures nor the files that it links to, of a repository whose
+    address is not known here. Links within the page stay, and those to other places."""
+    text = (here / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^\]]*\]\([^)]*\)\n\n?", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]+)\]\((?!#|https?:)[^)\s]+\)", r"\1", text)
+
+
 # As `depends` these travel in the sdist; how to compile the sources, CMake alone knows.
 travels = (".github", "csrc", "tests", "benchmarks")
 files = [path for folder in travels for path in (here / folder).rglob("*") if path.is_file()] + [
@@ -153,6 +186,8 @@ files = [path for folder in travels for path in (here / folder).rglob("*") if pa
 ]
 depends = sorted(str(path.relative_to(here)) for path in files if "__pycache__" not in path.parts)
 setup(
-    ext_modules=[Extension("cmdp_fast._C", sources=[], depends=depends)],
-    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    ext_modules=[Extension("cmdp_fast._C", sources=[], depends=depends)] if not left_out or "sdist" in sys.argv else [],
+    cmdclass={"bdist_wheel": Wheel, "build": CleanBuild, "build_ext": CMakeBuild},
 )

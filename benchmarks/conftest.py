@@ -5,7 +5,7 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("pytest-benchmark is missing; it comes with the extra: pip install 'cmdp_fast[bench]'")
+        raise pytest.UsageError("pytest-benchmark is missing; it comes with the extra: pip install '.[bench]'")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from cmdp_fast import __version__
 from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost, without_controls
+from cmdp_fast.installation import extra
 from cmdp_fast.nearest import did_you_mean
 from cmdp_fast.terminal import beside, columns, message, show, wrapped
 
@@ -23,7 +24,7 @@ COMMANDS = {
     "report": "put what trainings have written on a page: samples side by side, measures, a plot",
     "teacher": "serve a teacher's hidden states to trainers elsewhere",
     "cache-teacher": "store what a teacher says of completions, to train on them without it",
-    "bench": "speed, memory and error beside other libraries (needs the extra: pip install 'cmdp_fast[bench]')",
+    "bench": "speed, memory and error beside other libraries (needs the extra `bench`)",
     "doctor": "check this installation and its kernels; its output is what a bug report should hold",
     "info": "versions, CPU features, kernel variant, threads and backends",
 }
@@ -78,7 +79,12 @@ def overview(width: int) -> str:
     lines = ["usage: cmdp-fast COMMAND [options]", "", "commands:"]
     for name, says in COMMANDS.items():
         lines += beside(name, says, width, len("  cache-teacher  "))
-    lines += ["", *wrapped("All but bench, doctor and info need the extra: pip install 'cmdp_fast[train]'.", width)]
+    lines += [
+        "",
+        *wrapped(
+            "All but bench, doctor and info need the extra `train`: pip install '.[train]' in the checkout.", width
+        ),
+    ]
     lines += wrapped("`cmdp-fast COMMAND --help` has a command's options, `cmdp-fast --version` the version.", width)
     return "\n".join(lines)
 
@@ -118,8 +124,7 @@ def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cmdp_fast"):
             raise
-        extra = "which comes with the extra: pip install 'cmdp_fast[train]'"
-        raise InputError(f"{command} needs {error.name}, {extra}") from error
+        raise InputError(f"{command} needs {error.name}, which comes with the extra: {extra('train')}") from error
     return run(settings, arguments)
 
 
@@ -198,7 +203,7 @@ def _done(_: object) -> int:
 def _bench(arguments: Sequence[str]) -> int:
     for needed in ("rich", "matplotlib"):
         if importlib.util.find_spec(needed) is None:
-            raise InputError(f"bench needs {needed}, which comes with the extra: pip install 'cmdp_fast[bench]'")
+            raise InputError(f"bench needs {needed}, which comes with the extra: {extra('bench')}")
     from .bench.command import main as bench
 
     bench(arguments)

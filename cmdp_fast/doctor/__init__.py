@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 
 from cmdp_fast.terminal import columns, show
 
-from . import backends, installation, machine
+from . import backends, installed, machine
 from .row import NOTE, PROBLEM, Row, failed, lines
 
 CHECKS: tuple[Callable[[], Iterable[Row]], ...] = (
-    *(installation.package, installation.versions, installation.others, installation.variables),
+    *(installed.package, installed.versions, installed.others, installed.variables),
     *(backends.native_kernels, backends.chosen, backends.numbers),
     *(machine.threads, machine.openmp, machine.memory, machine.disk, machine.gpu, machine.compilers),
 )

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmdp_fast.installation import extra
+
 NEEDED = ("sphinx", "myst_parser", "furo", "latex2mathml")
 
 
@@ -19,9 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where to write the pages")
     folder = parser.parse_args(arguments).folder
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        print(
-            f"cmdp_fast.guide: error: needs {', '.join(missing)}: pip install 'cmdp_fast[train,docs]'", file=sys.stderr
-        )
+        print(f"cmdp_fast.guide: error: needs {', '.join(missing)}: {extra('train,docs')}", file=sys.stderr)
         return 2
     from cmdp_fast.guide.site import SiteError, build
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from cmdp_fast import cpu, native_module, tiles
+from cmdp_fast import cpu, installation, native_module, tiles
 from cmdp_fast.layout import (
     Account,
     BudgetRule,
@@ -273,7 +273,7 @@ def _warn_of_fallback(kind: str) -> None:
     if kind in _warned or (problem or "").startswith(NO_DEVICE):  # without a device it is no tensor, but a fake
         return
     frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_code.co_filename.startswith(str(native_module.PACKAGE)):
+    while frame.f_back and frame.f_code.co_filename.startswith(str(installation.PACKAGE)):
         frame, level = frame.f_back, level + 1  # to the caller of an operation
     warnings.warn(
         f"cmdp_fast serves {tensors} tensors with plain PyTorch, without its {kernels} kernels: {problem}{cure}",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cmdp_fast import installation
 from cmdp_fast.errors import InputError
 
 from .engine.client import client_of, version_of
@@ -82,5 +83,5 @@ def check_engines(config: TrainConfig, is_main_process: bool = True) -> None:
         find_python(config)
     if config.rollout_transfer == "nccl" and not (torch.cuda.is_available() and importlib.util.find_spec("vllm")):
         raise InputError(
-            "--rollout-transfer nccl needs a GPU, and vLLM beside the trainer: pip install 'cmdp_fast[vllm]'"
+            f"--rollout-transfer nccl needs a GPU, and vLLM beside the trainer: {installation.extra('vllm')}"
         )

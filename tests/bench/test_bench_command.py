@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 from bench_results import result
 
-from cmdp_fast import cli
+from cmdp_fast import cli, installation
 from cmdp_fast.bench import command, results, sweep
 from cmdp_fast.bench.case import SHAPES, Case
 from cmdp_fast.bench.ops import OPS
@@ -119,7 +119,7 @@ def test_without_the_extra(missing, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     assert cli.main(["bench"]) == 2
     assert (
-        f"bench needs {missing}, which comes with the extra: pip install 'cmdp_fast[bench]'" in capsys.readouterr().err
+        f"bench needs {missing}, which comes with the extra: {installation.extra('bench')}" in capsys.readouterr().err
     )
 
 

@@ -1,24 +1,21 @@
 """What setup.py leaves behind, whether or not there is a compiler, and what the package makes of it."""
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from checkouts import ROOT, SHOW, SILENT, USE, checkout, installed, python, setup
 
 import cmdp_fast
-from cmdp_fast import native_module
+from cmdp_fast import installation, native_module
 from cmdp_fast.cpu import native
 
 pytest.importorskip("setuptools")
-ROOT = Path(__file__).parents[2]
 FAILURE = native_module.FAILURE
 MODULE = FAILURE.removesuffix(".missing")
-SILENT = {"CXX": "/bin/false", "CMDP_FAST_REQUIRE_NATIVE": "0"}  # the quickest of all failures
 
 # In place of csrc/: a module that compiles in seconds, through the same CMake and pybind11.
 TINY_CMAKE = """
@@ -52,41 +49,11 @@ static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nu
 PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&definition); }
 """,
 }
-SHOW = "import cmdp_fast as cf; print(cf.available_backends()['cpu'])"
-USE = "import torch, cmdp_fast as cf; x = torch.randn(2, 3); cf.divergence(x, x); cf.divergence(x, x)"
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A checkout of its own, without the native module."""
-    root = tmp_path / "checkout"
-    ignored = shutil.ignore_patterns("__pycache__", "*.so*")
-    for folder in ("cmdp_fast", "csrc"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, root / name)
-    return root
-
-
-def setup(tree, *words, **environment):
-    command = [sys.executable, "setup.py", *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=tree, env={**os.environ, **SILENT, **environment}
-    )
-
-
-# The editable installation that the tests run from would lend its native module to every other folder's package.
-ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
-
-
-def python(folder, program, **environment):
-    """A program run in a folder, which is then the first of the search path."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE + program], capture_output=True, text=True, cwd=folder, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+    return checkout(tmp_path / "checkout")
 
 
 def test_without_a_compiler_the_reason_is_packed_in_place_of_an_earlier_module(tree, tmp_path):
@@ -182,6 +149,8 @@ def test_every_way_of_installing_keeps_the_cuda_kernels(compiler, way, tree, tmp
         said = {"PIP_CONFIG_FILE": os.devnull, "PIP_QUIET": "0"}  # what was compiled is read from what pip says
         environment = {**os.environ, **SILENT, **environment, **said}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        # An editable installation is a folder on the search path, no hook in the imports: type checkers follow it.
+        assert not list((tmp_path / "site").rglob("__editable__*.py"))
         (home,) = {noted.parent for noted in (tmp_path / "site").rglob("cmdp_fast-*.dist-info")} or {None}
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "uninstall" not in said.lower(), said
@@ -209,15 +178,6 @@ def test_no_compiler_at_all_is_said_plainly(tree, tmp_path):
     assert (tree / "cmdp_fast" / FAILURE).read_text() == "no C++ compiler was found\n", done.stdout
 
 
-def installed(tree, folder, origin):
-    """A copy of the package as pip lays it, with what pip notes of its origin."""
-    shutil.copytree(tree / "cmdp_fast", folder / "cmdp_fast")
-    noted = folder / "cmdp_fast-0.1.0.dist-info"
-    noted.mkdir()
-    (noted / "METADATA").write_text("Metadata-Version: 2.1\nName: cmdp_fast\nVersion: 0.1.0\n")
-    (noted / "direct_url.json").write_text(json.dumps(origin))
-
-
 def test_the_first_call_on_a_cpu_warns_with_reason_and_cure(tree, tmp_path):
     (tree / "cmdp_fast" / FAILURE).write_text("no C++ compiler was found\n")
     installed(tree, tmp_path / "site", {"url": "file:///a.whl", "archive_info": {}})
@@ -233,14 +193,14 @@ def test_the_first_call_on_a_cpu_warns_with_reason_and_cure(tree, tmp_path):
         ({"url": "file:///checkout", "dir_info": {}}, "/checkout"),
         ({"url": "file:///with%20space/a.tar.gz", "archive_info": {}}, "'/with space/a.tar.gz'"),
         ({"url": "https://x.test/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}}, "git+https://x.test/a@c0"),
-        ({}, "cmdp_fast"),
+        ({}, "--no-binary cmdp_fast cmdp_fast"),
         ({"url": "file:///a.whl", "archive_info": {}}, None),
     ],
 )
 def test_the_cure_is_for_the_origin(tree, tmp_path, origin, cure, monkeypatch):
     installed(tree, tmp_path / "site", origin)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(native_module, "PACKAGE", tmp_path / "site" / "cmdp_fast")
+    monkeypatch.setattr(installation, "PACKAGE", tmp_path / "site" / "cmdp_fast")
     command = f"pip install --no-cache-dir --force-reinstall --no-deps {cure}"
     assert native_module._missing()[1].endswith(f", then {command if cure else 'build and install the wheel again'}")
 
@@ -270,7 +230,7 @@ def test_a_module_that_cannot_be_loaded_is_not_said_to_be_missing(tree):
 
 def test_the_module_knows_its_sources():
     """CMake hands the hash of setup.py on; what it covers, the loader covers too."""
-    if native is None or native_module._source_tree() is None:
+    if native is None or installation.source_tree() is None:
         pytest.skip("needs the native module, in a checkout")
     assert re.fullmatch("[0-9a-f]{64}", native.SOURCES)
     assert native_module.fingerprint(ROOT / "csrc") == native.SOURCES
@@ -301,7 +261,7 @@ def test_kernels_that_were_asked_for_by_name_are_not_left_out(tree, tmp_path):
 def test_the_cure_is_for_the_reason(why, cure, tree, monkeypatch):
     (tree / "cmdp_fast" / FAILURE).write_text(why)
     (tree / "setup.py").unlink()  # not a checkout, whose own cures come first
-    monkeypatch.setattr(native_module, "PACKAGE", tree / "cmdp_fast")
+    monkeypatch.setattr(installation, "PACKAGE", tree / "cmdp_fast")
     said, remedy = native_module._missing()
     assert why in said and cure in remedy
 
@@ -322,29 +282,10 @@ def test_a_warning_that_is_an_error_does_not_go_away(tree):
     assert python(tree, twice).stdout.split() == ["said", "said"]
 
 
-def test_a_wheel_without_kernels_by_choice_says_so(tmp_path, monkeypatch):
-    """One for every machine: another installation of the same wheel would bring no kernels either."""
-    package, about = tmp_path / "cmdp_fast", tmp_path / "cmdp_fast-9.dist-info"
-    package.mkdir()
-    about.mkdir()
-    (package / "__init__.py").touch()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: cmdp_fast\nVersion: 9\n")
-    monkeypatch.setattr(native_module, "PACKAGE", package)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    (about / "WHEEL").write_text("Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp311-cp311-linux_x86_64\n")
-    assert not native_module.is_pure() and native_module._missing()[0].startswith("the native module was not built for")
-    (about / "WHEEL").write_text("Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-    problem, cure = native_module._missing()
-    assert native_module.is_pure() and problem == "this is the pure-Python wheel, which has none"
-    assert cure.startswith("install a C++20 compiler") and "--no-binary cmdp_fast cmdp_fast" in cure
-    (package / FAILURE).write_text("no C++ compiler was found")
-    assert native_module._missing()[0] == "the native module was not built: no C++ compiler was found"
-
-
 @pytest.mark.parametrize(
     "error, first",
     [
-        ("libgomp.so.1: cannot open shared object file: No such file or directory", "install libgomp.so.1 (of the sys"),
+        ("libgomp.so.1: cannot open shared object file: No such file or directory", "install libgomp.so.1 (Debian, "),
         ("/x/_C.so: invalid ELF header", "pip install "),
     ],
 )

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import cmdp_fast as cf
-from cmdp_fast import cpu, doctor, native_module
+from cmdp_fast import cpu, doctor, installation, native_module
 from cmdp_fast.cli import main
-from cmdp_fast.doctor import backends, installation, machine
+from cmdp_fast.doctor import backends, installed, machine
 from cmdp_fast.doctor.row import NOTE, OK, PROBLEM, Row, lines, public
 
 Patch = pytest.MonkeyPatch
@@ -86,8 +86,8 @@ def test_nothing_secret_is_printed(monkeypatch: Patch) -> None:
 
 
 def test_the_package(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(installation, "_noted_version", lambda: "0.0.1")
-    rows = list(installation.package())
+    monkeypatch.setattr(installed, "_noted_version", lambda: "0.0.1")
+    rows = list(installed.package())
     assert cf.__version__ in rows[0].says and rows[-1].level == NOTE and "0.0.1" in rows[-1].says
 
 
@@ -107,8 +107,8 @@ def bounds(monkeypatch: Patch, **versions: str) -> list[Row]:
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRED)
     extras = SimpleNamespace(get_all=lambda name: ["train", "smollm2", "trl", "test"])
     monkeypatch.setattr(importlib.metadata, "metadata", lambda name: extras)
-    monkeypatch.setattr(installation, "version", lambda name: versions.get(name, "not installed"))
-    return list(installation.versions())
+    monkeypatch.setattr(installed, "version", lambda name: versions.get(name, "not installed"))
+    return list(installed.versions())
 
 
 def test_versions_within_their_bounds(monkeypatch: Patch) -> None:
@@ -127,7 +127,7 @@ def test_versions_out_of_their_bounds(monkeypatch: Patch) -> None:
     assert only(rows, "version of trl").level == NOTE and only(rows, "extra train").level == PROBLEM
     assert only(rows, "extra train").says == "tyro not installed"
     rows = bounds(monkeypatch)
-    assert only(rows, "extra train").level == NOTE and "cmdp_fast[train]" in only(rows, "extra train").cure
+    assert only(rows, "extra train").level == NOTE and "[train]" in only(rows, "extra train").cure
     assert only(rows, "version of torch").says == "not installed"
 
 
@@ -137,30 +137,30 @@ def test_versions_without_metadata_or_packaging(monkeypatch: Patch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRED)
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)
-    (row,) = installation.versions()
+    (row,) = installed.versions()
     assert row.level == NOTE and row.cure == "pip install packaging"
     monkeypatch.setattr(importlib.metadata, "requires", absent)
-    (row,) = installation.versions()
+    (row,) = installed.versions()
     assert row.level == NOTE and "from a folder that pip has not installed" in row.says
 
 
 def test_other_copies(monkeypatch: Patch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "path", [str(native_module.PACKAGE.parent), str(tmp_path)])
-    monkeypatch.setattr(native_module, "installations", lambda: [])
-    assert [row.level for row in installation.others()] == [OK]
+    monkeypatch.setattr(sys, "path", [str(installation.PACKAGE.parent), str(tmp_path)])
+    monkeypatch.setattr(installation, "installations", lambda: [])
+    assert [row.level for row in installed.others()] == [OK]
     (tmp_path / "cmdp_fast").mkdir()
     (tmp_path / "cmdp_fast" / "__init__.py").touch()
-    (row,) = installation.others()
+    (row,) = installed.others()
     assert row.level == NOTE and f"hides {tmp_path}" in row.says and "python -P" in row.cure
 
 
 def test_variables(monkeypatch: Patch) -> None:
     for name in [name for name in os.environ if name.startswith("CMDP_FAST")]:
         monkeypatch.delenv(name)
-    assert not list(installation.variables())
+    assert not list(installed.variables())
     monkeypatch.setenv("CMDP_FAST_TILE_BYTES", "4096")
     monkeypatch.setenv("CMDP_FAST_TITLE_BYTES", "secret")
-    rows = list(installation.variables())
+    rows = list(installed.variables())
     assert rows[0] == Row(NOTE, "variable", "CMDP_FAST_TILE_BYTES=4096 is set")
     assert (
         rows[1].level == PROBLEM
@@ -170,11 +170,11 @@ def test_variables(monkeypatch: Patch) -> None:
 
 
 def test_the_list_of_variables_is_what_is_read() -> None:
-    root = native_module.PACKAGE.parent
-    sources = [*native_module.PACKAGE.rglob("*.py"), *(root / "tests").rglob("*.py"), root / "setup.py"]
-    texts = [path.read_text(encoding="utf-8") for path in sources if path.is_file() and path.name != "installation.py"]
-    asked = [name for name in installation.VARIABLES if any(f'"{name}"' in text for text in texts)]
-    assert asked == list(installation.VARIABLES)
+    root = installation.PACKAGE.parent
+    sources = [*installation.PACKAGE.rglob("*.py"), *(root / "tests").rglob("*.py"), root / "setup.py"]
+    texts = [path.read_text(encoding="utf-8") for path in sources if path.is_file() and path.name != "installed.py"]
+    asked = [name for name in installed.VARIABLES if any(f'"{name}"' in text for text in texts)]
+    assert asked == list(installed.VARIABLES)
 
 
 # -------------------------------------------------------------------------------------------------------- the backends

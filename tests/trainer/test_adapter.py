@@ -183,7 +183,7 @@ def test_without_peft(same, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
     assert main(arguments(same, tmp_path / "runs", lora_rank=4)) == 2
-    assert "cmdp_fast[lora]" in capsys.readouterr().err
+    assert "[lora]'" in capsys.readouterr().err
 
 
 def test_a_teacher_without_the_adapter_is_evaluated_once(same, tmp_path, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cmdp_fast import installation
 from cmdp_fast.bench.case import Case, Op, Work, make_tokens, random
 from cmdp_fast.bench.variant import Inputs, Values, Variant
 
@@ -30,7 +31,7 @@ class TrainerStepOp(Op):
 
     def why_not(self, case: Case) -> str | None:
         if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-            return f"needs {missing[0]}, which comes with the extra: pip install 'cmdp_fast[train]'"
+            return f"needs {missing[0]}, which comes with the extra: {installation.extra('train')}"
         return None if case.dtype == "float32" else "the models of this case are float32"
 
     def work(self, case: Case) -> Work:

@@ -70,12 +70,13 @@ trainer's own steps with a dict in TransferQueue's place, and that each key of `
 ``cmdp``.
 
 verl 0.9 wants transformers < 5.11; this package's other parts are tested with a newer one and accept both. So install
-it into an environment of its own: ``pip install 'cmdp_fast[verl]'``.
+it into an environment of its own: ``pip install '.[verl]'`` in the checkout.
 """
 
+from cmdp_fast import installation
 from cmdp_fast.integrations.packages import require
 
-require("verl", at_least="0.9.1", below="0.10", install="pip install 'cmdp_fast[verl]'")
+require("verl", at_least="0.9.1", below="0.10", install=installation.extra("verl"))
 
 from .advantage import compute_cmdp_advantage  # noqa: E402
 from .config import PolicyLoss, check_config  # noqa: E402

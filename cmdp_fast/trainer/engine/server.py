@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmdp_fast import installation
 from cmdp_fast.errors import InputError, readable
 
 from ..settings.config import TrainConfig
@@ -91,7 +92,7 @@ def find_python(config: TrainConfig) -> str:
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     if subprocess.run([python, "-c", look], capture_output=True).returncode:
         raise InputError(
-            f"--rollout vllm: {python} has no vLLM, which comes with the extra: pip install 'cmdp_fast[vllm]'; one in "
+            f"--rollout vllm: {python} has no vLLM, which comes with the extra: {installation.extra('vllm')}; one in "
             "another environment is named by --rollout-python, one that runs already by --rollout-url"
         )
     return python

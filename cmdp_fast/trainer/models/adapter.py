@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmdp_fast import installation
 from cmdp_fast.errors import InputError, first_line
 
 from ..settings.config import TrainConfig
@@ -32,7 +33,7 @@ def add_adapter(student: Any, config: TrainConfig) -> None:
     the model has no such modules or is not to have them changed.
     """
     if importlib.util.find_spec("peft") is None:
-        raise InputError("--lora-rank needs peft, which comes with the extra: pip install 'cmdp_fast[lora]'")
+        raise InputError(f"--lora-rank needs peft, which comes with the extra: {installation.extra('lora')}")
     from peft import LoraConfig
 
     names, whole = list(config.lora_target), list(config.lora_modules_to_save)

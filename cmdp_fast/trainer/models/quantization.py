@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import cmdp_fast as cf
+from cmdp_fast import installation
 from cmdp_fast.errors import InputError
 from cmdp_fast.reading import rows_hidden
 
@@ -43,7 +44,7 @@ def check_quantization(config: TrainConfig) -> None:
     package = name.partition("-")[0]
     if importlib.util.find_spec(package) is None:
         raise InputError(
-            f"--teacher-quantization {name} needs {package}, of the extra: pip install 'cmdp_fast[quantization]'"
+            f"--teacher-quantization {name} needs {package}, of the extra: {installation.extra('quantization')}"
         )
     if config.teacher_device == "offload":
         raise InputError(

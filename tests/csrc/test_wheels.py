@@ -1,0 +1,126 @@
+"""What is in a wheel, what it is called, and which OpenMP the native module uses."""
+
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from checkouts import ROOT, USE, checkout, installed, python, setup
+
+from cmdp_fast import installation, native_module
+from cmdp_fast.cpu import native
+
+pytest.importorskip("setuptools", minversion="77.0.1")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return checkout(tmp_path_factory.mktemp("tree") / "checkout")
+
+
+def wheel(tree, folder, **environment):
+    done = setup(tree, "bdist_wheel", "--dist-dir", folder, "--bdist-dir", folder / "bdist", **environment)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_for_every_system(tree, tmp_path):
+    """It says at its first use, once, what it lacks; it has the guides, the types and the licence."""
+    path = wheel(tree, tmp_path, CMDP_FAST_NATIVE="0", CMDP_FAST_REQUIRE_NATIVE="")
+    assert re.fullmatch(r"cmdp_fast-[\d.]+-py3-none-any\.whl", path.name)
+    with zipfile.ZipFile(path) as packed:
+        names = packed.namelist()
+        packed.extractall(tmp_path / "site")
+    guides = {str(page.relative_to(ROOT)) for page in (ROOT / "cmdp_fast").rglob("*.md")}
+    assert len(guides) > 5
+    assert {*guides, "cmdp_fast/py.typed", "cmdp_fast/_C.pyi", f"cmdp_fast/{native_module.LEFT_OUT}"} <= set(names)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    done = python(tmp_path, USE, PYTHONPATH=str(tmp_path / "site"))
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "left out: this is the wheel for every system (CMDP_FAST_NATIVE=0). To have them: " in done.stderr
+    assert "install a wheel for this system and Python; or else a C++20 compiler" in done.stderr
+
+
+def test_the_wheel_of_a_failed_build_says_so_in_its_name(tree, tmp_path):
+    """pip shows nothing else of a build that succeeds. The tags make it the last choice, of this Python alone."""
+    path = wheel(tree, tmp_path)
+    python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert path.name.endswith(f"-0_without_native_kernels-{python_tag}-none-any.whl")
+    with zipfile.ZipFile(path) as packed:
+        assert f"cmdp_fast/{native_module.FAILURE}" in packed.namelist()
+
+
+def test_leaving_out_what_is_required_is_refused(tree):
+    done = setup(tree, "--version", CMDP_FAST_NATIVE="0", CMDP_FAST_REQUIRE_NATIVE="1")
+    assert done.returncode != 0 and "set one" in done.stderr
+
+
+def test_an_index_gets_a_description_that_needs_no_repository(tree, tmp_path):
+    assert setup(tree, "egg_info", "--egg-base", tmp_path).returncode == 0
+    metadata = (tmp_path / "cmdp_fast.egg-info" / "PKG-INFO").read_text(encoding="utf-8")
+    assert "Description-Content-Type: text/markdown" in metadata and "\n# cmdp_fast\n" in metadata
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures, links = r"!\[", r"\]\((?!#|https?:)"
+    assert re.search(pictures, readme) and re.search(links, readme)
+    assert not re.search(pictures, metadata) and not re.search(links, metadata)
+    assert "[arXiv 2509.22921](https://arxiv.org/abs/2509.22921)" in metadata
+
+
+@pytest.mark.parametrize(
+    "origin, what",
+    [
+        ({"url": "file:///checkout", "dir_info": {}}, "/checkout[trl]"),
+        ({"url": "file:///with%20space/a.tar.gz", "archive_info": {}}, "/with space/a.tar.gz[trl]"),
+        ({"url": "file:///a.whl", "archive_info": {}}, "/a.whl[trl]"),
+        (
+            {"url": "https://x.test/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}},
+            "cmdp_fast[trl] @ git+https://x.test/a@c0",
+        ),
+        ({"url": "https://x.test/a.zip", "archive_info": {}}, "cmdp_fast[trl] @ https://x.test/a.zip"),
+        ({}, "cmdp_fast[trl]"),
+    ],
+)
+def test_an_extra_comes_from_where_the_package_came_from(tree, tmp_path, origin, what, monkeypatch):
+    installed(tree, tmp_path / "site", origin)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(installation, "PACKAGE", tmp_path / "site" / "cmdp_fast")
+    assert installation.extra("trl") == f"pip install '{what}'"
+
+
+def test_in_a_checkout_an_extra_comes_from_the_checkout(tree, monkeypatch):
+    monkeypatch.setattr(installation, "PACKAGE", tree / "cmdp_fast")
+    assert installation.extra("train,trl") == f"pip install -e '{tree}[train,trl]'"
+
+
+def openmp_in_this_process():
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {Path(line.split()[-1]).resolve() for line in lines if re.search(r"/libgomp\.so[.\d]*$", line)}
+
+
+@pytest.mark.skipif(native is None or not Path("/proc/self/maps").exists(), reason="needs the native module, on Linux")
+def test_the_module_uses_the_openmp_of_torch():
+    """Not a second one with threads of its own, which a wheel would have if auditwheel put a copy into it."""
+    brought = {path.resolve() for path in (Path(torch.__file__).parent / "lib").glob("libgomp.so*")}
+    if not brought or not native.OPENMP:
+        pytest.skip("this torch brings no libgomp, or the module was built without OpenMP")
+    assert openmp_in_this_process() == brought
+
+
+def test_without_an_openmp_library_the_reason_is_said(monkeypatch):
+    """As the loader says it, where neither torch nor the system has one: no error at the import of the package."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == "cmdp_fast._C":
+                raise ImportError("libgomp.so.1: cannot open shared object file: No such file or directory")
+
+    monkeypatch.delitem(sys.modules, "cmdp_fast._C", raising=False)
+    monkeypatch.delattr("cmdp_fast._C", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    module, problem, cure = native_module.load()
+    assert module is None and "libgomp.so.1: cannot open shared object file" in problem
+    assert cure.startswith("install libgomp.so.1 (Debian, Ubuntu: libgomp1; Fedora, conda: libgomp), or pip install")
