@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmdp_fast import checks
+from cmdp_fast.compile_marks import untraced
 
 # What transformers' configurations call them.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -156,7 +157,7 @@ def _output_embedding(chain: list[nn.Module]) -> nn.Module:
     return head
 
 
-@torch.compiler.disable
+@untraced
 def _hidden_states(chain: list[nn.Module], head: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """What enters the head, by the way that the model's output takes through its wrappers."""
     seen: list[Tensor] = []
@@ -225,7 +226,7 @@ class _Uncast(torch.autograd.Function):
         return gradients[0].to(ctx.dtype), None
 
 
-@torch.compiler.disable
+@untraced
 def _call(
     chain: list[nn.Module],
     head: nn.Module,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmdp_fast import objective
 from cmdp_fast.ops.cost import token_cost
-from cmdp_fast.reference import BudgetTrace, TokenStats
+from cmdp_fast.reference import BudgetTrace, CostName, TokenStats
 
 OF_A_BUDGET = ("constraint_satisfaction", "never_violated", "mean_excess", "first_violation", "budget")
 """Metrics that mean nothing where no budget is."""
@@ -29,7 +29,7 @@ class Divergences(NamedTuple):
 
 def divergences(stats: TokenStats, mask: Tensor) -> Divergences:
     """The sums over the real tokens of ``stats`` [B, T]."""
-    kinds = ("reverse_kl", "k1", "k3")
+    kinds: tuple[CostName, ...] = ("reverse_kl", "k1", "k3")
     return Divergences(*(torch.where(mask, token_cost(stats, kind).detach(), 0.0).sum(1) for kind in kinds))
 
 

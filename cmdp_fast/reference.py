@@ -23,14 +23,22 @@ or +inf in either row of logits (or a row that is -inf throughout) makes all six
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-COSTS = ("reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll")
-DIFFERENTIABLE_COSTS = ("reverse_kl", "forward_kl", "jsd")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
+# The names that settings take: a type for who writes one, and from it the values that are checked.
+CostName = Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"]
+DivergenceName = Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+KindName = Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"]
+PenaltyAt = Literal["crossing", "every"]
+Reduction = Literal["sum", "mean"]
+Edge = Literal["strict", "saute"]
+
+COSTS: tuple[CostName, ...] = get_args(CostName)
+DIFFERENTIABLE_COSTS: tuple[CostName, ...] = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES: tuple[DivergenceName, ...] = get_args(DivergenceName)
 
 
 class TokenStats(NamedTuple):
@@ -193,7 +201,7 @@ def linear_divergence(
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    kind: str = "jsd",
+    kind: DivergenceName = "jsd",
     **settings: Any,
 ) -> Tensor:
     """`divergence` of logits that are made in full; arguments and returns as `cmdp_fast.linear_divergence`."""
@@ -224,7 +232,7 @@ def divergence_weights(kind: str, beta: float) -> tuple[float, float, float]:
 def divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    kind: str = "jsd",
+    kind: DivergenceName = "jsd",
     *,
     beta: float = 0.5,
     mask: Tensor | None = None,
@@ -262,7 +270,7 @@ def divergence(
     return _poison(value, p, w)
 
 
-def token_cost(stats: TokenStats, kind: str, clamp: float | None = None) -> Tensor:
+def token_cost(stats: TokenStats, kind: CostName, clamp: float | None = None) -> Tensor:
     """The cost c_t of each token from its statistics; ``k1, k3, nll`` depend on the action and are detached.
 
     With rho = logprob - teacher_logprob: k1 = rho, k3 = exp(-rho) - 1 + rho, nll = -teacher_logprob. ``clamp`` bounds
@@ -306,8 +314,8 @@ def budget_trace(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     gamma: float = 1.0,
-    reduction: str = "sum",
-    edge: str = "strict",
+    reduction: Reduction = "sum",
+    edge: Edge = "strict",
     per_token: bool = False,
 ) -> BudgetTrace:
     """Cumulative cost against the budget; arguments and returns as `cmdp_fast.budget_trace`. Sums in float64."""
@@ -370,9 +378,9 @@ def modified_reward(
     cost: Tensor,
     trace: BudgetTrace,
     *,
-    kind: str = "cmdp",
+    kind: KindName = "cmdp",
     penalty: float = 1.0,
-    penalty_at: str | None = None,
+    penalty_at: PenaltyAt | None = None,
     discrepancy_weight: float = 1.0,
     coefficient: float | None = None,
     barrier_slope: float = 10.0,

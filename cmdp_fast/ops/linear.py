@@ -14,7 +14,7 @@ the forward pass left them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ class LinearSettings(HeadSettings, total=False):
     process_group: dist.ProcessGroup | None
     first_column: int
     reduce_hidden_grad: bool
-    saved: str
+    saved: kept_logits.Saved
 
 
 def linear_token_stats(
@@ -59,8 +59,8 @@ def linear_token_stats(
     process_group: dist.ProcessGroup | None = None,
     first_column: int = 0,
     reduce_hidden_grad: bool = True,
-    saved: str = "recompute",
-    backend: str | None = None,
+    saved: kept_logits.Saved = "recompute",
+    backend: backends.BackendName | None = None,
     **heads: Unpack[HeadSettings],
 ) -> TokenStats:
     """`token_stats` of the logits that two language-model heads would give, without the logits.
@@ -160,7 +160,7 @@ def linear_token_stats(
     checks.tokens(tokens, student_hidden, "student_hidden")
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    checks.choice("saved", saved, (*kept_logits.SAVED, "auto"))
+    checks.choice("saved", saved, get_args(kept_logits.Saved))
     chosen = backends.choose_for_logits(backend, student_hidden, computed_dtype(student, teacher), "linear_token_stats")
     widths = student.head.weight.shape[0], teacher.head.weight.shape[0]
     width, vocab = parallel.columns(*widths, vocab_size, process_group, first_column, tokens, mask)

@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     width: int  # columns here that count
     first_column: int
     autocast: str  # as gemm.autocast_dtype gives it
-    saved: str  # one of kept_logits.SAVED
+    saved: str  # one of kept_logits.Saved
     backend: str
 
     @property

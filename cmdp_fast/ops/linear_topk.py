@@ -52,7 +52,7 @@ def linear_topk_stats(
     vocab_size: int | None = None,
     top_k: int | None = None,
     min_logprob: Tensor | float | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
     **head: Unpack[StudentHeadSettings],
 ) -> TopkStats:
     """`topk_stats` of the logits that the student's head would give, without the logits.

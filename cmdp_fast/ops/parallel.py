@@ -12,6 +12,8 @@ from cmdp_fast import checks, states
 from cmdp_fast.heads import Head
 from cmdp_fast.ops.projection import check_widths, common_width
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def name_of(process_group: dist.ProcessGroup | None) -> str:
     """A group as an operator takes it: by name, empty for none."""
@@ -57,7 +59,9 @@ def shards(*heads: Head) -> tuple[list[Head], dist.ProcessGroup, int] | None:
 
 def any_sharded(*heads: Head) -> bool:
     """Whether a head or bias is a DTensor."""
-    return dist.is_available() and any(isinstance(t, _dtensor()) for head in heads for t in (head.weight, head.bias))
+    # Before the import, which takes half a second: what most heads are
+    unusual = [t for head in heads for t in (head.weight, head.bias) if t is not None and type(t) not in _PLAIN]
+    return dist.is_available() and any(isinstance(t, _dtensor()) for t in unusual)
 
 
 def _local(t: Any) -> Any:

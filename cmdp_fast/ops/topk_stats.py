@@ -35,7 +35,7 @@ def topk_stats(
     vocab_size: int | None = None,
     top_k: int | None = None,
     min_logprob: Tensor | float | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
 ) -> TopkStats:
     """Log-probability, entropy, and bounds of both KL divergences, where the teacher has sent k columns of its row.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from cmdp_fast.constraint import AccountSettings, Constraint
+from cmdp_fast.ops import backends
 from cmdp_fast.ops.budget import budget_trace
 
 
@@ -27,7 +28,7 @@ def budget_verdict(
     constraint: Constraint | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
     **settings: Unpack[AccountSettings],
 ) -> BudgetVerdict:
     """Whether a sequence keeps its budget, where its costs are known between bounds only, as `topk_stats` gives them.
