@@ -3,7 +3,9 @@
     cf.Constraint(budget=2.0)                                      # the method: kind="cmdp", cost="reverse_kl"
     cf.Constraint(budget=2.0, kind="lagrangian", coefficient=0.1)  # a soft relaxation
 
-`KINDS` is the one table of what a kind of modified reward is; everything else about a kind is derived from it.
+`KINDS` is the one table of what a kind of modified reward is; everything else about a kind is derived from it. A
+function of your own that takes one of the names says ``kind: KindName``; so do `CostName`, `PenaltyAt`, `Reduction` and
+`Edge`, and a type checker finds a typo in each of them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from torch import Tensor
 
 from cmdp_fast import checks
 from cmdp_fast.layout import BudgetRule, RewardRule
-from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS, CostName, Edge, KindName, PenaltyAt, Reduction
+from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS
+from cmdp_fast.reference import CostName as CostName
+from cmdp_fast.reference import Edge as Edge
+from cmdp_fast.reference import KindName as KindName
+from cmdp_fast.reference import PenaltyAt as PenaltyAt
+from cmdp_fast.reference import Reduction as Reduction
 
 
 class Kind(NamedTuple):

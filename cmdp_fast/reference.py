@@ -48,40 +48,52 @@ class TokenStats(NamedTuple):
     """
 
     logprob: Tensor
+    """log p(a) of the sampled token under the student, in nats; shaped like ``tokens``, differentiable."""
     teacher_logprob: Tensor
+    """log w(a) of the sampled token under the teacher, in nats; shaped like ``tokens``, detached."""
     entropy: Tensor
+    """The student's entropy, -sum p log p, in nats; shaped like ``tokens``, differentiable."""
     teacher_entropy: Tensor
+    """The teacher's entropy, -sum w log w, in nats; shaped like ``tokens``, detached."""
     reverse_kl: Tensor
+    """KL(p‖w) of the student from the teacher, exact, in nats; shaped like ``tokens``, differentiable."""
     forward_kl: Tensor
+    """KL(w‖p) of the teacher from the student, exact, in nats; shaped like ``tokens``, differentiable."""
 
 
 class BudgetTrace(NamedTuple):
-    """The budget's account of each token. Shaped like the cost (``first_violation``: one number per sequence).
+    """The budget's account of each token, in the units of the cost (nats for a KL). Nothing of it is differentiable.
 
-    ``cumulative`` is C_t (or the prefix mean m_t), ``remaining`` d - C_t, ``violated`` whether some C_i with
-    i <= t has exceeded d, ``first_violation`` the index of the first such token (the width of the row, or the
-    length of the packed sequence, if there is none) and ``excess`` Phi_t = (C_t - d)+ - (C_{t-1} - d)+. In the units
-    of the cost, nats for a KL. ``violated`` is bool, ``first_violation`` int64, the others are float32 (float64 for a
-    float64 cost). Nothing of it is differentiable.
+    Shaped like the cost, ``[B, T]`` or packed ``[N]``, but for ``first_violation`` ``[B]``. Numbers are float32, or
+    float64 for a float64 cost.
     """
 
     cumulative: Tensor
+    """C_t, what has been spent up to and with token t, or the prefix mean m_t; shaped like the cost, in its units."""
     remaining: Tensor
+    """d - C_t, negative once the budget is exceeded; shaped like the cost, in its units."""
     violated: Tensor
+    """Whether some C_i with i <= t has exceeded d; bool, shaped like the cost. Once True it stays so."""
     first_violation: Tensor
+    """The index of the first token in violation, ``[B]`` int64; the width of the row, or the length of the packed
+    sequence, where there is none."""
     excess: Tensor
+    """Phi_t = (C_t - d)+ - (C_{t-1} - d)+, by how much token t has raised the overrun; shaped like the cost."""
 
 
 class ConstrainedReward(NamedTuple):
     """What `cmdp_fast.constrained_reward` returns: the token statistics, the budget's trace and the modified reward.
 
-    Only ``stats`` is differentiable. ``reward`` is shaped like ``tokens``, float32 (float64 for float64 logits), in the
-    units of the task's reward.
+    Only ``stats`` is differentiable.
     """
 
     stats: TokenStats
+    """Six statistics of every token, in nats; four of them differentiable."""
     trace: BudgetTrace
+    """The account of the budget under the costs that follow from them; detached."""
     reward: Tensor
+    """The modified reward of every token in the units of the task's; shaped like ``tokens``, float32 (float64 for
+    float64 logits), detached."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import cpu, native_module, tiles
-from cmdp_fast.compile_marks import constant
+from cmdp_fast.compiling import constant
 from cmdp_fast.layout import (
     Account,
     BudgetRule,

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cmdp_fast.compile_marks import constant
+from cmdp_fast.compiling import constant
 from cmdp_fast.ops.free_memory import free_memory
 from cmdp_fast.ops.workspace import pitch
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from cmdp_fast import checks, states
+from cmdp_fast.compiling import replaced
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.heads import Head
 from cmdp_fast.layout import Pair, Upstream
@@ -155,7 +156,7 @@ def linear_token_stats(
         if process_group is not None or first_column != 0:
             raise ValueError("a DTensor head brings its own process group and columns; do not pass them as well")
         (student_head, teacher_head), process_group, first_column = sharded
-        student, teacher = student._replace(head=student_head), teacher._replace(head=teacher_head)
+        student, teacher = replaced(student, head=student_head), replaced(teacher, head=teacher_head)
     projection.check(student, teacher)
     checks.tokens(tokens, student_hidden, "student_hidden")
     checks.mask(mask, tokens, tokens.shape, "tokens")
@@ -177,8 +178,8 @@ def linear_token_stats(
         chosen,
     )
     if batch.saved == "auto":
-        dtypes = kept_dtypes(batch._replace(saved="teacher"))
-        batch = batch._replace(saved=kept_logits.choose(tokens.device, tokens.numel(), width, dtypes))
+        dtypes = kept_dtypes(replaced(batch, saved="teacher"))
+        batch = replaced(batch, saved=kept_logits.choose(tokens.device, tokens.numel(), width, dtypes))
     given = _Given(batch, vocab, parallel.name_of(process_group), reduce_hidden_grad)
     return _linear_token_stats(given).scored.stats
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast import checks, states
+from cmdp_fast.compiling import replaced
 from cmdp_fast.heads import Head
 from cmdp_fast.ops.projection import check_widths, common_width
 
@@ -53,7 +54,7 @@ def shards(*heads: Head) -> tuple[list[Head], dist.ProcessGroup, int] | None:
     # Shard(0) deals rows out as torch.chunk does.
     piece = -(-tensors[0].shape[0] // mesh.size())
     first_column = min(piece * mesh.get_local_rank(), tensors[0].shape[0])
-    local = [head._replace(weight=_local(head.weight), bias=_local(head.bias)) for head in heads]
+    local = [replaced(head, weight=_local(head.weight), bias=_local(head.bias)) for head in heads]
     return local, mesh.get_group(), first_column
 
 

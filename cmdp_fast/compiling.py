@@ -1,4 +1,4 @@
-"""What torch.compile is told of a function, without an import of its tracer.
+"""What code needs that torch.compile may trace: marks for functions, without an import of the tracer, and a detour.
 
 The decorators of `torch.compiler` import `torch._dynamo` where they stand: 890 modules, as much time as torch itself
 takes and 144 MiB, in each process that only imports this package. Most of them compile nothing.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Record = TypeVar("Record", bound=tuple[Any, ...])  # a NamedTuple
 
 
 def constant(function: Callable[P, R]) -> Callable[P, R]:
@@ -43,3 +44,10 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 def _disabled(function: Callable[P, R]) -> Callable[P, R]:
     disabled: Callable[P, R] = torch.compiler.disable(function)
     return disabled
+
+
+def replaced(record: Record, **fields: Any) -> Record:
+    """As ``record._replace(**fields)``, which torch 2.8 does not trace into."""
+    kind: Any = type(record)
+    values = [fields.get(name, value) for name, value in zip(kind._fields, record, strict=True)]
+    return cast(Record, kind(*values))
