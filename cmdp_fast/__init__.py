@@ -22,6 +22,7 @@ and ``N`` for packed tokens. The teacher never gets a gradient.
 """
 
 from cmdp_fast.constraint import Constraint
+from cmdp_fast.field_docs import documented
 from cmdp_fast.heads import Head, head_of, last_hidden_state
 from cmdp_fast.ops import operator
 from cmdp_fast.ops.backends import available_backends
@@ -41,6 +42,8 @@ from cmdp_fast.reference import BudgetTrace, ConstrainedReward, TokenStats
 from cmdp_fast.topk_bounds import TopkStats
 
 operator.seal()
+for _kind in (TokenStats, BudgetTrace, ConstrainedReward):  # of a module that imports nothing of ours
+    documented(_kind)
 
 __version__ = "0.2.0"  # of the wheel, too: pyproject.toml reads it here
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmdp_fast.field_docs import documented
 from cmdp_fast.padded import following, kept_tokens, suffix_scan
 
 
@@ -66,11 +67,14 @@ def _leave_one_out(groups: Tensor, scored: Tensor | None) -> Tensor:
     return off * torch.where(compared, number / (number - 1).clamp(min=1), 1.0)  # one that is not is in no mean
 
 
+@documented
 class GroupAdvantage(NamedTuple):
-    """What `grpo` returns: the advantages [B] and the divisor [B] that the direct term has to share."""
+    """What `grpo` returns, [B] each; from `whiten`, advantages [B, T] and one scale."""
 
     advantage: Tensor
+    """What each completion, or token, is worth compared with the others: [B], or [B, T] from `whiten`; detached."""
     scale: Tensor
+    """What it was divided by, and the direct term has to be: [B], or a scalar from `whiten`; detached."""
 
 
 def grpo(returns: Tensor, group_size: int, eps: float = 1e-4, *, scored: Tensor | None = None) -> GroupAdvantage:

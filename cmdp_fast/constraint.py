@@ -3,7 +3,9 @@
     cf.Constraint(budget=2.0)                                      # the method: kind="cmdp", cost="reverse_kl"
     cf.Constraint(budget=2.0, kind="lagrangian", coefficient=0.1)  # a soft relaxation
 
-`KINDS` is the one table of what a kind of modified reward is; everything else about a kind is derived from it.
+`KINDS` is the one table of what a kind of modified reward is; everything else about a kind is derived from it. A
+function of your own that takes one of the names says ``kind: KindName``; so do `CostName`, `PenaltyAt`, `Reduction` and
+`Edge`, and a type checker finds a typo in each of them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +22,11 @@ from torch import Tensor
 from cmdp_fast import checks
 from cmdp_fast.layout import BudgetRule, RewardRule
 from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS
+from cmdp_fast.reference import CostName as CostName
+from cmdp_fast.reference import Edge as Edge
+from cmdp_fast.reference import KindName as KindName
+from cmdp_fast.reference import PenaltyAt as PenaltyAt
+from cmdp_fast.reference import Reduction as Reduction
 
 
 class Kind(NamedTuple):
@@ -40,7 +47,7 @@ class Kind(NamedTuple):
         return self.coefficient not in (None, "price")
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[KindName, Kind] = {
     # kind                penalised  coefficient direct         task reward kept
     "cmdp": Kind(True, "price", "discrepancy", "feasible"),
     "hinge": Kind(False, "price", "discrepancy", "always"),
@@ -91,16 +98,16 @@ class Constraint:
     """
 
     budget: float | Tensor
-    cost: str = _OF_KIND
-    kind: str = "cmdp"
+    cost: CostName = _OF_KIND
+    kind: KindName = "cmdp"
     penalty: float = 1.0
-    penalty_at: str | None = None
+    penalty_at: PenaltyAt | None = None
     discrepancy_weight: float = 1.0
     coefficient: float | None = None
     barrier_slope: float = 10.0
     gamma: float = 1.0
-    reduction: str = _OF_KIND
-    edge: str = "strict"
+    reduction: Reduction = _OF_KIND
+    edge: Edge = "strict"
     per_token: bool = False
     beta: float = 0.5
     cost_clamp: float | None = None
@@ -140,8 +147,8 @@ class Constraint:
 
     def _check_account(self) -> None:
         checks.discount(self.gamma)
-        checks.choice("reduction", self.reduction, ("sum", "mean"))
-        checks.choice("edge", self.edge, ("strict", "saute"))
+        checks.choice("reduction", self.reduction, get_args(Reduction))
+        checks.choice("edge", self.edge, get_args(Edge))
         if not isinstance(self.per_token, bool):
             raise TypeError(f"per_token must be a bool, got {checks.describe(self.per_token)}")
         if self.reduction == "mean" and self.gamma != 1:
@@ -159,7 +166,7 @@ class Constraint:
                 raise ValueError(
                     f"kind={self.kind!r} has no penalty, so penalty_at={self.penalty_at!r} means nothing; leave it out"
                 )
-            checks.choice("penalty_at", self.penalty_at, ("crossing", "every"))
+            checks.choice("penalty_at", self.penalty_at, get_args(PenaltyAt))
         if self.coefficient is None and self.is_a.needs_price:
             raise ValueError(
                 f"kind={self.kind!r} needs coefficient= (lambda, or kappa for the barrier), got coefficient=None"
@@ -235,17 +242,17 @@ class AccountSettings(TypedDict, total=False):
     """The fields of a `Constraint` that say how the account is kept, as keywords."""
 
     gamma: float
-    reduction: str | None
-    edge: str
+    reduction: Reduction | None
+    edge: Edge
     per_token: bool
 
 
 class RewardSettings(TypedDict, total=False):
     """The fields of a `Constraint` that say what is paid, as keywords."""
 
-    kind: str
+    kind: KindName
     penalty: float
-    penalty_at: str | None
+    penalty_at: PenaltyAt | None
     discrepancy_weight: float
     coefficient: float | None
     barrier_slope: float
@@ -254,7 +261,7 @@ class RewardSettings(TypedDict, total=False):
 class ConstraintSettings(AccountSettings, RewardSettings, total=False):
     """All fields of a `Constraint` but its budget, as keywords."""
 
-    cost: str | None
+    cost: CostName | None
     beta: float
     cost_clamp: float | None
 
@@ -274,7 +281,7 @@ def _made_before(**values: Any) -> Constraint:
     return Constraint(**values)
 
 
-def check_clamp(name: str, value: float | None, cost: str) -> None:
+def check_clamp(name: str, value: float | None, cost: CostName) -> None:
     """Raises TypeError or ValueError unless costs may be clamped to this size."""
     if value is None:
         return

@@ -20,6 +20,7 @@ from torch import Tensor
 from cmdp_fast import objective
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.errors import InputError
+from cmdp_fast.field_docs import documented
 from cmdp_fast.objective import GroupAdvantage
 from cmdp_fast.ops.budget import budget_trace, modified_reward
 from cmdp_fast.reference import BudgetTrace
@@ -27,13 +28,18 @@ from cmdp_fast.reference import BudgetTrace
 EPS = 1e-4  # beside a deviation: TRL's, and that of `objective.grpo`
 
 
+@documented
 class Credit(NamedTuple):
     """The result of `constrained_advantage`: tensors [B, T], detached, and the budget's trace."""
 
     advantage: Tensor
-    reward: Tensor  # modified
-    returns: Tensor  # of the modified reward, from each token on
+    """What each token is worth compared with the other completions of its group, [B, T]."""
+    reward: Tensor
+    """The modified reward of each token, [B, T]."""
+    returns: Tensor
+    """The modified reward from each token on, discounted, [B, T]."""
     trace: BudgetTrace
+    """The account of the budget."""
 
 
 def constrained_advantage(
@@ -122,11 +128,14 @@ def sequence_advantage(
     return GroupAdvantage(advantage * by_group / divisor, divisor)
 
 
+@documented
 class TaskRewards(NamedTuple):
     """The task's rewards of N completions."""
 
-    reward: Tensor  # [N], a number for each
-    scored: Tensor  # [N] bool: whether it is the task's
+    reward: Tensor
+    """A number for each, [N]."""
+    scored: Tensor
+    """Whether that number is the task's own, [N] bool."""
 
 
 def task_rewards(rewards: Tensor, weights: Tensor, group_size: int, *, deducted: Tensor | float = 0.0) -> TaskRewards:

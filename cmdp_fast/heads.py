@@ -33,6 +33,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmdp_fast import checks
+from cmdp_fast.compiling import replaced, untraced
+from cmdp_fast.field_docs import documented
 
 # What transformers' configurations call them.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -41,18 +43,22 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 _Candidates = tuple[tuple[float | None, ...], tuple[float, ...]]  # softcaps and scales
 
 
+@documented
 class Head(NamedTuple):
     """How a model turns hidden states h into logits: softcap * tanh(scale * (h W^T + b) / softcap).
 
-    ``weight`` [V, H] and ``bias`` [V] or None are the model's own parameters, so gradients reach it; float32, bfloat16,
-    float16 or float64, a DTensor where the model is tensor-parallel. ``softcap`` None: no tanh. Gemma has a softcap,
-    Cohere, Granite and Falcon-H1 a scale.
+    Gemma has a softcap, Cohere, Granite and Falcon-H1 a scale.
     """
 
     weight: Tensor
+    """W ``[V, H]``, the model's own parameter, so gradients reach it; float32, bfloat16, float16 or float64, a DTensor
+    where the model is tensor-parallel."""
     bias: Tensor | None = None
+    """b ``[V]``, a parameter like ``weight``, or None."""
     softcap: float | None = None
+    """The largest size of a logit; None: no tanh."""
     scale: float = 1.0
+    """What ``h W^T + b`` is multiplied by."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [..., V] of hidden states [..., H], all at once; differentiable."""
@@ -62,7 +68,7 @@ class Head(NamedTuple):
         """The head whose logits are ``factor``, not 0, times these; a softcap is as many times as high. Sharing the
         parameters."""
         softcap = None if self.softcap is None else self.softcap * factor
-        return self._replace(softcap=softcap, scale=self.scale * factor)
+        return replaced(self, softcap=softcap, scale=self.scale * factor)
 
 
 def last_hidden_state(
@@ -156,7 +162,7 @@ def _output_embedding(chain: list[nn.Module]) -> nn.Module:
     return head
 
 
-@torch.compiler.disable
+@untraced
 def _hidden_states(chain: list[nn.Module], head: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """What enters the head, by the way that the model's output takes through its wrappers."""
     seen: list[Tensor] = []
@@ -225,7 +231,7 @@ class _Uncast(torch.autograd.Function):
         return gradients[0].to(ctx.dtype), None
 
 
-@torch.compiler.disable
+@untraced
 def _call(
     chain: list[nn.Module],
     head: nn.Module,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmdp_fast.reference import BudgetTrace, TokenStats
+from cmdp_fast.reference import BudgetTrace, CostName, KindName, TokenStats
 
 DTYPE_NAMES = {
     torch.float32: "float32",
@@ -86,7 +86,7 @@ class BudgetRule(NamedTuple):
 class RewardRule(NamedTuple):
     """What is paid: RewardRule in csrc/budget.h."""
 
-    kind: str
+    kind: KindName
     at_crossing: bool
     penalty: float
     discrepancy_weight: float
@@ -122,7 +122,7 @@ class Rewarding(NamedTuple):
 class Settlement(NamedTuple):
     """The budget of a pass that does everything in one call. Tokens are ``[B, T]``, or ``[N]`` with cu_seqlens."""
 
-    cost: str  # one of the backend's COSTS
+    cost: CostName  # one of the backend's COSTS
     cu_seqlens: Tensor | None  # [B+1]
     budget: Tensor | float  # a number or [B]
     per_token: bool

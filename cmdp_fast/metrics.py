@@ -12,24 +12,29 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import objective
+from cmdp_fast.field_docs import documented
 from cmdp_fast.ops.cost import token_cost
-from cmdp_fast.reference import BudgetTrace, TokenStats
+from cmdp_fast.reference import BudgetTrace, CostName, TokenStats
 
 OF_A_BUDGET = ("constraint_satisfaction", "never_violated", "mean_excess", "first_violation", "budget")
 """Metrics that mean nothing where no budget is."""
 
 
+@documented
 class Divergences(NamedTuple):
     """The divergence of each completion from the teacher, [B] in nats, summed over its tokens."""
 
-    kl: Tensor  # reverse KL of the whole distributions
-    k1: Tensor  # of the sampled token: the log-ratio
-    k3: Tensor  # of the sampled token: Schulman's estimator
+    kl: Tensor
+    """The reverse KL of the whole distributions, [B]."""
+    k1: Tensor
+    """The log-ratio of the sampled tokens, [B]."""
+    k3: Tensor
+    """Schulman's estimator k3 from the sampled tokens, [B]."""
 
 
 def divergences(stats: TokenStats, mask: Tensor) -> Divergences:
     """The sums over the real tokens of ``stats`` [B, T]."""
-    kinds = ("reverse_kl", "k1", "k3")
+    kinds: tuple[CostName, ...] = ("reverse_kl", "k1", "k3")
     return Divergences(*(torch.where(mask, token_cost(stats, kind).detach(), 0.0).sum(1) for kind in kinds))
 
 

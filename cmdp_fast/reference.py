@@ -23,14 +23,22 @@ or +inf in either row of logits (or a row that is -inf throughout) makes all six
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-COSTS = ("reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll")
-DIFFERENTIABLE_COSTS = ("reverse_kl", "forward_kl", "jsd")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
+# The names that settings take: a type for who writes one, and from it the values that are checked.
+CostName = Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"]
+DivergenceName = Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+KindName = Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"]
+PenaltyAt = Literal["crossing", "every"]
+Reduction = Literal["sum", "mean"]
+Edge = Literal["strict", "saute"]
+
+COSTS: tuple[CostName, ...] = get_args(CostName)
+DIFFERENTIABLE_COSTS: tuple[CostName, ...] = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES: tuple[DivergenceName, ...] = get_args(DivergenceName)
 
 
 class TokenStats(NamedTuple):
@@ -40,40 +48,52 @@ class TokenStats(NamedTuple):
     """
 
     logprob: Tensor
+    """log p(a) of the sampled token under the student, in nats; shaped like ``tokens``, differentiable."""
     teacher_logprob: Tensor
+    """log w(a) of the sampled token under the teacher, in nats; shaped like ``tokens``, detached."""
     entropy: Tensor
+    """The student's entropy, -sum p log p, in nats; shaped like ``tokens``, differentiable."""
     teacher_entropy: Tensor
+    """The teacher's entropy, -sum w log w, in nats; shaped like ``tokens``, detached."""
     reverse_kl: Tensor
+    """KL(p‖w) of the student from the teacher, exact, in nats; shaped like ``tokens``, differentiable."""
     forward_kl: Tensor
+    """KL(w‖p) of the teacher from the student, exact, in nats; shaped like ``tokens``, differentiable."""
 
 
 class BudgetTrace(NamedTuple):
-    """The budget's account of each token. Shaped like the cost (``first_violation``: one number per sequence).
+    """The budget's account of each token, in the units of the cost (nats for a KL). Nothing of it is differentiable.
 
-    ``cumulative`` is C_t (or the prefix mean m_t), ``remaining`` d - C_t, ``violated`` whether some C_i with
-    i <= t has exceeded d, ``first_violation`` the index of the first such token (the width of the row, or the
-    length of the packed sequence, if there is none) and ``excess`` Phi_t = (C_t - d)+ - (C_{t-1} - d)+. In the units
-    of the cost, nats for a KL. ``violated`` is bool, ``first_violation`` int64, the others are float32 (float64 for a
-    float64 cost). Nothing of it is differentiable.
+    Shaped like the cost, ``[B, T]`` or packed ``[N]``, but for ``first_violation`` ``[B]``. Numbers are float32, or
+    float64 for a float64 cost.
     """
 
     cumulative: Tensor
+    """C_t, what has been spent up to and with token t, or the prefix mean m_t; shaped like the cost, in its units."""
     remaining: Tensor
+    """d - C_t, negative once the budget is exceeded; shaped like the cost, in its units."""
     violated: Tensor
+    """Whether some C_i with i <= t has exceeded d; bool, shaped like the cost. Once True it stays so."""
     first_violation: Tensor
+    """The index of the first token in violation, ``[B]`` int64; the width of the row, or the length of the packed
+    sequence, where there is none."""
     excess: Tensor
+    """Phi_t = (C_t - d)+ - (C_{t-1} - d)+, by how much token t has raised the overrun; shaped like the cost."""
 
 
 class ConstrainedReward(NamedTuple):
     """What `cmdp_fast.constrained_reward` returns: the token statistics, the budget's trace and the modified reward.
 
-    Only ``stats`` is differentiable. ``reward`` is shaped like ``tokens``, float32 (float64 for float64 logits), in the
-    units of the task's reward.
+    Only ``stats`` is differentiable.
     """
 
     stats: TokenStats
+    """Six statistics of every token, in nats; four of them differentiable."""
     trace: BudgetTrace
+    """The account of the budget under the costs that follow from them; detached."""
     reward: Tensor
+    """The modified reward of every token in the units of the task's; shaped like ``tokens``, float32 (float64 for
+    float64 logits), detached."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -193,7 +213,7 @@ def linear_divergence(
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    kind: str = "jsd",
+    kind: DivergenceName = "jsd",
     **settings: Any,
 ) -> Tensor:
     """`divergence` of logits that are made in full; arguments and returns as `cmdp_fast.linear_divergence`."""
@@ -224,7 +244,7 @@ def divergence_weights(kind: str, beta: float) -> tuple[float, float, float]:
 def divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    kind: str = "jsd",
+    kind: DivergenceName = "jsd",
     *,
     beta: float = 0.5,
     mask: Tensor | None = None,
@@ -262,7 +282,7 @@ def divergence(
     return _poison(value, p, w)
 
 
-def token_cost(stats: TokenStats, kind: str, clamp: float | None = None) -> Tensor:
+def token_cost(stats: TokenStats, kind: CostName, clamp: float | None = None) -> Tensor:
     """The cost c_t of each token from its statistics; ``k1, k3, nll`` depend on the action and are detached.
 
     With rho = logprob - teacher_logprob: k1 = rho, k3 = exp(-rho) - 1 + rho, nll = -teacher_logprob. ``clamp`` bounds
@@ -306,8 +326,8 @@ def budget_trace(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     gamma: float = 1.0,
-    reduction: str = "sum",
-    edge: str = "strict",
+    reduction: Reduction = "sum",
+    edge: Edge = "strict",
     per_token: bool = False,
 ) -> BudgetTrace:
     """Cumulative cost against the budget; arguments and returns as `cmdp_fast.budget_trace`. Sums in float64."""
@@ -370,9 +390,9 @@ def modified_reward(
     cost: Tensor,
     trace: BudgetTrace,
     *,
-    kind: str = "cmdp",
+    kind: KindName = "cmdp",
     penalty: float = 1.0,
-    penalty_at: str | None = None,
+    penalty_at: PenaltyAt | None = None,
     discrepancy_weight: float = 1.0,
     coefficient: float | None = None,
     barrier_slope: float = 10.0,

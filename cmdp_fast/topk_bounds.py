@@ -66,25 +66,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmdp_fast.field_docs import documented
 
+
+@documented
 class TopkStats(NamedTuple):
     """Statistics per token from k of the teacher's columns, in nats, shaped like ``tokens``; float32, or float64 for
     float64 logits or log-probabilities.
 
-    ``logprob, entropy`` are the student's, exact. ``forward_kl`` and ``reverse_kl`` are lower bounds of KL(w‖p) and
-    KL(p‖w) over the whole vocabulary. These four are differentiable with respect to the student. The others are
-    detached: ``*_upper`` are upper bounds of the same two, +inf where nothing bounds them; ``student_mass`` and
-    ``teacher_mass`` are the probabilities of the listed columns.
+    ``logprob, entropy, forward_kl, reverse_kl`` are differentiable with respect to the student, the others detached.
     """
 
     logprob: Tensor
+    """log p(a) of the sampled token under the student, exact, in nats; shaped like ``tokens``, differentiable."""
     entropy: Tensor
+    """The student's entropy, exact, in nats; shaped like ``tokens``, differentiable."""
     forward_kl: Tensor
+    """A lower bound of KL(w‖p) over the whole vocabulary, in nats; shaped like ``tokens``, differentiable."""
     reverse_kl: Tensor
+    """A lower bound of KL(p‖w) over the whole vocabulary, in nats; shaped like ``tokens``, differentiable."""
     forward_kl_upper: Tensor
+    """An upper bound of KL(w‖p), +inf where nothing bounds it, in nats; shaped like ``tokens``, detached."""
     reverse_kl_upper: Tensor
+    """An upper bound of KL(p‖w), +inf where nothing bounds it, in nats; shaped like ``tokens``, detached."""
     student_mass: Tensor
+    """The student's probability of the listed columns together, 0 to 1; shaped like ``tokens``, detached."""
     teacher_mass: Tensor
+    """The teacher's probability of the listed columns together, 0 to 1; shaped like ``tokens``, detached."""
 
 
 class StudentTerms(NamedTuple):

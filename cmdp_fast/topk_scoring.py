@@ -24,7 +24,7 @@ from cmdp_fast.ops.cost import token_cost
 from cmdp_fast.ops.linear_topk import linear_topk_stats
 from cmdp_fast.ops.topk_stats import topk_stats
 from cmdp_fast.reading import TokenBatch, completion_hidden, completion_logits
-from cmdp_fast.reference import ConstrainedReward, TokenStats
+from cmdp_fast.reference import ConstrainedReward, CostName, TokenStats
 from cmdp_fast.teachers.teacher import Teacher, TeacherOutputs
 from cmdp_fast.topk_bounds import TopkStats
 
@@ -94,7 +94,7 @@ class FromTopK:
 
     def divergence(self, models: Models, outputs: Outputs, mask: Tensor, beta: float) -> Tensor:
         """The lower bound of forward KL for ``beta`` 0, of reverse KL for 1, [B, T] in nats; no other is bounded."""
-        kinds = {0.0: "forward_kl", 1.0: "reverse_kl"}
+        kinds: dict[float, CostName] = {0.0: "forward_kl", 1.0: "reverse_kl"}
         if beta not in kinds:
             raise InputError(f"a teacher's most likely tokens bound forward and reverse KL, not JSD({beta:g})")
         return token_cost(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,9 @@ def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
     """A backend by name. Where it needs a GPU, the test makes its tensors there."""
     on_gpu = (request.param == "triton" and not INTERPRETED) or (request.param == "cuda" and not hosted.HOSTED)
     torch.compiler.reset()  # a function is compiled eight times at most, and anew for every backend
-    if on_gpu:
-        torch.set_default_device("cuda")
-    yield request.param
-    if on_gpu:
-        torch.set_default_device(None)  # after which torch 2.8 cannot say what it is
+    # Not set_default_device(None) afterwards: torch 2.8 then cannot say what it is, to any test that follows.
+    with torch.device("cuda") if on_gpu else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(scope="session")

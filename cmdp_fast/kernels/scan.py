@@ -7,7 +7,7 @@ so that `violated` needs no scan: it holds from the first token on that is over 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import triton
 import triton.language as tl
@@ -20,9 +20,9 @@ from cmdp_fast.kernels.reward import Amounts, Moment, amounts_of, formula_of, in
 from cmdp_fast.kernels.sequences import Sequences, Tokens, bounds, compiled, cost_of, previous, running
 from cmdp_fast.kernels.shapes import Pointer
 from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule
-from cmdp_fast.reference import BudgetTrace
+from cmdp_fast.reference import BudgetTrace, KindName
 
-NO_REWARD = RewardRule("none", False, 0.0, 0.0, 0.0, 0.0)
+NO_REWARD = RewardRule(cast(KindName, "none"), False, 0.0, 0.0, 0.0, 0.0)
 
 
 class Budgets(NamedTuple):

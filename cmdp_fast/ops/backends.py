@@ -12,12 +12,13 @@ import os
 import sys
 import warnings
 from types import ModuleType
-from typing import NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 
 from cmdp_fast import cpu, installation, native_module, tiles
+from cmdp_fast.compiling import constant
 from cmdp_fast.layout import (
     Account,
     BudgetRule,
@@ -39,7 +40,8 @@ OLDEST_TORCH = (2, 8)  # the oldest whose builds for GPUs bring that Triton
 # Triton's own switch: its kernels run on CPU tensors, one numpy operation at a time.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-NAMES = ("cpu", "cuda", "triton", "torch")
+BackendName = Literal["cpu", "cuda", "triton", "torch"]
+NAMES: tuple[BackendName, ...] = get_args(BackendName)
 ON_GPU = ("cuda", "triton")
 NO_DEVICE = "no CUDA or ROCm device was found"
 
@@ -52,7 +54,7 @@ OF_CUDA = ("token_stats", "constrained_reward", "budget_trace", "modified_reward
 # 16.0 for triton and 16.2 for cuda (15.0 where no reference rises) on sm_90, 13.4 and 16.2 on sm_100
 # (`python benchmarks/static_gpu.py`). A trace is added in parallel by triton, token after token by cuda. For cuda speak
 # one launch where triton has two, or three, and nothing to compile at run time. AMD's GPUs have triton alone.
-PREFERRED_ON_GPU = "triton"
+PREFERRED_ON_GPU: BackendName = "triton"
 
 
 class Backend(Protocol):
@@ -180,13 +182,13 @@ def get(name: str) -> Backend:
     return cast(Backend, _loaded(name).module)
 
 
-@torch.compiler.assume_constant_result  # a graph is traced through no import
+@constant  # a graph is traced through no import
 def scans(name: str, cost: str) -> bool:
     """Whether a backend that `choose` has returned has the whole method in one pass for a cost."""
     return cost in get(name).COSTS
 
 
-def available_backends() -> dict[str, str | None]:
+def available_backends() -> dict[BackendName, str | None]:
     """Every backend by name; the value is None if it works here, else the reason why it does not.
 
     ``cpu``: the native kernels, for CPU tensors. ``cuda``: CUDA C++ kernels of some operations, for NVIDIA GPUs of
@@ -200,7 +202,7 @@ def available_backends() -> dict[str, str | None]:
     return {name: _loaded(name).problem for name in NAMES}
 
 
-def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
+def choose(backend: str | None, tensor: Tensor, operation: str) -> BackendName:
     """The backend that serves an operation on a tensor's device: the one named, or the best that works here.
 
     Raises ValueError for an unknown name, a backend that does not work here or has no kernel for the operation, or a
@@ -209,21 +211,22 @@ def choose(backend: str | None, tensor: Tensor, operation: str) -> str:
     return _chosen(backend, tensor.device, operation, False)
 
 
-def choose_for_logits(backend: str | None, tensor: Tensor, computed: torch.dtype, operation: str) -> str:
+def choose_for_logits(backend: str | None, tensor: Tensor, computed: torch.dtype, operation: str) -> BackendName:
     """As `choose`, for statistics in the dtype ``computed``: the GPU kernels leave float64 to PyTorch."""
     return _chosen(backend, tensor.device, operation, computed == torch.float64)
 
 
-@torch.compiler.assume_constant_result  # a graph is traced through no cache, and a warning is no part of it
-def _chosen(backend: str | None, device: torch.device, operation: str, float64: bool) -> str:
+@constant  # a graph is traced through no cache, and a warning is no part of it
+def _chosen(backend: str | None, device: torch.device, operation: str, float64: bool) -> BackendName:
     return _decided(backend, device, operation, float64)
 
 
 @functools.cache  # every call of an operation comes by
-def _decided(backend: str | None, device: torch.device, operation: str, float64: bool) -> str:
+def _decided(backend: str | None, device: torch.device, operation: str, float64: bool) -> BackendName:
     if backend is None:
         return _best(device, operation, float64)
-    if backend not in NAMES:
+    name = next((name for name in NAMES if name == backend), None)
+    if name is None:
         raise ValueError(f"backend={backend!r} is unknown; expected None or one of {', '.join(NAMES)}")
     problem = _loaded(backend).problem
     if problem is not None:
@@ -238,13 +241,14 @@ def _decided(backend: str | None, device: torch.device, operation: str, float64:
         raise ValueError(
             f"backend={backend!r} takes float32, bfloat16 and float16 logits, got float64; use backend='torch'"
         )
-    return backend
+    return name
 
 
-def _best(device: torch.device, operation: str, float64: bool) -> str:
+def _best(device: torch.device, operation: str, float64: bool) -> BackendName:
     """The backend that a call gets which names none."""
     gpu = () if float64 else _gpu_backends(operation)
-    candidates = {"cpu": ("cpu",), "cuda": gpu}.get(device.type, ())
+    on_cpu: tuple[BackendName, ...] = ("cpu",)
+    candidates = {"cpu": on_cpu, "cuda": gpu}.get(device.type, ())
     for name in candidates:
         if _loaded(name).problem is None and _takes(name, device):
             return name
@@ -253,7 +257,7 @@ def _best(device: torch.device, operation: str, float64: bool) -> str:
     return "torch"
 
 
-def _gpu_backends(operation: str) -> tuple[str, ...]:
+def _gpu_backends(operation: str) -> tuple[BackendName, ...]:
     """The backends that have kernels for an operation, the preferred one first."""
     if operation not in OF_CUDA:
         return ("triton",)

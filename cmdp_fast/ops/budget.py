@@ -29,7 +29,7 @@ def budget_trace(
     constraint: Constraint | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
     **settings: Unpack[AccountSettings],
 ) -> BudgetTrace:
     """Cumulative cost C_t = sum_{i<=t} gamma^(i-1) c_i of each sequence against its budget d.
@@ -116,7 +116,7 @@ def modified_reward(
     constraint: Constraint | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
     **settings: Unpack[RewardSettings],
 ) -> Tensor:
     """The modified reward of every token: the task's reward, changed by what the budget's trace says.

@@ -19,7 +19,7 @@ from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.sequences import check_completions, check_values, rounded, sequence_limits, sequence_offsets
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored
 from cmdp_fast.ops.token_stats import kernel_memory, token_stats
-from cmdp_fast.reference import BudgetTrace, ConstrainedReward, compute_dtype
+from cmdp_fast.reference import BudgetTrace, ConstrainedReward, CostName, compute_dtype
 
 
 def constrained_reward(
@@ -35,7 +35,7 @@ def constrained_reward(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
     **settings: Unpack[ConstraintSettings],
 ) -> ConstrainedReward:
     """Statistics, budget and modified reward of a batch of completions: one pass over the logits, one small scan.
@@ -129,7 +129,7 @@ class _Amounts(NamedTuple):
 
 
 class _Spending(NamedTuple):
-    cost: str
+    cost: CostName
     per_token: bool
     budget_rule: BudgetRule
     reward_rule: RewardRule

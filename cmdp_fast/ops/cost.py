@@ -6,12 +6,12 @@ from torch import Tensor
 
 from cmdp_fast import checks, reference
 from cmdp_fast.constraint import check_clamp
-from cmdp_fast.reference import COSTS, TokenStats
+from cmdp_fast.reference import COSTS, CostName, TokenStats
 
 FROM_STATISTICS = tuple(cost for cost in COSTS if cost != "jsd")  # which takes further passes over the logits
 
 
-def token_cost(stats: TokenStats, kind: str = "reverse_kl", *, clamp: float | None = None) -> Tensor:
+def token_cost(stats: TokenStats, kind: CostName = "reverse_kl", *, clamp: float | None = None) -> Tensor:
     """The cost c_t of every token, from its statistics.
 
     ``reverse_kl`` and ``forward_kl`` depend on the policy and are differentiable; ``k1`` = rho, ``k3`` = exp(-rho) - 1

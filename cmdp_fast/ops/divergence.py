@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +13,19 @@ from cmdp_fast.layout import SAVED, Mixture, Pair, unit_stride
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.operator import Backward, operator
 from cmdp_fast.ops.token_stats import token_stats
-from cmdp_fast.reference import DIVERGENCES, compute_dtype, divergence_weights
+from cmdp_fast.reference import DIVERGENCES, DivergenceName, compute_dtype, divergence_weights
 
 
 def divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    kind: str = "jsd",
+    kind: DivergenceName = "jsd",
     *,
     beta: float = 0.5,
     mask: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
 ) -> Tensor:
     """A divergence between the next-token distributions of student p and teacher w, in nats.
 
@@ -85,20 +85,20 @@ def divergence(
     return _mixture(_Given(pair, Mixture(*divergence_weights(kind, float(beta))), chosen)).value
 
 
-def check_kind(kind: str, beta: float) -> None:
+def check_kind(kind: DivergenceName, beta: float) -> None:
     checks.choice("kind", kind, DIVERGENCES)
     checks.share("beta", beta)
     if kind.startswith("skew") and beta == 1:
         raise ValueError(f"{kind} with beta=1 compares a model with itself and is always 0; beta must be below 1")
 
 
-def plain_kl(kind: str, beta: float) -> str | None:
+def plain_kl(kind: DivergenceName, beta: float) -> Literal["reverse_kl", "forward_kl"] | None:
     """The KL that a divergence reduces to at the end of beta's range, or None."""
-    if kind in ("reverse_kl", "forward_kl"):
+    if kind == "reverse_kl" or kind == "forward_kl":
         return kind
-    if kind == "jsd":
-        return {0: "forward_kl", 1: "reverse_kl"}.get(beta)  # type: ignore[call-overload]
-    return kind.removeprefix("skew_") if beta == 0 else None
+    if beta == 0:
+        return "reverse_kl" if kind == "skew_reverse_kl" else "forward_kl"
+    return "reverse_kl" if kind == "jsd" and beta == 1 else None
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cmdp_fast.compiling import constant
 from cmdp_fast.ops.free_memory import free_memory
 from cmdp_fast.ops.workspace import pitch
 
 _log = logging.getLogger("cmdp_fast")
 
-SAVED = ("recompute", "teacher", "tiles")  # from what takes no memory to what saves both products
+Saved = Literal["recompute", "teacher", "tiles", "auto"]  # from what takes no memory to what saves both products
 SHARE_OF_FREE = 2  # what "auto" keeps takes no more than this part of the free memory
 _KEEPS = {"recompute": "no logits", "teacher": "the teacher's logits", "tiles": "both models' logits"}
 
@@ -65,13 +66,13 @@ def choose(device: torch.device, rows: int, width: int, dtypes: Dtypes) -> str:
 # A graph asks and says while it is made; its sizes may be symbols, with which neither can be called.
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _memory_for_logits(device: torch.device) -> int:
     free = free_memory(device)
     return -1 if free is None else free // SHARE_OF_FREE
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _say(chosen: str, device: torch.device, limit: int) -> None:
     if _said.get(device) != chosen:
         _said[device] = chosen

@@ -14,7 +14,7 @@ the forward pass left them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from cmdp_fast import checks, states
+from cmdp_fast.compiling import replaced
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.heads import Head
 from cmdp_fast.layout import Pair, Upstream
@@ -43,7 +44,7 @@ class LinearSettings(HeadSettings, total=False):
     process_group: dist.ProcessGroup | None
     first_column: int
     reduce_hidden_grad: bool
-    saved: str
+    saved: kept_logits.Saved
 
 
 def linear_token_stats(
@@ -59,8 +60,8 @@ def linear_token_stats(
     process_group: dist.ProcessGroup | None = None,
     first_column: int = 0,
     reduce_hidden_grad: bool = True,
-    saved: str = "recompute",
-    backend: str | None = None,
+    saved: kept_logits.Saved = "recompute",
+    backend: backends.BackendName | None = None,
     **heads: Unpack[HeadSettings],
 ) -> TokenStats:
     """`token_stats` of the logits that two language-model heads would give, without the logits.
@@ -155,12 +156,12 @@ def linear_token_stats(
         if process_group is not None or first_column != 0:
             raise ValueError("a DTensor head brings its own process group and columns; do not pass them as well")
         (student_head, teacher_head), process_group, first_column = sharded
-        student, teacher = student._replace(head=student_head), teacher._replace(head=teacher_head)
+        student, teacher = replaced(student, head=student_head), replaced(teacher, head=teacher_head)
     projection.check(student, teacher)
     checks.tokens(tokens, student_hidden, "student_hidden")
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
-    checks.choice("saved", saved, (*kept_logits.SAVED, "auto"))
+    checks.choice("saved", saved, get_args(kept_logits.Saved))
     chosen = backends.choose_for_logits(backend, student_hidden, computed_dtype(student, teacher), "linear_token_stats")
     widths = student.head.weight.shape[0], teacher.head.weight.shape[0]
     width, vocab = parallel.columns(*widths, vocab_size, process_group, first_column, tokens, mask)
@@ -177,8 +178,8 @@ def linear_token_stats(
         chosen,
     )
     if batch.saved == "auto":
-        dtypes = kept_dtypes(batch._replace(saved="teacher"))
-        batch = batch._replace(saved=kept_logits.choose(tokens.device, tokens.numel(), width, dtypes))
+        dtypes = kept_dtypes(replaced(batch, saved="teacher"))
+        batch = replaced(batch, saved=kept_logits.choose(tokens.device, tokens.numel(), width, dtypes))
     given = _Given(batch, vocab, parallel.name_of(process_group), reduce_hidden_grad)
     return _linear_token_stats(given).scored.stats
 

@@ -39,7 +39,7 @@ def linear_constrained_reward(
     constraint: Constraint | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
     **settings: Unpack[LinearConstrainedSettings],
 ) -> ConstrainedReward:
     """`constrained_reward` from hidden states and language-model heads, without the logits.

@@ -27,7 +27,7 @@ from cmdp_fast.ops.linear import linear_token_stats
 from cmdp_fast.ops.linear_tiles import Rows, Tiles, computed_dtype
 from cmdp_fast.ops.operator import Backward, operator
 from cmdp_fast.ops.projection import Factors, HeadSettings, head_given
-from cmdp_fast.reference import divergence_weights
+from cmdp_fast.reference import DivergenceName, divergence_weights
 
 SERVES_SHARDS = "linear_token_stats has reverse_kl and forward_kl of heads whose columns lie on several ranks"
 
@@ -37,13 +37,13 @@ def linear_divergence(
     student_weight: Tensor | Head,
     teacher_hidden: Tensor,
     teacher_weight: Tensor | Head,
-    kind: str = "jsd",
+    kind: DivergenceName = "jsd",
     *,
     beta: float = 0.5,
     mask: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
     **heads: Unpack[HeadSettings],
 ) -> Tensor:
     """`divergence` of the logits that two language-model heads would give, without the logits of all rows.

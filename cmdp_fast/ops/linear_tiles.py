@@ -33,11 +33,6 @@ class StudentRows(NamedTuple):
     width: int  # columns that count
     autocast: str  # as gemm.autocast_dtype gives it
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the statistics."""
-        return compute_dtype(self.student.hidden, self.student.head.weight)
-
 
 class Batch(NamedTuple):
     """Rows of both models, in all that forward and backward pass of token statistics need alike."""
@@ -50,7 +45,7 @@ class Batch(NamedTuple):
     width: int  # columns here that count
     first_column: int
     autocast: str  # as gemm.autocast_dtype gives it
-    saved: str  # one of kept_logits.SAVED
+    saved: str  # one of kept_logits.Saved
     backend: str
 
     @property

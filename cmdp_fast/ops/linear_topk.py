@@ -21,7 +21,7 @@ from cmdp_fast.layout import ListedRows, TailGradient
 from cmdp_fast.ops import backends, gemm, head_gradient, projection
 from cmdp_fast.ops.head_gradient import Gradients, Needed, Tile, by_name, finished, sum_over_tiles
 from cmdp_fast.ops.linear_divergence import check_whole
-from cmdp_fast.ops.linear_tiles import StudentRows, Tiles
+from cmdp_fast.ops.linear_tiles import StudentRows, Tiles, computed_dtype
 from cmdp_fast.ops.operator import Backward, operator
 from cmdp_fast.ops.projection import Factors, StudentHeadSettings, head_given
 from cmdp_fast.ops.topk_stats import (
@@ -52,7 +52,7 @@ def linear_topk_stats(
     vocab_size: int | None = None,
     top_k: int | None = None,
     min_logprob: Tensor | float | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
     **head: Unpack[StudentHeadSettings],
 ) -> TopkStats:
     """`topk_stats` of the logits that the student's head would give, without the logits.
@@ -95,10 +95,11 @@ def linear_topk_stats(
     width = columns if vocab_size is None else vocab_size
     checks.prefix(width, columns, columns)
     rows = StudentRows(student.settled(), mask, width, gemm.autocast_dtype(student_hidden.device))
-    chosen = backends.choose_for_logits(backend, student_hidden, rows.dtype, "linear_topk_stats")
+    computed = computed_dtype(rows.student, rows.student)  # no property of `rows`: torch 2.8 traces into none
+    chosen = backends.choose_for_logits(backend, student_hidden, computed, "linear_topk_stats")
     settings = Settings(mask, temperature, width, top_k, min_logprob)
     message = received(topk_ids, topk_logprobs, tokens, settings)
-    return statistics(_linear_tail(_Given(rows, message.ids, tokens, float(temperature), chosen)), message, rows.dtype)
+    return statistics(_linear_tail(_Given(rows, message.ids, tokens, float(temperature), chosen)), message, computed)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import operator as fields_of
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ def _is_record(hint: Any) -> bool:
 def _schema_type(hint: Any) -> str:
     if hint in _TYPES:
         return _TYPES[hint]
+    if get_origin(hint) is Literal:
+        return _TYPES[type(get_args(hint)[0])]
     if get_origin(hint) in (Union, types.UnionType):
         (inner,) = (part for part in get_args(hint) if part is not type(None))
         return f"{_schema_type(inner)}?"

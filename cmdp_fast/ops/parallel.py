@@ -9,8 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast import checks, states
+from cmdp_fast.compiling import replaced
 from cmdp_fast.heads import Head
 from cmdp_fast.ops.projection import check_widths, common_width
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def name_of(process_group: dist.ProcessGroup | None) -> str:
@@ -51,13 +54,15 @@ def shards(*heads: Head) -> tuple[list[Head], dist.ProcessGroup, int] | None:
     # Shard(0) deals rows out as torch.chunk does.
     piece = -(-tensors[0].shape[0] // mesh.size())
     first_column = min(piece * mesh.get_local_rank(), tensors[0].shape[0])
-    local = [head._replace(weight=_local(head.weight), bias=_local(head.bias)) for head in heads]
+    local = [replaced(head, weight=_local(head.weight), bias=_local(head.bias)) for head in heads]
     return local, mesh.get_group(), first_column
 
 
 def any_sharded(*heads: Head) -> bool:
     """Whether a head or bias is a DTensor."""
-    return dist.is_available() and any(isinstance(t, _dtensor()) for head in heads for t in (head.weight, head.bias))
+    # Before the import, which takes half a second: what most heads are
+    unusual = [t for head in heads for t in (head.weight, head.bias) if t is not None and type(t) not in _PLAIN]
+    return dist.is_available() and any(isinstance(t, _dtensor()) for t in unusual)
 
 
 def _local(t: Any) -> Any:

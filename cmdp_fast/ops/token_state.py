@@ -71,7 +71,7 @@ class TokenState:
         tokens: Tensor,
         *,
         first_column: int = 0,
-        backend: str | None = None,
+        backend: backends.BackendName | None = None,
     ) -> TokenState:
         """Folds in columns [first_column, first_column + C) of every row, and returns the state itself.
 

@@ -33,7 +33,7 @@ def token_stats(
     inplace_backward: bool = False,
     process_group: dist.ProcessGroup | None = None,
     first_column: int = 0,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
 ) -> TokenStats:
     """Log-probabilities, entropies and both KL divergences of every token, from one pass over both rows of logits.
 

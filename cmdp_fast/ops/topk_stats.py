@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import checks, tails, topk_bounds
+from cmdp_fast.compiling import replaced
 from cmdp_fast.cpu import in_huge_pages
 from cmdp_fast.layout import ListedRows, TailGradient, unit_stride
 from cmdp_fast.ops import backends
@@ -35,7 +36,7 @@ def topk_stats(
     vocab_size: int | None = None,
     top_k: int | None = None,
     min_logprob: Tensor | float | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
 ) -> TopkStats:
     """Log-probability, entropy, and bounds of both KL divergences, where the teacher has sent k columns of its row.
 
@@ -184,9 +185,9 @@ def statistics(tail: Tail, message: Message, computed: torch.dtype) -> TopkStats
     # added: the gradient that arrives is not NaN because of it, and a row that gets none is not read again
     poison = torch.where(tail.reference.isnan(), torch.nan, 0.0).to(dtype)
     of_student = {name: getattr(stats, name) + poison for name in TopkStats._fields if name != "teacher_mass"}
-    stats = stats._replace(**of_student)
+    stats = replaced(stats, **of_student)
     known = (tokens >= 0) & (tokens < vocab)
-    stats = stats._replace(logprob=torch.where(known, stats.logprob, torch.nan))
+    stats = replaced(stats, logprob=torch.where(known, stats.logprob, torch.nan))
     return stats if mask is None else TopkStats(*(torch.where(mask, value, 0.0) for value in stats))
 
 

@@ -9,14 +9,19 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from cmdp_fast.constraint import AccountSettings, Constraint
+from cmdp_fast.field_docs import documented
+from cmdp_fast.ops import backends
 from cmdp_fast.ops.budget import budget_trace
 
 
+@documented
 class BudgetVerdict(NamedTuple):
     """What is proven of each sequence, bool ``[B]`` each. Where neither is True, nothing is; both never are."""
 
-    certified: Tensor  # within the budget at every token
-    refuted: Tensor  # in violation from some token on
+    certified: Tensor
+    """Whether a sequence is proven to be within the budget at every token; bool ``[B]``."""
+    refuted: Tensor
+    """Whether a sequence is proven to be in violation from some token on; bool ``[B]``."""
 
 
 def budget_verdict(
@@ -27,7 +32,7 @@ def budget_verdict(
     constraint: Constraint | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
+    backend: backends.BackendName | None = None,
     **settings: Unpack[AccountSettings],
 ) -> BudgetVerdict:
     """Whether a sequence keeps its budget, where its costs are known between bounds only, as `topk_stats` gives them.

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 import cmdp_fast as cf
@@ -224,7 +223,7 @@ class Learner:
     def _clipped(self, model: nn.Module) -> float:
         """The norm of a model's gradient before it is cut to the largest."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.max_grad_norm)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a DTensor, where FSDP2 shards
 
     def _gradients_stay_here(self, wanted: bool) -> AbstractContextManager[None]:
         """Gradients of a minibatch are exchanged once, with its last part."""

@@ -12,7 +12,7 @@ from linear_inputs import check, evaluate, gradient_size, make_inputs, perturbed
 
 import cmdp_fast as cf
 from cmdp_fast import reference
-from cmdp_fast.ops import gemm, kept_logits
+from cmdp_fast.ops import gemm
 from cmdp_fast.ops.backends import INTERPRETED
 from cmdp_fast.ops.head_gradient import HeadGradient
 
@@ -292,7 +292,9 @@ def test_compile_gives_equal_results(autocast, saved, halves, backend):
 @pytest.mark.parametrize(
     "autocast, saved",
     # An operator's fake is the same for every backend
-    [("", "tiles"), ("bfloat16", "teacher")] if INTERPRETED else itertools.product(["", "bfloat16"], kept_logits.SAVED),
+    [("", "tiles"), ("bfloat16", "teacher")]
+    if INTERPRETED
+    else itertools.product(["", "bfloat16"], ("recompute", "teacher", "tiles")),
 )
 def test_opcheck(autocast, saved, halves, backend):
     dtype = torch.float32 if autocast else torch.bfloat16

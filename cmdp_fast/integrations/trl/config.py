@@ -18,6 +18,7 @@ from cmdp_fast.constraint import Constraint, of_a_scaled_direct_term
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.ops.cost import FROM_STATISTICS
 from cmdp_fast.pid import PIDController
+from cmdp_fast.reference import KindName
 
 
 @dataclass
@@ -112,7 +113,7 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
         default=None,
         metadata={"help": "The largest size in nats of a token's cost, for `k1`, `k3` and `nll`; without it none."},
     )
-    kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = field(
+    kind: KindName = field(
         default="cmdp", metadata={"help": "The modified reward: the price of being over the budget."}
     )
     coefficient: float | None = field(

@@ -19,6 +19,7 @@ import cmdp_fast as cf
 from cmdp_fast import batches, credit, objective, reward_functions
 from cmdp_fast.errors import InputError
 from cmdp_fast.messages import as_completion
+from cmdp_fast.reference import CostName
 from cmdp_fast.scoring import Models, Outputs
 
 from .advantage import sequence_advantages
@@ -237,7 +238,8 @@ class CMDPDistillationTrainer(DistillationTrainer):
     ) -> tuple[cf.TokenStats, Tensor]:
         """The statistics of tokens and the divergence that is the loss; ``likelihood``: whether a gradient is to flow
         through the statistics where the divergence is none of them."""
-        plain = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(self.beta))
+        kinds: dict[float, CostName] = {0.0: "forward_kl", 1.0: "reverse_kl"}
+        plain = kinds.get(float(self.beta))
         with nullcontext() if plain or likelihood else torch.no_grad():
             stats = self.scoring.token_stats(models, outputs, tokens, mask)
         if plain:

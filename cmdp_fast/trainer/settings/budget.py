@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from cmdp_fast.reference import CostName, KindName
+
 from .ranges import FROM_0_TO_1, NOT_NEGATIVE, POSITIVE
 from .units import FRACTION, GAINS, NAMED_NATS, NATS, NATS_PER_TOKEN, PRICE, REWARDS, STEPS
 
@@ -26,13 +28,13 @@ class BudgetSettings:
     prefix_budget: Annotated[float, NOT_NEGATIVE, NATS_PER_TOKEN] = 0.0
     """The bound, in nats per token, on the teacher's mean negative log-likelihood over any prefix of a completion.
     `worst_case` keeps to it, and `prefix_satisfaction` reports it. 0: neither."""
-    cost: Literal["reverse_kl", "forward_kl", "jsd", "k1", "k3", "nll"] = "reverse_kl"
+    cost: CostName = "reverse_kl"
     """Cost of a token. The first three are exact divergences with a direct gradient."""
     cost_clamp: Annotated[float, NOT_NEGATIVE, NATS] = 0.0
     """The largest size in nats of a token's cost, for k1, k3 and nll: k3 of a single token may be 1e13. 0: as it is."""
     jsd_beta: Annotated[float, FROM_0_TO_1, FRACTION] = 0.5
     """Beta of the cost `jsd` and of the loss of `gkd`: 0 is forward KL, 1 reverse KL."""
-    kind: Literal["cmdp", "hinge", "saute", "lagrangian", "pid", "barrier", "worst_case"] = "cmdp"
+    kind: KindName = "cmdp"
     """The modified reward: the price of being over the budget."""
     penalty: Annotated[float, NOT_NEGATIVE, REWARDS] = 1.0
     """Paid for crossing the budget (cmdp: once; saute, worst_case: at each token from there on), in `reward_unit`."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from cmdp_fast.constraint import KINDS
 from cmdp_fast.errors import InputError
+from cmdp_fast.reference import KindName
 
 from ..methods import METHODS, MethodEntry
 from .asked import is_served
@@ -40,7 +41,7 @@ def _clips(entry: MethodEntry) -> bool:
     return entry.compares or entry.groups
 
 
-def _of_kinds(settings: tuple[str, ...], kept: Callable[[str], object]) -> Reader:
+def _of_kinds(settings: tuple[str, ...], kept: Callable[[KindName], object]) -> Reader:
     """Settings of some kinds of modified reward, which are for the methods that compare completions."""
     kinds = " or ".join(kind for kind in KINDS if kept(kind))
     which = _algorithms(lambda entry: entry.compares and (not entry.penalises or kept("lagrangian")))

@@ -1,0 +1,53 @@
+"""What code needs that torch.compile may trace: marks for functions, without an import of the tracer, and a detour.
+
+The decorators of `torch.compiler` import `torch._dynamo` where they stand: 890 modules, as much time as torch itself
+takes and 144 MiB, in each process that only imports this package. Most of them compile nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Record = TypeVar("Record", bound=tuple[Any, ...])  # a NamedTuple
+
+
+def constant(function: Callable[P, R]) -> Callable[P, R]:
+    """As `torch.compiler.assume_constant_result`: a graph calls it while it is made, and keeps the result."""
+    marked: Any = function
+    marked._dynamo_marked_constant = True  # the whole of that decorator, from torch 2.8 to 2.14
+    return function
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """As `torch.compiler.disable`, from the first call on in a process that has the tracer."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:  # so nobody watches frames
+            return function(*args, **kwargs)
+        return _disabled(function)(*args, **kwargs)
+
+    marked: Any = call
+    marked._torchdynamo_disable = True  # a graph ends in front of it and does not look inside
+    marked._torchdynamo_disable_msg = None
+    return call
+
+
+@functools.cache
+def _disabled(function: Callable[P, R]) -> Callable[P, R]:
+    disabled: Callable[P, R] = torch.compiler.disable(function)
+    return disabled
+
+
+def replaced(record: Record, **fields: Any) -> Record:
+    """As ``record._replace(**fields)``, which torch 2.8 does not trace into."""
+    kind: Any = type(record)
+    values = [fields.get(name, value) for name, value in zip(kind._fields, record, strict=True)]
+    return cast(Record, kind(*values))
