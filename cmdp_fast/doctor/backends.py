@@ -76,7 +76,7 @@ class _Error(NamedTuple):
     limit: float
 
 
-def _errors(backend: str) -> Iterator[_Error]:
+def _errors(backend: backends.BackendName) -> Iterator[_Error]:
     on_gpu = backend in backends.ON_GPU and not (backends.INTERPRETED and backend == "triton")
     columns = INTERPRETED if backend == "triton" and not on_gpu else COLUMNS
     device = "cuda" if on_gpu else "cpu"
@@ -101,7 +101,9 @@ def _distance(found: Tensor, exact: Tensor) -> float:
     return float(difference) if bool(torch.isfinite(difference)) else float("inf")
 
 
-def _outcome(backend: str | None, student: Tensor, teacher: Tensor, tokens: Tensor, budget: float) -> dict[str, Tensor]:
+def _outcome(
+    backend: backends.BackendName | None, student: Tensor, teacher: Tensor, tokens: Tensor, budget: float
+) -> dict[str, Tensor]:
     """Statistics, gradient and account by a backend, or (None) by the formulas themselves."""
     student = student.clone().requires_grad_()
     statistics = reference.token_stats if backend is None else partial(cf.token_stats, backend=backend)

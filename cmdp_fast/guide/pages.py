@@ -18,14 +18,13 @@ class Page(NamedTuple):
         str, ...
     ] = ()  # titles of the README's sections that stand on it; a page of another file: their place
     title: str = ""  # of a page that is made of several sections
-    optional: bool = False  # left out where there is no such file
 
 
 GUIDES = "cmdp_fast/guide"
 
 
-def _guide(name: str, *sections: str, optional: bool = False) -> Page:
-    return Page(name, f"{GUIDES}/{name}.md", sections, optional=optional)
+def _guide(name: str, *sections: str) -> Page:
+    return Page(name, f"{GUIDES}/{name}.md", sections)
 
 
 INDEX = _guide("index", "Ten lines of use", "Cite")
@@ -38,7 +37,7 @@ GROUPS: dict[str, tuple[Page, ...]] = {
             sections=(INTRODUCTION, "What it computes", "In your trainer", "The trainer of this package"),
             title="What is in it",
         ),
-        _guide("install", "Install", optional=True),
+        _guide("install", "Install"),
         _guide("tutorial"),
         _guide("budget"),
         _guide("method", "The method"),
@@ -52,11 +51,12 @@ GROUPS: dict[str, tuple[Page, ...]] = {
         _guide("memory"),
         Page("machines", "cmdp_fast/trainer/MACHINES.md"),
         Page("vllm", "cmdp_fast/trainer/engine/README.md"),
+        _guide("hub_kernel"),
     ),
     "When something is wrong": (
         _guide("troubleshooting"),
-        _guide("versions", optional=True),
-        _guide("security", optional=True),
+        _guide("versions"),
+        _guide("security"),
         Page("environment", sections=("Environment variables",)),
         Page("limits", sections=("Limits",)),
     ),
@@ -76,21 +76,15 @@ OTHERS = "Use"  # the group of guides of this folder that no group names
 
 
 def pages_of(root: Path) -> dict[str, tuple[Page, ...]]:
-    """The sidebar of a clone: groups of pages whose files are there."""
-    groups = {caption: list(filter(None, (_there(root, page) for page in pages))) for caption, pages in GROUPS.items()}
+    """The sidebar of a clone. Raises FileNotFoundError for a page without its file."""
+    for page in (page for pages in GROUPS.values() for page in pages):
+        if not (root / page.path).exists():
+            raise FileNotFoundError(f"{root / page.path}: the page {page.name!r} of the site is made of it")
+    groups = {caption: list(pages) for caption, pages in GROUPS.items()}
     named = {page.name for pages in GROUPS.values() for page in pages} | {INDEX.name}
     found = sorted(path.stem for path in (root / GUIDES).glob("*.md"))
     groups[OTHERS] += [_guide(name) for name in found if name not in named]
     return {caption: tuple(pages) for caption, pages in groups.items()}
-
-
-def _there(root: Path, page: Page) -> Page | None:
-    if (root / page.path).exists():
-        return page
-    if not page.optional:
-        raise FileNotFoundError(f"{root / page.path}: the page {page.name!r} of the site is made of it")
-    # A section of the README that a guide would replace is a page by itself.
-    return Page(page.name, sections=page.sections) if page.sections else None
 
 
 def results_of(root: Path) -> list[Page]:

@@ -213,10 +213,9 @@ class Learner:
     def check_weights(self) -> None:
         """Raises NotFinite, in every process, if one of the weights that are trained is not finite."""
         modules = (self.student, self.method.value_head or nn.Module())
-        here = (
-            p.to_local() if isinstance(p, DTensor) else p for m in modules for p in m.parameters() if p.requires_grad
-        )
-        fine = torch.stack([p.detach().isfinite().all() for p in here]).all()
+        trained = [p.detach() for module in modules for p in module.parameters() if p.requires_grad]
+        here = (p.to_local() if hasattr(p, "to_local") else p for p in trained)  # of a DTensor, where FSDP2 shards
+        fine = torch.stack([p.isfinite().all() for p in here]).all()
         if any_process(not bool(fine), self.accelerator):
             raise NotFinite(f"a weight of the student is not finite: {CAUSES}")
 
