@@ -15,6 +15,7 @@ _AGAIN = r"(?![a-z])(?![-_]?(?:file|ids?)(?![a-z]))"  # not `tokens`, `tokenizer
 _KINDS = rf"(?:key|keys|token|secrets?|passwords?|passwd|passphrase|credentials?){_AGAIN}"
 _NAMED = rf"[\w.-]*{_KINDS}[\w.-]{{0,40}}"  # bounds keep the time in proportion to the text
 _NAME = rf"(?<![\w.-]){_NAMED}"
+_IN_QUOTES = rf"""\\{{0,4}}["']{_NAME}\\{{0,4}}["']"""
 _QUOTED = r"""(?P<quote>\\{0,4}["'])(?:\\[\s\S]|[^\\])*?(?P=quote)"""
 
 _OPTION = re.compile(rf"--?(?=\w){_NAMED}", re.IGNORECASE)
@@ -24,7 +25,7 @@ _RULES = (  # in this order
     (re.compile(r"\b(?:sk-[\w-]{8,}|(?:hf|gh[oprsu])_[A-Za-z0-9]{10,}|github_pat_\w{10,}|AKIA[A-Z0-9]{16})"), "***"),
     (re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]{8,}"), r"\1 ***"),
     # {"api_key": "..."}, NAME=..., and --name ... of a command in a text
-    (re.compile(rf"(?P<name>\\{{0,4}}[\"']{_NAME}\\{{0,4}}[\"']\s*:\s*)(?:{_QUOTED}|[^\s,}}\]]+)", re.IGNORECASE), r"\g<name>***"),
+    (re.compile(rf"(?P<name>{_IN_QUOTES}\s*:\s*)(?:{_QUOTED}|[^\s,}}\]]+)", re.IGNORECASE), r"\g<name>***"),
     (re.compile(rf"(?P<name>{_NAME}\s?=(?!=)\s?)(?:{_QUOTED}|\S+)", re.IGNORECASE), r"\g<name>***"),
     (re.compile(rf"(?P<name>(?<![\w.-])--?(?=\w){_NAMED}\s+)(?:{_QUOTED}|(?!-)\S+)", re.IGNORECASE), r"\g<name>***"),
 )

@@ -96,21 +96,21 @@ def test_settings_with_a_secret(pair, tmp_path, monkeypatch):
     counts as finished with the same settings."""
     told = []
     monkeypatch.setattr(metrics_log, "_start_trackers", lambda accelerator, config, *_: told.append(shared(config)))
-    given = '--rollout-args=--ssl-keyfile-password abc'
+    given = "--stop-strings=TOKEN=abcde"
     assert main([*command(pair, tmp_path, checkpoint_every=1), given]) == 0
     folder = tmp_path / "r"
     began, ended = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
-    assert began["rollout_args"] == "--ssl-keyfile-password abc"
-    assert ended["config"]["rollout_args"] == told[0]["rollout_args"] == "--ssl-keyfile-password ***"
-    assert "abc" not in (folder / "summary.json").read_text()
+    assert began["stop_strings"] == ["TOKEN=abcde"]
+    assert ended["config"]["stop_strings"] == told[0]["stop_strings"] == ["TOKEN=***"]
+    assert "abcde" not in (folder / "summary.json").read_text()
     assert (folder / "config.json").stat().st_mode & 0o077 == 0
     config = parse([f"--resume={folder}", given])
-    run = SeededRun(Variant("v", config), replace(config, resume="", output_dir=str(tmp_path), name="r"))
+    run = SeededRun(Variant("v", "cmdp", {}, config), replace(config, resume="", output_dir=str(tmp_path), name="r"))
     assert summary_of(run)["steps"] == 2
 
 
 def test_other_settings_are_for_whom_the_umask_says(pair, tmp_path):
-    assert main(command(pair, tmp_path, eval_before=False)) == 0
+    assert main(command(pair, tmp_path)) == 0
     mode = (tmp_path / "r" / "config.json").stat().st_mode
     assert mode == (tmp_path / "r" / "summary.json").stat().st_mode
 
