@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,9 +62,16 @@ def write(folder: Path) -> dict[str, str]:
             *(f"   {n}" for n in names),
             "",
         ]
-    lines += [f"Left out, since a package is missing: ``{name}`` ({reason}).\n" for name, reason in left_out.items()]
+    lines += [left_out_line(name, reason) for name, reason in left_out.items()]
     (folder / "index.rst").write_text("\n".join(lines), encoding="utf-8")
     return left_out
+
+
+def left_out_line(name: str, reason: str) -> str:
+    """What the site says of a module that is left out. The error's own text has paths of the machine that builds."""
+    said = re.match(r"\S+ is not installed|\S+ \S+ is installed, which was not tested", reason)
+    package = name.removeprefix(OPTIONAL).partition(".")[0]
+    return f"Left out: ``{name}`` ({said[0] if said else 'a package is missing'}: ``pip install '.[{package}]'``).\n"
 
 
 def importable(root: str, left_out: dict[str, str]) -> Iterator[str]:

@@ -30,6 +30,7 @@ CONFIGURATION = {
     "html_domain_indices": False,
     "html_copy_source": False,
     "html_show_sphinx": False,
+    "html_show_copyright": False,
     "myst_enable_extensions": ["dollarmath"],
     "myst_heading_anchors": 4,
     "default_role": "py:obj",

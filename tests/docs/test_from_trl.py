@@ -15,7 +15,9 @@ pytest.importorskip("trl", exc_type=ImportError)
 from trl import GRPOConfig
 
 from cmdp_fast.integrations.trl import CMDPDistillationConfig, CMDPGRPOConfig
+from cmdp_fast.trainer.optimization import BETAS
 from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.settings.recipe import read_recipe
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that it is experimental
@@ -39,6 +41,7 @@ def rows(text: str) -> Iterator[tuple[str, str]]:
 
 
 ROWS = list(rows(PAGE.read_text(encoding="utf-8")))
+OPTIONS = re.compile(r"^\| `(\w+)` \| `([^`]+)` \| (?:`--([a-z-]+)`)?[^|]*\| (?:`([^`]+)`)? ?\|", re.MULTILINE)
 
 
 def defaults(kind: type) -> dict[str, object]:
@@ -60,6 +63,16 @@ def test_names_and_defaults_are_those_of_trl(title):
             assert str(known[found[1]]) == found[2], cell
 
 
+def test_the_options_have_the_defaults_of_both_sides():
+    theirs, ours = defaults(GRPOConfig), dataclasses.asdict(read_recipe("pair"))
+    found = OPTIONS.findall(PAGE.read_text(encoding="utf-8"))
+    assert [row[0] for row in found] == [cell.strip("`") for title, cell in ROWS if title == "GRPOConfig"]
+    for name, default, option, here in found:
+        assert str(theirs[name]) == default, name
+        if here:
+            assert str(ours[option.replace("-", "_")]) == here, option
+
+
 def test_options_are_ours():
     options = {f"--{name.replace('_', '-')}" for name in defaults(TrainConfig)}
     for title, cell in ROWS:
@@ -69,10 +82,15 @@ def test_options_are_ours():
 
 def test_defaults_that_differ():
     """Those that the page says in words."""
-    theirs, ours = defaults(GRPOConfig), defaults(TrainConfig)
-    assert (theirs["num_iterations"], ours["epochs"]) == (1, 2)
-    assert (theirs["use_bias_correction_kl"], ours["kl_loss_correction"]) == (True, False)
-    assert (theirs["gradient_checkpointing"], ours["gradient_checkpointing"]) == (True, False)
-    assert (theirs["beta"], theirs["scale_rewards"]) == (0.0, "group")
+    trl, ours = defaults(CMDPGRPOConfig), defaults(TrainConfig)
+    assert (trl["coefficient"], ours["budget_price"], ours["reward_unit"], ours["baseline"]) == (
+        None,
+        0.5,
+        "auto",
+        "rloo",
+    )
+    assert (trl["kind"], trl["cost"], trl["penalty"]) == (ours["kind"], ours["cost"], ours["penalty"])
+    assert trl["discrepancy_weight"] == ours["discrepancy_weight"] and "budget" in trl
+    assert (trl["adam_beta1"], trl["adam_beta2"], *BETAS, trl["scale_rewards"]) == (0.9, 0.999, 0.9, 0.95, "group")
+    assert trl["disable_dropout"] is False
     assert (defaults(GKDConfig)["lmbda"], defaults(GKDConfig)["temperature"]) == (0.5, 0.9)
-    assert "budget" in defaults(CMDPGRPOConfig)

@@ -146,6 +146,15 @@ def test_what_is_left_out_needs_a_package(folder):
     assert all(name in index for name in left_out)
 
 
+def test_no_page_has_a_path_of_the_machine_that_builds(folder):
+    path = re.compile(re.escape(str(ROOT)) + r"(?![\w-])")
+    for page in [*folder.rglob("*.html"), *folder.rglob("*.js")]:
+        assert not path.search(page.read_text(encoding="utf-8")), page.relative_to(folder)
+    line = api.left_out_line("cmdp_fast.integrations.verl", f"verl is not installed, expected it: pip install '{ROOT}'")
+    assert line == "Left out: ``cmdp_fast.integrations.verl`` (verl is not installed: ``pip install '.[verl]'``).\n"
+    assert str(ROOT) not in api.left_out_line("cmdp_fast.integrations.trl", f"cannot import name 'x' ({ROOT}/x.py)")
+
+
 def test_the_first_page_is_short(html, folder):
     words = "".join(html[folder / "index.html"].prose).split()
     assert len(words) < 900
@@ -227,6 +236,7 @@ def test_a_docstring_becomes_restructured_text():
 
 def test_a_formula_is_mathml():
     assert "<mi>log</mi><mspace" in mathml.mathml(r"\log p", "inline")
+    assert "<munder><mo>max</mo>" in mathml.mathml(r"\max\limits_\pi", "block")
     assert re.match(r"<math [^>]*display=\"block\">.*</math>$", mathml.mathml(r"\frac{a}{b}", "block"))
 
 
