@@ -79,9 +79,9 @@ def check_nothing_else(folder: Path, expected: Iterable[str]) -> None:
                 raise Damaged(f"{inside} does not belong there")
 
 
-def write_sealed(path: Path, value: dict[str, Any]) -> None:
+def write_sealed(path: Path, value: dict[str, Any], mode: int = 0o666) -> None:
     """Writes JSON with its own sha256 in it, as `write_text` does. Raises InputError if it cannot be written."""
-    write_text(path, _sealed(value))
+    write_text(path, _sealed(value), mode)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

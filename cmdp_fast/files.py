@@ -17,22 +17,22 @@ from cmdp_fast.errors import InputError, first_line, readable
 PROBE = 4096  # bytes: a block, which a full disk has not
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
     """Writes a file that replaces an earlier one once it is complete. Raises InputError if it cannot be written."""
-    with replacing(path) as part:
+    with replacing(path, mode) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name under which the body writes a file; it becomes `path` once it is complete. Raises InputError if it cannot
-    be written."""
+def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """A name under which the body writes a file, of a mode less the umask; it becomes `path` once it is complete.
+    Raises InputError if it cannot be written."""
     part = path.with_name(f".{path.name}")
     with writing(path):
         part.unlink(missing_ok=True)  # a kill's, or a link or a pipe that somebody has put there: never written to
         # Made here and by nobody else, so that the body opens no link that has come there since. In a folder like /tmp,
         # where others may make files and remove none of ours, it stays what it is.
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
         try:
             yield part
             sync(part)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+ALIKE = 0.7  # difflib's measure; below it two names mostly mean different things
+
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
     """The known names that were probably meant: those with these initials (`lr`: `learning-rate`), the one spelt alike,
@@ -13,7 +15,7 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     given = name.lower().replace("_", "-")
     initials = [each for each in names if "-" in each and "".join(word[:1] for word in each.split("-")) == given]
     begun = [each for each in names if len(given) > 1 and each.startswith(given)]
-    return [names[each] for each in initials or difflib.get_close_matches(given, names, n=1) or begun[:1]]
+    return [names[each] for each in initials or difflib.get_close_matches(given, names, n=1, cutoff=ALIKE) or begun[:1]]
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -1,7 +1,9 @@
 """`cmdp-fast doctor`: what is installed here, whether it computes what it should, and what to do where it does not.
 
-Its output is what a bug report should hold: plain text without secrets. The home folder is `~`, and of the environment
-only variables of this package are shown. It works without the extra `train`.
+Its output is what a bug report should hold, once somebody has looked through it: the home folder is `~`, and what has
+the form of a secret `***` (masking.py), but hosts in addresses and paths elsewhere remain. Of the environment it shows
+variables of this package and those that decide about threads, GPUs, the compiler and caches. It works without the extra
+`train`.
 """
 
 from __future__ import annotations

@@ -51,6 +51,9 @@ def versions() -> Iterator[Row]:
     try:
         from packaging.requirements import Requirement
     except ImportError:
+        # Their markers cannot be evaluated; most of them ask for the extra alone
+        names = [n[1] for text in required if (n := re.fullmatch(rf"([\w.-]+)[^;]*;\s*extra\s*==\s*.{NEEDED}.", text))]
+        yield _of_extra(len(names), [name for name in names if _installed(name) is None])
         yield Row(NOTE, "versions", "not compared: there is no packaging", "pip install packaging")
         return
     parsed = [Requirement(text) for text in required]
@@ -94,10 +97,24 @@ def others() -> Iterator[Row]:
     installed = [path for _, path in installation.installations()]
     rest = [path for path in dict.fromkeys([*found, *installed]) if path != here]
     if rest:
-        cure = "run from another folder or with python -P, or uninstall the other one"
-        yield Row(NOTE, "copies", f"the one in {here} runs and hides {', '.join(map(str, rest))}", cure)
+        why, cure = _first_because(here)
+        yield Row(NOTE, "copies", f"the one in {here} runs and hides {', '.join(map(str, rest))}: {why}", cure)
     else:
         yield Row(OK, "copies", "one cmdp_fast on the path")
+
+
+def _first_because(here: Path) -> tuple[str, str]:
+    """Why Python finds this copy before others, and what lets it find another one."""
+    named = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if here in named:
+        return "PYTHONPATH names it", "take that folder out of PYTHONPATH, unless this copy is meant"
+    if sys.path and Path(sys.path[0] or os.curdir).resolve() == here:
+        option = " or with python -P" if sys.version_info >= (3, 11) else ""
+        return (
+            "it is in the working directory, or beside the script",
+            f"run from another folder{option}, unless this copy is meant",
+        )
+    return "both are installed", "pip uninstall cmdp_fast, until nothing is left, and install the one that is meant"
 
 
 def variables() -> Iterator[Row]:

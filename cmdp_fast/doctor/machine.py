@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 
 from cmdp_fast import cpu
+from cmdp_fast.errors import InputError
+from cmdp_fast.masking import home
 from cmdp_fast.native_module import COMPILER
 from cmdp_fast.trainer.models.cache import cache_dir
 
@@ -22,6 +25,9 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 GIB = 2**30
 LITTLE = GIB  # of memory and of disk, in bytes
 OLDEST_CAPABILITY = (8, 0)  # of the CUDA kernels
+OLDEST_COMPILERS = {"GCC": 11, "Clang": 14}
+_HIDES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_HUB = "export HF_HOME=FOLDER"
 
 
 def threads() -> Iterator[Row]:
@@ -59,59 +65,120 @@ def memory() -> Iterator[Row]:
         yield Row(OK, "memory", "this system does not tell")
         return
     amounts = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in text.splitlines() if line.endswith(" kB")}
-    free, says = amounts["MemAvailable"], ""
+    free, total, whose = amounts["MemAvailable"], amounts["MemTotal"], ""
     for limit, used in _memory_limits():
         if limit - used < free:
-            free, says = limit - used, f", by a container's limit of {_gib(limit)}"
-    level = NOTE if free < LITTLE else OK
-    yield Row(level, "memory", f"{_gib(free)} free of {_gib(amounts['MemTotal'])}{says}")
+            free, total, whose = max(0, limit - used), limit, " that its container may use"
+    yield Row(NOTE if free < LITTLE else OK, "memory", f"{_gib(free)} free of {_gib(total)}{whose}")
 
 
 def disk() -> Iterator[Row]:
-    """The room for what is made once and kept: the built-in models."""
-    folder = cache_dir()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free, elsewhere = shutil.disk_usage(place).free, "export XDG_CACHE_HOME=FOLDER"
-    if not os.access(place, os.W_OK):
-        yield Row(PROBLEM, "disk", f"{place}, where models are kept, cannot be written to", elsewhere)
-    elif free < LITTLE:
-        yield Row(NOTE, "disk", f"{_gib(free)} free at {folder}", elsewhere)
+    """The room for what is made once and kept (the built-in models), for what the Hub gives, and for runs."""
+    try:
+        yield _room("disk", cache_dir(), "built-in models", "export XDG_CACHE_HOME=FOLDER")
+    except InputError as error:
+        yield Row(PROBLEM, "disk", str(error), "export XDG_CACHE_HOME=FOLDER")
+    hub, variable = _hub_cache()
+    if hub is None:
+        yield Row(NOTE, "disk of the Hub", "there is no home folder, where huggingface_hub keeps models", _HUB)
     else:
-        yield Row(OK, "disk", f"{_gib(free)} free at {folder}")
+        yield _room("disk of the Hub", hub, "models of the Hub", f"export {variable}=FOLDER")
+    yield _room("disk of runs", Path.cwd(), "runs", "run from another folder, or with --output-dir FOLDER")
+
+
+def _room(what: str, folder: Path, kept: str, elsewhere: str) -> Row:
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(place, os.W_OK):
+        return Row(PROBLEM if what == "disk" else NOTE, what, f"{place}, for {kept}, cannot be written to", elsewhere)
+    free = shutil.disk_usage(place).free
+    says = f"{_gib(free)} free at {folder}, for {kept}"
+    return Row(NOTE, what, says, elsewhere) if free < LITTLE else Row(OK, what, says)
+
+
+def _hub_cache() -> tuple[Path | None, str]:
+    """The folder of what huggingface_hub downloads, as it finds it, and the variable that moves it."""
+    own = home()
+    for variable, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
+        if given := os.environ.get(variable):
+            return Path(os.path.expandvars(os.path.expanduser(given)), below).absolute(), variable
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.path.expanduser(given), "huggingface", "hub").absolute(), "HF_HOME"
+    return (own / ".cache" / "huggingface" / "hub" if own else None), "HF_HOME"
 
 
 def gpu() -> Iterator[Row]:
     """The GPUs that torch finds, or why there is none."""
-    driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    built = torch.version.cuda or torch.version.hip
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()  # one for each GPU
+    driver, built = next(iter(drivers), ""), _built_for()
     if not torch.cuda.is_available():
-        if driver and not built:
-            says = f"torch {torch.__version__} is built without CUDA, and NVIDIA's driver {driver} is here"
-            yield Row(NOTE, "gpu", says, "https://pytorch.org/get-started/locally has the build for it")
-        elif driver:
-            yield Row(PROBLEM, "gpu", f"torch finds none with driver {driver}; it is built for CUDA {built}")
-        else:
-            yield Row(OK, "gpu", f"none ({f'torch for {built}' if built else 'torch for CPUs'}, no NVIDIA driver)")
+        yield _no_gpu(driver, built, len(drivers))
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        capability = f"{about.major}.{about.minor}"
-        says = f"{about.name}, compute capability {capability}, {_gib(free)} free of {_gib(total)}"
-        says += f", driver {driver or 'unknown'}, torch for {built}"
+        if torch.version.hip is None:
+            kind = f"compute capability {about.major}.{about.minor}, driver {driver or 'unknown'}"
+        else:
+            kind = f"{getattr(about, 'gcnArchName', 'AMD')}"
+        says = f"{about.name}, {kind}, {_gib(free)} free of {_gib(total)}, torch built for {built}"
         old = torch.version.hip is None and (about.major, about.minor) < OLDEST_CAPABILITY
         yield Row(NOTE if old else OK, f"gpu {index}", says + (": too old for the CUDA kernels" if old else ""))
 
 
+def _built_for() -> str:
+    """What torch is built for, as in `CUDA 13.0`; empty where it is for CPUs alone."""
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
+
+
+def _no_gpu(driver: str, built: str, gpus: int) -> Row:
+    if not built and driver:
+        says = f"torch {torch.__version__} is built without CUDA, and NVIDIA's driver {driver} is here"
+        return Row(NOTE, "gpu", says, "https://pytorch.org/get-started/locally has the build for it")
+    amd = built.startswith("ROCm")
+    names = [name for name in (_HIDES if amd else _HIDES[:1]) if name in os.environ]
+    hiding = next((name for name in names if _hides(os.environ[name], None if amd else gpus)), None)
+    if built and (driver or amd) and hiding:
+        says = f"torch, built for {built}, finds none: {hiding}={os.environ[hiding]} hides them"
+        return Row(NOTE, "gpu", says, f"unset {hiding}, unless that is meant")
+    if driver:
+        says = f"torch, built for {built}, finds none with NVIDIA's driver {driver}"
+        cure = "update the driver, or install a torch for an older CUDA (https://pytorch.org/get-started/locally)"
+        return Row(PROBLEM, "gpu", says, "install a torch for CUDA" if amd else cure)
+    return Row(OK, "gpu", f"none ({f'torch built for {built}' if built else 'torch for CPUs'}, no NVIDIA driver)")
+
+
+def _hides(chosen: str, gpus: int | None) -> bool:
+    """Whether a list of GPUs names none: those behind the first that is not there do not count."""
+    first = chosen.split(",")[0].strip()
+    if re.fullmatch(r"[+-]?\d+", first):
+        return int(first) < 0 or (gpus is not None and int(first) >= gpus)
+    return not first.startswith(("GPU-", "MIG-"))
+
+
 def compilers() -> Iterator[Row]:
-    """What a build of the kernels would use."""
-    compiler = next(filter(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))), None)
-    found = [f"{name} {_release_of(name) if shutil.which(name) else 'none'}" for name in ("cmake", "ninja", "nvcc")]
-    says = ", ".join([f"{compiler} {_release_of(compiler)}" if compiler else "no C++ compiler", *found])
-    if compiler is None and cpu.native is None:
-        yield Row(NOTE, "compilers", says, f"install {COMPILER}")
+    """What a build of the kernels would use; CMake and Ninja come with it."""
+    command = shlex.split(os.environ.get("CXX", "")) or _found("c++", "g++", "clang++")
+    nvcc = f"nvcc {_release(_output('nvcc', '--version'))}" if shutil.which("nvcc") else "no nvcc"
+    if not command or not shutil.which(command[0]):
+        says = f"CXX={os.environ['CXX']} is no program" if command else "no C++ compiler"
+        level = OK if cpu.native is not None and not command else NOTE
+        yield Row(level, "compilers", f"{says}, {nvcc}", "" if level == OK else f"install {COMPILER}")
+        return
+    said = _output(*command, "--version")
+    name, release = shlex.join(command), _release(said)
+    kind = "Clang" if "clang" in said.lower() else "GCC"
+    too_old = release.partition(".")[0].isdigit() and int(release.partition(".")[0]) < OLDEST_COMPILERS[kind]
+    if too_old and "apple" not in said.lower():
+        says = f"{name} is {kind} {release}, older than {kind} {OLDEST_COMPILERS[kind]}, which a build needs"
+        yield Row(NOTE, "compilers", f"{says}, {nvcc}", f"install {COMPILER}, and name it in CXX")
     else:
-        yield Row(OK, "compilers", says)
+        yield Row(OK, "compilers", f"{name} {release}, {nvcc}")
+
+
+def _found(*names: str) -> list[str]:
+    return [name for name in names if shutil.which(name)][:1]
 
 
 def _usable_processors() -> int:
@@ -132,12 +199,17 @@ def _processor_limits() -> Iterator[float]:
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of each group that this process is in."""
+    """Limit and use in bytes of each group that this process is in. What is in use counts without the cache of files
+    that the kernel gives up when memory is wanted."""
     for folder in _groups("memory"):
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            most, now = _words(folder / limit), _words(folder / used)
+        for limit, used, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            most, now, stat = _words(folder / limit), _words(folder / used), _words(folder / "memory.stat")
+            given_up = dict(zip(stat[::2], stat[1::2], strict=False)).get(cache, "0")
             if most and now and most[0].isdigit() and now[0].isdigit() and int(most[0]) < 1 << 60:
-                yield int(most[0]), int(now[0])
+                yield int(most[0]), max(0, int(now[0]) - (int(given_up) if given_up.isdigit() else 0))
 
 
 def _groups(controller: str) -> Iterator[Path]:
@@ -162,14 +234,14 @@ def _words(path: Path) -> list[str]:
         return []
 
 
-def _release_of(program: str) -> str:
-    """The first number with points in what `--version` says."""
-    found = re.search(r"\d+(\.\d+)+", _output(program, "--version"))
-    return found[0] if found else "of an unknown version"
-
-
-def _first_line(*command: str) -> str:
-    return next(iter(_output(*command).splitlines()), "")
+def _release(said: str) -> str:
+    """The version in what a compiler says of itself: the first number with points outside of brackets, in
+    which the distribution has its own."""
+    for line in said.splitlines():
+        plain = re.sub(r"\([^()]*\)", "", line)  # (Ubuntu 11.4.0-1ubuntu1~22.04)
+        if found := re.search(r"\d+(\.\d+)+", plain) or re.search(r"\d+(\.\d+)+", line):
+            return found[0]
+    return "of an unknown version"
 
 
 def _output(*command: str) -> str:

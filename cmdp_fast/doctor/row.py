@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import NamedTuple
 
+from cmdp_fast import masking
 from cmdp_fast.errors import first_line, readable, without_controls
 from cmdp_fast.terminal import wrapped
 
@@ -36,7 +35,5 @@ def failed(error: Exception) -> str:
 
 
 def public(text: str) -> str:
-    """A text that may stand in public: one line, the home folder as ~, no names and passwords of addresses."""
-    text = re.sub(r"://[^/@\s]+@", "://", " ".join(without_controls(text).split()))
-    home = str(Path.home())
-    return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
+    """A text in one line that may stand in public once somebody has looked through it, see masking.py."""
+    return masking.public(" ".join(without_controls(text).split()))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, readable
 
 from .command_line.parsing import FirstLook, settings_of
 from .distributed import of_main, together
@@ -48,7 +48,9 @@ def parse_as(kind: type[Config], args: Sequence[str], prog: str, description: st
     base, _ = first.parse_known_args(list(args))
     if not base.resume:
         default = kind(**vars(read_recipe(base.recipe, base.method, base.fast)))
-        config = settings_of(kind, args, prog, description, default)
+        method = base.method and f" with the method {base.method}"
+        whose = f"the recipe {base.recipe}{' in its quick form' if base.fast else ''}{method}"
+        config = settings_of(kind, args, prog, f"{description} Defaults are those of {readable(whose)}.", default)
         check_source(config, default)
         config.validate()
         if config.TRAINS:

@@ -42,7 +42,7 @@ from .records.samples import samples_text, write_samples
 from .records.session import Session, earlier
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
-from .settings.recorded import recorded
+from .settings.recorded import shared
 from .step import Learner, NotFinite
 from .tasks.data import shuffled
 
@@ -388,5 +388,5 @@ def summary(
         "seconds": seconds,
         "kernel_share_of_step": round(seconds["kernels"] / step, 4) if step else None,
         "pid": learner.pid.state_dict() if config.kind == "pid" else None,
-        "config": recorded(replace(config, resume="")),
+        "config": shared(replace(config, resume="")),
     }

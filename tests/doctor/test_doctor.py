@@ -69,17 +69,24 @@ def test_lines_are_wrapped_at_a_terminal_and_cures_are_whole() -> None:
     assert len(lines(row, None)) == 2
 
 
-def test_nothing_secret_is_printed(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/somebody"))
-    assert public("in /home/somebody/x, not /home/somebody2 and /mnt/home/somebody") == (
-        "in ~/x, not /home/somebody2 and /mnt/home/somebody"
-    )
-    assert (
-        public("git+https://me:token@host.example/a\nb\x1b[31m")
-        == "git+https://host.example/a b\N{REPLACEMENT CHARACTER}[31m"
-    )
-    monkeypatch.setattr(Path, "home", lambda: Path("/"))
-    assert public("in /x") == "in /x"
+def test_nothing_that_looks_secret_is_printed(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    shown = public("git+https://me:token@host.example/a\nb\x1b[31m in /home/somebody/x, CMDP_FAST_KEY=abc")
+    assert shown == "git+https://host.example/a b\N{REPLACEMENT CHARACTER}[31m in ~/x, CMDP_FAST_KEY=***"
+
+
+def test_a_user_without_a_home_folder(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(doctor, "CHECKS", (machine.disk,))
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "problem  disk: there is no home folder" in said and "cure: export XDG_CACHE_HOME=FOLDER" in said
+    assert "note     disk of the Hub: there is no home folder" in said
 
 
 # --------------------------------------------------------------------------------------------------- the installation
@@ -137,7 +144,9 @@ def test_versions_without_metadata_or_packaging(monkeypatch: Patch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRED)
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)
-    (row,) = installed.versions()
+    monkeypatch.setattr(installed, "version", lambda name: "1.0" if name == "tyro" else "not installed")
+    extra, row = installed.versions()
+    assert (extra.level, extra.says) == (PROBLEM, "transformers not installed")
     assert row.level == NOTE and row.cure == "pip install packaging"
     monkeypatch.setattr(importlib.metadata, "requires", absent)
     (row,) = installed.versions()
@@ -145,13 +154,25 @@ def test_versions_without_metadata_or_packaging(monkeypatch: Patch) -> None:
 
 
 def test_other_copies(monkeypatch: Patch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "path", [str(installation.PACKAGE.parent), str(tmp_path)])
+    here = installation.PACKAGE.parent
+    monkeypatch.setattr(sys, "path", [str(here), str(tmp_path)])
     monkeypatch.setattr(installation, "installations", lambda: [])
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     assert [row.level for row in installed.others()] == [OK]
     (tmp_path / "cmdp_fast").mkdir()
     (tmp_path / "cmdp_fast" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "version_info", (3, 11, 0))
     (row,) = installed.others()
-    assert row.level == NOTE and f"hides {tmp_path}" in row.says and "python -P" in row.cure
+    assert row.level == NOTE and f"hides {tmp_path}: it is in the working directory" in row.says
+    assert row.cure.startswith("run from another folder or with python -P")
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    assert "-P" not in only(installed.others(), "copies").cure
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/x", str(here)]))
+    assert "PYTHONPATH names it" in only(installed.others(), "copies").says
+    monkeypatch.setenv("PYTHONPATH", "/x")
+    monkeypatch.setattr(sys, "path", ["/x", str(here), str(tmp_path)])
+    row = only(installed.others(), "copies")
+    assert "both are installed" in row.says and row.cure.startswith("pip uninstall")
 
 
 def test_variables(monkeypatch: Patch) -> None:
@@ -304,7 +325,16 @@ def test_memory(world) -> None:
     world("cgroup/memory.max", f"{2 * 2**30}\n")
     world("cgroup/memory.current", f"{3 * 2**29}\n")
     (row,) = machine.memory()
-    assert (row.level, row.says) == (NOTE, "0.5 GiB free of 16.0 GiB, by a container's limit of 2.0 GiB")
+    assert (row.level, row.says) == (NOTE, "0.5 GiB free of 2.0 GiB that its container may use")
+    world("cgroup/memory.stat", f"anon 1\ninactive_file {2**30}\n")  # what the kernel gives up counts as free
+    assert only(machine.memory(), "memory") == Row(OK, "memory", "1.5 GiB free of 2.0 GiB that its container may use")
+    world("cgroup/memory.current", f"{5 * 2**30}\n")  # it was lowered meanwhile
+    assert only(machine.memory(), "memory").says == "0.0 GiB free of 2.0 GiB that its container may use"
+    world("proc/self/cgroup", "4:memory:/docker/x\n")  # version 1
+    world("cgroup/memory/memory.limit_in_bytes", f"{4 * 2**30}\n")
+    world("cgroup/memory/memory.usage_in_bytes", f"{3 * 2**30}\n")
+    world("cgroup/memory/memory.stat", f"inactive_file 0\ntotal_inactive_file {2 * 2**30}\n")
+    assert only(machine.memory(), "memory").says == "3.0 GiB free of 4.0 GiB that its container may use"
 
 
 def test_openmp(world) -> None:
@@ -321,46 +351,104 @@ def test_openmp(world) -> None:
 
 def test_disk(monkeypatch: Patch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(0, 0, 5 * 2**30))
-    assert only(machine.disk(), "disk") == Row(OK, "disk", f"5.0 GiB free at {tmp_path / 'cmdp_fast'}")
+    models, hub, runs = machine.disk()
+    assert models == Row(OK, "disk", f"5.0 GiB free at {tmp_path / 'cmdp_fast'}, for built-in models")
+    assert hub.says == f"5.0 GiB free at {tmp_path / 'huggingface' / 'hub'}, for models of the Hub"
+    assert runs == Row(OK, "disk of runs", f"5.0 GiB free at {tmp_path}, for runs")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
-    assert only(machine.disk(), "disk").level == NOTE
+    assert [row.level for row in machine.disk()] == [NOTE] * 3
+    monkeypatch.setenv("HF_HOME", "/of/hf")
+    assert only(machine.disk(), "disk of the Hub").says.endswith("at /of/hf/hub, for models of the Hub")
+    monkeypatch.setenv("HF_HUB_CACHE", "/of/cache")
+    row = only(machine.disk(), "disk of the Hub")
+    assert " at /of/cache, " in row.says and row.cure == "export HF_HUB_CACHE=FOLDER"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    row = only(machine.disk(), "disk")
-    assert row.level == PROBLEM and "XDG_CACHE_HOME" in row.cure
+    assert [row.level for row in machine.disk()] == [PROBLEM, NOTE, NOTE]
+    assert "XDG_CACHE_HOME" in only(machine.disk(), "disk").cure
 
 
-def test_gpu(monkeypatch: Patch) -> None:
+def test_no_gpu(monkeypatch: Patch) -> None:
+    def row(drivers: str = "", **visible: str) -> Row:
+        for name in machine._HIDES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in visible.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(machine, "_output", lambda *command: drivers)
+        return only(machine.gpu(), "gpu")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
-    monkeypatch.setattr(machine, "_first_line", lambda *command: "")
-    assert list(machine.gpu()) == [Row(OK, "gpu", "none (torch for CPUs, no NVIDIA driver)")]
-    monkeypatch.setattr(machine, "_first_line", lambda *command: "570.1")
-    assert only(machine.gpu(), "gpu").level == NOTE and "pytorch.org" in only(machine.gpu(), "gpu").cure
+    assert row() == Row(OK, "gpu", "none (torch for CPUs, no NVIDIA driver)")
+    assert row("570.1\n570.1\n", CUDA_VISIBLE_DEVICES="").level == NOTE and "pytorch.org" in row("570.1").cure
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert row() == Row(OK, "gpu", "none (torch built for CUDA 13.0, no NVIDIA driver)")
+    for seen in ({}, {"CUDA_VISIBLE_DEVICES": "1,7"}, {"CUDA_VISIBLE_DEVICES": "GPU-1"}, {"HIP_VISIBLE_DEVICES": ""}):
+        found = row("570.1\n570.1\n", **seen)
+        assert found.level == PROBLEM and "built for CUDA 13.0" in found.says and "update the driver" in found.cure
+        assert "older CUDA" in found.cure
+    for value in ("", "-1", "2", "none"):
+        found = row("570.1\n570.1\n", CUDA_VISIBLE_DEVICES=value)
+        assert found.level == NOTE and f"CUDA_VISIBLE_DEVICES={value} hides them" in found.says
+        assert found.cure.startswith("unset CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "torch built for ROCm 7.0" in row().says
+    assert "ROCR_VISIBLE_DEVICES= hides them" in row(ROCR_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="0").says
+
+
+def test_gpus(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(machine, "_output", lambda *command: "570.1\n570.1\n")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert only(machine.gpu(), "gpu").level == PROBLEM
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     about = [SimpleNamespace(name="H", major=9, minor=0), SimpleNamespace(name="V", major=7, minor=0)]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about[index])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**30, 2**31))
     first, second = machine.gpu()
-    assert first == Row(OK, "gpu 0", "H, compute capability 9.0, 1.0 GiB free of 2.0 GiB, driver 570.1, torch for 12.8")
+    capability = "compute capability 9.0, driver 570.1"
+    assert first == Row(OK, "gpu 0", f"H, {capability}, 1.0 GiB free of 2.0 GiB, torch built for CUDA 12.8")
     assert second.level == NOTE and second.says.endswith("too old for the CUDA kernels")
 
 
-def test_compilers(monkeypatch: Patch) -> None:
+@pytest.mark.parametrize(
+    "cxx, said, level, says",
+    [
+        ("", "g++ (Debian 12.2.0-14) 12.2.0\n", OK, "g++ 12.2.0, no nvcc"),
+        ("ccache g++", "g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0\n", OK, "ccache g++ 11.4.0, no nvcc"),
+        ("g++", "g++ (GCC) 8.5.0 20210514 (Red Hat 8.5.0-4)\n", NOTE, "g++ is GCC 8.5.0, older than GCC 11"),
+        ("clang++ -m64", "Ubuntu clang version 13.0.1-2\n", NOTE, "clang++ -m64 is Clang 13.0.1, older than Clang 14"),
+        ("clang++", "Apple clang version 13.0.0 (clang-1300.0.29.30)\n", OK, "clang++ 13.0.0"),
+        ("g++", "something\n", OK, "g++ of an unknown version"),
+        ("absent -O2", "", NOTE, "CXX=absent -O2 is no program"),
+    ],
+)
+def test_compilers(monkeypatch: Patch, cxx: str, said: str, level: str, says: str) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in ("g++", "clang++", "ccache") else None)
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(machine, "_output", lambda *command: asked.append(command) or said)
+    row = only(machine.compilers(), "compilers")
+    assert row.level == level and row.says.startswith(says) and "cmake" not in row.says
+    assert not asked or asked[0] == (*(cxx.split() or ["g++"]), "--version")
+    assert (level == NOTE) == ("C++20" in row.cure)
+
+
+def test_no_compiler(monkeypatch: Patch) -> None:
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in ("g++", "cmake") else None)
-    monkeypatch.setattr(machine, "_output", lambda *command: f"{command[0]} (Debian 3) 12.2.0-14\n")
-    assert only(machine.compilers(), "compilers").says == "g++ 12.2.0, cmake 12.2.0, ninja none, nvcc none"
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     monkeypatch.setattr(cpu, "native", None)
     row = only(machine.compilers(), "compilers")
     assert row.level == NOTE and row.says.startswith("no C++ compiler") and "C++20" in row.cure
+    monkeypatch.setattr(cpu, "native", object())  # which needs none
+    assert only(machine.compilers(), "compilers").level == OK
 
 
 def test_a_program_that_hangs_or_is_none_says_nothing(monkeypatch: Patch) -> None:
-    assert machine._output("/no/such/program") == "" and machine._first_line("/bin/false") == ""
+    assert machine._output("/no/such/program") == "" == machine._output("/bin/false")

@@ -9,7 +9,9 @@ import sys
 from typing import get_type_hints
 
 import pytest
+import torch
 
+from cmdp_fast import reference
 from cmdp_fast.bench.command import parser
 from cmdp_fast.cli import main, overview
 from cmdp_fast.trainer.cache_teacher import CacheConfig
@@ -109,6 +111,40 @@ def test_a_sentence_ends_where_it_ends() -> None:
     assert first_sentence("See `x`. More.") == "See `x`" and first_sentence("Only one.") == "Only one"
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train", "gkd, minillm, sft, kd (default: empty = the recipe's own)"),
+        ("train", "(default: empty = the recipe's name, numbered if taken)"),
+        ("train", "Train an adapter of this rank, and not all weights (default: 0 = train all weights)"),
+        ("train", "Arithmetic of the models (default: no = float32)"),
+        ("compare", "(default: empty = 0, 1 and 2, or those of the study)"),
+        ("compare", "(default: 0 runs = one per processor, or one where there is a GPU)"),
+    ],
+)
+def test_defaults_that_are_nothing_are_explained(command: str, said: str) -> None:
+    text = " ".join(" ".join(screen(command).lines()).split())
+    assert said in text
+
+
+def test_the_first_screens_leave_no_number_in_the_dark() -> None:
+    assert "0: no such schedule" in " ".join(" ".join(screen("train").lines("--budget-start")).split())
+    assert "reward units, not per nat" in " ".join(" ".join(screen("train").lines("--coefficient")).split())
+
+
+def test_formulas_of_costs_are_those_that_are_computed() -> None:
+    p, q = torch.tensor([0.3, 0.6, 0.9]).double(), torch.tensor([0.5, 0.6, 0.01]).double()
+    nothing = torch.zeros_like(p)
+    stats = reference.TokenStats(*(nothing,) * len(reference.TokenStats._fields))
+    stats = stats._replace(logprob=p.log(), teacher_logprob=q.log())
+    text = " ".join(" ".join(screen("train").lines("--cost")).split())
+    formulas = dict(re.findall(r"(k1|k3|nll) is `([^`]+)`", text))
+    assert set(formulas) == {"k1", "k3", "nll"}
+    for cost, formula in formulas.items():
+        value = eval(formula, {"log": torch.log, "p": p, "q": q})
+        torch.testing.assert_close(value, reference.token_cost(stats, cost), msg=cost)
+
+
 WRONG = {
     "option": (
         ["train", "--learning-rat", "1"],
@@ -148,6 +184,8 @@ WRONG = {
     "option of bench": (["bench", "--reapeat", "3"], "--reapeat: there is no such option, did you mean --repeat?"),
     "info": (["info", "nonsense"], "info takes no arguments, given: nonsense"),
     "doctor": (["doctor", "--fix"], "doctor takes no arguments, given: --fix"),
+    "help of a training's section": (["compare", "--help", "budget"], "`cmdp-fast train --help budget` tells of"),
+    "help of a training's option": (["teacher", "--help", "--lora_rank"], "`cmdp-fast train --help lora-rank` tells"),
     "help": (["train", "--help", "optimzer"], "--help optimzer: neither a section (run, "),
     "dataset of a recipe with a task": (
         ["train", "--dataset", "m.jsonl"],
@@ -193,6 +231,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--recipe", "pair", "--help", "budget"])
     assert "(default: 20 nats)" in capsys.readouterr().out
+    for words, whose in (
+        ([], "the recipe quickstart."),
+        (["--recipe=pair", "--method=sft"], "the recipe pair with the method sft."),
+    ):
+        with pytest.raises(SystemExit):
+            main(["train", *words, "--help"])
+        assert f"Defaults are those of {whose}" in " ".join(capsys.readouterr().out.split())
     assert main(["info", "--help"]) == 0 and "usage: cmdp-fast info" in capsys.readouterr().out
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"cmdp-fast {cmdp_fast.__version__}\n"
 

@@ -221,3 +221,9 @@ def test_runs_without_a_prompt_in_common_are_refused(tmp_path, capsys):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", [sample(prompt="other")], task="other")
     assert main(["report", str(one), str(two), f"--output-dir={tmp_path / 'out'}"]) == 2
     assert "no prompt has completions of all of these" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_label_shows_no_secret(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, stop_strings=[f"TOKEN={name}-of-mine"]) for name in ("one", "two")]
+    labels = [group.label for group in groups(*runs)]
+    assert all("TOKEN=***" in label and "of-mine" not in label for label in labels) and len(set(labels)) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from tiny_pair import arguments
 import cmdp_fast
 from cmdp_fast.cli import main
 from cmdp_fast.digest import read_sealed, write_sealed
-from cmdp_fast.trainer.comparison.plan import finished_summary
+from cmdp_fast.trainer.comparison.plan import SeededRun, Variant, finished_summary, summary_of
+from cmdp_fast.trainer.parse import parse
+from cmdp_fast.trainer.records import metrics_log
 from cmdp_fast.trainer.records.session import command_line, commit, earlier
+from cmdp_fast.trainer.settings.recorded import shared
 
 
 def sessions(folder: Path) -> list[dict]:
@@ -66,7 +70,7 @@ def test_what_somebody_else_has_written_there():
     [
         ("--teacher=served:https://me:pass@host:80/x", "--teacher=served:https://host:80/x"),
         ("https://a:b@c@host/", "https://host/"),
-        ("http://host/v1?model=m&api_key=abc&x=1", "http://host/v1?model=m&api_key=***&x=1"),
+        ("http://host/v1?model=m&api_key=abc&x=1", "http://host/v1?***"),
         ("--rollout-args=--api-key abc --port 1", "--rollout-args=--api-key *** --port 1"),
         ("hf_abcdefgh12345", "***"),
         ("{home}/runs", "~/runs"),
@@ -85,6 +89,37 @@ def test_what_a_command_does_not_say(word, shown, tmp_path, monkeypatch):
 
 def test_a_secret_that_is_a_word_of_its_own():
     assert command_line(["x", "--api-key", "abc", "--steps", "3"]) == "x --api-key '***' --steps 3"
+
+
+def test_settings_with_a_secret(pair, tmp_path, monkeypatch):
+    """They are whole in `config.json`, for its owner alone, and masked in what is shown to others; the run goes on, and
+    counts as finished with the same settings."""
+    told = []
+    monkeypatch.setattr(metrics_log, "_start_trackers", lambda accelerator, config, *_: told.append(shared(config)))
+    given = "--stop-strings=TOKEN=abcde"
+    assert main([*command(pair, tmp_path, checkpoint_every=1), given]) == 0
+    folder = tmp_path / "r"
+    began, ended = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
+    assert began["stop_strings"] == ["TOKEN=abcde"]
+    assert ended["config"]["stop_strings"] == told[0]["stop_strings"] == ["TOKEN=***"]
+    assert "abcde" not in (folder / "summary.json").read_text()
+    assert (folder / "config.json").stat().st_mode & 0o077 == 0
+    config = parse([f"--resume={folder}", given])
+    run = SeededRun(Variant("v", "cmdp", {}, config), replace(config, resume="", output_dir=str(tmp_path), name="r"))
+    assert summary_of(run)["steps"] == 2
+
+
+def test_other_settings_are_for_whom_the_umask_says(pair, tmp_path):
+    assert main(command(pair, tmp_path)) == 0
+    mode = (tmp_path / "r" / "config.json").stat().st_mode
+    assert mode == (tmp_path / "r" / "summary.json").stat().st_mode
+
+
+@pytest.mark.parametrize("words", ["--api-key abc", "--api_key=abc", "--port 1 --hf-token abc"])
+def test_a_key_belongs_into_the_environment(words, capsys):
+    assert main(["train", "--rollout=vllm", f"--rollout-args={words}"]) == 2
+    said = capsys.readouterr().err
+    assert ("VLLM_API_KEY" in said or "HF_TOKEN" in said) and "abc" not in said
 
 
 def test_the_commit_of_a_checkout(tmp_path):
@@ -112,7 +147,6 @@ def test_the_commit_of_a_checkout(tmp_path):
 
 
 def test_a_training_that_a_program_starts_has_no_command(pair, tmp_path):
-    from cmdp_fast.trainer.parse import parse
     from cmdp_fast.trainer.run import train
 
     folder = train(parse(arguments(pair, tmp_path, steps=1, eval_every=0)[1:]))

@@ -70,6 +70,17 @@ def first_sentence(text: str) -> str:
     return re.split(r"(?<=[\w`)\]])\.(?=\s|$)", text, maxsplit=1)[0]
 
 
+def meaning(option: Option) -> str:
+    """What a default that is nothing stands for, where the text has a sentence of its own for it (`0: all of them.`);
+    else empty."""
+    word = option.default.split()[0]
+    found = re.search(rf"(?:^|[.;] ){word}: (.+)", option.says, re.IGNORECASE) if word in _NOTHING else None
+    return first_sentence(found[1]).removesuffix(".") if found else ""
+
+
+_NOTHING = ("empty", "0", "no")
+
+
 def _option(name: str, section: str, hint: Any, value: Any, says: str, names: list[str]) -> Option:
     extras = getattr(hint, "__metadata__", ())
     unit = next((extra for extra in extras if isinstance(extra, Unit)), None)

@@ -18,6 +18,7 @@ from cmdp_fast.terminal import columns, show
 
 from .options import Option, Settings, sections_of
 from .screens import ALL, Screen
+from .trl_names import option_here
 
 Kind = TypeVar("Kind", bound=Settings)
 
@@ -79,7 +80,9 @@ def _help_topic(args: Sequence[str]) -> str | None:
 
 def _unknown(word: str, names: Sequence[str], prog: str) -> str:
     name = re.sub(r"^-+|=.*$", "", word)
-    hint = did_you_mean(name, [*names, "help", "help-all"], "--") or f" ({prog} --help-all lists all)"
+    here = option_here(name, [f"--{each}" for each in names])
+    hint = f", what TRL calls so is here {here}" if here else did_you_mean(name, [*names, "help", "help-all"], "--")
+    hint = hint or f" ({prog} --help-all lists all)"
     what = "there is no such option" if word.startswith("-") else "expected an option, which begins with --"
     return f"{readable(word)}: {what}{hint}"
 

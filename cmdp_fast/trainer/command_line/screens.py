@@ -9,7 +9,8 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.nearest import did_you_mean
 from cmdp_fast.terminal import beside, wrapped
 
-from .options import Option, Section, Settings, first_sentence, sections_of
+from ..settings.config import TrainConfig
+from .options import Option, Section, Settings, first_sentence, meaning, sections_of
 
 ALL = "all"
 COLUMN = 26  # where the texts begin
@@ -45,6 +46,10 @@ class Screen(NamedTuple):
         options = {o.name.replace("_", "-"): o for section in sections for o in section.options}
         if option := options.get(name) or options.get(name.removeprefix("no-")):
             return self._option(option, f"{option.says} (section {option.section})")
+        trainings = sections_of(TrainConfig, None, "train")
+        if name in {topic for section in trainings for topic in (section.name, *(o.flag[2:] for o in section.options))}:
+            where = f"cmdp-fast train --help {name}"
+            raise InputError(f"--help {topic}: a setting of trainings, which `{where}` tells of, and no option here")
         raise InputError(
             f"--help {topic}: neither a section ({', '.join(by_section)}) nor an option"
             f"{did_you_mean(name, [*by_section, *options])}"
@@ -89,7 +94,9 @@ class Screen(NamedTuple):
     def _option(self, option: Option, says: str, short: bool = False) -> list[str]:
         switch = option.flag if short else f"{option.flag}, --no-{option.flag.removeprefix('--')}"
         flag = f"{option.flag} {option.given}".strip() if option.given else switch
-        default = "" if option.positional else f" (default: {option.default})"
+        means = short and meaning(option)
+        default = f"{option.default} = {means}" if means else option.default
+        default = "" if option.positional else f" (default: {default})"
         return beside(flag, f"{says}{default}", self.width, COLUMN)
 
 

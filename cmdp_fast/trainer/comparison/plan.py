@@ -12,13 +12,14 @@ from typing import Annotated, Any, NamedTuple
 from cmdp_fast.digest import Damaged
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
+from cmdp_fast.masking import masked
 
 from ..command_line.parsing import settings_of
 from ..records.ending import finished_summary
 from ..settings.config import TrainConfig
 from ..settings.ranges import SEED
 from ..settings.recipe import NOT_TOML, read_recipe, tomllib
-from ..settings.recorded import recorded
+from ..settings.recorded import shared
 from ..settings.units import FOLDER, FUNCTION, METHOD, NAME, RUNS, WHOLE
 from ..settings.unread import changed, check_read
 from ..settings.values import typed
@@ -238,7 +239,8 @@ def summary_of(run: SeededRun) -> dict[str, Any] | None:
         raise InputError(f"{run.folder}: {error}: {remove}") from error
     if summary is None:
         return None
-    past, wanted = summary["config"], json.loads(as_json(recorded(run.config)))
+    # An earlier version masked nothing
+    past, wanted = masked(summary["config"]), json.loads(as_json(shared(run.config)))
     if different := [key for key in wanted.keys() | past.keys() if wanted.get(key) != past.get(key)]:
         key = sorted(different)[0]
         raise InputError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from cmdp_fast.digest import Damaged, check_digests, check_nothing_else, digests, read_sealed, write_sealed
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import writing
+from cmdp_fast.masking import home
 
 from ..records.lock import alone_in
 
@@ -20,9 +21,12 @@ FILES = "files.json"  # the sha256 of all others
 
 
 def cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/cmdp_fast`` or ``~/.cache/cmdp_fast``. Raises InputError if somebody else could put models
-    there, as `check_own` says."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmdp_fast"
+    """``$XDG_CACHE_HOME/cmdp_fast`` or ``~/.cache/cmdp_fast``. Raises InputError if there is neither, or if somebody
+    else could put models there, as `check_own` says."""
+    given, own = os.environ.get("XDG_CACHE_HOME"), home()
+    if not given and own is None:
+        raise InputError("there is no home folder to keep models in: set XDG_CACHE_HOME to a folder")
+    folder = Path(given or f"{own}/.cache") / "cmdp_fast"
     if folder.exists():
         check_own(folder)
     return folder

@@ -17,7 +17,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json, sync, write_text, writing
 
 from ..settings.config import TrainConfig
-from ..settings.recorded import recorded
+from ..settings.recorded import shared
 from .samples import samples_text
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path,
     accelerator.init_trackers("cmdp_fast")
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":  # which would make a run of its own of them
-            tracker.store_init_configuration(json.loads(as_json(recorded(config))))
+            tracker.store_init_configuration(json.loads(as_json(shared(config))))
 
 
 def _wandb_id(folder: Path, goes_on: bool) -> str:

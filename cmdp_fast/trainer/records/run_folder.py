@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 from cmdp_fast.digest import write_sealed
 from cmdp_fast.errors import InputError, readable
-from cmdp_fast.files import check_writable, sync, sync_folder, writing
+from cmdp_fast.files import as_json, check_writable, sync, sync_folder, writing
+from cmdp_fast.masking import masked, without_secrets
 
 from ..settings.config import TrainConfig
 from ..settings.recorded import recorded
@@ -72,9 +74,11 @@ def make_run_folder(config: TrainConfig, began: Beginning, held: ExitStack, say:
 
 
 def write_config(folder: Path, config: TrainConfig, began: Beginning) -> None:
-    """`config.json`: the settings, and what the run has begun with beside them."""
-    settings = recorded(replace(config, resume="", dry_run=False))
-    write_sealed(folder / "config.json", {**settings, **began._asdict()})
+    """`config.json`: the settings, and what the run has begun with beside them, as they are: `--resume` reads them. The
+    file is its owner's alone if something in them looks like a secret."""
+    settings = json.loads(as_json({**recorded(replace(config, resume="", dry_run=False)), **began._asdict()}))
+    secret = masked(settings, without_secrets) != settings
+    write_sealed(folder / "config.json", settings, mode=0o600 if secret else 0o666)
 
 
 def _rename(part: Path, parent: Path, config: TrainConfig) -> Path:

@@ -1,7 +1,8 @@
 """What a session of a run was made with: versions, machine, command, times; `summary.json` has one entry for each.
 
-A run that was stopped and resumed has had several, each of a process, perhaps on another machine. Nobody's name stands
-there: no user's, no host's, nothing of the environment, and of the command no password.
+A run that was stopped and resumed has had several, each of a process, perhaps on another machine. Nothing of the
+environment and no name of this machine is asked for. The command is masked (masking.py), by the form of its words:
+hosts in addresses and paths outside the home folder stay in it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from cmdp_fast import cpu
 from cmdp_fast.children import ROOT
 from cmdp_fast.info import processor, versions
+from cmdp_fast.masking import public_words
 from cmdp_fast.ops.backends import choose
 
 from ..settings.config import TrainConfig
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PACKAGES = ("cmdp_fast", "torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "peft")
-_SECRET = r"[\w-]*(?:key|token|secret|password|passwd|credential)"
 
 
 class Session:
@@ -76,22 +77,8 @@ def _now() -> str:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """A command as it is typed, without what should not be passed on: passwords, keys and tokens are `***`, and the
-    home folder, which has a user's name, is `~`."""
-    shown = []
-    for before, word in zip(("", *words), words, strict=False):
-        secret = re.fullmatch(rf"--?{_SECRET}", before, re.IGNORECASE)
-        shown.append("***" if secret else _without_secrets(word))
-    return shlex.join(shown)
-
-
-def _without_secrets(word: str) -> str:
-    word = re.sub(r"(?<=://)[^/?#\s]*@", "", word)
-    word = re.sub(rf"([?&]{_SECRET}=)[^&#\s]*", r"\1***", word, flags=re.IGNORECASE)
-    word = re.sub(rf"(--?{_SECRET}[= ])\S+", r"\1***", word, flags=re.IGNORECASE)  # in words for another program
-    word = re.sub(r"\b(?:hf_|sk-)\w{8,}", "***", word)
-    home = str(Path.home())
-    return word if home == "/" else re.sub(rf"(?<![\w/]){re.escape(home)}(?=/|$)", "~", word)
+    """A command as it is typed, as `masking.public_words` shows it."""
+    return shlex.join(public_words(words))
 
 
 def commit(root: Path) -> str | None:

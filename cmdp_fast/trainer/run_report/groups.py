@@ -12,6 +12,7 @@ from typing import Any
 
 from cmdp_fast.errors import InputError, readable
 from cmdp_fast.files import as_json
+from cmdp_fast.masking import public
 
 from ..records.resume import CHANGEABLE
 from ..settings.config import TrainConfig
@@ -112,7 +113,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
             or name in within[settings["method"]]
             or (name in own and _value(own[name]) != settings[name])
         ]
-        parts = [f"{name.replace('_', ' ')} {short(settings[name], LONGEST_VALUE)}" for name in named]
+        parts = [f"{name.replace('_', ' ')} {short(public(settings[name]), LONGEST_VALUE)}" for name in named]
         more = [f"{len(parts) - MOST_NAMED} more"] if len(parts) > MOST_NAMED else []
         labels.append(", ".join([short(settings["method"], LONGEST_NAME), *parts[:MOST_NAMED], *more]))
     for tell in (_files, _all):

@@ -22,14 +22,17 @@ class BudgetSettings:
     budget_per_token: bool = False
     """The budget is in nats per token of the completion, so that a long one may spend more."""
     budget_start: Annotated[float, NOT_NEGATIVE, NATS] = 0.0
-    """The budget at the first step, from which it goes to `budget` in a straight line over `budget_steps`."""
+    """The budget at the first step, from which it goes to `budget` in a straight line over `budget_steps`. 0: no such
+    schedule."""
     budget_steps: Annotated[int, NOT_NEGATIVE, STEPS] = 0
     """Length of that schedule. 0: the budget is `budget` from the beginning. Evaluations always use `budget`."""
     prefix_budget: Annotated[float, NOT_NEGATIVE, NATS_PER_TOKEN] = 0.0
     """The bound, in nats per token, on the teacher's mean negative log-likelihood over any prefix of a completion.
     `worst_case` keeps to it, and `prefix_satisfaction` reports it. 0: neither."""
     cost: CostName = "reverse_kl"
-    """Cost of a token. The first three are exact divergences with a direct gradient."""
+    """Cost of a token. The first three are exact divergences with a direct gradient. The others look at the sampled
+    token alone, of probability p to the student and q to the teacher: k1 is `log(p/q)`, k3 is `q/p - 1 - log(q/p)` and
+    nll is `-log(q)`."""
     cost_clamp: Annotated[float, NOT_NEGATIVE, NATS] = 0.0
     """The largest size in nats of a token's cost, for k1, k3 and nll: k3 of a single token may be 1e13. 0: as it is."""
     jsd_beta: Annotated[float, FROM_0_TO_1, FRACTION] = 0.5
@@ -50,8 +53,8 @@ class BudgetSettings:
     n = 1 is the most that a violation can gain. one: the task's reward as it is. auto: range, and one for lagrangian,
     whose coefficient is then what other trainers call beta."""
     coefficient: Annotated[float, NOT_NEGATIVE, PRICE] = 0.0
-    """The multiplier of lagrangian (0: the task's reward alone), that from which pid's controller starts, the weight of
-    the barrier, or that of k3 in the loss of kl_loss."""
+    """The multiplier of lagrangian (0: the task's reward alone), that from which pid's controller starts, or the weight
+    of k3 in the loss of kl_loss. For the barrier the weight of log(1 - spent/budget): reward units, not per nat."""
     kl_loss_correction: bool = False
     """Whether kl_loss multiplies k3 by the ratio of the student to itself at the sampling, and differentiates that too:
     the gradient is then that of reverse KL at each state. TRL 1.16 does so unless `use_bias_correction_kl=False`."""

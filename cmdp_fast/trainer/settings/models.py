@@ -32,11 +32,11 @@ class ModelSettings:
     trust_remote_code: bool = False
     """Run code that comes with a model. Weights are read from safetensors files only, with either value."""
     mixed_precision: Literal["no", "bf16", "auto"] = "no"
-    """Arithmetic of the models. bf16: the student runs under autocast and weights that are not trained, the
-    teacher's or those under an adapter, are held in bfloat16. For GPUs, and for processors that multiply in bfloat16;
-    on others it is far slower than float32. auto: bf16 on a GPU that has it, and on a CPU where a product in it takes
-    less than three quarters of the time of one in float32, as measured when the run begins; its settings have what it
-    was."""
+    """Arithmetic of the models. no: float32. bf16: the student runs under autocast and weights that are not trained,
+    the teacher's or those under an adapter, are held in bfloat16. For GPUs, and for processors that multiply in
+    bfloat16; on others it is far slower than float32. auto: bf16 on a GPU that has it, and on a CPU where a product in
+    it takes less than three quarters of the time of one in float32, as measured when the run begins; its settings have
+    what it was."""
     lora_rank: Annotated[int, NOT_NEGATIVE, WHOLE] = 0
     """Train an adapter of this rank, and not all weights. The student's own stay as they are. If the teacher is the
     same model, its weights are shared. `student/` gets the merged model in float32, `student/adapter` the adapter. 0:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from cmdp_fast.masking import masked
+
 from .config import TrainConfig
 
 UNRECORDED = ("random_weights",)
@@ -14,6 +16,12 @@ WHERE_TRUE = ("fast",)
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-    """The settings by name, for `config.json`, `summary.json` and trackers."""
+    """The settings by name, for `config.json`, which is read again."""
     off = {name for name in WHERE_TRUE if not getattr(config, name)}
     return {name: value for name, value in asdict(config).items() if name not in UNRECORDED and name not in off}
+
+
+def shared(config: TrainConfig) -> dict[str, Any]:
+    """The same for what others look at, `summary.json` and trackers: masked, see masking.py."""
+    values: dict[str, Any] = masked(recorded(config))
+    return values

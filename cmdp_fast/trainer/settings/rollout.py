@@ -12,6 +12,8 @@ from cmdp_fast.errors import InputError
 from .ranges import NOT_NEGATIVE, POSITIVE, ZERO_OR_ONE
 from .units import ADDRESS, FILE, FOLDER, NATS, SECONDS, STEPS
 
+_IN_THE_ENVIRONMENT = {"--api-key": "VLLM_API_KEY", "--hf-token": "HF_TOKEN"}  # the run itself reads the one as well
+
 
 @dataclass(frozen=True)
 class RolloutSettings:
@@ -27,7 +29,8 @@ class RolloutSettings:
     rollout_python: Annotated[str, FILE] = ""
     """Python of the environment that vLLM is installed in, for the server that the run starts. Empty: this one."""
     rollout_args: str = ""
-    """Further options for the server that the run starts, as one word: `"--gpu-memory-utilization 0.4"`."""
+    """Further options for the server that the run starts, as one word: `"--gpu-memory-utilization 0.4"`. A key is no
+    part of them: the server and the run read `VLLM_API_KEY` in the environment."""
     rollout_devices: str = ""
     """`CUDA_VISIBLE_DEVICES` of the server that the run starts, such as `6,7`. Empty: those of the run."""
     rollout_folder: Annotated[str, FOLDER] = ""
@@ -70,9 +73,15 @@ def check_rollout(settings: RolloutSettings, rollout: str, mixes_teacher: bool, 
     if settings.rollout_teacher_url and not settings.rollout_url:
         raise InputError("--rollout-teacher-url is for a run with --rollout-url: it starts no server")
     try:
-        shlex.split(settings.rollout_args)
+        words = shlex.split(settings.rollout_args)
     except ValueError as error:
         raise InputError(f"--rollout-args {settings.rollout_args}: {error}") from error
+    for option, variable in _IN_THE_ENVIRONMENT.items():
+        if any(word.partition("=")[0].replace("_", "-") == option for word in words):
+            raise InputError(
+                f"--rollout-args has {option}, and files keep its words: set {variable} in the environment, which the "
+                "server reads too"
+            )
 
 
 def _is_address(url: str) -> bool:

@@ -1,0 +1,84 @@
+"""Texts that others may read: what looks like a secret becomes `***`, and the home folder `~`.
+
+A secret is known by its form, so that one of another form stays: this keeps what a person pastes without looking from
+the worst, and is no proof that nothing is in a text. Hosts, addresses, paths elsewhere and names of users in them stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_AGAIN = r"(?![a-z])(?![-_]?(?:file|ids?)(?![a-z]))"  # not `tokens`, `tokenizer`, `keyword`, `token_file`, `token_ids`
+_KINDS = rf"(?:key|keys|token|secrets?|passwords?|passwd|passphrase|credentials?){_AGAIN}"
+_NAMED = rf"[\w.-]*{_KINDS}[\w.-]{{0,40}}"  # bounds keep the time in proportion to the text
+_NAME = rf"(?<![\w.-]){_NAMED}"
+_IN_QUOTES = rf"""\\{{0,4}}["']{_NAME}\\{{0,4}}["']"""
+_QUOTED = r"""(?P<quote>\\{0,4}["'])(?:\\[\s\S]|[^\\])*?(?P=quote)"""
+
+_OPTION = re.compile(rf"--?(?=\w){_NAMED}", re.IGNORECASE)
+_RULES = (  # in this order
+    (re.compile(r"(?<=://)[^/?#\s]*@"), ""),  # the user and the password of an address
+    (re.compile(r"(://[^\s?#\"']{0,2000}\?)[^\s#\"]+"), r"\1***"),  # its query, which may be its signature
+    (re.compile(r"\b(?:sk-[\w-]{8,}|(?:hf|gh[oprsu])_[A-Za-z0-9]{10,}|github_pat_\w{10,}|AKIA[A-Z0-9]{16})"), "***"),
+    (re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]{8,}"), r"\1 ***"),
+    # {"api_key": "..."}, NAME=..., and --name ... of a command in a text
+    (re.compile(rf"(?P<name>{_IN_QUOTES}\s*:\s*)(?:{_QUOTED}|[^\s,}}\]]+)", re.IGNORECASE), r"\g<name>***"),
+    (re.compile(rf"(?P<name>{_NAME}\s?=(?!=)\s?)(?:{_QUOTED}|\S+)", re.IGNORECASE), r"\g<name>***"),
+    (re.compile(rf"(?P<name>(?<![\w.-])--?(?=\w){_NAMED}\s+)(?:{_QUOTED}|(?!-)\S+)", re.IGNORECASE), r"\g<name>***"),
+)
+
+
+def home() -> Path | None:
+    """The home folder; None where there is none, as for a user that a container has only the number of."""
+    try:
+        folder = Path.home()
+    except RuntimeError:
+        return None
+    return folder if folder.is_absolute() else None
+
+
+def without_secrets(text: str) -> str:
+    """A text with `***` for values of names like key, token, secret, password or credential (`NAME=value`, JSON,
+    `--name value`), for keys of the forms `sk-…`, `hf_…`, GitHub's and Amazon's, and for what follows `Bearer`; and
+    addresses without user, password and query."""
+    for pattern, instead in _RULES:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def public(text: str) -> str:
+    """The same, with `~` for the home folder, under the name that it has and under the one that it resolves to."""
+    text = without_secrets(text)
+    folder = home()
+    names = {str(folder), str(folder.resolve())} if folder else set()
+    for name in sorted(names - {"/"}, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-]|\.\w)", "~", text)
+    return text
+
+
+def public_words(words: Sequence[str]) -> list[str]:
+    """The words of a command: `public`, and the one behind an option like `--api-key` is `***`."""
+    shown = []
+    for before, word in zip(("", *words), words, strict=False):
+        shown.append("***" if names_a_secret(before) and not word.startswith("--") else public(word))
+    return shown
+
+
+def names_a_secret(option: str) -> bool:
+    """Whether the value of such an option of a command is a secret."""
+    return _OPTION.fullmatch(option) is not None
+
+
+def masked(value: Any, mask: Callable[[str], str] = public) -> Any:
+    """A value of JSON whose texts are masked; a text under a name like `api_key` is `***`, whatever it is."""
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, dict):
+        return {
+            name: "***" if isinstance(item, str) and item and names_a_secret(f"--{name}") else masked(item, mask)
+            for name, item in value.items()
+        }
+    return [masked(item, mask) for item in value] if isinstance(value, (list, tuple)) else value
