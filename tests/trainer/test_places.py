@@ -9,6 +9,7 @@ import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_pair import arguments, settings
@@ -21,6 +22,7 @@ from cmdp_fast.trainer import cache_teacher, evaluate_student, run
 from cmdp_fast.trainer.comparison import compare
 from cmdp_fast.trainer.records.run_folder import Beginning, check_run_folder, make_run_folder
 from cmdp_fast.trainer.run_report import command as report_command
+from cmdp_fast.trainer.training import Training
 
 
 def full(path: Path, monkeypatch) -> Path:
@@ -197,3 +199,9 @@ def test_what_has_the_name_already(kind, pair, tmp_path, monkeypatch):
 def test_a_name_that_is_too_long(pair, tmp_path):
     with pytest.raises(InputError, match="File name too long"):
         check_run_folder(dataclasses.replace(settings(pair), output_dir=str(tmp_path), recipe="n" * 250 + ".toml"))
+
+
+def test_the_command_to_go_on_with_is_one_to_be_pasted():
+    learner, config = SimpleNamespace(steps_done=1), SimpleNamespace(steps=2)
+    run = SimpleNamespace(folder=Path("my runs/r"), saved=0, learner=learner, config=config)
+    assert "`train --resume 'my runs/r'`" in Training._what_is_left(run)
