@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 
 import pytest
 from test_ending import command, left_by
@@ -114,45 +115,45 @@ def test_while_it_imports(monkeypatch, capsys):
 # ------------------------------------------------------------------------------------- nobody reads any more
 
 
-@pytest.fixture
-def piped(monkeypatch):
+@contextmanager
+def piped() -> Iterator[Callable[[], None]]:
     """Both outputs in a pipe, as with `2>&1 | tee log`; what closes the end that is read."""
     read, written = os.pipe()
     with open(written, "w", encoding="utf-8") as pipe, open(read, "rb") as reader:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        monkeypatch.setattr(sys, "stderr", pipe)
-        yield reader.close
-        monkeypatch.undo()
+        with redirect_stdout(pipe), redirect_stderr(pipe):
+            yield reader.close
+        assert reader.closed
         pipe.flush()  # as Python does at its end
 
 
-def test_a_closed_pipe_stops_no_run(pair, tmp_path, expected, piped, monkeypatch):
+def test_a_closed_pipe_stops_no_run(pair, tmp_path, expected, monkeypatch):
     """`| head`."""
     step = Learner.step
 
     def close_and_step(self, *args):
-        piped()
+        close()
         return step(self, *args)
 
     monkeypatch.setattr(Learner, "step", close_and_step)
-    assert main(command(pair, tmp_path, steps=3, checkpoint_every=1)) == 0
+    with piped() as close:
+        assert main(command(pair, tmp_path, steps=3, checkpoint_every=1)) == 0
     assert left_by(tmp_path / "r") == expected
 
 
 @pytest.mark.parametrize("how", ["an interrupt", "an error"])
-def test_a_run_that_is_stopped_without_a_reader_keeps_everything(how, pair, tmp_path, expected, piped, monkeypatch):
+def test_a_run_that_is_stopped_without_a_reader_keeps_everything(how, pair, tmp_path, expected, monkeypatch):
     """Ctrl-C comes to `tee` too, which ends first."""
     step, folder = Learner.step, tmp_path / "r"
 
     def stopped(self, *args):
         if self.steps_done == 1:
-            piped()
+            close()
             if how == "an error":
                 raise InputError("it is over")
             signal.raise_signal(signal.SIGINT)
         return step(self, *args)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, piped() as close:
         patch.setattr(Learner, "step", stopped)
         assert main(command(pair, tmp_path, steps=3, checkpoint_every=1)) == (130 if how == "an interrupt" else 2)
     done = 2 if how == "an interrupt" else 1
