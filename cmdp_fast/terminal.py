@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import textwrap
@@ -66,6 +67,21 @@ def fitted(text: str, width: int) -> str:
 
 
 def show(text: str, stream: IO[str]) -> None:
-    """Prints a text; what the stream's encoding lacks becomes a question mark."""
+    """Prints a text; what the stream's encoding lacks becomes a question mark. Nothing where nobody reads any more: a
+    pipe that is closed is no error of ours."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:
+        silence(stream)
+
+
+def silence(stream: IO[str]) -> None:
+    """Has a stream that cannot be written to lead nowhere. Otherwise what it still holds would fail once more as Python
+    ends, with a traceback and an exit code of its own."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or one that is closed
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+        finally:
+            os.close(nowhere)

@@ -37,6 +37,7 @@ from .rollout import Sampling, drop_long_prompts, encode_prompts, generate, make
 from .settings import units
 from .settings.config import TrainConfig
 from .settings.ranges import NOT_NEGATIVE, POSITIVE
+from .sources import loading
 from .stops import token_named
 from .tasks.data import Problem, evaluation_sets, load_problems
 
@@ -107,11 +108,12 @@ def cache_teacher(config: CacheConfig) -> Path:
     report, folder = Report(), Path(config.output)
     check_writable(folder, f"--output {readable(config.output)}")
     accelerator = make_accelerator(config)
-    with report.waiting(f"reading the problems of {config.task or config.dataset}"):
-        train = load_problems(config).train
-    found = find_pair(config, train, report)
-    with report.waiting(f"loading {config.teacher}"):
-        work = _work(config, found, train, accelerator.device, report)
+    with loading():
+        with report.waiting(f"reading the problems of {config.task or config.dataset}"):
+            train = load_problems(config).train
+        found = find_pair(config, train, report)
+        with report.waiting(f"loading {config.teacher}"):
+            work = _work(config, found, train, accelerator.device, report)
     contents = contents_of(work.teacher, config.logprobs, config.dtype, work.source)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from .records.report import Report
 from .rollout import check_tokens, check_variables, drop_long_prompts, encode_prompts
 from .routing import check_rows
 from .settings.config import TrainConfig
+from .sources import loading
 from .tasks.data import Problem, load_problems
 from .tasks.rewards import RewardFunction, check_columns, load_rewards
 from .tasks.step_verifiers import StepVerifier, check_verifier, load_step_verifier
@@ -47,6 +48,7 @@ class Material:
         return None if isinstance(self.teacher, Teacher) else self.teacher
 
 
+@loading()
 def load(config: TrainConfig, report: Report, sets: dict[str, list[Problem]] | None = None) -> Material:
     """Everything, the models on the CPU and last: what can be refused without them is. ``sets``: of problems by name,
     for an evaluation without a training. Raises InputError for material that cannot be used."""

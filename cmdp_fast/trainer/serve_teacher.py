@@ -26,6 +26,7 @@ from .settings.config import check_choices, check_ranges
 from .settings.ranges import NOT_NEGATIVE, POSITIVE, Range
 from .settings.recipe import read_recipe
 from .settings.units import ADDRESS, FILE, MIB, MODEL, NAME, PROCESSES, TOKENS, WHOLE
+from .sources import loading
 from .stops import end_tokens
 from .tasks.data import load_problems
 from .teacher_ranks import meet, rank, ranks
@@ -139,6 +140,7 @@ def _serve(
     report.say("the teacher has ended: what was asked is answered")
 
 
+@loading()
 def _teacher(settings: ServeSettings, report: Report) -> TeacherInProcess:
     """The model on its device, with the name that it was asked for by and the digest of its files."""
     config = replace(

@@ -1,7 +1,7 @@
 """Where the name of a dataset or a model leads: to a path on this machine, or to a hub.
 
-A path that is not there is never asked a hub for. A hub that does not answer is asked once, in seconds, and after that
-what its cache holds is taken; the libraries would try every file five times, with pauses.
+A path that is not there is never asked a hub for. A hub that does not answer is asked once in a load, in seconds, and
+after that what its cache holds is taken; the libraries would try every file five times, with pauses.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from cmdp_fast.errors import InputError, first_line, readable
 
 FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip")
 PATIENCE = 10.0  # seconds for the first answer of a hub
 
-_away = ""  # why the hub is not asked in this process
+_load: ExitStack | None = None  # what the load at hand has to put back
+_away = ""  # why the hub is not asked in it
 
 
 def check_path(option: str, name: str, file_too: bool) -> None:
@@ -56,9 +60,24 @@ def alike(path: Path) -> str:
     return f" (did you mean {', '.join(close)}?)" if close else ""
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """A load, of which all that the body loads is a part. A hub that does not answer is left alone until its end: by
+    the next one it may be there again. What is a part of another load has no end of its own."""
+    global _load, _away
+    if _load is not None:
+        yield
+        return
+    try:
+        with ExitStack() as _load:
+            yield
+    finally:
+        _load, _away = None, ""
+
+
 def find_hub() -> None:
-    """Asks the hub for a first answer, once in a process. If there is none it is left alone from here on, and what its
-    cache holds is taken, as with HF_HUB_OFFLINE."""
+    """Asks the hub for a first answer, inside of `loading`. If there is none it is left alone in the rest of the load,
+    and what its cache holds is taken, as with HF_HUB_OFFLINE."""
     import datasets
     from huggingface_hub import constants, get_session
 
@@ -73,8 +92,14 @@ def find_hub() -> None:
             f"{constants.ENDPOINT} cannot be reached ({readable(first_line(error))}), and the cache does not hold it: "
             "give a path, or see to the network"
         )
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of it once more for every file
+        assert _load is not None
+        log = logging.getLogger("huggingface_hub")
+        _load.callback(log.setLevel, log.level)
+        both: tuple[Any, ...] = (constants, datasets.config)
+        for flags in both:
+            _load.callback(setattr, flags, "HF_HUB_OFFLINE", flags.HF_HUB_OFFLINE)
+            flags.HF_HUB_OFFLINE = True
+        log.setLevel(logging.ERROR)  # it would tell of it once more for every file
 
 
 def with_hub(reason: str, name: str) -> str:

@@ -62,6 +62,7 @@ class Learner:
         kp, ki, kd = self.config.pid_gains
         self.pid = objective.PIDController(kp=kp, ki=ki, kd=kd, initial_integral=self.config.coefficient)
         self.tokens_seen = 0
+        self.between = False  # the weights are those of no step: some of its minibatches are behind them, not all
         here = (
             nn.Module() if isinstance(self.teacher, Teacher) else self.teacher
         )  # what is computed elsewhere is not ours
@@ -94,6 +95,7 @@ class Learner:
             experience = replace(experience, rollout=rollout.without_truncated())
         metrics |= self.update(experience, targets, constraint)
         self.collector.steps_done += 1
+        self.between = False
         means = {"tokens": rollout.prompt_mask.sum() + rollout.mask.sum()}  # `num_tokens` has the prompts, as TRL's
         if self.config.grouped:
             rewards = experience.task_reward.masked_fill(~experience.scored, torch.nan)
@@ -206,6 +208,7 @@ class Learner:
             norms["value/grad_norm"] = self._clipped(self.method.value_head)
         if not all(map(math.isfinite, norms.values())):
             raise NotFinite(f"the gradient is not finite: {CAUSES}")
+        self.between = True
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norms

@@ -216,7 +216,7 @@ class Training:
         kept = f"its last checkpoint is of step {self.saved}" if self.saved else "it has no checkpoint yet"
         return (
             f"{self.folder} stopped {at}; {kept}. Start it again on all machines with the same launcher and "
-            f"`train --resume {self.folder}`, which may have another number of processes"
+            f"`train --resume {shlex.quote(str(self.folder))}`, which may have another number of processes"
         )
 
     def _checkpoint_of_the_end(self) -> None:
@@ -310,11 +310,15 @@ class Training:
         that takes long."""
         c, folder, done = self.config, self.folder, self.learner.steps_done
         agreed = isinstance(error, (InputError, KeyboardInterrupt, type(None))) and not isinstance(error, ProcessLost)
-        # Otherwise the other processes are elsewhere, and cannot help to put the student together
-        whole = not hurried and (self.accelerator.num_processes == 1 or agreed)
-        step = self._last_good() if isinstance(error, NotFinite) else done if whole else None
+        alone = self.accelerator.num_processes == 1
+        step: int | None = None
+        ruined = False
+        if not hurried and (alone or agreed):  # otherwise the others are elsewhere, and do not help with the student
+            step = done
+            if isinstance(error, NotFinite) or (error is not None and self._of_no_step()):
+                ruined, step = True, self._last_good() if alone or isinstance(error, NotFinite) else None
         if error is not None:
-            self.report.say(self._what_ended(error, step))
+            self.report.say(self._what_ended(error, step, ruined))
         shown = ((who, self._shown(some)) for who, some in self.samples.items())
         constraint, accuracy = evaluation_constraint(c), self.results.get("teacher", {}).get("accuracy")
         writes: list[Callable[[], None]] = [self.log.close]
@@ -327,17 +331,17 @@ class Training:
         if step is not None:
             model, weights = whole_student(self.learner.student, self.accelerator)
             writes.append(lambda: save_student(model, self.material.tokenizer, folder, weights))
-        failures: list[InputError] = []
+        failures: list[Exception] = []
         ended = [error]  # or by the first file that cannot be written
         about = {"student_step": step, "sessions": self._sessions()}
         writes.append(lambda: write_summary(folder, summary(c, self.learner, self.results, done, ended[0]) | about))
         for write in writes if self.accelerator.is_main_process else []:
             try:
                 write()
-            except InputError as failure:
+            except Exception as failure:  # also one of a library that draws or saves
                 failures.append(failure)
                 ended = [error or failures[0]]
-                self.report.say(str(failure))
+                self.report.say(str(failure) if isinstance(failure, InputError) else repr(failure))
         if error is None:
             with together(self.accelerator):
                 if failures:
@@ -346,6 +350,17 @@ class Training:
             names = "summary.json metrics.jsonl tensorboard/ curves.png samples.txt samples.jsonl"
             self.report.say(f"{folder}: {'student/ ' if step is not None else ''}{names}")
 
+    def _of_no_step(self) -> bool:
+        """Whether the weights are those of a step that has not ended, or are ruined by what has ended it. Of several
+        processes nobody looks for the latter: they may not all be there."""
+        if self.learner.between or self.accelerator.num_processes > 1:
+            return self.learner.between
+        try:
+            self.learner.check_weights()
+        except Exception:  # also one of CUDA, after which nothing can be read any more
+            return True
+        return False
+
     def _last_good(self) -> int | None:
         """Has the student the weights of the last checkpoint, in place of those that are ruined; its step, None where
         there is none. Every process must call this."""
@@ -353,17 +368,17 @@ class Training:
             if not of_main(lambda: bool(checkpoints(self.folder)), self.accelerator):
                 return None
             return load_weights(self.accelerator, self.learner.trained, self.folder, self.report)
-        except InputError as error:
-            self.report.say(str(error))
+        except Exception as error:  # as after one of CUDA, where nothing can be done any more
+            self.report.say(str(error) if isinstance(error, InputError) else repr(error))
             return None
 
-    def _what_ended(self, error: BaseException, student: int | None) -> str:
+    def _what_ended(self, error: BaseException, student: int | None, ruined: bool) -> str:
         """How far the run has come, what of it is kept, and how it goes on; `student`: the step whose weights are
-        written to `student/`."""
+        written to `student/`; `ruined`: those of the model were not."""
         folder, done, kept = self.folder, self.learner.steps_done, checkpoints(self.folder)
         interrupted, last = isinstance(error, KeyboardInterrupt), kept[-1].name if kept else ""
         parts = [f"{'interrupted' if interrupted else 'stopped by an error'} after step {done} of {self.config.steps}"]
-        if isinstance(error, NotFinite):
+        if ruined or student != done:
             there = "stays as it was" if (folder / "student").exists() else "is not written"
             parts.append(f"student/ has the weights of step {student}" if student is not None else f"student/ {there}")
         kept_there = f"{folder} keeps {last}" if kept else f"{folder} has no checkpoint yet and begins again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -427,3 +428,10 @@ def test_a_folder_is_begun_by_one_teacher(folder):
     teacher = teacher_of()
     with pytest.raises(InputError, match=f"{SHARD}: it has .*; remove the folder to begin again"):
         CacheWriter(folder, contents_of(teacher, source={"made": "here"}), teacher, 1)
+
+
+def test_the_command_that_makes_a_folder_is_one_to_be_pasted(tmp_path):
+    place = str(tmp_path / "my cache; rm")
+    with pytest.raises(InputError) as raised:
+        CachedTeacher.open(place, None)
+    assert f"--output {shlex.quote(place)} makes it" in str(raised.value)

@@ -152,6 +152,41 @@ def test_what_is_waited_for_leaves_nothing(monkeypatch):
     assert str(Waiting("vLLM starts", 600)) == "0:00:00 of at most 0:10:00  vLLM starts"
 
 
+@pytest.mark.parametrize("within", ["a bar", "a wait"])
+def test_a_terminal_that_is_gone(within, monkeypatch):
+    """Nothing of what draws or says raises from then on, and nothing is left that would at the end of Python."""
+    terminal = Terminal(monkeypatch, 80)
+    report, seen = Report(), []
+    assert not report.quiet
+    if within == "a bar":
+        for item in report.track(range(3), "training"):
+            if item == 1:
+                os.close(terminal.master)
+            report.say(f"a line of {item}")
+    else:
+        with report.waiting("something"):
+            os.close(terminal.master)
+            report.say("a line")
+    for item in report.track(range(4), "evaluating"):
+        report.say("a line")
+        seen.append(item)
+    assert seen == [0, 1, 2, 3] and not report.shown
+    terminal.output.flush()
+
+
+def test_no_console_at_all(monkeypatch):
+    """As with `>&-`; and one that somebody closes meanwhile."""
+    monkeypatch.setattr(sys, "stdout", None)
+    report = Report()
+    report.say("a line")
+    assert report.quiet and not report.shown
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    report = Report()
+    sys.stdout.close()
+    report.say("a line")
+    assert not report.shown
+
+
 @pytest.mark.parametrize("why", ["CI", "a pipe", "a terminal that draws nothing"])
 def test_quiet(why, monkeypatch, capsys):
     """A line at a tenth of the way, by the count of the whole, and nothing that moves."""

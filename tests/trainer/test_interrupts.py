@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 
 import pytest
 from test_ending import command, left_by
@@ -15,6 +16,7 @@ from tiny_pair import arguments
 from written_runs import write_run
 
 from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.cached.writer import CacheWriter
 from cmdp_fast.trainer import evaluate_student, experience, run, training
 from cmdp_fast.trainer.comparison import launching, warm
@@ -108,6 +110,66 @@ def test_while_it_imports(monkeypatch, capsys):
     monkeypatch.setattr("cmdp_fast.cli._runner", lambda _: signal.raise_signal(signal.SIGINT))
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "cmdp-fast: interrupted\n"
+
+
+# ------------------------------------------------------------------------------------- nobody reads any more
+
+
+@contextmanager
+def piped() -> Iterator[Callable[[], None]]:
+    """Both outputs in a pipe, as with `2>&1 | tee log`; what closes the end that is read."""
+    read, written = os.pipe()
+    with open(written, "w", encoding="utf-8") as pipe, open(read, "rb") as reader:
+        with redirect_stdout(pipe), redirect_stderr(pipe):
+            yield reader.close
+        assert reader.closed
+        pipe.flush()  # as Python does at its end
+
+
+def test_a_closed_pipe_stops_no_run(pair, tmp_path, expected, monkeypatch):
+    """`| head`."""
+    step = Learner.step
+
+    def close_and_step(self, *args):
+        close()
+        return step(self, *args)
+
+    monkeypatch.setattr(Learner, "step", close_and_step)
+    with piped() as close:
+        assert main(command(pair, tmp_path, steps=3, checkpoint_every=1)) == 0
+    assert left_by(tmp_path / "r") == expected
+
+
+@pytest.mark.parametrize("how", ["an interrupt", "an error"])
+def test_a_run_that_is_stopped_without_a_reader_keeps_everything(how, pair, tmp_path, expected, monkeypatch):
+    """Ctrl-C comes to `tee` too, which ends first."""
+    step, folder = Learner.step, tmp_path / "r"
+
+    def stopped(self, *args):
+        if self.steps_done == 1:
+            close()
+            if how == "an error":
+                raise InputError("it is over")
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, piped() as close:
+        patch.setattr(Learner, "step", stopped)
+        assert main(command(pair, tmp_path, steps=3, checkpoint_every=1)) == (130 if how == "an interrupt" else 2)
+    done = 2 if how == "an interrupt" else 1
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["student_step"] == summary["steps"] == done and (folder / "student" / "model.safetensors").is_file()
+    assert (folder / "checkpoints" / f"step-{done:06d}").is_dir()
+    assert main(["train", f"--resume={folder}"]) == 0
+    assert left_by(folder) == expected
+
+
+def test_a_disk_that_is_full_of_the_log_stops_no_run(pair, tmp_path, monkeypatch):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(command(pair, tmp_path, steps=1)) == 0
+        full.flush()
+    assert (tmp_path / "r" / "student").is_dir()
 
 
 # ------------------------------------------------------------------------------------- other commands

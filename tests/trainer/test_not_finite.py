@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_ending import command, left_by
 from tiny_pair import learner_of, settings
 
 from cmdp_fast.cli import main
+from cmdp_fast.trainer import training
 from cmdp_fast.trainer.distributed import whole_student
 from cmdp_fast.trainer.methods.ppo import PPO
 from cmdp_fast.trainer.step import Learner, NotFinite
@@ -89,7 +91,6 @@ def test_a_checkpoint_that_cannot_be_read_either(pair, tmp_path, monkeypatch, ca
     assert main(command(pair, tmp_path, steps=1, checkpoint_every=1)) == 0
     before = (folder / "student" / "model.safetensors").read_bytes()
     spoil("loss", monkeypatch, at=2)
-    from cmdp_fast.trainer import training
 
     def unreadable(*_):
         raise training.InputError("memory is short")
@@ -110,3 +111,66 @@ def test_every_weight_is_looked_at(pair):
         learner.check_weights()
     model, _ = whole_student(learner.student, learner.accelerator)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def out_of_memory(what: str, patch, at: int) -> None:
+    """In a step's first minibatch, with a weight spoilt or none, or in its second."""
+    accumulate = Learner._accumulate
+
+    def fails(self, *args):
+        if self.steps_done + 1 == at and (what != "second" or self.between):
+            if what == "spoilt":
+                with torch.no_grad():
+                    next(p for p in self.student.parameters() if p.requires_grad).view(-1)[0] = torch.nan
+            raise RuntimeError("CUDA out of memory")
+        return accumulate(self, *args)
+
+    patch.setattr(Learner, "_accumulate", fails)
+
+
+@pytest.mark.parametrize("what", ["spoilt", "second"])
+def test_weights_of_no_step_are_not_kept(what, pair, tmp_path, expected, monkeypatch, capsys):
+    """Whatever ended it."""
+    folder = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        out_of_memory(what, patch, at=3)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            main(command(pair, tmp_path, steps=3, checkpoint_every=2))
+    assert "stopped by an error after step 2 of 3; student/ has the weights of step 2; " in capsys.readouterr().out
+    assert json.loads((folder / "summary.json").read_text())["student_step"] == 2
+    kept = torch.load(folder / "checkpoints" / "step-000002" / "model.bin", weights_only=True)
+    student = load_file(folder / "student" / "model.safetensors")
+    assert student and all(torch.equal(value, kept[f"student.{name}"]) for name, value in student.items())
+    assert main(["train", f"--resume={folder}"]) == 0
+    assert left_by(folder) == expected
+
+
+@pytest.mark.parametrize("what", ["first", "second"])
+def test_weights_of_a_step_are_kept_without_a_checkpoint(what, pair, tmp_path, monkeypatch, capsys):
+    """An error before a step has changed a weight leaves those of the step before."""
+    out_of_memory(what, monkeypatch, at=2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(command(pair, tmp_path))
+    whole = what == "first"
+    assert (tmp_path / "r" / "student").exists() == whole
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["student_step"] == (1 if whole else None)
+    assert ("student/ is not written; " in capsys.readouterr().out) != whole
+
+
+def test_in_a_hurry_no_checkpoint_is_read(pair, tmp_path, monkeypatch):
+    """Two interrupts, of which the step that sees that it is ruined comes to know nothing."""
+    update = Learner.update
+
+    def hurried(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise NotFinite("the loss is not finite") from None
+        return update(self, *args)
+
+    monkeypatch.setattr(training, "load_weights", lambda *_: pytest.fail("a checkpoint is read"))
+    assert main(command(pair, tmp_path, steps=1, checkpoint_every=1)) == 0
+    monkeypatch.setattr(Learner, "update", hurried)
+    assert main(["train", f"--resume={tmp_path / 'r'}", "--steps=2"]) == 2
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["student_step"] is None

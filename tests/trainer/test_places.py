@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import multiprocessing
 import os
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_pair import arguments, settings
@@ -15,8 +20,9 @@ from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import cache_teacher, evaluate_student, run
 from cmdp_fast.trainer.comparison import compare
-from cmdp_fast.trainer.records.run_folder import check_run_folder
+from cmdp_fast.trainer.records.run_folder import Beginning, check_run_folder, make_run_folder
 from cmdp_fast.trainer.run_report import command as report_command
+from cmdp_fast.trainer.training import Training
 
 
 def full(path: Path, monkeypatch) -> Path:
@@ -116,3 +122,86 @@ def test_no_command_works_before_it_looks(command, pair, tmp_path, monkeypatch, 
     assert main(words) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "file") in error and "Traceback" not in error
+
+
+def as_another_user(function) -> None:
+    """In a child, which heeds the modes of files: root does not."""
+
+    def child() -> None:
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+@pytest.fixture
+def open_folder():
+    """One that other users come to, as they do not to `tmp_path`."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+        os.chmod(folder, 0o777)
+
+
+def test_real_permissions(pair, open_folder):
+    """The first run is somebody else's, and nobody can write into it: the next one has a folder of its own."""
+    first = open_folder / "quickstart"
+    first.mkdir()
+    os.chmod(first, 0o555)
+    config = settings(pair, output_dir=str(open_folder))
+
+    def beside() -> None:
+        check_run_folder(config)
+        with ExitStack() as held:
+            folder = make_run_folder(config, Beginning({}, {}, 1), held, print)
+            assert folder.name == "quickstart-2" and (folder / "config.json").is_file()
+
+    def closed() -> None:
+        with pytest.raises(InputError, match=f"^--output-dir {open_folder}: {open_folder} cannot be written to: Perm"):
+            check_run_folder(config)
+
+    as_another_user(beside)
+    os.chmod(open_folder, 0o555)
+    as_another_user(closed)
+    assert left(first) == set()
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a run"])
+def test_what_has_the_name_already(kind, pair, tmp_path, monkeypatch):
+    """Without --name the run has another, and what is there is left alone; with it that is said."""
+    taken = tmp_path / "quickstart"
+    if kind == "a file":
+        taken.touch()
+    elif kind == "a run":
+        write_run(taken)
+    else:
+        taken.symlink_to(tmp_path / "gone")
+    config, before, mkdir = settings(pair, output_dir=str(tmp_path)), left(tmp_path), os.mkdir
+
+    def watched(path, *args, **options):
+        assert Path(taken) not in Path(path).parents
+        return mkdir(path, *args, **options)
+
+    monkeypatch.setattr(os, "mkdir", watched)
+    check_run_folder(config)
+    assert left(tmp_path) == before
+    with pytest.raises(InputError, match="quickstart exists: choose another --name"):
+        check_run_folder(settings(pair, output_dir=str(tmp_path), name="quickstart"))
+    with ExitStack() as held:
+        assert make_run_folder(config, Beginning({}, {}, 1), held, print).name == "quickstart-2"
+
+
+def test_a_name_that_is_too_long(pair, tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        check_run_folder(dataclasses.replace(settings(pair), output_dir=str(tmp_path), recipe="n" * 250 + ".toml"))
+
+
+def test_the_command_to_go_on_with_is_one_to_be_pasted():
+    learner, config = SimpleNamespace(steps_done=1), SimpleNamespace(steps=2)
+    run = SimpleNamespace(folder=Path("my runs/r"), saved=0, learner=learner, config=config)
+    assert "`train --resume 'my runs/r'`" in Training._what_is_left(run)

@@ -17,7 +17,7 @@ from cmdp_fast.cli import main
 from cmdp_fast.digest import read_sealed, write_sealed
 from cmdp_fast.trainer.comparison.plan import SeededRun, Variant, finished_summary, summary_of
 from cmdp_fast.trainer.parse import parse
-from cmdp_fast.trainer.records import metrics_log
+from cmdp_fast.trainer.records import metrics_log, session
 from cmdp_fast.trainer.records.session import command_line, commit, earlier
 from cmdp_fast.trainer.settings.recorded import shared
 
@@ -151,3 +151,17 @@ def test_a_training_that_a_program_starts_has_no_command(pair, tmp_path):
 
     folder = train(parse(arguments(pair, tmp_path, steps=1, eval_every=0)[1:]))
     assert sessions(folder)[0]["command"] is None
+
+
+@pytest.mark.parametrize("name", ["command_line", "choose"])
+def test_what_cannot_be_found_out_keeps_no_run_away(name, pair, tmp_path, monkeypatch):
+    """`Path.home` raises RuntimeError for a user without a home; the others ask the machine."""
+
+    def unknown(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(session, name, unknown)
+    assert main(command(pair, tmp_path, checkpoint_every=1)) == 0
+    (only,) = sessions(tmp_path / "r")
+    assert only["error"] == "Could not determine home directory." and only["steps"] == [0, 2]
+    assert ("seed" in only) == (name == "command_line") and (tmp_path / "r" / "student").is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import datasets
@@ -91,7 +92,35 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(pair, hub, tmp_path, capsys)
         error = capsys.readouterr().err
         assert "cannot be reached (Name or service not known), and the cache does not hold it" in error
         assert error.count("\n") == 1
-    assert hub == [constants.ENDPOINT]
+    assert hub == [constants.ENDPOINT] * 2
+
+
+def test_a_hub_is_asked_once_in_a_load_and_again_in_the_next(hub, monkeypatch):
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+
+    def flags() -> tuple:
+        return constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, sources._away, log.level
+
+    with sources.loading():
+        for name in ("org/nosuch", "org/neither"):
+            with pytest.raises(InputError, match=f"--dataset {name}: .*cannot be reached"):
+                rows_of(name)
+        assert flags()[:2] == (True, True)
+    assert hub == [constants.ENDPOINT] and flags() == (False, False, "", before)
+
+    class There:
+        def head(self, url, timeout):
+            hub.append(url)
+
+    def loaded(*_, **__):
+        assert flags() == (False, False, "", before)
+        return [{"prompt": "1+1=", "answer": "2"}]
+
+    monkeypatch.setattr(huggingface_hub, "get_session", There)  # the network is back
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train"])
+    assert len(rows_of("org/nosuch")) == 1 and len(hub) == 2
 
 
 def test_a_hub_that_is_not_to_be_asked(hub, monkeypatch):

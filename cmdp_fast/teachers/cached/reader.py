@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
+import shlex
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ class CachedTeacher(Teacher):
         folder = Path(place)
         try:
             if not (folder / INDEX).is_file():
-                raise Damaged(f"there is no {INDEX}; cmdp-fast cache-teacher --output {place} makes it")
+                raise Damaged(f"there is no {INDEX}; cmdp-fast cache-teacher --output {shlex.quote(place)} makes it")
             index = read_index(folder)
             if not index.whole:
                 raise Damaged("it is not finished: start the cmdp-fast cache-teacher again that has begun it")

@@ -23,7 +23,7 @@ from ..causal_lm import CausalLM
 from ..records.origin import model_digest
 from ..records.report import Report
 from ..settings.config import TrainConfig
-from ..sources import alike, check_path, find_hub, with_hub
+from ..sources import alike, check_path, find_hub, loading, with_hub
 from ..stops import end_tokens, keep_end_tokens
 from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
@@ -49,6 +49,7 @@ class Found(NamedTuple):
         return self.tokenizers["student"]
 
 
+@loading()
 def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> Found:
     """Where student and teacher are, their configurations and tokenizers; built-in ones are made if they are not there.
 
@@ -111,6 +112,7 @@ def _opened(config: TrainConfig, train: Sequence[Problem], report: Report) -> Te
     )
 
 
+@loading()
 def load_pair(
     config: TrainConfig, train: Sequence[Problem], report: Report, found: Found | None = None
 ) -> tuple[CausalLM, CausalLM | Teacher | None, Any]:
@@ -147,6 +149,7 @@ def load_pair(
     return student, teacher, tokenizer
 
 
+@loading()
 def load_teacher(config: TrainConfig, found: Found) -> CausalLM:
     """The teacher alone, frozen, on the CPU, or quantised where its package puts it. Raises InputError if it cannot be
     loaded."""
@@ -161,6 +164,7 @@ def _frozen_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
+@loading()
 def load_alone(
     role: str,
     config: TrainConfig,
@@ -262,6 +266,7 @@ def _common_name(names: list[str]) -> str:
     return (names[0] if len(names) == 1 else f"{start}.…" if start else f"{names[0]}, …")[:100]
 
 
+@loading()
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
     if not Path(name).is_dir():
         check_path(f"--{role}", name, file_too=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from cmdp_fast.errors import without_controls
-from cmdp_fast.terminal import message
+from cmdp_fast.terminal import message, silence
 
 from .progress import Progress, Waiting
 
@@ -21,13 +21,14 @@ class Report:
     """The console. Quiet, a line now and then instead of a moving bar, if CI is set or the output is no terminal that
     a line can be drawn anew in.
 
-    Of several processes only the main one has a console; the others are not `shown`.
+    Of several processes only the main one has a console; the others are not `shown`. Nor is one that cannot be written
+    to any more, such as a pipe whose reader has ended: no work is lost for want of one who looks.
     """
 
     def __init__(self, shown: bool = True) -> None:
-        self.shown = shown
+        self.shown = shown and sys.stdout is not None
         in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-        self.quiet = in_ci or not sys.stdout.isatty() or _draws_nothing()
+        self.quiet = in_ci or not self.shown or not sys.stdout.isatty() or _draws_nothing()
         self._figures: tuple[str, ...] = ()
         self._progress: Progress | None = None  # the one that is drawn now: rich has room for one
 
@@ -35,7 +36,15 @@ class Report:
         """Prints a line; in a terminal as many as it takes without breaking a word."""
         if self.shown:
             text = without_controls(line)
-            print(text if self.quiet else message(text, sys.stdout), flush=True)
+            try:
+                print(text if self.quiet else message(text, sys.stdout), flush=True)
+            except (OSError, ValueError):  # ValueError: it was closed in this process
+                self.gone()
+
+    def gone(self) -> None:
+        """The console cannot be written to, and is not from here on."""
+        self.shown = False
+        silence(sys.stdout)
 
     def status(self, *figures: str) -> None:
         """Sets the figures beside the bar that is running, the one that matters most first."""
@@ -88,7 +97,7 @@ class Report:
     def _bar(self, items: Sequence[T], progress: Progress, each: int) -> Iterator[T]:
         from rich.live import Live
 
-        with Live(progress, refresh_per_second=4):
+        with Live(progress, console=self._console(), refresh_per_second=4):
             self._progress = progress
             try:
                 for number, item in enumerate(items, 1):
@@ -109,8 +118,41 @@ class Report:
         else:
             from rich.live import Live
 
-            with Live(Waiting(description, most), refresh_per_second=2, transient=True):
+            waiting = Waiting(description, most)
+            with Live(waiting, console=self._console(), refresh_per_second=2, transient=True):
                 yield
+
+    def _console(self) -> Any:
+        """rich's, which draws into a file that raises nothing."""
+        from rich.console import Console
+
+        return Console(file=cast("IO[str]", _Lasting(sys.stdout, self.gone)))
+
+
+class _Lasting:
+    """The console's file as rich writes to it, from a thread of its own too: once it fails that is told, and what comes
+    then is dropped."""
+
+    def __init__(self, file: IO[str], gone: Callable[[], None]) -> None:
+        self._file, self._gone, self._lost = file, gone, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._file.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, function: Callable[[], object]) -> None:
+        if not self._lost:
+            try:
+                function()
+            except (OSError, ValueError):
+                self._lost = True
+                self._gone()
 
 
 def _draws_nothing() -> bool:

@@ -23,18 +23,19 @@ from .lock import alone_in
 
 
 def check_run_folder(config: TrainConfig) -> None:
-    """Raises InputError if the run was given a name that is taken, or a place that cannot be written to."""
+    """Raises InputError if the run was given a name that is taken, or a place that cannot be written to. Nothing is
+    written into the folder of another run, which may be somebody else's and keeps no new one away."""
     _check_name(config)
     if config.resume:
         check_writable(Path(config.resume), f"--resume {config.resume}")
     else:
         said = f"--output-dir {readable(config.output_dir)}"
-        check_writable(Path(config.output_dir) / config.run_name, said)
+        check_writable(_part(config), said)
 
 
 def _check_name(config: TrainConfig) -> None:
     folder = Path(config.output_dir) / config.run_name
-    if config.name and not config.resume and folder.exists():
+    if config.name and not config.resume and os.path.lexists(folder):
         raise InputError(f"{folder} exists: choose another --name, or remove it")
 
 
@@ -56,7 +57,7 @@ def make_run_folder(config: TrainConfig, began: Beginning, held: ExitStack, say:
     parent = Path(config.output_dir)
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        part = parent / f".{config.run_name}-{secrets.token_hex(4)}"
+        part = _part(config)
         part.mkdir()
     try:
         with ExitStack() as lock:
@@ -73,6 +74,11 @@ def make_run_folder(config: TrainConfig, began: Beginning, held: ExitStack, say:
     return folder
 
 
+def _part(config: TrainConfig) -> Path:
+    """A hidden name for the folder that is being made, longer than any that it has later."""
+    return Path(config.output_dir) / f".{config.run_name}-{secrets.token_hex(4)}"
+
+
 def write_config(folder: Path, config: TrainConfig, began: Beginning) -> None:
     """`config.json`: the settings, and what the run has begun with beside them, as they are: `--resume` reads them. The
     file is its owner's alone if something in them looks like a secret."""
@@ -86,12 +92,12 @@ def _rename(part: Path, parent: Path, config: TrainConfig) -> Path:
     while True:
         folder = parent / (config.run_name if number == 1 else f"{config.run_name}-{number}")
         try:
-            if folder.exists():
+            if os.path.lexists(folder):  # a link to nothing, too
                 raise FileExistsError
             os.rename(part, folder)  # fails, too, if somebody else's folder has come there meanwhile
             return folder
         except OSError:
-            if not folder.exists():
+            if not os.path.lexists(folder):
                 raise
             _check_name(config)
             number += 1

@@ -12,7 +12,7 @@ import platform
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import torch
 
 from cmdp_fast import cpu
 from cmdp_fast.children import ROOT
+from cmdp_fast.errors import first_line
 from cmdp_fast.info import processor, versions
 from cmdp_fast.masking import public_words
 from cmdp_fast.ops.backends import choose
@@ -37,34 +38,56 @@ class Session:
     """The session of this process, from its beginning; `words` are those behind the program's name."""
 
     def __init__(self, words: Sequence[str] = ()) -> None:
-        self._words, self._began, self._since = words, _now(), time.monotonic()
+        self._began, self._since = _now(), time.monotonic()
+        self._about = _or_error(lambda: _about(words))
 
     def record(self, config: TrainConfig, accelerator: Accelerator, steps: tuple[int, int]) -> dict[str, Any]:
-        """The session so far, which has taken the run from one number of steps to another."""
-        device = accelerator.device
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        backend = choose(None, torch.empty(0, device=device), "constrained_reward")
-        variant = f" ({cpu.native.variant()})" if backend == "cpu" and cpu.native is not None else ""
+        """The session so far, which has taken the run from one number of steps to another. What cannot be found out is
+        an `error` there, and keeps nothing else of a run away."""
         return {
-            "command": command_line(["cmdp-fast", "train", *self._words]) if self._words else None,
             "began": self._began,
             "ended": _now(),
             "seconds": round(time.monotonic() - self._since, 3),
             "steps": list(steps),
-            "seed": config.seed,
-            "processes": accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "processor": processor(),
-            "processors": os.cpu_count(),
-            "gpu": gpu,
-            "gpus": accelerator.num_processes if gpu else 0,
-            "precision": "bf16" if config.precision == "bf16" else "float32",
-            "backend": f"{backend}{variant}",
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "packages": versions(PACKAGES),
-            "commit": commit(Path(ROOT)),
+            **self._about,
+            **_or_error(lambda: _here(config, accelerator)),
         }
+
+
+def _or_error(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return function()
+    except Exception as error:  # of whatever tells of the machine
+        return {"error": first_line(error)}
+
+
+def _about(words: Sequence[str]) -> dict[str, Any]:
+    """What stays as it is as long as the process lasts."""
+    return {
+        "command": command_line(["cmdp-fast", "train", *words]) if words else None,
+        "processor": processor(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": versions(PACKAGES),
+        "commit": commit(Path(ROOT)),
+    }
+
+
+def _here(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    device = accelerator.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    backend = choose(None, torch.empty(0, device=device), "constrained_reward")
+    variant = f" ({cpu.native.variant()})" if backend == "cpu" and cpu.native is not None else ""
+    return {
+        "seed": config.seed,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "gpus": accelerator.num_processes if gpu else 0,
+        "precision": "bf16" if config.precision == "bf16" else "float32",
+        "backend": f"{backend}{variant}",
+    }
 
 
 def earlier(recorded: Any) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ import regex
 from cmdp_fast.errors import InputError, first_line
 
 from ..settings.config import TrainConfig
-from ..sources import check_path, find_hub, with_hub
+from ..sources import check_path, find_hub, loading, with_hub
 from .broken import where_broken
 from .prompts import check_template_kwargs, with_prompt
 from .varying import VARYING, entries
@@ -51,6 +51,7 @@ class Problems(NamedTuple):
     held_out: list[Problem]
 
 
+@loading()
 def load_problems(config: TrainConfig) -> Problems:
     """The problems that a configuration asks for; raises InputError if there are none to train or to evaluate on."""
     check_template_kwargs(config.chat_template_kwargs, "--chat-template-kwargs")
@@ -89,6 +90,7 @@ class Source(NamedTuple):
     or_only: bool = False  # the only split where there is none of that name
 
 
+@loading()
 def evaluation_sets(config: TrainConfig) -> dict[str, list[Problem]]:
     """The problems that an evaluation is asked for, by the name of their set: those of each `eval_dataset`, else all of
     the dataset's `eval_split`, or of the dataset. Nothing is left out and no problem of them held out.
@@ -168,6 +170,7 @@ def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
         waiting = waiting[size:]
 
 
+@loading()
 def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
     import datasets
     from datasets import packaged_modules
