@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import textwrap
+from collections.abc import Iterable
 from typing import IO
 
 DEFAULT, NARROWEST, WIDEST = 80, 20, 100  # columns; longer lines are hard to read
@@ -69,3 +71,22 @@ def show(text: str, stream: IO[str]) -> None:
     """Prints a text; what the stream's encoding lacks becomes a question mark."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+
+
+def without_readers(streams: Iterable[IO[str]]) -> bool:
+    """Whether one of the streams is a pipe that nobody reads any more. What is still to be written to it, at the end of
+    the process for instance, then goes nowhere, and is no error."""
+    broken = False
+    for stream in streams:
+        try:
+            number = stream.fileno()
+        except (OSError, ValueError, AttributeError):  # no file
+            continue
+        poll = select.poll()
+        poll.register(number, 0)  # errors alone
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            broken = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+    return broken
