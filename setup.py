@@ -199,7 +199,7 @@ def long_description() -> str:
 
 
 # As `depends` these travel in the sdist; how to compile the sources, CMake alone knows.
-travels = (".github", "csrc", "tests", "benchmarks")
+travels = (".ci", ".github", "csrc", "tests", "benchmarks")
 files = [path for folder in travels for path in (here / folder).rglob("*") if path.is_file()] + [
     here / "constraints.txt"
 ]
