@@ -89,12 +89,29 @@ def test_an_index_gets_a_description_that_needs_no_repository(tree, tmp_path):
             {"url": "https://x.test/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}},
             "cmdp_fast[trl] @ git+https://x.test/a@c0",
         ),
+        (
+            {"url": "https://x.test/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}, "subdirectory": "b/c"},
+            "cmdp_fast[trl] @ git+https://x.test/a@c0#subdirectory=b/c",
+        ),
+        (
+            {"url": "https://x.test/a.zip", "archive_info": {}, "subdirectory": "b"},
+            "cmdp_fast[trl] @ https://x.test/a.zip#subdirectory=b",
+        ),
         ({"url": "https://x.test/a.zip", "archive_info": {}}, "cmdp_fast[trl] @ https://x.test/a.zip"),
         ({}, "cmdp_fast[trl]"),
+        ({"url": "https://x.test/a", "vcs_info": {}}, "cmdp_fast[trl]"),
+        ({"url": 1}, "cmdp_fast[trl]"),
+        ({"dir_info": {"editable": True}}, "cmdp_fast[trl]"),
+        (["url"], "cmdp_fast[trl]"),
+        (None, "cmdp_fast[trl]"),
+        ("cut off", "cmdp_fast[trl]"),
     ],
 )
 def test_an_extra_comes_from_where_the_package_came_from(tree, tmp_path, origin, what, monkeypatch):
     installed(tree, tmp_path / "site", origin)
+    if origin == "cut off":
+        (noted,) = (tmp_path / "site").glob("*/direct_url.json")
+        noted.write_bytes(b'{"url": "\xff')
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(installation, "PACKAGE", tmp_path / "site" / "cmdp_fast")
     assert installation.extra("trl") == f"pip install '{what}'"
