@@ -5,7 +5,8 @@ The library works without the native module (the plain PyTorch backend serves), 
 installation. The reason is written beside the place of the module, since pip shows nothing that is printed here, and
 `cmdp-fast info` and a warning tell it. Set CMDP_FAST_REQUIRE_NATIVE=1 to make it fail instead. Likewise the CUDA
 kernels, which are built where there are an nvcc and an NVIDIA GPU; CMDP_FAST_CUDA=1 builds them anywhere or fails, 0
-leaves them out. CMDP_FAST_NATIVE=0 makes the wheel for every system, which has no native module.
+leaves them out. CMDP_FAST_NATIVE=0 makes the wheel for every system, which has no native module, and takes that of an
+earlier build away from an editable installation.
 """
 
 import os
@@ -20,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 here = Path(__file__).resolve().parent
 native_module = runpy.run_path(str(here / "cmdp_fast" / "native_module.py"))
@@ -110,15 +112,23 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """The modules that this build made, none of an earlier one: an editable installation imports them there."""
-        source = Path(self.get_finalized_command("build_py").get_package_dir("cmdp_fast"))
         for built in self._built():
-            target = source / built.name
+            target = self._source() / built.name
             if built.exists():
                 partial = target.with_name(f"{target.name}.partial")
                 shutil.copy2(built, partial)
                 partial.replace(target)  # a process that has the old one loaded keeps it
             else:
                 self._remove([target])
+
+    def leave_out(self) -> None:
+        """In the source tree: no module of an earlier build, and the reason."""
+        *modules, failure = (self._source() / built.name for built in self._built())
+        self._remove(modules)
+        failure.write_text("it was left out (CMDP_FAST_NATIVE=0)\n", encoding="utf-8")
+
+    def _source(self) -> Path:
+        return Path(self.get_finalized_command("build_py").get_package_dir("cmdp_fast"))
 
     def _built(self) -> list[Path]:
         """The files that a build can make: both modules, and the reason of its failure."""
@@ -171,6 +181,15 @@ class CMakeBuild(build_ext):
         run(["cmake", "--build", str(folder)])
 
 
+class Editable(editable_wheel):
+    """Of the source tree as it is, where there is nothing to build."""
+
+    def run(self) -> None:
+        if left_out:
+            self.get_finalized_command("build_ext").leave_out()
+        super().run()
+
+
 def long_description() -> str:
     """The README for an index, which has neither its pictures nor the files that it links to, of a repository whose
     address is not known here. Links within the page stay, and those to other places."""
@@ -180,7 +199,7 @@ def long_description() -> str:
 
 
 # As `depends` these travel in the sdist; how to compile the sources, CMake alone knows.
-travels = (".github", "csrc", "tests", "benchmarks")
+travels = (".ci", ".github", "csrc", "tests", "benchmarks")
 files = [path for folder in travels for path in (here / folder).rglob("*") if path.is_file()] + [
     here / "constraints.txt"
 ]
@@ -189,5 +208,5 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     ext_modules=[Extension("cmdp_fast._C", sources=[], depends=depends)] if not left_out or "sdist" in sys.argv else [],
-    cmdclass={"bdist_wheel": Wheel, "build": CleanBuild, "build_ext": CMakeBuild},
+    cmdclass={"bdist_wheel": Wheel, "build": CleanBuild, "build_ext": CMakeBuild, "editable_wheel": Editable},
 )

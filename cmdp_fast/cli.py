@@ -15,7 +15,7 @@ from cmdp_fast import __version__
 from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost, without_controls
 from cmdp_fast.installation import extra
 from cmdp_fast.nearest import did_you_mean
-from cmdp_fast.terminal import beside, columns, message, show, wrapped
+from cmdp_fast.terminal import beside, columns, message, show, without_readers, wrapped
 
 COMMANDS = {
     "train": "distil a student from a teacher under a KL budget",
@@ -36,9 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code.
 
     0, 1 for a comparison of which a run failed and where `doctor` finds a problem, 2 for an input that the user has to
-    change, 130 for an interrupt.
+    change, 130 for an interrupt, 141 where nobody reads the output any more (``| head -1``).
     """
-    code = _main(list(sys.argv[1:] if arguments is None else arguments) or [""])
+    try:
+        code = _main(list(sys.argv[1:] if arguments is None else arguments) or [""])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not without_readers((sys.stdout, sys.stderr)):  # another pipe
+            raise
+        return 141  # as of a program that SIGPIPE ends
     if code == 130 and arguments is None:  # what still runs in threads is waited for, unless there is another Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code

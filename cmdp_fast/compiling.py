@@ -6,9 +6,11 @@ takes and 144 MiB, in each process that only imports this package. Most of them 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -27,23 +29,30 @@ def constant(function: Callable[P, R]) -> Callable[P, R]:
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """As `torch.compiler.disable`, from the first call on in a process that has the tracer."""
+    disabled: Callable[P, R] | None = None
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
         if "torch._dynamo" not in sys.modules:  # so nobody watches frames
             return function(*args, **kwargs)
-        return _disabled(function)(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
 
     marked: Any = call
     marked._torchdynamo_disable = True  # a graph ends in front of it and does not look inside
     marked._torchdynamo_disable_msg = None
+    _without_a_graph(marked.__code__)  # Python then calls it: its own frame is nothing to make a graph of
     return call
 
 
-@functools.cache
-def _disabled(function: Callable[P, R]) -> Callable[P, R]:
-    disabled: Callable[P, R] = torch.compiler.disable(function)
-    return disabled
+def _without_a_graph(code: CodeType) -> None:
+    """As `torch._dynamo.eval_frame.skip_code`, from torch 2.8 to 2.14: frames that this one calls may have graphs."""
+    watcher: Any = torch._C._dynamo.eval_frame
+    with contextlib.suppress(AttributeError, TypeError):  # in a later torch: then there is one graph break more
+        passed_over = watcher._FrameExecStrategy(watcher._FrameAction.SKIP, watcher._FrameAction.DEFAULT)
+        watcher.set_code_exec_strategy(code, passed_over)
 
 
 def replaced(record: Record, **fields: Any) -> Record:

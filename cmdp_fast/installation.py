@@ -27,10 +27,14 @@ def installations() -> list[tuple[dict[str, Any], Path]]:
     """Where the package is installed on the search path: what pip noted of its origin, and the folder."""
     found = []
     for distribution in importlib.metadata.distributions(name=NAME):
-        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         folder = Path(str(distribution.locate_file("")))
-        if origin.get("dir_info", {}).get("editable"):
-            folder = _path_of(origin["url"])
+        try:
+            origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+            _url(origin)  # it has what it has to have
+            if origin.get("dir_info", {}).get("editable"):
+                folder = _path_of(origin["url"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # broken, or of another form: as if it were not there
+            origin = {}
         if (folder / NAME / "__init__.py").is_file():
             found.append((origin, folder.resolve()))
     return found
@@ -68,9 +72,11 @@ def _origin() -> dict[str, Any]:
 def _url(origin: dict[str, Any]) -> str:
     """As pip takes it: a path, or an address; empty if the package came from an index."""
     url: str = origin.get("url", "")
+    if url.startswith("file:") and "vcs_info" not in origin:
+        return str(_path_of(url))
     if "vcs_info" in origin:
-        return f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
-    return str(_path_of(url)) if url.startswith("file:") else url
+        url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+    return f"{url}#subdirectory={origin['subdirectory']}" if origin.get("subdirectory") else url
 
 
 def _path_of(url: str) -> Path:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import textwrap
+from collections.abc import Iterable
 from typing import IO
 
 DEFAULT, NARROWEST, WIDEST = 80, 20, 100  # columns; longer lines are hard to read
@@ -67,13 +69,10 @@ def fitted(text: str, width: int) -> str:
 
 
 def show(text: str, stream: IO[str]) -> None:
-    """Prints a text; what the stream's encoding lacks becomes a question mark. Nothing where nobody reads any more: a
-    pipe that is closed is no error of ours."""
+    """Prints a text; what the stream's encoding lacks becomes a question mark. Raises BrokenPipeError where nobody reads
+    any more, which `cli.main` takes for the end of the command."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
-    except BrokenPipeError:
-        silence(stream)
+    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
 
 
 def silence(stream: IO[str]) -> None:
@@ -85,3 +84,19 @@ def silence(stream: IO[str]) -> None:
             os.dup2(nowhere, stream.fileno())
         finally:
             os.close(nowhere)
+
+
+def without_readers(streams: Iterable[IO[str]]) -> bool:
+    """Whether one of the streams is a pipe that nobody reads any more, which is silenced."""
+    broken = False
+    for stream in streams:
+        try:
+            number = stream.fileno()
+        except (OSError, ValueError, AttributeError):  # no file
+            continue
+        poll = select.poll()
+        poll.register(number, 0)  # errors alone
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            broken = True
+            silence(stream)
+    return broken

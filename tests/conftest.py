@@ -64,6 +64,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def eighty_columns() -> Iterator[None]:
+    """Texts are as wide as the terminal, which COLUMNS tells: here, and in processes that a test starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        yield
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     with poisoned_memory():

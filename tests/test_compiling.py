@@ -55,6 +55,26 @@ def test_an_untraced_function_is_in_no_graph():
         torch.compile(both, backend="eager", fullgraph=True)(x)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_untraced_function_costs_one_graph_break_and_no_warning():
+    """The frame of the wrapper itself is not traced: torch warns of what it finds there."""
+    from torch._dynamo.utils import counters  # not above: a process without the tracer is tried too
+
+    torch.compiler.reset()
+    counters.clear()
+
+    @untraced
+    def outside(x):
+        return x.sin()
+
+    def both(x):
+        return outside(x).sum() * 2
+
+    x = torch.rand(3)
+    assert torch.equal(torch.compile(both, backend="eager")(x), both(x))
+    assert sum(counters["graph_break"].values()) == 1, counters["graph_break"]
+
+
 class Record(NamedTuple):
     left: torch.Tensor
     right: torch.Tensor | None

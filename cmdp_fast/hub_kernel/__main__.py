@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for build in builds:
         print(build)
-    print(f"python -c \"from pathlib import Path; import kernels; print(kernels.get_local_kernel(Path('{folder}')))\"")
+    program = f"from pathlib import Path; import kernels; print(kernels.get_local_kernel(Path({str(folder)!r})))"
+    print(f"python -c {shlex.quote(program)}")
     return 0
 
 

@@ -108,6 +108,18 @@ def test_failures_and_successes_in_place(tree):
     assert not list(package.glob("*.so")) and "error: #error no such machine" in (package / FAILURE).read_text()
 
 
+def test_leaving_them_out_takes_them_away_from_an_editable_installation(tree, tmp_path):
+    cuda = MODULE.replace("_C", "_cuda")
+    for earlier in (MODULE, cuda):
+        (tree / "cmdp_fast" / earlier).touch()
+    (tree / "cmdp_fast" / "_C.of-another-python.so").touch()
+    left_out = {"CMDP_FAST_NATIVE": "0", "CMDP_FAST_REQUIRE_NATIVE": ""}
+    done = setup(tree, "editable_wheel", "--dist-dir", tmp_path / "dist", **left_out)
+    assert done.returncode == 0 and len(list((tmp_path / "dist").glob("*.whl"))) == 1, done.stderr
+    assert [path.name for path in tree.rglob("*.so")] == ["_C.of-another-python.so"]
+    assert (tree / "cmdp_fast" / FAILURE).read_text() == "it was left out (CMDP_FAST_NATIVE=0)\n"
+
+
 WHERE = """
 import importlib.util, site, sys
 from importlib.machinery import PathFinder

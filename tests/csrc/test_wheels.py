@@ -1,13 +1,19 @@
 """What is in a wheel, what it is called, and which OpenMP the native module uses."""
 
+import importlib.util
+import io
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from checkouts import ROOT, USE, checkout, installed, python, setup
+from packaging.requirements import Requirement
 
 from cmdp_fast import installation, native_module
 from cmdp_fast.cpu import native
@@ -38,6 +44,10 @@ def test_the_wheel_for_every_system(tree, tmp_path):
     assert len(guides) > 5
     assert {*guides, "cmdp_fast/py.typed", "cmdp_fast/_C.pyi", f"cmdp_fast/{native_module.LEFT_OUT}"} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    if (ROOT / ".git").exists() and shutil.which("git"):  # that there is nothing else, .ci/wheels sees
+        listed = subprocess.run(["git", "ls-files", "-z", "cmdp_fast"], capture_output=True, text=True, cwd=ROOT)
+        there = {name for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+        assert there and there <= set(names), there - set(names)
     done = python(tmp_path, USE, PYTHONPATH=str(tmp_path / "site"))
     assert done.stderr.count("RuntimeWarning") == 1
     assert "left out: this is the wheel for every system (CMDP_FAST_NATIVE=0). To have them: " in done.stderr
@@ -79,12 +89,29 @@ def test_an_index_gets_a_description_that_needs_no_repository(tree, tmp_path):
             {"url": "https://x.test/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}},
             "cmdp_fast[trl] @ git+https://x.test/a@c0",
         ),
+        (
+            {"url": "https://x.test/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}, "subdirectory": "b/c"},
+            "cmdp_fast[trl] @ git+https://x.test/a@c0#subdirectory=b/c",
+        ),
+        (
+            {"url": "https://x.test/a.zip", "archive_info": {}, "subdirectory": "b"},
+            "cmdp_fast[trl] @ https://x.test/a.zip#subdirectory=b",
+        ),
         ({"url": "https://x.test/a.zip", "archive_info": {}}, "cmdp_fast[trl] @ https://x.test/a.zip"),
         ({}, "cmdp_fast[trl]"),
+        ({"url": "https://x.test/a", "vcs_info": {}}, "cmdp_fast[trl]"),
+        ({"url": 1}, "cmdp_fast[trl]"),
+        ({"dir_info": {"editable": True}}, "cmdp_fast[trl]"),
+        (["url"], "cmdp_fast[trl]"),
+        (None, "cmdp_fast[trl]"),
+        ("cut off", "cmdp_fast[trl]"),
     ],
 )
 def test_an_extra_comes_from_where_the_package_came_from(tree, tmp_path, origin, what, monkeypatch):
     installed(tree, tmp_path / "site", origin)
+    if origin == "cut off":
+        (noted,) = (tmp_path / "site").glob("*/direct_url.json")
+        noted.write_bytes(b'{"url": "\xff')
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(installation, "PACKAGE", tmp_path / "site" / "cmdp_fast")
     assert installation.extra("trl") == f"pip install '{what}'"
@@ -96,17 +123,32 @@ def test_in_a_checkout_an_extra_comes_from_the_checkout(tree, monkeypatch):
 
 
 def openmp_in_this_process():
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return {Path(line.split()[-1]).resolve() for line in lines if re.search(r"/libgomp\.so[.\d]*$", line)}
+    paths = (line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    return {Path(path).resolve() for path in paths if re.search(r"/libgomp[^/]*$", path)}
+
+
+def brought_by(torch_folder):
+    """The OpenMP that a wheel of torch has: its build puts it into the package, auditwheel beside it under a hash."""
+    places = (torch_folder / "lib", torch_folder.parent / "torch.libs")
+    return {path.resolve() for folder in places for path in folder.glob("libgomp*.so*")}
+
+
+def test_where_torch_has_its_openmp(tmp_path):
+    places = [tmp_path / "torch" / "lib" / "libgomp.so.1", tmp_path / "torch.libs" / "libgomp-947d5fa1.so.1.0.0"]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.touch()
+    assert brought_by(tmp_path / "torch") == {*places}
 
 
 @pytest.mark.skipif(native is None or not Path("/proc/self/maps").exists(), reason="needs the native module, on Linux")
 def test_the_module_uses_the_openmp_of_torch():
     """Not a second one with threads of its own, which a wheel would have if auditwheel put a copy into it."""
-    brought = {path.resolve() for path in (Path(torch.__file__).parent / "lib").glob("libgomp.so*")}
-    if not brought or not native.OPENMP:
-        pytest.skip("this torch brings no libgomp, or the module was built without OpenMP")
-    assert openmp_in_this_process() == brought
+    if not native.OPENMP:
+        pytest.skip("the module was built without OpenMP")
+    brought = brought_by(Path(torch.__file__).parent)
+    loaded = openmp_in_this_process()
+    assert loaded == brought if brought else len(loaded) == 1
 
 
 def test_without_an_openmp_library_the_reason_is_said(monkeypatch):
@@ -124,3 +166,53 @@ def test_without_an_openmp_library_the_reason_is_said(monkeypatch):
     module, problem, cure = native_module.load()
     assert module is None and "libgomp.so.1: cannot open shared object file" in problem
     assert cure.startswith("install libgomp.so.1 (Debian, Ubuntu: libgomp1; Fedora, conda: libgomp), or pip install")
+
+
+def script(name):
+    """A script of .ci, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_release_is_complete_and_of_its_tag(tmp_path):
+    check = script("release_check")
+    metadata = b"Metadata-Version: 2.4\nName: cmdp_fast\nVersion: 1.2.3\n\nVersion: 9\n"
+    with tarfile.open(tmp_path / "cmdp_fast-1.2.3.tar.gz", "w:gz") as packed:
+        inside = tarfile.TarInfo("cmdp_fast-1.2.3/PKG-INFO")
+        inside.size = len(metadata)
+        packed.addfile(inside, io.BytesIO(metadata))
+    (tmp_path / "cmdp_fast-1.2.3-py3-none-any.whl").touch()
+    systems = ("manylinux_2_28_x86_64", "manylinux_2_27_aarch64.manylinux_2_28_aarch64")
+    for python_tag in ("cp310", "cp311", "cp312", "cp313", "cp314"):
+        for system in systems:
+            (tmp_path / f"cmdp_fast-1.2.3-{python_tag}-{python_tag}-{system}.whl").touch()
+    assert check.problems(tmp_path) == check.problems(tmp_path, "v1.2.3") == check.problems(tmp_path, "1.2.3") == []
+    assert check.problems(tmp_path, "v1.2.4") == ["the tag is 'v1.2.4', the version '1.2.3'"]
+    wheel = tmp_path / f"cmdp_fast-1.2.3-cp312-cp312-{systems[1]}.whl"
+    other = wheel.rename(tmp_path / "cmdp_fast-1.2.2-cp312-cp312-manylinux_2_28_aarch64.whl")
+    assert check.problems(tmp_path) == [
+        "expected one wheel of cp312 for manylinux_2_28_aarch64, found []",
+        f"not expected: {other.name}",
+    ]
+    other.rename(wheel)
+    (tmp_path / "cmdp_fast-1.2.3-py3-none-any.whl").unlink()
+    (tmp_path / "cmdp_fast-1.2.3.tar").touch()
+    assert check.problems(tmp_path) == [
+        "missing: cmdp_fast-1.2.3-py3-none-any.whl",
+        "not expected: cmdp_fast-1.2.3.tar",
+    ]
+
+
+def test_what_is_published_is_built_by_pinned_tools():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pins = dict(
+        re.findall(r"^([\w-]+)==(\S+)$", (ROOT / ".ci" / "build.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    asked = re.search(r"^requires = \[(.*)\]$", project, re.MULTILINE)
+    for requirement in map(Requirement, re.findall(r'"([^"]+)"', asked[1])):
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
+    built = re.search(r"^environment = .*$", project, re.MULTILINE)[0]
+    assert built.count('CONSTRAINT = "/project/.ci/build.txt"') == 2 and "INDEX" not in built
+    assert set(re.findall(r'"(cp\d+)-manylinux_\*"', project)) == set(script("release_check").PYTHONS)

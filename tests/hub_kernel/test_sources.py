@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 
 import pytest
 
 from cmdp_fast.hub_kernel import face
+from cmdp_fast.hub_kernel.__main__ import main
 from cmdp_fast.hub_kernel.sources import LEFT_OUT, kernel_files, relative, with_relative_imports
 
 # What a kernel may import beside itself. typing_extensions is required by torch.
@@ -100,3 +102,14 @@ def test_imports_are_found_wherever_they_stand():
         with_relative_imports("\nimport cmdp_fast.heads\n", "")
     with pytest.raises(ValueError, match="form that is not known"):
         with_relative_imports("from \\\n cmdp_fast.heads import Head\n", "")
+
+
+@pytest.mark.parametrize("name", ["kernel", "x$(touch pwned)", "it's`touch pwned`"])
+def test_the_command_that_is_printed_is_one_of_python_alone(name, tmp_path, monkeypatch, capsys):
+    """The folder's name has no meaning to a shell that it is pasted into, nor to Python."""
+    monkeypatch.setattr("cmdp_fast.hub_kernel.__main__.write", lambda folder: [])
+    assert main([str(tmp_path / name)]) == 0
+    (tmp_path / "kernels.py").write_text("get_local_kernel = str\n")
+    command = capsys.readouterr().out.replace("python", sys.executable, 1)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == f"{tmp_path / name}\n" and not (tmp_path / "pwned").exists(), done.stderr
