@@ -15,7 +15,7 @@ from cmdp_fast import __version__
 from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost, without_controls
 from cmdp_fast.installation import extra
 from cmdp_fast.nearest import did_you_mean
-from cmdp_fast.terminal import beside, columns, message, show, without_readers, wrapped
+from cmdp_fast.terminal import beside, columns, message, show, silence, without_readers, wrapped
 
 COMMANDS = {
     "train": "distil a student from a teacher under a KL budget",
@@ -149,7 +149,10 @@ def _have_met() -> bool:
 
 
 def _tell_all(text: str) -> None:
-    show(message(without_controls(text), sys.stderr), sys.stderr)
+    try:
+        show(message(without_controls(text), sys.stderr), sys.stderr)
+    except BrokenPipeError:  # the exit code says it too
+        silence(sys.stderr)
 
 
 def _runner(command: str) -> _Runner:

@@ -69,8 +69,8 @@ def fitted(text: str, width: int) -> str:
 
 
 def show(text: str, stream: IO[str]) -> None:
-    """Prints a text; what the stream's encoding lacks becomes a question mark. Raises BrokenPipeError where nobody reads
-    any more, which `cli.main` takes for the end of the command."""
+    """Prints a text; what the stream's encoding lacks becomes a question mark. Raises BrokenPipeError where nobody
+    reads any more, which `cli.main` takes for the end of the command."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
 

@@ -27,3 +27,12 @@ def test_another_pipe_that_breaks_is_an_error(monkeypatch):
     monkeypatch.setattr(info, "report", broken)
     with pytest.raises(BrokenPipeError, match="of a process that ended"):
         cli.main(["info"])
+
+
+def test_an_error_that_nobody_reads_keeps_its_exit_code(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as unread:
+        monkeypatch.setattr(sys, "stderr", unread)
+        assert cli.main(["info", "nonsense"]) == 2
+        print("more", file=unread, flush=True)
