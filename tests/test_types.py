@@ -1,6 +1,7 @@
 """What type checkers see of the public functions: a script without a fault, and each typo in a name."""
 
 import re
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -44,6 +45,14 @@ def script(x: torch.Tensor, trace: cf.BudgetTrace) -> None:
     cf.budget_trace(x, 1.0, edge="soft")
     cf.modified_reward(x, x, trace, kind="cdmp")
 """
+
+
+@pytest.fixture(autouse=True)
+def recursion_limit():
+    """mypy raises it for its whole process, and other tests reach it on purpose."""
+    before = sys.getrecursionlimit()
+    yield
+    sys.setrecursionlimit(before)
 
 
 def mypy(tmp_path: Path, script: Path) -> list[str]:

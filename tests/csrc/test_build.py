@@ -121,10 +121,10 @@ def test_leaving_them_out_takes_them_away_from_an_editable_installation(tree, tm
 
 
 WHERE = """
-import importlib.util, site, sys
+import importlib.util, os, site, sys
 from importlib.machinery import PathFinder
-for name in [name for name in sys.modules if name.startswith("__editable__")]:
-    del sys.modules[name]  # of the environment's own installation, by the same name
+# Without the environment's own installation, whose folder would stand before one that a .pth file adds.
+sys.path = [folder for folder in sys.path if not os.path.isfile(os.path.join(folder, "cmdp_fast", "__init__.py"))]
 sys.path.insert(0, home)
 site.addsitedir(home)  # .pth files count
 package = importlib.util.find_spec("cmdp_fast").submodule_search_locations

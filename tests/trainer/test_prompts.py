@@ -21,7 +21,7 @@ from cmdp_fast.trainer.rollout import encode_prompts, generate
 from cmdp_fast.trainer.tasks import data, judge, step_verifiers
 from cmdp_fast.trainer.tasks.prompts import with_prompt
 
-NO_ROWS, NO_JSON = "there are no rows in it", "JSON parse error"
+NO_ROWS, NO_JSON = "there are no rows in it", "p.jsonl: line 2: Expecting "
 BROKEN = {
     "empty": ("", NO_ROWS),
     "null": ("null\n", "p.jsonl begins with null, expected an object for each row"),
@@ -36,7 +36,7 @@ BROKEN = {
     "not JSON": ('{"prompt": "1", "answer": "1"}\n{nope\n', NO_JSON),
     "zeros": ('{"prompt": "1", "answer": "1"}\n\x00\n', NO_JSON),
     "half a pair": ('{"prompt": "1\\ud800", "answer": "1"}\n', "surrogate pair"),
-    "not UTF-8": (b'{"prompt": "1\xff", "answer": "1"}\n', "can't decode byte 0xff"),
+    "not UTF-8": (b'{"prompt": "1\xff", "answer": "1"}\n', "p.jsonl: line 1 is no text in UTF-8"),
     "no table": ("[1, 2]\n", "--dataset"),
     "texts": ('"a"\n"b"\n', "--dataset"),
     "None": ('{"prompt": "1"}\n{"prompt": null}\n', "row 2, is None, expected a text or a list of chat messages"),

@@ -90,7 +90,7 @@ def test_two_processes_hold_a_model_together(model, other_is_lost):
         (["--model=m", "--port=65536"], r"--port must be in [0, 65536), not 65536"),
         (["--model=m", "--batch-tokens=0"], "--batch-tokens must be a positive number, not 0"),
         (["--model=m", "--token-file=none"], "the token file none cannot be read"),
-        (["--model=/none"], "--model /none: no causal language model in this hub id or folder"),
+        (["--model=/none"], "--model /none: there is no such folder"),
         (["--model=builtin:none"], "there is no model builtin:none"),
         (["--model=MODEL", "--device=none"], "--device none: "),
         (["--model=MODEL", "--attn-implementation=none"], "--attn-implementation none: transformers has"),
