@@ -161,7 +161,7 @@ def test_killed_from_outside_and_more_than_once(pair, tmp_path, uninterrupted):
     process.kill()
     process.wait()
     if not (folder / "summary.json").exists():
-        killed(kill_at(Learner, "descend", 3), ["train", f"--resume={folder}"])
+        killed(kill_at(training, "evaluate", 1), ["train", f"--resume={folder}"])  # to which it comes from any moment
     check_goes_on(folder, uninterrupted)
 
 
