@@ -6,6 +6,7 @@ of them waits for.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -74,3 +75,8 @@ def results(futures: Sequence[Future[T]]) -> list[T]:
     finally:
         for future in futures:
             future.cancel()
+
+
+def usable_processors() -> int:
+    """The processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

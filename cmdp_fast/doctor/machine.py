@@ -17,6 +17,7 @@ from cmdp_fast import cpu
 from cmdp_fast.errors import InputError
 from cmdp_fast.masking import home
 from cmdp_fast.native_module import COMPILER
+from cmdp_fast.threads import usable_processors
 from cmdp_fast.trainer.models.cache import cache_dir
 
 from .row import NOTE, OK, PROBLEM, Row
@@ -183,7 +184,7 @@ def _found(*names: str) -> list[str]:
 
 def _usable_processors() -> int:
     """The processors that this process may run on, or the time that its containers grant it, rounded up."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = usable_processors()
     granted = [math.ceil(share) for share in _processor_limits()]
     return max(1, min([own, *granted]))
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.errors import InputError, readable
+from cmdp_fast.threads import usable_processors
 
 HERE = Path(__file__).parent
 MEMORY = 1 << 30  # bytes that a completion may take beside those of the judge itself
@@ -65,7 +66,7 @@ class Judges:
     ) -> None:
         self.option, self.seconds, self.isolated, self.insist = option, seconds, isolated, insist
         self._judge = [str(HERE / "judges.py"), judge, arguments or {}]
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processors = usable_processors()
         self.workers = max(1, min(WORKERS, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self._lock = threading.Lock()
         self._told: set[str] = set()
