@@ -103,7 +103,7 @@ def _hub_cache() -> tuple[Path | None, str]:
         if given := os.environ.get(variable):
             return Path(os.path.expandvars(os.path.expanduser(given)), below).absolute(), variable
     if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.path.expanduser(given), "huggingface", "hub").absolute(), "HF_HOME"
+        return Path(os.path.expandvars(os.path.expanduser(given)), "huggingface", "hub").absolute(), "HF_HOME"
     return (own / ".cache" / "huggingface" / "hub" if own else None), "HF_HOME"
 
 

@@ -131,6 +131,7 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     check_alike(material.origin, accelerator)
     student = on_device(material.student, accelerator)
     figures: dict[str, Any] = {}
+    unheard: OSError | None = None
     with ExitStack() as held:
         engines = make_engines(config, accelerator, material, report, held)
         collector = _collector(config, accelerator, student, material, engines)
@@ -140,12 +141,17 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
             runs = [_figures(config, collector, student, rows, report, seed) for seed in seeds]
             figures[name] = _together(runs)
             if accelerator.is_main_process:
-                print_figures(config, figures[name], name)
+                try:
+                    print_figures(config, figures[name], name)
+                except OSError as error:  # whoever has closed the pipe still gets the file
+                    unheard = error
     found = {"sets": figures} if len(figures) > 1 else next(iter(figures.values()))
     if config.json and accelerator.is_main_process:
         about: dict[str, Any] = {"student": config.student, "teacher": config.teacher or None, "recipe": config.recipe}
         about |= {"seeds": list(config.seeds)} if config.seeds else {}
         write_json(Path(config.json), {**about, "budget": config.budget if config.teacher else None, **found})
+    if unheard is not None:
+        raise unheard
     return found
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import runpy
 import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -370,6 +372,26 @@ def test_disk(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert [row.level for row in machine.disk()] == [PROBLEM, NOTE, NOTE]
     assert "XDG_CACHE_HOME" in only(machine.disk(), "disk").cure
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"XDG_CACHE_HOME": "~/cache"},
+        {"XDG_CACHE_HOME": "$HOME/cache"},
+        {"XDG_CACHE_HOME": "/xdg", "HF_HOME": "$HOME/hf"},
+        {"HF_HOME": "/hf", "HUGGINGFACE_HUB_CACHE": "~/old"},
+        {"HF_HOME": "/hf", "HUGGINGFACE_HUB_CACHE": "/old", "HF_HUB_CACHE": "~/new"},
+    ],
+)
+def test_the_cache_of_the_hub_is_where_huggingface_hub_has_it(variables: dict[str, str], monkeypatch: Patch) -> None:
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    theirs = runpy.run_path(huggingface_hub.constants.__file__)["HF_HUB_CACHE"]  # it reads them when it is imported
+    assert machine._hub_cache()[0] == Path(theirs)
 
 
 def test_no_gpu(monkeypatch: Patch) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer import material
+from cmdp_fast.trainer import evaluate_student, material
 from cmdp_fast.trainer.evaluate import of_several
 from cmdp_fast.trainer.evaluate_student import _together, parse_evaluate
 from cmdp_fast.trainer.records.report import Report
@@ -71,6 +71,22 @@ def test_several_sets(pair, tmp_path, capsys):
     assert "on small" in capsys.readouterr().out
     assert main([*command(pair, tmp_path), "--eval-dataset", f"a={one}", f"a={other}"]) == 2
     assert "two have one name" in capsys.readouterr().err
+
+
+def test_the_file_is_written_though_nobody_reads_the_figures(pair, tmp_path, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate_student, "print_figures", closed)
+    one, other = written(tmp_path / "one.jsonl", ROWS[:4]), written(tmp_path / "other.jsonl", ROWS[4:9])
+    file = tmp_path / "figures.json"
+    changes = {"student": pair["teacher"], "eval_generations": 1, "teacher": "", "json": file}
+    with pytest.raises(BrokenPipeError):
+        main([*command(pair, tmp_path, **changes), "--eval-dataset", f"small={one}", other])
+    assert {name: each["examples"] for name, each in json.loads(file.read_text())["sets"].items()} == {
+        "small": 4,
+        other: 5,
+    }
 
 
 def test_a_training_is_evaluated_on_a_set_of_its_own(pair, tmp_path):
