@@ -85,6 +85,19 @@ def test_a_model_that_is_not_there(role, pair, hub, tmp_path, capsys):
     assert not hub and not (tmp_path / "runs").exists()
 
 
+def test_a_model_in_a_folder_that_may_not_be_read(pair, hub, tmp_path, monkeypatch, capsys):
+    is_dir = Path.is_dir
+
+    def refused(path: Path) -> bool:  # root may look into any
+        if path.name == "model":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    assert main(arguments({**pair, "student": "/home/other/model"}, tmp_path)) == 2
+    assert "--student /home/other/model cannot be read: " in capsys.readouterr().err and not hub
+
+
 def test_a_hub_that_cannot_be_reached_is_asked_once(pair, hub, tmp_path, capsys):
     for words in (
         arguments({**pair, "dataset": "org/nosuch"}, tmp_path),
