@@ -68,11 +68,16 @@ def fitted(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def show(text: str, stream: IO[str]) -> None:
-    """Prints a text; what the stream's encoding lacks becomes a question mark. Raises BrokenPipeError where nobody
-    reads any more, which `cli.main` takes for the end of the command."""
+def encodable(text: str, stream: IO[str]) -> str:
+    """A text with question marks for what a stream's encoding lacks."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def show(text: str, stream: IO[str]) -> None:
+    """Prints a text, as far as it is `encodable`. Raises BrokenPipeError where nobody reads any more, which `cli.main`
+    takes for the end of the command."""
+    print(encodable(text, stream), file=stream, flush=True)
 
 
 def silence(stream: IO[str]) -> None:

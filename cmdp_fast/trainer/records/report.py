@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import IO, Any, TypeVar, cast
 
 from cmdp_fast.errors import without_controls
-from cmdp_fast.terminal import message, silence
+from cmdp_fast.terminal import encodable, message, show, silence
 
 from .progress import Progress, Waiting
 
@@ -37,8 +37,10 @@ class Report:
         if self.shown:
             text = without_controls(line)
             try:
-                print(text if self.quiet else message(text, sys.stdout), flush=True)
-            except (OSError, ValueError):  # ValueError: it was closed in this process
+                show(text if self.quiet else message(text, sys.stdout), sys.stdout)
+            except (OSError, ValueError) as error:
+                if not _of_console(error, sys.stdout):
+                    raise
                 self.gone()
 
     def gone(self) -> None:
@@ -140,7 +142,7 @@ class _Lasting:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
-        self._try(lambda: self._file.write(text))
+        self._try(lambda: self._file.write(encodable(text, self._file)))
         return len(text)
 
     def flush(self) -> None:
@@ -150,9 +152,17 @@ class _Lasting:
         if not self._lost:
             try:
                 function()
-            except (OSError, ValueError):
+            except (OSError, ValueError) as error:
+                if not _of_console(error, self._file):
+                    raise
                 self._lost = True
                 self._gone()
+
+
+def _of_console(error: Exception, file: IO[str]) -> bool:
+    """Whether an error says that a console cannot be written to any more: a ValueError where this process has closed
+    it. Any other says something of the text."""
+    return isinstance(error, OSError) or file.closed
 
 
 def _draws_nothing() -> bool:
