@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -240,6 +241,63 @@ def lost_while_loading(arguments: list[str], shown: Path, expected: int) -> None
     if os.environ["RANK"] == "1":
         state_dict.set_optimizer_state_dict = lambda *_, **__: os._exit(0)
     run_command(arguments, shown, expected)
+
+
+def hurt_in_one(began: list[str], again: list[str], shown: Path) -> None:
+    """A run of four steps that goes on after each of several ends that come to the second process alone; what each
+    prints is in files of the end's name. That process is gone after the last."""
+    for name, (hurt, code) in HURTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if os.environ["RANK"] == "1":
+                patch.setattr(Learner, "update", hurt)
+            try:
+                run_command(began if name == "signals" else again, shown / name, code)
+            except RuntimeError:  # as Python ends with it, where nobody catches it
+                os._exit(0)
+
+
+def _signals(self: Learner, *given: Any) -> Any:
+    """Two at once, in the second step."""
+    for _ in range(2 if self.steps_done == 1 else 0):
+        signal.raise_signal(signal.SIGINT)
+    return update(self, *given)
+
+
+def _weight(self: Learner, *given: Any) -> Any:
+    """One that is none, in what this process has of the weights, once the optimizer has made its last step."""
+    check = self.check_weights
+
+    def spoilt() -> None:
+        with torch.no_grad():
+            next(p for p in self.student.parameters() if p.requires_grad).view(-1)[-1] = torch.nan
+        check()
+
+    self.check_weights = spoilt  # type: ignore[method-assign]
+    return update(self, *given)
+
+
+def _gradient(self: Learner, *given: Any) -> Any:
+    """Of this process's part of a minibatch."""
+    backward = self.backward
+    self.backward = lambda loss, outputs: backward(loss * torch.nan, outputs)  # type: ignore[method-assign]
+    return update(self, *given)
+
+
+def _memory(self: Learner, *given: Any) -> Any:
+    """Out of it in the step's second minibatch."""
+    accumulate = self._accumulate
+
+    def fails(*parts: Any) -> Any:
+        if self.between:
+            raise RuntimeError("CUDA out of memory")
+        return accumulate(*parts)
+
+    self._accumulate = fails  # type: ignore[method-assign]
+    return update(self, *given)
+
+
+update = Learner.update
+HURTS = {"signals": (_signals, 130), "weight": (_weight, 2), "gradient": (_gradient, 2), "memory": (_memory, 2)}
 
 
 def refused_sharded(pair: dict[str, str], changes: dict[str, Any], reason: str) -> None:
