@@ -150,15 +150,11 @@ def test_an_interrupt_leaves_one_bar_and_what_was_said(monkeypatch):
 
 def test_a_line_leaves_room_for_what_the_terminal_writes_itself(clock):
     """`^C`, behind which it must not be wrapped: at a width that it fills, and at all others."""
-    left = {}
-    for what, line in (("bar", at(13)), ("wait", Waiting("something " * 20, most=600))):
-        widths = []
+    for line in (at(13), Waiting("something " * 20, most=600)):
         for width in range(30, 120):
             console = Console(file=io.StringIO(), width=width, color_system=None)
             console.print(line, end="")
-            widths.append(width - len(console.file.getvalue()))
-        left[what] = min(widths)
-    assert left == {"bar": FREE, "wait": FREE} and len("^C") <= FREE < 10
+            assert 0 < len(console.file.getvalue()) <= width - len("^C")
 
 
 def test_what_is_waited_for_leaves_nothing(monkeypatch):
