@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -120,6 +121,40 @@ def test_an_extra_comes_from_where_the_package_came_from(tree, tmp_path, origin,
 def test_in_a_checkout_an_extra_comes_from_the_checkout(tree, monkeypatch):
     monkeypatch.setattr(installation, "PACKAGE", tree / "cmdp_fast")
     assert installation.extra("train,trl") == f"pip install -e '{tree}[train,trl]'"
+
+
+def test_a_checkout_is_built_again_where_it_lies(tmp_path, monkeypatch):
+    """With what it needs left as it is, and in quotes where a shell would part it."""
+    checkout = tmp_path / "with space"
+    for name in ("csrc/CMakeLists.txt", "setup.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    monkeypatch.setattr(installation, "PACKAGE", checkout / "cmdp_fast")
+    assert installation.again() == f"pip install --no-deps -e '{checkout}'"
+
+
+def noted(site, origin, package):
+    """What pip notes of an installation whose package lies in a folder, as in its own or in that of an editable one."""
+    (site / "cmdp_fast-0.1.0.dist-info").mkdir(parents=True)
+    (site / "cmdp_fast-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: cmdp_fast\n")
+    (site / "cmdp_fast-0.1.0.dist-info" / "direct_url.json").write_text(json.dumps(origin))
+    (package / "cmdp_fast").mkdir(parents=True)
+    (package / "cmdp_fast" / "__init__.py").touch()
+
+
+def test_of_several_installations_it_is_the_one_that_runs(tmp_path, monkeypatch):
+    """An editable one lies where its folder is, and not beside what pip notes."""
+    sites = [tmp_path / name for name in ("plain", "edited", "hidden")]
+    folders = [sites[0], tmp_path / "the checkout", sites[2]]
+    origins = [{"url": f"file:///{name}", "dir_info": {}} for name in ("a", "b", "c")]
+    origins[1] = {"url": folders[1].as_uri(), "dir_info": {"editable": True}}
+    for site, origin, folder in zip(sites, origins, folders, strict=True):
+        noted(site, origin, folder)
+    monkeypatch.setattr(sys, "path", [*map(str, sites), *sys.path])
+    assert [path for _, path in installation.installations()][:3] == folders
+    for folder, place in zip(folders, ("/a", folders[1], "/c"), strict=True):
+        monkeypatch.setattr(installation, "PACKAGE", folder / "cmdp_fast")
+        assert installation.extra("trl") == f"pip install '{place}[trl]'"
 
 
 def openmp_in_this_process():
