@@ -205,14 +205,39 @@ def test_a_release_is_complete_and_of_its_tag(tmp_path):
     ]
 
 
+# What cibuildwheel 4.3.5 installs into the environment of a build to try the wheel, virtualenv, and all that it needs.
+CIBUILDWHEELS = {"virtualenv", "distlib", "filelock", "packaging", "platformdirs", "python-discovery", "pip"}
+
+
+def pins_of(path):
+    return dict(re.findall(r"^([\w-]+)==(\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+
+
 def test_what_is_published_is_built_by_pinned_tools():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    pins = dict(
-        re.findall(r"^([\w-]+)==(\S+)$", (ROOT / ".ci" / "build.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    pins, tools = (pins_of(ROOT / ".ci" / name) for name in ("build_system.txt", "build.txt"))
     asked = re.search(r"^requires = \[(.*)\]$", project, re.MULTILINE)
-    for requirement in map(Requirement, re.findall(r'"([^"]+)"', asked[1])):
+    requirements = [Requirement(text) for text in re.findall(r'"([^"]+)"', asked[1])]
+    for requirement in requirements:
         assert requirement.specifier.contains(pins[requirement.name]), requirement
     built = re.search(r"^environment = .*$", project, re.MULTILINE)[0]
-    assert built.count('CONSTRAINT = "/project/.ci/build.txt"') == 2 and "INDEX" not in built
+    assert built.count('CONSTRAINT = "/project/.ci/build_system.txt"') == 2 and "INDEX" not in built
+    # In that environment cibuildwheel installs virtualenv with pins of its own, and pip refuses two of one package.
+    assert pins.keys() == {requirement.name for requirement in requirements}
+    assert not pins.keys() & CIBUILDWHEELS and not pins.keys() & tools.keys()
+    # The tools outside are pinned beside them, by a line that does not install what it names, as `-r` would.
+    said = (ROOT / ".ci" / "build.txt").read_text(encoding="utf-8").splitlines()
+    assert "-c build_system.txt" in said and tools.keys() > {"build", "cibuildwheel"}
     assert set(re.findall(r'"(cp\d+)-manylinux_\*"', project)) == set(script("release_check").PYTHONS)
+
+
+def test_every_pull_request_builds_the_sdist():
+    """Any file may be missing from one, of the tests for instance. A release publishes what the same job has made."""
+    yaml = pytest.importorskip("yaml")
+    workflows = ROOT / ".github" / "workflows"
+    sdist, wheels = (yaml.safe_load((workflows / f"{name}.yml").read_text("utf-8")) for name in ("sdist", "wheels"))
+    started = sdist[True]  # `on` is a word for it in YAML 1.1
+    assert started == {"pull_request": None, "workflow_call": None}
+    assert any(".ci/wheels --out" in step.get("run", "") for step in sdist["jobs"]["any"]["steps"])
+    assert wheels["jobs"]["any"] == {"uses": "./.github/workflows/sdist.yml"}
+    assert "any" in wheels["jobs"]["complete"]["needs"]
