@@ -205,7 +205,7 @@ def test_the_first_call_on_a_cpu_warns_with_reason_and_cure(tree, tmp_path):
         ({"url": "file:///checkout", "dir_info": {}}, "/checkout"),
         ({"url": "file:///with%20space/a.tar.gz", "archive_info": {}}, "'/with space/a.tar.gz'"),
         ({"url": "https://x.test/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}}, "git+https://x.test/a@c0"),
-        ({}, "--no-binary cmdp_fast cmdp_fast"),
+        ({}, "/path/to/checkout-or-sdist"),
         ({"url": "file:///a.whl", "archive_info": {}}, None),
     ],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkouts import ROOT, USE, checkout, installed, python, setup
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 
 from cmdp_fast import installation, native_module
 from cmdp_fast.cpu import native
@@ -52,6 +52,7 @@ def test_the_wheel_for_every_system(tree, tmp_path):
     assert done.stderr.count("RuntimeWarning") == 1
     assert "left out: this is the wheel for every system (CMDP_FAST_NATIVE=0). To have them: " in done.stderr
     assert "install a wheel for this system and Python; or else a C++20 compiler" in done.stderr
+    assert f"--no-deps {installation.SOURCES}" in done.stderr
 
 
 def test_the_wheel_of_a_failed_build_says_so_in_its_name(tree, tmp_path):
@@ -98,13 +99,13 @@ def test_an_index_gets_a_description_that_needs_no_repository(tree, tmp_path):
             "cmdp_fast[trl] @ https://x.test/a.zip#subdirectory=b",
         ),
         ({"url": "https://x.test/a.zip", "archive_info": {}}, "cmdp_fast[trl] @ https://x.test/a.zip"),
-        ({}, "cmdp_fast[trl]"),
-        ({"url": "https://x.test/a", "vcs_info": {}}, "cmdp_fast[trl]"),
-        ({"url": 1}, "cmdp_fast[trl]"),
-        ({"dir_info": {"editable": True}}, "cmdp_fast[trl]"),
-        (["url"], "cmdp_fast[trl]"),
-        (None, "cmdp_fast[trl]"),
-        ("cut off", "cmdp_fast[trl]"),
+        ({}, "/path/to/checkout-or-sdist[trl]"),
+        ({"url": "https://x.test/a", "vcs_info": {}}, "/path/to/checkout-or-sdist[trl]"),
+        ({"url": 1}, "/path/to/checkout-or-sdist[trl]"),
+        ({"dir_info": {"editable": True}}, "/path/to/checkout-or-sdist[trl]"),
+        (["url"], "/path/to/checkout-or-sdist[trl]"),
+        (None, "/path/to/checkout-or-sdist[trl]"),
+        ("cut off", "/path/to/checkout-or-sdist[trl]"),
     ],
 )
 def test_an_extra_comes_from_where_the_package_came_from(tree, tmp_path, origin, what, monkeypatch):
@@ -115,6 +116,19 @@ def test_an_extra_comes_from_where_the_package_came_from(tree, tmp_path, origin,
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(installation, "PACKAGE", tmp_path / "site" / "cmdp_fast")
     assert installation.extra("trl") == f"pip install '{what}'"
+
+
+def test_no_command_names_what_an_index_could_serve():
+    """Not even where the words for a place are copied as they stand: pip takes no requirement with a slash for a name."""
+    with pytest.raises(InvalidRequirement):
+        Requirement(installation.SOURCES)
+    with pytest.raises(InvalidRequirement):
+        Requirement(f"{installation.SOURCES}[trl]")
+    texts = [path for ending in ("py", "md", "toml", "in") for path in (ROOT / "cmdp_fast").rglob(f"*.{ending}")]
+    for path in texts:
+        for command in re.findall(r"pip install ([^`&\n]*)", path.read_text(encoding="utf-8")):
+            asks = [word for word in command.split() if re.match(r"['\"]?cmdp[_-]fast(?![\w./-])", word)]
+            assert not asks or "--no-index" in command, f"{path}: pip install {command}"
 
 
 def test_in_a_checkout_an_extra_comes_from_the_checkout(tree, monkeypatch):
