@@ -15,7 +15,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 NAME = "cmdp_fast"
-# Where the origin is not known. Never the bare name: no index has the package, and whoever takes the name there would run
+# Where the origin is not known. Never the bare name: no index has the package, and whoever takes it there could run
 # code of theirs. With a slash pip takes it for a path alone, even if it is copied as it stands.
 SOURCES = "/path/to/checkout-or-sdist"
 

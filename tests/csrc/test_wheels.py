@@ -119,7 +119,7 @@ def test_an_extra_comes_from_where_the_package_came_from(tree, tmp_path, origin,
 
 
 def test_no_command_names_what_an_index_could_serve():
-    """Not even where the words for a place are copied as they stand: pip takes no requirement with a slash for a name."""
+    """Not even where the words for a place are copied as they stand: with a slash they are no name to pip."""
     with pytest.raises(InvalidRequirement):
         Requirement(installation.SOURCES)
     with pytest.raises(InvalidRequirement):
