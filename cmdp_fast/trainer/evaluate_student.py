@@ -124,7 +124,7 @@ def _check_method(config: EvaluateConfig, args: Sequence[str]) -> None:
     for option in ("--recipe", "--method", "--fast", "--no-fast"):
         if config.resume and option in named:
             raise InputError(f"{option} would have no effect: the settings are those of --resume {config.resume}")
-    if config.resume or not config.method:
+    if "--method" not in named or not config.method:  # a recipe may name one
         return
     with_it, without = (read_recipe(config.recipe, method, config.fast) for method in (config.method, ""))
     own = [name for name in changed(with_it, without) if getattr(config, name) == getattr(with_it, name)]

@@ -195,10 +195,10 @@ def test_cache_teacher_in_the_middle_of_a_shard(call, times, pair, tmp_path, mon
         assert main(words("c")) == 130
     told = capsys.readouterr()
     kept = 2 * call if times == 1 else 0
-    assert told.err == "cmdp-fast: interrupted\n" and f"c has {kept} of 7 prompts; the same command" in told.out
+    assert told.err == "cmdp-fast: interrupted\n" and f"c has {kept} of 9 prompts; the same command" in told.out
     assert main(words("c")) == 0
     said = capsys.readouterr().out
-    assert re.search(r"7/7  28 completions ", said) and "28 completions of 7 prompts" in said
+    assert re.search(r"9/9  36 completions ", said) and "36 completions of 9 prompts" in said
     whole, folder = (stored_in(tmp_path / name) for name in ("whole", "c"))
     assert whole.keys() == folder.keys() and all(torch.equal(whole[name], folder[name]) for name in whole)
 
