@@ -16,6 +16,7 @@ from typing import Any
 from cmdp_fast.errors import InputError, first_line, readable
 
 PROBE = 4096  # bytes: a block, which a full disk has not
+LARGER = 1 << 20  # and what is hardly left where a file of many of these has found no room
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
@@ -77,7 +78,7 @@ def _set_rights(path: Path, rights: int) -> None:
 def writing(path: Path) -> Iterator[None]:
     """Turns what stops the body from writing a file or a folder into an InputError that names it: a full disk, mostly.
 
-    PyTorch and safetensors have errors of their own for that.
+    PyTorch and safetensors have errors of their own for that. PyTorch's say nothing of a disk, so that is tried.
     """
     stops: tuple[type[Exception], ...] = (OSError, RuntimeError)
     if "safetensors" in sys.modules:  # it comes with the trainer's packages, which may be absent
@@ -85,7 +86,21 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except stops as error:
-        raise InputError(f"{path} could not be written: {first_line(error)}") from error
+        reason = "" if isinstance(error, OSError) else _refused(path)
+        raise InputError(f"{path} could not be written: {reason}{first_line(error)}") from error
+
+
+def _refused(path: Path) -> str:
+    """Why nothing can be written where a file was to be, with a colon, such as a full disk; empty if something can."""
+    place = next((folder for folder in path.parents if folder.is_dir()), Path("."))
+    try:
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(bytes(LARGER))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return f"{(error.strerror or first_line(error)).lower()}: "
+    return ""
 
 
 def check_writable(folder: Path, said: str) -> None:

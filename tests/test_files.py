@@ -1,5 +1,6 @@
 """Files that appear whole: what somebody else has put where they are written is never written to."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from cmdp_fast.digest import Damaged, check_digests, read_sealed, sha256, write_sealed
 from cmdp_fast.errors import InputError
-from cmdp_fast.files import open_as_others, replacing, write_text
+from cmdp_fast.files import open_as_others, replacing, write_text, writing
 
 
 def test_a_link_that_comes_at_the_last_moment_is_not_followed(tmp_path, monkeypatch):
@@ -25,6 +26,24 @@ def test_a_link_that_comes_at_the_last_moment_is_not_followed(tmp_path, monkeypa
     with pytest.raises(InputError, match=r"could not be written: .*File exists"):
         write_text(file, "text")
     assert victim.read_text() == "mine" and not file.exists()
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_full_disk_is_said_where_a_library_does_not(full, tmp_path, monkeypatch):
+    """PyTorch says `[enforce fail at inline_container.cc:672] . unexpected pos`."""
+
+    def refused(_):
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(InputError) as error, writing(tmp_path / "checkpoints" / "step-000004"):
+        raise RuntimeError("[enforce fail at x] . unexpected pos 64 vs 0")
+    reason = "no space left on device: " if full else ""
+    assert str(error.value).endswith(
+        f"step-000004 could not be written: {reason}[enforce fail at x] . unexpected pos 64 vs 0"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def rights(path):

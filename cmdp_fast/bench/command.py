@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,8 +23,10 @@ from cmdp_fast.bench.sweep import AXES, sweeps
 from cmdp_fast.errors import InputError
 from cmdp_fast.nearest import did_you_mean
 from cmdp_fast.terminal import beside, columns, wrapped
+from cmdp_fast.trainer.interrupts import Interrupts
 
 DEVICES = ("cpu", "cuda")
+MOST = {"repeat": 10**6, "threads": max(1024, os.cpu_count() or 1)}  # OpenMP ends a process that cannot start a thread
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,7 +97,11 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Raises InputError for arguments that cannot be used, before any work is done."""
+    """Runs the command. Raises InputError for arguments that cannot be used, before any work is done.
+
+    Ctrl-C and SIGTERM end it after the round at hand, a second one at once: KeyboardInterrupt is raised, and what was
+    measured is in the file, marked as incomplete.
+    """
     options = options_of(arguments)
     plan = plan_of(options)
     old = results.read(options.compare) if options.compare else None
@@ -109,13 +118,39 @@ def main(arguments: Sequence[str]) -> None:
     )
     screen = show.Screen()
     screen.lines(show.header(run))
-    for _ in _sweep(plan, options.sweep, run, screen) if options.sweep else _cases(plan, run, screen):
-        if options.json:  # after every case, so that an interrupted run leaves its cases so far
-            run.write(options.json)
+    with Interrupts(note=_note) as interrupts:
+        interrupts.deferred = True
+        plan = replace(plan, stopped=lambda: interrupts.received)
+        try:
+            for _ in _sweep(plan, options.sweep, run, screen) if options.sweep else _cases(plan, run, screen):
+                run.incomplete = interrupts.received
+                if options.json:  # after every case, so that a run that is killed leaves its cases so far
+                    run.write(options.json)
+                if interrupts.received:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            _interrupted(run, options.json, screen)
+            raise
     if old is not None:
         screen.table(f"changes since {options.compare}", compare.changes(old, run))
     if options.plots:
         screen.lines([f"wrote {path}" for path in plots.draw([run], options.plots)])
+
+
+def _note(text: str) -> None:
+    """Says what a signal has led to, from its handler: past Python's streams, which may be at work."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"cmdp-fast: {text}\n".encode())
+
+
+def _interrupted(run: results.BenchmarkRun, path: Path | None, screen: show.Screen) -> None:
+    """Marks what was measured as incomplete, and says where it is."""
+    run.incomplete = True
+    measured = len(run.cases) + len(run.sweeps)
+    if path and measured:  # else an older file stays
+        run.write(path)
+    where = f"{path} has them, marked as incomplete" if path and measured else "nothing was written"
+    screen.lines([f"interrupted: {measured} cases measured, {where}"])
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -128,10 +163,11 @@ def plan_of(options: argparse.Namespace) -> Plan:
     _among("--device", (options.device,), DEVICES)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU here")
-    for name in ("repeat", "threads"):
+    for name, most in MOST.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= most:
+            bound = "at least 1" if value < 1 else f"at most {most}"
+            raise InputError(f"--{name} must be {bound}, got {value}")
     if options.sweep is not None:
         _among("--sweep", (options.sweep,), AXES)
         if not any(options.sweep in OPS[op].axes for op in ops):

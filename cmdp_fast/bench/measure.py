@@ -37,14 +37,22 @@ def make_sets(make: Callable[[int], Inputs], device: str) -> list[Inputs]:
     return [first, *(make(seed) for seed in range(1, min(wanted, MOST_SETS)))]
 
 
-def measure(variants: Sequence[Variant], sets: Sequence[Inputs], repeat: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each variant in each round."""
+def measure(
+    variants: Sequence[Variant],
+    sets: Sequence[Inputs],
+    repeat: int,
+    device: str,
+    stopped: Callable[[], object] = lambda: False,
+) -> dict[str, list[float]]:
+    """Milliseconds of each variant in each round; of fewer rounds, but one, where they are ``stopped``."""
     sweep = _CacheSweep(device) if any(variant.prepare is not None for variant in variants) else None
     turns = {variant.name: _Turn(variant, sets, device, sweep) for variant in variants}
     for turn in turns.values():
         turn.warm_up()
     times: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(repeat):
+    for done in range(repeat):
+        if done and stopped():
+            break
         for name, turn in turns.items():
             times[name].append(1e3 * turn.seconds())
     return times

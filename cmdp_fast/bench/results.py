@@ -180,6 +180,7 @@ class BenchmarkRun:
     sweeps: list[Sweep] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)  # cases, and why
     format: int = FORMAT
+    incomplete: bool = False  # it was interrupted: the last case may have fewer rounds, and others are missing
 
     @property
     def measured_by(self) -> str:

@@ -37,6 +37,7 @@ class Plan:
     device: str
     repeat: int
     memory: bool = True
+    stopped: Callable[[], object] = lambda: False  # whether the rounds so far are all that is wanted
 
     def cases(self) -> Iterator[Case]:
         """Every case of the plan, operation by operation."""
@@ -103,11 +104,13 @@ def run_case(case: Case, plan: Plan, say: Say) -> CaseResult:
     """Checks and times the variants of one case, and measures their memory."""
     op = OPS[case.op]
     variants, errors, absent = checked_variants(case, plan.peers, say)
+    if plan.stopped():
+        raise KeyboardInterrupt  # nothing is measured yet
     sets = make_sets(lambda seed: op.make(case, seed), case.device)
     floors = op.floors(case, sets[0])
     say(f"{case.label}: timing {len(variants)} variants, {plan.repeat} rounds")
-    times = measure([*floors, *variants], sets, plan.repeat, case.device)
-    phases = {v.name: _phases(v, sets[0], case.device) for v in variants}
+    times = measure([*floors, *variants], sets, plan.repeat, case.device, plan.stopped)
+    phases = {} if plan.stopped() else {v.name: _phases(v, sets[0], case.device) for v in variants}
     floor_times = {floor.name: times[floor.name] for floor in floors}
     del sets, floors  # before memory is measured in processes beside this one
     gc.collect()
@@ -116,10 +119,12 @@ def run_case(case: Case, plan: Plan, say: Say) -> CaseResult:
     measured = []
     for variant in variants:
         result = Measured(variant.name, variant.peer, variant.lacks, times[variant.name], errors[variant.name])
-        result.phases = phases[variant.name]
-        if plan.memory:
+        result.phases = phases.get(variant.name, {})
+        if plan.memory and not plan.stopped():
             say(f"{case.label}: memory of {variant.name}")
             _add_memory(case, variant, result)
+        if plan.memory and plan.stopped() and result.memory is None:
+            result.memory_note = "interrupted"  # Ctrl-C comes to the process that measures it, too
         measured.append(result)
     bounds = {name: list(parts) for name, parts in op.bounds(case).items()}
     return CaseResult(

@@ -59,7 +59,7 @@ def run_sweep(case: Case, axis: str, plan: Plan, say: Say) -> Sweep:
                 entries[variant.name, point] = _placed(variant, inputs, f"{variant.name} at {point}", used)
     say(f"{case.label} over {axis}: timing {len(entries)} variants, {plan.repeat} rounds")
     try:
-        times = measure(list(entries.values()), [{}], plan.repeat, case.device)
+        times = measure(list(entries.values()), [{}], plan.repeat, case.device, plan.stopped)
     finally:
         torch.set_num_threads(threads)
     ms = {name: [times[entries[name, point].name] for point in points] for name in names}
@@ -67,7 +67,7 @@ def run_sweep(case: Case, axis: str, plan: Plan, say: Say) -> Sweep:
     entries.clear()
     if axis == "rows" and plan.memory and unavailable(case.device) is None:
         for variant in variants_of(case, plan.peers)[1]:
-            if variant.name in names:
+            if variant.name in names and not plan.stopped():
                 say(f"{case.label} over {axis}: memory of {variant.name}")
                 with suppress(Absent):  # it then has no line among the others
                     sweep.memory[variant.name] = [measure_memory(_at(case, axis, n), variant) for n in points]

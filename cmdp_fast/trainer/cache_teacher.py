@@ -26,6 +26,8 @@ from cmdp_fast.teachers.teacher import Teacher
 
 from . import drawn
 from .causal_lm import CausalLM
+from .command_line.parsing import check_no_other
+from .interrupts import Interrupts
 from .launch import launched, make_accelerator
 from .material import check_asked_tokens, check_lengths
 from .models.pair import Found, find_pair, load_teacher
@@ -56,7 +58,12 @@ class CacheConfig(TrainConfig):
         *("output", "teacher", "student", "recipe", "task", "dataset", "completion_column", "logprobs", "dtype"),
         *("shard_mb", "prompts_per_step", "num_generations", "max_new_tokens", "temperature", "seed"),
     )
-    UNREAD: ClassVar[tuple[str, ...]] = ("reward", "budget", "step", "optimizer", "rollout", "evaluation")  # sections
+    UNREAD: ClassVar[tuple[str, ...]] = ("reward", "budget", "step", "optimizer", "rollout")  # sections
+    REFUSED: ClassVar[tuple[str, ...]] = (  # of other sections: settings of a training alone
+        *("name", "output_dir", "checkpoint_every", "save_student_every", "keep", "trackers", "random_weights"),
+        *("teacher_mix", "sampler_correction", "sampler_clip", "mask_truncated_completions", "missing_eos_penalty"),
+        *("eval_prompts", "eval_generations", "eval_every", "eval_before"),
+    )
 
     output: Annotated[str, units.FOLDER] = ""
     """Folder for what the teacher says; one that an earlier command has begun is gone on with."""
@@ -94,18 +101,28 @@ def parse_cache(args: Sequence[str], prog: str = "cmdp-fast cache-teacher") -> C
     """The configuration that the command line asks for, validated; see `parse_as`."""
     description = (
         "Store what a teacher says of completions, for `cmdp-fast train --teacher cached:FOLDER` with --method sft, kd "
-        "or gkd. A recipe gives models and task; settings of the training have no effect."
+        "or gkd. A recipe gives models and task; what it says of a training has no effect."
     )
-    return parse_as(CacheConfig, args, prog, description)
+    config = parse_as(CacheConfig, args, prog, description)
+    check_no_other(CacheConfig, args, prog, {"output-dir": "--output", "name": "--output"})
+    return config
 
 
 def cache_teacher(config: CacheConfig) -> Path:
     """Fills the folder and returns it; says how many bytes a token takes.
 
     Raises InputError for anything that cannot be used, and if the folder was begun with other completions or by another
-    teacher. What was written before an error stays, and is gone on with.
+    teacher. What was written before an error stays, and is gone on with. Ctrl-C and SIGTERM end it after the prompts at
+    hand, with all that is stored by then; a second one at once, with the shards that are complete. KeyboardInterrupt is
+    raised.
     """
-    report, folder = Report(), Path(config.output)
+    report = Report()
+    with Interrupts(note=report.note) as interrupts:
+        return _cache_teacher(config, report, interrupts)
+
+
+def _cache_teacher(config: CacheConfig, report: Report, interrupts: Interrupts) -> Path:
+    folder = Path(config.output)
     check_writable(folder, f"--output {readable(config.output)}")
     accelerator = make_accelerator(config)
     with loading():
@@ -125,8 +142,9 @@ def cache_teacher(config: CacheConfig) -> Path:
         if writer.prompts:
             report.say(f"{folder} goes on after {writer.prompts} of {len(work.prompts)} prompts")
         try:
-            _store(config, work, writer, accelerator, report)
-        except KeyboardInterrupt:  # what waits for others that make a shard is drawn again
+            interrupts.deferred = True
+            _store(config, work, writer, accelerator, report, interrupts)
+        except KeyboardInterrupt:
             report.say(f"{folder} has {writer.prompts} of {len(work.prompts)} prompts; the same command goes on there")
             raise
     work.teacher.close()
@@ -134,12 +152,24 @@ def cache_teacher(config: CacheConfig) -> Path:
     return folder
 
 
-def _store(config: CacheConfig, work: _Work, writer: CacheWriter, accelerator: Accelerator, report: Report) -> None:
-    """Everything that the folder lacks."""
-    done, size, count, completions = writer.prompts, config.prompts_per_step, len(work.prompts), 0
+def _store(
+    config: CacheConfig,
+    work: _Work,
+    writer: CacheWriter,
+    accelerator: Accelerator,
+    report: Report,
+    interrupts: Interrupts,
+) -> None:
+    """Everything that the folder lacks, or up to an interrupt: then what waits for others that make a shard is a
+    smaller one, and KeyboardInterrupt is raised."""
+    done, size, count = writer.prompts, config.prompts_per_step, len(work.prompts)
+    completions = sum(shard.completions for shard in writer.index.shards)
     starts = range(done, count, size)
     with accelerator.autocast():  # as a training samples; what is asked is computed in another thread, without
         for start in report.track(starts, f"storing {config.output}", before=done, each=size, total=count):
+            if interrupts.received:
+                writer.write_waiting()
+                raise KeyboardInterrupt
             prompts = work.prompts[start : start + size]
             pairs = list(work.pairs(start, prompts))
             writer.store(pairs, len(prompts), config.micro_batch_size)

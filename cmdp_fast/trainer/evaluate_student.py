@@ -11,17 +11,20 @@ import math
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import check_writable, write_json
 
+from .command_line.options import sections_of
+from .command_line.parsing import check_no_other
 from .distributed import check_alike, main_first, on_device, together
 from .engines import Engines, check_engines, make_engines
 from .evaluate import EVALUATION_SEED, evaluate, of_several
 from .experience import Collector
+from .interrupts import Interrupts
 from .launch import make_accelerator
 from .material import Material, load
 from .parse import parse_as
@@ -29,9 +32,11 @@ from .records.clock import Clock
 from .records.report import Report
 from .run import make_collector
 from .settings.config import TrainConfig
+from .settings.constraint import evaluation_constraint
 from .settings.ranges import NOT_NEGATIVE, SEED
 from .settings.recipe import read_recipe
 from .settings.units import FILE, FOLDER, NUMBER, WHOLE
+from .settings.unread import changed
 from .tasks.data import Problem, evaluation_sets, held_out_alone
 
 Figures = dict[str, float]
@@ -48,6 +53,12 @@ class EvaluateConfig(TrainConfig):
         *("rewards", "budget", "max_new_tokens", "temperature", "eval_prompts", "eval_generations", "seeds", "json"),
     )
     UNREAD: ClassVar[tuple[str, ...]] = ("step", "optimizer")  # sections
+    REFUSED: ClassVar[tuple[str, ...]] = (  # of other sections: settings of a training alone
+        *("name", "output_dir", "checkpoint_every", "save_student_every", "keep", "trackers", "seed", "dry_run"),
+        *("random_weights", "budget_start", "budget_steps", "penalty", "discrepancy_weight", "budget_price"),
+        *("reward_unit", "coefficient", "kl_loss_correction", "pid_gains", "teacher_mix", "sampler_correction"),
+        *("sampler_clip", "mask_truncated_completions", "rollout_ahead", "eval_every", "eval_before"),
+    )
 
     temperature: Annotated[float, NOT_NEGATIVE, NUMBER] = 1.0
     """Temperature of the sampling. 0: the most likely token each time; divergences are then those of the policy at
@@ -58,7 +69,9 @@ class EvaluateConfig(TrainConfig):
     """Folder of a run, whose settings are taken: its `student/` is evaluated (`student` names another) on what the run
     was evaluated on. Code that it names runs only if you name it again, in the same words."""
     seeds: Annotated[tuple[int, ...], WHOLE] = ()
-    """Seeds of the sampling; of several the mean is shown, and the standard deviation. Empty: a training's own."""
+    """Seeds of the sampling; of several the mean is shown, and the standard deviation. Empty: a training's own. Figures
+    that are to compare to the digit need the same `prompts_per_step` times `num_generations`, too: so many completions
+    are sampled at once."""
     json: Annotated[str, FILE] = ""
     """File for the figures, beside the table on the terminal."""
 
@@ -67,8 +80,6 @@ class EvaluateConfig(TrainConfig):
         super().validate()
         if not self.temperature and (self.eval_generations > 1 or len(self.seeds) > 1):
             raise InputError("--temperature 0 gives the same completion each time: one generation and one seed are all")
-        if self.dry_run:
-            raise InputError("--dry-run is for `cmdp-fast train`: an evaluation has none")
         if self.held_out and (self.eval_dataset or self.eval_split):
             raise InputError(
                 "--held-out is a part of --dataset: not with --eval-dataset or --eval-split, which are whole"
@@ -87,12 +98,51 @@ def parse_evaluate(args: Sequence[str], prog: str = "cmdp-fast evaluate") -> Eva
     """
     description = (
         "Measure a student on all problems of a dataset, or on the held-out ones of a task. A recipe gives task, "
-        "teacher and budget; settings of the training have no effect. With an empty --teacher= the figures that "
-        "compare with one are left out."
+        "teacher and budget; what it says of a training has no effect, but for --prompts-per-step times "
+        "--num-generations: so many completions are sampled at once, and another number draws others. With an empty "
+        "--teacher= the figures that compare with one are left out."
     )
     config = parse_as(EvaluateConfig, args, prog, description)
+    check_no_other(EvaluateConfig, args, prog, INSTEAD)
+    _check_method(config, args)
     asked = any(word.split("=")[0].replace("_", "-") == "--eval-prompts" for word in args)
     return config if asked or _takes_held_out(config) or _recipe_asks(config) else replace(config, eval_prompts=0)
+
+
+INSTEAD = {
+    "seed": "--seeds, of the sampling",
+    **dict.fromkeys(("output-dir", "name"), "--json, a file for the figures"),
+    "minibatch-size": "--micro-batch-size",
+}
+"""What was probably meant by options that are for a training."""
+
+
+def _check_method(config: EvaluateConfig, args: Sequence[str]) -> None:
+    """Raises InputError for a recipe beside a run, whose settings are taken, and for a method that changes nothing of
+    what is evaluated."""
+    named = {word.partition("=")[0] for word in args}
+    for option in ("--recipe", "--method", "--fast", "--no-fast"):
+        if config.resume and option in named:
+            raise InputError(f"{option} would have no effect: the settings are those of --resume {config.resume}")
+    if "--method" not in named or not config.method:  # a recipe may name one
+        return
+    with_it, without = (read_recipe(config.recipe, method, config.fast) for method in (config.method, ""))
+    own = [name for name in changed(with_it, without) if getattr(config, name) == getattr(with_it, name)]
+    other = replace(config, **{name: getattr(without, name) for name in own})
+    if _evaluated(config) == _evaluated(other):
+        raise InputError(
+            f"--method {config.method} would have no effect: it changes nothing of what is evaluated, which --student "
+            "names"
+        )
+
+
+def _evaluated(config: EvaluateConfig) -> dict[str, Any]:
+    """What decides about an evaluation."""
+    of_training = {o.name for s in sections_of(EvaluateConfig, None, "") if s.name in config.UNREAD for o in s.options}
+    left_out = {*of_training, *config.REFUSED, "recipe", "method", "kind", "cost", "cost_clamp", "jsd_beta"}
+    plain = replace(config, penalty=1.0, discrepancy_weight=1.0)  # of the modified reward, which is no figure
+    read = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in left_out}
+    return {**read, "constraint": evaluation_constraint(plain)}
 
 
 def _recipe_asks(config: EvaluateConfig) -> bool:
@@ -114,8 +164,13 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     asked for. Of several sets they are returned by name, as ``sets``.
 
     They are those that a run with the same settings reports of the same student. Raises InputError for anything that
-    cannot be used, before anything is sampled.
+    cannot be used, before anything is sampled, and KeyboardInterrupt for Ctrl-C and SIGTERM.
     """
+    with Interrupts():
+        return _evaluate_student(config)
+
+
+def _evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     if config.json and not Path(config.json).parent.is_dir():
         raise InputError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
     if config.json and Path(config.json).is_dir():

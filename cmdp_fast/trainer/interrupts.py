@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-PENDING = "stopping after this step (again: at once)"
+PENDING = "stopping (again: at once)"  # short, so that a line of 40 columns has it whole
 
 
 class Interrupts:

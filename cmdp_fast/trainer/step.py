@@ -44,6 +44,7 @@ from .settings.constraint import training_constraint
 from .tasks.data import Problem
 
 CAUSES = "a cost is infinite where the teacher excludes a token that the student uses, or the learning rate is too high"
+CURES = "with a smaller --learning-rate, or with a teacher or a --cost that is finite where the student goes"
 
 
 class NotFinite(InputError):

@@ -40,10 +40,11 @@ from .records.report import Report
 from .records.run_folder import Beginning, make_run_folder, write_config
 from .records.samples import samples_text, write_samples
 from .records.session import Session, earlier
+from .records.trust import words_again
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
 from .settings.recorded import shared
-from .step import Learner, NotFinite
+from .step import CURES, Learner, NotFinite
 from .tasks.data import shuffled
 
 SAMPLES = 20
@@ -388,9 +389,12 @@ class Training:
         if ruined or student != done:
             there = "stays as it was" if (folder / "student").exists() else "is not written"
             parts.append(f"student/ has the weights of step {student}" if student is not None else f"student/ {there}")
-        kept_there = f"{folder} keeps {last}" if kept else f"{folder} has no checkpoint yet and begins again"
-        parts.append(f"{kept_there}. To go on: cmdp-fast train --resume {shlex.quote(str(folder))}")
-        return "; ".join(parts)
+        if isinstance(error, NotFinite):  # with the settings and the random numbers that have led here
+            parts.append(f"{folder} keeps {last}" if kept else f"{folder} has no checkpoint")
+            return f"{'; '.join(parts)}. Resumed, it comes to the same: begin a new run, {CURES}"
+        parts.append(f"{folder} keeps {last}" if kept else f"{folder} has no checkpoint yet and begins again")
+        again = ["cmdp-fast", "train", "--resume", str(folder), *words_again(self.config)]
+        return f"{'; '.join(parts)}. To go on: {shlex.join(again)}"
 
 
 def summary(

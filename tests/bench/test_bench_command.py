@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ pytest.importorskip("matplotlib")
 from bench_results import result
 
 from cmdp_fast import cli, installation
-from cmdp_fast.bench import command, results, sweep
+from cmdp_fast.bench import command, measure, results, sweep
 from cmdp_fast.bench.case import SHAPES, Case
 from cmdp_fast.bench.ops import OPS
 
@@ -74,7 +75,34 @@ def test_an_interrupt_leaves_threads_and_what_there_is(threads, monkeypatch, tmp
     monkeypatch.setattr(command, "run_case", lambda *_: next(kept, None) or interrupted())
     path = tmp_path / "run.json"
     assert cli.main([*arguments[:1], "token_stats", *arguments[2:], "--repeat", "1", "--json", str(path)]) == 130
-    assert results.read(path).cases == [result()]
+    assert results.read(path).cases == [result()] and results.read(path).incomplete
+
+
+def test_a_signal_keeps_the_rounds_so_far(monkeypatch, tmp_path, capsys):
+    """The round at hand ends, and no other is begun; a second signal ends it at once, with the cases before."""
+    elapsed, calls = measure.elapsed, 0
+
+    def signalled(*given):
+        nonlocal calls
+        calls += 1
+        for _ in range({9: 1, again: 2}.get(calls, 0)):  # in the first round, after the warm-up
+            signal.raise_signal(signal.SIGTERM)
+        return elapsed(*given)
+
+    again = 0
+    monkeypatch.setattr(measure, "elapsed", signalled)
+    path = tmp_path / "run.json"
+    arguments = ["bench", "budget_trace", "--shapes", "tiny", "--dtype", "float32", "--peers", "eager"]
+    assert cli.main([*arguments, "--json", str(path)]) == 130
+    told = capsys.readouterr()
+    assert f"interrupted: 1 cases measured, {path} has them, marked as incomplete" in told.out
+    run = results.read(path)
+    assert run.incomplete and [len(variant.ms) for variant in run.cases[0].variants] == [1, 1]
+    assert {variant.memory_note for variant in run.cases[0].variants} == {"interrupted"}
+    calls, again, before = 0, 1, path.read_bytes()
+    assert cli.main([*arguments, "--json", str(path)]) == 130
+    assert "interrupted: 0 cases measured, nothing was written" in capsys.readouterr().out
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -88,6 +116,8 @@ def test_an_interrupt_leaves_threads_and_what_there_is(threads, monkeypatch, tmp
         (["--device", "tpu"], "--device 'tpu' is unknown; expected cpu, cuda"),
         (["--repeat", "0"], "--repeat must be at least 1, got 0"),
         (["--threads", "-1"], "--threads must be at least 1, got -1"),
+        (["--threads", "99999999999"], "--threads must be at most "),
+        (["--repeat", "99999999999999999999999"], "--repeat must be at most 1000000, got 999"),
         (["--sweep", "depth"], "--sweep 'depth' is unknown; expected rows, vocab, hidden, threads"),
         (["token_stats", "--sweep", "hidden"], "--sweep hidden: none of token_stats is swept along it"),
         (["--compare", "absent.json"], "absent.json: expected the JSON of cmdp-fast bench"),

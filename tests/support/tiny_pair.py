@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cmdp_fast.imports import import_function
+from cmdp_fast.trainer.command_line.options import read_sections
 from cmdp_fast.trainer.engines import make_engines
 from cmdp_fast.trainer.material import Material
 from cmdp_fast.trainer.models import builtin
@@ -110,6 +111,13 @@ def arguments(pair: dict[str, str], output: Path, **changes) -> list[str]:
         **changes,
     }
     return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
+
+
+def arguments_for(kind: type[TrainConfig], command: str, pair: dict[str, str], **changes) -> list[str]:
+    """The same for another command, whose settings are a ``kind``: without the options of a training alone."""
+    read = {option.flag for section in read_sections(kind, None, command) for option in section.options}
+    words = arguments(pair, Path("unused"), **changes)[1:]
+    return [command, *(word for word in words if word.partition("=")[0] in read)]
 
 
 def learner_of(config: TrainConfig, held: ExitStack | None = None, **reward_functions) -> tuple[Learner, list, list]:

@@ -7,10 +7,11 @@ import json
 
 import pytest
 import torch
-from tiny_pair import arguments, learner_of, settings, tiny_model, untimed
+from tiny_pair import arguments, arguments_for, learner_of, settings, tiny_model, untimed
 
 import cmdp_fast as cf
 from cmdp_fast.cli import main
+from cmdp_fast.trainer.evaluate_student import EvaluateConfig
 from cmdp_fast.trainer.models.adapter import FrozenBase
 
 pytest.importorskip("peft")
@@ -154,7 +155,7 @@ def test_run_and_evaluation_of_what_it_saved(same, tmp_path):
     options = arguments(same, tmp_path, lora_rank=4, lora_alpha=8, rewards=f"{tmp_path / 'mine.py'}:short")
     assert main([*options, "--gradient-checkpointing"]) == 0
     after = json.loads((tmp_path / "r" / "summary.json").read_text())["student_after"]
-    command = ["evaluate", *arguments({**same, "student": str(tmp_path / "r" / "student")}, tmp_path)[1:]]
+    command = arguments_for(EvaluateConfig, "evaluate", {**same, "student": str(tmp_path / "r" / "student")})
     assert main([*command, "--held-out", f"--json={tmp_path / 'figures.json'}"]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["mean_cumulative_kl"] == pytest.approx(after["mean_cumulative_kl"], rel=1e-3)

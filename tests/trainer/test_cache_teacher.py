@@ -42,7 +42,7 @@ def config_of(pair: dict[str, str], folder: Path, **changes) -> CacheConfig:
 
 
 def arguments(pair: dict[str, str], folder: Path, **changes) -> list[str]:
-    values = {**pair, "task": "", "prompt_template": "", "answer_pattern": "", "holdout_fraction": 0.3}
+    values = {**pair, "task": "", "prompt_template": "", "holdout_fraction": 0.3}
     values |= {"max_new_tokens": 6, "num_generations": 4, "prompts_per_step": 3, "output": folder, **changes}
     return ["cache-teacher", *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from cmdp_fast.terminal import fitted, show
 from cmdp_fast.trainer.comparison.table import Estimate, TableRow, columns_of, fitting, print_rows
+from cmdp_fast.trainer.interrupts import PENDING
 from cmdp_fast.trainer.records import progress as progress_module
 from cmdp_fast.trainer.records.progress import FREE, Progress, Waiting, duration
 from cmdp_fast.trainer.records.report import Report, quiet_libraries
@@ -79,6 +80,17 @@ def test_a_run_that_goes_on_counts_steps_and_estimates_by_its_own_speed(clock):
     assert shown(progress, 76).split()[3:6] == ["42/94", "in", "0:00:13"]
 
 
+def test_a_note_is_whole_before_bar_and_figures(clock):
+    """From 40 columns on; below them its first word."""
+    progress = at(13)
+    progress.note = PENDING
+    for width in range(40, 120):
+        pieces = progress.pieces(width - FREE)
+        assert pieces["what"] == PENDING and pieces["count"] == " 13/400"
+        assert ("bar" in pieces and "time" in pieces) == (width >= 59) and ("0" in pieces) == (width >= 72)
+    assert list(progress.pieces(20).values()) == ["stopping", " 13/400"]
+
+
 def test_long_steps_have_a_time_left(clock):
     """rich's own estimate forgets what is older than half a minute."""
     progress = at(0)
@@ -139,7 +151,7 @@ def test_an_interrupt_leaves_one_bar_and_what_was_said(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         for item in report.track(range(30), "training runs/quickstart", before=10):
             if item == 3:
-                report.note("stopping after this step (again: at once)")
+                report.note(PENDING)
                 raise KeyboardInterrupt
             report.status(*FIGURES)
     report.say("interrupted after step 13 of 40; runs/quickstart keeps it")

@@ -8,11 +8,12 @@ import math
 
 import pytest
 import torch
-from tiny_pair import arguments, learner_of, settings
+from tiny_pair import arguments, arguments_for, learner_of, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.trainer import evaluate as evaluate_module
 from cmdp_fast.trainer.evaluate import FIGURES, evaluate
+from cmdp_fast.trainer.evaluate_student import EvaluateConfig
 from cmdp_fast.trainer.records.clock import Clock
 from cmdp_fast.trainer.tasks import data
 
@@ -90,16 +91,15 @@ def test_without_a_teacher_nothing_is_compared(collector):
     assert "feasible" not in same[0] and "cumulative_kl" not in same[0]
 
 
-def command(pair, tmp_path, **changes) -> list[str]:
-    _, *words = arguments(pair, tmp_path, **changes)
-    return ["evaluate", *words]
+def command(pair, **changes) -> list[str]:
+    return arguments_for(EvaluateConfig, "evaluate", pair, **changes)
 
 
 def test_the_command_finds_what_the_run_reported(pair, tmp_path, capsys):
     assert main(arguments(pair, tmp_path, prefix_budget=1.0)) == 0
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     student, file = str(tmp_path / "r" / "student"), tmp_path / "figures.json"
-    again = command(pair, tmp_path, student=student, json=file, prefix_budget=1.0)
+    again = command(pair, student=student, json=file, prefix_budget=1.0)
     assert main([*again, "--held-out"]) == 0
     found = json.loads(file.read_text())
     several = {name: found.pop(name) for name in ("mean@3", "pass@2", "pass@3")}
@@ -113,7 +113,7 @@ def test_the_command_finds_what_the_run_reported(pair, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "constraint satisfaction" in output and f"{found['mean_cumulative_kl']:.4g}" in output
 
-    assert main([*command(pair, tmp_path, student=student, teacher="", json=file), "--held-out"]) == 0
+    assert main([*command(pair, student=student, teacher="", json=file), "--held-out"]) == 0
     alone = json.loads(file.read_text())
     assert alone["teacher"] is None and alone["accuracy"] == found["accuracy"]
     assert not any("cumulative" in name or "constraint" in name for name in alone)
@@ -130,7 +130,7 @@ def test_the_command_finds_what_the_run_reported(pair, tmp_path, capsys):
     ],
 )
 def test_refused(changes, expected, pair, tmp_path, capsys):
-    assert main(command(pair, tmp_path, **changes)) == 2
+    assert main(command(pair, **changes)) == 2
     error = capsys.readouterr().err
     assert error.startswith("cmdp-fast: error: ") and error.count("\n") == 1 and expected in error
 

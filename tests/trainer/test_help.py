@@ -15,7 +15,7 @@ from cmdp_fast import reference
 from cmdp_fast.bench.command import parser
 from cmdp_fast.cli import main, overview
 from cmdp_fast.trainer.cache_teacher import CacheConfig
-from cmdp_fast.trainer.command_line.options import first_sentence, sections_of
+from cmdp_fast.trainer.command_line.options import first_sentence, read_sections, sections_of
 from cmdp_fast.trainer.command_line.screens import Screen
 from cmdp_fast.trainer.comparison.plan import CompareConfig
 from cmdp_fast.trainer.evaluate_student import EvaluateConfig
@@ -47,7 +47,8 @@ def test_every_number_has_its_unit(command: str) -> None:
     """Or says that it has none (units.py), and help names it beside the default."""
     shown = screen(command)
     hints = get_type_hints(shown.kind, include_extras=True)
-    for field in dataclasses.fields(shown.kind):
+    read = {option.name for section in read_sections(shown.kind, None, command) for option in section.options}
+    for field in (field for field in dataclasses.fields(shown.kind) if field.name in read):
         extras = getattr(hints[field.name], "__metadata__", ())
         unit = next((extra for extra in extras if isinstance(extra, Unit)), None)
         value = field.default if shown.default is None else getattr(shown.default, field.name)
@@ -61,7 +62,7 @@ def test_every_number_has_its_unit(command: str) -> None:
 
 def sections(command: str) -> list:
     shown = screen(command)
-    return sections_of(shown.kind, shown.default, command)
+    return read_sections(shown.kind, shown.default, command)
 
 
 @pytest.mark.parametrize("command", KINDS)
@@ -86,7 +87,7 @@ def test_the_other_screens_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_stand_in_their_sections() -> None:
     names = [section.name for section in sections("train")]
     assert names[:3] == ["run", "model", "task"] and "budget" in names and len(names) == len(set(names))
-    every = [option.name for section in sections("evaluate") for option in section.options]
+    every = [option.name for section in sections_of(EvaluateConfig, None, "evaluate") for option in section.options]
     assert sorted(every) == sorted(field.name for field in dataclasses.fields(EvaluateConfig))
     own = sections("evaluate")[0]
     assert own.name == "evaluate" and {o.name for o in own.options} == {
@@ -97,7 +98,8 @@ def test_options_stand_in_their_sections() -> None:
     assert "\n".join(screen("train").lines("--no-fast")).startswith("  --fast, --no-fast")
     short = "\n".join(screen("train").lines())
     assert all(f"\n  {name} " in short for name in names) and "--gae-lambda" not in short
-    assert "step, optimizer" in "\n".join(screen("evaluate").lines()).replace("\n", " ")
+    said = " ".join(" ".join(screen("evaluate").lines("all")).split())
+    assert "refused here: sections step, optimizer; --name, " in said and "--seed N " not in said
 
 
 def test_names_of_the_package_are_all_named() -> None:
@@ -151,7 +153,8 @@ WRONG = {
         "--learning-rat: there is no such option, did you mean --learning-rat",
     ),
     "its value in one word": (["train", "--buget=3"], "--buget=3: there is no such option, did you mean --budget?"),
-    "initials": (["train", "--lr", "1"], "did you mean --lora-rank or --learning-rate?"),
+    "initials": (["train", "--mnt", "1"], "did you mean --max-new-tokens?"),
+    "a setting that is not read": (["evaluate", "--help", "seed"], "`cmdp-fast train --help seed` tells of, and none"),
     "one hyphen": (["train", "-steps", "1"], "-steps: there is no such option, did you mean --steps?"),
     "like nothing": (["train", "--zzz"], "--zzz: there is no such option (cmdp-fast train --help-all lists all)"),
     "a word too many": (["train", "--steps", "3", "4"], "4: expected an option, which begins with --"),

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_ending import command, left_by
-from tiny_pair import arguments
+from tiny_pair import arguments_for
 from written_runs import write_run
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.cached.writer import CacheWriter
 from cmdp_fast.trainer import evaluate_student, experience, run, training
-from cmdp_fast.trainer.comparison import launching, warm
+from cmdp_fast.trainer.cache_teacher import CacheConfig
+from cmdp_fast.trainer.comparison import compare, launching, warm
 from cmdp_fast.trainer.experience import Collector
 from cmdp_fast.trainer.interrupts import PENDING, Interrupts
 from cmdp_fast.trainer.records import checkpoint, metrics_log
@@ -35,7 +40,7 @@ def expected(pair, tmp_path_factory, one_thread):
     return left_by(output / "r")
 
 
-def interrupt_at(call: int, owner, name: str, patch, times: int = 1) -> None:
+def interrupt_at(call: int, owner, name: str, patch, times: int = 1, number: int = signal.SIGINT) -> None:
     """So many signals as a function is called for the so-many-th time."""
     original, calls = getattr(owner, name), 0
 
@@ -43,7 +48,7 @@ def interrupt_at(call: int, owner, name: str, patch, times: int = 1) -> None:
         nonlocal calls
         calls += 1
         for _ in range(times if calls == call else 0):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(*args, **options)
 
     patch.setattr(owner, name, interrupted)
@@ -216,28 +221,48 @@ def test_a_disk_that_is_full_of_the_log_stops_no_run(pair, tmp_path, monkeypatch
 # ------------------------------------------------------------------------------------- other commands
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("call", [1, 2])
-def test_cache_teacher_in_the_middle_of_a_shard(call, pair, tmp_path, monkeypatch, capsys):
+def test_cache_teacher_in_the_middle_of_a_shard(call, times, pair, tmp_path, monkeypatch, capsys):
+    """The prompts at hand are stored, and what waits for a shard; in a hurry nothing is. It counts on from there."""
+
     def words(folder: str) -> list[str]:
-        given = arguments(pair, tmp_path / "unused", prompts_per_step=2)
-        return ["cache-teacher", *given[1:], f"--output={tmp_path / folder}"]
+        given = arguments_for(CacheConfig, "cache-teacher", pair, prompts_per_step=2)
+        return [*given, f"--output={tmp_path / folder}"]
 
     assert main(words("whole")) == 0
     with monkeypatch.context() as patch:
-        interrupt_at(call, CacheWriter, "store", patch)
+        interrupt_at(call, CacheWriter, "store", patch, times, signal.SIGTERM)
         assert main(words("c")) == 130
     told = capsys.readouterr()
-    assert told.err == "cmdp-fast: interrupted\n" and "the same command goes on there" in told.out
+    kept = 2 * call if times == 1 else 0
+    assert told.err == "cmdp-fast: interrupted\n" and f"c has {kept} of 9 prompts; the same command" in told.out
     assert main(words("c")) == 0
-    whole, folder = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir() if p.suffix} for f in ("whole", "c"))
-    assert whole == folder != {}
+    said = capsys.readouterr().out
+    assert re.search(r"9/9  36 completions ", said) and "36 completions of 9 prompts" in said
+    whole, folder = (stored_in(tmp_path / name) for name in ("whole", "c"))
+    assert whole.keys() == folder.keys() and all(torch.equal(whole[name], folder[name]) for name in whole)
 
 
-def test_evaluate(pair, tmp_path, monkeypatch, capsys):
-    interrupt_at(1, evaluate_student, "evaluate", monkeypatch)
+def stored_in(folder: Path) -> dict[str, torch.Tensor]:
+    """What the shards of a cache hold, behind one another."""
+    shards = [load_file(path) for path in sorted(folder.glob("shard*"))]
+    assert shards
+    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0] if name != "places"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_evaluate(number, pair, tmp_path, monkeypatch, capsys):
+    interrupt_at(1, evaluate_student, "evaluate", monkeypatch, 1, number)
     words = [f"--{name}={value}" for name, value in {**pair, "task": ""}.items()]
     assert main(["evaluate", *words, "--prompt-template=", "--answer-pattern=", f"--json={tmp_path / 'f.json'}"]) == 130
     assert capsys.readouterr().err == "cmdp-fast: interrupted\n" and not list(tmp_path.iterdir())
+
+
+def test_compare_hears_a_kill(tmp_path, monkeypatch, capsys):
+    interrupt_at(1, compare, "plan", monkeypatch, 1, signal.SIGTERM)
+    assert main(["compare", "--recipe=quickstart", f"--output-dir={tmp_path}"]) == 130
+    assert capsys.readouterr().err == "cmdp-fast: interrupted\n"
 
 
 def test_report(tmp_path, monkeypatch, capsys):

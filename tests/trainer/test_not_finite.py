@@ -64,7 +64,9 @@ def test_the_weights_of_the_last_checkpoint_are_kept(what, pair, tmp_path, expec
         assert main(command(pair, tmp_path, steps=3, checkpoint_every=1)) == 2
     told = capsys.readouterr()
     assert f"the {what}" in told.err.replace("a weight", "the weight") and "is not finite" in told.err
-    assert "stopped by an error after step 2 of 3; student/ has the weights of step 2; " in told.out
+    ended = f"stopped by an error after step 2 of 3; student/ has the weights of step 2; {folder} keeps step-000002. "
+    assert f"{ended}Resumed, it comes to the same: begin a new run, with a smaller --learning-rate" in told.out
+    assert "To go on" not in told.out
     assert json.loads((folder / "summary.json").read_text())["student_step"] == 2
     kept = torch.load(folder / "checkpoints" / "step-000002" / "model.bin", weights_only=True)
     student = load_file(folder / "student" / "model.safetensors")

@@ -12,14 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_pair import arguments, settings
+from tiny_pair import arguments, arguments_for, settings
 from written_runs import write_run
 
 from cmdp_fast import files
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import cache_teacher, evaluate_student, run
+from cmdp_fast.trainer.cache_teacher import CacheConfig
 from cmdp_fast.trainer.comparison import compare
+from cmdp_fast.trainer.evaluate_student import EvaluateConfig
 from cmdp_fast.trainer.records.run_folder import Beginning, check_run_folder, make_run_folder
 from cmdp_fast.trainer.run_report import command as report_command
 from cmdp_fast.trainer.training import Training
@@ -115,8 +117,8 @@ def test_no_command_works_before_it_looks(command, pair, tmp_path, monkeypatch, 
         "train": given,
         "compare": ["compare", "--recipe=quickstart", f"--output-dir={place}"],
         "study": ["compare", "--study=transfer", f"--output-dir={place}"],
-        "evaluate": ["evaluate", *given[1:], f"--json={tmp_path / 'file' / 'f.json'}"],
-        "cache-teacher": ["cache-teacher", *given[1:], f"--output={place}"],
+        "evaluate": [*arguments_for(EvaluateConfig, "evaluate", pair), f"--json={tmp_path / 'file' / 'f.json'}"],
+        "cache-teacher": [*arguments_for(CacheConfig, "cache-teacher", pair), f"--output={place}"],
         "report": ["report", str(tmp_path), f"--output-dir={place}"],
     }[command]
     assert main(words) == 2

@@ -10,7 +10,7 @@ import pytest
 
 from cmdp_fast.cli import main
 from cmdp_fast.nearest import nearest
-from cmdp_fast.trainer.command_line.trl_names import HERE, flags_in, option_here
+from cmdp_fast.trainer.command_line.trl_names import HERE, OTHERS, flags_in, option_here
 from cmdp_fast.trainer.settings.config import TrainConfig
 
 PAGE = Path(__file__).parents[2] / "cmdp_fast" / "guide" / "from_trl.md"
@@ -46,7 +46,14 @@ def test_what_the_table_names_is_there() -> None:
         assert (
             here.startswith("--") and set(flags_in(here)) <= set(FLAGS) and f"--{name.replace('_', '-')}" not in FLAGS
         )
-    assert option_here("save-steps", ["--steps"]) == ""  # a command without that option
+    assert option_here("save-steps", ["--steps"]).text == ""  # a command without that option
+
+
+def test_names_of_others_lead_to_options_of_a_command() -> None:
+    for name, texts in OTHERS.items():
+        assert f"--{name.replace('_', '-')}" not in FLAGS and name not in HERE
+        assert set(flags_in(texts[0])) <= set(FLAGS), name
+        assert all(text.startswith("--") for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +67,48 @@ def test_what_the_table_names_is_there() -> None:
         ("--bf16", "is here --mixed-precision bf16"),
         ("--adam-beta2=0.9", "there is no such option (cmdp-fast train --help-all lists all)"),
         ("--steps-per-gen=0.9", "there is no such option (cmdp-fast train --help-all lists all)"),
+        ("--eval-step=1", "what TRL calls so is here --eval-every"),
+        ("--reward-func=a", "what TRL calls so is here --rewards"),
+        ("--lmbda=1", "what TRL calls so is here --method gkd"),
+        ("--lambda=1", "did you mean --coefficient, the multiplier of lagrangian"),
+        ("--kl-penalty=1", "did you mean --coefficient with --method kl_reward or kl_loss"),
+        ("--kl=1", "did you mean --budget, or --coefficient"),
+        ("--max-length=1", "did you mean --max-new-tokens"),
+        ("--lr=1", "did you mean --learning-rate?"),
+        ("--batch-size=1", "did you mean --prompts-per-step, --minibatch-size or --micro-batch-size?"),
     ],
 )
 def test_an_option_of_trl_is_answered_with_ours(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", given]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("evaluate --batch-size 4", "did you mean --micro-batch-size or --rollout-batch-size?"),
+        ("evaluate --output x", "did you mean --json?"),
+        ("evaluate --out x", "did you mean --json?"),
+        ("evaluate --lr 1", "there is no such option (--learning-rate is for cmdp-fast train)"),
+        ("evaluate --minibatch-siz 1", "there is no such option (--minibatch-size is for cmdp-fast train)"),
+        ("evaluate --eval-step 1", "(--eval-every is for cmdp-fast train)"),
+        ("evaluate --kl-coef 1", "(--coefficient is for cmdp-fast train)"),
+        ("evaluate --kl 1", "did you mean --budget?"),
+        ("cache-teacher --out x", "did you mean --output?"),
+        ("compare --budget 3", "did you mean --methods cmdp:budget=3?"),
+        ("compare --learning_rate=1e-4", "did you mean --methods cmdp:learning_rate=1e-4?"),
+        ("compare --buget", "did you mean --methods cmdp:budget=...?"),
+        ("compare --lr 1", "did you mean --methods cmdp:learning_rate=1?"),
+        ("compare --seed 1", "did you mean --seeds?"),
+        ("compare --method grpo", "did you mean --methods?"),
+        ("teacher --batch-size 1", "did you mean --batch-tokens?"),
+        ("report --steps 1", "(--steps is for cmdp-fast train)"),
+    ],
+)
+def test_what_a_command_does_not_read_is_not_suggested(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
     assert said in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import os
 import py_compile
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from cmdp_fast.trainer.parse import parse, parse_as
 from cmdp_fast.trainer.records import trust
 from cmdp_fast.trainer.records.trust import CODE
 from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.step import Learner
 
 MINE = """
 from pathlib import Path
@@ -92,6 +94,22 @@ def test_a_run_goes_on_where_its_code_is_named_again(case, pair, tmp_path, mine,
     assert command[0] == "cmdp-fast" and command[1 : len(resume) + 1] == resume
     assert main(command[1:]) == 0
     assert (mine / "ran").exists()
+
+
+def test_the_command_to_go_on_names_the_code_again(pair, tmp_path, mine, monkeypatch, capsys):
+    """As it is said when a run is interrupted."""
+    step = Learner.step
+
+    def interrupted(self, *given):
+        signal.raise_signal(signal.SIGINT)
+        return step(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", interrupted)
+        assert main(arguments(pair, tmp_path / "my runs", rewards="mine.py:reward")) == 130
+    command = shlex.split(capsys.readouterr().out.split("To go on: ")[1].splitlines()[0])
+    assert command[:3] == ["cmdp-fast", "train", "--resume"] and command[4:] == ["--rewards", "mine.py:reward"]
+    assert main(command[1:]) == 0
 
 
 def test_a_package_that_the_code_is_in_has_changed(pair, tmp_path, mine, capsys):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import replace
 
 import pytest
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.evaluate_student import parse_evaluate
+from cmdp_fast.trainer.cache_teacher import CacheConfig, parse_cache
+from cmdp_fast.trainer.command_line.options import sections_of
+from cmdp_fast.trainer.evaluate_student import EvaluateConfig, _check_method, parse_evaluate
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.unread import READERS, check_read, warnings_of
@@ -81,8 +84,64 @@ def test_recipes_and_methods_go_with_each_other(method):
     parse(["--recipe=tempting", f"--method={method}"])
 
 
-def test_an_evaluation_takes_the_settings_of_a_training():
-    parse_evaluate(["--gae-lambda", "0.9"])
+OF_A_TRAINING = {
+    "--seed 5": "--seed is for cmdp-fast train: did you mean --seeds, of the sampling?",
+    "--seed=0": "--seed is for cmdp-fast train: did you mean --seeds",  # as it is; it was asked for all the same
+    "--output_dir x --name y": "--output-dir and --name are for cmdp-fast train: did you mean --json, a file",
+    "--keep 1 --trackers wandb --no-eval-before": "--keep, --trackers and --eval-before are for cmdp-fast train, and",
+    "--gae-lambda 0.9": "--gae-lambda is for cmdp-fast train, and nothing that cmdp-fast evaluate reads",
+    "--rollout vllm --rollout-ahead 1": "--rollout-ahead is for cmdp-fast train",
+    "--dry-run": "--dry-run is for cmdp-fast train",
+    "--recipe tempting --method hinge": "--method hinge would have no effect",
+    "--method grpo": "--method grpo would have no effect",
+}
+
+
+@pytest.mark.parametrize("words", OF_A_TRAINING)
+def test_an_evaluation_refuses_what_a_training_alone_reads(words):
+    with pytest.raises(InputError, match=re.escape(OF_A_TRAINING[words])):
+        parse_evaluate(words.split())
+
+
+def test_an_evaluation_takes_what_it_reads(tmp_path):
+    """Whatever the recipe says of the training; and a method that changes what is measured."""
+    method = tmp_path / "forward.toml"
+    method.write_text('cost = "forward_kl"\n')
+    assert parse_evaluate(["--method", str(method)]).cost == "forward_kl"
+    with pytest.raises(InputError, match="would have no effect"):
+        parse_evaluate(["--method", str(method), "--cost", "jsd"])  # which goes over the method's
+    assert parse_evaluate(["--recipe", "smollm2"]).method == "cmdp"  # which the recipe names
+    recipe = tmp_path / "mine.toml"
+    of_training = 'seed = 3\nkind = "barrier"\nbaseline = "gae"\nlogits = "full"\nsteps = 2\ntrackers = ["wandb"]\n'
+    recipe.write_text(f'student = "s"\nteacher = "t"\ntask = "sums"\n{of_training}')
+    words = ["--recipe", str(recipe), "--num-generations", "3", "--prompts-per-step", "2", "--missing-eos-penalty", "1"]
+    assert parse_evaluate([*words, "--seeds", "1", "2", "--jsd-beta", "0.1"]).batch_size == 6
+
+
+def test_storing_refuses_it_too():
+    with pytest.raises(InputError, match="--output-dir is for cmdp-fast train: did you mean --output"):
+        parse_cache(["--output", "x", "--output-dir", "y"])
+    with pytest.raises(InputError, match="--steps and --budget are for cmdp-fast train, and nothing that"):
+        parse_cache(["--output", "x", "--steps", "3", "--budget", "4"])
+    assert parse_cache(["--output", "x", "--method", "kd", "--seed", "4"]).seed == 4
+
+
+@pytest.mark.parametrize("kind", [EvaluateConfig, CacheConfig])
+def test_what_is_refused_is_there(kind):
+    sections = {section.name: section.options for section in sections_of(kind, None, "")}
+    of_training = {option.name for name in kind.UNREAD for option in sections[name]}
+    assert {*kind.REFUSED} <= {field.name for field in dataclasses.fields(kind)} - of_training
+    assert not {*kind.ESSENTIAL} & {*kind.REFUSED, *of_training}
+
+
+BESIDE_A_RUN = ("--method=hinge", "--recipe=tempting", "--fast")
+
+
+@pytest.mark.parametrize("word", BESIDE_A_RUN)
+def test_a_run_that_is_evaluated_has_its_own_recipe(word, tmp_path):
+    config = replace(EvaluateConfig(), resume=str(tmp_path))
+    with pytest.raises(InputError, match=f"{word.partition('=')[0]} would have no effect: the settings are those of"):
+        _check_method(config, [word])
 
 
 def test_readers_are_of_settings_that_there_are():

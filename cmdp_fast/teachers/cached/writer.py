@@ -109,10 +109,14 @@ class CacheWriter:
         if self._waiting.bytes >= self.shard_bytes:
             self._write_shard()
 
-    def finish(self) -> None:
-        """Writes what waits, and an index that says that this is all."""
+    def write_waiting(self) -> None:
+        """Writes what waits as a shard, which may be smaller than others."""
         if self._waiting.pairs:
             self._write_shard()
+
+    def finish(self) -> None:
+        """Writes what waits, and an index that says that this is all."""
+        self.write_waiting()
         self.index = replace(self.index, whole=True)
         self._write_index()
 

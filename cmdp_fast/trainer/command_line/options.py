@@ -65,6 +65,14 @@ def sections_of(kind: type[Settings], default: Any, command: str) -> list[Sectio
     return [Section(by_class[c][0].section, _first_paragraph(c), tuple(by_class[c])) for c in ordered]
 
 
+def read_sections(kind: type[Settings], default: Any, command: str) -> list[Section]:
+    """The sections without the options that a class has for recipes alone: those of the sections `UNREAD`, and those
+    that it has `REFUSED`."""
+    refused = getattr(kind, "REFUSED", ())
+    sections = [s for s in sections_of(kind, default, command) if s.name not in getattr(kind, "UNREAD", ())]
+    return [s._replace(options=tuple(o for o in s.options if o.name not in refused)) for s in sections]
+
+
 def first_sentence(text: str) -> str:
     """A text up to the end of its first sentence, without the full stop."""
     return re.split(r"(?<=[\w`)\]])\.(?=\s|$)", text, maxsplit=1)[0]

@@ -6,17 +6,18 @@ import argparse
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from cmdp_fast.errors import InputError, readable
-from cmdp_fast.nearest import did_you_mean
+from cmdp_fast.nearest import did_you_mean, nearest
 from cmdp_fast.terminal import columns, show
 
-from .options import Option, Settings, sections_of
+from ..settings.config import TrainConfig
+from .options import Option, Section, Settings, read_sections, sections_of
 from .screens import ALL, Screen
 from .trl_names import option_here
 
@@ -60,9 +61,31 @@ def settings_of(
         options = [o for section in sections_of(kind, default, prog) for o in section.options]
         raise InputError(_refused(said.getvalue(), options, args)) from None
     if unknown:
-        names = [o.flag.removeprefix("--") for section in sections_of(kind, default, prog) for o in section.options]
-        raise InputError(_unknown(unknown[0], names, prog))
+        raise InputError(_unknown(unknown, kind, prog))
     return settings
+
+
+def check_no_other(kind: type[Settings], args: Sequence[str], prog: str, meant: Mapping[str, str]) -> None:
+    """Raises InputError, which names all of them, for options on the command line that the class has for recipes alone;
+    ``meant``: what to give in their place."""
+    read = _names(read_sections(kind, None, prog))
+    every = {*_names(sections_of(kind, None, prog))} - {*read}
+    words = (word.partition("=")[0].replace("_", "-").removeprefix("--") for word in args if word.startswith("--"))
+    given = list(dict.fromkeys(each for word in words for each in (word, word.removeprefix("no-")) if each in every))
+    if not given:
+        return
+    flags = [f"--{name}" for name in given]
+    listed = " and ".join(filter(None, [", ".join(flags[:-1]), flags[-1]]))
+    text = f"{listed} {'is' if len(given) == 1 else 'are'} for cmdp-fast train"
+    hints = list(dict.fromkeys(meant[name] for name in given if name in meant))
+    raise InputError(
+        f"{text}{f': did you mean {hints[0]}?' if len(hints) == 1 else f', and nothing that {prog} reads'}"
+    )
+
+
+def _names(sections: Sequence[Section]) -> list[str]:
+    """What is typed behind two hyphens."""
+    return [o.flag.removeprefix("--") for section in sections for o in section.options if o.flag]
 
 
 def _help_topic(args: Sequence[str]) -> str | None:
@@ -78,13 +101,31 @@ def _help_topic(args: Sequence[str]) -> str | None:
     return None
 
 
-def _unknown(word: str, names: Sequence[str], prog: str) -> str:
-    name = re.sub(r"^-+|=.*$", "", word)
-    here = option_here(name, [f"--{each}" for each in names])
-    hint = f", what TRL calls so is here {here}" if here else did_you_mean(name, [*names, "help", "help-all"], "--")
-    hint = hint or f" ({prog} --help-all lists all)"
+def _unknown(words: Sequence[str], kind: type[Settings], prog: str) -> str:
+    """Why the first of the words is no option, and what was probably meant, of what the command reads."""
+    word, *rest = words
+    name, _, value = re.sub(r"^-+", "", word).partition("=")
     what = "there is no such option" if word.startswith("-") else "expected an option, which begins with --"
+    value = value or (rest[0] if rest and not rest[0].startswith("--") else "...")
+    hint = _hint(name.lower().replace("_", "-"), readable(value), kind) or f" ({prog} --help-all lists all)"
     return f"{readable(word)}: {what}{hint}"
+
+
+def _hint(name: str, value: str, kind: type[Settings]) -> str:
+    read, trainings = _names(read_sections(kind, None, "")), _names(sections_of(TrainConfig, None, ""))
+    here = option_here(name, [f"--{each}" for each in read])
+    if here.text:
+        return f", what TRL calls so is here {here.text}" if here.trl else f", did you mean {here.text}?"
+    of_command = [*read, "help", "help-all"]
+    meant = [flag.removeprefix("--") for flag in here.flags] or nearest(name, [*of_command, *trainings])
+    if not here.flags and (suggested := [each for each in meant if each in of_command]):
+        return f", did you mean {' or '.join(f'--{each}' for each in suggested)}?"
+    method = getattr(kind, "METHODS_SET", "")  # in a comparison
+    if meant and method and meant[0].replace("-", "_") not in getattr(kind, "CHOSEN", ()):
+        return f", did you mean {method.format(meant[0].replace('-', '_'), value)}?"
+    if not meant or method:
+        return did_you_mean(name, of_command, "--")
+    return f" (--{meant[0]} is for cmdp-fast train)"
 
 
 def _refused(said: str, options: Sequence[Option], args: Sequence[str]) -> str:

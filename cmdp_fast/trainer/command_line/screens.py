@@ -10,7 +10,7 @@ from cmdp_fast.nearest import did_you_mean
 from cmdp_fast.terminal import beside, wrapped
 
 from ..settings.config import TrainConfig
-from .options import Option, Section, Settings, first_sentence, meaning, sections_of
+from .options import Option, Section, Settings, first_sentence, meaning, read_sections, sections_of
 
 ALL = "all"
 COLUMN = 26  # where the texts begin
@@ -25,20 +25,15 @@ class Screen(NamedTuple):
     default: Any
     width: int
 
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """The sections whose options are taken and change nothing."""
-        return getattr(self.kind, "UNREAD", ())
-
     def lines(self, topic: str = "") -> list[str]:
         """The lines of `--help`, of `--help-all` (the topic "all") or of a section or an option. Raises InputError for
         a topic that is neither."""
-        sections = sections_of(self.kind, self.default, self.prog.split()[-1])
+        sections = read_sections(self.kind, self.default, self.prog.split()[-1])
         if not topic:
             return list(self._short(sections))
         if topic == ALL:
-            read = [section for section in sections if section.name not in self.unread]
-            return [*self._head(), *(line for section in read for line in self._section(section)), *self._left_out()]
+            every = (line for section in sections for line in self._section(section))
+            return [*self._head(), *every, *self._left_out()]
         name = topic.lstrip("-").lower().replace("_", "-")
         by_section = {section.name: section for section in sections}
         if name in by_section and not topic.startswith("-"):
@@ -49,7 +44,7 @@ class Screen(NamedTuple):
         trainings = sections_of(TrainConfig, None, "train")
         if name in {topic for section in trainings for topic in (section.name, *(o.flag[2:] for o in section.options))}:
             where = f"cmdp-fast train --help {name}"
-            raise InputError(f"--help {topic}: a setting of trainings, which `{where}` tells of, and no option here")
+            raise InputError(f"--help {topic}: a setting of trainings, which `{where}` tells of, and none here")
         raise InputError(
             f"--help {topic}: neither a section ({', '.join(by_section)}) nor an option"
             f"{did_you_mean(name, [*by_section, *options])}"
@@ -76,14 +71,16 @@ class Screen(NamedTuple):
             return
         yield from wrapped(f"All {len(options)} options: {self.prog} --help-all, or --help SECTION:", self.width)
         for section in sections:
-            if section.name not in self.unread:
-                yield from beside(section.name, first_sentence(section.says), self.width, len("  cache-teacher  "))
+            yield from beside(section.name, first_sentence(section.says), self.width, len("  cache-teacher  "))
         yield from self._left_out()
 
     def _left_out(self) -> Iterator[str]:
-        if self.unread:
-            text = f"Options of a training that change nothing here: sections {', '.join(self.unread)}."
-            yield from ["", *wrapped(text, self.width)]
+        sections, refused = getattr(self.kind, "UNREAD", ()), getattr(self.kind, "REFUSED", ())
+        if not sections:
+            return
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
+        text = f"Options of a training alone, which are refused here: sections {', '.join(sections)}; {flags}."
+        yield from ["", *wrapped(text, self.width)]
 
     def _section(self, section: Section) -> Iterator[str]:
         yield ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from cmdp_fast.errors import InputError, readable
 from cmdp_fast.files import check_writable, write_text, writing
 
+from ..interrupts import Interrupts
 from ..records.lock import alone_in
 from ..records.report import Report
 from ..tasks.data import load_problems
@@ -31,8 +32,13 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
     """Runs those that are not yet finished, writes tables and plots; returns whether every run succeeded.
 
     ``arguments`` are the words of the command line, which the table quotes. Raises InputError, before anything is run,
-    for settings that cannot be used.
+    for settings that cannot be used. Ctrl-C and SIGTERM end the trainings too, and raise KeyboardInterrupt.
     """
+    with Interrupts():
+        return _compare(config, arguments)
+
+
+def _compare(config: CompareConfig, arguments: Sequence[str]) -> bool:
     check(config)
     check_writable(folder_of(config), f"--output-dir {readable(str(folder_of(config)))}")
     if config.study:

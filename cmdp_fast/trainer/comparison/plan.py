@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from cmdp_fast.digest import Damaged
 from cmdp_fast.errors import InputError
@@ -16,7 +16,7 @@ from cmdp_fast.masking import masked
 
 from ..command_line.parsing import settings_of
 from ..records.ending import finished_summary
-from ..settings.config import TrainConfig
+from ..settings.config import TrainConfig, check_ranges
 from ..settings.ranges import SEED
 from ..settings.recipe import NOT_TOML, read_recipe, tomllib
 from ..settings.recorded import shared
@@ -41,6 +41,9 @@ REFERENCES = {"teacher": "teacher", "student_before": "student before"}
 @dataclass(frozen=True)
 class CompareConfig:
     """Settings of `cmdp-fast compare`."""
+
+    METHODS_SET: ClassVar[str] = "--methods cmdp:{}={}"  # a setting of the trainings
+    CHOSEN: ClassVar[tuple[str, ...]] = CHOSEN
 
     study: Annotated[str, NAME] = ""
     """A study in place of `recipe` and `methods`, by name or by the path of a TOML file: transfer, per-completion,
@@ -155,6 +158,7 @@ def _precision_of(run: SeededRun) -> Any:
 
 def check(config: CompareConfig) -> None:
     """Raises InputError for settings that no comparison and no study could use."""
+    check_ranges(config)
     if len(set(config.seeds)) < len(config.seeds):
         raise InputError(f"--seeds must be each once, not {' '.join(map(str, config.seeds))}")
     for seed in config.seeds:

@@ -4,6 +4,9 @@ The process is told on its standard input which trainings to start, a line of JS
 output with a line for each that has ended. It computes nothing itself, so its children begin as a new process does. It
 ends them when its input ends: with whoever started it, however that ends. The server of multiprocessing would leave
 the trainings of a comparison that was killed to go on.
+
+A signal is noted, and raises nothing: an exception may come up where Python drops it, as between a fork and the first
+line of the child, and a training that has not heard it would go on to its end.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any
 
 from cmdp_fast.children import command
 from cmdp_fast.errors import InputError, without_controls
 from cmdp_fast.files import as_json
 
+from ..records.lock import name_holder
 from ..records.report import quiet_libraries
 from ..settings.config import TrainConfig
 from ..settings.values import typed
@@ -82,7 +86,7 @@ def trainings(threads: int, lock: int, log: Path, warm: bool) -> Iterator[Traini
             text=True,
             start_new_session=True,  # an interrupt from the terminal comes to who asked for them, and ends them in turn
         )
-    with process:
+    with process, name_holder(lock, f"its trainings: process {process.pid}"):
         try:
             yield Trainings(process)
         finally:
@@ -98,51 +102,64 @@ def trainings(threads: int, lock: int, log: Path, warm: bool) -> Iterator[Traini
 # ------------------------------------------------------------------------------------- in the process itself
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LONGEST = 1 << 16  # bytes that are read at once
+
+
 def main(arguments: list[str]) -> None:
     """Starts what it is told to, until its input ends or a signal does; then it ends what it has started."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # for what an import prints
+    if "warm" in arguments:  # a signal ends this at once: nothing runs yet
+        for module in ("cmdp_fast.trainer.run", *IMPORTED):
+            importlib.import_module(module)
+    serve(0, answers)
+
+
+def serve(told: int, answers: IO[str]) -> None:
+    """Starts the trainings that the descriptor ``told`` names until it ends, or a signal comes. Then ends those that
+    run, and returns when all have ended. The process must have no other children."""
+    received: list[int] = []
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
     running: dict[int, str] = {}
+    waiting: list[dict[str, Any]] = []
+    rest, open_ = b"", True
     try:
-        if "warm" in arguments:
-            for module in ("cmdp_fast.trainer.run", *IMPORTED):
-                importlib.import_module(module)
-        _serve(answers, running)
+        while open_ and not received:
+            # Everything that was told, and whether that is all, before one is started: whoever told it may have gone
+            while open_ and select.select([told], [], [], 0.0 if waiting else 0.05)[0]:
+                piece = os.read(told, LONGEST)
+                open_ = bool(piece)
+                *lines, rest = (rest + piece).split(b"\n")
+                waiting += map(json.loads, lines)
+            if waiting and open_ and not received:
+                training = waiting.pop(0)
+                running[_forked(training, answers)] = training["name"]
+            while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                answers.write(json.dumps([running.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])]) + "\n")
+                answers.flush()
     finally:
         for pid in running:
             os.kill(pid, signal.SIGTERM)
         for pid in running:
             os.waitpid(pid, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _stop(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-def _serve(answers: Any, running: dict[int, str]) -> None:
-    told = b""
-    while True:
-        if select.select([0], [], [], 0.05)[0]:
-            if not (piece := os.read(0, 1 << 16)):
-                return
-            *lines, told = (told + piece).split(b"\n")
-            for line in lines:
-                training = json.loads(line)
-                running[_forked(training, answers)] = training["name"]
-        while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            answers.write(json.dumps([running.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])]) + "\n")
-            answers.flush()
-
-
-def _forked(training: dict[str, Any], answers: Any) -> int:
-    if pid := os.fork():
+def _forked(training: dict[str, Any], answers: IO[str]) -> int:
+    """Starts a training; returns its process. A signal to that one waits until it has the handlers of a process of its
+    own: those of this one would swallow it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    pid = os.fork()
+    if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     code = 1
     try:  # nothing of the parent's may go on in the child
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(answers.fileno())
         nothing = os.open(os.devnull, os.O_RDONLY)
         log = os.open(training["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -11,7 +11,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -52,14 +52,37 @@ def alone_in(folder: Path, say: Callable[[str], None], wait: bool = False) -> It
         if not _is_there(lock, path):
             raise InputError(f"{folder}: another process has just removed it, or its lock; try again")
         with writing(path):
-            lock.truncate()
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
+            _write(lock.fileno(), _self())
         _held.add(lock)
         try:
             yield lock.fileno()
         finally:
             _held.discard(lock)
+
+
+@contextmanager
+def name_holder(lock: int, other: str) -> Iterator[None]:
+    """While the body lasts the lock's file names another holder beside this process, for the message of `alone_in`:
+    one that is left when this process is killed."""
+    _say(lock, f"{_self()} ({other})")
+    try:
+        yield
+    finally:
+        _say(lock, _self())
+
+
+def _say(lock: int, holder: str) -> None:
+    with suppress(OSError):  # a full disk: the lock holds all the same
+        _write(lock, holder)
+
+
+def _self() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _write(lock: int, holder: str) -> None:
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{holder}\n".encode(errors="replace"), 0)
 
 
 def _is_there(lock: IO[str], path: Path) -> bool:

@@ -54,10 +54,11 @@ class Progress:
         """What is shown in so many columns, in order from left to right; "bar" is as many spaces as it gets.
 
         Given up first are a wide bar, then the last figures, the description but for its first word, the first
-        figure, the bar, that word, and last of all the time.
+        figure, the bar, that word, and last of all the time. A note has its room before all of them.
         """
         count = f"{self.done}/{self.total}".rjust(2 * len(str(self.total)) + 1)
-        words, figures = (self.note or self.description).split(" "), self.figures
+        note, figures = self.note, self.figures  # a handler of a signal may set a note meanwhile
+        words = (note or self.description).split(" ")
         room, taken = width - len(count), {"count": count}
 
         def take(name: str, text: str, gap: int = 1) -> None:
@@ -66,6 +67,9 @@ class Progress:
             if more <= room:
                 taken[name], room = text, room - more
 
+        if note:
+            words = [note] if len(note) < room else words
+            take("what", words[0])
         take("time", self._time())
         take("what", words[0])
         take("bar", " " * NARROW)

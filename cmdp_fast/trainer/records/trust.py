@@ -50,13 +50,24 @@ def check_named_again(began: TrainConfig, now: TrainConfig, command: Sequence[st
     missing = [name for name in missing if name not in PLACES or f"--{name.replace('_', '-')}" not in typed]
     missing = [name for name in missing if now.TRAINS or name != "trackers"]
     if missing:
-        named = [word for name in missing for word in words(name, getattr(began, name))]
+        named = _words(missing, began)
         if not all(map(str.isprintable, named)):
             raise InputError(f"--resume {now.resume}: its {missing[0]} cannot be typed: {named!r}")
         raise InputError(
             f"--resume {now.resume} would run code, or ask servers or trackers, that its folder names, which is up to "
             f"you. If you have read and trust it: {shlex.join([*command, *named])}"
         )
+
+
+def words_again(config: TrainConfig) -> list[str]:
+    """The words with which a command that goes on with a run of this configuration names its code again; none where
+    they cannot be typed."""
+    named = _words(_naming_code(config), config)
+    return named if all(map(str.isprintable, named)) else []
+
+
+def _words(names: Sequence[str], config: TrainConfig) -> list[str]:
+    return [word for name in names for word in words(name, getattr(config, name))]
 
 
 def check_unchanged(now: TrainConfig, recorded: dict[str, str]) -> None:

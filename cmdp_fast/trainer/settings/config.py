@@ -28,7 +28,7 @@ from .models import ModelSettings
 from .optimizer import OptimizerSettings
 from .precision import faster_precision
 from .random_weights import check_random_weights
-from .ranges import Range
+from .ranges import LARGEST, Range
 from .reward import RewardSettings
 from .rollout import RolloutSettings, check_rollout
 from .run import RunSettings
@@ -111,17 +111,17 @@ class TrainConfig(
             len(self.pid_gains) == 3 and all(map(math.isfinite, self.pid_gains)),
             f"--pid-gains must be three finite numbers, not {' '.join(map(str, self.pid_gains))}",
         )
-        check_rollout(self, self.rollout, self.mixes_teacher, self.lora_rank)
+        check_rollout(self, self.rollout, self.TRAINS and self.mixes_teacher, self.lora_rank)
         samples = "mixture" if self.mixes_teacher else "" if self.entry.on_policy else "text"
         check_teacher(self, self.algorithm, samples if self.TRAINS else "", self.TRAINS)
         check_several(self, self, self.logits)
         check_random_weights(self, self)
-        if self.kind == "worst_case":
+        if self.TRAINS and self.kind == "worst_case":
             _check(
                 self.cost == "nll", f"--kind worst_case bounds the teacher's likelihood: --cost nll, not {self.cost}"
             )
             _check(self.prefix_budget > 0, "--kind worst_case needs its budget: --prefix-budget, nats a token")
-        if self.entry.penalises:
+        if self.TRAINS and self.entry.penalises:
             _check(
                 (self.kind, self.cost) == ("lagrangian", "k3"),
                 f"--algorithm {self.algorithm} has k3 in its loss and keeps to no budget: --kind lagrangian --cost k3, "
@@ -135,11 +135,11 @@ class TrainConfig(
             math.isfinite(self.budget_price / self.budget),
             f"--budget-price {self.budget_price} for --budget {self.budget} is more than a number for each nat",
         )
-        if self.kind == "barrier":
+        if self.TRAINS and self.kind == "barrier":
             _check(self.coefficient > 0, "--kind barrier needs its weight: --coefficient")
-        if self.budget_steps:
+        if self.TRAINS and self.budget_steps:
             _check(self.budget_start > 0, "--budget-steps needs the budget to start from: --budget-start")
-        if self.logits == "full":
+        if self.TRAINS and self.logits == "full":
             _check(self.baseline != "gae", "--baseline gae reads hidden states: it needs --logits tiled")
         _check(
             self.has_value_head or not self.bootstrap_truncated,
@@ -246,10 +246,15 @@ def _check_pattern(option: str, pattern: str) -> None:
 
 
 def check_ranges(config: object) -> None:
-    """Raises InputError for a number outside the range that stands beside its field."""
+    """Raises InputError for a number outside the range that stands beside its field, and for a whole number that is
+    larger than any use of one."""
     for name, kind in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
         for range_ in (extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Range)):
-            range_.check(f"--{_flag(name)}", getattr(config, name))
+            range_.check(f"--{_flag(name)}", value)
+        for number in value if isinstance(value, tuple) else (value,):
+            small = type(number) is not int or abs(number) <= LARGEST
+            _check(small, f"--{_flag(name)} must be at most {LARGEST}, not {number}")
 
 
 def check_choices(config: object) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from cmdp_fast.errors import InputError
 
+LARGEST = 2**31 - 1  # of the whole numbers: Python counts no range beyond 2**63, torch and OpenMP take 32 bits
+
 
 @dataclass(frozen=True)
 class Range:
