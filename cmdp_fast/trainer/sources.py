@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,11 +25,17 @@ _away = ""  # why the hub is not asked in it
 
 
 def check_path(option: str, name: str, file_too: bool) -> None:
-    """Raises InputError if a name is that of a path, and nothing is there, with what is called alike in its place.
+    """Raises InputError for an address, and if a name is that of a path, and nothing is there, with what is called
+    alike in its place.
 
     A hub's ids are `name` and `owner/name`; ``file_too``: or a file, which its ending tells of.
     """
     path = Path(name)
+    if "://" in name and not os.path.lexists(path):
+        of_hub = re.match(r"(?:https?://huggingface\.co/|hf://)(?:datasets/)?([\w.-]+/[\w.-]+)", name)
+        hint = f"; did you mean {of_hub[1]}?" if of_hub else ""
+        what = "a hub id, a folder or a file" if file_too else "a hub id or a folder"
+        raise InputError(f"{option} {name}: an address, expected {what}{hint}")
     if os.path.lexists(path) or not _is_path(name, file_too):
         return
     home = Path(os.path.expanduser(name))

@@ -16,7 +16,7 @@ from cmdp_fast.errors import InputError, readable
 from cmdp_fast.nearest import did_you_mean
 from cmdp_fast.terminal import columns, show
 
-from .options import Option, Settings, sections_of
+from .options import SWITCH, Option, Settings, sections_of
 from .screens import ALL, Screen
 from .trl_names import option_here
 
@@ -31,6 +31,8 @@ class FirstLook(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError: argparse would print, and exit."""
+        if of_switch := re.match(r"argument (--[\w-]+)/\S+: ignored explicit argument '(.*)'$", message, re.DOTALL):
+            raise InputError(f"{of_switch[1]} {readable(of_switch[2])}: expected {SWITCH}")
         raise InputError(message.removeprefix("argument "))
 
 
@@ -82,6 +84,8 @@ def _unknown(word: str, names: Sequence[str], prog: str) -> str:
     name = re.sub(r"^-+|=.*$", "", word)
     here = option_here(name, [f"--{each}" for each in names])
     hint = f", what TRL calls so is here {here}" if here else did_you_mean(name, [*names, "help", "help-all"], "--")
+    if word.startswith("--") and name.replace("_", "-") in names:  # which it is, but in the wrong place
+        return f"{readable(word)}: it stands behind a --, which ends the options: leave the -- out"
     hint = hint or f" ({prog} --help-all lists all)"
     what = "there is no such option" if word.startswith("-") else "expected an option, which begins with --"
     return f"{readable(word)}: {what}{hint}"

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cmdp_fast.children import command
-from cmdp_fast.errors import InputError, without_controls
+from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
+from cmdp_fast.masking import told
 
 from ..records.report import quiet_libraries
 from ..settings.config import TrainConfig
@@ -166,7 +167,7 @@ def trained(settings: dict[str, Any]) -> int:
     try:
         train(TrainConfig(**typed(settings, "a training's settings")))
     except InputError as error:
-        print(f"cmdp-fast: error: {without_controls(str(error))}", file=sys.stderr)
+        print(f"cmdp-fast: error: {told(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cmdp-fast: interrupted", file=sys.stderr)
