@@ -14,7 +14,7 @@ from typing import Any
 from cmdp_fast.errors import without_controls
 
 _AGAIN = r"(?![a-z])(?![-_]?(?:file|ids?)(?![a-z]))"  # not `tokens`, `tokenizer`, `keyword`, `token_file`, `token_ids`
-_KINDS = rf"(?:key|keys|token|secrets?|passwords?|passwd|passphrase|credentials?){_AGAIN}"
+_KINDS = rf"(?:key|keys|(?<![-_]per[-_])token|secrets?|passwords?|passwd|passphrase|credentials?){_AGAIN}"
 _NAMED = rf"[\w.-]*{_KINDS}[\w.-]{{0,40}}"  # bounds keep the time in proportion to the text
 _NAME = rf"(?<![\w.-]){_NAMED}"
 _IN_QUOTES = rf"""\\{{0,4}}["']{_NAME}\\{{0,4}}["']"""
