@@ -49,8 +49,8 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 def _without_a_graph(code: CodeType) -> None:
     """As `torch._dynamo.eval_frame.skip_code`, from torch 2.8 to 2.14: frames that this one calls may have graphs."""
-    watcher: Any = torch._C._dynamo.eval_frame
     with contextlib.suppress(AttributeError, TypeError):  # in a later torch: then there is one graph break more
+        watcher: Any = torch._C._dynamo.eval_frame
         passed_over = watcher._FrameExecStrategy(watcher._FrameAction.SKIP, watcher._FrameAction.DEFAULT)
         watcher.set_code_exec_strategy(code, passed_over)
 

@@ -222,11 +222,11 @@ class Constraint:
             )
 
 
-def of_a_scaled_direct_term(scaled: str, instead: str) -> str:
-    """The warning of a setting ``scaled`` that divides advantages by a group's deviation, where the gradient has a
+def of_a_scaled_direct_term(scaled: str, instead: str, whose: str = "a group's") -> str:
+    """The warning of a setting ``scaled`` that divides advantages by ``whose`` deviation, where the gradient has a
     direct term; ``instead`` is the setting that does not."""
     return (
-        f"{scaled} divides the direct term by a group's standard deviation, by 1e-4 where returns are equal, and "
+        f"{scaled} divides the direct term by {whose} standard deviation, by 1e-4 where returns are equal, and "
         "cancels discrepancy_weight where nothing but the excess differs, and a price of every unit of cost where "
         f"nothing but the cost does; {instead} keeps what penalty and discrepancy_weight mean"
     )

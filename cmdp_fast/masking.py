@@ -20,12 +20,15 @@ _NAME = rf"(?<![\w.-]){_NAMED}"
 _IN_QUOTES = rf"""\\{{0,4}}["']{_NAME}\\{{0,4}}["']"""
 _QUOTED = r"""(?P<quote>\\{0,4}["'])(?:\\[\s\S]|[^\\])*?(?P=quote)"""
 
-_END = r"(?=:?(?:[\s#\"]|$))"  # a message goes on behind a colon
+_END = r"(?=:?(?:\s|$))"  # a message goes on behind a colon
 
 _OPTION = re.compile(rf"--?(?=\w){_NAMED}", re.IGNORECASE)
 _RULES = (  # in this order
     (re.compile(r"(?<=://)[^/?#\s]*@"), ""),  # the user and the password of an address
-    (re.compile(rf"(://[^\s?#\"']{{0,2000}}\?)[^\s#\"]+?{_END}"), r"\1***"),  # its query, which may be its signature
+    (
+        re.compile(rf"(://[^\s?#\"']{{0,2000}}\?)[^\s#\"]+?(?:(?=[#\"])|{_END})"),
+        r"\1***",
+    ),  # its query, which may be its signature
     (re.compile(r"\b(?:sk-[\w-]{8,}|(?:hf|gh[oprsu])_[A-Za-z0-9]{10,}|github_pat_\w{10,}|AKIA[A-Z0-9]{16})"), "***"),
     (re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]{8,}"), r"\1 ***"),
     # {"api_key": "..."}, NAME=..., and --name ... of a command in a text
@@ -71,9 +74,7 @@ def public(text: str) -> str:
 
 def public_words(words: Sequence[str]) -> list[str]:
     """The words of a command: `public`, and the one behind an option like `--api-key` is `***`."""
-    shown = []
-    for before, word in zip(("", *words), words, strict=False):
-        shown.append("***" if names_a_secret(before) and not word.startswith("--") else public(word))
+    shown: list[str] = masked(list(words))
     return shown
 
 
@@ -83,12 +84,22 @@ def names_a_secret(option: str) -> bool:
 
 
 def masked(value: Any, mask: Callable[[str], str] = public) -> Any:
-    """A value of JSON whose texts are masked; a text under a name like `api_key` is `***`, whatever it is."""
+    """A value of JSON whose texts are masked. What is under a name like `api_key`, or in a list behind a word like
+    `--api-key`, is `***`, whatever it is, but for what is empty, or true."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, dict):
-        return {
-            name: "***" if isinstance(item, str) and item and names_a_secret(f"--{name}") else masked(item, mask)
-            for name, item in value.items()
-        }
-    return [masked(item, mask) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: "***" if _is_secret(f"--{name}", item) else masked(item, mask) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        behind = zip(("", *value), value, strict=False)
+        return ["***" if _is_word_of(before, item) else masked(item, mask) for before, item in behind]
+    return value
+
+
+def _is_word_of(before: Any, word: Any) -> bool:
+    """Whether a word is the secret of the option before it, and not another option."""
+    return isinstance(before, str) and not str(word).startswith("--") and _is_secret(before, word)
+
+
+def _is_secret(option: str, value: Any) -> bool:
+    return bool(value) and not isinstance(value, bool) and names_a_secret(option)  # a setting like `budget_per_token`

@@ -108,14 +108,19 @@ def lost(error: Exception | None) -> ConsoleLost:
     return ConsoleLost(f"the output cannot be written: {reason}")
 
 
+def encodable(text: str, stream: IO[str]) -> str:
+    """A text with question marks for what a stream's encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 def show(text: str, stream: IO[str] | None, end: str = "\n") -> None:
-    """Prints a text; what the stream's encoding lacks becomes a question mark. Raises ConsoleLost where it cannot be
-    written, which `cli.main` takes for the end of the command; the stream leads nowhere from then on."""
+    """Prints a text, as far as it is `encodable`. Raises ConsoleLost where it cannot be written, which `cli.main` takes
+    for the end of the command; the stream leads nowhere from then on."""
     if stream is None:
         raise lost(None)
-    encoding = getattr(stream, "encoding", None) or "utf-8"
     with _losing(stream):
-        print(text.encode(encoding, "replace").decode(encoding), file=stream, end=end, flush=True)
+        print(encodable(text, stream), file=stream, end=end, flush=True)
 
 
 def flush(stream: IO[str] | None) -> None:
@@ -129,9 +134,17 @@ def flush(stream: IO[str] | None) -> None:
 def _losing(stream: IO[str]) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: it was closed in this process
+    except (OSError, ValueError) as error:
+        if not of_console(error, stream):
+            raise
         silence(stream)
         raise lost(error) from error
+
+
+def of_console(error: Exception, stream: IO[str]) -> bool:
+    """Whether an error says that a stream cannot be written to any more: a ValueError where this process has closed it.
+    Any other says something of the text."""
+    return isinstance(error, OSError) or stream.closed
 
 
 def silence(stream: IO[str] | None) -> None:

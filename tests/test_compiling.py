@@ -75,6 +75,15 @@ def test_an_untraced_function_costs_one_graph_break_and_no_warning():
     assert sum(counters["graph_break"].values()) == 1, counters["graph_break"]
 
 
+@pytest.mark.parametrize("moved", ["_dynamo", "eval_frame"])
+def test_a_torch_without_the_private_call_costs_no_more_than_a_graph_break(moved, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delattr(*((torch._C, moved) if moved == "_dynamo" else (torch._C._dynamo, moved)))
+        outside = untraced(torch.sin)
+    x = torch.rand(3)
+    assert torch.equal(outside(x), x.sin())
+
+
 class Record(NamedTuple):
     left: torch.Tensor
     right: torch.Tensor | None

@@ -27,6 +27,7 @@ SECRETS = {
     "--rollout-args=--api-key abc": "--rollout-args=--api-key ***",
     "Authorization: Bearer abcdefgh": "Authorization: Bearer ***",
     "SUPER_TOKEN=abc": "SUPER_TOKEN=***",
+    'PASSWORD=a#b"c:d run': "PASSWORD=*** run",
     "https://me:pass@host/x": "https://host/x",
     "served:https://token@host:80": "served:https://host:80",
     "https://host/b/x.jsonl?sig=abc%2F&se=1 next": "https://host/b/x.jsonl?*** next",
@@ -63,6 +64,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
 def test_words_of_a_command() -> None:
     words = ["--api-key", "a b", "--steps", "3", "--hf-token", "--x", "TOKEN=abc"]
     assert public_words(words) == ["--api-key", "***", "--steps", "3", "--hf-token", "--x", "TOKEN=***"]
+    assert public_words(["--api-key", "", "--token", "--key=a"]) == ["--api-key", "", "--token", "--key=***"]
     assert shlex.join(public_words(["--args", "--key 'a b' c"])) == "--args '--key *** c'"
 
 
@@ -76,6 +78,22 @@ def test_values_of_json(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {"args": {"api_key": "***", "max_tokens": 3, "key": ""}, "urls": ["https://h", 1], "at": "~/x"}
     assert masked(given) == shown
     assert masked(given, without_secrets) == shown | {"at": "/home/somebody/x"}
+
+
+def test_a_secret_of_any_kind() -> None:
+    given = {
+        "api_keys": ["a", "b"],
+        "api_key": {"of": "a"},
+        "token": 4711,
+        "args": ["--api-key", "a", "--hf-token", 4711, "--key", "--port", 1, "--password"],
+    }
+    shown = {
+        **{"api_keys": "***", "api_key": "***", "token": "***"},
+        "args": ["--api-key", "***", "--hf-token", "***", "--key", "--port", 1, "--password"],
+    }
+    assert masked(given) == masked(shown) == shown
+    none = {"budget_per_token": True, "api_key": None, "token": 0, "key": [], "keys": {}, "args": ["--key", "", False]}
+    assert masked(none) == none
 
 
 def test_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

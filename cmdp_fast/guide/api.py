@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 import re
+import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +34,8 @@ MODULES = (  # each with the modules below it, but for those that an `__all__` h
     "cmdp_fast.trainer.user_rollout",
     "cmdp_fast.judging",
 )
+# How the settings are checked and shown, of which the pages of the settings say what comes of it.
+UNLISTED = ("cmdp_fast.trainer.settings.ranges", "cmdp_fast.trainer.settings.units")
 OPTIONAL = "cmdp_fast.integrations."  # below it each module needs a package of its own
 
 
@@ -89,5 +94,29 @@ def importable(root: str, left_out: dict[str, str]) -> Iterator[str]:
         return
     yield root
     for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        if info.name != "__main__" and (public is None or info.name in public):
-            yield from importable(f"{root}.{info.name}", left_out)
+        name = f"{root}.{info.name}"
+        if info.name != "__main__" and name not in UNLISTED and (public is None or info.name in public):
+            yield from importable(name, left_out)
+
+
+@contextlib.contextmanager
+def plain_types() -> Iterator[None]:
+    """While it lasts, the fields of the modules' classes have their types alone: a float, not `Annotated[float, NATS]`.
+
+    Sphinx shows all that stands in such a pair of brackets, and no setting of it leaves that out.
+    """
+    changed = {kind: kind.__annotations__ for kind in _annotated()}
+    for kind, given in changed.items():
+        types = typing.get_type_hints(kind)
+        kind.__annotations__ = {name: types[name] for name in given}
+    try:
+        yield
+    finally:
+        for kind, given in changed.items():
+            kind.__annotations__ = given
+
+
+def _annotated() -> list[type]:
+    modules = [module for name, module in sys.modules.items() if name.startswith(MODULES)]
+    kinds = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    return [kind for kind in kinds if "Annotated[" in str(vars(kind).get("__annotations__"))]

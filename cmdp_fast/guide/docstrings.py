@@ -11,10 +11,14 @@ from typing import Any
 
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.ext import napoleon
 
+LONGEST_SIGNATURE = 1500  # characters, of a class whose signature is shown
 # What is markup in both: code, references, formulas, and emphasis of a word or two.
 _LITERAL = re.compile(r"``.+?``|`[^`]+`|\$[^$\n]+\$|(?<![\w*])\*\w[\w ]*\*(?![\w*])|\*\*\w[\w ]*\.?\*\*", re.DOTALL)
 _NAME = re.compile(r"^`[A-Za-z_][\w.]*`$")
+_SECTIONS: Any = napoleon.Config(napoleon_numpy_docstring=False)
+_FIELDS = ("attribute", "data")  # which have no sections: their words before a colon would be taken for a type
 _PLACEHOLDER = re.compile(r"^Alias for field number \d+$")  # what Python says of a NamedTuple's field by itself
 
 
@@ -87,6 +91,18 @@ def _table(rows: list[str]) -> list[str]:
 
 def _process(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     lines[:] = converted(lines)
+    if what not in _FIELDS:
+        lines[:] = napoleon.GoogleDocstring(lines, _SECTIONS).lines()
+
+
+def _signature(
+    app: Any, what: str, name: str, obj: object, options: object, arguments: str | None, returned: str | None
+) -> tuple[str, str | None] | None:
+    """Leaves off what a class of settings is made with: its fields stand below it, one by one."""
+    shown = arguments or ""
+    if what == "class" and (len(shown) > LONGEST_SIGNATURE or "Annotated[" in shown):
+        return "", returned
+    return None
 
 
 def _exact(app: Any, doctree: nodes.document) -> None:
@@ -96,7 +112,8 @@ def _exact(app: Any, doctree: nodes.document) -> None:
 
 
 def setup(app: Any) -> dict[str, Any]:
-    """Converts before napoleon, whose priority is 500, reads the sections."""
-    app.connect("autodoc-process-docstring", _process, priority=400)
+    """Registers what is done to docstrings, signatures and references."""
+    app.connect("autodoc-process-docstring", _process)
+    app.connect("autodoc-process-signature", _signature)
     app.connect("doctree-read", _exact)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

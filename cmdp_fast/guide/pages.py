@@ -17,7 +17,7 @@ class Page(NamedTuple):
     sections: tuple[
         str, ...
     ] = ()  # titles of the README's sections that stand on it; a page of another file: their place
-    title: str = ""  # of a page that is made of several sections
+    title: str = ""  # of a page that is made of several sections, and of one whose own says too little
 
 
 GUIDES = "cmdp_fast/guide"
@@ -70,8 +70,13 @@ GROUPS: dict[str, tuple[Page, ...]] = {
     ),
 }
 RESULTS = "benchmarks/results"  # every other page below it is a page of the site too, below `results/`
-
-
+# Pages that a command writes have the command's title, which stands above others as well.
+RESULT_TITLES = {
+    "cpu": "CPU, x86-64",
+    "smollm2/colours": "smollm2: colours",
+    "smollm2/questions": "smollm2: questions",
+    "training/tempting/table": "tempting: all methods",
+}
 OTHERS = "Use"  # the group of guides of this folder that no group names
 
 
@@ -90,8 +95,10 @@ def pages_of(root: Path) -> dict[str, tuple[Page, ...]]:
 def results_of(root: Path) -> list[Page]:
     """The pages of measurements below the overview of them, by folder."""
     found = sorted(path.relative_to(root / RESULTS) for path in (root / RESULTS).rglob("*.md"))
+    named = {_result_name(path): path for path in found if path != Path(README)}
     return [
-        Page(f"results/{_result_name(path)}", f"{RESULTS}/{path.as_posix()}") for path in found if path != Path(README)
+        Page(f"results/{name}", f"{RESULTS}/{path.as_posix()}", title=RESULT_TITLES.get(name, ""))
+        for name, path in named.items()
     ]
 
 

@@ -17,7 +17,6 @@ CONFIGURATION = {
     "extensions": [
         "myst_parser",
         "sphinx.ext.autodoc",
-        "sphinx.ext.napoleon",
         "cmdp_fast.guide.mathml",
         "cmdp_fast.guide.docstrings",
     ],
@@ -37,7 +36,6 @@ CONFIGURATION = {
     "autodoc_default_options": {"members": True, "undoc-members": True, "member-order": "bysource"},
     "autodoc_typehints_format": "short",
     "add_module_names": False,
-    "napoleon_numpy_docstring": False,
 }
 
 
@@ -69,7 +67,8 @@ def build(folder: Path, root: Path | None = None) -> dict[str, str]:
             warning=warnings,
             freshenv=True,
         )
-        app.build()
+        with api.plain_types():
+            app.build()
     if said := warnings.getvalue().strip():
         raise SiteError(said)
     return left_out

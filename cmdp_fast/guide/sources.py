@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -61,8 +62,10 @@ class _Writer:
             text = self._of_readme(page)
         else:
             text = self._linked(page, page.path, (self.root / page.path).read_text(encoding="utf-8"))
+            if page.title:
+                text = re.sub(r"\A# .*\n+", "", text)
             if not text.startswith("#"):  # a table that a command writes has no title of its own
-                text = f"# {PurePosixPath(page.path).stem.capitalize()}\n\n{text}"
+                text = f"# {page.title or PurePosixPath(page.path).stem.capitalize()}\n\n{text}"
             for title in page.sections:
                 text = text.replace(FROM_README.format(title), self._section(page, title))
         _put(self.folder / f"{page.name}.md", markdown.with_known_fences(text))

@@ -1,7 +1,7 @@
 """Where the name of a dataset or a model leads: to a path on this machine, or to a hub.
 
-A path that is not there is never asked a hub for. A hub that does not answer is asked once in a load, in seconds, and
-after that what its cache holds is taken; the libraries would try every file five times, with pauses.
+A path that is not there is never asked a hub for. A hub is asked for a first answer once in a load. If none comes, in
+seconds, what its cache holds is taken; the libraries would try every file five times, with pauses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz",
 PATIENCE = 10.0  # seconds for the first answer of a hub
 
 _load: ExitStack | None = None  # what the load at hand has to put back
+_answers = False  # whether the hub has answered in it
 _away = ""  # why the hub is not asked in it
 
 
@@ -28,15 +28,15 @@ def check_path(option: str, name: str, file_too: bool) -> None:
     """Raises InputError for an address, and if a name is that of a path, and nothing is there, with what is called
     alike in its place.
 
-    A hub's ids are `name` and `owner/name`; ``file_too``: or a file, which its ending tells of.
+    A hub's ids are `name` and `owner/name`; ``file_too``: or a file, which its ending tells of, or a dataset with
+    `hf://` before it, which `datasets` takes as one of the hub.
     """
     path = Path(name)
-    if "://" in name and not os.path.lexists(path):
-        of_hub = re.match(r"(?:https?://huggingface\.co/|hf://)(?:datasets/)?([\w.-]+/[\w.-]+)", name)
-        hint = f"; did you mean {of_hub[1]}?" if of_hub else ""
-        what = "a hub id, a folder or a file" if file_too else "a hub id or a folder"
-        raise InputError(f"{option} {name}: an address, expected {what}{hint}")
-    if os.path.lexists(path) or not _is_path(name, file_too):
+    if os.path.lexists(path) or (file_too and name.startswith("hf://")):
+        return
+    if "://" in name:
+        raise InputError(f"{option} {name}: that is an address; for what is on the hub give its id, owner/name")
+    if not _is_path(name, file_too):
         return
     home = Path(os.path.expanduser(name))
     if name.startswith("~") and home.exists():
@@ -69,9 +69,10 @@ def alike(path: Path) -> str:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """A load, of which all that the body loads is a part. A hub that does not answer is left alone until its end: by
-    the next one it may be there again. What is a part of another load has no end of its own."""
-    global _load, _away
+    """A load, of which all that the body loads is a part. Until its end a hub that does not answer is left alone, and
+    one that does is not asked again: by the next one it may be otherwise. What is a part of another load has no end of
+    its own."""
+    global _load, _answers, _away
     if _load is not None:
         yield
         return
@@ -79,21 +80,24 @@ def loading() -> Iterator[None]:
         with ExitStack() as _load:
             yield
     finally:
-        _load, _away = None, ""
+        _load, _answers, _away = None, False, ""
 
 
 def find_hub() -> None:
-    """Asks the hub for a first answer, inside of `loading`. If there is none it is left alone in the rest of the load,
-    and what its cache holds is taken, as with HF_HUB_OFFLINE."""
+    """Asks the hub for a first answer, once inside of `loading`. If there is none it is left alone in the rest of the
+    load, and what its cache holds is taken, as with HF_HUB_OFFLINE."""
     import datasets
     from huggingface_hub import constants, get_session
 
-    global _away
+    global _answers, _away
+    if _answers:
+        return
     if constants.HF_HUB_OFFLINE or _away:
         _away = _away or "HF_HUB_OFFLINE is set, so that nothing but the cache is looked at"
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        _answers = True
     except Exception as error:  # of the client that its version has, and of proxies
         _away = (
             f"{constants.ENDPOINT} cannot be reached ({readable(first_line(error))}), and the cache does not hold it: "

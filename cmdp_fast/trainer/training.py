@@ -328,12 +328,17 @@ class Training:
                 lambda: write_text(folder / "samples.txt", samples_text(shown)),
                 lambda: plot_curves(folder / "curves.png", self.log, constraint, accuracy),
             ]
+        about: dict[str, Any] = {"student_step": None, "sessions": self._sessions()}
         if step is not None:
             model, weights = whole_student(self.learner.student, self.accelerator)
-            writes.append(lambda: save_student(model, self.material.tokenizer, folder, weights))
+
+            def save() -> None:
+                save_student(model, self.material.tokenizer, folder, weights)
+                about["student_step"] = step
+
+            writes.append(save)
         failures: list[Exception] = []
         ended = [error]  # or by the first file that cannot be written
-        about = {"student_step": step, "sessions": self._sessions()}
         writes.append(lambda: write_summary(folder, summary(c, self.learner, self.results, done, ended[0]) | about))
         for write in writes if self.accelerator.is_main_process else []:
             try:
@@ -357,8 +362,10 @@ class Training:
             return self.learner.between
         try:
             self.learner.check_weights()
-        except Exception:  # also one of CUDA, after which nothing can be read any more
-            return True
+        except Exception as error:  # also one of CUDA, after which nothing can be read any more
+            # Want of memory, which the error that has ended the step still holds, says nothing of the weights: those
+            # of the last step, which were looked at as it ended
+            return not (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
         return False
 
     def _last_good(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from cmdp_fast.trainer.settings.recipe import read_recipe
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that it is experimental
-    from trl.experimental.gkd import GKDConfig
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 PAGE = Path(__file__).parents[2] / "cmdp_fast" / "guide" / "from_trl.md"
 TABLES = {"GKDConfig": GKDConfig, "CMDPDistillationConfig": CMDPDistillationConfig, "GRPOConfig": GRPOConfig}
@@ -72,6 +73,32 @@ def test_the_options_have_the_defaults_of_both_sides():
         if here:
             value = ours[option.replace("-", "_")]
             assert here in (str(value), ",".join(value) if isinstance(value, tuple) else None), option
+
+
+def test_the_last_column_of_gkd_has_the_defaults_of_the_recipe():
+    ours = dataclasses.asdict(read_recipe("pair"))
+    cells = " ".join(cell for title, cell in ROWS if title == "cmdp-fast train --method gkd")
+    found = re.findall(r"`--([a-z-]+)`, default `([^`]+)`", cells)
+    assert {name for name, _ in found} >= {"temperature", "max-new-tokens", "learning-rate"}
+    assert all(str(ours[name.replace("-", "_")]) == default for name, default in found), found
+
+
+def test_every_default_of_gkd_that_differs_is_in_its_table():
+    """But for `remove_unused_columns`, which each sets as its own columns need it."""
+    theirs, ours = defaults(GKDConfig), defaults(CMDPDistillationConfig)
+    named = {name for title, cell in ROWS if title == "GKDConfig" for name in re.findall(r"^`(\w+)", cell)}
+    assert {name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name]} - named == {
+        "remove_unused_columns"
+    }
+
+
+def test_gkd_samples_at_its_temperature_and_compares_at_one():
+    """What the page says of `temperature` and of `seq_kd`."""
+    called = inspect.getsource(GKDTrainer.compute_loss)
+    assert "generalized_jsd_loss(" in called and "temperature" not in called
+    step = inspect.getsource(GKDTrainer.training_step)
+    assert "random.random() <= self.lmbda" in step and "elif self.seq_kd:" in step
+    assert '"temperature": args.temperature' in inspect.getsource(GKDTrainer.__init__)
 
 
 def test_options_are_ours():

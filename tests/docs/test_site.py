@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import html as html_module
+import importlib
+import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +24,7 @@ from filelock import FileLock  # noqa: E402  (torch requires it)
 import cmdp_fast as cf  # noqa: E402
 from cmdp_fast.guide import __main__ as command  # noqa: E402
 from cmdp_fast.guide import api, docstrings, markdown, mathml, pages, site, sources  # noqa: E402
+from cmdp_fast.trainer.settings.budget import BudgetSettings  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 LOADED = {"script": "src", "img": "src", "source": "srcset", "iframe": "src", "link": "href", "object": "data"}
@@ -137,6 +144,72 @@ def test_every_public_name_is_there(html, folder):
         assert folder / "api" / f"{name}.html" in html
     for path, page in html.items():
         assert "Alias for field number" not in "".join(page.prose), path.name
+
+
+def fields_of(kind: type) -> Iterator[tuple[str, str]]:
+    """The fields that a class has of its own, each with the string below it in the source."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    for field, text in itertools.pairwise(tree.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            yield field.target.id, inspect.cleandoc(text.value.value)
+
+
+def words(text: str) -> list[str]:
+    """Without markup, and without formulas, which are MathML on the page."""
+    return re.findall(r"\w+", re.sub(r"\$[^$]+\$", "", text))
+
+
+def description(page: str, name: str) -> str:
+    """What stands below a name on a page of the API."""
+    below = page.partition(f'id="{name}"')[2].partition("<dd>")[2].partition("</dd>")[0]
+    return html_module.unescape(re.sub(r"<[^>]+>", "", re.sub(r"<math.*?</math>", "", below, flags=re.DOTALL)))
+
+
+def signature(page: str, name: str) -> str:
+    below = page.partition(f'id="{name}">')[2].partition("</dt>")[0]
+    return " ".join(html_module.unescape(re.sub(r"<[^>]+>", "", below)).split())
+
+
+def test_every_field_is_described_in_whole(folder):
+    """Napoleon would take the words before a colon for the field's type, and put them behind the others."""
+    count = 0
+    for path in sorted((folder / "api").glob("cmdp_fast*.html")):
+        page, module = path.read_text(encoding="utf-8"), importlib.import_module(path.stem)
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and f'id="{path.stem}.{name}"' in page:
+                for field, text in fields_of(kind):
+                    count += 1
+                    assert words(description(page, f"{path.stem}.{name}.{field}")) == words(text), f"{name}.{field}"
+    assert count > 150
+
+
+def test_types_are_those_of_values_alone(folder):
+    """Not all that stands beside them for the command line; in what is searched, too."""
+    for path in [*folder.glob("api/*.html"), folder / "searchindex.js"]:
+        text = html_module.unescape(re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8")))
+        assert not (left := re.search(r".{0,40}(Annotated\[|<lambda>|Unit\(given=).{0,40}", text)), (
+            f"{path.name}: {left[0]}"
+        )
+    page = (folder / "api" / "cmdp_fast.trainer.settings.budget.html").read_text(encoding="utf-8")
+    name = "cmdp_fast.trainer.settings.budget.BudgetSettings"
+    assert signature(page, f"{name}.budget").startswith("budget: float = 2.0")
+    assert "budget" not in signature(page, name)  # each stands below, with what it means
+    assert "budget: " in signature((folder / "api" / "cmdp_fast.html").read_text("utf-8"), "cmdp_fast.Constraint")
+
+
+def test_the_classes_are_as_they_were_after_the_types_were_shown():
+    before = BudgetSettings.__annotations__
+    with api.plain_types():
+        assert BudgetSettings.__annotations__["budget"] is float
+    assert BudgetSettings.__annotations__ is before and "Annotated" in str(before["budget"])
+
+
+def test_pages_of_measurements_have_titles_of_their_own(html, folder):
+    names = [page.name for page in pages.results_of(ROOT)]
+    index = (folder / "results" / "index.html").read_text(encoding="utf-8")
+    shown = [re.search(rf'href="{name.removeprefix("results/")}\.html">([^<]+)</a>', index)[1] for name in names]
+    assert len(set(shown)) == len(shown) and {*pages.RESULT_TITLES.values()} <= {*shown}
+    assert {f"results/{name}" for name in pages.RESULT_TITLES} <= {*names}
 
 
 def test_what_is_left_out_needs_a_package(folder):

@@ -74,7 +74,19 @@ def test_the_newest_are_those_of_the_scripts():
         assert f" {package}=={ROWS[package]['newest']}" in script("oldest")
 
 
+def test_the_torch_of_the_gpu_has_a_row():
+    page = (ROOT / "benchmarks" / "results" / "gpu-h200" / "README.md").read_text(encoding="utf-8")
+    ran = set(re.findall(r"torch (\d\S*), triton (\d\S*),", page))
+    table = PAGE.partition("## What is run with each torch")[2].partition("\n\n## ")[0]
+    assert ran and all(f"| {torch} | Triton {triton}, " in table for torch, triton in ran)
+    assert all(torch in ROWS["torch"]["between them"] for torch, _ in ran)
+
+
 def test_every_python_of_the_package_is_between_the_two():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     pythons = [Version(v) for v in re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)]
     assert (min(pythons), max(pythons)) == (Version(ROWS["python"]["oldest"]), Version(ROWS["python"]["newest"]))
+    install = (ROOT / "cmdp_fast" / "guide" / "install.md").read_text(encoding="utf-8")
+    assert f"Python {min(pythons)} to {max(pythons)} on Linux." in install
+    built = re.search(r"^build = \[(.*)\]$", text, re.MULTILINE)
+    assert built and re.findall(r"cp(3)(\d+)-", built[1]) == [(str(v.major), str(v.minor)) for v in sorted(pythons)]

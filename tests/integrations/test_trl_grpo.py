@@ -256,12 +256,16 @@ def test_the_teachers_logits_are_never_made(pair, tmp_path):
 
 def test_a_divisor_that_may_be_next_to_nothing_is_warned_of(tmp_path):
     settings = {"use_cpu": True, "bf16": False}
-    with pytest.warns(UserWarning, match="scale_rewards='none' keeps what penalty and discrepancy_weight mean"):
-        CMDPGRPOConfig(str(tmp_path), budget=2.0, **settings)
+    for given, whose in (({}, "group'.* a group's"), ({"scale_rewards": "batch"}, "batch'.* the batch's")):
+        said = f"scale_rewards='{whose} .*scale_rewards='none' keeps what penalty and discrepancy_weight mean"
+        with pytest.warns(UserWarning, match=said):
+            CMDPGRPOConfig(str(tmp_path), budget=2.0, **given, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         CMDPGRPOConfig(str(tmp_path), budget=2.0, scale_rewards="none", **settings)
-        CMDPGRPOConfig(str(tmp_path), budget=math.inf, **settings)
+        for scale in ("group", "batch"):
+            CMDPGRPOConfig(str(tmp_path), budget=math.inf, scale_rewards=scale, **settings)
+            CMDPGRPOConfig(str(tmp_path), budget=2.0, cost="k1", scale_rewards=scale, **settings)  # no direct term
 
 
 def test_a_penalty_without_a_gradient_is_warned_of(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
-from tiny_pair import PROBLEMS, SMALL, tiny_model
+from tiny_pair import SMALL, tiny_pair
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,14 +46,7 @@ def own_precision() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("pair")
-    problems = root / "problems.jsonl"
-    problems.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
-    return {
-        "student": tiny_model(root / "student", seed=1),
-        "teacher": tiny_model(root / "teacher", seed=2, layers=2),
-        "dataset": str(problems),
-    }
+    return tiny_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

@@ -112,10 +112,13 @@ def trained_student() -> dict[str, Any]:
 
 
 def a_run() -> dict[str, Any]:
-    """The figures of a run, as a training writes them: those that the block reads."""
-    import json
+    """The figures of a run: the line of a step that a training of the tiny pair takes."""
+    from tiny_pair import learner_of, settings, tiny_pair
 
-    names = ("reward", "reward_std", "frac_reward_zero_std", "grad_norm", "approx_kl", "cmdp/constraint_satisfaction")
-    Path("runs/mine").mkdir(parents=True)
-    Path("runs/mine/metrics.jsonl").write_text(json.dumps(dict.fromkeys(names, 0.5)) + "\n", encoding="utf-8")
+    from cmdp_fast.files import as_json
+
+    folder = Path("runs/mine")
+    folder.mkdir(parents=True)
+    learner, problems, prompts = learner_of(settings(tiny_pair(Path("pair"))))
+    (folder / "metrics.jsonl").write_text(as_json(learner.step(problems, prompts)) + "\n", encoding="utf-8")
     return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -58,6 +59,18 @@ def tiny_model(
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def tiny_pair(folder: Path) -> dict[str, str]:
+    """A student, a teacher and a dataset in a folder, as the settings of a training name them."""
+    problems = folder / "problems.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    problems.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    return {
+        "student": tiny_model(folder / "student", seed=1),
+        "teacher": tiny_model(folder / "teacher", seed=2, layers=2),
+        "dataset": str(problems),
+    }
 
 
 SMALL = {  # a training of two steps

@@ -105,10 +105,10 @@ def test_texts_are_broken_at_words_and_commands_are_not():
 class Terminal:
     """A terminal of so many columns in the place of the standard output; `lines` is what a person sees at last."""
 
-    def __init__(self, monkeypatch, columns: int) -> None:
+    def __init__(self, monkeypatch, columns: int, encoding: str = "utf-8") -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.output = os.fdopen(slave, "w", encoding="utf-8")
+        self.output = os.fdopen(slave, "w", encoding=encoding)
         monkeypatch.setattr(sys, "stdout", self.output)
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -146,10 +146,13 @@ def test_an_interrupt_leaves_one_bar_and_what_was_said(monkeypatch):
 def test_what_is_waited_for_leaves_nothing(monkeypatch):
     terminal = Terminal(monkeypatch, 60)
     report = Report()
+    for _ in report.track(range(1), "evaluating"):  # a bar that has ended takes nothing away from it
+        pass
     with report.waiting("vLLM starts for the student", most=600):
         pass
     report.say("vLLM serves")
-    assert [line for line in terminal.lines() if line][-1] == "vLLM serves"
+    *_, waited, said = [line for line in terminal.lines() if line]
+    assert waited == "0:00:00 of at most 0:10:00  vLLM starts for the student" and said == "vLLM serves"
     assert str(Waiting("vLLM starts", 600)) == "0:00:00 of at most 0:10:00  vLLM starts"
 
 
@@ -225,6 +228,38 @@ def test_what_a_report_says_shows_no_secrets(capsys):
     assert (
         capsys.readouterr().out == "stopped by an error: https://host/x?***: no answer\N{REPLACEMENT CHARACTER}[31m\n"
     )
+
+
+def test_a_console_that_lacks_a_character(monkeypatch):
+    """A question mark stands for it, and all that follows is shown too."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output := io.BytesIO(), encoding="ascii"))
+    report = Report()
+    for line in ("runs/café", "and on"):
+        report.say(line)
+    assert report.shown and output.getvalue() == b"runs/caf?\nand on\n"
+    terminal = Terminal(monkeypatch, 80, "ascii")
+    report = Report()
+    assert not report.quiet
+    for _ in report.track(range(3), "training runs/café"):
+        report.status("reward 0.50")
+    report.say("and on")
+    assert report.shown
+    *_, bar, last = [line for line in terminal.lines() if line]
+    assert bar.startswith("training runs/caf? ") and " 3/3 in 0:00:00  reward 0.50" in bar and last == "and on"
+
+
+def test_an_error_that_says_nothing_of_the_console_is_told(monkeypatch):
+    class Odd(io.StringIO):
+        def write(self, text: str) -> int:
+            raise ValueError("a text of another kind")
+
+    monkeypatch.setattr(sys, "stdout", Odd())
+    report = Report()
+    with pytest.raises(ValueError, match="another kind"):
+        report.say("a line")
+    with pytest.raises(ValueError, match="another kind"):
+        report._console().file.write("a line")
+    assert report.shown
 
 
 @pytest.mark.parametrize("why", ["CI", "a pipe", "a terminal that draws nothing"])

@@ -17,7 +17,7 @@ from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import training
 from cmdp_fast.trainer.models import saving
-from cmdp_fast.trainer.records.ending import finished_summary
+from cmdp_fast.trainer.records.ending import finished_summary, write_summary
 
 WRITES = ((os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree"), (os, "unlink"))
 
@@ -234,6 +234,44 @@ def test_a_file_of_the_end_that_cannot_be_written(pair, tmp_path, expected, monk
     monkeypatch.setattr(training, "save_student", original)
     assert main(["train", f"--resume={tmp_path / 'r'}"]) == 0
     assert left_by(tmp_path / "r") == expected
+
+
+def test_an_older_student_that_stays_has_its_own_step(pair, tmp_path, monkeypatch):
+    folder = tmp_path / "r"
+    assert main(command(pair, tmp_path, steps=1, checkpoint_every=1)) == 0
+    student = (folder / "student" / "model.safetensors").read_bytes()
+
+    def full(*_):
+        raise InputError("no space")
+
+    monkeypatch.setattr(training, "save_student", full)
+    assert main(["train", f"--resume={folder}", "--steps=2"]) == 2
+    assert (folder / "student" / "model.safetensors").read_bytes() == student
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["student_step"], summary["error"]) == (2, 1, "no space")
+
+
+def test_of_which_step_an_older_student_is(tmp_path):
+    def step_of_next(step: int | None = None) -> object:
+        write_summary(tmp_path, {"student_step": step})
+        return json.loads((tmp_path / "summary.json").read_text())["student_step"]
+
+    weights = tmp_path / "student" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("of step 3")
+    assert step_of_next() is None  # nothing says so
+    assert step_of_next(3) == step_of_next() == step_of_next() == 3
+    (tmp_path / "samples.txt").touch()
+    assert step_of_next() == 3
+    weights.write_text("of another")
+    assert step_of_next() is None
+    step_of_next(4)
+    shutil.rmtree(weights.parent)
+    assert step_of_next() is None
+    for older in ('{"student_step": 3, "files": {}}', "3", "{"):
+        step_of_next(4)
+        (tmp_path / "summary.json").write_text(older)
+        assert step_of_next() is None
 
 
 @pytest.mark.parametrize("how", ["two interrupts", "a full disk"])

@@ -18,7 +18,9 @@ from cmdp_fast.digest import read_sealed, write_sealed
 from cmdp_fast.trainer.comparison.plan import SeededRun, Variant, finished_summary, summary_of
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.records import metrics_log, session
+from cmdp_fast.trainer.records.run_folder import Beginning, write_config
 from cmdp_fast.trainer.records.session import command_line, commit, earlier
+from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.recorded import shared
 
 
@@ -107,6 +109,16 @@ def test_settings_with_a_secret(pair, tmp_path, monkeypatch):
     config = parse([f"--resume={folder}", given])
     run = SeededRun(Variant("v", "cmdp", {}, config), replace(config, resume="", output_dir=str(tmp_path), name="r"))
     assert summary_of(run)["steps"] == 2
+
+
+def test_a_secret_of_any_kind_keeps_the_settings_to_their_owner(tmp_path):
+    given = {"api_keys": ["sesame-1"], "api_key": {"v": "sesame-2"}, "args": ["--api-key", "sesame-3"], "token": 4711}
+    for name, value in given.items():
+        config = TrainConfig(chat_template_kwargs={name: value})
+        write_config(tmp_path, config, Beginning({}, {}, 1))
+        assert (tmp_path / "config.json").stat().st_mode & 0o077 == 0
+        told = json.dumps(shared(config))
+        assert "sesame" not in told and "4711" not in told
 
 
 def test_other_settings_are_for_whom_the_umask_says(pair, tmp_path):

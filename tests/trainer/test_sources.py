@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import sources
 from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.tasks import data
 from cmdp_fast.trainer.tasks.broken import where_broken
 from cmdp_fast.trainer.tasks.data import Source, _dataset_rows
 
@@ -83,6 +85,19 @@ def test_a_model_that_is_not_there(role, pair, hub, tmp_path, capsys):
     assert not hub and not (tmp_path / "runs").exists()
 
 
+def test_a_model_in_a_folder_that_may_not_be_read(pair, hub, tmp_path, monkeypatch, capsys):
+    is_dir = Path.is_dir
+
+    def refused(path: Path) -> bool:  # root may look into any
+        if path.name == "model":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    assert main(arguments({**pair, "student": "/home/other/model"}, tmp_path)) == 2
+    assert "--student /home/other/model cannot be read: " in capsys.readouterr().err and not hub
+
+
 def test_a_hub_that_cannot_be_reached_is_asked_once(pair, hub, tmp_path, capsys):
     for words in (
         arguments({**pair, "dataset": "org/nosuch"}, tmp_path),
@@ -120,7 +135,29 @@ def test_a_hub_is_asked_once_in_a_load_and_again_in_the_next(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_session", There)  # the network is back
     monkeypatch.setattr(datasets, "load_dataset", loaded)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train"])
-    assert len(rows_of("org/nosuch")) == 1 and len(hub) == 2
+    with sources.loading():
+        for name in ("org/nosuch", "hf://datasets/org/nosuch"):
+            assert len(rows_of(name)) == 1 and len(hub) == 2
+    assert len(rows_of("org/nosuch")) == 1 and len(hub) == 3
+
+
+def test_a_name_with_the_hubs_own_scheme_is_asked_for(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf://datasets/org/nosuch", "hf://datasets/org/nosuch.csv"):
+        with pytest.raises(InputError, match=f"--dataset {name}: .*cannot be reached"):
+            rows_of(name)
+    assert len(hub) == 2
+
+
+def test_an_address_is_no_name(pair, hub, tmp_path, capsys):
+    expected = "that is an address; for what is on the hub give its id, owner/name"
+    for address in ("https://huggingface.co/datasets/openai/gsm8k", "s3://bucket/a.jsonl"):
+        with pytest.raises(InputError, match=f"^--dataset {address}: {expected}$"):
+            rows_of(address)
+    for address in ("https://huggingface.co/openai/gpt", "hf://openai/gpt"):
+        assert main(arguments({**pair, "student": address}, tmp_path)) == 2
+        assert f"--student {address}: {expected}" in capsys.readouterr().err
+    assert not hub
 
 
 def test_a_hub_that_is_not_to_be_asked(hub, monkeypatch):
@@ -158,6 +195,47 @@ def test_files_that_cannot_be_read_name_the_line(name, content, message, tmp_pat
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=f"^--dataset {tmp_path / name}: .*{message}"):
         rows_of(str(tmp_path / name))
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    (path := tmp_path / "mine.jsonl").write_text(f"{GOOD}\n{{oops\n")
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "open", refused, raising=False)  # root may read any
+        with pytest.raises(InputError, match=rf"^--dataset {path} cannot be read: .*Permission denied"):
+            rows_of(str(path))
+    monkeypatch.setattr(data, "where_broken", refused)
+    with pytest.raises(InputError, match=f"^--dataset {path}: .*JSON"):
+        rows_of(str(path))
+
+
+def test_a_file_of_lines_is_looked_through_one_at_a_time(tmp_path):
+    line = json.dumps({"prompt": "é" * 2**15})
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{line}\n" * 64 + "{oops\n", encoding="utf-8")
+    where_broken(path)
+    tracemalloc.start()
+    try:
+        assert where_broken(path).startswith("line 65: ")
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 4
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (f"\ufeff{GOOD}\n{{oops\n", "line 2: "),
+        (f"\ufeff\n\n[\n{GOOD},\n{{oops}}\n]", "line 5: "),
+        (f"[\n{GOOD},\n".encode() + b'{"prompt": "\xe9"}]', "line 3 is no text in UTF-8"),
+    ],
+)
+def test_the_places_in_other_files(content, place, tmp_path):
+    (path := tmp_path / "a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert where_broken(path).startswith(place)
 
 
 def test_a_file_without_a_broken_place(tmp_path):

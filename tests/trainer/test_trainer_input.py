@@ -52,11 +52,6 @@ BAD_INPUT = {
     "template arguments": (dict(chat_template_kwargs="3"), "--chat-template-kwargs must be a JSON object, not 3"),
     "task and dataset": (dict(task="chain_sum"), "exactly one of --task and --dataset"),
     "dataset": (dict(dataset="./no/such.jsonl"), "--dataset ./no/such.jsonl"),
-    "dataset's address": (
-        dict(dataset="https://huggingface.co/datasets/openai/gsm8k"),
-        "openai/gsm8k: an address, expected a hub id, a folder or a file; did you mean openai/gsm8k?",
-    ),
-    "student's address": (dict(student="https://host/a"), "https://host/a: an address, expected a hub id or a folder"),
     "prompt column": (dict(prompt_column="question"), "there is no column 'question'"),
     "answer column": (dict(answer_column="solution"), "there is no column 'solution' for the answer"),
     "no answer column": (dict(dataset="{bare}"), "--rewards exact_answer needs the column 'answer'"),

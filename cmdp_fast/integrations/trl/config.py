@@ -75,10 +75,12 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
 
     ``scale_rewards="group"`` divides advantages by the standard deviation of their group, and the direct term by the
     same number. In a group of equal returns that is 1e-4, so the direct term is multiplied by 10,000, and where returns
-    take two values the penalty's size is forgotten. ``"none"`` keeps the meaning of `penalty` and `discrepancy_weight`,
-    and a finite budget without it warns. ``loss_type``: the objective is a sum over a completion's tokens, so the
-    losses that divide every token by the same number keep to it: `dapo` (the default) and `dr_grpo`; `grpo` weighs a
-    token by the length of its completion.
+    take two values the penalty's size is forgotten. ``"batch"`` divides both by the deviation of all returns at hand.
+    ``"none"`` keeps the meaning of `penalty` and `discrepancy_weight`. Another value warns where the loss has a direct
+    term: with the costs `reverse_kl` and `forward_kl`, and a finite budget or a price of every nat. The other costs
+    have none, and their advantages are 0 in a group of equal returns.
+    ``loss_type``: the objective is a sum over a completion's tokens, so the losses that divide every token by the same
+    number keep to it: `dapo` (the default) and `dr_grpo`; `grpo` weighs a token by the length of its completion.
     ``beta`` is TRL's penalty towards the student's own beginning, and has nothing to do with the teacher;
     ``temperature`` divides the logits of student and teacher alike.
 
@@ -180,8 +182,9 @@ class CMDPGRPOConfig(ConstraintOptions, GRPOConfig):
         super().__post_init__()
         self.constraint.warn_of_a_penalty_without_gradient(stacklevel=3)
         charged = self.budget != math.inf or self.constraint.price > 0
-        if self.has_direct_term and self.scale_rewards == "group" and charged:
-            text = of_a_scaled_direct_term("scale_rewards='group'", "scale_rewards='none'")
+        if self.has_direct_term and self.scale_rewards != "none" and charged:
+            whose = "the batch's" if self.scale_rewards == "batch" else "a group's"
+            text = of_a_scaled_direct_term(f"scale_rewards={self.scale_rewards!r}", "scale_rewards='none'", whose)
             warnings.warn(text, stacklevel=3)
 
     def _check_controller(self) -> None:

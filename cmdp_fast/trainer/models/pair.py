@@ -268,7 +268,11 @@ def _common_name(names: list[str]) -> str:
 
 @loading()
 def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
-    if not Path(name).is_dir():
+    try:
+        there = Path(name).is_dir()
+    except OSError as error:  # a folder above it is somebody else's alone
+        raise InputError(f"--{role} {name} cannot be read: {first_line(error)}") from error
+    if not there:
         check_path(f"--{role}", name, file_too=False)
         if Path(name).exists():
             raise InputError(f"--{role} {name} is a file, expected a hub id or the folder of a model")

@@ -15,9 +15,28 @@ WRITTEN = ("metrics.jsonl", "samples.jsonl", "samples.txt", "curves.png", "stude
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """The last file of a run, with the sha256 of the others. Raises InputError if it cannot be written."""
-    present = [name for name in WRITTEN if (folder / name).exists()]
-    write_sealed(folder / SUMMARY, {**summary, "files": digests(folder, present)})
+    """The last file of a run, with the sha256 of the others. Raises InputError if it cannot be written.
+
+    Where no student was written, `student_step` is that of an older one that is still there.
+    """
+    files = digests(folder, [name for name in WRITTEN if (folder / name).exists()])
+    if summary["student_step"] is None:
+        summary = {**summary, "student_step": _step_of_older(folder, files)}
+    write_sealed(folder / SUMMARY, {**summary, "files": files})
+
+
+def _step_of_older(folder: Path, files: dict[str, str]) -> int | None:
+    """The step of the student that an older summary has sealed, if it is the one that is there now."""
+    try:
+        older = read_sealed(folder / SUMMARY)
+        step, students = older["student_step"], [_of_student(each) for each in (older["files"], files)]
+    except (Damaged, KeyError, AttributeError):
+        return None
+    return step if isinstance(step, int) and students[0] and students[0] == students[1] else None
+
+
+def _of_student(files: dict[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in files.items() if name.startswith("student/")}
 
 
 def finished_summary(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import IO, Any, TypeVar, cast
 
 from cmdp_fast.masking import told
-from cmdp_fast.terminal import Output, is_terminal, message
+from cmdp_fast.terminal import Output, encodable, is_terminal, message, of_console
 
 from .progress import Progress, Waiting
 
@@ -150,7 +150,7 @@ class _Lasting:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
-        self._try(lambda: self._file.write(text))
+        self._try(lambda: self._file.write(encodable(text, self._file)))
         return len(text)
 
     def flush(self) -> None:
@@ -161,6 +161,8 @@ class _Lasting:
             try:
                 function()
             except (OSError, ValueError) as error:
+                if not of_console(error, self._file):
+                    raise
                 self._lost = True
                 self._gone(error)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cmdp_fast.errors import readable
 
@@ -12,22 +15,30 @@ MOST = 2**30  # bytes of a file that is looked through
 
 def where_broken(path: Path) -> str:
     """``line 4: Expecting value``, for the first line that is no object in JSON, or for a file that is one list; ""
-    where no such place is found."""
+    where no such place is found. A file of lines is read one at a time.
+
+    Raises OSError if the file cannot be read.
+    """
     if path.suffix not in (".json", ".jsonl") or path.stat().st_size > MOST:
         return ""
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = content[: error.start].count(b"\n") + 1
-        return f"line {number} is no text in UTF-8"
-    lines = text.split("\n")
-    first = next((line for line in lines if line.strip()), "")
-    if text.lstrip().startswith("[") or (path.suffix == ".json" and _problem(first)):
-        return _problem(text, whole=True)
-    for number, line in enumerate(lines, 1):
-        if line.strip() and (problem := _problem(line)):
-            return f"line {number}: {problem}"
+    number = 0
+
+    def decoded(file: BinaryIO) -> Iterator[str]:
+        nonlocal number
+        for number, line in enumerate(file, 1):
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+
+    with open(path, "rb") as file:
+        lines = decoded(file)
+        try:
+            first = next((line for line in lines if line.strip()), "")
+            if first.lstrip().startswith("[") or (path.suffix == ".json" and _problem(first)):
+                return _problem("\n" * (number - 1) + first + "".join(lines), whole=True)
+            for line in itertools.chain([first], lines):
+                if line.strip() and (problem := _problem(line)):
+                    return f"line {number}: {problem}"
+        except UnicodeDecodeError:
+            return f"line {number} is no text in UTF-8"
     return ""
 
 

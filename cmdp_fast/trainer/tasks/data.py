@@ -19,7 +19,7 @@ import logging
 import random
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -193,22 +193,12 @@ def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
 @loading()
 def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
     import datasets
-    from datasets import packaged_modules
 
     said, name, path = f"{source.option} {source.name}", source.name, Path(source.name)
-    if path.is_file() and path.suffix not in _LOADERS:
-        raise InputError(f"{said}: a file must end in {', '.join(_LOADERS)}")
-    if name.removeprefix("hf://datasets/") in packaged_modules._PACKAGED_DATASETS_MODULES:
-        # To `datasets` a way of reading any file in the working directory, for older versions pickles too. It looks for
-        # the format first, and for a folder of that name not at all.
-        folder = f" (the folder is ./{name})" if path.is_dir() else ""
-        raise InputError(f"{said}: that is a format, not a dataset; give a hub id, a file or a folder{folder}")
-    if (path.is_file() or (path / "state.json").is_file()) and source.split not in ("", "train"):
-        raise InputError(f"{said}: it has one split, not {source.split!r}; --eval-dataset takes another file")
-    check_path(source.option, name, file_too=True)
-    if path.is_file() and not path.stat().st_size:
-        raise InputError(f"{said}: there are no rows in it, the file is empty")
-    _check_beginning(path, said)
+    try:
+        _check_source(source, said, path)
+    except OSError as error:
+        raise InputError(f"{said} cannot be read: {first_line(error)}") from error
     if not path.exists():
         find_hub()
     stream = config.streaming
@@ -231,7 +221,9 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
                 loaded = datasets.load_dataset(name, subset, split=split, streaming=stream)
             rows = list(islice(loaded, config.max_rows or None))
     except Exception as error:  # of a library that reads anybody's files, in whatever form
-        broken = where_broken(path) if path.is_file() else ""
+        broken = ""
+        with suppress(OSError):
+            broken = where_broken(path) if path.is_file() else ""
         raise InputError(f"{said}: {broken or with_hub(_reason(error), name)}") from error
     if not rows:
         raise InputError(f"{said}: there are no rows in it")
@@ -260,6 +252,27 @@ def _split(source: Source, names: Iterable[str]) -> str:
     if wanted not in present and (not source.split or source.or_only):
         raise InputError(f"of its splits {', '.join(present)} none is {wanted!r}: --eval-split names one")
     return wanted
+
+
+def _check_source(source: Source, said: str, path: Path) -> None:
+    """Raises InputError for what is no dataset, as far as its name and a look at its files tell, and OSError where they
+    cannot be looked at."""
+    from datasets import packaged_modules
+
+    name = source.name
+    if path.is_file() and path.suffix not in _LOADERS:
+        raise InputError(f"{said}: a file must end in {', '.join(_LOADERS)}")
+    if name.removeprefix("hf://datasets/") in packaged_modules._PACKAGED_DATASETS_MODULES:
+        # To `datasets` a way of reading any file in the working directory, for older versions pickles too. It looks for
+        # the format first, and for a folder of that name not at all.
+        folder = f" (the folder is ./{name})" if path.is_dir() else ""
+        raise InputError(f"{said}: that is a format, not a dataset; give a hub id, a file or a folder{folder}")
+    if (path.is_file() or (path / "state.json").is_file()) and source.split not in ("", "train"):
+        raise InputError(f"{said}: it has one split, not {source.split!r}; --eval-dataset takes another file")
+    check_path(source.option, name, file_too=True)
+    if path.is_file() and not path.stat().st_size:
+        raise InputError(f"{said}: there are no rows in it, the file is empty")
+    _check_beginning(path, said)
 
 
 def _check_beginning(path: Path, said: str) -> None:
