@@ -35,7 +35,11 @@ if left_out and required:
 
 def run(command: list[str]) -> None:
     """Runs a command whose output is shown as it comes, and raises CalledProcessError with it where it fails."""
-    environment = {**os.environ, "LC_ALL": "C"}  # `reason` reads English
+    # `reason` reads English. Characters stay the user's own: CMake starts Python, which reads the paths in .pth files
+    # and fails with LC_ALL=C where one is not ASCII. (C.UTF-8 would be a name that not every system knows.)
+    environment = {**os.environ, "LC_MESSAGES": "C"}
+    if everywhere := environment.pop("LC_ALL", ""):
+        environment["LC_CTYPE"] = everywhere
     output = []
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

@@ -87,9 +87,9 @@ class Constraint:
             `cmdp_fast.token_cost`. None: as it is. Where costs are computed: an operation that is given costs, such as
             `cmdp_fast.budget_trace`, takes them as they are.
 
-    Another value of a field: ``dataclasses.replace(constraint, budget=3.0)``. Together with ``kind`` give ``cost=None,
-    reduction=None`` too, for the new kind's own: a default that has been filled in is a value like any other. Two
-    constraints are equal if all fields are, tensors number by number.
+    Another value of a field: ``dataclasses.replace(constraint, budget=3.0)``. To ``worst_case``, or from it, give the
+    cost and the reduction as well, ``kind="worst_case", cost="nll", reduction="mean"``: a default that has been filled
+    in is a value like any other. Two constraints are equal if all fields are, tensors number by number.
 
     Raises:
         TypeError, ValueError: a value that is not allowed, or that its kind does not have.

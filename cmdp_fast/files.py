@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -32,14 +33,44 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
         part.unlink(missing_ok=True)  # a kill's, or a link or a pipe that somebody has put there: never written to
         # Made here and by nobody else, so that the body opens no link that has come there since. In a folder like /tmp,
         # where others may make files and remove none of ours, it stays what it is.
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        rights = _made(part, mode)
         try:
             yield part
+            _set_rights(part, rights)  # safetensors puts a file of its own there, closed to all but its owner
             sync(part)
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def open_as_others(folder: Path) -> None:
+    """Gives the files of safetensors in a folder and below the rights that the umask leaves to every other file: that
+    library closes its own to all but their owner."""
+    probe = folder / ".rights"
+    rights = _made(probe, 0o666)
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        _set_rights(path, rights)
+
+
+def _made(path: Path, mode: int) -> int:
+    """Makes a file, which must not be there; returns what the umask has left of its mode. To ask for the umask itself
+    would be to change it, for other threads too."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def _set_rights(path: Path, rights: int) -> None:
+    """Of a file itself, and of nothing that a link in its place leads to."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fchmod(descriptor, rights)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Where this copy of the package comes from, and the commands that install from there again.
 
-pip notes the origin of all that did not come from an index (PEP 610).
+pip notes the origin of what it was given as a path or an address (PEP 610), not of what it found by its name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 NAME = "cmdp_fast"
+# Where the origin is not known. Never the bare name: no index has the package, and whoever takes it there could run
+# code of theirs. With a slash pip takes it for a path alone, even if it is copied as it stands.
+SOURCES = "/path/to/checkout-or-sdist"
 
 
 def source_tree() -> Path | None:
@@ -48,7 +51,7 @@ def extra(names: str) -> str:
     origin = _origin()
     url = _url(origin)
     if not url:
-        return f"pip install {_quoted(f'{NAME}[{names}]')}"
+        return f"pip install {_quoted(f'{SOURCES}[{names}]')}"
     local = origin["url"].startswith("file:") and "vcs_info" not in origin
     return f"pip install {_quoted(f'{url}[{names}]' if local else f'{NAME}[{names}] @ {url}')}"
 
@@ -61,8 +64,7 @@ def again() -> str:
     url = _url(_origin())
     if url.endswith(".whl"):  # the same wheel would bring no kernels again
         return "build and install the wheel again"
-    what = shlex.quote(url) if url else f"--no-binary {NAME} {NAME}"
-    return f"pip install --no-cache-dir --force-reinstall --no-deps {what}"
+    return f"pip install --no-cache-dir --force-reinstall --no-deps {shlex.quote(url or SOURCES)}"
 
 
 def _origin() -> dict[str, Any]:
@@ -70,7 +72,7 @@ def _origin() -> dict[str, Any]:
 
 
 def _url(origin: dict[str, Any]) -> str:
-    """As pip takes it: a path, or an address; empty if the package came from an index."""
+    """As pip takes it: a path, or an address; empty if pip found the package by its name."""
     url: str = origin.get("url", "")
     if url.startswith("file:") and "vcs_info" not in origin:
         return str(_path_of(url))

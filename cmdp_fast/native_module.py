@@ -92,7 +92,7 @@ def _missing() -> tuple[str, str]:
         return (
             f"the native module was left out{why}",
             f"install a wheel for this system and Python; or else {COMPILER}, and then a checkout or an sdist: "
-            "pip install --no-cache-dir --force-reinstall --no-deps FOLDER",
+            f"pip install --no-cache-dir --force-reinstall --no-deps {installation.SOURCES}",
         )
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return (

@@ -144,6 +144,8 @@ def test_constraints_are_equal_where_their_fields_are() -> None:
 def test_another_kind_takes_its_own_cost_where_it_is_asked_to() -> None:
     worst = dataclasses.replace(cf.Constraint(budget=1.0), kind="worst_case", cost=None, reduction=None)
     assert (worst.cost, worst.reduction) == ("nll", "mean")
+    # As the docstring has it, which type checkers accept
+    assert worst == dataclasses.replace(cf.Constraint(budget=1.0), kind="worst_case", cost="nll", reduction="mean")
     with pytest.raises(ValueError, match="defined for cost='nll' and reduction='mean', got 'reverse_kl' and 'sum'"):
         dataclasses.replace(cf.Constraint(budget=1.0), kind="worst_case")
 

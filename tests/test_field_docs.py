@@ -1,8 +1,11 @@
 """Fields of public NamedTuples: documented where Python looks, and otherwise as they were."""
 
+import importlib
 import inspect
 import pickle
 import re
+import sys
+import zipfile
 
 import pytest
 import torch
@@ -36,6 +39,16 @@ def test_a_class_without_a_source_stays_as_it_is():
     exec("from typing import NamedTuple\nclass Bare(NamedTuple):\n    one: int\n", {"__name__": "sys"}, made)
     assert documented(made["Bare"]) is made["Bare"]
     assert made["Bare"].one.__doc__ == "Alias for field number 0"
+
+
+def test_a_class_in_a_zip_file_stays_as_it_is(tmp_path, monkeypatch):
+    text = 'from typing import NamedTuple\nclass Packed(NamedTuple):\n    one: int\n    """What it is."""\n'
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as packed:
+        packed.writestr("module_in_a_zip_file.py", text)
+    monkeypatch.syspath_prepend(tmp_path / "packed.zip")
+    kind = importlib.import_module("module_in_a_zip_file").Packed
+    assert documented(kind) is kind and kind.one.__doc__ == "Alias for field number 0"
+    del sys.modules[kind.__module__]
 
 
 def test_they_are_still_tuples_to_pickle_and_to_torch():

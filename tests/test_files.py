@@ -8,7 +8,7 @@ import pytest
 
 from cmdp_fast.digest import Damaged, check_digests, read_sealed, sha256, write_sealed
 from cmdp_fast.errors import InputError
-from cmdp_fast.files import replacing, write_text
+from cmdp_fast.files import open_as_others, replacing, write_text
 
 
 def test_a_link_that_comes_at_the_last_moment_is_not_followed(tmp_path, monkeypatch):
@@ -27,13 +27,43 @@ def test_a_link_that_comes_at_the_last_moment_is_not_followed(tmp_path, monkeypa
     assert victim.read_text() == "mine" and not file.exists()
 
 
+def rights(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def closed(path):
+    """As safetensors leaves one: its own, in the place of what was there."""
+    other = path.with_name("other")
+    other.touch(mode=0o600)
+    other.replace(path)
+
+
 def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path):
     before = os.umask(0o027)
     try:
         write_text(tmp_path / "file", "text")
+        write_text(tmp_path / "secret", "text", 0o600)
+        with replacing(tmp_path / "weights") as part:
+            closed(part)
+        (tmp_path / "model" / "adapter").mkdir(parents=True)
+        for name in ("model/a.safetensors", "model/adapter/b.safetensors", "model/c.json"):
+            closed(tmp_path / name)
+        open_as_others(tmp_path / "model")
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    names = ("file", "weights", "model/a.safetensors", "model/adapter/b.safetensors")
+    assert [rights(tmp_path / name) for name in names] == [0o640] * 4
+    assert [rights(tmp_path / name) for name in ("secret", "model/c.json")] == [0o600] * 2
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"a.safetensors", "adapter", "c.json"}
+
+
+def test_no_rights_are_given_through_a_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.touch(mode=0o600)
+    with pytest.raises(InputError, match="could not be written"), replacing(tmp_path / "file") as part:
+        part.unlink()
+        part.symlink_to(victim)
+    assert rights(victim) == 0o600
 
 
 def test_the_body_writes_the_file_and_nothing_is_left_where_it_fails(tmp_path):

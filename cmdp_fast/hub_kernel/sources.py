@@ -31,8 +31,8 @@ PACKAGE = Path(__file__).resolve().parent
 OTHER_SOURCES = "never: there is nothing that could be built from other sources"
 
 
-def load() -> tuple[None, str, str]:
-    return None, "this kernel of the Hub holds none", "install the package cmdp_fast itself"
+def load() -> tuple[None, str, None]:
+    return None, "this kernel of the Hub holds none", None
 ''',
     f"{NAME}.ops.namespace": '''\
 """The namespace of torch that this kernel's operators are registered in: its own, so that no other has it."""

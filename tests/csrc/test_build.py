@@ -190,6 +190,21 @@ def test_no_compiler_at_all_is_said_plainly(tree, tmp_path):
     assert (tree / "cmdp_fast" / FAILURE).read_text() == "no C++ compiler was found\n", done.stdout
 
 
+@pytest.mark.parametrize("theirs", [{"LC_ALL": "C.UTF-8"}, {"LC_ALL": ""}])
+def test_a_build_speaks_english_and_reads_any_path(tree, tmp_path, theirs):
+    """CMake starts Python, which reads .pth files with the paths of editable installations, in whatever letters."""
+    script = tmp_path / "bin" / "cmake"
+    script.parent.mkdir()
+    encoding = "io.TextIOWrapper(io.BytesIO(), encoding='locale').encoding"  # which Python reads .pth files in
+    program = f"import io, os; print('error:', {encoding}, os.getenv('LC_MESSAGES'), flush=True)"
+    script.write_text(f'#!/bin/sh\n"{sys.executable}" -c "{program}"\nexit 1\n')
+    script.chmod(0o755)
+    path = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
+    done = setup(tree, "build_ext", "--inplace", PATH=path, **theirs)
+    assert done.returncode == 0, done.stderr
+    assert (tree / "cmdp_fast" / FAILURE).read_text().lower() == "error: utf-8 c\n"
+
+
 def test_the_first_call_on_a_cpu_warns_with_reason_and_cure(tree, tmp_path):
     (tree / "cmdp_fast" / FAILURE).write_text("no C++ compiler was found\n")
     installed(tree, tmp_path / "site", {"url": "file:///a.whl", "archive_info": {}})
@@ -205,7 +220,7 @@ def test_the_first_call_on_a_cpu_warns_with_reason_and_cure(tree, tmp_path):
         ({"url": "file:///checkout", "dir_info": {}}, "/checkout"),
         ({"url": "file:///with%20space/a.tar.gz", "archive_info": {}}, "'/with space/a.tar.gz'"),
         ({"url": "https://x.test/a", "vcs_info": {"vcs": "git", "commit_id": "c0"}}, "git+https://x.test/a@c0"),
-        ({}, "--no-binary cmdp_fast cmdp_fast"),
+        ({}, "/path/to/checkout-or-sdist"),
         ({"url": "file:///a.whl", "archive_info": {}}, None),
     ],
 )

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkouts import ROOT, USE, checkout, installed, python, setup
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 
 from cmdp_fast import installation, native_module
 from cmdp_fast.cpu import native
@@ -52,6 +53,7 @@ def test_the_wheel_for_every_system(tree, tmp_path):
     assert done.stderr.count("RuntimeWarning") == 1
     assert "left out: this is the wheel for every system (CMDP_FAST_NATIVE=0). To have them: " in done.stderr
     assert "install a wheel for this system and Python; or else a C++20 compiler" in done.stderr
+    assert f"--no-deps {installation.SOURCES}" in done.stderr
 
 
 def test_the_wheel_of_a_failed_build_says_so_in_its_name(tree, tmp_path):
@@ -98,13 +100,13 @@ def test_an_index_gets_a_description_that_needs_no_repository(tree, tmp_path):
             "cmdp_fast[trl] @ https://x.test/a.zip#subdirectory=b",
         ),
         ({"url": "https://x.test/a.zip", "archive_info": {}}, "cmdp_fast[trl] @ https://x.test/a.zip"),
-        ({}, "cmdp_fast[trl]"),
-        ({"url": "https://x.test/a", "vcs_info": {}}, "cmdp_fast[trl]"),
-        ({"url": 1}, "cmdp_fast[trl]"),
-        ({"dir_info": {"editable": True}}, "cmdp_fast[trl]"),
-        (["url"], "cmdp_fast[trl]"),
-        (None, "cmdp_fast[trl]"),
-        ("cut off", "cmdp_fast[trl]"),
+        ({}, "/path/to/checkout-or-sdist[trl]"),
+        ({"url": "https://x.test/a", "vcs_info": {}}, "/path/to/checkout-or-sdist[trl]"),
+        ({"url": 1}, "/path/to/checkout-or-sdist[trl]"),
+        ({"dir_info": {"editable": True}}, "/path/to/checkout-or-sdist[trl]"),
+        (["url"], "/path/to/checkout-or-sdist[trl]"),
+        (None, "/path/to/checkout-or-sdist[trl]"),
+        ("cut off", "/path/to/checkout-or-sdist[trl]"),
     ],
 )
 def test_an_extra_comes_from_where_the_package_came_from(tree, tmp_path, origin, what, monkeypatch):
@@ -117,9 +119,56 @@ def test_an_extra_comes_from_where_the_package_came_from(tree, tmp_path, origin,
     assert installation.extra("trl") == f"pip install '{what}'"
 
 
+def test_no_command_names_what_an_index_could_serve():
+    """Not even where the words for a place are copied as they stand: with a slash they are no name to pip."""
+    with pytest.raises(InvalidRequirement):
+        Requirement(installation.SOURCES)
+    with pytest.raises(InvalidRequirement):
+        Requirement(f"{installation.SOURCES}[trl]")
+    texts = [path for ending in ("py", "md", "toml", "in") for path in (ROOT / "cmdp_fast").rglob(f"*.{ending}")]
+    for path in texts:
+        for command in re.findall(r"pip install ([^`&\n]*)", path.read_text(encoding="utf-8")):
+            asks = [word for word in command.split() if re.match(r"['\"]?cmdp[_-]fast(?![\w./-])", word)]
+            assert not asks or "--no-index" in command, f"{path}: pip install {command}"
+
+
 def test_in_a_checkout_an_extra_comes_from_the_checkout(tree, monkeypatch):
     monkeypatch.setattr(installation, "PACKAGE", tree / "cmdp_fast")
     assert installation.extra("train,trl") == f"pip install -e '{tree}[train,trl]'"
+
+
+def test_a_checkout_is_built_again_where_it_lies(tmp_path, monkeypatch):
+    """With what it needs left as it is, and in quotes where a shell would part it."""
+    checkout = tmp_path / "with space"
+    for name in ("csrc/CMakeLists.txt", "setup.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    monkeypatch.setattr(installation, "PACKAGE", checkout / "cmdp_fast")
+    assert installation.again() == f"pip install --no-deps -e '{checkout}'"
+
+
+def noted(site, origin, package):
+    """What pip notes of an installation whose package lies in a folder, as in its own or in that of an editable one."""
+    (site / "cmdp_fast-0.1.0.dist-info").mkdir(parents=True)
+    (site / "cmdp_fast-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: cmdp_fast\n")
+    (site / "cmdp_fast-0.1.0.dist-info" / "direct_url.json").write_text(json.dumps(origin))
+    (package / "cmdp_fast").mkdir(parents=True)
+    (package / "cmdp_fast" / "__init__.py").touch()
+
+
+def test_of_several_installations_it_is_the_one_that_runs(tmp_path, monkeypatch):
+    """An editable one lies where its folder is, and not beside what pip notes."""
+    sites = [tmp_path / name for name in ("plain", "edited", "hidden")]
+    folders = [sites[0], tmp_path / "the checkout", sites[2]]
+    origins = [{"url": f"file:///{name}", "dir_info": {}} for name in ("a", "b", "c")]
+    origins[1] = {"url": folders[1].as_uri(), "dir_info": {"editable": True}}
+    for site, origin, folder in zip(sites, origins, folders, strict=True):
+        noted(site, origin, folder)
+    monkeypatch.setattr(sys, "path", [*map(str, sites), *sys.path])
+    assert [path for _, path in installation.installations()][:3] == folders
+    for folder, place in zip(folders, ("/a", folders[1], "/c"), strict=True):
+        monkeypatch.setattr(installation, "PACKAGE", folder / "cmdp_fast")
+        assert installation.extra("trl") == f"pip install '{place}[trl]'"
 
 
 def openmp_in_this_process():
@@ -205,14 +254,39 @@ def test_a_release_is_complete_and_of_its_tag(tmp_path):
     ]
 
 
+# What cibuildwheel 4.3.5 installs into the environment of a build to try the wheel, virtualenv, and all that it needs.
+CIBUILDWHEELS = {"virtualenv", "distlib", "filelock", "packaging", "platformdirs", "python-discovery", "pip"}
+
+
+def pins_of(path):
+    return dict(re.findall(r"^([\w-]+)==(\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+
+
 def test_what_is_published_is_built_by_pinned_tools():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    pins = dict(
-        re.findall(r"^([\w-]+)==(\S+)$", (ROOT / ".ci" / "build.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    pins, tools = (pins_of(ROOT / ".ci" / name) for name in ("build_system.txt", "build.txt"))
     asked = re.search(r"^requires = \[(.*)\]$", project, re.MULTILINE)
-    for requirement in map(Requirement, re.findall(r'"([^"]+)"', asked[1])):
+    requirements = [Requirement(text) for text in re.findall(r'"([^"]+)"', asked[1])]
+    for requirement in requirements:
         assert requirement.specifier.contains(pins[requirement.name]), requirement
     built = re.search(r"^environment = .*$", project, re.MULTILINE)[0]
-    assert built.count('CONSTRAINT = "/project/.ci/build.txt"') == 2 and "INDEX" not in built
+    assert built.count('CONSTRAINT = "/project/.ci/build_system.txt"') == 2 and "INDEX" not in built
+    # In that environment cibuildwheel installs virtualenv with pins of its own, and pip refuses two of one package.
+    assert pins.keys() == {requirement.name for requirement in requirements}
+    assert not pins.keys() & CIBUILDWHEELS and not pins.keys() & tools.keys()
+    # The tools outside are pinned beside them, by a line that does not install what it names, as `-r` would.
+    said = (ROOT / ".ci" / "build.txt").read_text(encoding="utf-8").splitlines()
+    assert "-c build_system.txt" in said and tools.keys() > {"build", "cibuildwheel"}
     assert set(re.findall(r'"(cp\d+)-manylinux_\*"', project)) == set(script("release_check").PYTHONS)
+
+
+def test_every_pull_request_builds_the_sdist():
+    """Any file may be missing from one, of the tests for instance. A release publishes what the same job has made."""
+    yaml = pytest.importorskip("yaml")
+    workflows = ROOT / ".github" / "workflows"
+    sdist, wheels = (yaml.safe_load((workflows / f"{name}.yml").read_text("utf-8")) for name in ("sdist", "wheels"))
+    started = sdist[True]  # `on` is a word for it in YAML 1.1
+    assert started == {"pull_request": None, "workflow_call": None}
+    assert any(".ci/wheels --out" in step.get("run", "") for step in sdist["jobs"]["any"]["steps"])
+    assert wheels["jobs"]["any"] == {"uses": "./.github/workflows/sdist.yml"}
+    assert "any" in wheels["jobs"]["complete"]["needs"]

@@ -76,6 +76,8 @@ def test_nothing_that_looks_secret_is_printed(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     shown = public("git+https://me:token@host.example/a\nb\x1b[31m in /home/somebody/x, CMDP_FAST_KEY=abc")
     assert shown == "git+https://host.example/a b\N{REPLACEMENT CHARACTER}[31m in ~/x, CMDP_FAST_KEY=***"
+    row = Row(NOTE, "a", "in /home/somebody/x", "pip install git+https://me:token@host.example/a /home/somebody/x")
+    assert lines(row, None) == ["note     a: in ~/x", "         cure: pip install git+https://host.example/a ~/x"]
 
 
 def test_a_user_without_a_home_folder(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +127,8 @@ def test_versions_within_their_bounds(monkeypatch: Patch) -> None:
     rows = bounds(monkeypatch, torch="2.13.0+cpu", transformers="5.1", tyro="1.0.1", pytest="8")
     assert [row.level for row in rows] == [OK, OK] and "all 2 packages" in rows[0].says
     assert rows[1].says == "torch 2.13.0+cpu, transformers 5.1, all within bounds"
+    rows = bounds(monkeypatch, torch="2.14.0.dev20260101+cpu", transformers="5.2.0rc1", tyro="1.0.1")
+    assert rows[1].says.endswith("all within bounds")  # those that are no releases yet are within them too
 
 
 def test_versions_out_of_their_bounds(monkeypatch: Patch) -> None:
@@ -176,6 +180,10 @@ def test_other_copies(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", ["/x", str(here), str(tmp_path)])
     row = only(installed.others(), "copies")
     assert "both are installed" in row.says and row.cure.startswith("pip uninstall")
+    known = [({}, here), ({}, tmp_path), ({}, tmp_path / "elsewhere")]  # to pip: what it has installed to be edited
+    monkeypatch.setattr(installation, "installations", lambda: known)
+    says = only(installed.others(), "copies").says
+    assert f"hides {tmp_path}, {tmp_path / 'elsewhere'}: " in says
 
 
 def test_imports_that_fail(monkeypatch: Patch, tmp_path: Path) -> None:
@@ -317,8 +325,26 @@ def test_numbers(monkeypatch: Patch) -> None:
     (row,) = backends.numbers()
     assert row.level == PROBLEM and row.says.startswith("forward_kl is off by 0.0001") and "report" in row.cure
     monkeypatch.setattr(cf, "token_stats", lambda *given, **settings: 1 / 0)
+    monkeypatch.setattr(backends.backends, "available_backends", lambda: {"cpu": None, "triton": "none", "torch": None})
+    rows = list(backends.numbers())  # one that fails keeps no other from being looked at
+    assert [row.what for row in rows] == ["numbers cpu", "numbers torch"]
+    assert all(row.level == PROBLEM and "ZeroDivisionError" in row.says for row in rows)
+
+
+@pytest.mark.parametrize("differentiable", ["reverse_kl", "logprob"])
+def test_a_gradient_that_is_wrong(monkeypatch: Patch, differentiable: str) -> None:
+    """Of values that are right."""
+    right = cf.token_stats
+
+    def wrong(*given, **settings):
+        stats = right(*given, **settings)
+        value = getattr(stats, differentiable)
+        return stats._replace(**{differentiable: value.detach() + 1.01 * (value - value.detach())})
+
+    monkeypatch.setattr(backends.backends, "available_backends", lambda: {"torch": None})
+    monkeypatch.setattr(cf, "token_stats", wrong)
     (row,) = backends.numbers()
-    assert row.level == PROBLEM and "ZeroDivisionError" in row.says
+    assert row.level == PROBLEM and row.says.startswith("gradient is off by")
 
 
 def test_a_number_that_is_none_is_wrong(monkeypatch: Patch) -> None:
@@ -343,6 +369,7 @@ def test_a_number_that_is_none_is_wrong(monkeypatch: Patch) -> None:
         (2, 2, None, OK, ""),
         (1, 4, None, OK, ""),
         (8, 2, "8", NOTE, "export OMP_NUM_THREADS=2"),
+        (64, 2, None, NOTE, "export OMP_NUM_THREADS=2"),  # of a container, whose share of them torch does not see
         (1, 4, "1", NOTE, "unset OMP_NUM_THREADS"),
     ],
 )
@@ -401,6 +428,9 @@ def test_memory(world) -> None:
     assert only(machine.memory(), "memory") == Row(OK, "memory", "1.5 GiB free of 2.0 GiB that its container may use")
     world("cgroup/memory.current", f"{5 * 2**30}\n")  # it was lowered meanwhile
     assert only(machine.memory(), "memory").says == "0.0 GiB free of 2.0 GiB that its container may use"
+    world("cgroup/memory.max", f"{12 * 2**30}\n")  # more than is free, most of it in use
+    world("cgroup/memory.current", f"{11 * 2**30}\n")
+    assert only(machine.memory(), "memory").says == "2.0 GiB free of 12.0 GiB that its container may use"
     world("proc/self/cgroup", "4:memory:/docker/x\n")  # version 1
     world("cgroup/memory/memory.limit_in_bytes", f"{4 * 2**30}\n")
     world("cgroup/memory/memory.usage_in_bytes", f"{3 * 2**30}\n")
@@ -518,14 +548,16 @@ def test_gpus(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    about = [SimpleNamespace(name="H", major=9, minor=0), SimpleNamespace(name="V", major=7, minor=0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    kinds = (("H", 9, 0), ("V", 7, 5), ("A", 8, 0))
+    about = [SimpleNamespace(name=name, major=major, minor=minor) for name, major, minor in kinds]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about[index])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**30, 2**31))
-    first, second = machine.gpu()
+    first, second, third = machine.gpu()
     capability = "compute capability 9.0, driver 570.1"
     assert first == Row(OK, "gpu 0", f"H, {capability}, 1.0 GiB free of 2.0 GiB, torch built for CUDA 12.8")
     assert second.level == NOTE and second.says.endswith("too old for the CUDA kernels")
+    assert third.level == OK and "compute capability 8.0" in third.says  # the oldest that they are for
 
 
 @pytest.mark.parametrize(
@@ -570,3 +602,8 @@ def test_no_compiler(monkeypatch: Patch) -> None:
 
 def test_a_program_that_hangs_or_is_none_says_nothing(monkeypatch: Patch) -> None:
     assert machine._output("/no/such/program") == "" == machine._output("/bin/false")
+    assert machine._output("sh", "-c", "echo text; exit 9") == ""
+    assert machine._output("sh", "-c", "echo text") == "text\n"
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *given, timeout, **other: run(*given, timeout=timeout / 1e6, **other))
+    assert machine._output("sleep", "600") == ""

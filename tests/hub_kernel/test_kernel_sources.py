@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 
 import pytest
 
 from cmdp_fast.hub_kernel import face
+from cmdp_fast.hub_kernel import folder as kernel_folder
 from cmdp_fast.hub_kernel.__main__ import main
 from cmdp_fast.hub_kernel.sources import LEFT_OUT, kernel_files, relative, with_relative_imports
 
@@ -102,6 +104,18 @@ def test_imports_are_found_wherever_they_stand():
         with_relative_imports("\nimport cmdp_fast.heads\n", "")
     with pytest.raises(ValueError, match="form that is not known"):
         with_relative_imports("from \\\n cmdp_fast.heads import Head\n", "")
+
+
+def test_builds_of_other_sources_have_other_ids(tmp_path, monkeypatch):
+    """Under an id a process knows one module, whatever the version says."""
+    given = {"one": {"a.py": "x = 1\n"}, "same": {"a.py": "x = 1\n"}, "other": {"a.py": "x = 2\n"}}
+    given |= {"elsewhere": {"b.py": "x = 1\n"}}
+    ids = {}
+    for name, sources in given.items():
+        monkeypatch.setattr(kernel_folder, "kernel_files", lambda sources=sources: sources)
+        builds = kernel_folder.write(tmp_path / name)
+        ids[name] = tuple(json.loads((build / "metadata.json").read_text())["id"] for build in builds)
+    assert ids["one"] == ids["same"] and len({identity for each in ids.values() for identity in each}) == 2 * 3
 
 
 @pytest.mark.parametrize("name", ["kernel", "x$(touch pwned)", "it's`touch pwned`"])

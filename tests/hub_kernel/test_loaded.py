@@ -6,8 +6,10 @@ import base64
 import hashlib
 import json
 import os
+import re
 import runpy
 import sys
+from pathlib import Path
 
 import hub_kernels
 import pytest
@@ -67,8 +69,16 @@ def test_it_shares_nothing_with_the_package_that_it_was_made_of(kernel):
 def test_the_first_call_on_a_cpu_says_what_is_missing(kernel, monkeypatch):
     monkeypatch.setattr(sys.modules[f"{kernel.__name__}.ops.backends"], "_warned", set())
     sys.modules[f"{kernel.__name__}.ops.backends"]._decided.cache_clear()
-    with pytest.warns(RuntimeWarning, match="holds none. To have them: install the package cmdp_fast itself"):
+    with pytest.warns(RuntimeWarning, match="holds none") as caught:
         hub_kernels.token_stats(kernel, None)
+    assert "install" not in str(caught[0].message)  # no index has the package, and its name there is anybody's to take
+
+
+def test_wherever_it_is_fetched_it_is_said_to_be_trusted(kernel, folder):
+    """`kernels` refuses code of publishers whom the Hub has not marked, unless that word is there."""
+    for page in (folder / "README.md", Path(cf.__file__).parent / "guide" / "hub_kernel.md"):
+        calls = re.findall(r"(?<!local_)\bget_kernel\(([^)]*)\)", page.read_text(encoding="utf-8"))
+        assert calls and all("version=0, trust_remote_code=True" in call for call in calls), calls
 
 
 @with_kernels

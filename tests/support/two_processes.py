@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -240,6 +241,60 @@ def lost_while_loading(arguments: list[str], shown: Path, expected: int) -> None
     if os.environ["RANK"] == "1":
         state_dict.set_optimizer_state_dict = lambda *_, **__: os._exit(0)
     run_command(arguments, shown, expected)
+
+
+def hurt_in_one(began: list[str], again: list[str], shown: Path) -> None:
+    """A run of four steps that goes on after each of several ends that come to the second process alone; what each
+    prints is in files of the end's name. With the last that process is gone."""
+    for name, (hurt, code) in HURTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if os.environ["RANK"] == "1":
+                patch.setattr(Learner, "update", hurt)
+            run_command(began if name == "signals" else again, shown / name, code)
+
+
+def _signals(self: Learner, *given: Any) -> Any:
+    """Two at once, in the second step."""
+    for _ in range(2 if self.steps_done == 1 else 0):
+        signal.raise_signal(signal.SIGINT)
+    return update(self, *given)
+
+
+def _weight(self: Learner, *given: Any) -> Any:
+    """One that is none, in what this process has of the weights, once the optimizer has made its last step."""
+    check = self.check_weights
+
+    def spoilt() -> None:
+        with torch.no_grad():
+            next(p for p in self.student.parameters() if p.requires_grad).view(-1)[-1] = torch.nan
+        check()
+
+    self.check_weights = spoilt  # type: ignore[method-assign]
+    return update(self, *given)
+
+
+def _gradient(self: Learner, *given: Any) -> Any:
+    """Of this process's part of a minibatch."""
+    backward = self.backward
+    self.backward = lambda loss, outputs: backward(loss * torch.nan, outputs)  # type: ignore[method-assign]
+    return update(self, *given)
+
+
+def _error(self: Learner, *given: Any) -> Any:
+    """In the step's second minibatch, of which the others cannot be told."""
+    accumulate = self._accumulate
+
+    def fails(*parts: Any) -> Any:
+        if self.between:
+            raise InputError("this will not do")
+        return accumulate(*parts)
+
+    self._accumulate = fails  # type: ignore[method-assign]
+    return update(self, *given)
+
+
+update = Learner.update
+HURTS = {"signals": (_signals, 130), "weight": (_weight, 2), "gradient": (_gradient, 2), "error": (_error, 2)}
 
 
 def refused_sharded(pair: dict[str, str], changes: dict[str, Any], reason: str) -> None:

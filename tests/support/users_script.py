@@ -16,6 +16,11 @@ def constraint_of(kind: KindName, cost: CostName = "reverse_kl") -> cf.Constrain
     return dataclasses.replace(made, budget=3.0)
 
 
+def worst_case_of(constraint: cf.Constraint) -> tuple[cf.Constraint, CostName]:
+    worst = dataclasses.replace(constraint, kind="worst_case", cost="nll", reduction="mean")
+    return worst, worst.cost
+
+
 def loss_of(x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
     constraint = constraint_of("cmdp")
     out = cf.constrained_reward(x, y, tokens, reward, constraint=constraint)

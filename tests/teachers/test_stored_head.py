@@ -132,6 +132,10 @@ def no_index(folder):
     (folder / "model.safetensors.index.json").write_text("[" * 100_000)
 
 
+def deleted(folder):
+    (folder / "model.safetensors.index.json").unlink()
+
+
 def other_shape(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
@@ -141,11 +145,12 @@ def other_shape(folder):
     ("damage", "message"),
     [
         (without_head, "has no tensor lm_head.weight among the"),
-        (leads_elsewhere, "has neither model.safetensors nor a model.safetensors.index.json that can be read"),
+        (leads_elsewhere, r"its model.safetensors.index.json names '../other.safetensors' as a file of weights"),
         (leads_to_another, r"model-0.*safetensors cannot be read"),
         (truncated, "cannot be read"),
         (missing, "is not there"),
-        (no_index, "has neither model.safetensors nor"),
+        (no_index, "its model.safetensors.index.json cannot be read"),
+        (deleted, "has neither model.safetensors nor"),
         (other_shape, r"lm_head.weight is \[101, 16\] of torch.float32, expected \[99, 16\]"),
     ],
 )

@@ -246,6 +246,7 @@ def test_one_that_was_killed_goes_on_to_the_same_bytes(place, pair, tmp_path, mo
     assert (place == "within") == ("goes on after 2 of" in capsys.readouterr().out)
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
     assert len(files(tmp_path / "whole")) > 3
+    assert len({(tmp_path / "whole" / name).stat().st_mode for name in files(tmp_path / "whole")}) == 1
     cache_teacher(broken)
     assert "is finished" in capsys.readouterr().out
 

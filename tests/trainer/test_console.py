@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cmdp_fast.terminal import ConsoleLost, fitted
+from cmdp_fast.terminal import ConsoleLost, fitted, show
 from cmdp_fast.trainer.comparison.table import Estimate, TableRow, columns_of, fitting, text_of
 from cmdp_fast.trainer.records import progress as progress_module
 from cmdp_fast.trainer.records.progress import FREE, Progress, Waiting, duration
@@ -102,6 +102,12 @@ def test_texts_are_broken_at_words_and_commands_are_not():
     assert fitted("a-" * 60, 40) == "a-" * 60  # a path is not broken either
 
 
+def test_a_stream_that_lacks_a_letter():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    show("runs/café …", stream)
+    assert stream.buffer.getvalue() == b"runs/caf? ?\n"
+
+
 class Terminal:
     """A terminal of so many columns in the place of the standard output; `lines` is what a person sees at last."""
 
@@ -141,6 +147,15 @@ def test_an_interrupt_leaves_one_bar_and_what_was_said(monkeypatch):
     bars = [line for line in terminal.lines() if "/40" in line]
     assert len(bars) == 1 and " 13/40 in 0:00:00  reward 0.68" in bars[0] and len(bars[0]) <= 80 - FREE
     assert bars[0].startswith("training runs/quickstart ")
+
+
+def test_a_line_leaves_room_for_what_the_terminal_writes_itself(clock):
+    """`^C`, behind which it must not be wrapped: at a width that it fills, and at all others."""
+    for line in (at(13), Waiting("something " * 20, most=600)):
+        for width in range(30, 120):
+            console = Console(file=io.StringIO(), width=width, color_system=None)
+            console.print(line, end="")
+            assert 0 < len(console.file.getvalue()) <= width - len("^C")
 
 
 def test_what_is_waited_for_leaves_nothing(monkeypatch):
@@ -282,6 +297,21 @@ def test_quiet(why, monkeypatch, capsys):
     assert [line.strip() for line in lines[1:]] == [f"{n}/43  reward 0.50  KL 1.00  0 s left" for n in (41, 42, 43)]
 
 
+def test_a_run_that_goes_on_says_a_tenth_by_the_count_of_the_whole_and_the_last(monkeypatch, capsys):
+    monkeypatch.setenv("CI", "true")
+    report = Report()
+    for _ in report.track(range(35), "training", before=65):
+        report.status("KL 1.00")
+    counts = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert counts == [f"{n}/100" for n in (*range(66, 100, 3), 100)]
+
+
+def test_a_line_holds_nothing_that_a_terminal_obeys(capsys):
+    """Others have written parts of it."""
+    Report().say("runs/a\x1b[2J\x9b\b goes on")
+    assert capsys.readouterr().out == "runs/a?[2J?? goes on\n".replace("?", "\N{REPLACEMENT CHARACTER}")
+
+
 def test_evaluations_count_completions(clock):
     report = Report(shown=False)
     seen = []
@@ -319,7 +349,8 @@ def test_what_other_libraries_say_of_tied_weights_alone(capsys, caplog):
     assert record.getMessage().endswith("something else")
 
 
-def test_a_comparison_shows_the_columns_that_fit():
+def test_a_comparison_shows_the_columns_that_fit(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # in one that draws nothing rich takes no width
     figures = {name: Estimate(0.985, 0.003) for name in ("accuracy", "constraint_satisfaction", "mean_cumulative_kl")}
     rows = [TableRow("cmdp:budget=8,penalty=2", 3, TrainConfig(), {**figures, "mean_length": Estimate(18.0, 0.1)})]
     every = columns_of(rows)
@@ -328,7 +359,7 @@ def test_a_comparison_shows_the_columns_that_fit():
         assert shown == every[: len(shown)] and shown
         if len(shown) > 1 and width >= 80:  # no figure is cut
             console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-            with pytest.MonkeyPatch.context() as patch:
+            with monkeypatch.context() as patch:
                 patch.setattr("rich.console.Console", lambda console=console, **_: console)
                 text = text_of(rows)
             assert "98.5 ± 0.3" in text and ("more columns: table.md" in text) == (shown != every)

@@ -233,6 +233,26 @@ def test_a_whole_checkpoint_stays_where_it_cannot_be_loaded(run, learner, tmp_pa
     assert [path.name for path in run_checkpoints.checkpoints(tmp_path / "r")] == ["step-000001", "step-000002"]
 
 
+@pytest.mark.parametrize("file", ["model.bin", "optimizer.bin", "random_states.bin"])
+def test_a_checkpoint_that_is_a_program_is_neither_run_nor_advised(file, run, learner, tmp_path):
+    """Sealed like one of ours. torch's own error says how such a file would be read all the same."""
+
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    shutil.copytree(run, tmp_path / "r")
+    folder = tmp_path / "r" / "checkpoints" / "step-000002"
+    torch.save({"x": Runs()}, folder / file)
+    about = digest.read_sealed(folder / MANIFEST)
+    digest.write_sealed(folder / MANIFEST, {**about, "files": {**about["files"], file: digest.sha256(folder / file)}})
+    with pytest.raises(
+        InputError, match="step-000002 holds more than numbers: no checkpoint of this program"
+    ) as raised:
+        run_checkpoints.load_checkpoint(learner.accelerator, learner.trained, tmp_path / "r", Report())
+    assert "weights_only" not in str(raised.value) and not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize(
     ("file", "damage", "named"),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_pair import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer.models.pair import load_pair
+from cmdp_fast.trainer.models.pair import load_alone, load_pair
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.rollout import drop_long_prompts
 from cmdp_fast.trainer.settings.config import TrainConfig
@@ -99,6 +103,25 @@ def test_pickled_weights_are_refused(pair, tmp_path):
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"--student .*: no safetensors in this folder"):
         load_pair(settings(pair, student=str(folder)), [], Report())
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("file", ["a.bin", "../other/model.safetensors"])
+def test_an_index_leads_to_no_other_files(role, file, pair, tmp_path, monkeypatch):
+    """Neither to a pickle nor out of the folder, in which all is that a run notes of its models."""
+    folder = Path(shutil.copytree(pair[role], tmp_path / "m"))
+    weights = load_file(folder / "model.safetensors")
+    shutil.copytree(pair[role], tmp_path / "other")
+    torch.save(weights, folder / "a.bin")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(torch, "load", lambda *given, **options: pytest.fail("a pickle is read"))
+    config = settings({**pair, role: str(folder)})
+    with pytest.raises(InputError, match=rf"--{role} .*index\.json names '{re.escape(file)}' as a file of weights"):
+        load_pair(config, [], Report())
+    with pytest.raises(InputError, match=rf"--model .*index\.json names '{re.escape(file)}'"):
+        load_alone("model", replace(config, teacher=str(folder)), None, list, Report())
 
 
 def test_code_of_a_dataset_is_not_run(pair, tmp_path):

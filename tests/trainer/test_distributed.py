@@ -14,14 +14,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from tiny_pair import arguments, tiny_model, untimed
 from transformers import AutoModelForCausalLM
 from two_processes import (
+    HURTS,
     PROCESSES,
     adds_up_in_float32,
     close,
     gloo_averages,
     gradients,
+    hurt_in_one,
     in_two_processes,
     loss_of,
     lost_while_loading,
@@ -165,6 +168,29 @@ def test_a_run_of_two_processes_and_its_second_half(pair, tmp_path):
     in_two_processes(run_command, again, tmp_path / "finished.txt", 0)
     in_two_processes(lost_while_loading, [*again, "--steps=5"], tmp_path / "lost", 2)
     assert "error: another process is gone" in (tmp_path / "lost-0").read_text()
+
+
+def test_what_comes_to_one_of_two_is_known_to_both(pair, tmp_path, monkeypatch):
+    """Numbers that are not finite, and signals: both stop at the same place, with the student of a whole step or with
+    none, and the run goes on from there."""
+    monkeypatch.setenv("CMDP_FAST_PATIENCE", "20")  # where they do not, this ends all the same
+    run, shown = tmp_path / "r", tmp_path / "shown"
+    shown.mkdir()
+    began = arguments(pair, tmp_path, steps=4, checkpoint_every=1, prompts_per_step=2, eval_every=0)
+    in_two_processes(hurt_in_one, began, ["train", f"--resume={run}"], shown)
+    signals, weight, gradient, error = ((shown / f"{name}-0").read_text() for name in HURTS)
+    assert not any((shown / f"{name}-1").read_text() for name in list(HURTS)[:-1])
+    assert "interrupted after step 2 of 4; " in signals
+    for text, what in ((weight, "a weight of the student"), (gradient, "the gradient")):
+        assert f"error: {what} is not finite" in text
+        assert "stopped by an error after step 2 of 4; student/ has the weights of step 2; " in text
+    assert "stopped by an error after step 2 of 4; student/ stays as it was; " in error
+    assert "error: another process is gone" in error
+    found = json.loads((run / "summary.json").read_text())
+    assert (found["steps"], found["student_step"]) == (2, None)
+    kept = torch.load(run / "checkpoints" / "step-000002" / "model.bin", weights_only=True)
+    student = load_file(run / "student" / "model.safetensors")
+    assert student and all(torch.equal(value, kept[f"student.{name}"]) for name, value in student.items())
 
 
 FUNCTIONS_OF_THE_PROMPT = """

@@ -17,6 +17,7 @@ from two_processes import gloo_averages, in_two_processes, sharding_accelerator
 from vllm_stand_in import StandIn
 
 from cmdp_fast.cli import main
+from cmdp_fast.trainer.engine.weights import Adapter
 from cmdp_fast.trainer.engines import make_engines
 from cmdp_fast.trainer.evaluate import evaluate
 from cmdp_fast.trainer.material import Material
@@ -177,6 +178,18 @@ def test_processes_ask_each_for_its_own(pair, held, tmp_path, sharded, rank):
     asked = [prompt for some in each for prompt in some]
     assert len(asked) == 8 and len({*map(tuple, asked)}) == 3
     assert (tmp_path / "seeds-0").read_text() != (tmp_path / "seeds-1").read_text()
+
+
+def test_a_server_of_another_user_may_read_an_adapter(tmp_path):
+    """Of which safetensors makes a file for its owner alone."""
+
+    class Adapted:
+        def save_pretrained(self, folder):
+            (folder / "adapter_model.safetensors").touch(mode=0o600)
+            (folder / "adapter_config.json").touch()
+
+    written = Adapter("base", 2).write(Adapted(), None, tmp_path)
+    assert len({path.stat().st_mode for path in written.iterdir()}) == 1
 
 
 def test_a_dry_run_looks_for_the_servers_and_counts_no_sampling(pair, server, tmp_path, capsys):

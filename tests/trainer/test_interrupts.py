@@ -106,6 +106,47 @@ def test_a_signal_that_waits_says_so():
         assert interrupts.hurried
 
 
+def test_with_several_processes_a_second_one_changes_nothing():
+    """Their launcher sends it by itself. What waits for none of them is left at once."""
+    with Interrupts(patient=True) as interrupts:
+        interrupts.deferred = True
+        try:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:  # which would end all tests
+            pytest.fail("it is not patient")
+        assert interrupts.received and not interrupts.hurried
+        interrupts.deferred = False
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert not interrupts.hurried
+
+
+def test_a_second_one_while_the_checkpoint_of_the_end_is_written(pair, tmp_path, expected, monkeypatch):
+    """Where no other was asked for: without it all steps would be lost."""
+    with monkeypatch.context() as patch:
+        interrupt_at(2, Learner, "update", patch)
+        interrupt_at(1, checkpoint, "write_sealed", patch)
+        assert main(command(pair, tmp_path, steps=3)) == 130
+    folder = tmp_path / "r"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    assert json.loads((folder / "summary.json").read_text())["student_step"] is None  # in a hurry
+    assert main(["train", f"--resume={folder}"]) == 0
+    assert left_by(folder) == expected
+
+
+def test_at_the_end_of_the_process_another_one_ends_it_at_once(monkeypatch):
+    """What still runs is in threads, and is waited for. A program that calls `main` keeps its handler."""
+    monkeypatch.setattr("cmdp_fast.cli._runner", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["cmdp-fast", "train"])
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        assert main(["train"]) == 130 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert main() == 130 and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def test_while_it_imports(monkeypatch, capsys):
     monkeypatch.setattr("cmdp_fast.cli._runner", lambda _: signal.raise_signal(signal.SIGINT))
     assert main(["train"]) == 130

@@ -114,8 +114,24 @@ def test_every_weight_is_looked_at(pair):
 
 
 def out_of_memory(what: str, patch, at: int) -> None:
-    """In a step's first minibatch, with a weight spoilt or none, or in its second."""
+    """In a step's first minibatch, with a weight spoilt or none, or in its second; or in the optimizer, which has
+    changed some of the weights by then."""
     accumulate = Learner._accumulate
+    if what == "optimizer":
+        descend = Learner.descend
+
+        def half(optimizer, *_):
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].add_(1.0)
+            raise RuntimeError("CUDA out of memory")
+
+        def halfway(self):
+            if self.steps_done + 1 == at:
+                self.optimizer.optimizer.register_step_pre_hook(half)
+            return descend(self)
+
+        patch.setattr(Learner, "descend", halfway)
+        return
 
     def full(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
@@ -150,13 +166,13 @@ def test_weights_of_no_step_are_not_kept(what, pair, tmp_path, expected, monkeyp
     assert left_by(folder) == expected
 
 
-@pytest.mark.parametrize("what", ["first", "unseen", "second"])
+@pytest.mark.parametrize("what", ["first", "unseen", "second", "optimizer"])
 def test_weights_of_a_step_are_kept_without_a_checkpoint(what, pair, tmp_path, monkeypatch, capsys):
     """An error before a step has changed a weight leaves those of the step before."""
     out_of_memory(what, monkeypatch, at=2)
     with pytest.raises(RuntimeError, match="out of memory"):
         main(command(pair, tmp_path))
-    whole = what != "second"
+    whole = what in ("first", "unseen")
     assert (tmp_path / "r" / "student").exists() == whole
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["student_step"] == (1 if whole else None)
     assert ("student/ is not written; " in capsys.readouterr().out) != whole

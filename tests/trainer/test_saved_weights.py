@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,21 @@ def trained_and_saved(pair, folder, **changes):
     save_student(learner.student, learner.collector.tokenizer, folder)
     weights = load_file(folder / "student" / "model.safetensors")
     return learner.student, weights, json.loads((folder / "student" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}])
+def test_others_may_read_a_student_as_they_may_read_its_configuration(lora, pair, tmp_path):
+    if lora:
+        pytest.importorskip("peft")
+    before = os.umask(0o027)
+    try:
+        student, _, tokenizer = load_pair(settings(pair, **lora), [], Report())
+        save_student(student, tokenizer, tmp_path)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "student").rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 1 + len(lora)
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from tiny_pair import arguments
+from tiny_pair import arguments, settings
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import sources
+from cmdp_fast.trainer.models.pair import load_pair
+from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.tasks import data
 from cmdp_fast.trainer.tasks.broken import where_broken
@@ -24,12 +27,12 @@ from cmdp_fast.trainer.tasks.data import Source, _dataset_rows
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub that cannot be reached, and the requests that it was asked."""
+    """A hub that cannot be reached, and the requests that it was asked; with the seconds of one that waits too long."""
     asked: list[str] = []
 
     class Session:
         def head(self, url, timeout):
-            asked.append(url)
+            asked.append(url if 0 < timeout <= 30 else f"{url} for {timeout} s")
             raise OSError("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
@@ -52,6 +55,8 @@ def rows_of(name: str) -> list:
         ("a/b/c", "there is no folder a/b$"),
         ("~nobody-of-that-name/x.csv", "there is no folder ~nobody-of-that-name$"),
         ("zzz.parquet", "no such file or folder$"),
+        ("zzz.PARQUET", "no such file or folder$"),
+        ("zzz/", "no such file or folder$"),
     ],
 )
 def test_a_file_that_is_not_there(name, message, hub, tmp_path, monkeypatch):
@@ -79,6 +84,7 @@ def test_a_model_that_is_not_there(role, pair, hub, tmp_path, capsys):
         (wrong, f"there is no such folder (did you mean {present}"),
         ("./missing/model", "there is no folder missing"),
         (str(tmp_path / "file"), "is a file, expected a hub id or the folder of a model"),
+        ("missing/", "there is no such folder"),
     ):
         assert main(arguments({**pair, role: name}, tmp_path / "runs")) == 2
         assert f"--{role} {name}" in (error := capsys.readouterr().err) and message in error
@@ -110,9 +116,9 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(pair, hub, tmp_path, capsys)
     assert hub == [constants.ENDPOINT] * 2
 
 
-def test_a_hub_is_asked_once_in_a_load_and_again_in_the_next(hub, monkeypatch):
-    log = logging.getLogger("huggingface_hub")
-    before = log.level
+def test_a_hub_is_asked_once_in_a_load_and_again_in_the_next(hub, monkeypatch, caplog):
+    log, before = logging.getLogger("huggingface_hub"), logging.INFO
+    caplog.set_level(before, log.name)  # whatever tests before this one have left
 
     def flags() -> tuple:
         return constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, sources._away, log.level
@@ -121,7 +127,7 @@ def test_a_hub_is_asked_once_in_a_load_and_again_in_the_next(hub, monkeypatch):
         for name in ("org/nosuch", "org/neither"):
             with pytest.raises(InputError, match=f"--dataset {name}: .*cannot be reached"):
                 rows_of(name)
-        assert flags()[:2] == (True, True)
+        assert flags()[:2] == (True, True) and log.level == logging.ERROR
     assert hub == [constants.ENDPOINT] and flags() == (False, False, "", before)
 
     class There:
@@ -160,6 +166,30 @@ def test_an_address_is_no_name(pair, hub, tmp_path, capsys):
     assert not hub
 
 
+def test_what_is_here_is_not_blamed_on_a_hub(pair, hub, tmp_path):
+    """Of a file and a folder that cannot be read the reason is their own, whatever else was looked for in the load."""
+    (tmp_path / "a.csv").write_text("prompt,answer\n1,2\n1,2,3\n")
+    shutil.copytree(pair["student"], tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"cut off")
+    with sources.loading():
+        for name, away in (("org/nosuch", True), (str(tmp_path / "a.csv"), False)):
+            with pytest.raises(InputError) as raised:
+                rows_of(name)
+            assert ("cannot be reached" in str(raised.value)) == away
+        config = settings({**pair, "student": str(tmp_path / "model")})
+        with pytest.raises(InputError, match="no causal language model in this folder") as raised:
+            load_pair(config, [], Report())
+    assert "cannot be reached" not in str(raised.value) and hub == [constants.ENDPOINT]
+
+
+def test_a_model_of_a_hub_that_is_called_like_a_folder(pair, hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pair["student"], tmp_path / "students")
+    assert main(arguments({**pair, "student": "student"}, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "cannot be reached" in error and error.endswith("(did you mean students?)\n")
+
+
 def test_a_hub_that_is_not_to_be_asked(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -179,6 +209,8 @@ GOOD = json.dumps({"prompt": "1+1=", "answer": "2"})
         ("a.jsonl", f"{GOOD}\n3\n", "line 2: expected an object for each row, not '3'"),
         ("a.jsonl", GOOD.encode() + b'\n{"prompt": "\xe9"}\n', "line 2 is no text in UTF-8"),
         ("a.json", f"[\n{GOOD},\n{{oops}}\n]", "line 3: Expecting property name"),
+        ("a.jsonl", f"[\n{GOOD},\n{{oops}}\n]", "line 3: Expecting property name"),
+        ("a.jsonl", f"\ufeff{GOOD}\n{{oops\n", "line 2: Expecting property name"),  # with a mark of the byte order
         ("a.json", "hello", "line 1: Expecting value"),
         ("a.jsonl", "[" * 100_000 + "\n", "it is too deep"),  # too deep for Python
         ("a.jsonl", "", "the file is empty"),

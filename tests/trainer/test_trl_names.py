@@ -69,3 +69,17 @@ def test_an_option_of_trl_is_answered_with_ours(given: str, said: str, capsys: p
 
 def test_names_that_are_little_alike_are_not_suggested() -> None:
     assert nearest("adam-beta2", ["jsd-beta"]) == [] and nearest("learning-rat", ["learning-rate"]) == ["learning-rate"]
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "meant"),
+    [
+        ("max", ["eval-every", "max-new-tokens", "max-rows"], ["max-new-tokens"]),  # the first that begins so
+        ("m", ["max-rows"], []),  # a letter begins too many
+        ("Eval_prompt", ["eval-prompts-of-others", "eval-prompts"], ["eval-prompts"]),  # spelt alike, before a longer
+        ("lr", ["lrs", "learning-rate", "lora_rank"], ["learning-rate", "lora_rank"]),  # initials before all
+        ("x", [], []),
+    ],
+)
+def test_what_was_meant(given: str, known: list[str], meant: list[str]) -> None:
+    assert nearest(given, known) == meant

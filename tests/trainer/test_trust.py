@@ -18,6 +18,8 @@ from cmdp_fast import digest
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function, source_files
+from cmdp_fast.trainer.evaluate_student import EvaluateConfig
+from cmdp_fast.trainer.parse import parse, parse_as
 from cmdp_fast.trainer.records import trust
 from cmdp_fast.trainer.records.trust import CODE
 from cmdp_fast.trainer.settings.config import TrainConfig
@@ -192,6 +194,30 @@ def test_a_tracker_is_one_that_there_is(pair, tmp_path, mine, capsys):
     assert main(resume) == 2
     assert "--trackers must be some of tensorboard" in capsys.readouterr().err
     assert not (mine / "ran").exists()
+
+
+def test_figures_go_to_a_tracker_where_it_is_named_again(pair, tmp_path, monkeypatch, capsys):
+    """Its account is that of who resumes, and who wrote the folder may not be."""
+    for name in ("wandb", "trackio"):
+        (tmp_path / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    resume = begun(pair, tmp_path)
+    config = tmp_path / "runs" / "r" / "config.json"
+    values = digest.read_sealed(config)
+
+    def trackers_of(words: list[str]) -> tuple[str, ...]:
+        return parse(words[1:]).trackers
+
+    digest.write_sealed(config, {**values, "trackers": ["tensorboard", "wandb"]})
+    with pytest.raises(InputError, match=r"ask servers or trackers, .*--steps=3 --trackers tensorboard wandb$"):
+        parse(resume[1:])
+    assert trackers_of([*resume, "--trackers", "tensorboard", "wandb"]) == ("tensorboard", "wandb")
+    assert trackers_of([*resume, "--trackers", "trackio"]) == ("trackio",)  # they may change
+    assert trackers_of([*resume, "--trackers", "tensorboard"]) == ("tensorboard",)
+    evaluation = parse_as(EvaluateConfig, resume[1:2], "cmdp-fast evaluate", "")
+    assert evaluation.trackers == ("tensorboard",)  # which sends nothing to any
+    digest.write_sealed(config, {**values, "trackers": []})
+    assert trackers_of(resume) == ()
 
 
 def test_what_cannot_be_typed_is_not_proposed(pair, tmp_path, mine, capsys):

@@ -10,7 +10,6 @@ the place of the head's output, and shows scale and softcap.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ from cmdp_fast.checks import LOGIT_DTYPES
 from cmdp_fast.errors import InputError, first_line, readable
 from cmdp_fast.heads import Head, chosen_logits, postprocessing
 from cmdp_fast.vocabulary import named_ends, vocabulary_digest
-
-ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from cmdp_fast.weight_files import INDEX, ONE, QUIET, read_index
 
 
 @dataclass(frozen=True)
@@ -194,22 +192,16 @@ class StoredModel:
         """The tensors of the model's files and, of each, its file."""
         from transformers.utils import cached_file
 
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        if file := cached_file(self.name, ONE, **quiet):  # first of all, as transformers has it
+        if file := cached_file(self.name, ONE, **QUIET):  # first of all, as transformers has it
             with _opened(self.name, file) as tensors:
                 return dict.fromkeys(tensors.keys(), ONE)
-        index = cached_file(self.name, INDEX, **quiet)
+        index = cached_file(self.name, INDEX, **QUIET)
+        if not index:
+            raise InputError(f"{readable(self.name)} has neither {ONE} nor {INDEX}")
         try:
-            places = json.loads(Path(index or "").read_text(encoding="utf-8"))["weight_map"]
-            return {name: self._shard(places[name]) for name in places}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{readable(self.name)} has neither {ONE} nor a {INDEX} that can be read") from error
-
-    def _shard(self, file: Any) -> str:
-        """A name in an index, which is of a file beside it and leads nowhere else."""
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(file)
-        return file
+            return read_index(Path(index))
+        except ValueError as error:
+            raise InputError(f"{readable(self.name)}: {error}") from error
 
     def _tensor(
         self, places: Mapping[str, str], name: str, prefix: str, shape: torch.Size, dtype: torch.dtype

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cmdp_fast.files import writing
+from cmdp_fast.files import open_as_others, writing
 
 from ..models.adapter import has_adapter, whole_adapted
 from ..models.saving import save_student
@@ -96,6 +96,7 @@ class Adapter:
             written = Path(tempfile.mkdtemp(prefix="adapter-", dir=folder))
             (model if state is None else whole_adapted(model, state)).save_pretrained(written)
             written.chmod(0o755)
+            open_as_others(written)
         return written
 
     def options(self, written: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from cmdp_fast.teachers.open import check_vocabulary, is_asked, open_teacher
 from cmdp_fast.teachers.routed import KIND, RoutedTeacher, places
 from cmdp_fast.teachers.teacher import Asking, Teacher
 from cmdp_fast.vocabulary import check_tokenizers
+from cmdp_fast.weight_files import INDEX, ONE, QUIET, check_weight_files, read_index
 
 from ..causal_lm import CausalLM
 from ..records.origin import model_digest
@@ -67,6 +67,7 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
             folders[role] = name
             configs[role] = _load(AutoConfig, role, name, trusted)
             _check_own_attention(role, name, configs[role], config)
+            _check_files(role, name, configs[role])
             tokenizers[role] = _load(AutoTokenizer, role, name, trusted)
     for role, name in sources.items():
         if name.startswith("builtin:"):
@@ -185,6 +186,7 @@ def load_alone(
         folder = str(smollm2_folder(name, report) if smollm2 else builtin_folder(name, config, train(), report))
     about = _load(AutoConfig, role, folder, config.trust_remote_code)
     _check_own_attention(role, name, about, config)
+    _check_files(role, folder, about)
     if parallel and not getattr(about.get_text_config(), "base_model_tp_plan", None):
         raise InputError(f"--{role} {name}: transformers has no plan for its layers in tensor parallelism")
     tokenizer = _load(AutoTokenizer, role, folder, config.trust_remote_code)
@@ -201,8 +203,9 @@ def compare_quantised(config: TrainConfig, found: Found, quantised: Any, prompts
 def _load_model(
     role: str, name: str, dtype: torch.dtype | str, config: TrainConfig, quantization: str = "", **options: Any
 ) -> tuple[Any, list[str]]:
-    """A causal language model from safetensors, which hold numbers and nothing that could run; and the tensors of its
-    files that transformers leaves out. With `--random-weights` one without its files."""
+    """A causal language model from safetensors, which hold numbers and nothing that could run (`_check_files` has seen
+    to it that its folder names no others); and the tensors of its files that transformers leaves out. With
+    `--random-weights` one without its files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options["dtype"] = dtype
@@ -249,12 +252,11 @@ def _dropped(model: Any, name: str, unexpected: Iterable[str]) -> list[str]:
 
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     stored: list[str] = []
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if file := cached_file(name, "model.safetensors", **quiet):  # first of all, as transformers has it
+    if file := cached_file(name, ONE, **QUIET):  # first of all, as transformers has it
         with safe_open(file, "pt") as tensors:
             stored = list(tensors.keys())
-    elif index := cached_file(name, "model.safetensors.index.json", **quiet):
-        stored = list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    elif index := cached_file(name, INDEX, **QUIET):
+        stored = list(read_index(Path(index)))
     silent = {key for key in stored if any(re.search(pattern, key) for pattern in ignored)} - model.state_dict().keys()
     return sorted(silent | set(unexpected))
 
@@ -328,6 +330,14 @@ def _check_own_attention(role: str, name: str, about: Any, config: TrainConfig) 
             f"--{role} {name} asks for the attention of {kernel}, which is code from the hub: "
             "--trust-remote-code if you have read it"
         )
+
+
+def _check_files(role: str, name: str, about: Any) -> None:
+    """Raises InputError for a model whose folder has transformers read other files than safetensors in it."""
+    try:
+        check_weight_files(name, about)
+    except Exception as error:  # those of the hub's library among them
+        raise InputError(f"--{role} {name}: {with_hub(first_line(error), name)}") from error
 
 
 def _attention_failed(error: BaseException, attention: str) -> bool:

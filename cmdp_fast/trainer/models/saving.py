@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.errors import first_line
-from cmdp_fast.files import sync, sync_folder, writing
+from cmdp_fast.files import open_as_others, sync, sync_folder, writing
 
 from .adapter import has_adapter, save_adapted
 
@@ -35,6 +35,7 @@ def save_student(
                 raise
             except Exception as error:  # its library has no other kind for a full disk
                 raise OSError(first_line(error)) from error
+            open_as_others(part)
             sync_folder(part)
             if target.exists():
                 os.rename(target, old)

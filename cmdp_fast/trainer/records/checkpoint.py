@@ -268,6 +268,10 @@ def _loading(folder: Path) -> Iterator[None]:
     except Exception as error:  # each library has errors of its own for a file that it cannot read
         if of_others(error):
             raise
+        if type(error).__name__ == "UnpicklingError":  # with torch's advice to read the file as a pickle
+            raise InputError(
+                f"{folder} holds more than numbers: no checkpoint of this program does, and it is not read"
+            ) from error
         raise InputError(
             f"{folder} cannot be loaded, though its files are as they were written: {first_line(error)}"
         ) from error

@@ -19,15 +19,13 @@ from typing import Any
 from cmdp_fast.digest import Damaged, read_sealed, sha256
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.teacher import Teacher
+from cmdp_fast.weight_files import INDEX, ONE, read_index
 
 from ..settings.config import TrainConfig
 
 PIECES, PIECE = 16, 1 << 20  # of a file of weights; bytes of each
 HEADER = 1 << 26  # bytes at most: the length that a file names may be anything
-WHOLE = (
-    *("config.json", "generation_config.json", "added_tokens.json", "special_tokens_map.json", "merges.txt"),
-    "adapter_config.json",  # transformers puts an adapter that lies beside a model into it
-)
+WHOLE = ("config.json", "generation_config.json", "added_tokens.json", "special_tokens_map.json", "merges.txt")
 WHOLE_LIKE = ("tokenizer", "vocab", "chat_template", "model.safetensors.index")  # beginnings of other names
 WHOLE_KINDS = (".model", ".py")  # of a tokenizer; a model's own code
 
@@ -109,10 +107,9 @@ def model_digest(name: str) -> str:
 def _weights(folder: Path) -> set[str]:
     """The files of weights that transformers reads. A hub's folder may hold the same weights in other files besides,
     `consolidated.safetensors` for one, or get them later."""
-    whole, index, adapter = "model.safetensors", folder / "model.safetensors.index.json", "adapter_model.safetensors"
-    if (folder / whole).is_file() or not index.is_file():
-        return {whole, adapter}
-    return {adapter, *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    if (folder / ONE).is_file() or not (folder / INDEX).is_file():
+        return {ONE}
+    return {*read_index(folder / INDEX).values()}
 
 
 def _is_whole(path: Path) -> bool:

@@ -22,10 +22,10 @@ from ..settings.values import words
 
 # The settings that can let code run.
 CODE = ("rewards", "step_verifier", "rollout", "trust_remote_code", "unisolated_judges")
-# Those that name programs, and where a run's prompts and weights go.
+# Those that name programs, and where a run's prompts, weights and figures go.
 PLACES = (
     *("rollout_python", "rollout_args", "rollout_url", "rollout_teacher_url", "rollout_folder"),
-    "teacher_token_file",
+    *("teacher_token_file", "trackers"),
 )
 
 
@@ -44,14 +44,18 @@ def code_of(config: TrainConfig) -> dict[str, str]:
 
 def check_named_again(began: TrainConfig, now: TrainConfig, command: Sequence[str]) -> None:
     """Raises InputError if a run's folder names code that the `command` does not; the message has the one that does."""
+    typed = {word.partition("=")[0].replace("_", "-") for word in command}
     missing = [name for name in _naming_code(began) if getattr(now, name) == getattr(TrainConfig, name)]
+    # Another place may be typed, the default one too; and an evaluation has no trackers.
+    missing = [name for name in missing if name not in PLACES or f"--{name.replace('_', '-')}" not in typed]
+    missing = [name for name in missing if now.TRAINS or name != "trackers"]
     if missing:
         named = [word for name in missing for word in words(name, getattr(began, name))]
         if not all(map(str.isprintable, named)):
             raise InputError(f"--resume {now.resume}: its {missing[0]} cannot be typed: {named!r}")
         raise InputError(
-            f"--resume {now.resume} would run code, or ask servers, that its folder names, which is up to you. If you "
-            f"have read and trust it: {shlex.join([*command, *named])}"
+            f"--resume {now.resume} would run code, or ask servers or trackers, that its folder names, which is up to "
+            f"you. If you have read and trust it: {shlex.join([*command, *named])}"
         )
 
 
@@ -73,7 +77,7 @@ def _naming_code(config: TrainConfig) -> list[str]:
     code = [name for name in CODE if getattr(config, name) is True or _functions(getattr(config, name))]
     on_disk = config.teacher.startswith("cached:")  # which is read, as other teachers' folders are
     asked = ["teacher"] if config.asks_teacher and not on_disk else []
-    return code + asked + [name for name in PLACES if getattr(config, name) != getattr(TrainConfig, name)]
+    return code + asked + [name for name in PLACES if getattr(config, name) not in (getattr(TrainConfig, name), ())]
 
 
 def _functions(value: Any) -> list[str]:

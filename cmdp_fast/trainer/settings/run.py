@@ -31,7 +31,7 @@ class RunSettings:
     """Folder of a run that stopped, to be finished from its last checkpoint. Its settings are those of its
     `config.json`; only `steps`, `checkpoint_every`, `save_student_every`, `keep`, `eval_every`, `trackers` and what
     decides about memory alone (`micro_batch_size`, `gradient_checkpointing`, …) may be changed. Code that it names runs
-    only if you name it again, in the same words."""
+    only if you name it again, in the same words, and figures go to trackers that you name again."""
     checkpoint_every: Annotated[int, NOT_NEGATIVE, STEPS] = 0
     """Write a checkpoint every so many steps and after the last one. 0: only when interrupted, and one for the time
     that the end of the run takes."""
