@@ -21,6 +21,7 @@ Shapes are written with ``V`` for the vocabulary, ``H`` for a model's width, ``B
 and ``N`` for packed tokens. The teacher never gets a gradient.
 """
 
+from cmdp_fast import starting as starting  # before all that imports torch
 from cmdp_fast.constraint import Constraint
 from cmdp_fast.field_docs import documented
 from cmdp_fast.heads import Head, head_of, last_hidden_state

@@ -8,14 +8,16 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from cmdp_fast import __version__
-from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost, without_controls
+from cmdp_fast import __version__, starting
+from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost, first_line, readable
 from cmdp_fast.installation import extra
+from cmdp_fast.masking import told
 from cmdp_fast.nearest import did_you_mean
-from cmdp_fast.terminal import beside, columns, message, show, silence, without_readers, wrapped
+from cmdp_fast.terminal import ConsoleLost, beside, columns, flush, message, show, wrapped
 
 COMMANDS = {
     "train": "distil a student from a teacher under a KL budget",
@@ -30,22 +32,33 @@ COMMANDS = {
 }
 WITH_THE_EXTRA = ("train", "compare", "evaluate", "report", "teacher", "cache-teacher")
 NO_OPTIONS = ("doctor", "info")
+UNWRITABLE, INTERRUPTED, UNREAD = 74, 130, 141  # exit codes: EX_IOERR, and those of programs that signals end
+
+EXIT_CODES = (
+    "Exit codes: 1 a run of compare has failed, or doctor has found a problem; 2 something has to be given otherwise; "
+    "74 the output cannot be written; 130 an interrupt; 141 nobody reads the output any more."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code.
 
     0, 1 for a comparison of which a run failed and where `doctor` finds a problem, 2 for an input that the user has to
-    change, 130 for an interrupt, 141 where nobody reads the output any more (``| head -1``).
+    change, 74 where the output cannot be written (a full disk, a standard output that is closed), 130 for an interrupt,
+    141 where nobody reads the output any more (``| head -1``). A training, which leaves files, goes on without its
+    output. So does what writes figures to a file as well; in the end it says on stderr where they are.
     """
+    starting.over()
     try:
         code = _main(list(sys.argv[1:] if arguments is None else arguments) or [""])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not without_readers((sys.stdout, sys.stderr)):  # another pipe
-            raise
-        return 141  # as of a program that SIGPIPE ends
-    if code == 130 and arguments is None:  # what still runs in threads is waited for, unless there is another Ctrl-C
+        flush(sys.stdout)
+    except ConsoleLost as lost:
+        if str(lost):
+            _say(f"error: {lost}")
+        return UNREAD if lost.unread else UNWRITABLE
+    if (
+        code == INTERRUPTED and arguments is None
+    ):  # what still runs in threads is waited for, unless there is another Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
 
@@ -56,12 +69,11 @@ def _main(words: Sequence[str]) -> int:
         show(overview(columns(sys.stdout)), sys.stdout)
         return 0
     if command in ("-V", "--version"):
-        print(f"cmdp-fast {__version__}")
+        show(f"cmdp-fast {__version__}", sys.stdout)
         return 0
     if command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS) or " (cmdp-fast --help lists them)"
-        said = f"cmdp-fast: error: unknown command {command!r}{hint}" if command else overview(columns(sys.stderr))
-        show(message(without_controls(said), sys.stderr) if command else said, sys.stderr)
+        _tell_all(f"cmdp-fast: error: unknown command {command!r}{hint}" if command else overview(columns(sys.stderr)))
         return 2
     try:
         if command in NO_OPTIONS:
@@ -74,10 +86,10 @@ def _main(words: Sequence[str]) -> int:
         _say(f"error: {error}", each_machine, alone=isinstance(error, ProcessAlone))
         return 2
     except Interrupted:
-        return 130
+        return INTERRUPTED
     except KeyboardInterrupt:
         _say("interrupted")
-        return 130
+        return INTERRUPTED
 
 
 def overview(width: int) -> str:
@@ -92,6 +104,7 @@ def overview(width: int) -> str:
         ),
     ]
     lines += wrapped("`cmdp-fast COMMAND --help` has a command's options, `cmdp-fast --version` the version.", width)
+    lines += ["", *wrapped(EXIT_CODES, width)]
     return "\n".join(lines)
 
 
@@ -118,20 +131,42 @@ class _Runner(NamedTuple):
     load: Callable[[], Callable[[Any, Sequence[str]], int]]
 
 
-def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
+@contextmanager
+def _needing(command: str, of_extra: str) -> Iterator[None]:
+    """Turns the error of an import into an InputError: what is not there comes with an extra, what is and cannot be
+    imported says why."""
     try:
+        yield
+    except ImportError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # transformers has errors of its own for those of what it imports
+            cause = cause.__cause__
+        package = (getattr(cause, "name", None) or "").partition(".")[0]
+        if package == "cmdp_fast":
+            raise
+        if isinstance(cause, ModuleNotFoundError) and package and not _is_here(package):
+            raise InputError(f"{command} needs {package}, which comes with the extra: {extra(of_extra)}") from error
+        what = f"{package}, which is installed and" if package else "something that"
+        why = readable(f"{type(cause).__name__}: {first_line(cause)}")
+        raise InputError(f"{command} needs {what} cannot be imported: {why} (cmdp-fast doctor says more)") from error
+
+
+def _is_here(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except Exception:  # of whatever else looks for modules in this process, and keeps this one away
+        return True
+
+
+def _with_the_extra(command: str, arguments: Sequence[str]) -> int:
+    with _needing(command, "train"):
         runner = _runner(command)
         settings = runner.parse(arguments)
         if command != "report":  # which reads files alone, and imports none of them
             from .trainer.records.report import quiet_libraries
 
             quiet_libraries()
-        run = runner.load()
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("cmdp_fast"):
-            raise
-        raise InputError(f"{command} needs {error.name}, which comes with the extra: {extra('train')}") from error
-    return run(settings, arguments)
+        return runner.load()(settings, arguments)
 
 
 def _say(text: str, each_machine: bool = False, alone: bool = False) -> None:
@@ -149,10 +184,8 @@ def _have_met() -> bool:
 
 
 def _tell_all(text: str) -> None:
-    try:
-        show(message(without_controls(text), sys.stderr), sys.stderr)
-    except BrokenPipeError:  # the exit code says it too
-        silence(sys.stderr)
+    with suppress(ConsoleLost):  # the exit code says it too
+        show(message(told(text), sys.stderr), sys.stderr)
 
 
 def _runner(command: str) -> _Runner:
@@ -211,11 +244,12 @@ def _done(_: object) -> int:
 
 def _bench(arguments: Sequence[str]) -> int:
     for needed in ("rich", "matplotlib"):
-        if importlib.util.find_spec(needed) is None:
+        if not _is_here(needed):
             raise InputError(f"bench needs {needed}, which comes with the extra: {extra('bench')}")
-    from .bench.command import main as bench
+    with _needing("bench", "bench"):
+        from .bench.command import main as bench
 
-    bench(arguments)
+        bench(arguments)
     return 0
 
 

@@ -11,22 +11,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmdp_fast.errors import without_controls
+
 _AGAIN = r"(?![a-z])(?![-_]?(?:file|ids?)(?![a-z]))"  # not `tokens`, `tokenizer`, `keyword`, `token_file`, `token_ids`
-_KINDS = rf"(?:key|keys|token|secrets?|passwords?|passwd|passphrase|credentials?){_AGAIN}"
+_KINDS = rf"(?:key|keys|(?<![-_]per[-_])token|secrets?|passwords?|passwd|passphrase|credentials?){_AGAIN}"
 _NAMED = rf"[\w.-]*{_KINDS}[\w.-]{{0,40}}"  # bounds keep the time in proportion to the text
 _NAME = rf"(?<![\w.-]){_NAMED}"
 _IN_QUOTES = rf"""\\{{0,4}}["']{_NAME}\\{{0,4}}["']"""
 _QUOTED = r"""(?P<quote>\\{0,4}["'])(?:\\[\s\S]|[^\\])*?(?P=quote)"""
 
+_END = r"(?=:?(?:\s|$))"  # a message goes on behind a colon
+
 _OPTION = re.compile(rf"--?(?=\w){_NAMED}", re.IGNORECASE)
 _RULES = (  # in this order
     (re.compile(r"(?<=://)[^/?#\s]*@"), ""),  # the user and the password of an address
-    (re.compile(r"(://[^\s?#\"']{0,2000}\?)[^\s#\"]+"), r"\1***"),  # its query, which may be its signature
+    (
+        re.compile(rf"(://[^\s?#\"']{{0,2000}}\?)[^\s#\"]+?(?:(?=[#\"])|{_END})"),
+        r"\1***",
+    ),  # its query, which may be its signature
     (re.compile(r"\b(?:sk-[\w-]{8,}|(?:hf|gh[oprsu])_[A-Za-z0-9]{10,}|github_pat_\w{10,}|AKIA[A-Z0-9]{16})"), "***"),
     (re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]{8,}"), r"\1 ***"),
     # {"api_key": "..."}, NAME=..., and --name ... of a command in a text
     (re.compile(rf"(?P<name>{_IN_QUOTES}\s*:\s*)(?:{_QUOTED}|[^\s,}}\]]+)", re.IGNORECASE), r"\g<name>***"),
-    (re.compile(rf"(?P<name>{_NAME}\s?=(?!=)\s?)(?:{_QUOTED}|\S+)", re.IGNORECASE), r"\g<name>***"),
+    (re.compile(rf"(?P<name>{_NAME}\s?=(?!=)\s?)(?:{_QUOTED}|\S+?{_END})", re.IGNORECASE), r"\g<name>***"),
     (re.compile(rf"(?P<name>(?<![\w.-])--?(?=\w){_NAMED}\s+)(?:{_QUOTED}|(?!-)\S+)", re.IGNORECASE), r"\g<name>***"),
 )
 
@@ -47,6 +54,12 @@ def without_secrets(text: str) -> str:
     for pattern, instead in _RULES:
         text = pattern.sub(instead, text)
     return text
+
+
+def told(text: str) -> str:
+    """A text that others may have written parts of, for a console, which a log may keep: without secrets and without
+    what a terminal obeys."""
+    return without_secrets(without_controls(text))
 
 
 def public(text: str) -> str:

@@ -29,6 +29,8 @@ SECRETS = {
     "--api-key=abc def": "--api-key=*** def",
     "--rollout-args=--api-key abc": "--rollout-args=--api-key ***",
     "Authorization: Bearer abcdefgh": "Authorization: Bearer ***",
+    "SUPER_TOKEN=abc": "SUPER_TOKEN=***",
+    'PASSWORD=a#b"c:d run': "PASSWORD=*** run",
     "Authorization: Basic bWU6cGFzcw==": "Authorization: Basic ***",
     "FTP_PASSWD=abc": "FTP_PASSWD=***",
     "--passphrase abc": "--passphrase ***",
@@ -38,11 +40,15 @@ SECRETS = {
     "https://host/b/x.jsonl?sig=abc%2F&se=1 next": "https://host/b/x.jsonl?*** next",
     "s3://b/x?X-Amz-Signature=abc#part": "s3://b/x?***#part",
     "https://host/#access_token=abc": "https://host/#access_token=***",
+    "http://host/?key=abc: no answer": "http://host/?***: no answer",
+    "--api-key=abc: there is no such option": "--api-key=***: there is no such option",
 }
 HARMLESS = (
     *(
         "--hf-token --port 1",
         "--max-new-tokens 5",
+        "--budget-per-token 5",
+        "nats_per_token=5",
         "--stop-tokens=<|im_end|>",
         "--tokenizer gpt2",
         "--ssl-keyfile a.pem",

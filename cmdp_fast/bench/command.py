@@ -14,15 +14,17 @@ from typing import NoReturn
 
 import torch
 
-from cmdp_fast.bench import compare, floors, machine, plots, results, show
+from cmdp_fast.bench import compare, floors, machine, plots, results
 from cmdp_fast.bench.case import DTYPES, SHAPES
 from cmdp_fast.bench.ops import OPS
 from cmdp_fast.bench.peers import PEERS
+from cmdp_fast.bench.show import Screen, header
 from cmdp_fast.bench.suite import Plan, run_case
 from cmdp_fast.bench.sweep import AXES, sweeps
 from cmdp_fast.errors import InputError
+from cmdp_fast.masking import public_words
 from cmdp_fast.nearest import did_you_mean
-from cmdp_fast.terminal import beside, columns, wrapped
+from cmdp_fast.terminal import beside, columns, show, wrapped
 from cmdp_fast.trainer.interrupts import Interrupts
 
 DEVICES = ("cpu", "cuda")
@@ -35,6 +37,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises InputError: argparse would print, and exit."""
         raise InputError(message.removeprefix("argument "))
+
+    def print_help(self, file: object = None) -> None:
+        """Raises ConsoleLost where it cannot be printed: argparse would say nothing, and exit as if it were."""
+        show(self.format_help().rstrip("\n"), sys.stdout)
 
     def format_help(self) -> str:
         """The options, within the width of the terminal."""
@@ -108,16 +114,19 @@ def main(arguments: Sequence[str]) -> None:
     for path in (options.json, options.plots):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{path}: there is no folder {path.parent}")
+    files = [path for path in (options.json, options.plots) if path is not None]
+    if not files and sys.stdout is None:
+        raise InputError("the standard output is closed, and --json names no file: what is measured would be lost")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     run = results.BenchmarkRun(
-        command=shlex.join(["cmdp-fast", "bench", *arguments]),
+        command=shlex.join(public_words(["cmdp-fast", "bench", *arguments])),
         machine=machine.describe(plan.device),
         settings={"repeat": plan.repeat, "threads": torch.get_num_threads()},
         limits=floors.device_limits(plan.repeat) if plan.device == "cuda" else {},
     )
-    screen = show.Screen()
-    screen.lines(show.header(run))
+    screen = Screen(f"what was measured is in {', '.join(map(str, files))}" if files else "")
+    screen.lines(header(run))
     with Interrupts(note=_note) as interrupts:
         interrupts.deferred = True
         plan = replace(plan, stopped=lambda: interrupts.received)
@@ -135,6 +144,7 @@ def main(arguments: Sequence[str]) -> None:
         screen.table(f"changes since {options.compare}", compare.changes(old, run))
     if options.plots:
         screen.lines([f"wrote {path}" for path in plots.draw([run], options.plots)])
+    screen.check()
 
 
 def _note(text: str) -> None:
@@ -143,7 +153,7 @@ def _note(text: str) -> None:
         os.write(2, f"cmdp-fast: {text}\n".encode())
 
 
-def _interrupted(run: results.BenchmarkRun, path: Path | None, screen: show.Screen) -> None:
+def _interrupted(run: results.BenchmarkRun, path: Path | None, screen: Screen) -> None:
     """Marks what was measured as incomplete, and says where it is."""
     run.incomplete = True
     measured = len(run.cases) + len(run.sweeps)
@@ -189,7 +199,7 @@ def _among(option: str, names: Sequence[str], known: Collection[str]) -> None:
             raise InputError(f"{option} {name!r} is unknown; expected {', '.join(known)}{did_you_mean(name, known)}")
 
 
-def _cases(plan: Plan, run: results.BenchmarkRun, screen: show.Screen) -> Iterator[None]:
+def _cases(plan: Plan, run: results.BenchmarkRun, screen: Screen) -> Iterator[None]:
     for case in plan.cases():
         if reason := OPS[case.op].why_not(case):
             run.left_out[case.label] = reason
@@ -203,7 +213,7 @@ def _cases(plan: Plan, run: results.BenchmarkRun, screen: show.Screen) -> Iterat
         raise InputError("nothing is left to be measured, see above")
 
 
-def _sweep(plan: Plan, axis: str, run: results.BenchmarkRun, screen: show.Screen) -> Iterator[None]:
+def _sweep(plan: Plan, axis: str, run: results.BenchmarkRun, screen: Screen) -> Iterator[None]:
     for sweep in sweeps(plan, axis, screen.say):
         run.sweeps.append(sweep)
         screen.sweep(sweep)

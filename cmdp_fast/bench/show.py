@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from cmdp_fast.bench import machine
 from cmdp_fast.bench.results import BenchmarkRun, CaseResult, Measured, Sweep
+from cmdp_fast.terminal import Output, drawn, is_terminal, message
 
 TableCells = list[list[str]]  # rows of a table, the header first
 MIB = 2**20
@@ -138,34 +139,37 @@ def _with(row: list[str], widths: Sequence[int]) -> Iterator[tuple[int, tuple[st
 
 
 class Screen:
-    """The terminal or pipe that tables go to. Progress is shown only in a terminal, and not if CI is set."""
+    """The terminal or pipe that tables go to. Progress is shown only in a terminal, and not if CI is set.
 
-    def __init__(self) -> None:
+    Where nothing can be written any more, all that comes is dropped if ``instead`` says where there is all of it: a
+    `check` at the end tells of that. Else ConsoleLost is raised: to measure on would be for nothing.
+    """
+
+    def __init__(self, instead: str = "") -> None:
         from rich.console import Console
 
         in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-        self.console = None if in_ci or not sys.stdout.isatty() else Console()
+        self.console = None if in_ci or not is_terminal(sys.stdout) else Console()
+        self._output, self._instead = Output(), instead
 
     def say(self, text: str) -> None:
         """Shows progress in a terminal, on a line that the next text overwrites. Nothing moves while the clock runs."""
         if self.console is not None:
             width = self.console.width - 1
-            line = text[:width].ljust(width)
-            self.console.print(line, end="\r", style="dim", markup=False, highlight=False)
+            with self.console.capture() as line:
+                self.console.print(text[:width].ljust(width), end="\r", style="dim", markup=False, highlight=False)
+            self._show(line.get(), end="")
 
     def lines(self, lines: Sequence[str]) -> None:
         """Prints lines as they are."""
         for line in lines:
-            if self.console is None:
-                print(line, flush=True)
-            else:
-                self.console.print(line, markup=False, highlight=False)
+            self._show(line if self.console is None else message(line, sys.stdout))
 
     def table(self, title: str, rows: TableCells) -> None:
         """Prints a table with a title."""
         self.say("")
         if self.console is None:
-            print(f"\n{title}\n{plain(rows)}", flush=True)
+            self._show(f"\n{title}\n{plain(rows)}")
             return
         from rich.table import Table
         from rich.text import Text
@@ -176,7 +180,16 @@ class Screen:
             table.add_column(name, justify="left" if i in (0, len(head) - 1) else "right")
         for row in body:
             table.add_row(*(Text(cell) for cell in row))
-        self.console.print(table)
+        self._show(drawn(table))
+
+    def check(self) -> None:
+        """Raises ConsoleLost if something was not shown."""
+        self._output.check(self._instead)
+
+    def _show(self, text: str, end: str = "\n") -> None:
+        self._output.show(text, end)
+        if not self._instead:
+            self.check()
 
     def case(self, case: CaseResult) -> None:
         """Prints a case: its table and its notes."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 
-from cmdp_fast.terminal import columns, show
+from cmdp_fast.terminal import columns, is_terminal, show
 
 from . import backends, installed, machine
 from .row import NOTE, PROBLEM, Row, failed, lines
 
 CHECKS: tuple[Callable[[], Iterable[Row]], ...] = (
-    *(installed.package, installed.versions, installed.others, installed.variables),
+    *(installed.package, installed.versions, installed.imports, installed.others, installed.variables),
     *(backends.native_kernels, backends.chosen, backends.numbers),
     *(machine.threads, machine.openmp, machine.memory, machine.disk, machine.gpu, machine.compilers),
 )
@@ -28,7 +28,7 @@ def doctor() -> int:
     rows = examine()
     stream = sys.stdout
     for row in rows:
-        show("\n".join(lines(row, columns(stream) if stream.isatty() else None)), stream)
+        show("\n".join(lines(row, columns(stream) if is_terminal(stream) else None)), stream)
     problems, notes = (sum(row.level == level for row in rows) for level in (PROBLEM, NOTE))
     show(f"{problems or 'no'} problem{'' if problems == 1 else 's'}, {notes} note{'' if notes == 1 else 's'}", stream)
     return 1 if problems else 0

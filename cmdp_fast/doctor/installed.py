@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import cmdp_fast
 from cmdp_fast import installation
+from cmdp_fast.children import command
+from cmdp_fast.errors import first_line, readable
 from cmdp_fast.info import version
 from cmdp_fast.nearest import did_you_mean
+from cmdp_fast.ops.tile_size import given_bytes
 
 from .row import NOTE, OK, PROBLEM, Row
 
+PREFIX = "CMDP_FAST_"
 VARIABLES = (  # that this package reads
     *("CMDP_FAST_AUTOTUNE", "CMDP_FAST_PATIENCE", "CMDP_FAST_TEACHER_RANK", "CMDP_FAST_TILE_BYTES"),
     "CMDP_FAST_TRACEBACK",
@@ -25,6 +31,12 @@ VARIABLES = (  # that this package reads
     *("CMDP_FAST_CUDA_HOST", "CMDP_FAST_VLLM_PYTHON"),  # its tests
 )
 NEEDED = "train"  # the extra of the commands that train
+# What the commands that train import, beside the packages of their extra: transformers has these only once asked
+IMPORTED = (
+    *("transformers:AutoTokenizer", "transformers:AutoModelForCausalLM", "torch.utils.tensorboard"),
+    *("cmdp_fast.trainer.run", "cmdp_fast.trainer.evaluate_student"),
+)
+PATIENCE = 120.0  # seconds for all of it: with a cold disk a minute
 DEVELOPMENT = ("test", "docs")  # extras that nothing at run time needs
 
 
@@ -85,6 +97,45 @@ def _of_extra(needed: int, missing: list[str]) -> Row:
     return Row(PROBLEM, what, f"{', '.join(missing)} not installed", cure)
 
 
+def imports() -> Iterator[Row]:
+    """Whether the packages of the extra can be imported, in a process of its own."""
+    needed = [name for name in _names_of_extra() if _installed(name) is not None]
+    if _installed("transformers") is None:  # it is not installed, as is said above
+        return
+    modules = [name.replace("-", "_") for name in needed]
+    try:
+        done = subprocess.run(
+            command("cmdp_fast.doctor.importing", *modules, *IMPORTED),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+        )
+        failed = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    except subprocess.TimeoutExpired:
+        yield Row(NOTE, "imports", f"importing {', '.join(modules)} has not ended after {PATIENCE:.0f} seconds")
+        return
+    if failed is None:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no output")
+        yield Row(PROBLEM, "imports", f"importing {', '.join(modules)} ended the process: {readable(last.strip())}")
+    elif not failed:
+        yield Row(OK, "imports", f"the packages of the extra {NEEDED} can be imported")
+    else:
+        for name, why in failed.items():
+            yield Row(PROBLEM, f"import of {name}", why, "install it, or what it has not found, again")
+
+
+def _names_of_extra() -> list[str]:
+    """The packages that the extra asks for on this machine, as far as its own metadata tell."""
+    try:
+        required = importlib.metadata.requires("cmdp_fast") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    pattern = rf"([\w.-]+)[^;]*;.*\bextra\s*==\s*.{NEEDED}\b"
+    return [found[1] for text in required if (found := re.match(pattern, text))]
+
+
 def others() -> Iterator[Row]:
     """Other copies of this package that the same Python would find, or that it hides."""
     here = installation.PACKAGE.parent
@@ -115,11 +166,51 @@ def _first_because(here: Path) -> tuple[str, str]:
 
 def variables() -> Iterator[Row]:
     """Variables of the environment that are this package's, or look so."""
-    for name in sorted(name for name in os.environ if name.upper().startswith("CMDP_FAST")):
+    for name in sorted(name for name in os.environ if name.upper().startswith(PREFIX[:-1])):
         if name in VARIABLES:
-            yield Row(NOTE, "variable", f"{name}={os.environ[name]} is set")
-        else:
-            yield Row(PROBLEM, "variable", f"{name} is set, and nothing reads it{did_you_mean(name, VARIABLES)}")
+            value = os.environ[name]
+            wrong = _wrong(name, value)
+            yield (
+                Row(PROBLEM, "variable", wrong, f"unset {name}")
+                if wrong
+                else Row(NOTE, "variable", f"{name}={value} is set")
+            )
+        else:  # what all of them begin with makes none of them alike
+            own = name[len(PREFIX) :]
+            known = [each.removeprefix(PREFIX) for each in VARIABLES]
+            yield Row(PROBLEM, "variable", f"{name} is set, and nothing reads it{did_you_mean(own, known, PREFIX)}")
+
+
+def _wrong(name: str, value: str) -> str:
+    """What whoever reads a variable says against its value; empty if nothing."""
+    try:
+        if name in _READERS:
+            _READERS[name]()
+    except ImportError:
+        return ""  # without the extra nobody reads it
+    except ValueError as error:
+        return first_line(error) if name in str(error) else f"{name}={value}: {first_line(error)}"
+    return f"{name}={value} does nothing: 1 switches it on" if name in _SWITCHES and value not in ("", "0", "1") else ""
+
+
+def _patience() -> object:
+    from cmdp_fast.trainer.launch import patience
+
+    return patience()
+
+
+def _teacher_rank() -> object:
+    from cmdp_fast.trainer.teacher_ranks import rank
+
+    return rank()
+
+
+_READERS: dict[str, Callable[[], object]] = {
+    "CMDP_FAST_TILE_BYTES": given_bytes,
+    "CMDP_FAST_PATIENCE": _patience,
+    "CMDP_FAST_TEACHER_RANK": _teacher_rank,
+}
+_SWITCHES = ("CMDP_FAST_AUTOTUNE", "CMDP_FAST_TRACEBACK")
 
 
 def _of(requirement: Any, extra: str) -> bool:

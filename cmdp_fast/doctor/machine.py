@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from cmdp_fast import cpu
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.masking import home
 from cmdp_fast.native_module import COMPILER
 from cmdp_fast.threads import usable_processors
@@ -88,9 +88,10 @@ def disk() -> Iterator[Row]:
 
 
 def _room(what: str, folder: Path, kept: str, elsewhere: str) -> Row:
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(place, os.W_OK):
-        return Row(PROBLEM if what == "disk" else NOTE, what, f"{place}, for {kept}, cannot be written to", elsewhere)
+    place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))  # a link may lead nowhere
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "cannot be written to" if place.is_dir() else "is no folder"
+        return Row(PROBLEM if what == "disk" else NOTE, what, f"{place}, for {kept}, {why}", elsewhere)
     free = shutil.disk_usage(place).free
     says = f"{_gib(free)} free at {folder}, for {kept}"
     return Row(NOTE, what, says, elsewhere) if free < LITTLE else Row(OK, what, says)
@@ -160,16 +161,25 @@ def _hides(chosen: str, gpus: int | None) -> bool:
 
 def compilers() -> Iterator[Row]:
     """What a build of the kernels would use; CMake and Ninja come with it."""
-    command = shlex.split(os.environ.get("CXX", "")) or _found("c++", "g++", "clang++")
+    given = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(given) or _found("c++", "g++", "clang++")
+    except ValueError as error:  # a quotation without an end
+        yield Row(NOTE, "compilers", f"CXX={given} is no command: {first_line(error)}", f"install {COMPILER}")
+        return
     nvcc = f"nvcc {_release(_output('nvcc', '--version'))}" if shutil.which("nvcc") else "no nvcc"
     if not command or not shutil.which(command[0]):
-        says = f"CXX={os.environ['CXX']} is no program" if command else "no C++ compiler"
+        says = f"CXX={given} is no program" if command else "no C++ compiler"
         level = OK if cpu.native is not None and not command else NOTE
         yield Row(level, "compilers", f"{says}, {nvcc}", "" if level == OK else f"install {COMPILER}")
         return
     said = _output(*command, "--version")
     name, release = shlex.join(command), _release(said)
-    kind = "Clang" if "clang" in said.lower() else "GCC"
+    kind = "Clang" if "clang" in said.lower() else "GCC" if re.search(r"gcc|[gc]\+\+", said, re.IGNORECASE) else ""
+    if not kind:
+        says = f"{'CXX=' if given else ''}{name} does not say that it is GCC or Clang, {nvcc}"
+        yield Row(NOTE, "compilers", says, f"install {COMPILER}, and name it in CXX")
+        return
     too_old = release.partition(".")[0].isdigit() and int(release.partition(".")[0]) < OLDEST_COMPILERS[kind]
     if too_old and "apple" not in said.lower():
         says = f"{name} is {kind} {release}, older than {kind} {OLDEST_COMPILERS[kind]}, which a build needs"

@@ -81,7 +81,7 @@ def whole_rows(rows: int, columns: int, element_size: int, device: torch.device)
     with 42, and .96 times with 2^28 bytes. (``CMDP_FAST_TILE_BYTES=3932160``, ``16515072`` and unset, each time beside
     ``cmdp-fast bench linear_divergence --shapes smollm2 --repeat 3 --threads 2 --dtype float32 --peers eager``.)
     """
-    area = WHOLE if device.type == "cpu" and _given_bytes() is None else tile_bytes(device)
+    area = WHOLE if device.type == "cpu" and given_bytes() is None else tile_bytes(device)
     return max(1, _dealt(rows, max(1, area // (columns * element_size))))
 
 
@@ -92,7 +92,7 @@ def _dealt(count: int, most: int) -> int:
 
 def tile_bytes(device: torch.device) -> int:
     """What a pair of tiles may take on a device."""
-    given = _given_bytes()
+    given = given_bytes()
     if given is not None:
         return given
     if device.type == "cpu":
@@ -102,8 +102,8 @@ def tile_bytes(device: torch.device) -> int:
     return min(PAIR, 1 << (share.bit_length() - 1))
 
 
-def _given_bytes() -> int | None:
-    """What the environment says a pair may take, if it says so."""
+def given_bytes() -> int | None:
+    """What the environment says a pair may take, if it says so. Raises ValueError for anything but a number."""
     given = os.environ.get("CMDP_FAST_TILE_BYTES")
     if given is None:
         return None

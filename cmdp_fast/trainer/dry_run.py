@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cmdp_fast.masking import told
 from cmdp_fast.scoring import make_scoring
+from cmdp_fast.terminal import drawn
 
 from .engines import check_engines
 from .material import load
@@ -63,16 +65,17 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
         check_stored(stored, material.prompts, config, sampling)
     longest = max(len(ids) for ids in material.prompts)
     memory = estimate_memory(config, *models, longest, processes=_replicas())
-    print(settings_text(config))
+    report.result(settings_text(config))
     for warning in warnings_of(config):
-        print(f"warning: {warning}")
-    print(
+        report.result(told(f"warning: {warning}"))
+    report.result(
         f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on, "
         f"prompts of up to {longest} tokens"
     )
-    print_memory(config, memory)
+    report.result(memory_text(config, memory))
     if config.random_weights:
-        print(NOT_CHECKED)
+        report.result(NOT_CHECKED)
+    report.check("settings and memory are not shown, and all else is in order")
     return memory
 
 
@@ -103,7 +106,7 @@ class MemoryRow(NamedTuple):
 
 
 def memory_rows(config: TrainConfig, memory: MemoryEstimate) -> list[MemoryRow]:
-    """The table of `print_memory`; the last two are what is held in rollout and update."""
+    """The table of `memory_text`; the last two are what is held in rollout and update."""
     m = memory
     shared = not m.teacher_parameters
     kept = f"of {config.batch_size} completions, no more than --teacher-cache-mb"
@@ -136,9 +139,8 @@ def _sampling_rows(memory: MemoryEstimate, unknown: str) -> list[MemoryRow]:
     return [MemoryRow("keys and values", memory.cache, about), MemoryRow("sampling", memory.sampling, "beside them")]
 
 
-def print_memory(config: TrainConfig, memory: MemoryEstimate) -> None:
+def memory_text(config: TrainConfig, memory: MemoryEstimate) -> str:
     """A line per kind of tensor."""
-    from rich.console import Console
     from rich.table import Table
 
     rows = memory_rows(config, memory)
@@ -150,7 +152,7 @@ def print_memory(config: TrainConfig, memory: MemoryEstimate) -> None:
     for row in rows:
         size = "?" if row.size is None else readable(row.size)
         table.add_row(row.name, size, row.about, end_section=row is rows[-3])
-    Console().print(table)
+    return drawn(table)
 
 
 def readable(size: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,8 @@ from typing import Annotated, Any, ClassVar
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.files import check_writable, write_json
+from cmdp_fast.masking import masked, public, told
+from cmdp_fast.terminal import drawn
 
 from .command_line.options import sections_of
 from .command_line.parsing import check_no_other
@@ -164,13 +167,16 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     asked for. Of several sets they are returned by name, as ``sets``.
 
     They are those that a run with the same settings reports of the same student. Raises InputError for anything that
-    cannot be used, before anything is sampled, and KeyboardInterrupt for Ctrl-C and SIGTERM.
+    cannot be used, before anything is sampled, ConsoleLost if they could not be shown, and KeyboardInterrupt for Ctrl-C
+    and SIGTERM.
     """
     with Interrupts():
         return _evaluate_student(config)
 
 
 def _evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
+    if not config.json and sys.stdout is None:
+        raise InputError("the standard output is closed, and --json names no file: the figures would be lost")
     if config.json and not Path(config.json).parent.is_dir():
         raise InputError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
     if config.json and Path(config.json).is_dir():
@@ -186,7 +192,6 @@ def _evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     check_alike(material.origin, accelerator)
     student = on_device(material.student, accelerator)
     figures: dict[str, Any] = {}
-    unheard: OSError | None = None
     with ExitStack() as held:
         engines = make_engines(config, accelerator, material, report, held)
         collector = _collector(config, accelerator, student, material, engines)
@@ -195,18 +200,15 @@ def _evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
             seeds = [seed * accelerator.num_processes for seed in config.seeds] or [EVALUATION_SEED]
             runs = [_figures(config, collector, student, rows, report, seed) for seed in seeds]
             figures[name] = _together(runs)
-            if accelerator.is_main_process:
-                try:
-                    print_figures(config, figures[name], name)
-                except OSError as error:  # whoever has closed the pipe still gets the file
-                    unheard = error
-    found = {"sets": figures} if len(figures) > 1 else next(iter(figures.values()))
+            report.result(figures_text(config, figures[name], name))
+    found: dict[str, Any] = {"sets": figures} if len(figures) > 1 else next(iter(figures.values()))
     if config.json and accelerator.is_main_process:
-        about: dict[str, Any] = {"student": config.student, "teacher": config.teacher or None, "recipe": config.recipe}
+        names = {"student": config.student, "teacher": config.teacher or None, "recipe": config.recipe}
+        about: dict[str, Any] = masked(names)
+        written = {"sets": {public(name): each for name, each in figures.items()}} if len(figures) > 1 else found
         about |= {"seeds": list(config.seeds)} if config.seeds else {}
-        write_json(Path(config.json), {**about, "budget": config.budget if config.teacher else None, **found})
-    if unheard is not None:
-        raise unheard
+        write_json(Path(config.json), {**about, "budget": config.budget if config.teacher else None, **written})
+    report.check(f"the figures are in {config.json}" if config.json else "the figures are lost: --json keeps them")
     return found
 
 
@@ -251,14 +253,12 @@ def _deviation(values: list[float]) -> float:
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
-def print_figures(config: EvaluateConfig, figures: dict[str, Any], name: str = "") -> None:
-    """A line per figure."""
-    from rich.console import Console
+def figures_text(config: EvaluateConfig, figures: dict[str, Any], name: str = "") -> str:
+    """A line per figure, below one that says of what they are."""
     from rich.table import Table
 
     unit = "nats per token" if config.budget_per_token else "nats"
     against = f"against {config.teacher}, budget {config.budget:g} {unit}" if config.teacher else "without a teacher"
-    print(f"{config.student} {against}{f', on {name}' if name else ''}")
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
@@ -267,4 +267,4 @@ def print_figures(config: EvaluateConfig, figures: dict[str, Any], name: str = "
         if figure != "standard_deviation":
             both = f"{value:.4g} ± {spread[figure]:.2g}" if figure in spread else f"{value:.4g}"
             table.add_row(figure.replace("_", " "), both)
-    Console().print(table)
+    return told(f"{config.student} {against}{f', on {name}' if name else ''}") + f"\n{drawn(table)}"

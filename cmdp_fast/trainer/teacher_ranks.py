@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from cmdp_fast.children import command
-from cmdp_fast.errors import InputError, without_controls
+from cmdp_fast.errors import InputError
+from cmdp_fast.masking import told
 
 FOREVER = timedelta(days=365)  # the others wait as long as nobody asks; one that is lost is seen by its process
 PATIENCE = 10.0  # seconds that the first process has to say itself why it fails, and that the others have to end
@@ -64,7 +65,7 @@ class Ranks:
 
     def lost(self, why: str) -> NoReturn:
         """Ends this process with a line, and the others: a call of the GPUs' library may never return."""
-        print(without_controls(f"cmdp-fast: error: {why}"), file=sys.stderr, flush=True)
+        print(told(f"cmdp-fast: error: {why}"), file=sys.stderr, flush=True)
         self._kill()
         os._exit(2)
 

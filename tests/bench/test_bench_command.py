@@ -1,6 +1,7 @@
 """`cmdp-fast bench` and `pytest benchmarks` as they are called."""
 
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -39,6 +40,32 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "plots" / "rates.png").exists()
     assert cli.main([*arguments, "--compare", str(old)]) == 0
     assert f"changes since {old}" in capsys.readouterr().out
+
+
+class Unread(io.StringIO):
+    """A pipe that nobody reads."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_what_is_measured_though_nobody_reads_it(tmp_path, capsys, monkeypatch):
+    """All of it where there is a file; else nothing is measured any more."""
+    seen: list[str] = []
+    monkeypatch.setattr(command, "run_case", lambda case, *_: seen.append(case.op) or result(op=case.op))
+    arguments = ["bench", "token_stats", "budget_trace", "--shapes", "tiny", "--dtype", "float32"]
+    path = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "stdout", Unread())
+    assert cli.main([*arguments, "--json", str(path)]) == 141
+    assert [case.op for case in results.read(path).cases] == seen and {"token_stats", "budget_trace"} == set(seen)
+    said = f"cmdp-fast: error: nobody reads the output any more; what was measured is in {path}\n"
+    assert capsys.readouterr().err == said
+    seen.clear()
+    assert cli.main(arguments) == 141 and not seen
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(arguments) == 2 and not seen
+    assert "the standard output is closed, and --json names no file" in capsys.readouterr().err
+    assert cli.main([*arguments, "--json", str(path)]) == 0 and seen
 
 
 def test_command_sweeps(tmp_path, capsys):

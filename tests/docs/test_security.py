@@ -34,6 +34,7 @@ ALLOWED = {
     ("guide/api.py", "import_module of a variable"): "the modules of this package",
     ("bench/peers/__init__.py", "import_module of a variable"): "the modules of its folder",
     ("trainer/comparison/warm.py", "import_module of a variable"): "the modules of a table in that file",
+    ("doctor/importing.py", "import_module of a variable"): "the packages of the extra, in a process of the doctor's",
 }
 
 PICKLES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

@@ -18,7 +18,7 @@ import torch
 import cmdp_fast as cf
 from cmdp_fast import cpu, doctor, installation, native_module
 from cmdp_fast.cli import main
-from cmdp_fast.doctor import backends, installed, machine
+from cmdp_fast.doctor import backends, importing, installed, machine
 from cmdp_fast.doctor.row import NOTE, OK, PROBLEM, Row, lines, public
 
 Patch = pytest.MonkeyPatch
@@ -186,6 +186,54 @@ def test_other_copies(monkeypatch: Patch, tmp_path: Path) -> None:
     assert f"hides {tmp_path}, {tmp_path / 'elsewhere'}: " in says
 
 
+def test_imports_that_fail(monkeypatch: Patch, tmp_path: Path) -> None:
+    """Each with its cause, and what it keeps from being imported with it not once more."""
+    (tmp_path / "broken_one").mkdir()
+    (tmp_path / "broken_one" / "__init__.py").write_text("raise ImportError('no libfoo.so.1')\n")
+    (tmp_path / "lazy_one.py").write_text(
+        "def __getattr__(name):\n"
+        "    try:\n        import broken_one\n"
+        "    except ImportError as error:\n        raise RuntimeError('look above') from error\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ["json", "broken_one", "broken_one.part", "absent_one", "lazy_one", "lazy_one:Model"]
+    assert importing.failures(names) == {
+        "broken_one": "ImportError: no libfoo.so.1",
+        "absent_one": "ModuleNotFoundError: No module named 'absent_one'",
+        "lazy_one": "ImportError: no libfoo.so.1",
+    }
+
+
+def test_imports(monkeypatch: Patch) -> None:
+    asked: list[str] = []
+
+    def rows(code: int, out: str = "", err: str = "", late: bool = False) -> list[Row]:
+        def run(command: list[str], **settings: object) -> SimpleNamespace:
+            asked[:] = command
+            if late:
+                raise subprocess.TimeoutExpired(command, 120)
+            return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+        monkeypatch.setattr(installed.subprocess, "run", run)
+        return list(installed.imports())
+
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [*REQUIRED, "math-verify>=1; extra == 'train'"])
+    here = {"transformers": "5.1", "math-verify": "1"}
+    monkeypatch.setattr(installed, "_installed", here.get)
+    assert [row.level for row in rows(0, "a library's own line\n{}\n")] == [OK]
+    assert (
+        asked[-7:-5] == ["transformers", "math_verify"] and "cmdp_fast.trainer.run" in asked
+    )  # and not what is absent
+    (row,) = rows(0, '{"tokenizers": "ImportError: no libfoo.so.1"}\n')
+    assert row == Row(PROBLEM, "import of tokenizers", "ImportError: no libfoo.so.1", row.cure) and row.cure
+    (row,) = rows(-11, err="Fatal Python error: Segmentation fault\n\n")
+    assert row.level == PROBLEM and row.says.endswith("ended the process: Fatal Python error: Segmentation fault")
+    (row,) = rows(0, late=True)
+    assert row.level == NOTE and "has not ended after 120 seconds" in row.says
+    here.clear()
+    assert rows(1) == []  # without the extra there is nothing to import
+
+
 def test_variables(monkeypatch: Patch) -> None:
     for name in [name for name in os.environ if name.startswith("CMDP_FAST")]:
         monkeypatch.delenv(name)
@@ -199,6 +247,26 @@ def test_variables(monkeypatch: Patch) -> None:
         and "did you mean CMDP_FAST_TILE_BYTES?" in rows[1].says
         and "secret" not in rows[1].says
     )
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("CMDP_FAST_TILE_BYTES", "banana", "CMDP_FAST_TILE_BYTES must be a positive number of bytes, got 'banana'"),
+        ("CMDP_FAST_PATIENCE", "-3", "CMDP_FAST_PATIENCE is '-3', expected how many seconds a process waits"),
+        ("CMDP_FAST_TEACHER_RANK", "x", "CMDP_FAST_TEACHER_RANK=x: invalid literal for int()"),
+        ("CMDP_FAST_TRACEBACK", "yes", "CMDP_FAST_TRACEBACK=yes does nothing: 1 switches it on"),
+        ("CMDP_FAST_BACKEND", "torch", "CMDP_FAST_BACKEND is set, and nothing reads it"),
+        ("CMDP_FAST_FOO", "1", "CMDP_FAST_FOO is set, and nothing reads it"),
+        ("cmdp_fast_tile_bytes", "1", "cmdp_fast_tile_bytes is set, and nothing reads it, did you mean CMDP_FAST_TILE"),
+    ],
+)
+def test_variables_that_end_a_command_or_do_nothing(name: str, value: str, says: str, monkeypatch: Patch) -> None:
+    for each in [each for each in os.environ if each.startswith("CMDP_FAST")]:
+        monkeypatch.delenv(each)
+    monkeypatch.setenv(name, value)
+    (row,) = installed.variables()
+    assert row.level == PROBLEM and row.says.startswith(says) and ("did you mean" in row.says) == ("did you" in says)
 
 
 def test_the_list_of_variables_is_what_is_read() -> None:
@@ -405,6 +473,26 @@ def test_disk(monkeypatch: Patch, tmp_path: Path) -> None:
     assert "XDG_CACHE_HOME" in only(machine.disk(), "disk").cure
 
 
+@pytest.mark.parametrize("kind", ["a file", "a device", "a link to nothing"])
+def test_a_place_that_is_no_folder(kind: str, monkeypatch: Patch, tmp_path: Path) -> None:
+    """Whoever may write to it, there will be no folder in it."""
+    place = tmp_path / "place"
+    if kind == "a file":
+        place.touch()
+    elif kind == "a device":
+        place = Path(os.devnull)
+    else:
+        place.symlink_to(tmp_path / "nothing")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    rows = list(machine.disk())
+    assert rows[0] == Row(
+        PROBLEM, "disk", f"{place}, for built-in models, is no folder", "export XDG_CACHE_HOME=FOLDER"
+    )
+    assert rows[1].level == NOTE and rows[1].says == f"{place}, for models of the Hub, is no folder"
+
+
 @pytest.mark.parametrize(
     "variables",
     [
@@ -480,7 +568,8 @@ def test_gpus(monkeypatch: Patch) -> None:
         ("g++", "g++ (GCC) 8.5.0 20210514 (Red Hat 8.5.0-4)\n", NOTE, "g++ is GCC 8.5.0, older than GCC 11"),
         ("clang++ -m64", "Ubuntu clang version 13.0.1-2\n", NOTE, "clang++ -m64 is Clang 13.0.1, older than Clang 14"),
         ("clang++", "Apple clang version 13.0.0 (clang-1300.0.29.30)\n", OK, "clang++ 13.0.0"),
-        ("g++", "something\n", OK, "g++ of an unknown version"),
+        ("g++", "g++ (Debian) of today\n", OK, "g++ of an unknown version"),
+        ("g++", "true (GNU coreutils) 9.1\n", NOTE, "CXX=g++ does not say that it is GCC or Clang"),
         ("absent -O2", "", NOTE, "CXX=absent -O2 is no program"),
     ],
 )
@@ -493,6 +582,12 @@ def test_compilers(monkeypatch: Patch, cxx: str, said: str, level: str, says: st
     assert row.level == level and row.says.startswith(says) and "cmake" not in row.says
     assert not asked or asked[0] == (*(cxx.split() or ["g++"]), "--version")
     assert (level == NOTE) == ("C++20" in row.cure)
+
+
+def test_a_compiler_that_is_no_command(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("CXX", '"x')
+    row = only(machine.compilers(), "compilers")
+    assert row.level == NOTE and row.says == 'CXX="x is no command: No closing quotation'
 
 
 def test_no_compiler(monkeypatch: Patch) -> None:

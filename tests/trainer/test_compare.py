@@ -25,6 +25,8 @@ from tiny_pair import untimed
 from cmdp_fast.cli import main
 from cmdp_fast.digest import read_sealed, write_sealed
 from cmdp_fast.files import as_json
+from cmdp_fast.terminal import ConsoleLost
+from cmdp_fast.trainer.comparison import compare as compare_module
 from cmdp_fast.trainer.comparison import launching
 from cmdp_fast.trainer.comparison.launching import run_all
 from cmdp_fast.trainer.comparison.plan import DEFAULT_METHODS, CompareConfig, parse_compare, plan, variant
@@ -230,7 +232,7 @@ REFUSED = {
     "value": ("cmdp:budget=much", "budget must be float"),
     "value out of range": ("cmdp:budget=-1", "--methods cmdp:budget=-1: --budget must be a positive number"),
     "choice": ("cmdp:baseline=mean", "--baseline must be one of"),
-    "no value": ("cmdp:budget", "expected key=value"),
+    "no value": ("cmdp:budget", "expected setting=value"),
     "no method": (":budget=1", "expected a method's name"),
     "another run": ("cmdp:resume=runs/a", "resume is for the comparison to choose"),
     "no run": ("cmdp:dry_run=true", "dry_run is for the comparison to choose"),
@@ -238,7 +240,7 @@ REFUSED = {
     "unread": ("sft:penalty=2", "--methods sft:penalty=2: --penalty 2.0 would have no effect"),
     "the comparison's own": ("cmdp:seed=1", "seed is for the comparison to choose"),
     "twice": ("cmdp cmdp", "each once"),
-    "same folder": ("cmdp:rollout=a:b cmdp:rollout=a:b,", "expected key=value"),
+    "same folder": ("cmdp:rollout=a:b cmdp:rollout=a:b,", "expected setting=value"),
 }
 
 
@@ -379,6 +381,25 @@ def test_cells_and_columns(recipe):
     assert [cell(rows[0], c) for c in columns] == ["90.0 ± 1.0", "0.50"]
     assert [cell(rows[1], c) for c in columns] == ["", ""]
     assert "| cmdp | 2 | 90.0 ± 1.0 | 0.50 |" in markdown(rows, "cmdp-fast compare")
+
+
+def test_the_table_is_written_before_it_is_shown_and_quotes_no_folder_of_home(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_module, "summarise", lambda _: [row("cmdp", recipe, accuracy=(0.9, 0.01))])
+    for plot in ("csv_of_results", "csv_of_rows"):
+        monkeypatch.setattr(compare_module, plot, lambda _: "")
+    for plot in ("plot_bars", "plot_pareto", "plot_budgets"):
+        monkeypatch.setattr(compare_module, plot, lambda *_: False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        report = Report()
+        words = ["cmdp-fast", "compare", "--recipe", "/home/somebody/x.toml", "--api-key", "abc"]
+        compare_module.write(tmp_path, [], words, report)
+    assert (tmp_path / "table.md").read_text().startswith("    cmdp-fast compare --recipe '~/x.toml' --api-key '***'\n")
+    with pytest.raises(ConsoleLost, match="nobody reads the output any more; x"):
+        report.check("x")
 
 
 def test_sweeps_differ_in_one_setting(recipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
@@ -15,8 +16,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from cmdp_fast.terminal import fitted, show
-from cmdp_fast.trainer.comparison.table import Estimate, TableRow, columns_of, fitting, print_rows
+from cmdp_fast.terminal import ConsoleLost, fitted, show
+from cmdp_fast.trainer.comparison.table import Estimate, TableRow, columns_of, fitting, text_of
 from cmdp_fast.trainer.interrupts import PENDING
 from cmdp_fast.trainer.records import progress as progress_module
 from cmdp_fast.trainer.records.progress import FREE, Progress, Waiting, duration
@@ -217,6 +218,45 @@ def test_no_console_at_all(monkeypatch):
     assert not report.shown
 
 
+class Full(io.StringIO):
+    """A file on a disk that is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("before", ["", "a line"])
+def test_a_result_that_nobody_has_seen_is_told_of(before, monkeypatch):
+    """Lines are not: of a training all is in its folder."""
+    monkeypatch.setattr(sys, "stdout", Full())
+    report = Report()
+    report.say("a line")
+    report.check("nothing is lost")
+    report = Report()
+    if before:  # it is known by then, and nothing more is written
+        report.say(before)
+    report.result("a figure")
+    with pytest.raises(ConsoleLost, match=r"^the output cannot be written: No space left on device; it is in a file$"):
+        report.check("it is in a file")
+
+
+def test_a_result_of_another_process_or_without_a_console_is_expected_nowhere(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Full())
+    other = Report(shown=False)
+    monkeypatch.setattr(sys, "stdout", None)
+    for report in (other, Report()):
+        report.result("a figure")
+        report.check("it is in a file")
+
+
+def test_what_a_report_says_shows_no_secrets(capsys):
+    """Such as why a run was stopped."""
+    Report().say("stopped by an error: https://me:pass@host/x?sig=abc: no answer\x1b[31m")
+    assert (
+        capsys.readouterr().out == "stopped by an error: https://host/x?***: no answer\N{REPLACEMENT CHARACTER}[31m\n"
+    )
+
+
 def test_a_console_that_lacks_a_character(monkeypatch):
     """A question mark stands for it, and all that follows is shown too."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output := io.BytesIO(), encoding="ascii"))
@@ -332,9 +372,8 @@ def test_a_comparison_shows_the_columns_that_fit(monkeypatch):
         if len(shown) > 1 and width >= 80:  # no figure is cut
             console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
             with monkeypatch.context() as patch:
-                patch.setattr("rich.console.Console", lambda console=console: console)
-                print_rows(rows)
-            text = console.file.getvalue()
+                patch.setattr("rich.console.Console", lambda console=console, **_: console)
+                text = text_of(rows)
             assert "98.5 ± 0.3" in text and ("more columns: table.md" in text) == (shown != every)
             assert "…" not in text
     assert fitting(rows, every, 80) == every[:3] and fitting(rows, every, 139) == every

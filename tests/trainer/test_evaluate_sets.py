@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import sys
 from fractions import Fraction
 from itertools import combinations
 
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.trainer import evaluate_student, material
+from cmdp_fast.trainer import material
 from cmdp_fast.trainer.evaluate import of_several
 from cmdp_fast.trainer.evaluate_student import _together, parse_evaluate
 from cmdp_fast.trainer.records.report import Report
@@ -73,20 +75,41 @@ def test_several_sets(pair, tmp_path, capsys):
     assert "two have one name" in capsys.readouterr().err
 
 
-def test_the_file_is_written_though_nobody_reads_the_figures(pair, tmp_path, monkeypatch):
-    def closed(*_):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(evaluate_student, "print_figures", closed)
+def test_the_file_is_written_though_nobody_reads_the_figures(pair, tmp_path, monkeypatch, capsys):
+    """And that is said: neither the lines before, which nobody misses, nor the table end it."""
+    reading, writing = os.pipe()
+    os.close(reading)
     one, other = written(tmp_path / "one.jsonl", ROWS[:4]), written(tmp_path / "other.jsonl", ROWS[4:9])
     file = tmp_path / "figures.json"
     changes = {"student": pair["teacher"], "eval_generations": 1, "teacher": "", "json": file}
-    with pytest.raises(BrokenPipeError):
-        main([*command(pair, **changes), "--eval-dataset", f"small={one}", other])
+    with os.fdopen(writing, "w", encoding="utf-8") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert main([*command(pair, **changes), "--eval-dataset", f"small={one}", other]) == 141
+    assert capsys.readouterr().err == (
+        f"cmdp-fast: error: nobody reads the output any more; the figures are in {file}\n"
+    )
     assert {name: each["examples"] for name, each in json.loads(file.read_text())["sets"].items()} == {
         "small": 4,
         other: 5,
     }
+
+
+def test_figures_that_could_go_nowhere(pair, tmp_path, monkeypatch, capsys):
+    """Without a standard output a file is enough, and without both nothing is begun."""
+    whole = written(tmp_path / "all.jsonl", ROWS[:3])
+    monkeypatch.setattr(sys, "stdout", None)
+    assert figures(pair, tmp_path, dataset=whole)["examples"] == 3
+    assert main(command(pair, tmp_path, dataset=whole)) == 2
+    assert "the standard output is closed, and --json names no file" in capsys.readouterr().err
+
+
+def test_a_file_of_figures_says_nothing_of_the_home_folder(pair, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    shutil.copytree(pair["teacher"], tmp_path / "models" / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sets = [written(tmp_path / "sets" / f"{i}.jsonl", ROWS[i : i + 2]) for i in range(2)]
+    found = figures(pair, tmp_path, "--eval-dataset", *sets, student=tmp_path / "models" / "mine")
+    assert found["student"] == "~/models/mine" and list(found["sets"]) == ["~/sets/0.jsonl", "~/sets/1.jsonl"]
 
 
 def test_a_training_is_evaluated_on_a_set_of_its_own(pair, tmp_path):

@@ -143,6 +143,12 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
                         "another process away"]  # fmt: skip
 
 
+def test_a_folder_that_nobody_works_in_names_no_machine(tmp_path):
+    with alone_in(tmp_path, print):
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+    assert (tmp_path / ".lock").read_text() == ""
+
+
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".lock").symlink_to(tmp_path / "mine")

@@ -159,7 +159,7 @@ BAD = {
     "a number beyond all floats": (
         "budget = 4",
         f"budget = {'9' * 400}",
-        "--budget must be a positive number, not inf",
+        "--budget must be a finite number, not inf",
     ),
     "a weight beyond all floats": ("[10]", f"[-{'9' * 400}]", "a finite number for each of the 1 --rewards, not -inf"),
     "what JSON has not": ("budget = 4", "task_args = {a = 1979-05-27}", "task_args must be a table of what JSON has"),

@@ -182,15 +182,18 @@ def test_methods_against_the_first():
 # ---------------------------------------------------------------------------------------------------- page and plots
 
 
-def test_the_page(tmp_path: Path):
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its tables, lists and files, from the lines in any order; twice the same."""
+    monkeypatch.setenv("HOME", "/home/somebody")
     failed = replace(SOME[0], candidate=LOW.candidate, method="soft", figures={}, failure="no `loss` | at all")
     some = [failed, *SOME[:3], *SOME[4:]]
     (tmp_path / "runs.jsonl").write_text('{"study": "small", "machine": "a machine, python 3"}\n')
-    write_page(tmp_path, STUDY, some, ["cmdp-fast", "compare", "--study", "my small.toml"])
+    write_page(
+        tmp_path, STUDY, some, ["cmdp-fast", "compare", "--study", "my small.toml", "--output-dir=/home/somebody/x"]
+    )
     page = (tmp_path / "README.md").read_text()
     for text in (
-        "    cmdp-fast compare --study 'my small.toml'\n",
+        "    cmdp-fast compare --study 'my small.toml' '--output-dir=~/x'\n",
         "a machine, python 3.",
         "seeds 0, 1, 2; 17 trainings",
         "8.5 hours",

@@ -15,6 +15,8 @@ from tiny_pair import PROBLEMS, arguments, learner_of, settings, tiny_model
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
+from cmdp_fast.masking import told
+from cmdp_fast.trainer.command_line.options import sections_of
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.constraint import warning_of_scale
@@ -23,14 +25,26 @@ from cmdp_fast.trainer.settings.recipe import METHOD_FILES, RECIPES, read_recipe
 BAD_INPUT = {
     "budget 0": (dict(budget=0), "--budget must be a positive number, not 0.0"),
     "budget below 0": (dict(budget=-1), "--budget must be a positive number"),
-    "budget not a number": (dict(budget="nan"), "--budget must be a positive number"),
+    "budget not a number": (dict(budget="nan"), "--budget must be a finite number, not nan"),
+    "a penalty that is endless": (dict(penalty="inf"), "--penalty must be a finite number, not inf"),
     "student path": (dict(student="./no/such/model"), "--student ./no/such/model"),
     "teacher path": (dict(teacher="./no/such/model"), "--teacher ./no/such/model"),
     "a folder without a model": (dict(student="{tmp}"), "no causal language model"),
     "built-in model": (dict(student="builtin:poet"), "there is no model builtin:poet"),
     "built-in model for other problems": (dict(student="builtin:arithmetic-student"), "that are sums"),
     "task": (dict(task="basic_aritmetic", dataset=""), "did you mean basic_arithmetic"),
-    "task argument": (dict(task="chain_sum", dataset="", task_args='{"terms": 3}'), "--task chain_sum"),
+    "task argument": (
+        dict(task="chain_sum", dataset="", task_args='{"terms": 3}'),
+        "chain_sum has no terms, did you mean min_terms?",
+    ),
+    "type of a task argument": (
+        dict(task="chain_sum", dataset="", task_args='{"min_terms": "x"}'),
+        '--task-args {"min_terms": "x"}: min_terms of chain_sum is \'x\', expected one like its default 2',
+    ),
+    "value of a task argument": (
+        dict(task="chain_sum", dataset="", task_args='{"min_terms": -1}'),
+        '--task-args {"min_terms": -1}: min_terms must be',
+    ),
     "task arguments": (
         dict(task="chain_sum", dataset="", task_args="[1]"),
         "--task-args must be a JSON object, not [1]",
@@ -84,6 +98,58 @@ def test_bad_input(case, pair, tmp_path, capsys, monkeypatch):
     assert expected in error
     assert [path.name for path in runs.iterdir()] == ["taken"] and not list((runs / "taken").iterdir())
     assert not (tmp_path / "cache" / "cmdp_fast").exists()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--fast=true"], "--fast true: expected nothing: it is on where it is named"),
+        (["--no-fast=1"], "--fast 1: expected nothing: it is on where it is named"),
+        (["--", "--steps", "3"], "--steps: it stands behind a --, which ends the options: leave the -- out"),
+        (["--", "--stops"], "--stops: there is no such option"),
+    ],
+)
+def test_words_in_the_wrong_place(words, said, capsys):
+    assert main(["train", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"cmdp-fast: error: {said}")
+
+
+SECRET = "hunter2SECRET"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--teacher", f"served:http://user:{SECRET}@127.0.0.1:9"],
+        ["train", "--teacher", f"served:http://127.0.0.1:9/?key={SECRET}"],
+        ["train", "--rollout", "vllm", "--rollout-url", f"http://127.0.0.1:9/?token={SECRET}"],
+        ["train", "--dataset", f"https://user:{SECRET}@127.0.0.1:9/x.jsonl?sig={SECRET}", "--task="],
+        ["train", f"--api-key={SECRET}"],
+        ["train", "--task-args", f'{{"api_key": "{SECRET}"}}', "--dry-run"],
+        ["bench", f"--token={SECRET}"],
+        ["doctor", "--token", SECRET],
+        [f"--token={SECRET}"],
+    ],
+)
+def test_errors_show_no_secrets(words, capsys, monkeypatch):
+    """Logs of CI keep them."""
+    monkeypatch.setenv("CMDP_FAST_TRACEBACK", "1")  # of which the same is true
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert SECRET not in said.err + said.out and "cmdp-fast: error: " in said.err
+
+
+def test_errors_stay_legible():
+    options = [option for section in sections_of(TrainConfig, None, "train") for option in section.options]
+    assert len(options) > 100
+    for option in options:
+        for value in ("3", "abc", '{"a": 1}', "https://host:80/x", "runs/a"):
+            for text in (
+                f"cmdp-fast: error: {option.flag} {value}: expected {option.expected}",
+                f"{option.flag} must be a positive number, not {value}",
+                f"{option.flag}={value}: there is no such option, did you mean {option.flag}?",
+            ):
+                assert told(text) == text
 
 
 def test_settings_that_are_empty_lists_by_default(tmp_path):

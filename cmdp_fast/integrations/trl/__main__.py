@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.masking import told
 from cmdp_fast.reward_functions import import_reward
 
 from .version import require_trl
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer.save_model(trainer.args.output_dir)
     except (InputError, ImportError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"cmdp_fast.integrations.trl: error: {first_line(error)}", file=sys.stderr)
+            print(f"cmdp_fast.integrations.trl: error: {told(first_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cmdp_fast.integrations.trl: interrupted", file=sys.stderr)

@@ -86,6 +86,7 @@ def meaning(option: Option) -> str:
     return first_sentence(found[1]).removesuffix(".") if found else ""
 
 
+SWITCH = "nothing: it is on where it is named, and off with --no- before its name"
 _NOTHING = ("empty", "0", "no")
 
 
@@ -122,7 +123,7 @@ def _expected(inner: Any, choices: tuple[str, ...], unit: Unit | None, several: 
     if kind:
         return f"{f'{kind}s' if several else f'a {kind}'}{of}"
     if inner is bool:
-        return "nothing: it is on where it is named, and off with --no- before its name"
+        return SWITCH
     return "a JSON object" if get_origin(inner) is dict else f"{'texts' if several else 'a text'}{of}"
 
 

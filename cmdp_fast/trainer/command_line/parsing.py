@@ -17,7 +17,7 @@ from cmdp_fast.nearest import did_you_mean, nearest
 from cmdp_fast.terminal import columns, show
 
 from ..settings.config import TrainConfig
-from .options import Option, Section, Settings, read_sections, sections_of
+from .options import SWITCH, Option, Section, Settings, read_sections, sections_of
 from .screens import ALL, Screen
 from .trl_names import option_here
 
@@ -32,6 +32,8 @@ class FirstLook(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError: argparse would print, and exit."""
+        if of_switch := re.match(r"argument (--[\w-]+)/\S+: ignored explicit argument '(.*)'$", message, re.DOTALL):
+            raise InputError(f"{of_switch[1]} {readable(of_switch[2])}: expected {SWITCH}")
         raise InputError(message.removeprefix("argument "))
 
 
@@ -105,6 +107,8 @@ def _unknown(words: Sequence[str], kind: type[Settings], prog: str) -> str:
     """Why the first of the words is no option, and what was probably meant, of what the command reads."""
     word, *rest = words
     name, _, value = re.sub(r"^-+", "", word).partition("=")
+    if word.startswith("--") and name.replace("_", "-") in _names(read_sections(kind, None, prog)):
+        return f"{readable(word)}: it stands behind a --, which ends the options: leave the -- out"
     what = "there is no such option" if word.startswith("-") else "expected an option, which begins with --"
     value = value or (rest[0] if rest and not rest[0].startswith("--") else "...")
     hint = _hint(name.lower().replace("_", "-"), readable(value), kind) or f" ({prog} --help-all lists all)"

@@ -7,7 +7,6 @@ killed goes on where it was; the folder of a run that is not finished is made an
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from cmdp_fast.files import check_writable, write_text, writing
 from ..interrupts import Interrupts
 from ..records.lock import alone_in
 from ..records.report import Report
+from ..records.session import command_line
 from ..tasks.data import load_problems
 from ..tasks.judge import Judge, compare_pairs, load_judge
 from .alike import check_code, check_origins
@@ -25,7 +25,7 @@ from .launching import jobs_of, remove, run_all
 from .plan import REFERENCES, CompareConfig, Result, SeededRun, check, folder_of, plan, summary_of
 from .plots import plot_bars, plot_budgets, plot_pareto
 from .study.run import run_study
-from .table import csv_of_results, csv_of_rows, markdown, print_rows, summarise
+from .table import csv_of_results, csv_of_rows, markdown, summarise, text_of
 
 
 def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
@@ -83,7 +83,10 @@ def _compare(config: CompareConfig, arguments: Sequence[str]) -> bool:
     for result in results:
         if result.summary is None:
             report.say(f"FAILED {result.run.config.name}: {result.failure}")
-    return all(result.summary is not None for result in results)
+    if not all(result.summary is not None for result in results):
+        return False
+    report.check(f"the table is in {folder / 'table.md'}")
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------- the results
@@ -129,11 +132,11 @@ def write(folder: Path, results: list[Result], command: list[str], report: Repor
     if not rows:
         return
     write_text(folder / "table.csv", csv_of_rows(rows))
-    write_text(folder / "table.md", markdown(rows, shlex.join(command)))
+    write_text(folder / "table.md", markdown(rows, command_line(command)))
     plot_bars(folder / "comparison.png", rows)
     plot_pareto(folder / "pareto.png", rows)
     plots = ["comparison.png", "pareto.png"]
     if plot_budgets(folder / "budget.png", rows):
         plots.append("budget.png")
-    print_rows(rows)
+    report.result(text_of(rows))
     report.say(f"{folder}: results.csv table.csv table.md {' '.join(plots)}")

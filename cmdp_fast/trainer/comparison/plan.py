@@ -173,7 +173,7 @@ def check(config: CompareConfig) -> None:
 
 
 class Spec(NamedTuple):
-    """A method with the settings that it changes, out of ``method`` or ``method:key=value,key=value``."""
+    """A method with the settings that it changes, out of ``method`` or ``method:setting=value,setting=value``."""
 
     method: str
     changes: str
@@ -189,7 +189,7 @@ def spec_of(spec: str, source: str) -> Spec:
     for change in _COMMA.split(changes) if changes else ():
         key, equals, text = change.partition("=")
         if not equals or not key.isidentifier():
-            raise InputError(f"{source}: expected key=value after the colon, not {change!r}")
+            raise InputError(f"{source}: expected setting=value after the colon, not {change!r}")
         if key in CHOSEN:
             raise InputError(f"{source}: {key} is for the comparison to choose")
         overrides[key] = _value(key, text)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cmdp_fast.files import as_json
 from cmdp_fast.info import machine
+from cmdp_fast.terminal import drawn
 
 from ..settings.config import TrainConfig
 from .plan import REFERENCES, Result, Variant, training_seconds
@@ -124,15 +125,12 @@ def title(column: Column) -> str:
     return f"{column.title} ({unit})" if unit else column.title
 
 
-def print_rows(rows: Sequence[TableRow]) -> None:
-    """The table on the terminal."""
+def text_of(rows: Sequence[TableRow]) -> str:
+    """The table as the terminal shows it."""
     from rich.console import Console
     from rich.table import Table
 
-    every = columns_of(rows)
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width to keep to
-        console.width = 32 + 15 * (len(every) + 1)
+    every, console = columns_of(rows), Console()
     columns = fitting(rows, every, console.width) if console.is_terminal else every
     rest = None if columns == every else f"{len(every) - len(columns)} more columns: table.md"
     table = Table(title=caption(rows), caption=rest)
@@ -141,7 +139,7 @@ def print_rows(rows: Sequence[TableRow]) -> None:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(row.label, str(row.runs), *(cell(row, column) for column in columns))
-    console.print(table)
+    return drawn(table, None if console.is_terminal else 32 + 15 * (len(every) + 1))  # a pipe has no width to keep to
 
 
 def fitting(rows: Sequence[TableRow], columns: Sequence[Column], width: int) -> list[Column]:

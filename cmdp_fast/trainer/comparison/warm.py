@@ -12,7 +12,7 @@ line of the child, and a training that has not heard it would go on to its end.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 import select
@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from cmdp_fast.children import command
-from cmdp_fast.errors import InputError, without_controls
+from cmdp_fast.errors import InputError
 from cmdp_fast.files import as_json
+from cmdp_fast.masking import told
 
 from ..records.lock import name_holder
 from ..records.report import quiet_libraries
@@ -112,7 +113,8 @@ def main(arguments: list[str]) -> None:
     os.dup2(2, 1)  # for what an import prints
     if "warm" in arguments:  # a signal ends this at once: nothing runs yet
         for module in ("cmdp_fast.trainer.run", *IMPORTED):
-            importlib.import_module(module)
+            if importlib.util.find_spec(module.partition(".")[0]) is not None:  # `peft` is no part of the extra `train`
+                importlib.import_module(module)
     serve(0, answers)
 
 
@@ -183,7 +185,7 @@ def trained(settings: dict[str, Any]) -> int:
     try:
         train(TrainConfig(**typed(settings, "a training's settings")))
     except InputError as error:
-        print(f"cmdp-fast: error: {without_controls(str(error))}", file=sys.stderr)
+        print(f"cmdp-fast: error: {told(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cmdp-fast: interrupted", file=sys.stderr)

@@ -1,8 +1,8 @@
 """One process at a time in a folder, by a lock that ends with its holder, however that ends.
 
-It is the kernel's (flock) on a hidden file of the folder, which stays there when the lock is gone. Between machines it
-holds as far as their file system's locks do (NFS asks its server, Lustre has to be mounted with flock). Where a file
-system has no locks, processes are not kept apart, and that is said.
+It is the kernel's (flock) on a hidden file of the folder, which names the holder and is empty when that has left.
+Between machines it holds as far as their file system's locks do (NFS asks its server, Lustre has to be mounted with
+flock). Where a file system has no locks, processes are not kept apart, and that is said.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def alone_in(folder: Path, say: Callable[[str], None], wait: bool = False) -> It
             yield lock.fileno()
         finally:
             _held.discard(lock)
+            with suppress(OSError):  # the folder may be sent to somebody, whom process and host are nothing to
+                os.ftruncate(lock.fileno(), 0)
 
 
 @contextmanager

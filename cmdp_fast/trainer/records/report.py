@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, TypeVar, cast
 
-from cmdp_fast.errors import without_controls
-from cmdp_fast.terminal import encodable, message, show, silence
+from cmdp_fast.masking import told
+from cmdp_fast.terminal import Output, encodable, is_terminal, message, of_console
 
 from .progress import Progress, Waiting
 
@@ -22,31 +22,39 @@ class Report:
     a line can be drawn anew in.
 
     Of several processes only the main one has a console; the others are not `shown`. Nor is one that cannot be written
-    to any more, such as a pipe whose reader has ended: no work is lost for want of one who looks.
+    to any more, such as a pipe whose reader has ended: no work is lost for want of one who looks. Of a `result` that
+    nobody has seen `check` tells.
     """
 
     def __init__(self, shown: bool = True) -> None:
-        self.shown = shown and sys.stdout is not None
+        self._main, self._output = shown, Output()
         in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-        self.quiet = in_ci or not self.shown or not sys.stdout.isatty() or _draws_nothing()
+        self.quiet = in_ci or not self.shown or not is_terminal(sys.stdout) or _draws_nothing()
+        self._unseen = False  # whether a result has come to nobody
         self._figures: tuple[str, ...] = ()
         self._progress: Progress | None = None  # the one that is drawn now: rich has room for one
+
+    @property
+    def shown(self) -> bool:
+        """Whether this process has a console that can be written to."""
+        return self._main and self._output.lost is None
 
     def say(self, line: str) -> None:
         """Prints a line; in a terminal as many as it takes without breaking a word."""
         if self.shown:
-            text = without_controls(line)
-            try:
-                show(text if self.quiet else message(text, sys.stdout), sys.stdout)
-            except (OSError, ValueError) as error:
-                if not _of_console(error, sys.stdout):
-                    raise
-                self.gone()
+            text = told(line)
+            self._output.show(text if self.quiet else message(text, sys.stdout))
 
-    def gone(self) -> None:
-        """The console cannot be written to, and is not from here on."""
-        self.shown = False
-        silence(sys.stdout)
+    def result(self, text: str) -> None:
+        """Prints what a command is run for, as it is."""
+        if self._main:
+            self._output.show(text)
+            self._unseen = self._unseen or self._output.lost is not None
+
+    def check(self, instead: str) -> None:
+        """Raises ConsoleLost, which says what there is ``instead``, if a result has come to nobody."""
+        if self._unseen:
+            self._output.check(instead)
 
     def status(self, *figures: str) -> None:
         """Sets the figures beside the bar that is running, the one that matters most first."""
@@ -128,14 +136,14 @@ class Report:
         """rich's, which draws into a file that raises nothing."""
         from rich.console import Console
 
-        return Console(file=cast("IO[str]", _Lasting(sys.stdout, self.gone)))
+        return Console(file=cast("IO[str]", _Lasting(sys.stdout, self._output.fail)))
 
 
 class _Lasting:
     """The console's file as rich writes to it, from a thread of its own too: once it fails that is told, and what comes
     then is dropped."""
 
-    def __init__(self, file: IO[str], gone: Callable[[], None]) -> None:
+    def __init__(self, file: IO[str], gone: Callable[[Exception], None]) -> None:
         self._file, self._gone, self._lost = file, gone, False
 
     def __getattr__(self, name: str) -> Any:
@@ -153,16 +161,10 @@ class _Lasting:
             try:
                 function()
             except (OSError, ValueError) as error:
-                if not _of_console(error, self._file):
+                if not of_console(error, self._file):
                     raise
                 self._lost = True
-                self._gone()
-
-
-def _of_console(error: Exception, file: IO[str]) -> bool:
-    """Whether an error says that a console cannot be written to any more: a ValueError where this process has closed
-    it. Any other says something of the text."""
-    return isinstance(error, OSError) or file.closed
+                self._gone(error)
 
 
 def _draws_nothing() -> bool:

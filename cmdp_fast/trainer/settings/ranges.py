@@ -13,14 +13,16 @@ LARGEST = 2**31 - 1  # of the whole numbers: Python counts no range beyond 2**63
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers for which a condition holds, and the words between the option and a number outside."""
+    """The finite numbers for which a condition holds, and the words between the option and another finite number."""
 
     holds: Callable[[float], bool]
     says: str
 
     def check(self, option: str, value: float) -> None:
         """Raises InputError, which names the option, for a number outside."""
-        if not (-math.inf < value < math.inf and self.holds(value)):  # math.isfinite takes no int beyond a float
+        if not -math.inf < value < math.inf:  # math.isfinite takes no int beyond a float
+            raise InputError(f"{option} must be a finite number, not {value}")
+        if not self.holds(value):
             raise InputError(f"{option} {self.says} {value}")
 
 

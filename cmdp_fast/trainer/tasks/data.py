@@ -12,6 +12,7 @@ is held out.
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import hashlib
 import json
 import logging
@@ -26,7 +27,8 @@ from typing import Any, NamedTuple
 
 import regex
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line, shown
+from cmdp_fast.nearest import did_you_mean
 
 from ..settings.config import TrainConfig
 from ..sources import check_path, find_hub, loading, with_hub
@@ -154,9 +156,27 @@ def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: in
         every = {"seed": seed, "size": size, **arguments}
         source = reasoning_gym.create_dataset(task, **every)
     except (TypeError, AssertionError, ValueError) as error:
-        raise InputError(f"--task {task}: {first_line(error)}") from error
+        said = f"--task-args {json.dumps(arguments)}" if arguments else f"--task {task}"
+        raise InputError(f"{said}: {_refused(task, arguments) or first_line(error)}") from error
     made = entries(task, every) if task in VARYING else source
     return [{"prompt": e["question"], "answer": e["answer"], "metadata": e["metadata"]} for e in made]
+
+
+def _refused(task: str, arguments: dict[str, Any]) -> str:
+    """Which of its arguments a task of reasoning-gym's does not know, or has of another type; empty if it has said
+    itself what is wrong, or nothing is."""
+    from reasoning_gym.factory import DATASETS
+
+    _, settings = DATASETS[task]
+    known = {field.name: field.default for field in dataclasses.fields(settings)}
+    for name, value in arguments.items():
+        if name not in known:
+            return f"{task} has no {name}{did_you_mean(name, known) or ', but ' + ', '.join(known)}"
+        default = known[name]
+        kind = int | float if isinstance(default, float) else type(default)
+        if default not in (None, dataclasses.MISSING) and not isinstance(value, kind):
+            return f"{name} of {task} is {shown(value)}, expected one like its default {shown(default)}"
+    return ""
 
 
 def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from cmdp_fast.errors import readable
 from cmdp_fast.files import write_text
 from cmdp_fast.info import machine
 
+from ...records.session import command_line
 from ..table import Column
 from .intervals import CONFIDENCE, LEAST, Interval, interval_of
 from .lines import FILE, Line, Parts
@@ -54,7 +54,7 @@ def page_of(results: Results, command: Sequence[str], origin: str, plots: Sequen
     study = results.study
     parts = [
         f"# Study: {study.name}",
-        f"    {shlex.join(command)}",
+        f"    {command_line(command)}",
         _about(results, origin),
         "The head of the study's file says what was decided before the runs, and what was changed later:",
         _quoted(study.text),
