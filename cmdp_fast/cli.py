@@ -56,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(lost):
             _say(f"error: {lost}")
         return UNREAD if lost.unread else UNWRITABLE
-    if (
-        code == INTERRUPTED and arguments is None
-    ):  # what still runs in threads is waited for, unless there is another Ctrl-C
+    if code == INTERRUPTED and arguments is None:
+        # What still runs in threads is waited for, unless there is another Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
 

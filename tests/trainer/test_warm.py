@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -62,6 +63,15 @@ def server(monkeypatch) -> Iterator[Server]:
     os.close(answers)
     with open(hear) as heard:
         yield Server(pid, tell, heard)
+
+
+def test_what_is_no_part_of_the_extra_is_not_needed(monkeypatch):
+    imported: list[str] = []
+    find = importlib.util.find_spec
+    monkeypatch.setattr(warm.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    monkeypatch.setattr(warm.importlib, "import_module", imported.append)
+    warm.import_all()
+    assert "peft" not in imported and {"cmdp_fast.trainer.run", "reasoning_gym"} <= {*imported}
 
 
 @pytest.mark.parametrize("how", ["its input ends", "a signal"])

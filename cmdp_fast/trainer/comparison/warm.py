@@ -112,10 +112,15 @@ def main(arguments: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # for what an import prints
     if "warm" in arguments:  # a signal ends this at once: nothing runs yet
-        for module in ("cmdp_fast.trainer.run", *IMPORTED):
-            if importlib.util.find_spec(module.partition(".")[0]) is not None:  # `peft` is no part of the extra `train`
-                importlib.import_module(module)
+        import_all()
     serve(0, answers)
+
+
+def import_all() -> None:
+    """Imports what trainings need, of the packages that are there: `peft` is no part of the extra `train`."""
+    for module in ("cmdp_fast.trainer.run", *IMPORTED):
+        if importlib.util.find_spec(module.partition(".")[0]) is not None:
+            importlib.import_module(module)
 
 
 def serve(told: int, answers: IO[str]) -> None:
