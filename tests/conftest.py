@@ -1,6 +1,7 @@
 """Backends as a fixture, and which cases of the shared suite a backend has nothing to run for."""
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,8 @@ BACKENDS = [
     for name in ("torch", "cpu", "triton", "cuda")
     if cf.available_backends()[name] is None
 ]
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if INTERPRETED:
     import interpreter
 

@@ -99,7 +99,7 @@ def test_figures_that_could_go_nowhere(pair, tmp_path, monkeypatch, capsys):
     whole = written(tmp_path / "all.jsonl", ROWS[:3])
     monkeypatch.setattr(sys, "stdout", None)
     assert figures(pair, tmp_path, dataset=whole)["examples"] == 3
-    assert main(command(pair, tmp_path, dataset=whole)) == 2
+    assert main(command(pair, dataset=whole)) == 2
     assert "the standard output is closed, and --json names no file" in capsys.readouterr().err
 
 
