@@ -144,7 +144,11 @@ def _needing(command: str, of_extra: str) -> Iterator[None]:
         if package == "cmdp_fast":
             raise
         if isinstance(cause, ModuleNotFoundError) and package and not _is_here(package):
-            raise InputError(f"{command} needs {package}, which comes with the extra: {extra(of_extra)}") from error
+            from .doctor.installed import names_of_extra
+
+            known = [name.replace("-", "_") for name in names_of_extra(of_extra)]
+            cure = f"comes with the extra: {extra(of_extra)}" if package in known or not known else "is not installed"
+            raise InputError(f"{command} needs {package}, which {cure}") from error
         what = f"{package}, which is installed and" if package else "something that"
         why = readable(f"{type(cause).__name__}: {first_line(cause)}")
         raise InputError(f"{command} needs {what} cannot be imported: {why} (cmdp-fast doctor says more)") from error

@@ -9,7 +9,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,13 @@ def _made(path: Path, mode: int) -> int:
 
 
 def _set_rights(path: Path, rights: int) -> None:
-    """Of a file itself, and of nothing that a link in its place leads to."""
+    """Of a file itself, and of nothing that a link in its place leads to. Where a file system refuses, as some that are
+    mounted from elsewhere do, they stay as they are: the file counts for more."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        os.fchmod(descriptor, rights)
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != rights:
+            with suppress(OSError):
+                os.fchmod(descriptor, rights)
     finally:
         os.close(descriptor)
 

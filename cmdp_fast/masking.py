@@ -20,11 +20,11 @@ _NAME = rf"(?<![\w.-]){_NAMED}"
 _IN_QUOTES = rf"""\\{{0,4}}["']{_NAME}\\{{0,4}}["']"""
 _QUOTED = r"""(?P<quote>\\{0,4}["'])(?:\\[\s\S]|[^\\])*?(?P=quote)"""
 
-_END = r"(?=:?(?:\s|$))"  # a message goes on behind a colon
+_END = r"""(?=["']?:?(?:\s|$))"""  # a message goes on behind a colon, and may quote what it found
 
 _OPTION = re.compile(rf"--?(?=\w){_NAMED}", re.IGNORECASE)
 _RULES = (  # in this order
-    (re.compile(r"(?<=://)[^/?#\s]*@"), ""),  # the user and the password of an address
+    (re.compile(r"(?<=://)[^/?#\s]*@"), "***@"),  # the user and the password of an address
     (
         re.compile(rf"(://[^\s?#\"']{{0,2000}}\?)[^\s#\"]+?(?:(?=[#\"])|{_END})"),
         r"\1***",
@@ -34,7 +34,10 @@ _RULES = (  # in this order
     # {"api_key": "..."}, NAME=..., and --name ... of a command in a text
     (re.compile(rf"(?P<name>{_IN_QUOTES}\s*:\s*)(?:{_QUOTED}|[^\s,}}\]]+)", re.IGNORECASE), r"\g<name>***"),
     (re.compile(rf"(?P<name>{_NAME}\s?=(?!=)\s?)(?:{_QUOTED}|\S+?{_END})", re.IGNORECASE), r"\g<name>***"),
-    (re.compile(rf"(?P<name>(?<![\w.-])--?(?=\w){_NAMED}\s+)(?:{_QUOTED}|(?!-)\S+)", re.IGNORECASE), r"\g<name>***"),
+    (
+        re.compile(rf"(?P<name>(?<![\w.-])--?(?=\w){_NAMED}\s+)(?:{_QUOTED}|(?!-)\S+?{_END})", re.IGNORECASE),
+        r"\g<name>***",
+    ),
 )
 
 
@@ -50,7 +53,7 @@ def home() -> Path | None:
 def without_secrets(text: str) -> str:
     """A text with `***` for values of names like key, token, secret, password or credential (`NAME=value`, JSON,
     `--name value`), for keys of the forms `sk-…`, `hf_…`, GitHub's and Amazon's, and for what follows `Bearer`; and
-    addresses without user, password and query."""
+    for user, password and query of addresses."""
     for pattern, instead in _RULES:
         text = pattern.sub(instead, text)
     return text

@@ -76,6 +76,18 @@ def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path):
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"a.safetensors", "adapter", "c.json"}
 
 
+def test_a_file_system_that_takes_no_rights_still_gets_the_file(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fchmod", refused)
+    with replacing(tmp_path / "file") as part:
+        closed(part)
+    (tmp_path / "a.safetensors").touch(mode=0o600)
+    open_as_others(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "a.safetensors"}
+
+
 def test_no_rights_are_given_through_a_link(tmp_path):
     victim = tmp_path / "victim"
     victim.touch(mode=0o600)

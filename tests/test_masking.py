@@ -35,13 +35,15 @@ SECRETS = {
     "FTP_PASSWD=abc": "FTP_PASSWD=***",
     "--passphrase abc": "--passphrase ***",
     "{'credential': 'abc', 'credentials': 'def'}": "{'credential': ***, 'credentials': ***}",
-    "https://me:pass@host/x": "https://host/x",
-    "served:https://token@host:80": "served:https://host:80",
+    "https://me:pass@host/x": "https://***@host/x",
+    "served:https://token@host:80": "served:https://***@host:80",
     "https://host/b/x.jsonl?sig=abc%2F&se=1 next": "https://host/b/x.jsonl?*** next",
     "s3://b/x?X-Amz-Signature=abc#part": "s3://b/x?***#part",
     "https://host/#access_token=abc": "https://host/#access_token=***",
     "http://host/?key=abc: no answer": "http://host/?***: no answer",
     "--api-key=abc: there is no such option": "--api-key=***: there is no such option",
+    "--api-key abc: there is no such option": "--api-key ***: there is no such option",
+    "not 'token=5' but": "not 'token=***' but",
 }
 HARMLESS = (
     *(
@@ -82,7 +84,7 @@ def test_values_of_json(monkeypatch: pytest.MonkeyPatch) -> None:
         "urls": ("https://a:b@h", 1),
         "at": "/home/somebody/x",
     }
-    shown = {"args": {"api_key": "***", "max_tokens": 3, "key": ""}, "urls": ["https://h", 1], "at": "~/x"}
+    shown = {"args": {"api_key": "***", "max_tokens": 3, "key": ""}, "urls": ["https://***@h", 1], "at": "~/x"}
     assert masked(given) == shown
     assert masked(given, without_secrets) == shown | {"at": "/home/somebody/x"}
 

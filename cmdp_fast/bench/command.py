@@ -141,7 +141,8 @@ def main(arguments: Sequence[str]) -> None:
             _interrupted(run, options.json, screen)
             raise
     if old is not None:
-        screen.table(f"changes since {options.compare}", compare.changes(old, run))
+        short = ", which was interrupted and is incomplete" if old.incomplete else ""
+        screen.table(f"changes since {options.compare}{short}", compare.changes(old, run))
     if options.plots:
         screen.lines([f"wrote {path}" for path in plots.draw([run], options.plots)])
     screen.check()

@@ -287,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(gpu_record.is_record(path) for path in options.runs):
             return _gpu_page(options)
         runs = [results.read(path) for path in options.runs]
+        if short := [str(path) for path, run in zip(options.runs, runs, strict=True) if run.incomplete]:
+            raise InputError(f"{', '.join(short)}: the run was interrupted, and its file is incomplete: run it again")
         if options.readme:
             cards = gpu_record.measured_on_gpus(options.readme.parent / RESULTS)
             text = replaced(options.readme.read_text(encoding="utf-8"), runs, cards)

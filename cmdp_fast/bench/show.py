@@ -188,8 +188,8 @@ class Screen:
 
     def _show(self, text: str, end: str = "\n") -> None:
         self._output.show(text, end)
-        if not self._instead:
-            self.check()
+        if not self._instead and self._output.lost is not None:
+            raise self._output.lost
 
     def case(self, case: CaseResult) -> None:
         """Prints a case: its table and its notes."""

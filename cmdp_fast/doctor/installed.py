@@ -99,7 +99,7 @@ def _of_extra(needed: int, missing: list[str]) -> Row:
 
 def imports() -> Iterator[Row]:
     """Whether the packages of the extra can be imported, in a process of its own."""
-    needed = [name for name in _names_of_extra() if _installed(name) is not None]
+    needed = [name for name in names_of_extra() if _installed(name) is not None]
     if _installed("transformers") is None:  # it is not installed, as is said above
         return
     modules = [name.replace("-", "_") for name in needed]
@@ -126,13 +126,13 @@ def imports() -> Iterator[Row]:
             yield Row(PROBLEM, f"import of {name}", why, "install it, or what it has not found, again")
 
 
-def _names_of_extra() -> list[str]:
-    """The packages that the extra asks for on this machine, as far as its own metadata tell."""
+def names_of_extra(extra: str = NEEDED) -> list[str]:
+    """The packages that an extra asks for on this machine, as far as our own metadata tell."""
     try:
         required = importlib.metadata.requires("cmdp_fast") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    pattern = rf"([\w.-]+)[^;]*;.*\bextra\s*==\s*.{NEEDED}\b"
+    pattern = rf"([\w.-]+)[^;]*;.*\bextra\s*==\s*.{extra}\b"
     return [found[1] for text in required if (found := re.match(pattern, text))]
 
 

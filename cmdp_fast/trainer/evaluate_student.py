@@ -132,7 +132,11 @@ def _check_method(config: EvaluateConfig, args: Sequence[str]) -> None:
     with_it, without = (read_recipe(config.recipe, method, config.fast) for method in (config.method, ""))
     own = [name for name in changed(with_it, without) if getattr(config, name) == getattr(with_it, name)]
     other = replace(config, **{name: getattr(without, name) for name in own})
-    if _evaluated(config) == _evaluated(other):
+    try:
+        same = _evaluated(config) == _evaluated(other)
+    except ValueError:  # without the method's cost what was given beside it cannot be, such as a clamp
+        same = False
+    if same:
         raise InputError(
             f"--method {config.method} would have no effect: it changes nothing of what is evaluated, which --student "
             "names"

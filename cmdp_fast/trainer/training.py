@@ -14,6 +14,7 @@ from torch import nn
 
 from cmdp_fast.errors import InputError, Interrupted, ProcessLost, first_line
 from cmdp_fast.files import write_text
+from cmdp_fast.masking import public
 from cmdp_fast.teachers.teacher import Teacher
 
 from .distributed import any_process, noticing_loss, of_main, share, together, whole_student
@@ -410,7 +411,7 @@ def summary(
         **{who: results.get(who) for who in ("teacher", "student_before", "student_after")},
         "steps": steps,
         "interrupted": interrupted,
-        "error": None if error is None or interrupted else first_line(error),
+        "error": None if error is None or interrupted else public(first_line(error)),
         "seconds": seconds,
         "kernel_share_of_step": round(seconds["kernels"] / step, 4) if step else None,
         "pid": learner.pid.state_dict() if config.kind == "pid" else None,

@@ -97,7 +97,7 @@ def test_readme_section_is_replaced_whole_and_found_stale():
             page.replaced(broken, [run])
 
 
-def test_page_command(tmp_path):
+def test_page_command(tmp_path, capsys):
     run_of(result()).write(tmp_path / "run.json")
     (tmp_path / "readme.md").write_text(f"{page.BEGIN}\n{page.END}\n")
     places = ("--page", f"{tmp_path}/p.md", "--readme", f"{tmp_path}/readme.md", "--plots", f"{tmp_path}/plots")
@@ -109,6 +109,11 @@ def test_page_command(tmp_path):
     assert "- peer for `token_stats`: entropy" in made
     assert not page.stale((tmp_path / "readme.md").read_text(), [results.read(tmp_path / "run.json")])
     assert page.main([f"{tmp_path}/absent.json", "--page", f"{tmp_path}/q.md"]) == 2
+    short = run_of(result())
+    short.incomplete = True
+    short.write(tmp_path / "short.json")
+    assert page.main([f"{tmp_path}/short.json", "--page", f"{tmp_path}/q.md"]) == 2
+    assert "short.json: the run was interrupted" in capsys.readouterr().err
     assert not (tmp_path / "q.md").exists()
 
 

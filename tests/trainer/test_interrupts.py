@@ -111,6 +111,20 @@ def test_a_signal_that_waits_says_so():
         assert interrupts.hurried
 
 
+def test_one_that_is_ignored_stays_so():
+    """As a shell has it for what a script puts into the background."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupts.received
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_with_several_processes_a_second_one_changes_nothing():
     """Their launcher sends it by itself. What waits for none of them is left at once."""
     with Interrupts(patient=True) as interrupts:

@@ -22,6 +22,7 @@ from cmdp_fast.trainer.records.run_folder import Beginning, write_config
 from cmdp_fast.trainer.records.session import command_line, commit, earlier
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.settings.recorded import shared
+from cmdp_fast.trainer.step import Learner
 
 
 def sessions(folder: Path) -> list[dict]:
@@ -70,8 +71,8 @@ def test_what_somebody_else_has_written_there():
 @pytest.mark.parametrize(
     ("word", "shown"),
     [
-        ("--teacher=served:https://me:pass@host:80/x", "--teacher=served:https://host:80/x"),
-        ("https://a:b@c@host/", "https://host/"),
+        ("--teacher=served:https://me:pass@host:80/x", "--teacher=served:https://***@host:80/x"),
+        ("https://a:b@c@host/", "https://***@host/"),
         ("http://host/v1?model=m&api_key=abc&x=1", "http://host/v1?***"),
         ("--rollout-args=--api-key abc --port 1", "--rollout-args=--api-key *** --port 1"),
         ("hf_abcdefgh12345", "***"),
@@ -109,6 +110,21 @@ def test_settings_with_a_secret(pair, tmp_path, monkeypatch):
     config = parse([f"--resume={folder}", given])
     run = SeededRun(Variant("v", "cmdp", {}, config), replace(config, resume="", output_dir=str(tmp_path), name="r"))
     assert summary_of(run)["steps"] == 2
+
+
+def test_an_error_with_a_secret(pair, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError(
+            "GET https://bob:hunter2@judge.example/v1?signature=abcde failed: api_key=sk-abcdefgh12345678"
+        )
+
+    monkeypatch.setattr(Learner, "update", fails)
+    monkeypatch.setattr(session, "_here", fails)
+    with pytest.raises(RuntimeError):
+        main(command(pair, tmp_path))
+    said = (tmp_path / "r" / "summary.json").read_text()
+    assert said.count("GET https://***@judge.example/v1?*** failed: api_key=***") == 2
+    assert not any(secret in said for secret in ("bob", "hunter2", "abcde"))
 
 
 def test_a_secret_of_any_kind_keeps_the_settings_to_their_owner(tmp_path):

@@ -45,6 +45,10 @@ BAD_INPUT = {
         dict(task="chain_sum", dataset="", task_args='{"min_terms": -1}'),
         '--task-args {"min_terms": -1}: min_terms must be',
     ),
+    "a task argument that JSON has no tuple for": (
+        dict(task="countdown", dataset="", task_args='{"operators": ["+", "-"], "max_numbers": 3}'),
+        '"max_numbers": 3}: max_numbers must be >= min_numbers',
+    ),
     "task arguments": (
         dict(task="chain_sum", dataset="", task_args="[1]"),
         "--task-args must be a JSON object, not [1]",

@@ -111,6 +111,23 @@ def test_an_evaluation_takes_what_it_reads(tmp_path):
     with pytest.raises(InputError, match="would have no effect"):
         parse_evaluate(["--method", str(method), "--cost", "jsd"])  # which goes over the method's
     assert parse_evaluate(["--recipe", "smollm2"]).method == "cmdp"  # which the recipe names
+    # Beside the cost of the recipe, without the method's, this clamp could not be
+    assert (
+        parse_evaluate(
+            [
+                "--recipe",
+                "pair",
+                "--student=s",
+                "--teacher=t",
+                "--dataset=d.jsonl",
+                "--method",
+                "kl_loss",
+                "--cost-clamp",
+                "10",
+            ]
+        ).cost
+        == "k3"
+    )
     recipe = tmp_path / "mine.toml"
     of_training = 'seed = 3\nkind = "barrier"\nbaseline = "gae"\nlogits = "full"\nsteps = 2\ntrackers = ["wandb"]\n'
     recipe.write_text(f'student = "s"\nteacher = "t"\ntask = "sums"\n{of_training}')

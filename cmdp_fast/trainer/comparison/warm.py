@@ -123,8 +123,8 @@ def import_all() -> None:
             importlib.import_module(module)
 
 
-def serve(told: int, answers: IO[str]) -> None:
-    """Starts the trainings that the descriptor ``told`` names until it ends, or a signal comes. Then ends those that
+def serve(orders: int, answers: IO[str]) -> None:
+    """Starts the trainings that the descriptor ``orders`` names until it ends, or a signal comes. Then ends those that
     run, and returns when all have ended. The process must have no other children."""
     received: list[int] = []
     previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
@@ -134,8 +134,8 @@ def serve(told: int, answers: IO[str]) -> None:
     try:
         while open_ and not received:
             # Everything that was told, and whether that is all, before one is started: whoever told it may have gone
-            while open_ and select.select([told], [], [], 0.0 if waiting else 0.05)[0]:
-                piece = os.read(told, LONGEST)
+            while open_ and select.select([orders], [], [], 0.0 if waiting else 0.05)[0]:
+                piece = os.read(orders, LONGEST)
                 open_ = bool(piece)
                 *lines, rest = (rest + piece).split(b"\n")
                 waiting += map(json.loads, lines)

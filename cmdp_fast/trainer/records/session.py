@@ -23,7 +23,7 @@ from cmdp_fast import cpu
 from cmdp_fast.children import ROOT
 from cmdp_fast.errors import first_line
 from cmdp_fast.info import processor, versions
-from cmdp_fast.masking import public_words
+from cmdp_fast.masking import public, public_words
 from cmdp_fast.ops.backends import choose
 
 from ..settings.config import TrainConfig
@@ -58,7 +58,7 @@ def _or_error(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return function()
     except Exception as error:  # of whatever tells of the machine
-        return {"error": first_line(error)}
+        return {"error": public(first_line(error))}
 
 
 def _about(words: Sequence[str]) -> dict[str, Any]:

@@ -157,7 +157,8 @@ def reasoning_gym_rows(task: str, arguments: dict[str, Any], size: int, seed: in
         source = reasoning_gym.create_dataset(task, **every)
     except (TypeError, AssertionError, ValueError) as error:
         said = f"--task-args {json.dumps(arguments)}" if arguments else f"--task {task}"
-        raise InputError(f"{said}: {_refused(task, arguments) or first_line(error)}") from error
+        refused = _refused(task, arguments) if isinstance(error, TypeError) else ""  # others say what is wrong
+        raise InputError(f"{said}: {refused or first_line(error)}") from error
     made = entries(task, every) if task in VARYING else source
     return [{"prompt": e["question"], "answer": e["answer"], "metadata": e["metadata"]} for e in made]
 
@@ -173,7 +174,7 @@ def _refused(task: str, arguments: dict[str, Any]) -> str:
         if name not in known:
             return f"{task} has no {name}{did_you_mean(name, known) or ', but ' + ', '.join(known)}"
         default = known[name]
-        kind = int | float if isinstance(default, float) else type(default)
+        kind: Any = {float: int | float, tuple: list | tuple}.get(type(default), type(default))  # JSON has no tuples
         if default not in (None, dataclasses.MISSING) and not isinstance(value, kind):
             return f"{name} of {task} is {shown(value)}, expected one like its default {shown(default)}"
     return ""
