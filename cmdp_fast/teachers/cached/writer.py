@@ -117,8 +117,9 @@ class CacheWriter:
     def finish(self) -> None:
         """Writes what waits, and an index that says that this is all."""
         self.write_waiting()
-        self.index = replace(self.index, whole=True)
-        self._write_index()
+        index = replace(self.index, whole=True)
+        self._write_index(index)
+        self.index = index
 
     def _kept(self, said: TeacherOutputs) -> dict[str, Tensor]:
         """What is kept of an answer."""
@@ -176,9 +177,9 @@ class CacheWriter:
         self._write_tensors(path, waiting.tensors())
         counts = (waiting.prompts, len(waiting.pairs), waiting.outputs)
         entry = ShardEntry(sha256(path), path.stat().st_size, *counts)
-        self._waiting = _Waiting()
-        self.index = replace(self.index, shards=(*self.index.shards, entry))
-        self._write_index()
+        index = replace(self.index, shards=(*self.index.shards, entry))
+        self._write_index(index)
+        self.index, self._waiting = index, _Waiting()  # after an interrupt before this the same shard is written again
 
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
@@ -187,8 +188,8 @@ class CacheWriter:
             save_file(tensors, part, metadata={"cache": self.contents.digest})
         sync(self.folder)
 
-    def _write_index(self) -> None:
-        write_sealed(self.folder / INDEX, self.index.as_json())
+    def _write_index(self, index: Index) -> None:
+        write_sealed(self.folder / INDEX, index.as_json())
         sync(self.folder)
 
 
