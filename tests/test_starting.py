@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cmdp_fast import cli, starting
+from cmdp_fast.doctor import installed
 from cmdp_fast.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -101,9 +102,13 @@ def refused(error: Exception, cause: Exception | None = None) -> str:
     return str(told.value)
 
 
-def test_what_cannot_be_imported_is_not_called_absent():
+def test_what_cannot_be_imported_is_not_called_absent(monkeypatch):
     absent = ModuleNotFoundError("No module named 'absent_one'", name="absent_one.part")
-    assert refused(absent).startswith("train needs absent_one, which comes with the extra: pip install ")
+    for of_extra in (["absent-one"], []):  # [] where nothing is known of it
+        monkeypatch.setattr(installed, "names_of_extra", lambda _, names=of_extra: names)
+        assert refused(absent).startswith("train needs absent_one, which comes with the extra: pip install ")
+    monkeypatch.setattr(installed, "names_of_extra", lambda _: ["transformers"])
+    assert refused(absent) == "train needs absent_one, which is not installed"
     broken = (
         "train needs json, which is installed and cannot be imported: ModuleNotFoundError: No module named 'json.x'"
     )

@@ -253,7 +253,8 @@ def test_what_a_report_says_shows_no_secrets(capsys):
     """Such as why a run was stopped."""
     Report().say("stopped by an error: https://me:pass@host/x?sig=abc: no answer\x1b[31m")
     assert (
-        capsys.readouterr().out == "stopped by an error: https://host/x?***: no answer\N{REPLACEMENT CHARACTER}[31m\n"
+        capsys.readouterr().out
+        == "stopped by an error: https://***@host/x?***: no answer\N{REPLACEMENT CHARACTER}[31m\n"
     )
 
 
