@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from cmdp_fast import __version__, starting
-from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost, first_line, readable
+from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost, first_line, readable, root_cause
 from cmdp_fast.installation import extra
 from cmdp_fast.masking import told
 from cmdp_fast.nearest import did_you_mean
@@ -137,9 +137,7 @@ def _needing(command: str, of_extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # transformers has errors of its own for those of what it imports
-            cause = cause.__cause__
+        cause = root_cause(error)  # transformers has errors of its own for those of what it imports
         package = (getattr(cause, "name", None) or "").partition(".")[0]
         if package == "cmdp_fast":
             raise

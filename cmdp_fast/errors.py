@@ -47,6 +47,13 @@ def shown(value: Any) -> str:
     return readable(text, 200)
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The error that others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error raised by code that is not ours, to be quoted inside one of ours."""
     try:

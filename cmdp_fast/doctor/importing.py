@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-from cmdp_fast.errors import first_line, readable
+from cmdp_fast.errors import first_line, readable, root_cause
 
 
 def failures(names: Iterable[str]) -> dict[str, str]:
@@ -29,9 +29,7 @@ def failures(names: Iterable[str]) -> dict[str, str]:
             if attribute:
                 getattr(imported, attribute)
         except Exception as error:  # of code that is not ours, in any state
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
+            cause = root_cause(error)
             found[module] = readable(f"{type(cause).__name__}: {first_line(cause)}")
     return found
 
