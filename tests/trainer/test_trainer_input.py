@@ -49,6 +49,14 @@ BAD_INPUT = {
         dict(task="countdown", dataset="", task_args='{"operators": ["+", "-"], "max_numbers": 3}'),
         '"max_numbers": 3}: max_numbers must be >= min_numbers',
     ),
+    "a task argument beside one that JSON has no tuple for": (
+        dict(task="countdown", dataset="", task_args='{"operators": ["+", "-"], "max_numbers": "x"}'),
+        "max_numbers of countdown is 'x'",
+    ),
+    "a task argument whose own words are another's": (
+        dict(task="chain_sum", dataset="", task_args='{"min_terms": 2.0, "max_terms": 1}'),
+        '"max_terms": 1}: max_terms must be',
+    ),
     "task arguments": (
         dict(task="chain_sum", dataset="", task_args="[1]"),
         "--task-args must be a JSON object, not [1]",
