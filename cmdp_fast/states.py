@@ -41,13 +41,15 @@ def raised(fields: Tensor, top: Tensor) -> Tensor:
     rise_x = torch.where(z == 0, 0.0, top[:, 0] - m)
     rise_y = torch.where(u == 0, 0.0, top[:, 1] - n)
     scale_x, scale_y, apart = (-rise_x).exp(), (-rise_y).exp(), rise_x - rise_y
+    z, u = z * scale_x, u * scale_y
+    # A rise may be infinite, if references are as far apart as floats can be; what weighs nothing adds nothing then.
     moved = (
-        z * scale_x,
-        u * scale_y,
-        (a - apart * z) * scale_x,
-        (b + apart * u) * scale_y,
-        (h - rise_x * z) * scale_x,
-        (k - rise_y * u) * scale_y,
+        z,
+        u,
+        (a * scale_x - apart * z).where(z != 0, 0.0),
+        (b * scale_y + apart * u).where(u != 0, 0.0),
+        (h * scale_x - rise_x * z).where(z != 0, 0.0),
+        (k * scale_y - rise_y * u).where(u != 0, 0.0),
     )
     return torch.stack((m, n, *moved, *rest), dim=-1)
 

@@ -54,7 +54,9 @@ def merged(mine: Tensor, theirs: Tensor) -> Tensor:
     parts = []
     for m, z, h, _ in (mine.unbind(-1), theirs.unbind(-1)):
         rise = torch.where(z == 0, 0.0, top - m)  # without weight there is nothing to scale
-        parts.append(torch.stack([z, h - rise * z], -1) * (-rise).exp()[:, None])
+        shrink = (-rise).exp()
+        z = z * shrink
+        parts.append(torch.stack([z, (h * shrink - rise * z).where(z != 0, 0.0)], -1))  # a rise may be infinite
     return torch.cat([top[:, None], parts[0] + parts[1], torch.minimum(mine[:, 3:], theirs[:, 3:])], -1)
 
 

@@ -58,10 +58,11 @@ def folded(student: Tensor, teacher: Tensor, column: Tensor, temperature: float)
         "n": torch.where(u == 0, -torch.inf, n),
         "z": z,
         "u": u,
-        "a": (p * difference).sum(-1),
-        "b": (w * -difference).sum(-1),
-        "h": (p * t.masked_fill(~has_x, 0.0)).sum(-1),
-        "k": (w * s.masked_fill(~has_y, 0.0)).sum(-1),
+        # A difference may be infinite, or of two infinities: 0 * anything = 0.
+        "a": (p * difference).where(p != 0, 0.0).sum(-1),
+        "b": (w * -difference).where(w != 0, 0.0).sum(-1),
+        "h": (p * t).where(p != 0, 0.0).sum(-1),
+        "k": (w * s).where(w != 0, 0.0).sum(-1),
         "xa": torch.where(own, x.gather(1, index)[:, 0], -torch.inf),
         "ya": torch.where(own, y.gather(1, index)[:, 0], -torch.inf),
         "r_inf": (has_x & ~has_y).any(-1).double(),
@@ -182,7 +183,7 @@ def _tail(x: Tensor, outside: Tensor) -> Tensor:
     m = torch.where(m.isneginf(), 0.0, m)
     t = others - m[:, None]
     weight = t.exp()
-    z, h = weight.sum(-1), (weight * t.masked_fill(t.isneginf(), 0.0)).sum(-1)
+    z, h = weight.sum(-1), (weight * t).where(weight != 0, 0.0).sum(-1)
     low = x.masked_fill(~outside, torch.inf).amin(-1)
     return torch.stack([torch.where(z == 0, -torch.inf, m), z, h, low], -1)
 

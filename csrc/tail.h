@@ -41,8 +41,8 @@ CMDP_HD static inline void merge(TailFields& mine, TailFields other) {
   for (TailFields* part : {&mine, &other}) {
     if (part->z == 0) continue;  // nothing to scale, and a reference that may be -inf
     const double drop = part->m - top, shrink = std::exp(drop);
-    part->h = (part->h + drop * part->z) * shrink;
     part->z *= shrink;
+    part->h = shrunk(part->h, shrink, drop, part->z);
   }
   mine = {top, mine.z + other.z, mine.h + other.h, mine.low < other.low ? mine.low : other.low};
 }

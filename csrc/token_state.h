@@ -13,6 +13,13 @@
 // ranks are all partial states. Everything is relative to the references, so that a shift of a model's logits, however
 // large, costs no precision: KL(p‖w) = a/z - log z + log u.
 //
+// Logits may be any finite doubles. What weighs nothing adds nothing, however far away it is: 0 * infinity = 0. A
+// difference of two logits, or a sum of such differences, that no double holds is infinite: so is a KL that it is part
+// of, and so a log-probability, while entropies stay exact and nothing becomes NaN.
+//
+// A column that is nearly certain weighs 1, and what is added to it loses up to 2^-53 each time. Columns are therefore
+// added up in groups of kGroup, groups in blocks, and blocks in a state, so that no sum has many terms.
+//
 // Header-only, free of any framework, double throughout. CMDP_HD makes it host and device code under nvcc.
 #pragma once
 
@@ -49,21 +56,23 @@ struct TokenStats {
   }
 };
 
-// a b + c. In double the compiler may fuse it or not; in float it is one rounding.
-CMDP_HD static inline double multiply_add(double a, double b, double c) { return a * b + c; }
-CMDP_HD static inline float multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
-
-// Raises the references of six sums, in any unit of logits and any precision: the student's by -drop = new m - old m,
-// the teacher's by -teacher_drop. `shrink` and `teacher_shrink` are the factors of the weights e^(x-m) and e^(y-n).
-template <class Sums, class Real>
-CMDP_HD static inline void shrink_sums(Sums& s, Real drop, Real teacher_drop, Real shrink, Real teacher_shrink) {
-  const Real apart = drop - teacher_drop;
-  s.a = multiply_add(apart, s.z, s.a) * shrink;
-  s.b = multiply_add(-apart, s.u, s.b) * teacher_shrink;
-  s.h = multiply_add(drop, s.z, s.h) * shrink;
-  s.k = multiply_add(teacher_drop, s.u, s.k) * teacher_shrink;
+// Raises the references of six sums of floats, in any unit of logits: the student's by -drop = new m - old m, the
+// teacher's by -teacher_drop. `shrink` and `teacher_shrink` are the factors of the weights e^(x-m) and e^(y-n).
+template <class Sums>
+CMDP_HD static inline void shrink_sums(Sums& s, float drop, float teacher_drop, float shrink, float teacher_shrink) {
+  const float apart = drop - teacher_drop;
+  s.a = std::fmaf(apart, s.z, s.a) * shrink;
+  s.b = std::fmaf(-apart, s.u, s.b) * teacher_shrink;
+  s.h = std::fmaf(drop, s.z, s.h) * shrink;
+  s.k = std::fmaf(teacher_drop, s.u, s.k) * teacher_shrink;
   s.z *= shrink;
   s.u *= teacher_shrink;
+}
+
+// A sum of weights times differences after the weights have shrunk, to `weight` in total, and every difference has
+// become larger by `rise`, which may be infinite.
+CMDP_HD static inline double shrunk(double sum, double shrink, double rise, double weight) {
+  return weight == 0 ? 0 : sum * shrink + rise * weight;
 }
 
 struct TokenState {
@@ -73,6 +82,7 @@ struct TokenState {
   double r_inf, f_inf;      // 1 once a column was seen that only the student (only the teacher) may use
 
   static constexpr int kFields = 12;
+  static constexpr int64_t kGroup = 16;
 
   CMDP_HD static double infinity() { return std::numeric_limits<double>::infinity(); }
   CMDP_HD static TokenState empty() {
@@ -92,7 +102,21 @@ struct TokenState {
       if (y[i] > top_y && y[i] < inf) top_y = y[i];
     }
     raise(top_x, top_y);
-    for (int64_t i = 0; i < count; ++i) add_column(x[i], y[i]);
+    TokenState block = unweighted();
+    for (int64_t start = 0; start < count; start += kGroup) {
+      const int64_t stop = start + kGroup < count ? start + kGroup : count;
+      TokenState group = unweighted();
+      for (int64_t i = start; i < stop; ++i) group.add_column(x[i], y[i]);
+      block.add(group);
+    }
+    add(block);
+  }
+
+  // No columns, relative to the references of this state.
+  CMDP_HD TokenState unweighted() const {
+    TokenState state = empty();
+    state.m = m, state.n = n;
+    return state;
   }
 
   // One column that is not above the references.
@@ -103,14 +127,18 @@ struct TokenState {
     if (has_x) {
       const double e = std::exp(t);
       z += e;
-      h += e * t;
-      if (has_y) a += e * (t - s);
+      if (e != 0) {  // true of a NaN
+        h += e * t;
+        if (has_y) a += e * (t - s);
+      }
     }
     if (has_y) {
       const double e = std::exp(s);
       u += e;
-      k += e * s;
-      if (has_x) b += e * (s - t);
+      if (e != 0) {
+        k += e * s;
+        if (has_x) b += e * (s - t);
+      }
     }
     if (has_x && !has_y) r_inf = 1;
     if (has_y && !has_x) f_inf = 1;
@@ -123,7 +151,15 @@ struct TokenState {
   CMDP_HD void raise(double new_m, double new_n) {
     const double drop = new_m != m && z != 0 ? m - new_m : 0;
     const double teacher_drop = new_n != n && u != 0 ? n - new_n : 0;
-    if (drop != 0 || teacher_drop != 0) shrink_sums(*this, drop, teacher_drop, std::exp(drop), std::exp(teacher_drop));
+    if (drop != 0 || teacher_drop != 0) {
+      const double shrink = std::exp(drop), teacher_shrink = std::exp(teacher_drop), apart = drop - teacher_drop;
+      z *= shrink;
+      u *= teacher_shrink;
+      a = shrunk(a, shrink, apart, z);
+      b = shrunk(b, teacher_shrink, -apart, u);
+      h = shrunk(h, shrink, drop, z);
+      k = shrunk(k, teacher_shrink, teacher_drop, u);
+    }
     m = new_m;
     n = new_n;
   }

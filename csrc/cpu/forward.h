@@ -10,8 +10,12 @@
 // Differences t - s are taken relative to the references, so that a common shift of one model's logits costs no
 // precision. Across blocks the sums are double.
 //
-// The reference of a row's segment is the maximum of its first block; a block that exceeds it by 2^23 gets its own.
-// Maxima are therefore looked for in one block of a segment only, and memory is read once.
+// The reference of a row's segment is the maximum of its first block; a block whose columns exceed it by kAbove octaves,
+// weighed as the sums weigh them, gets its own. Maxima are therefore looked for in few blocks, and memory is read once.
+//
+// Rounding of a row that is nearly one-hot, whose entropy log z - h/z cancels: h is a sum of at most kAbove octaves a
+// weight, which the float sums round by 2^-24 of it each. And its leading column weighs about 1, to which one lane adds
+// what may be rounded off altogether, 2^-24 each time: 2 columns of its own step, the 7 steps after it and the 10 runs.
 #pragma once
 
 #include <algorithm>
@@ -36,10 +40,10 @@ constexpr int kUnroll = 2;
 constexpr int kUnroll = 3;
 #endif
 constexpr int64_t kStep = kUnroll * kLanes;
-// Float sums are kept in two levels, a run of 11 or 16 steps and a block of 8 runs, so that no lane makes more than
-// some 40 additions before its sum goes on in double. The buffers of a block stay in the L1 cache.
-constexpr int64_t kRun = 33 / kUnroll * kStep;
-constexpr int64_t kBlock = 8 * kRun;
+// Float sums are kept in three levels, a step, a run of 8 steps and a block of 11 or 16 runs, so that no lane makes more
+// than some 20 additions of weights before its sum goes on in double. The buffers of a block stay in the L1 cache.
+constexpr int64_t kRun = 8 * kStep;
+constexpr int64_t kBlock = 33 / kUnroll * kRun;
 // Columns that one thread folds. It depends on nothing else, so that the result of a row does not either.
 constexpr int64_t kSegment = 8 * kBlock;
 constexpr int64_t kAhead = 2048;  // columns between reading and prefetching
@@ -74,6 +78,7 @@ static inline double natural_scale(const Logits& in) {
 }
 
 constexpr float kHeavy = 0x1p36f;          // more than a block of columns 23 octaves above the reference weighs
+constexpr float kAbove = 4.0f;             // octaves above the reference
 constexpr float kLargestReference = 1e7f;  // below 2^24 octaves, where floats are an octave apart
 
 struct BlockSums {
@@ -82,9 +87,9 @@ struct BlockSums {
   float only_x, only_y;  // > 0 if a column is excluded by the teacher alone (by the student alone)
 };
 
-// The six sums of one block. The plain version takes logits up to about 16 nats above the reference (further up t has
-// lost digits) and 72 nats below it (AVX-512: any, SVE: 87): everything that a language model says. It reports any
-// other block as not usable. With kExcluded, columns of -inf weigh zero instead of 0 * inf = NaN, and so do columns far
+// The six sums of one block. The plain version takes logits up to about 3 nats above the reference, as they weigh
+// (further up t and h have lost digits), and 72 nats below it (AVX-512: any, SVE: 87): everything that a language model
+// says. It reports any other block as not usable. With kExcluded, columns of -inf weigh zero instead of 0 * inf = NaN, and so do columns far
 // below the reference.
 template <bool kExcluded, class X, class Y>
 static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octaves) {
@@ -126,9 +131,11 @@ static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octa
       a += et[j] * difference;
       b -= es[j] * difference;
     }
+    Floats weight = et[0], teacher_weight = es[0];
+    for (int j = 1; j < kUnroll; ++j) weight += et[j], teacher_weight += es[j];
+    z += weight;
+    u += teacher_weight;
     for (int j = 0; j < kUnroll; ++j) {
-      z += et[j];
-      u += es[j];
       h += et[j] * t[j];
       k += es[j] * s[j];
     }
@@ -169,7 +176,8 @@ static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octa
   // Not usable if a sum is NaN or infinite, or if some t is so large that it has lost digits.
   sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) &&
                 (kExcluded || (sums.z < kHeavy && sums.u < kHeavy)) && finite(sums.z) && finite(sums.u) &&
-                finite(sums.a) && finite(sums.b) && finite(sums.h) && finite(sums.k);
+                finite(sums.a) && finite(sums.b) && finite(sums.h) && finite(sums.k) &&
+                sums.h <= kAbove * sums.z && sums.k <= kAbove * sums.u;
   return sums;
 }
 

@@ -113,7 +113,8 @@ static inline TailFields exact_tail(double* x, int64_t count, double scale, cons
   for (int64_t i = 0; i < count; ++i) {
     if (x[i] == -inf) continue;
     const double t = x[i] - block.m, weight = std::exp(t);
-    block.z += weight, block.h += weight * t;
+    block.z += weight;
+    if (weight != 0) block.h += weight * t;  // 0 * infinity = 0; true of a NaN
   }
   return block;
 }
