@@ -149,13 +149,17 @@ def _mixture_columns(pair: Pair, rows: slice, saved: Tensor, weights: Mixture) -
     log_p = (pair.student[rows, : pair.width].double() / pair.temperature - m) - log_z
     log_w = (pair.teacher[rows, : pair.width].double() / pair.temperature - n) - log_u
     p, w = log_p.exp(), log_w.exp()
-    # Where one model has no weight, delta - log g has long reached its limit.
+    # 700 nats away one model has no weight in the column.
     delta = (log_w - log_p).masked_fill((p == 0) & (w == 0), 0.0).clamp(-700.0, 700.0)
-    rho = delta.exp()
-    g = (1 - b) + b * rho
-    log_g = g.log()
-    value = w * c_teacher * (delta - log_g) - p * c_student * log_g
-    return value, p, -c_student * log_g - (1 - b) * (c_student + c_teacher * rho) / g
+    ahead, distance = delta > 0, delta.abs()
+    rho, of_teacher = (-distance).exp(), torch.full_like(delta, b)
+    share, unit = torch.where(ahead, 1 - of_teacher, of_teacher), torch.where(ahead, of_teacher, 1 - of_teacher)
+    v, g = -share * torch.expm1(-distance), share * rho + unit
+    log_g = torch.where(v < 0.25, torch.log1p(-v), g.log())
+    to_student, to_teacher = log_g + delta.clamp(min=0), log_g - delta.clamp(max=0)
+    shares = torch.where(ahead, c_student * rho + c_teacher, c_student + c_teacher * rho)
+    value = -(p * c_student * to_student + w * c_teacher * to_teacher)
+    return value, p, -c_student * to_student - (1 - b) * shares / g
 
 
 def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:

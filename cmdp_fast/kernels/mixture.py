@@ -55,6 +55,19 @@ FAR = tl.constexpr(126.0)
 FAR_CAREFULLY = tl.constexpr(1000.0)
 
 
+class Weights(NamedTuple):
+    """A `Mixture` and 1 - b, which a kernel would have of a b that was rounded to float32: without its digits, near 1."""
+
+    b: float
+    rest: float
+    c_teacher: float
+    c_student: float
+
+
+def weights_of(mixture: Mixture) -> Weights:
+    return Weights(mixture.b, 1 - mixture.b, mixture.c_teacher, mixture.c_student)
+
+
 class Saved(NamedTuple):
     """The numbers per row that a mixture's backward pass needs."""
 
@@ -97,16 +110,16 @@ def reciprocal(g, PTX: tl.constexpr):
 
 @triton.jit
 def compared(t, s, rests, weights, PTX: tl.constexpr):
-    """Of columns 2^t and 2^s: log2(M/p), log2(M/w), and (c_student p + c_teacher w)/M. weights: a `Mixture`.
+    """Of columns 2^t and 2^s: log2(M/p), log2(M/w), and (c_student p + c_teacher w)/M. weights: `Weights`.
 
     rests: what the octaves t and s leave out of delta.
     """
-    b, c_teacher, c_student = weights
+    b, rest, c_teacher, c_student = weights
     delta = s - t + rests
     ahead = delta > 0  # the teacher's is the larger
     distance = tl.minimum(tl.abs(delta), FAR)
     rho = tl.exp2(-distance)
-    g = tl.fma(rho, tl.where(ahead, 1 - b, b), tl.where(ahead, b, 1 - b))
+    g = tl.fma(rho, tl.where(ahead, rest, b), tl.where(ahead, b, rest))
     log_g = log2_of(g, PTX)
     shares = tl.fma(rho, tl.where(ahead, c_student, c_teacher), tl.where(ahead, c_teacher, c_student))
     student, teacher = tl.where(ahead, distance, 0.0), tl.where(ahead, 0.0, distance)
@@ -130,16 +143,19 @@ def add(sums, x, y, inside, scale, normalisers, weights, PTX: tl.constexpr):
 @triton.jit
 def careful_terms(x, y, scale, saved, weights):
     """A column's share of the value, p, and G, in double."""
-    b, c_teacher, c_student = weights
+    b, rest, c_teacher, c_student = weights
     log_p, log_w = log_probabilities(x, y, saved_row(saved), scale)
     log_p, log_w = log_p * PER_NAT, log_w * PER_NAT
     p, w = tl.exp2(log_p), tl.exp2(log_w)
     delta = clamped(tl.where((p == 0) & (w == 0), 0.0, log_w - log_p), -FAR_CAREFULLY, FAR_CAREFULLY)
-    rho = tl.exp2(delta)
-    g = (1 - b) + b * rho
-    log_g = tl.log2(g)
-    value = (w * c_teacher * (delta - log_g) - p * c_student * log_g) * LN2
-    slope = -c_student * LN2 * log_g - (1 - b) * (c_student + c_teacher * rho) / g
+    ahead = delta > 0
+    distance = tl.abs(delta)
+    rho = tl.exp2(-distance)
+    log_g = tl.log2(tl.where(ahead, rest, b) * rho + tl.where(ahead, b, rest))
+    of_student, of_teacher = log_g + tl.where(ahead, distance, 0.0), log_g + tl.where(ahead, 0.0, distance)
+    value = -(p * c_student * of_student + w * c_teacher * of_teacher) * LN2
+    shares = tl.where(ahead, c_student * rho + c_teacher, c_student + c_teacher * rho) * tl.exp2(-log_g)
+    slope = -c_student * LN2 * of_student - rest * shares
     return value, p, slope
 
 
@@ -149,7 +165,7 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr, PTX:
     """One program per segment of a row, which is read as the statistics' loop reads it.
 
     folded: a `Folded` whose `partial`, [rows, segments, 2], gets the sums of the values and of p G. saved: [rows,
-    SAVED]. weights: a `Mixture`. settings: a `launch.Forward` of constants. ALIGNED, PTX: as `fold`.
+    SAVED]. weights: `Weights`. settings: a `launch.Forward` of constants. ALIGNED, PTX: as `fold`.
     """
     LANES: tl.constexpr = settings.lanes
     VECTOR: tl.constexpr = settings.vector
@@ -206,11 +222,11 @@ def mixture_kernel(folded, saved, weights, settings, ALIGNED: tl.constexpr, PTX:
         inside = columns < stop
         x, y = taken(pair.student, columns, inside), taken(pair.teacher, columns, inside)
         sums = add(sums, x, y, inside, pair.scale, normalisers, weights, PTX)
-    b, c_teacher, c_student = weights
+    _, rest, c_teacher, c_student = weights
     student_rest, teacher_rest = tl.exp2(-normalisers.student_rest), tl.exp2(-normalisers.teacher_rest)
     student = tl.sum(sums.student, 0).to(tl.float64) * student_rest * c_student * LN2
     teacher = tl.sum(sums.teacher, 0).to(tl.float64) * teacher_rest * c_teacher * LN2
-    shares = tl.sum(sums.shares, 0).to(tl.float64) * student_rest * (1 - b)
+    shares = tl.sum(sums.shares, 0).to(tl.float64) * student_rest * rest
     tl.store(to, -(student + teacher))
     tl.store(to + 1, -(student + shares))
 
@@ -255,7 +271,7 @@ def tile_gradient(row, columns, inside, normalisers, slopes, weights, PTX: tl.co
 def backward_kernel(logits, saved, upstream, target, weights, settings, PTX: tl.constexpr):
     """One program per `span` columns of a row, which it does a `tile` at a time.
 
-    logits: a `Logits`. saved: a `Saved`. upstream: [rows]. target: a `Target`. weights: a `Mixture`. settings: a
+    logits: a `Logits`. saved: a `Saved`. upstream: [rows]. target: a `Target`. weights: `Weights`. settings: a
     `launch.Columns` of constants. PTX: as `fold`.
     """
     TILE: tl.constexpr = settings.tile
@@ -287,9 +303,9 @@ def backward_kernel(logits, saved, upstream, target, weights, settings, PTX: tl.
             tl.store(to_row + columns, value.to(dtype), mask=columns < width)
         return
     normalisers = normalisers_of(saved_row(at))
-    b, _, c_student = weights
+    _, rest, _, c_student = weights
     factor = (outer * tl.exp2(-normalisers.student_rest)).to(tl.float32)
-    slopes = Slopes(-factor * center.to(tl.float32), -factor * (c_student * LN2), -factor * (1 - b))
+    slopes = Slopes(-factor * center.to(tl.float32), -factor * (c_student * LN2), -factor * rest)
     whole = start + tl.maximum(tl.minimum(stop, vocab) - start, 0) // TILE * TILE
     for first in range(start, whole, TILE):
         columns = first + tile
@@ -320,7 +336,7 @@ def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
             mixture_kernel[(rows * folded.segments,)](
                 folded,
                 saved,
-                weights,
+                weights_of(weights),
                 constants(settings),
                 ALIGNED=wide_loads,
                 PTX=launch.speaks_ptx(),
@@ -359,7 +375,7 @@ def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, 
                 Saved(saved, mean),
                 upstream,
                 Target(out, out_rows, width, blocks),
-                weights,
+                weights_of(weights),
                 constants(settings),
                 PTX=launch.speaks_ptx(),
                 **launch.compiled_for(settings.warps),

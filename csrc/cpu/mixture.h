@@ -1,12 +1,16 @@
 // Divergences from a mixture: c_teacher KL(w‖M) + c_student KL(p‖M) with M = (1 - b) p + b w, 0 < b < 1.
 //
-// The mixture's logarithm needs both normalisers first, hence a second pass. With rho = w/p = 2^delta the mixture
-// is p g, g = (1 - b) + b rho, so that log p - log M = -log g and log w - log M = delta - log g: no logarithm of a
-// probability is taken. Clamping delta to +-126 changes nothing: beyond it one model has no weight in the column,
-// and delta - log g has reached its limit -log b.
+// The mixture's logarithm needs both normalisers first, hence a second pass. Of each column the larger of p and w is
+// taken as the unit: with rho <= 1 the smaller one in that unit, and b or 1 - b the share of the smaller one's model, the
+// mixture is g times the larger one,
 //
-//   value    sum p (-c_student log g) + w c_teacher (delta - log g)
-//   gradient p (G - sum p G) / temperature,  G = -c_student log g - (1 - b)(c_student + c_teacher rho)/g
+//   g = 1 - v,  v = share (1 - rho),   log(M/larger) = log g,  log(M/smaller) = log g - log rho.
+//
+// Neither logarithm is a difference of large numbers, and log g is that of 1 - v, to a relative error: no digits are lost
+// where the models lie far apart, nor where a share is small.
+//
+//   value    sum p c_student log(p/M) + w c_teacher log(w/M)
+//   gradient p (G - sum p G) / temperature,  G = c_student log(p/M) - (1 - b)(c_student p + c_teacher w)/M
 #pragma once
 
 #include "backward.h"
@@ -25,52 +29,66 @@ static inline MixtureTerms<double> mixture_column(const Mixture& mix, const RowN
   const double log_p = norm.log_p(x), log_w = norm.log_w(y);
   const double p = std::exp(log_p), w = std::exp(log_w);
   const bool neither = p == 0 && w == 0;
+  // 700 nats away one model has no weight in the column.
   const double delta = neither ? 0 : std::fmax(-700.0, std::fmin(700.0, log_w - log_p));
-  const double rho = std::exp(delta), g = (1 - mix.b) + mix.b * rho, log_g = std::log(g);
-  return {p * (-mix.c_student * log_g) + w * mix.c_teacher * (delta - log_g), p,
-          -mix.c_student * log_g - (1 - mix.b) * (mix.c_student + mix.c_teacher * rho) / g};
+  const bool ahead = delta > 0;  // the teacher's is the larger
+  const double distance = std::fabs(delta), rho = std::exp(-distance), rest = 1 - mix.b;
+  const double share = ahead ? rest : mix.b, unit = ahead ? mix.b : rest;
+  const double v = -share * std::expm1(-distance), g = unit + share * rho;
+  const double log_g = v < 0.25 ? std::log1p(-v) : std::log(g);
+  const double of_student = log_g + (ahead ? distance : 0), of_teacher = log_g + (ahead ? 0 : distance);
+  const double shares = ahead ? mix.c_student * rho + mix.c_teacher : mix.c_student + mix.c_teacher * rho;
+  return {-(p * mix.c_student * of_student + w * mix.c_teacher * of_teacher), p,
+          -mix.c_student * of_student - rest * shares / g};
 }
 
 // A row as the fast kernels see it. p and w lack the factors 2^-r and 2^-q, `drift` is r - q.
 struct MixtureRow {
-  Mixture mix;
   Octaves octaves;
   float p_factor, w_factor, drift;
+  float b, rest, c_p, c_w;
 
   MixtureRow(const Mixture& mix, const RowNormalizers& norm, float scale)
-      : mix(mix),
-        octaves{scale, norm.m, norm.n},
+      : octaves{scale, norm.m, norm.n},
         p_factor(static_cast<float>(std::exp2(-norm.r))),
         w_factor(static_cast<float>(std::exp2(-norm.q))),
-        drift(static_cast<float>(norm.r - norm.q)) {}
+        drift(static_cast<float>(norm.r - norm.q)),
+        b(static_cast<float>(mix.b)),
+        rest(static_cast<float>(1 - mix.b)),
+        c_p(static_cast<float>(mix.c_student)),
+        c_w(static_cast<float>(mix.c_teacher)) {}
 
   // As mixture_column, kLanes columns at once, with logarithms in octaves.
   MixtureTerms<Floats> columns(const float* x, const float* y) const {
     const Floats scale = splat(octaves.scale), bottom = splat(-1e30f);
     const Floats t = max(multiply_add(load(x), scale, splat(-octaves.m)), bottom);
     const Floats s = max(multiply_add(load(y), scale, splat(-octaves.n)), bottom);
-    const Floats p = exp2(t) * p_factor, w = exp2(s) * w_factor;
-    const Floats delta = -max(-max(s - t + drift, splat(-126.0f)), splat(-126.0f));
-    const Floats rho = exp2(delta);
-    const float b = static_cast<float>(mix.b), rest = static_cast<float>(1 - mix.b);
-    const float c_p = static_cast<float>(mix.c_student), c_w = static_cast<float>(mix.c_teacher);
+    const Floats delta = s - t + drift;
+    const Ints ahead = less(Floats{}, delta);  // the teacher's is the larger
+    const auto either = [&](float if_ahead, float if_not) { return select(ahead, splat(if_ahead), splat(if_not)); };
+    const Floats distance = max(delta, -delta), rho = exp2(-distance);
+    const Floats larger = exp2(select(ahead, s, t)) * either(w_factor, p_factor), p = larger * select(ahead, rho, splat(1));
+    const Floats share = either(rest, b), v = share - share * rho, g = share * rho + either(b, rest);
+    const Floats log2_g = log2_below_one(g, v);
+    const Floats c_smaller = either(c_p, c_w), shares = c_smaller * rho + either(c_w, c_p);
     const float ln2 = static_cast<float>(kLn2);
-    // In octaves until after the subtraction: where one model has no weight, delta and log g are both about 126.
-    const Floats g = rho * b + rest, log2_g = log2(g);
-    return {(w * c_w * (delta - log2_g) - p * c_p * log2_g) * ln2, p,
-            log2_g * (-c_p * ln2) - rest * (rho * c_w + c_p) / g};
+    const Floats of_student = log2_g + max(delta, Floats{});
+    return {larger * (log2_g * shares + c_smaller * rho * distance) * -ln2, p,
+            of_student * (-c_p * ln2) - shares * rest / g};
   }
 };
 
-static inline bool fast_mixture(const Logits& in, const RowNormalizers& norm) {
-  return !is_wide(in) && std::fabs(norm.m) < kLargestReference && std::fabs(norm.n) < kLargestReference;
+// Whether floats hold the normalisers and both shares; and powers of two the smaller share, however far apart the models.
+static inline bool fast_mixture(const Logits& in, const Mixture& mix, const RowNormalizers& norm) {
+  return !is_wide(in) && std::fabs(norm.m) < kLargestReference && std::fabs(norm.n) < kLargestReference &&
+         std::fmin(mix.b, 1 - mix.b) > 0x1p-100;
 }
 
 static MixtureValue mixture(const Logits& in, int64_t row, const Mixture& mix, const SavedRow* saved) {
   const RowNormalizers norm(saved[row]);
   const RowPair rows(in, row);
   double total = 0, mean = 0;
-  if (fast_mixture(in, norm)) {
+  if (fast_mixture(in, mix, norm)) {
     const MixtureRow fast(mix, norm, scale_of(in.temperature).per_octave);
     alignas(64) float buffer_x[kBlock], buffer_y[kBlock];
     for (int64_t start = 0; start < in.vocab; start += kBlock) {
@@ -98,10 +116,20 @@ static MixtureValue mixture(const Logits& in, int64_t row, const Mixture& mix, c
     }
   } else {
     const double scale = natural_scale(in);
-    for (int64_t i = 0; i < in.vocab; ++i) {
-      const auto terms = mixture_column(mix, norm, scaled(rows.x[i], scale), scaled(rows.y[i], scale));
-      total += terms.value;
-      mean += terms.p * terms.slope;
+    // In groups and blocks, so that no sum has many terms: beside a leading column small ones would be lost one by one.
+    constexpr int64_t kGroup = TokenState::kGroup, kGroups = 32;
+    for (int64_t i = 0; i < in.vocab;) {
+      double block_total = 0, block_mean = 0;
+      for (const int64_t end = std::min(in.vocab, i + kGroups * kGroup); i < end;) {
+        double group_total = 0, group_mean = 0;
+        for (const int64_t stop = std::min(end, i + kGroup); i < stop; ++i) {
+          const auto terms = mixture_column(mix, norm, scaled(rows.x[i], scale), scaled(rows.y[i], scale));
+          group_total += terms.value;
+          group_mean += terms.p * terms.slope;
+        }
+        block_total += group_total, block_mean += group_mean;
+      }
+      total += block_total, mean += block_mean;
     }
   }
   return {TokenState::at_least_zero(total), mean};
@@ -117,7 +145,7 @@ static void mixture_backward(const Logits& in, int64_t row, const Mixture& mix, 
   const RowNormalizers norm(saved[row]);
   const RowPair rows(in, row);
   const double scale = natural_scale(in), factor = gradient.upstream * scale, mean = gradient.mean;
-  if (fast_mixture(in, norm)) {
+  if (fast_mixture(in, mix, norm)) {
     const MixtureRow row_in_octaves(mix, norm, scale_of(in.temperature).per_octave);
     const float center = static_cast<float>(mean), outer = static_cast<float>(factor);
     map_blocks(rows, in.vocab, true, to, [&](const Block<float, float>& block, float* dx) {

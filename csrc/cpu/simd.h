@@ -189,6 +189,15 @@ static inline Ints less(Floats a, Floats b) {
 #endif
 }
 
+// a in the lanes of which the mask has all bits, b in those of which it has none.
+static inline Floats select(Ints mask, Floats a, Floats b) {
+#if defined(CMDP_SVE)
+  return svsel_f32(svcmpne_n_s32(all(), mask, 0), a, b);
+#else
+  return mask ? a : b;
+#endif
+}
+
 static inline Floats to_floats(Ints v) {
 #if defined(CMDP_SVE)
   return svcvt_f32_s32_x(all(), v);
@@ -316,13 +325,15 @@ static inline bool in_range(Words seen) {
 }
 #endif
 
-// log2(g) for normal g > 0: the exponent, and on the mantissa in [1/sqrt 2, sqrt 2) the series of atanh in
-// s = (g-1)/(g+1), |s| <= .1716, whose first dropped term is below 2e-9. Exact at 1, relative error kept around it.
-static inline Floats log2(Floats g) {
+// log2(g) for normal g = 1 - v > 0, v >= 0: the exponent, and on the mantissa in [1/sqrt 2, sqrt 2) the series of atanh
+// in s = (g-1)/(g+1), |s| <= .1716, whose first dropped term is below 2e-9. Up to v = 1/4 g - 1 is -v, of which g has
+// lost what is small: the result has a relative error of some units in the last place for every v.
+static inline Floats log2_below_one(Floats g, Floats v) {
   const Ints bits = (Ints)g;
   const Ints exponent = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3 is 1/sqrt 2
   const Floats mantissa = (Floats)(bits - (exponent << 23));
-  const Floats s = (mantissa - 1.0f) / (mantissa + 1.0f), s2 = s * s;
+  const Floats above = select(less(v, splat(0.25f)), -v, mantissa - 1.0f);
+  const Floats s = above / (mantissa + 1.0f), s2 = s * s;
   Floats p = s2 * (1.0f / 9) + (1.0f / 7);
   p = p * s2 + 0.2f;
   p = p * s2 + (1.0f / 3);
