@@ -56,7 +56,7 @@ FAR_CAREFULLY = tl.constexpr(1000.0)
 
 
 class Weights(NamedTuple):
-    """A `Mixture` and 1 - b, which a kernel would have of a b that was rounded to float32: without its digits, near 1."""
+    """A `Mixture` and 1 - b: from a b that was rounded to float32 it would have lost its digits near 1."""
 
     b: float
     rest: float
