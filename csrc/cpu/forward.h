@@ -10,8 +10,9 @@
 // Differences t - s are taken relative to the references, so that a common shift of one model's logits costs no
 // precision. Across blocks the sums are double.
 //
-// The reference of a row's segment is the maximum of its first block; a block whose columns exceed it by kAbove octaves,
-// weighed as the sums weigh them, gets its own. Maxima are therefore looked for in few blocks, and memory is read once.
+// The reference of a row's segment is the maximum of its first block; a block whose columns exceed it by kAbove
+// octaves, weighed as the sums weigh them, gets its own. Maxima are therefore looked for in few blocks, and memory is
+// read once.
 //
 // Rounding of a row that is nearly one-hot, whose entropy log z - h/z cancels: h is a sum of at most kAbove octaves a
 // weight, which the float sums round by 2^-24 of it each. And its leading column weighs about 1, to which one lane adds
@@ -40,8 +41,8 @@ constexpr int kUnroll = 2;
 constexpr int kUnroll = 3;
 #endif
 constexpr int64_t kStep = kUnroll * kLanes;
-// Float sums are kept in three levels, a step, a run of 8 steps and a block of 11 or 16 runs, so that no lane makes more
-// than some 20 additions of weights before its sum goes on in double. The buffers of a block stay in the L1 cache.
+// Float sums are kept in three levels, a step, a run of 8 steps and a block of 11 or 16 runs, so that no lane makes
+// more than some 20 additions of weights before its sum goes on in double. The buffers of a block stay in the L1 cache.
 constexpr int64_t kRun = 8 * kStep;
 constexpr int64_t kBlock = 33 / kUnroll * kRun;
 // Columns that one thread folds. It depends on nothing else, so that the result of a row does not either.
@@ -89,8 +90,8 @@ struct BlockSums {
 
 // The six sums of one block. The plain version takes logits up to about 3 nats above the reference, as they weigh
 // (further up t and h have lost digits), and 72 nats below it (AVX-512: any, SVE: 87): everything that a language model
-// says. It reports any other block as not usable. With kExcluded, columns of -inf weigh zero instead of 0 * inf = NaN, and so do columns far
-// below the reference.
+// says. It reports any other block as not usable. With kExcluded, columns of -inf weigh zero instead of 0 * inf = NaN,
+// and so do columns far below the reference.
 template <bool kExcluded, class X, class Y>
 static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octaves) {
   const auto [x, y, count] = block;
@@ -176,8 +177,8 @@ static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octa
   // Not usable if a sum is NaN or infinite, or if some t is so large that it has lost digits.
   sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) &&
                 (kExcluded || (sums.z < kHeavy && sums.u < kHeavy)) && finite(sums.z) && finite(sums.u) &&
-                finite(sums.a) && finite(sums.b) && finite(sums.h) && finite(sums.k) &&
-                sums.h <= kAbove * sums.z && sums.k <= kAbove * sums.u;
+                finite(sums.a) && finite(sums.b) && finite(sums.h) && finite(sums.k) && sums.h <= kAbove * sums.z &&
+                sums.k <= kAbove * sums.u;
   return sums;
 }
 

@@ -1,13 +1,13 @@
 // Divergences from a mixture: c_teacher KL(w‖M) + c_student KL(p‖M) with M = (1 - b) p + b w, 0 < b < 1.
 //
 // The mixture's logarithm needs both normalisers first, hence a second pass. Of each column the larger of p and w is
-// taken as the unit: with rho <= 1 the smaller one in that unit, and b or 1 - b the share of the smaller one's model, the
-// mixture is g times the larger one,
+// taken as the unit: with rho <= 1 the smaller one in that unit, and b or 1 - b the share of the smaller one's model,
+// the mixture is g times the larger one,
 //
 //   g = 1 - v,  v = share (1 - rho),   log(M/larger) = log g,  log(M/smaller) = log g - log rho.
 //
-// Neither logarithm is a difference of large numbers, and log g is that of 1 - v, to a relative error: no digits are lost
-// where the models lie far apart, nor where a share is small.
+// Neither logarithm is a difference of large numbers, and log g is that of 1 - v, to a relative error: no digits are
+// lost where the models lie far apart, nor where a share is small.
 //
 //   value    sum p c_student log(p/M) + w c_teacher log(w/M)
 //   gradient p (G - sum p G) / temperature,  G = c_student log(p/M) - (1 - b)(c_student p + c_teacher w)/M
@@ -58,7 +58,9 @@ struct MixtureRow {
         c_p(static_cast<float>(mix.c_student)),
         c_w(static_cast<float>(mix.c_teacher)) {}
 
-  // As mixture_column, kLanes columns at once, with logarithms in octaves.
+  // As mixture_column, kLanes columns at once, with logarithms in octaves. Without kValue there is none of the value,
+  // and p is made of t alone.
+  template <bool kValue>
   MixtureTerms<Floats> columns(const float* x, const float* y) const {
     const Floats scale = splat(octaves.scale), bottom = splat(-1e30f);
     const Floats t = max(multiply_add(load(x), scale, splat(-octaves.m)), bottom);
@@ -67,18 +69,21 @@ struct MixtureRow {
     const Ints ahead = less(Floats{}, delta);  // the teacher's is the larger
     const auto either = [&](float if_ahead, float if_not) { return select(ahead, splat(if_ahead), splat(if_not)); };
     const Floats distance = max(delta, -delta), rho = exp2(-distance);
-    const Floats larger = exp2(select(ahead, s, t)) * either(w_factor, p_factor), p = larger * select(ahead, rho, splat(1));
     const Floats share = either(rest, b), v = share - share * rho, g = share * rho + either(b, rest);
     const Floats log2_g = log2_below_one(g, v);
     const Floats c_smaller = either(c_p, c_w), shares = c_smaller * rho + either(c_w, c_p);
     const float ln2 = static_cast<float>(kLn2);
     const Floats of_student = log2_g + max(delta, Floats{});
-    return {larger * (log2_g * shares + c_smaller * rho * distance) * -ln2, p,
-            of_student * (-c_p * ln2) - shares * rest / g};
+    const Floats slope = of_student * (-c_p * ln2) - shares * rest / g;
+    if constexpr (!kValue) return {Floats{}, exp2(t) * p_factor, slope};
+    const Floats larger = exp2(select(ahead, s, t)) * either(w_factor, p_factor);
+    return {larger * (log2_g * shares + c_smaller * rho * distance) * -ln2, larger * select(ahead, rho, splat(1)),
+            slope};
   }
 };
 
-// Whether floats hold the normalisers and both shares; and powers of two the smaller share, however far apart the models.
+// Whether floats hold the normalisers and both shares; and powers of two the smaller share, however far apart the
+// models.
 static inline bool fast_mixture(const Logits& in, const Mixture& mix, const RowNormalizers& norm) {
   return !is_wide(in) && std::fabs(norm.m) < kLargestReference && std::fabs(norm.n) < kLargestReference &&
          std::fmin(mix.b, 1 - mix.b) > 0x1p-100;
@@ -97,7 +102,7 @@ static MixtureValue mixture(const Logits& in, int64_t row, const Mixture& mix, c
       const float* y = rows.y.floats(start, count, buffer_y);
       Floats values{}, slopes{};
       const auto step = [&](const float* xs, const float* ys) {
-        const MixtureTerms<Floats> terms = fast.columns(xs, ys);
+        const MixtureTerms<Floats> terms = fast.columns<true>(xs, ys);
         values += terms.value;
         slopes += terms.p * terms.slope;
       };
@@ -152,7 +157,7 @@ static void mixture_backward(const Logits& in, int64_t row, const Mixture& mix, 
       const auto [x, y, count] = block;
       const MixtureRow fast = row_in_octaves;  // a copy, which no store to dx can change
       const auto step = [&](const float* xs, const float* ys, float* lanes) {
-        const MixtureTerms<Floats> terms = fast.columns(xs, ys);
+        const MixtureTerms<Floats> terms = fast.columns<false>(xs, ys);
         store(lanes, terms.p * (terms.slope - center) * outer);
       };
       int64_t i = 0;

@@ -325,9 +325,9 @@ static inline bool in_range(Words seen) {
 }
 #endif
 
-// log2(g) for normal g = 1 - v > 0, v >= 0: the exponent, and on the mantissa in [1/sqrt 2, sqrt 2) the series of atanh
-// in s = (g-1)/(g+1), |s| <= .1716, whose first dropped term is below 2e-9. Up to v = 1/4 g - 1 is -v, of which g has
-// lost what is small: the result has a relative error of some units in the last place for every v.
+// log2(g) for normal g = 1 - v, v >= 0: the exponent, and on the mantissa in [1/sqrt 2, sqrt 2) the series of atanh in
+// s = (g-1)/(g+1), |s| <= .1716, whose first dropped term is below 2e-9. Up to v = 1/4 g - 1 is -v, of which g has lost
+// what is small: the relative error is some units in the last place for any v.
 static inline Floats log2_below_one(Floats g, Floats v) {
   const Ints bits = (Ints)g;
   const Ints exponent = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3 is 1/sqrt 2
