@@ -58,27 +58,37 @@ struct MixtureRow {
         c_p(static_cast<float>(mix.c_student)),
         c_w(static_cast<float>(mix.c_teacher)) {}
 
-  // As mixture_column, kLanes columns at once, with logarithms in octaves. Without kValue there is none of the value,
-  // and p is made of t alone.
-  template <bool kValue>
+  // Columns in octaves below the normalisers.
+  Floats student(const float* x) const { return in_octaves(x, octaves.m); }
+  Floats teacher(const float* y) const { return in_octaves(y, octaves.n); }
+  Floats in_octaves(const float* x, float reference) const {
+    return max(multiply_add(load(x), splat(octaves.scale), splat(-reference)), splat(-1e30f));
+  }
+
+  // As mixture_column, kLanes columns at once, with logarithms in octaves.
   MixtureTerms<Floats> columns(const float* x, const float* y) const {
-    const Floats scale = splat(octaves.scale), bottom = splat(-1e30f);
-    const Floats t = max(multiply_add(load(x), scale, splat(-octaves.m)), bottom);
-    const Floats s = max(multiply_add(load(y), scale, splat(-octaves.n)), bottom);
-    const Floats delta = s - t + drift;
+    const Floats t = student(x), s = teacher(y), delta = s - t + drift;
     const Ints ahead = less(Floats{}, delta);  // the teacher's is the larger
     const auto either = [&](float if_ahead, float if_not) { return select(ahead, splat(if_ahead), splat(if_not)); };
     const Floats distance = max(delta, -delta), rho = exp2(-distance);
+    const Floats larger = exp2(select(ahead, s, t)) * either(w_factor, p_factor),
+                 p = larger * select(ahead, rho, splat(1));
     const Floats share = either(rest, b), v = share - share * rho, g = share * rho + either(b, rest);
-    const Floats log2_g = log2_below_one(g, v);
+    const Floats log2_g = log2_one_less(g, v);
     const Floats c_smaller = either(c_p, c_w), shares = c_smaller * rho + either(c_w, c_p);
     const float ln2 = static_cast<float>(kLn2);
     const Floats of_student = log2_g + max(delta, Floats{});
-    const Floats slope = of_student * (-c_p * ln2) - shares * rest / g;
-    if constexpr (!kValue) return {Floats{}, exp2(t) * p_factor, slope};
-    const Floats larger = exp2(select(ahead, s, t)) * either(w_factor, p_factor);
-    return {larger * (log2_g * shares + c_smaller * rho * distance) * -ln2, larger * select(ahead, rho, splat(1)),
-            slope};
+    return {larger * (log2_g * shares + c_smaller * rho * distance) * -ln2, p,
+            of_student * (-c_p * ln2) - shares * rest / g};
+  }
+
+  // Without the value p may be the unit in every column: where it is the smaller one what log(M/p) loses weighs little.
+  MixtureTerms<Floats> slopes(const float* x, const float* y) const {
+    const Floats t = student(x), delta = teacher(y) - t + drift;
+    const Floats rho = exp2(-max(-max(delta, splat(-126.0f)), splat(-126.0f)));
+    const Floats of_student = log2_one_less(rho * b + rest, b - rho * b);
+    const float ln2 = static_cast<float>(kLn2);
+    return {Floats{}, exp2(t) * p_factor, of_student * (-c_p * ln2) - (rho * c_w + c_p) * rest / (rho * b + rest)};
   }
 };
 
@@ -102,7 +112,7 @@ static MixtureValue mixture(const Logits& in, int64_t row, const Mixture& mix, c
       const float* y = rows.y.floats(start, count, buffer_y);
       Floats values{}, slopes{};
       const auto step = [&](const float* xs, const float* ys) {
-        const MixtureTerms<Floats> terms = fast.columns<true>(xs, ys);
+        const MixtureTerms<Floats> terms = fast.columns(xs, ys);
         values += terms.value;
         slopes += terms.p * terms.slope;
       };
@@ -157,7 +167,7 @@ static void mixture_backward(const Logits& in, int64_t row, const Mixture& mix, 
       const auto [x, y, count] = block;
       const MixtureRow fast = row_in_octaves;  // a copy, which no store to dx can change
       const auto step = [&](const float* xs, const float* ys, float* lanes) {
-        const MixtureTerms<Floats> terms = fast.columns<false>(xs, ys);
+        const MixtureTerms<Floats> terms = fast.slopes(xs, ys);
         store(lanes, terms.p * (terms.slope - center) * outer);
       };
       int64_t i = 0;

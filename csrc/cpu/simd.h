@@ -325,14 +325,14 @@ static inline bool in_range(Words seen) {
 }
 #endif
 
-// log2(g) for normal g = 1 - v, v >= 0: the exponent, and on the mantissa in [1/sqrt 2, sqrt 2) the series of atanh in
-// s = (g-1)/(g+1), |s| <= .1716, whose first dropped term is below 2e-9. Up to v = 1/4 g - 1 is -v, of which g has lost
-// what is small: the relative error is some units in the last place for any v.
-static inline Floats log2_below_one(Floats g, Floats v) {
+// log2(g) for normal g = 1 - v > 0: the exponent, and on the mantissa in [1/sqrt 2, sqrt 2) the series of atanh in
+// s = (g-1)/(g+1), |s| <= .1716, whose first dropped term is below 2e-9. Up to |v| = 1/4 g - 1 is -v, of which g has
+// lost what is small: the relative error is some units in the last place for any v.
+static inline Floats log2_one_less(Floats g, Floats v) {
   const Ints bits = (Ints)g;
   const Ints exponent = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3 is 1/sqrt 2
   const Floats mantissa = (Floats)(bits - (exponent << 23));
-  const Floats above = select(less(v, splat(0.25f)), -v, mantissa - 1.0f);
+  const Floats above = select(less(max(v, -v), splat(0.25f)), -v, mantissa - 1.0f);
   const Floats s = above / (mantissa + 1.0f), s2 = s * s;
   Floats p = s2 * (1.0f / 9) + (1.0f / 7);
   p = p * s2 + 0.2f;
