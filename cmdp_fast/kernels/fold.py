@@ -113,25 +113,29 @@ def highest(columns, DTYPE: tl.constexpr, COUNT: tl.constexpr, HALVES: tl.conste
 
 @triton.jit
 def add(state, x, y, scale):
-    """One column [L] of both models into the sums, the references being high enough."""
+    """One column [L] of both models into the sums but z and u, the references being high enough; and its weights."""
     t, s = octaves(x, scale, state.m), octaves(y, scale, state.n)
     p, w = tl.exp2(t), tl.exp2(s)
     difference = t - s
-    return State(
+    sums = State(
         state.m,
         state.n,
-        state.z + p,
-        state.u + w,
+        state.z,
+        state.u,
         tl.fma(p, difference, state.a),
         tl.fma(-w, difference, state.b),
         tl.fma(p, t, state.h),
         tl.fma(w, s, state.k),
     )
+    return sums, p, w
 
 
 @triton.jit
 def added(state, xs, ys, scale, X: tl.constexpr, Y: tl.constexpr, COUNT: tl.constexpr, PTX: tl.constexpr):
-    """COUNT columns of each lane, as `read` gives them, into its state: one rise of the references, then the sums."""
+    """COUNT columns of each lane, as `read` gives them, into its state: one rise of the references, then the sums.
+
+    Their weights are added up first: beside a leading column, which weighs 1, small ones are lost in up to 2^-24 each
+    time that some are added."""
     x_halves: tl.constexpr = 2 if xs[0].dtype == tl.int32 and X.primitive_bitwidth == 16 else 1
     y_halves: tl.constexpr = 2 if ys[0].dtype == tl.int32 and Y.primitive_bitwidth == 16 else 1
     top = tl.maximum(state.m, highest(xs, X, COUNT // x_halves, x_halves, PTX) * scale)
@@ -140,8 +144,13 @@ def added(state, xs, ys, scale, X: tl.constexpr, Y: tl.constexpr, COUNT: tl.cons
     for i in tl.static_range(COUNT):
         x = widened(xs[i // x_halves], X, i % x_halves)
         y = widened(ys[i // y_halves], Y, i % y_halves)
-        state = add(state, x, y, scale)
-    return state
+        state, p, w = add(state, x, y, scale)
+        if i == 0:
+            z, u = p, w
+        else:
+            z += p
+            u += w
+    return State(state.m, state.n, state.z + z, state.u + u, state.a, state.b, state.h, state.k)
 
 
 @triton.jit

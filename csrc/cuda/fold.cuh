@@ -23,6 +23,11 @@ constexpr float kSlack = 8.0f;
 // whose every logit lies below it is folded exactly.
 constexpr float kNowhere = -1e30f;
 
+// Of a column, or of some together.
+struct Weights {
+  float student, teacher;
+};
+
 // A TokenState in octaves and float32, without the token's own logits.
 struct Sums {
   float m, n, z, u, a, b, h, k;
@@ -35,32 +40,37 @@ struct Sums {
     m = new_m, n = new_n;
   }
 
+  // One column, but for its weights, which are given back.
   template <bool kTail>
-  __device__ __forceinline__ void push(float x, float y, float scale, bool counts) {
+  __device__ __forceinline__ Weights push(float x, float y, float scale, bool counts) {
     const float t = fmaf(x, scale, -m), s = fmaf(y, scale, -n);
     float p = ex2(t), w = ex2(s);
     if constexpr (kTail) p = counts ? p : 0.0f, w = counts ? w : 0.0f;
     const float difference = t - s;
-    z += p;
-    u += w;
     a = fmaf(p, difference, a);
     b = fmaf(-w, difference, b);
     h = fmaf(p, t, h);
     k = fmaf(w, s, k);
+    return {p, w};
   }
 
-  // Columns that a thread has loaded together. kTail: only the first `count` of them count.
+  // Columns that a thread has loaded together. kTail: only the first `count` of them count. Their weights are added up
+  // first: beside a leading column, which weighs 1, small ones are lost in up to 2^-24 each time that some are added.
   template <class X, class Y, bool kTail, int kWordsX, int kWordsY>
   __device__ __forceinline__ void push_columns(const uint32_t (&xs)[kWordsX], const uint32_t (&ys)[kWordsY],
                                                float scale, int count) {
     const float top = highest<X>(xs) * scale, teacher_top = highest<Y>(ys) * scale;
     if (top > m + kSlack || teacher_top > n + kSlack) raise(fmaxf(m, top), fmaxf(n, teacher_top));
+    Weights sum{};
 #pragma unroll
     for (int i = 0; i < kWordsX * X::kColumns; ++i) {
       const float x = widen<X>(xs[i / X::kColumns], i % X::kColumns);
       const float y = widen<Y>(ys[i / Y::kColumns], i % Y::kColumns);
-      push<kTail>(x, y, scale, i < count);
+      const auto [p, w] = push<kTail>(x, y, scale, i < count);
+      sum = i == 0 ? Weights{p, w} : Weights{sum.student + p, sum.teacher + w};
     }
+    z += sum.student;
+    u += sum.teacher;
   }
 
   // Merges kCount neighbouring lanes.

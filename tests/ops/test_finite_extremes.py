@@ -144,9 +144,7 @@ PLACES = [(300, 0), (9000, 8000)] if INTERPRETED else [(60, 0), (300, 0), (300, 
 def test_a_row_with_one_leading_column(width, column, backend, variant):
     """The others are lost beside it one by one where they are 2^-24 of it (16.6 nats below), and digits of h where its
     block has a reference far below it."""
-    if backend in ("triton", "cuda") and width > 300:
-        pytest.skip("their loss has a bound of its own")
-    for lead, seed in itertools.product((8.0, 16.8, 17.4, 23.0, 40.0), range(1 if INTERPRETED else 2)):
+    for lead, seed in itertools.product((8.0, 16.7, 17.4, 23.0, 40.0), range(1 if INTERPRETED else 2)):
         x = leading(torch.float32, width, column, lead, 0.02, seed)
         y = make_logits(1, width, seed=seed + 9)
         check(here(x), here(y), here(torch.tensor([column])), backend)
