@@ -18,6 +18,8 @@ All values are in nats. Special values: p = 0 contributes nothing to R or H, w =
 p = 0 makes F = +inf; p > 0 where w = 0 makes R = +inf, and such a row passes *no* gradient
 through R (its true gradient is infinite). NaN
 or +inf in either row of logits (or a row that is -inf throughout) makes all six statistics of the row NaN.
+Finite logits of any size make none: a log-probability or divergence that no float holds is infinite, and entropies are
+exact. Kernels and states may also give +inf for a divergence of float64 logits above the largest float64 over V.
 """
 
 from __future__ import annotations
