@@ -22,7 +22,6 @@ or +inf in either row of logits (or a row that is -inf throughout) makes all six
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -275,8 +274,11 @@ def divergence(
         b, c_teacher, c_student = divergence_weights(kind, beta)
         # A column that neither model may use is taken out of the mixture, whose gradient there is 0/0.
         unused = torch.isneginf(p.log) & torch.isneginf(w.log)
+        # Logarithms of tensors: torch.compile makes a graph for each value of a number that math looks at.
+        one = torch.ones((), dtype=torch.float64, device=p.log.device)
+        log_share, log_rest = torch.log(one * b), torch.log1p(one * -b)
         log_m = torch.logaddexp(
-            (p.log + math.log1p(-b)).masked_fill(unused, 0.0), (w.log + math.log(b)).masked_fill(unused, 0.0)
+            (p.log + log_rest).masked_fill(unused, 0.0), (w.log + log_share).masked_fill(unused, 0.0)
         )
         value = c_teacher * _expect(w, w.log - log_m) + c_student * _expect(p, p.log - log_m)
     return _poison(value, p, w)

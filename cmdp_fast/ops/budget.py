@@ -90,6 +90,8 @@ def discounted_budget(budget: float | Tensor, gamma: float, horizon: int) -> flo
         gamma: the discount of the cost, in (0, 1]; 1 changes nothing.
         horizon: the largest number of tokens T >= 1 of a sequence, whatever its own length is.
 
+    Under ``torch.compile`` each gamma and horizon makes a graph of its own; call it outside where they change.
+
     Returns:
         A number, or a tensor ``[B]``: the ``budget`` of `budget_trace` and `Constraint` beside the same ``gamma``.
 

@@ -203,4 +203,6 @@ def _(given: _Given) -> _Made:
 _constrained_pass.gradient(
     of=[f"scored_{name}" for name in DIFFERENTIABLE],
     keep=lambda given, made: Kept(given.pair, made.scored.saved, given.inplace, given.backend),
+    operation="constrained_reward",
+    instead="constrained_reward(backend='torch')",
 )(gradient_of_logits)

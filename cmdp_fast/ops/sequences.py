@@ -88,7 +88,7 @@ def sequence_limits(
     if isinstance(budget, Tensor):
         limits = budget.detach().to(torch.float64).expand(count)
     else:
-        limits = torch.full((count,), float(budget), dtype=torch.float64, device=like.device)
+        limits = (torch.ones((), dtype=torch.float64, device=like.device) * budget).expand(count)  # see `in_tensor`
     if per_token:
         counted = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.to(torch.float64)
         running = torch.nn.functional.pad(counted.flatten().cumsum(0), (1, 0))

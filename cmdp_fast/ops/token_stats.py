@@ -15,7 +15,7 @@ from torch import Tensor
 from cmdp_fast import checks, reference
 from cmdp_fast.layout import Pair, addressable, can_overwrite, unit_stride
 from cmdp_fast.ops import backends
-from cmdp_fast.ops.onlookers import saves_through_hooks
+from cmdp_fast.ops.onlookers import saves_through_hooks, transformed
 from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.sharded_stats import sharded_token_stats
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored
@@ -112,7 +112,7 @@ def kernel_memory(
     student_logits: Tensor, teacher_logits: Tensor, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, bool]:
     """Both logits as the kernels read them, and whether the student's memory takes the gradient."""
-    inplace = inplace_backward and not torch.compiler.is_compiling() and not saves_through_hooks()
+    inplace = inplace_backward and not (torch.compiler.is_compiling() or transformed() or saves_through_hooks())
     student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
     if inplace:
         reachable = backend not in backends.ON_GPU or addressable(student)
@@ -174,5 +174,7 @@ def _(given: _Given) -> Scored:
 
 
 _token_stats.gradient(
-    of=DIFFERENTIABLE, keep=lambda given, made: Kept(given.pair, made.saved, given.inplace, given.backend)
+    of=DIFFERENTIABLE,
+    keep=lambda given, made: Kept(given.pair, made.saved, given.inplace, given.backend),
+    instead="token_stats(backend='torch')",
 )(gradient_of_logits)

@@ -247,7 +247,9 @@ class _Kept(NamedTuple):
     tail: FoldedTail
 
 
-@_tail_of_logits.gradient(of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given, folded(made)))
+@_tail_of_logits.gradient(
+    of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given, folded(made)), operation="topk_stats"
+)
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
     return {"rows_student": _tail_of_logits_backward(_Upward(backward.kept, TailUpstream(*backward.upstream)))}
 
