@@ -246,21 +246,28 @@ class Operator(Generic[Given, Made]):
                 if not needing or (self.differentiated is not None and not autograd_excluded()):
                     call = self._call if "torch._dynamo" not in sys.modules else self._call_untraced
                     return call(given, needing)
-            if self.transformable is not None and (transformed() or forward_mode()):
-                return self._named(self.transformable.apply(*self._arguments(given)))
-        elif self.differentiated is not None:
-            if forward_mode_in_graph():
-                raise NotImplementedError(self.no_derivative)
-            if gradient_in_graph():  # torch.compile makes a graph of no such operator,
-                raise NotImplementedError(
-                    f"{NAMESPACE}.{self.name}: torch.compile does not trace torch.func.grad, vjp or jacrev of it; "
-                    "compile without fullgraph=True, or use backward"
-                )
         return self.dispatched(given)
 
     def dispatched(self, given: Given) -> Made:
         """The call by way of the registered operator."""
-        return self._named(self.registered(*self._arguments(given)))
+        call = self.registered
+        if torch.compiler.is_compiling():
+            self._check_transforms_of_graph()
+        elif self.transformable is not None and (transformed() or forward_mode()):
+            call = self.transformable.apply
+        return self._named(call(*self._arguments(given)))
+
+    def _check_transforms_of_graph(self) -> None:
+        """Raises NotImplementedError for a derivative that a graph cannot have."""
+        if self.differentiated is None:
+            return
+        if forward_mode_in_graph():
+            raise NotImplementedError(self.no_derivative)
+        if gradient_in_graph():  # torch traces none of a registered operator
+            raise NotImplementedError(
+                f"{NAMESPACE}.{self.name}: torch.compile does not trace torch.func.grad, vjp or jacrev of it; "
+                "compile without fullgraph=True, or use backward"
+            )
 
     def _arguments(self, given: Given) -> tuple[Any, ...]:
         """What the registered operator is called with.

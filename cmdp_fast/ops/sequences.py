@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensor
 
 from cmdp_fast import checks
 from cmdp_fast.constraint import Constraint
+from cmdp_fast.ops.onlookers import unobserved
 
 
 def check_layout(name: str, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
@@ -73,6 +74,8 @@ def sequence_offsets(value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or width == 0:  # a graph would be made for one width alone
             return torch.arange(count + 1, device=value.device) * width
         return torch.arange(0, (count + 1) * width, width, device=value.device)
+    if not torch.compiler.is_compiling() and unobserved((cu_seqlens,)):  # otherwise the operator looks
+        check_offsets(cu_seqlens, value)
     return cu_seqlens.to(torch.int64).contiguous()
 
 
@@ -92,7 +95,8 @@ def sequence_limits(
     if per_token:
         counted = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.to(torch.float64)
         running = torch.nn.functional.pad(counted.flatten().cumsum(0), (1, 0))
-        tokens = running[offsets[1:]] - running[offsets[:-1]]
+        within = offsets.clamp(0, like.numel())  # those of a GPU, and of a graph, have not been looked at
+        tokens = running[within[1:]] - running[within[:-1]]
         limits = torch.where(tokens > 0, limits * tokens, 0.0)
     return limits.to(dtype).to(torch.float64).contiguous()
 
@@ -102,17 +106,29 @@ def rounded(number: float, dtype: torch.dtype) -> float:
     return ctypes.c_float(number).value if dtype == torch.float32 else float(number)
 
 
-def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
-    """Checks what only values tell, on the CPU only: there it does not stall a device."""
-    if like.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(like, FakeTensor):
+def _to_be_seen(t: Tensor) -> bool:
+    """Whether values may be looked at: on the CPU, where it does not stall a device."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+
+
+def check_offsets(offsets: Tensor, like: Tensor) -> None:
+    """Checks where the packed sequences of ``like`` begin, on the CPU only."""
+    if not _to_be_seen(like):
         return
-    # Lists: a tensor operation per comparison costs more than all the sequences of a batch.
-    starts, amounts = offsets.tolist(), limits.tolist()
+    # A list: a tensor operation per comparison costs more than all the sequences of a batch.
+    starts = offsets.tolist()
     if starts[0] != 0 or starts[-1] != like.numel() or starts != sorted(starts):
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens, {like.numel()}, got {starts[:8]}"
             + ("..." if len(starts) > 8 else "")
         )
-    for i, amount in enumerate(amounts):
+
+
+def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
+    """Checks what only values tell, on the CPU only: there it does not stall a device."""
+    if not _to_be_seen(like):
+        return
+    check_offsets(offsets, like)
+    for i, amount in enumerate(limits.tolist()):
         if not amount >= 0:  # NaN is not
             raise ValueError(f"budget[{i}] = {amount}; every budget must be at least 0")
