@@ -46,8 +46,8 @@ def token_stats(
     only: there is no second derivative, no `torch.func.jvp`.
 
     Args:
-        student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; a last axis that is not
-            contiguous is copied.
+        student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; where the last
+            axis is not contiguous, or more than 8 others lie scattered, they are copied.
         teacher_logits: ``[..., V']``, likewise, of its own dtype; V' = V unless ``vocab_size`` is given.
         tokens: ``[...]`` integers in [0, vocab_size): the actions a. Masked tokens may hold anything.
         mask: ``[...]`` bool, False = the row is not read; its statistics and its gradient are exactly 0.
