@@ -158,7 +158,7 @@ def teacher_terms(
     listed, error = rounded.double(), rounding_of(rounded)
     probability = listed.exp()
     mass = probability.sum(-1)
-    most_likely = ~absent if top_k is None else ~absent & (order < top_k)
+    most_likely = ~absent if top_k is None else ~absent & (order < min(top_k, order.shape[-1]))
     caps = torch.cat([torch.where(most_likely, listed + error, 0.0), torch.zeros_like(mass)[..., None]], -1)
     floor = None
     if min_logprob is not None:

@@ -88,6 +88,7 @@ def token_stats(
 
     Source: the token-level KL of arXiv 2509.22921; the streaming state is this project's (csrc/token_state.h).
     """
+    checks.flag("inplace_backward", inplace_backward)
     if process_group is not None or first_column != 0:
         settings = (temperature, vocab_size, process_group, first_column, backend)
         return sharded_token_stats(student_logits, teacher_logits, tokens, mask, *settings)
@@ -138,16 +139,20 @@ def dropped_teacher_mass(
     Raises:
         TypeError, ValueError: as `token_stats`.
     """
+    checks.integer("vocab_size", vocab_size)
     checks.logits(teacher_logits, teacher_logits, vocab_size)
     checks.positive("temperature", temperature)
+    checks.integer("rows_at_once", rows_at_once)
+    if rows_at_once < 1:
+        raise ValueError(f"rows_at_once must be at least 1, got {rows_at_once}")
     dtype = compute_dtype(teacher_logits)
     rows = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
-    mass = torch.empty(len(rows), dtype=dtype, device=rows.device)
+    mass = [rows.new_empty(0, dtype=dtype)]
     for start in range(0, len(rows), rows_at_once):
         piece = rows[start : start + rows_at_once].to(dtype) / temperature
         weight = (piece - piece.amax(-1, keepdim=True)).exp()  # torch.softmax adds in sequence on a CPU
-        mass[start : start + rows_at_once] = weight[:, vocab_size:].sum(-1) / weight.sum(-1)
-    return mass.reshape(teacher_logits.shape[:-1])
+        mass.append(weight[:, vocab_size:].sum(-1) / weight.sum(-1))
+    return torch.cat(mass).reshape(teacher_logits.shape[:-1])
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -54,8 +54,9 @@ def budget_verdict(
     Raises:
         TypeError, ValueError: as `budget_trace`; bounds of different shapes.
     """
-    checks.tensor("lower", lower)
-    checks.tensor("upper", upper)
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if not checks.tensor(name, bound).dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {checks.describe(bound)}")
     if lower.shape != upper.shape:
         raise ValueError(f"lower and upper must have one shape, got {list(lower.shape)} and {list(upper.shape)}")
 
