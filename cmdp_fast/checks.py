@@ -19,6 +19,8 @@ def describe(t: object) -> str:
 def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got one of layout {value.layout}; convert it with to_dense()")
     return value
 
 
@@ -128,6 +130,11 @@ def number(name: str, value: object) -> None:
 def integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {describe(value)}")
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

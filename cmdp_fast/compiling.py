@@ -14,6 +14,7 @@ from types import CodeType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,3 +61,23 @@ def replaced(record: Record, **fields: Any) -> Record:
     kind: Any = type(record)
     values = [fields.get(name, value) for name, value in zip(kind._fields, record, strict=True)]
     return cast(Record, kind(*values))
+
+
+def varies(number: Any) -> bool:
+    """Whether a number is no constant of the graph that is being made, but any number that it will be called with."""
+    if isinstance(number, Tensor):  # in the trace of a backward pass
+        return True
+    return (
+        number is not None
+        and torch.compiler.is_compiling()
+        and not torch.fx.experimental.symbolic_shapes.has_static_value(number)
+    )
+
+
+def in_tensor(number: Any) -> Tensor:
+    """A number as a float64 scalar on the CPU.
+
+    By a product: a graph that keeps a number variable keeps it so in the arithmetic of tensors alone. `torch.full` or
+    `torch.tensor` would make it a constant, and each new value a new graph.
+    """
+    return number if isinstance(number, Tensor) else torch.ones((), dtype=torch.float64, device="cpu") * number

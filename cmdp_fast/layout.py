@@ -15,6 +15,7 @@ DTYPE_NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+AXES = 8  # leading axes of rows that lie scattered: Matrix::kMaxDims in csrc/logits.h
 SAVED = 7  # numbers per row that the backward pass needs: SavedRow in csrc/logits.h
 
 
@@ -194,7 +195,9 @@ def alike(first: Tensor, count: int, zero: bool = False) -> list[Tensor]:
 
 
 def unit_stride(t: Tensor) -> Tensor:
-    """The tensor itself if its last axis is contiguous, else a copy."""
+    """The tensor itself if its last axis is contiguous and the kernels can follow the others, else a copy."""
+    if t.dim() > AXES + 1 and len(row_axes(t)) > AXES:
+        return t.contiguous()
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 

@@ -24,7 +24,6 @@ exact. Kernels and states may also give +inf for a divergence of float64 logits 
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -277,8 +276,11 @@ def divergence(
         b, c_teacher, c_student = divergence_weights(kind, beta)
         # A column that neither model may use is taken out of the mixture, whose gradient there is 0/0.
         unused = torch.isneginf(p.log) & torch.isneginf(w.log)
+        # Logarithms of tensors: torch.compile makes a graph for each value of a number that math looks at.
+        one = torch.ones((), dtype=torch.float64, device=p.log.device)
+        log_share, log_rest = torch.log(one * b), torch.log1p(one * -b)
         log_m = torch.logaddexp(
-            (p.log + math.log1p(-b)).masked_fill(unused, 0.0), (w.log + math.log(b)).masked_fill(unused, 0.0)
+            (p.log + log_rest).masked_fill(unused, 0.0), (w.log + log_share).masked_fill(unused, 0.0)
         )
         value = c_teacher * _expect(w, w.log - log_m) + c_student * _expect(p, p.log - log_m)
     return _poison(value, p, w)
@@ -359,23 +361,28 @@ def budget_trace(
     count = keep.long().cumsum(-1)
     limit = torch.as_tensor(budget, dtype=torch.float64, device=cost.device).expand(cost.shape[:1])[:, None]
     if per_token:
-        limit = limit * keep.sum(-1, keepdim=True)
+        tokens = keep.sum(-1, keepdim=True)
+        limit = torch.where(tokens > 0, limit * tokens, 0.0)
+    limit = limit.to(dtype).double()  # as the costs are rounded: a cost of 0.3 is within a budget of 0.3
     if reduction == "mean":
         cumulative = wide.cumsum(-1) / count.clamp(min=1)
     else:
         cumulative = (wide * torch.pow(torch.tensor(gamma, dtype=torch.float64), count - 1)).cumsum(-1)
-    over = cumulative > limit if edge == "strict" else cumulative >= limit
+    # An infinite budget is none: nothing is over it, and all of it remains, even of an infinite sum.
+    bounded = (limit != torch.inf) | cumulative.isnan()
+    over = bounded & (cumulative > limit if edge == "strict" else cumulative >= limit)
     # A NaN cannot be compared with the budget: it counts as a violation.
     violated = ((over | cumulative.isnan()) & keep).long().cumsum(-1) > 0
     width = cost.shape[-1]
     first = width - violated.long().sum(-1)  # a violation is absorbing
-    overrun = (cumulative - limit).clamp(min=0.0)
+    remaining = torch.where(bounded, limit - cumulative, limit)
+    overrun = torch.where(bounded, cumulative - limit, 0.0).clamp(min=0.0)
     before = _previous(overrun)
     # Once the overrun is infinite nothing adds to it; a masked token adds nothing either.
     excess = torch.where(before.isinf() | ~keep, 0.0, overrun - before)
     return BudgetTrace(
         cumulative.to(dtype),
-        (limit - cumulative).to(dtype),
+        remaining.to(dtype),
         violated,
         first,
         excess.to(dtype),
@@ -443,7 +450,7 @@ def modified_reward(
         remaining = trace.remaining.double()
         start = (remaining + trace.cumulative.double())[..., :1]
         before = torch.cat([start, remaining[..., :-1]], dim=-1)
-        inside = (remaining > 0).long().cumprod(-1) > 0
+        inside = ((remaining > 0) | ~keep).long().cumprod(-1) > 0
         step = torch.log(torch.where(inside & remaining.isfinite(), remaining / before, 1.0))
-        value = torch.where(inside, reward + float(coefficient or 0.0) * step, -_weighed(barrier_slope, paid))
+        value = torch.where(inside, reward + _weighed(coefficient or 0.0, step), -_weighed(barrier_slope, paid))
     return torch.where(keep, value, 0.0).to(dtype)

@@ -66,6 +66,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmdp_fast.compiling import in_tensor
 from cmdp_fast.field_docs import documented
 
 
@@ -157,12 +158,13 @@ def teacher_terms(
     listed, error = rounded.double(), rounding_of(rounded)
     probability = listed.exp()
     mass = probability.sum(-1)
-    most_likely = ~absent if top_k is None else ~absent & (order < top_k)
+    most_likely = ~absent if top_k is None else ~absent & (order < min(top_k, order.shape[-1]))
     caps = torch.cat([torch.where(most_likely, listed + error, 0.0), torch.zeros_like(mass)[..., None]], -1)
     floor = None
     if min_logprob is not None:
-        floor = torch.as_tensor(min_logprob, dtype=None if isinstance(min_logprob, Tensor) else logprob.dtype)
-        floor = (floor.double() - rounding_of(floor)).detach().to(logprob.device)
+        floor = in_tensor(min_logprob)
+        floor = floor if isinstance(min_logprob, Tensor) else floor.to(logprob.device, logprob.dtype)
+        floor = (floor.double() - rounding_of(floor)).detach()
     said = TeacherTerms(
         listed,
         error,

@@ -28,6 +28,9 @@ struct BudgetState {
   bool violated = false;
 
   CMDP_HD double cumulative(const BudgetRule& rule) const { return rule.mean && count > 0 ? sum / count : sum; }
+  // An infinite budget is none: nothing is over it, and all of it remains, even of an infinite sum.
+  CMDP_HD bool boundless(double total) const { return limit == INFINITY && total == total; }
+  CMDP_HD double remaining(double total) const { return boundless(total) ? limit : limit - total; }
   CMDP_HD double overrun(double total) const { return total > limit || total != total ? total - limit : 0; }
 
   // The account and nothing else: the one thing that has to be done token after token.
@@ -42,18 +45,18 @@ struct BudgetState {
     pay(cost, rule);
     const double total = cumulative(rule);
     // Written so that NaN, an account nobody checked, counts as a violation.
-    const bool over = rule.inclusive ? !(total < limit) : !(total <= limit);
+    const bool over = !boundless(total) && (rule.inclusive ? !(total < limit) : !(total <= limit));
     const bool crossing = over && !violated;
     violated = violated || over;
     // Once the overrun is infinite nothing adds to it; the difference of two infinities would be NaN.
     const double excess = std::isinf(overrun_before) ? 0 : overrun(total) - overrun_before;
-    return {total, limit - total, excess, violated, crossing};
+    return {total, remaining(total), excess, violated, crossing};
   }
 
   // The step of a masked token: the account as it stands.
   CMDP_HD BudgetStep carry(const BudgetRule& rule) const {
     const double total = cumulative(rule);
-    return {total, limit - total, 0, violated, false};
+    return {total, remaining(total), 0, violated, false};
   }
 };
 
@@ -105,7 +108,7 @@ struct RewardState {
         inside = inside && in.remaining > 0;
         if (!inside) return -weighed(rule.barrier_slope, in.cost);
         // An infinite budget has no barrier.
-        return reward + (std::isinf(in.remaining) ? 0 : rule.coefficient * std::log(in.remaining / before));
+        return reward + (std::isinf(in.remaining) ? 0 : weighed(rule.coefficient, std::log(in.remaining / before)));
       }
     }
     return 0;

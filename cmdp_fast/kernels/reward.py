@@ -80,7 +80,9 @@ def reward_of(moment, formula, amounts):
         before = tl.where(moment.started, moment.remaining_before, remaining + moment.cumulative)
         # An infinite budget has no barrier.
         step = tl.log(tl.where(moment.inside & (remaining != float("inf")), remaining / before, 1.0))
-        return tl.where(moment.inside, given + amounts.coefficient * step, -weighed(amounts.barrier_slope, cost))
+        return tl.where(
+            moment.inside, given + weighed(amounts.coefficient, step), -weighed(amounts.barrier_slope, cost)
+        )
 
 
 @direct

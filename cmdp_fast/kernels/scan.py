@@ -143,17 +143,19 @@ def scan_kernel(
         account = before + discounted(cost, number, gamma_octaves, formula)
         account = mean_or_sum(account, number + keep.to(tl.int32), formula)
         before = mean_or_sum(before, number, formula)
+        # An infinite budget is none: nothing is over it, and all of it remains, even of an infinite sum.
+        boundless = tl.where(account == account, limit, 0.0) == float("inf")
         # Written so that NaN, an account that cannot be compared, counts as a violation.
         if formula.inclusive:
-            over = keep & (~(account < limit))
+            over = keep & (~(account < limit)) & (~boundless)
         else:
-            over = keep & (~(account <= limit))
+            over = keep & (~(account <= limit)) & (~boundless)
         first = tl.minimum(first, tl.min(tl.where(over, i, length), 0))
         overrun_before = overrun_of(before, limit)
         # Once the overrun is infinite nothing adds to it; the difference of two infinities would be NaN.
         excess = (overrun_of(account, limit) - overrun_before).to(dtype)
         excess = tl.where(keep & (overrun_before != float("inf")), excess, 0.0)
-        cumulative, remaining = account.to(dtype), (limit - account).to(dtype)
+        cumulative, remaining = account.to(dtype), tl.where(boundless, limit, limit - account).to(dtype)
         violated = i >= first
         tl.store(trace.cumulative + at, cumulative, mask=real)
         tl.store(trace.remaining + at, remaining, mask=real)

@@ -18,7 +18,7 @@ from cmdp_fast.constraint import AccountSettings, Constraint, RewardSettings, co
 from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace, alike, flat, in_array
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.operator import operator
-from cmdp_fast.ops.sequences import check_cost, check_like, check_values, sequence_limits
+from cmdp_fast.ops.sequences import check_cost, check_like, check_offsets, check_values, sequence_limits
 from cmdp_fast.reference import BudgetTrace, compute_dtype
 
 
@@ -37,7 +37,8 @@ def budget_trace(
     A violation is absorbing: ``violated`` is True from the first token with C_t > d on, that token included. The
     excess Phi_t = (C_t - d)+ - (C_{t-1} - d)+ is what token t adds to the overrun. i counts unmasked tokens; a masked
     token costs nothing and reports the account as it stands (float64 costs on Triton: but for rounding). A NaN in the
-    cost counts as a violation from there on.
+    cost counts as a violation from there on. An infinite budget is none: nothing else violates it with either edge, and
+    all of it remains, even where the cost is infinite.
 
     With gamma < 1 the budget bounds the *discounted* sum as it stands, so it is worth less than the same number without
     a discount: T tokens of cost d/T spend d (1 - gamma^T) / (T (1 - gamma)). The public codes of Sauté RL take their
@@ -89,6 +90,8 @@ def discounted_budget(budget: float | Tensor, gamma: float, horizon: int) -> flo
         budget: d >= 0 in the units of the cost (nats for a KL): a number, or a tensor ``[B]``.
         gamma: the discount of the cost, in (0, 1]; 1 changes nothing.
         horizon: the largest number of tokens T >= 1 of a sequence, whatever its own length is.
+
+    Under ``torch.compile`` each gamma and horizon makes a graph of its own; call it outside where they change.
 
     Returns:
         A number, or a tensor ``[B]``: the ``budget`` of `budget_trace` and `Constraint` beside the same ``gamma``.
@@ -286,6 +289,7 @@ class _Rewarded(NamedTuple):
 
 @operator("modified_reward")
 def _modified_reward(given: _Rewarded) -> Tensor:
+    check_offsets(given.account.offsets, given.account.cost)
     reward = _empty_reward(given)
     rewarding = Rewarding(given.rule, given.task_reward, reward)
     backends.get(given.backend).modify_rewards(given.account, given.trace, rewarding)

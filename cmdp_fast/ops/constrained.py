@@ -75,6 +75,7 @@ def constrained_reward(
     check_completions(tokens, task_reward, held, mask, cu_seqlens)
     checks.tokens(tokens, student_logits)
     checks.positive("temperature", temperature)
+    checks.flag("inplace_backward", inplace_backward)
     operation = "divergence" if held.cost == "jsd" else "constrained_reward"
     computed = compute_dtype(student_logits, teacher_logits)
     chosen = backends.choose_for_logits(backend, student_logits, computed, operation)
@@ -203,4 +204,6 @@ def _(given: _Given) -> _Made:
 _constrained_pass.gradient(
     of=[f"scored_{name}" for name in DIFFERENTIABLE],
     keep=lambda given, made: Kept(given.pair, made.scored.saved, given.inplace, given.backend),
+    operation="constrained_reward",
+    instead="constrained_reward(backend='torch')",
 )(gradient_of_logits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cmdp_fast import checks, reference
+from cmdp_fast.compiling import varies
 from cmdp_fast.constraint import check_clamp
 from cmdp_fast.reference import COSTS, CostName, TokenStats
 
@@ -38,4 +39,8 @@ def token_cost(stats: TokenStats, kind: CostName = "reverse_kl", *, clamp: float
     """
     checks.choice("kind", kind, FROM_STATISTICS)
     check_clamp("clamp", clamp, kind)
-    return reference.token_cost(stats, kind, clamp)
+    if clamp is None or not varies(clamp):
+        return reference.token_cost(stats, kind, clamp)
+    cost = reference.token_cost(stats, kind)
+    bound = cost.new_ones(()) * clamp  # see `compiling.in_tensor`
+    return cost.clamp(-bound, bound)

@@ -145,7 +145,12 @@ class _Kept(NamedTuple):
     mean: Tensor
 
 
-@_mixture.gradient(of=("value",), keep=lambda given, made: _Kept(given, made.saved, made.mean))
+@_mixture.gradient(
+    of=("value",),
+    keep=lambda given, made: _Kept(given, made.saved, made.mean),
+    operation="divergence",
+    instead="divergence(backend='torch')",
+)
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
     (upstream,) = backward.upstream
     assert upstream is not None

@@ -52,7 +52,7 @@ def keeps_half(device: torch.device) -> bool:
 
 def autocast_dtype(device: torch.device) -> str:
     """The dtype to which autocast rounds factors on a device, by name; empty where it is off."""
-    if not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return ""
     chosen = torch.get_autocast_dtype(device.type)
     for name, dtype in HALF.items():

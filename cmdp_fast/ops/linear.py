@@ -255,7 +255,9 @@ def _keep(given: _Given, made: _Made) -> _Kept:
     return _Kept(given.batch, made.scored.saved, made.logits, given.group if given.reduce_hidden_grad else "")
 
 
-@_linear_token_stats.gradient(of=[f"scored_{name}" for name in DIFFERENTIABLE], keep=_keep)
+@_linear_token_stats.gradient(
+    of=[f"scored_{name}" for name in DIFFERENTIABLE], keep=_keep, instead="token_stats(backend='torch') of the logits"
+)
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
     kept, upstream = backward.kept, Upstream(*backward.upstream)
     return by_name(

@@ -164,7 +164,11 @@ class _Kept(NamedTuple):
     mean: Tensor
 
 
-@_linear_divergence.gradient(of=("value",), keep=lambda given, made: _Kept(given, made.saved, made.mean))
+@_linear_divergence.gradient(
+    of=("value",),
+    keep=lambda given, made: _Kept(given, made.saved, made.mean),
+    instead="divergence(backend='torch') of the logits",
+)
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
     (upstream,) = backward.upstream
     assert upstream is not None

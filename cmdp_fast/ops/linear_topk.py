@@ -156,7 +156,9 @@ class _Kept(NamedTuple):
     tail: FoldedTail
 
 
-@_linear_tail.gradient(of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given, folded(made)))
+@_linear_tail.gradient(
+    of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given, folded(made)), operation="linear_topk_stats"
+)
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
     kept, upstream = backward.kept, TailUpstream(*backward.upstream)
     return by_name(

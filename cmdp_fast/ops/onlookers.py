@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from cmdp_fast.compiling import constant
+
 _Key = torch._C.DispatchKey
 
 
@@ -48,7 +50,7 @@ def unobserved(tensors: Iterable[Tensor | None]) -> bool:
     plain = _plain_threads.get(included.raw_repr())
     if plain is None:
         plain = _plain_threads[included.raw_repr()] = _within(included, _OF_A_THREAD)
-    if not plain or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
+    if not plain or torch._C._len_torch_function_stack() or forward_mode():
         return False
     for t in tensors:
         if t is None:
@@ -70,6 +72,40 @@ def _is_plain(t: Tensor) -> bool:  # of all tensors with its keys, which tell th
 
 def _within(keys: Any, allowed: Any) -> bool:
     return (keys - allowed).highestPriorityTypeId() == _Key.Undefined
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, such as grad or vmap, is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def forward_mode() -> bool:
+    """Whether tangents are computed along with values."""
+    return forward_ad._current_level >= 0
+
+
+def any_tangent(arguments: Iterable[Any]) -> bool:
+    """Whether one of an operator's arguments has a tangent. May be asked inside of its kernel."""
+    if not forward_mode():
+        return False
+    with torch._C._SetExcludeDispatchKeyGuard(_Key.AutogradFunctionality, False):
+        try:
+            return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in arguments)
+        except RuntimeError:  # beneath a transform of torch.func, which keeps tangents to itself
+            return False
+
+
+@constant
+def forward_mode_in_graph() -> bool:
+    """`forward_mode`, as a graph asks while it is made."""
+    return forward_mode()
+
+
+@constant
+def gradient_in_graph() -> bool:
+    """Whether a gradient of torch.func is under way, as a graph asks while it is made."""
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
+    return torch._C._functorch.TransformType.Grad in kinds
 
 
 def autograd_excluded() -> bool:

@@ -20,7 +20,10 @@ which others may be nested, and read by name; the schema that torch sees is made
 
 A call in plain eager mode goes straight to its function, by way of an `autograd.Function` if an argument needs a
 gradient. One that somebody else takes part in (`onlookers`), such as torch.compile, goes through the registered
-operator, with the same results.
+operator, with the same results; one in a transform of torch.func by way of an `autograd.Function` of that operator.
+
+There is one derivative, in reverse mode. Everything else, forward mode and a derivative of the gradient, is an error:
+torch would take the tangent of an operator that says nothing of it for 0.
 """
 
 from __future__ import annotations
@@ -36,8 +39,17 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, Union, cast, get_
 import torch
 from torch import Tensor
 
+from cmdp_fast.compiling import in_tensor, varies
 from cmdp_fast.ops.namespace import NAMESPACE
-from cmdp_fast.ops.onlookers import autograd_excluded, unobserved
+from cmdp_fast.ops.onlookers import (
+    any_tangent,
+    autograd_excluded,
+    forward_mode,
+    forward_mode_in_graph,
+    gradient_in_graph,
+    transformed,
+    unobserved,
+)
 
 Given = TypeVar("Given", bound=tuple[Any, ...])  # a NamedTuple of arguments
 Made = TypeVar("Made")  # a NamedTuple of tensors, a tensor, or None
@@ -99,6 +111,7 @@ class _Record(NamedTuple):
     size: int
     nested: bool  # whether one of the fields is a record
     tensors: tuple[int, ...]  # which of the arguments are tensors
+    floats: tuple[int, ...]  # and which are numbers
 
     def rebuild(self, flat: Sequence[Any], start: int = 0) -> Any:
         """The NamedTuple that was flattened, from where its arguments begin."""
@@ -114,8 +127,11 @@ class _Record(NamedTuple):
 @functools.cache
 def _record(kind: Any) -> _Record:
     inner = tuple(_record(hint) if _is_record(hint) else None for hint in get_type_hints(kind).values())
-    tensors = tuple(i for i, leaf in enumerate(leaves(kind)) if leaf.type.startswith("Tensor"))
-    return _Record(kind, inner, sum(1 if record is None else record.size for record in inner), any(inner), tensors)
+    tensors, floats = (
+        tuple(i for i, leaf in enumerate(leaves(kind)) if leaf.type.startswith(name)) for name in ("Tensor", "float")
+    )
+    size = sum(1 if record is None else record.size for record in inner)
+    return _Record(kind, inner, size, any(inner), tensors, floats)
 
 
 # Every operator declared so far by name, and a hash of them all, which every call of a registered one passes along:
@@ -146,10 +162,10 @@ class Backward(Generic[Kept]):
     @property
     def kept(self) -> Kept:
         """What the forward pass kept. Raises RuntimeError if one of its tensors has been overwritten since."""
-        record, values = self.context.record, list(self.context.kept)
-        for i, t in zip(record.tensors, self.context.saved_tensors, strict=True):
+        context, values = self.context, list(self.context.kept)
+        for i, t in zip(context.places, context.saved_tensors, strict=True):
             values[i] = t
-        return cast(Kept, record.rebuild(values))
+        return cast(Kept, context.record.rebuild(values))
 
 
 class _Gradient(NamedTuple):
@@ -166,10 +182,12 @@ class _Gradient(NamedTuple):
         kept = self.keep(given, made)
         kind: Any = type(kept)
         record, values = _record(kind), flatten(kept)
-        context.save_for_backward(*(values[i] for i in record.tensors))  # None stays None
-        for i in record.tensors:
+        # While a graph is traced a number may be a tensor, too.
+        places = [*record.tensors, *(i for i in record.floats if isinstance(values[i], Tensor))]
+        context.save_for_backward(*(values[i] for i in places))  # None stays None
+        for i in places:
             values[i] = None
-        context.kept, context.record = values, record
+        context.kept, context.record, context.places = values, record, places
 
     def back(self, context: Any, needed: set[str], upstream: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """The gradients of the arguments that need one, by name."""
@@ -202,12 +220,20 @@ class Operator(Generic[Given, Made]):
         returned = f"({', '.join(['Tensor'] * len(self.made_names))})" if self.makes else _schema_type(made)
         self.function = function
         self.differentiated: Any = None  # the function as one that autograd knows, if there is a gradient
+        self.transformable: Any = None  # and as one that torch.func knows, unless it overwrites something
+        self.no_derivative = (
+            f"{NAMESPACE}.{name} has no derivative: the operations of {NAMESPACE} are differentiated once, in reverse "
+            "mode; token_stats and divergence have all derivatives with backend='torch'"
+        )
         self.registered = torch.library.custom_op(
             f"{NAMESPACE}::{name}",
             self._run,
             mutates_args=(mutates,) if mutates else (),
-            schema=f"({declared}, str revision='') -> {'()' if returned == 'None' else returned}",
+            schema=f"({declared}, Tensor? numbers=None, str revision='') -> {'()' if returned == 'None' else returned}",
         )
+        if not mutates:
+            self.registered.register_autograd(self._refuse)
+            self.transformable = self._function_of_transforms(lambda ctx, inputs, output: None, self._refuse)
         self.declaration = f"{name}({declared}) -> {returned}"
         DECLARED[name] = self
 
@@ -224,7 +250,37 @@ class Operator(Generic[Given, Made]):
 
     def dispatched(self, given: Given) -> Made:
         """The call by way of the registered operator."""
-        return self._named(self.registered(*flatten(given), REVISION))
+        call = self.registered
+        if torch.compiler.is_compiling():
+            self._check_transforms_of_graph()
+        elif self.transformable is not None and (transformed() or forward_mode()):
+            call = self.transformable.apply
+        return self._named(call(*self._arguments(given)))
+
+    def _check_transforms_of_graph(self) -> None:
+        """Raises NotImplementedError for a derivative that a graph cannot have."""
+        if self.differentiated is None:
+            return
+        if forward_mode_in_graph():
+            raise NotImplementedError(self.no_derivative)
+        if gradient_in_graph():  # torch traces none of a registered operator
+            raise NotImplementedError(
+                f"{NAMESPACE}.{self.name}: torch.compile does not trace torch.func.grad, vjp or jacrev of it; "
+                "compile without fullgraph=True, or use backward"
+            )
+
+    def _arguments(self, given: Given) -> tuple[Any, ...]:
+        """What the registered operator is called with.
+
+        A number that a graph is to serve every value of goes into a tensor: of a number itself a graph holds the value.
+        """
+        flat, numbers = flatten(given), None
+        if any([varies(flat[i]) for i in self.takes.floats]):
+            places = [i for i in self.takes.floats if flat[i] is not None]
+            numbers = torch.stack([in_tensor(flat[i]) for i in places])
+            for i in places:
+                flat[i] = 0.0
+        return (*flat, numbers, REVISION)
 
     def tensors_of(self, given: Given) -> tuple[Tensor | None, ...]:
         """The arguments that are tensors, or None where one was left out, in the order of ``tensor_names``."""
@@ -260,11 +316,29 @@ class Operator(Generic[Given, Made]):
     def _named(self, outcome: Any) -> Made:
         return cast(Made, outcome if self.makes is None else self.makes.rebuild(outcome))
 
-    def _bound(self, flat: Sequence[Any]) -> Given:
+    def _bound(self, flat: Sequence[Any], traced: bool = False) -> Given:
+        """The arguments of the function, from those of the registered operator.
+
+        ``traced``: of numbers in a tensor that is part of a trace, such as a graph's, each is a tensor.
+        """
+        numbers = flat[self.takes.size] if len(flat) > self.takes.size else None
+        if numbers is not None:
+            values = list(flat)
+            places = [i for i in self.takes.floats if flat[i] is not None]
+            known = numbers.unbind() if traced and not unobserved((numbers,)) else numbers.tolist()
+            for i, number in zip(places, known, strict=True):
+                values[i] = number
+            flat = values
         return cast(Given, self.takes.rebuild(flat))
 
     def _run(self, *flat: Any) -> Any:
+        if any_tangent(flat):  # of a graph that was made before
+            self._refuse()
         return self._flat(self.function(self._bound(flat)))
+
+    def _refuse(self, *_: Any) -> None:
+        """What stands in the place of a derivative that there is not."""
+        raise NotImplementedError(self.no_derivative)
 
     def _flat(self, outcome: Any) -> Any:
         return outcome if self.makes is None else tuple(flatten(outcome))
@@ -273,33 +347,40 @@ class Operator(Generic[Given, Made]):
         """Registers what the operator returns for tensors without memory."""
 
         def fake(*flat: Any) -> Any:
-            return self._flat(function(self._bound(flat)))
+            return self._flat(function(self.takes.rebuild(flat)))
 
         self.registered.register_fake(fake)
 
     def gradient(
-        self, *, of: Sequence[str], keep: Callable[[Given, Made], Kept]
+        self, *, of: Sequence[str], keep: Callable[[Given, Made], Kept], operation: str = "", instead: str = ""
     ) -> Callable[[Callable[[Backward[Kept]], dict[str, Tensor]]], None]:
         """Registers the backward pass.
 
         ``of``: the outputs that are differentiable, by name. ``keep``: what the backward pass will need of arguments
         and results, as a NamedTuple. The function that is decorated returns gradients by the name of the argument.
+        ``operation``: what users call, if it has another name; ``instead``: what has all derivatives. An error says so.
         """
+        self.no_derivative = (
+            f"{NAMESPACE}.{operation or self.name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad); use reverse mode (backward, torch.func.grad, vjp, jacrev)"
+            + (f", or {instead}" if instead else "")
+        )
         outputs = tuple(self.made_names.index(name) for name in of)
 
         def register(function: Callable[[Backward[Kept]], dict[str, Tensor]]) -> None:
             gradient = _Gradient(outputs, keep, function)
 
             def remember(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-                gradient.remember(ctx, self._bound(inputs), self._named(output), output)
+                gradient.remember(ctx, self._bound(inputs, traced=True), self._named(output), output)
 
             def back(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
                 needed = {name for name, needs in zip(self.names, ctx.needs_input_grad, strict=False) if needs}
                 gradients = gradient.back(ctx, needed, upstream)
-                return (*(gradients.get(name) for name in self.names), None)  # none for the revision
+                return (*(gradients.get(name) for name in self.names), None, None)  # none for numbers and revision
 
             self.registered.register_autograd(back, setup_context=remember)
             self.differentiated = self._function_of_autograd(gradient)
+            self.transformable = self._function_of_transforms(remember, back)
 
         return register
 
@@ -318,10 +399,24 @@ class Operator(Generic[Given, Made]):
             gradients = gradient.back(ctx, set(ctx.needing), upstream)
             return (None, None, *(gradients.get(name) for name in ctx.needing))
 
+        return self._function({"forward": forward, "backward": backward})
+
+    def _function_of_transforms(self, remember: Callable[..., None], back: Callable[..., Any]) -> Any:
+        """The registered operator as an `autograd.Function`, in the form that torch.func takes."""
+
+        def forward(*flat: Any) -> Any:
+            return self.registered(*flat)
+
+        methods = {"forward": forward, "setup_context": remember, "backward": back, "jvp": self._refuse}
+        function = self._function(methods)
+        function.generate_vmap_rule = True
+        return function
+
+    def _function(self, methods: dict[str, Callable[..., Any]]) -> Any:
         # By the name that torch gives the one it makes of the registered operator: errors quote it.
         name = f"GeneratedBackwardFor_{NAMESPACE}_{self.name}_default"
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        return type(name, (torch.autograd.Function,), methods)
+        static = {method: staticmethod(function) for method, function in methods.items()}
+        return type(name, (torch.autograd.Function,), static)
 
 
 def operator(name: str, mutates: str = "") -> Callable[[Callable[[Given], Made]], Operator[Given, Made]]:

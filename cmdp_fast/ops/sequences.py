@@ -51,6 +51,8 @@ def check_completions(
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     checks.tensor(name, value)
+    if value.dtype.is_complex:
+        raise TypeError(f"{name} must be real, got {checks.describe(value)}")
     if value.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(value.shape)}")
     checks.same_device(name, value, other_name, other)
@@ -88,11 +90,12 @@ def sequence_limits(
     if isinstance(budget, Tensor):
         limits = budget.detach().to(torch.float64).expand(count)
     else:
-        limits = torch.full((count,), float(budget), dtype=torch.float64, device=like.device)
+        limits = (torch.ones((), dtype=torch.float64, device=like.device) * budget).expand(count)  # see `in_tensor`
     if per_token:
         counted = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.to(torch.float64)
         running = torch.nn.functional.pad(counted.flatten().cumsum(0), (1, 0))
-        tokens = running[offsets[1:]] - running[offsets[:-1]]
+        within = offsets.clamp(0, like.numel())  # nobody has looked at them yet: on a GPU nobody will
+        tokens = running[within[1:]] - running[within[:-1]]
         limits = torch.where(tokens > 0, limits * tokens, 0.0)
     return limits.to(dtype).to(torch.float64).contiguous()
 
@@ -102,17 +105,29 @@ def rounded(number: float, dtype: torch.dtype) -> float:
     return ctypes.c_float(number).value if dtype == torch.float32 else float(number)
 
 
-def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
-    """Checks what only values tell, on the CPU only: there it does not stall a device."""
-    if like.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(like, FakeTensor):
+def _to_be_seen(t: Tensor) -> bool:
+    """Whether values may be looked at: on the CPU, where it does not stall a device."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+
+
+def check_offsets(offsets: Tensor, like: Tensor) -> None:
+    """Checks where the packed sequences of ``like`` begin, on the CPU only."""
+    if not _to_be_seen(like):
         return
-    # Lists: a tensor operation per comparison costs more than all the sequences of a batch.
-    starts, amounts = offsets.tolist(), limits.tolist()
+    # A list: a tensor operation per comparison costs more than all the sequences of a batch.
+    starts = offsets.tolist()
     if starts[0] != 0 or starts[-1] != like.numel() or starts != sorted(starts):
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens, {like.numel()}, got {starts[:8]}"
             + ("..." if len(starts) > 8 else "")
         )
-    for i, amount in enumerate(amounts):
+
+
+def check_values(offsets: Tensor, limits: Tensor, like: Tensor) -> None:
+    """Checks what only values tell, on the CPU only: there it does not stall a device."""
+    if not _to_be_seen(like):
+        return
+    check_offsets(offsets, like)
+    for i, amount in enumerate(limits.tolist()):
         if not amount >= 0:  # NaN is not
             raise ValueError(f"budget[{i}] = {amount}; every budget must be at least 0")

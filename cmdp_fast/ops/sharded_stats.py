@@ -88,7 +88,9 @@ class _Kept(NamedTuple):
 
 
 @_sharded_token_stats.gradient(
-    of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given.pair, made.saved, given.first_column, given.backend)
+    of=DIFFERENTIABLE,
+    keep=lambda given, made: _Kept(given.pair, made.saved, given.first_column, given.backend),
+    operation="token_stats",
 )
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
     return {"pair_student": _sharded_token_stats_backward(_Upward(backward.kept, Upstream(*backward.upstream)))}

@@ -59,6 +59,7 @@ class TokenState:
         Raises:
             ValueError: rows < 0 or a temperature that is not positive.
         """
+        checks.integer("rows", rows)
         if rows < 0:
             raise ValueError(f"rows must be at least 0, got {rows}")
         checks.positive("temperature", temperature)
@@ -110,6 +111,8 @@ class TokenState:
 
         Associative and commutative up to rounding. Raises ValueError if the states do not belong together.
         """
+        if not isinstance(other, TokenState):
+            raise TypeError(f"other must be a TokenState, got {checks.describe(other)}")
         if other.fields.shape != self.fields.shape or other.temperature != self.temperature:
             raise ValueError(
                 f"cannot merge a state of {other.fields.shape[0]} rows at temperature {other.temperature} into one of "

@@ -15,7 +15,7 @@ from torch import Tensor
 from cmdp_fast import checks, reference
 from cmdp_fast.layout import Pair, addressable, can_overwrite, unit_stride
 from cmdp_fast.ops import backends
-from cmdp_fast.ops.onlookers import saves_through_hooks
+from cmdp_fast.ops.onlookers import saves_through_hooks, transformed
 from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.sharded_stats import sharded_token_stats
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored
@@ -46,8 +46,8 @@ def token_stats(
     only: there is no second derivative, no `torch.func.jvp`.
 
     Args:
-        student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; a last axis that is not
-            contiguous is copied.
+        student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; where the last
+            axis is not contiguous, or more than 8 others lie scattered, they are copied.
         teacher_logits: ``[..., V']``, likewise, of its own dtype; V' = V unless ``vocab_size`` is given.
         tokens: ``[...]`` integers in [0, vocab_size): the actions a. Masked tokens may hold anything.
         mask: ``[...]`` bool, False = the row is not read; its statistics and its gradient are exactly 0.
@@ -88,6 +88,7 @@ def token_stats(
 
     Source: the token-level KL of arXiv 2509.22921; the streaming state is this project's (csrc/token_state.h).
     """
+    checks.flag("inplace_backward", inplace_backward)
     if process_group is not None or first_column != 0:
         settings = (temperature, vocab_size, process_group, first_column, backend)
         return sharded_token_stats(student_logits, teacher_logits, tokens, mask, *settings)
@@ -112,7 +113,7 @@ def kernel_memory(
     student_logits: Tensor, teacher_logits: Tensor, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, bool]:
     """Both logits as the kernels read them, and whether the student's memory takes the gradient."""
-    inplace = inplace_backward and not torch.compiler.is_compiling() and not saves_through_hooks()
+    inplace = inplace_backward and not (torch.compiler.is_compiling() or transformed() or saves_through_hooks())
     student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
     if inplace:
         reachable = backend not in backends.ON_GPU or addressable(student)
@@ -138,16 +139,20 @@ def dropped_teacher_mass(
     Raises:
         TypeError, ValueError: as `token_stats`.
     """
+    checks.integer("vocab_size", vocab_size)
     checks.logits(teacher_logits, teacher_logits, vocab_size)
     checks.positive("temperature", temperature)
+    checks.integer("rows_at_once", rows_at_once)
+    if rows_at_once < 1:
+        raise ValueError(f"rows_at_once must be at least 1, got {rows_at_once}")
     dtype = compute_dtype(teacher_logits)
     rows = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
-    mass = torch.empty(len(rows), dtype=dtype, device=rows.device)
+    mass = [rows.new_empty(0, dtype=dtype)]
     for start in range(0, len(rows), rows_at_once):
         piece = rows[start : start + rows_at_once].to(dtype) / temperature
         weight = (piece - piece.amax(-1, keepdim=True)).exp()  # torch.softmax adds in sequence on a CPU
-        mass[start : start + rows_at_once] = weight[:, vocab_size:].sum(-1) / weight.sum(-1)
-    return mass.reshape(teacher_logits.shape[:-1])
+        mass.append(weight[:, vocab_size:].sum(-1) / weight.sum(-1))
+    return torch.cat(mass).reshape(teacher_logits.shape[:-1])
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -174,5 +179,7 @@ def _(given: _Given) -> Scored:
 
 
 _token_stats.gradient(
-    of=DIFFERENTIABLE, keep=lambda given, made: Kept(given.pair, made.saved, given.inplace, given.backend)
+    of=DIFFERENTIABLE,
+    keep=lambda given, made: Kept(given.pair, made.saved, given.inplace, given.backend),
+    instead="token_stats(backend='torch')",
 )(gradient_of_logits)

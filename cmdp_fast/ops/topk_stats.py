@@ -47,8 +47,8 @@ def topk_stats(
     this package has the proofs, how loose the bounds are, and why rounding makes none of them false.
 
     Args:
-        student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; a last axis that is not
-            contiguous is copied.
+        student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; where the last
+            axis is not contiguous, or more than 8 others lie scattered, they are copied.
         topk_ids: ``[..., k]`` int64 or int32, in any order. An id that stands again in its row is absent there, as is
             one outside of [0, vocab_size); what the teacher gives it is a part of its tail. An id beyond the
             vocabulary that is likelier than -inf is a token that the student does not have: ``forward_kl_upper`` is
@@ -247,7 +247,9 @@ class _Kept(NamedTuple):
     tail: FoldedTail
 
 
-@_tail_of_logits.gradient(of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given, folded(made)))
+@_tail_of_logits.gradient(
+    of=DIFFERENTIABLE, keep=lambda given, made: _Kept(given, folded(made)), operation="topk_stats"
+)
 def _(backward: Backward[_Kept]) -> dict[str, Tensor]:
     return {"rows_student": _tail_of_logits_backward(_Upward(backward.kept, TailUpstream(*backward.upstream)))}
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from cmdp_fast import checks
 from cmdp_fast.constraint import AccountSettings, Constraint
 from cmdp_fast.field_docs import documented
 from cmdp_fast.ops import backends
@@ -53,6 +54,9 @@ def budget_verdict(
     Raises:
         TypeError, ValueError: as `budget_trace`; bounds of different shapes.
     """
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if not checks.tensor(name, bound).dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {checks.describe(bound)}")
     if lower.shape != upper.shape:
         raise ValueError(f"lower and upper must have one shape, got {list(lower.shape)} and {list(upper.shape)}")
 
@@ -63,4 +67,5 @@ def budget_verdict(
         width = cost.shape[-1] if cu_seqlens is None else (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         return trace.first_violation < width
 
+    upper = upper.masked_fill(torch.isnan(upper), torch.inf)  # which an infinite budget allows
     return BudgetVerdict(~violated(upper), violated(lower.masked_fill(torch.isnan(lower), 0.0)))

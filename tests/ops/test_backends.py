@@ -79,7 +79,7 @@ def test_the_choice_is_no_break_in_a_compiled_graph(on_gpu, monkeypatch):
     chosen = []
 
     def record(graph, inputs):
-        chosen.extend(node.args[-2] for node in graph.graph.nodes if "constrained_pass" in str(node.target))
+        chosen.extend(node.args[-3] for node in graph.graph.nodes if "constrained_pass" in str(node.target))
         return graph.forward
 
     @torch.compile(fullgraph=True, backend=record)

@@ -267,7 +267,7 @@ def test_errors_are_the_same(watched):
             stats.entropy.sum().backward()
         stats = cf.token_stats(x, y, tokens)
         gradient = torch.autograd.grad(stats.reverse_kl.sum(), x, create_graph=True)[0]
-        with pytest.raises(RuntimeError, match=r"token_stats_backward.* but no autograd formula was registered"):
+        with pytest.raises(RuntimeError, match=r"token_stats_backward has no derivative"):
             gradient.sum().backward()
         stats.entropy.sum().backward()
         with pytest.raises(RuntimeError, match="a second time"):

@@ -74,8 +74,8 @@ def test_the_schema_names_every_argument_by_the_fields_that_lead_to_it():
     assert [leaf.name for leaf in leaves(Given)] == ["of_left", "of_right", "power", "shift"]
     schema = str(torch.ops.cmdp_fast.test_product.default._schema)
     assert schema == (
-        'cmdp_fast::test_product(Tensor of_left, Tensor? of_right, float power, SymInt shift, str revision="")'
-        " -> (Tensor, Tensor)"
+        "cmdp_fast::test_product(Tensor of_left, Tensor? of_right, float power, SymInt shift, Tensor? numbers=None, "
+        'str revision="") -> (Tensor, Tensor)'
     )
     assert "(Tensor(a!) of_left" in str(torch.ops.cmdp_fast.test_double_.default._schema)
     assert flatten(Given(Factors("l", "r"), 2.0, 1)) == ["l", "r", 2.0, 1]

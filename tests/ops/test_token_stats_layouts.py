@@ -277,3 +277,23 @@ def test_reference_is_the_textbook():
         assert stats.entropy[i].item() == pytest.approx(-float((p * p.log()).sum()), abs=1e-13)
         assert stats.reverse_kl[i].item() == pytest.approx(float((p * (p / w).log()).sum()), abs=1e-13)
         assert stats.forward_kl[i].item() == pytest.approx(float((w * (w / p).log()).sum()), abs=1e-13)
+
+
+@pytest.mark.parametrize("axes", [8, 9])
+def test_any_number_of_axes_may_lie_scattered(axes, backend):
+    """Beyond what the kernels follow, rows are copied; the gradient lies where the logits lie."""
+    counts = [3, 2, *[1] * (axes - 2)] if backend in ("triton", "cuda") else [2] * axes  # a row takes them some time
+    every_other = tuple(slice(None, None, 2) for _ in range(axes))
+    whole = make_logits(*(2 * n - 1 for n in counts), 3)
+    tokens = torch.zeros(counts, dtype=torch.long)
+    scattered, packed = whole.clone().requires_grad_(), whole[every_other].clone().requires_grad_()
+    losses = []
+    for logits in (scattered[every_other], packed):
+        stats = cf.token_stats(logits, whole[every_other] * 2, tokens, backend=backend)
+        tail = cf.topk_stats(logits, tokens[..., None], -1.0 - tokens[..., None].float(), tokens, backend=backend)
+        losses.append(sum(getattr(stats, name).sum() for name in DIFFERENTIABLE) + tail.forward_kl.sum())
+        if backend != "cuda":
+            losses[-1] = losses[-1] + cf.divergence(logits, whole[every_other] * 2, backend=backend).sum()
+        losses[-1].backward()
+    assert torch.equal(*losses) and torch.equal(scattered.grad[every_other], packed.grad)
+    assert scattered.grad.count_nonzero() == packed.grad.count_nonzero()
