@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cmdp_fast.errors import InputError, first_line, shown
-from cmdp_fast.vocabulary import decoded, encoded
+from cmdp_fast.vocabulary import decoded, encoded, named_ends
 from cmdp_fast.weight_files import stored_tensors
 
 LAYERS, EXPERTS = 1024, 1 << 14  # of a model: more modules than any has, and few enough to be made in seconds
@@ -122,6 +122,7 @@ def make_savable(role: str, name: str, settings: Any) -> None:
             if hasattr(settings, key):
                 setattr(settings, key, default)
     try:
+        named_ends((settings,))
         settings.validate(strict=True)
     except Exception as error:  # TypeError for what has no order
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]

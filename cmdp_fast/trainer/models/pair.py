@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line, readable
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import check_vocabulary, is_asked, open_teacher
 from cmdp_fast.teachers.routed import KIND, RoutedTeacher, places
@@ -292,7 +292,7 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
         if _attention_failed(error, attention := options.get("attn_implementation", "")):
             raise InputError(f"--attn-implementation {attention}: {role} {name}: {first_line(error)}") from error
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
-        reason = first_line(error)
+        reason = readable(first_line(error), 600)
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
