@@ -34,7 +34,9 @@ def errors_named(what: str, function: Any) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{what}: {readable(str(error))}") from error
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         raise InputError(f"{what} raised {described(error, function)}") from error
 
 
