@@ -1,8 +1,10 @@
-"""Calls of the user's own functions: what they raise in one line, with the place, and that one does not return."""
+"""Calls of the user's own functions: what they raise in one line, with the place, and that one does not return; and the
+end of what is somebody else's."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -32,7 +34,9 @@ def errors_named(what: str, function: Any) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{what}: {readable(str(error))}") from error
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         raise InputError(f"{what} raised {described(error, function)}") from error
 
 
@@ -68,6 +72,36 @@ def told_of(what: str, thread: str = "") -> Iterator[None]:
         yield
     finally:
         _watch.end(call)
+
+
+class TooLong(Exception):
+    """Raised inside of code that has had its time; the code may catch it, and then goes on."""
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Raises TooLong in the body, wherever it is in Python, once it has had its time: for programs that are no user's
+    own, such as a chat template. What does not come back from C is waited for."""
+    caller, lock, over, sent = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False, False
+
+    def end() -> None:
+        nonlocal sent
+        with lock:
+            if not over:
+                sent = True
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(caller, ctypes.py_object(TooLong))
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        with lock:
+            over = True
+            if sent:  # and perhaps not raised yet
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(caller, None)
 
 
 @dataclass(eq=False)

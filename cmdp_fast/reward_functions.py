@@ -233,7 +233,9 @@ def _asked(named: Named, given: Given) -> _Answer:
     with told_of(f"reward function {named.name}"):
         try:
             result = named.function(**_arguments(given, logged))
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             raise _of(named, error) from error
         return _checked(named, given, result, logged)
 
@@ -255,7 +257,9 @@ async def _guarded(named: Named, given: Given) -> _Answer:
     logged = Logged({}, {})
     try:
         result = await named.function(**_arguments(given, logged))
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # one of these would end the loop, and leave the caller
+    except (asyncio.CancelledError, GeneratorExit):
+        raise
+    except BaseException as error:  # some of these would end the loop, and leave the caller
         raise _of(named, error) from error
     return _checked(named, given, result, logged)
 
@@ -303,7 +307,9 @@ def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer
         values = list(() if unordered else result)
     except TypeError:
         unordered = True
-    except (Exception, SystemExit) as error:  # of a generator's own
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of a generator's own
         raise _of(named, error) from error
     if unordered:
         raise InputError(f"reward function {name} returned {_kind(result)}; {wanted}")
@@ -330,9 +336,11 @@ def _number(value: Any, what: str, wanted: str) -> float:
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach().squeeze()
+            if value.is_complex():
+                raise TypeError
         [number] = torch.tensor([value], dtype=torch.float64).tolist()  # takes what it takes of TRL: no text
         return float(number)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (Exception, SystemExit) as error:  # of a `__float__` that is not ours
         raise InputError(f"{what} {_kind(value)}; {wanted}") from error
 
 

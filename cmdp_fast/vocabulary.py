@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from cmdp_fast.errors import InputError, shown
+from cmdp_fast.errors import InputError, first_line, readable, shown
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
@@ -33,10 +34,36 @@ def vocabulary_digest(tokenizer: Any) -> str:
 
 def named_ends(settings: Iterable[Any], tokenizer: Any = None) -> tuple[int, ...]:
     """The tokens that end a completion: the tokenizer's, and those of the first settings that name any as
-    ``eos_token_id``."""
+    ``eos_token_id``. Raises InputError for anything but numbers there."""
     named: Any = next((s.eos_token_id for s in settings if getattr(s, "eos_token_id", None) is not None), [])
-    ends = {getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, (list, tuple)) else [named])}
-    return tuple(sorted(token for token in ends if token is not None and token >= 0))  # some write -1 for none
+    each = [getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, (list, tuple)) else [named])]
+    if wrong := [token for token in each if token is not None and type(token) is not int]:
+        raise InputError(f"a model's eos_token_id is {shown(wrong[0])}, expected the number of a token, or a list")
+    return tuple(sorted({token for token in each if token is not None and token >= 0}))  # some write -1 for none
+
+
+def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """The numbers of a text's tokens. Raises InputError where the tokenizer, which is somebody else's, fails on it."""
+    with _naming("read", text):
+        ids: list[int] = tokenizer(text, **options)["input_ids"]
+    return ids
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of some tokens, those of no text left out. Raises InputError where the tokenizer fails on them."""
+    with _naming("write", ids):
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text
+
+
+@contextmanager
+def _naming(what: str, given: Any) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of the library in Rust is no Exception
+        raise InputError(f"the tokenizer cannot {what} {shown(given)}: {readable(first_line(error))}") from error
 
 
 def common_vocabulary(*models: Any) -> int:

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmdp_fast.errors import first_line, readable
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 QUIET = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+
+
+class Stored(NamedTuple):
+    """What the header of a file says of a tensor: safetensors' name of its dtype, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def check_weight_files(name: str, about: Any) -> None:
@@ -57,3 +64,24 @@ def read_index(path: Path) -> dict[str, str]:
                 ".safetensors beside it: any other is read as a pickle, or lies elsewhere"
             )
     return {str(tensor): str(file) for tensor, file in places.items()}
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors in the weights of a folder by name, of which the headers alone are read; none where there are no
+    files. Raises ValueError for files that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    one, index = folder / ONE, folder / INDEX
+    names = [ONE] if one.is_file() else sorted(set(read_index(index).values())) if index.is_file() else []
+    stored: dict[str, Stored] = {}
+    for name in names:
+        try:
+            if not (folder / name).is_file():  # a pipe would wait for a writer
+                raise OSError("is no file")
+            with safe_open(folder / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118  # it is no dict
+                    tensor = file.get_slice(key)
+                    stored[key] = Stored(tensor.get_dtype(), tuple(tensor.get_shape()))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{name} cannot be read ({readable(first_line(error))})") from error
+    return stored

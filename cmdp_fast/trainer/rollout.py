@@ -7,6 +7,7 @@ marks the completion's real tokens: everything up to the end-of-sequence token o
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,15 +19,21 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.errors import InputError, first_line, shown
+from cmdp_fast.own_code import TooLong, ended_after
 from cmdp_fast.teachers.teacher import Teacher
 from cmdp_fast.unmasked import Lengths
-from cmdp_fast.vocabulary import common_vocabulary
+from cmdp_fast.vocabulary import common_vocabulary, encoded
 
 from .causal_lm import CausalLM
 from .records.report import Report
 from .settings.config import TrainConfig
 from .stops import common_end_tokens, cut_tokens, ends_with_string, string_criterion
 from .tasks.data import Problem
+
+# Characters of a prompt, some 500,000 tokens of English: to read more takes gigabytes, before one knows how many they
+# are. No number of characters follows from one of tokens: a tokenizer may make one token of any number of spaces.
+LONGEST = 1 << 21
+PATIENCE = 20.0  # seconds for the chat template on one prompt, which takes a thousandth
 
 
 @dataclass
@@ -128,26 +135,37 @@ def encode_prompts(rows: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
     `chat_template_kwargs`. Where the last message is the assistant's the completion goes on with it.
 
     What a tokenizer puts in front of a text stays, what it puts behind, an end of sequence, does not: the completion
-    goes on there. Raises InputError for a prompt without tokens and for messages that the template refuses.
+    goes on there. Raises InputError for a prompt without tokens or of more than `LONGEST` characters, and for messages
+    that the template refuses.
     """
     behind = _tokens_behind(tokenizer)
-    ids = []
-    for row in rows:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            given = tokenizer(prompt)["input_ids"]
-            ids.append(given[: len(given) - behind])
-        else:
-            ids.append(tokenizer(_rendered(row, tokenizer), add_special_tokens=False)["input_ids"])
-        if not ids[-1]:
-            raise InputError(f"the prompt {shown(prompt)} has no tokens")
+    return [_ids(_text(row, tokenizer), row, tokenizer, behind) for row in rows]
+
+
+def _text(row: Problem, tokenizer: Any) -> str:
+    """What is tokenised of a row's prompt."""
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, str) else _rendered(row, tokenizer)
+
+
+def _ids(text: str, row: Problem, tokenizer: Any, behind: int) -> list[int]:
+    prompt = row["prompt"]
+    if len(text) > LONGEST:
+        raise InputError(
+            f"the prompt {shown(text[:60])}... has {len(text):,} characters, expected at most {LONGEST:,}; "
+            "--max-prompt-length leaves such problems out"
+        )
+    ids = encoded(tokenizer, text, add_special_tokens=isinstance(prompt, str))
+    ids = ids[: len(ids) - behind] if isinstance(prompt, str) else ids
+    if not ids:
+        raise InputError(f"the prompt {shown(prompt)} has no tokens")
     return ids
 
 
 def _tokens_behind(tokenizer: Any) -> int:
     """How many tokens a tokenizer puts behind every text, seen at one that it knows."""
     for text in ("a", "1", "."):
-        plain, given = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+        plain, given = (encoded(tokenizer, text, add_special_tokens=special) for special in (False, True))
         for front in range(len(given) - len(plain) + 1 if plain else 0):
             if given[front : front + len(plain)] == plain:
                 return len(given) - len(plain) - front
@@ -159,14 +177,19 @@ def _rendered(row: Problem, tokenizer: Any) -> str:
         raise InputError("the prompts are chat messages, but the student's tokenizer has no chat template")
     begun = row["prompt"][-1]["role"] == "assistant"
     try:
-        text: str = tokenizer.apply_chat_template(
-            row["prompt"],
-            tools=row.get("tools") or None,  # some templates announce an empty list
-            add_generation_prompt=not begun,
-            continue_final_message=begun,
-            tokenize=False,
-            **(row.get("chat_template_kwargs") or {}),
-        )
+        with ended_after(PATIENCE):
+            text: str = tokenizer.apply_chat_template(
+                row["prompt"],
+                tools=row.get("tools") or None,  # some templates announce an empty list
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+                tokenize=False,
+                **(row.get("chat_template_kwargs") or {}),
+            )
+    except TooLong as error:
+        raise InputError(
+            f"the chat template has not ended in {PATIENCE:g} s on the prompt {shown(row['prompt'])}"
+        ) from error
     except Exception as error:  # of the template's own, in whatever form
         raise InputError(f"the chat template refuses the prompt {shown(row['prompt'])}: {first_line(error)}") from error
     if any(isinstance(message["content"], list) and str(message["content"]) in text for message in row["prompt"]):
@@ -195,23 +218,30 @@ def check_tokens(prompts: Sequence[list[int]], models: Sequence[CausalLM]) -> No
 def drop_long_prompts(
     problems: Sequence[list[Problem]], tokenizer: Any, limit: int, report: Report
 ) -> list[list[Problem]]:
-    """Those problems of some sets whose prompt has at most `limit` tokens (0: all); prints how many were left out.
+    """Those problems of some sets whose prompt has at most `limit` tokens (0: all) and `LONGEST` characters; prints how
+    many were left out.
 
     Raises InputError if none are left of a set.
     """
     if not limit:
         return list(problems)
-    parts = []
+    parts, behind = [], _tokens_behind(tokenizer)
     for rows in problems:
-        lengths = [len(ids) for ids in encode_prompts(rows, tokenizer)]
+        lengths = [_length(row, tokenizer, behind) for row in rows]
         parts.append([row for row, length in zip(rows, lengths, strict=True) if length <= limit])
         if not parts[-1]:
-            raise InputError(
-                f"--max-prompt-length {limit}: all prompts are longer, the shortest has {min(lengths)} tokens"
-            )
+            least = min(lengths)
+            shortest = f"{least} tokens" if least < math.inf else f"more than {LONGEST:,} characters"
+            raise InputError(f"--max-prompt-length {limit}: all prompts are longer, the shortest has {shortest}")
     if dropped := sum(map(len, problems)) - sum(map(len, parts)):
         report.say(f"left out {dropped} of {sum(map(len, problems))} problems: prompts of more than {limit} tokens")
     return parts
+
+
+def _length(row: Problem, tokenizer: Any, behind: int) -> float:
+    """The tokens of a row's prompt; infinite for one that is too long to be counted."""
+    text = _text(row, tokenizer)
+    return math.inf if len(text) > LONGEST else len(_ids(text, row, tokenizer, behind))
 
 
 def generate(

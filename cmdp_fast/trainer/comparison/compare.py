@@ -7,11 +7,12 @@ killed goes on where it was; the folder of a run that is not finished is made an
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cmdp_fast.errors import InputError, readable
+from cmdp_fast.errors import InputError, first_line, readable
 from cmdp_fast.files import check_writable, write_text, writing
 
 from ..interrupts import Interrupts
@@ -113,15 +114,24 @@ def judged(results: list[Result], judge: Judge, against: str, report: Report) ->
 
 
 def samples_of(run: SeededRun, who: str) -> dict[tuple[str, int], str]:
-    """The completions in a run's `samples.jsonl` by prompt and their number among those of the prompt."""
+    """The completions in a run's `samples.jsonl` by prompt and their number among those of the prompt.
+
+    Raises InputError for a line that no training has written.
+    """
     completions: dict[tuple[str, int], str] = {}
-    with open(run.folder / "samples.jsonl", encoding="utf-8") as lines:
-        for sample in map(json.loads, lines):
-            if sample["who"] == who:
-                prompt, number = json.dumps(sample["prompt"]), 0
-                while (prompt, number) in completions:
-                    number += 1
-                completions[prompt, number] = sample["completion"]
+    path, seen = run.folder / "samples.jsonl", Counter[str]()
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                sample = json.loads(line)
+                prompt, completion = json.dumps(sample["prompt"]), sample["completion"]
+                if not isinstance(completion, str):
+                    raise TypeError("its completion is no text")
+                if sample["who"] == who:
+                    completions[prompt, seen[prompt]] = completion
+                    seen[prompt] += 1
+            except (ValueError, RecursionError, LookupError, TypeError) as error:
+                raise InputError(f"{path}, line {number}: expected a sample: {readable(first_line(error))}") from error
     return completions
 
 

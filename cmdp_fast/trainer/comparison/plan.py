@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from cmdp_fast.digest import Damaged
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, readable, shown
 from cmdp_fast.files import as_json
 from cmdp_fast.masking import masked
 
 from ..command_line.parsing import settings_of
-from ..records.ending import finished_summary
+from ..records.ending import PHASES, finished_summary
 from ..settings.config import TrainConfig, check_ranges
 from ..settings.ranges import SEED
 from ..settings.recipe import NOT_TOML, read_recipe, tomllib
@@ -248,12 +248,12 @@ def summary_of(run: SeededRun) -> dict[str, Any] | None:
     if different := [key for key in wanted.keys() | past.keys() if wanted.get(key) != past.get(key)]:
         key = sorted(different)[0]
         raise InputError(
-            f"{run.folder} was run with other settings ({key} was {past.get(key)!r} and is {wanted.get(key)!r}): "
-            f"{remove}"
+            f"{run.folder} was run with other settings ({readable(key)} was {shown(past.get(key))} and is "
+            f"{shown(wanted.get(key))}): {remove}"
         )
     return summary
 
 
 def training_seconds(summary: dict[str, Any]) -> float:
     """The seconds of a run's steps, without its evaluations."""
-    return float(sum(summary["seconds"][phase] for phase in ("rollout", "scoring", "update")))
+    return float(sum(summary["seconds"][phase] for phase in PHASES))

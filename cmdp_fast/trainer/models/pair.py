@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cmdp_fast.errors import InputError, first_line
+from cmdp_fast.errors import InputError, first_line, readable
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import check_vocabulary, is_asked, open_teacher
 from cmdp_fast.teachers.routed import KIND, RoutedTeacher, places
@@ -27,6 +27,7 @@ from ..sources import alike, check_path, find_hub, loading, with_hub
 from ..stops import end_tokens, keep_end_tokens
 from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
+from .believable import check_counts, check_tokenizer, check_weights, make_savable
 from .builtin import builtin_folder
 from .quantization import effect, quantization_config, read_prompts
 from .random_weights import RandomCausalLM, check_plain
@@ -68,7 +69,9 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
             configs[role] = _load(AutoConfig, role, name, trusted)
             _check_own_attention(role, name, configs[role], config)
             _check_files(role, name, configs[role])
+            check_counts(role, name, configs[role])
             tokenizers[role] = _load(AutoTokenizer, role, name, trusted)
+            check_tokenizer(role, name, tokenizers[role])
     for role, name in sources.items():
         if name.startswith("builtin:"):
             made = smollm2_folder(name, report) if "smollm2" in name else builtin_folder(name, config, train, report)
@@ -134,6 +137,7 @@ def load_pair(
             f"--student {config.student}: its files hold tensors without a place in a {type(student).__name__} "
             f"({len(dropped)}, {_common_name(dropped)}): they are not read, and a saved student has none of them"
         )
+    make_savable("student", config.student, student.generation_config)
     if config.gradient_checkpointing:
         recompute_layers(student)
     if config.lora_rank:
@@ -187,9 +191,11 @@ def load_alone(
     about = _load(AutoConfig, role, folder, config.trust_remote_code)
     _check_own_attention(role, name, about, config)
     _check_files(role, folder, about)
+    check_counts(role, folder, about)
     if parallel and not getattr(about.get_text_config(), "base_model_tp_plan", None):
         raise InputError(f"--{role} {name}: transformers has no plan for its layers in tensor parallelism")
     tokenizer = _load(AutoTokenizer, role, folder, config.trust_remote_code)
+    check_tokenizer(role, folder, tokenizer)
     model, _ = _load_model(role, folder, dtype or "auto", config, **(_in_parts() if parallel else {}))
     return model.eval().requires_grad_(False), tokenizer, folder
 
@@ -214,6 +220,7 @@ def _load_model(
     if config.random_weights:
         check_plain(role, name, _load(AutoConfig, role, name, config.trust_remote_code))
         return _load(RandomCausalLM, role, name, config.trust_remote_code, **options), []
+    check_weights(role, name, _load(AutoConfig, role, name, config.trust_remote_code), config.trust_remote_code)
     options |= {"use_safetensors": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # its own error names no tensor
     if quantization:
@@ -285,7 +292,7 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
         if _attention_failed(error, attention := options.get("attn_implementation", "")):
             raise InputError(f"--attn-implementation {attention}: {role} {name}: {first_line(error)}") from error
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
-        reason = first_line(error)
+        reason = readable(first_line(error), 600)
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"

@@ -12,6 +12,8 @@ from cmdp_fast.digest import Damaged, check_digests, digests, read_sealed, write
 
 SUMMARY = "summary.json"
 WRITTEN = ("metrics.jsonl", "samples.jsonl", "samples.txt", "curves.png", "student")
+PHASES = ("rollout", "scoring", "update")  # of a step: their seconds are those of the training
+LARGEST = 1e100  # of a figure: what is larger has no standard error
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -53,11 +55,9 @@ def finished_summary(folder: Path) -> dict[str, Any] | None:
             return None
         kinds = {"steps": int, "config": dict, "student_after": dict, "files": dict, "seconds": dict}
         fits, files = all(isinstance(summary[name], kind) for name, kind in kinds.items()), summary["files"]
-        fits = fits and all(
-            isinstance(value, int | float | None)
-            for name in ("student_after", "seconds")
-            for value in summary[name].values()
-        )
+        tables = [summary[name] for name in ("student_after", "seconds", "teacher", "student_before")]
+        fits = fits and all(_are_figures(table) for table in tables if table is not None)
+        fits = fits and all(summary["seconds"][phase] is not None for phase in PHASES)
     except KeyError as error:
         raise Damaged(f"{SUMMARY} lacks {error}") from error
     check_digests(folder, files)
@@ -65,3 +65,10 @@ def finished_summary(folder: Path) -> dict[str, Any] | None:
     if lacking or not fits:
         raise Damaged(f"{SUMMARY} is not that of a run" + (f": it does not name {lacking[0]}" if lacking else ""))
     return summary
+
+
+def _are_figures(table: Any) -> bool:
+    """Whether a value is a table of numbers; None stands for one that was not finite."""
+    return isinstance(table, dict) and all(
+        value is None or (type(value) in (int, float) and abs(value) <= LARGEST) for value in table.values()
+    )
