@@ -142,7 +142,7 @@ def _cache_teacher(config: CacheConfig, report: Report, interrupts: Interrupts) 
         if writer.prompts:
             report.say(f"{folder} goes on after {writer.prompts} of {len(work.prompts)} prompts")
         try:
-            interrupts.deferred = True
+            interrupts.deferred, interrupts.waits = True, "storing the prompts at hand"
             _store(config, work, writer, accelerator, report, interrupts)
         except KeyboardInterrupt:
             report.say(f"{folder} has {writer.prompts} of {len(work.prompts)} prompts; the same command goes on there")
