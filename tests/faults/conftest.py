@@ -12,12 +12,13 @@ PACKAGES = ("transformers", "datasets", "accelerate", "tyro", "rich", "matplotli
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 if not MISSING:
+    from engine_runs import held, server
     from faults import command, result
-    from pair_fixtures import one_thread, own_precision, pair, recipe, undrawn
+    from pair_fixtures import one_thread, own_precision, pair, undrawn
 
     from cmdp_fast.cli import main
 
-    __all__ = ["expected", "one_thread", "own_precision", "pair", "recipe", "undrawn"]
+    __all__ = ["expected", "held", "isolation", "one_thread", "own_precision", "pair", "server", "undrawn"]
 
 
 class Skipped(pytest.Module):
@@ -37,3 +38,16 @@ def expected(pair, tmp_path_factory, one_thread, undrawn) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("expected")
     assert main(command(pair, output)) == 0
     return result(output / "r")
+
+
+@pytest.fixture(scope="session")
+def isolation() -> None:
+    """Judges can be isolated on this machine; a test that needs it is skipped elsewhere, with the reason."""
+    from cmdp_fast.judging.pool import IsolationError, Judges
+
+    try:
+        Judges("--rewards math_verify", "math_verify", seconds=1.0)
+    except IsolationError as error:
+        if "a process of it could" in str(error):  # it has all that isolates, and is not isolated
+            raise
+        pytest.skip(str(error))

@@ -1,7 +1,7 @@
 """A run that is killed, at whatever moment: it goes on to the same end, bit for bit, and nothing else is left.
 
-A kill leaves what the folder holds at that moment, so one run shows all of its moments: its folder is copied before each
-of its changes. `--slow` goes on from every copy, and kills processes at moments that a seed gives.
+A kill leaves what the folder holds at that moment, so one run shows all of its moments: its folder is copied before
+each of its changes. `--slow` goes on from every copy, and kills processes at moments that a seed gives.
 """
 
 from __future__ import annotations

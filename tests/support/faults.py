@@ -10,6 +10,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,12 @@ def in_child(function: Callable[[], Any], told: Path | None = None) -> int:
             log = os.open(told or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
-            sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
-            code = function()
+            with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as both:
+                with redirect_stdout(both), redirect_stderr(both):
+                    code = function()
         except BaseException:  # nothing of the test's may go on in the child
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode())
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(code or 0)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
