@@ -43,9 +43,9 @@ def in_child(function: Callable[[], Any], told: Path | None = None) -> int:
             log = os.open(told or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as both:
-                with redirect_stdout(both), redirect_stderr(both):
-                    code = function()
+            both = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+            with both, redirect_stdout(both), redirect_stderr(both):
+                code = function()
         except BaseException:  # nothing of the test's may go on in the child
             os.write(2, traceback.format_exc().encode())
         finally:
@@ -184,13 +184,24 @@ def small_disk(folder: Path, size: str) -> None:
     _mount("tmpfs", str(folder), "tmpfs", 0, f"size={size}")
 
 
-def resize(folder: Path, size: str = "", read_only: bool = False) -> None:
-    """Makes a small disk larger, or one that cannot be written to."""
-    _mount("tmpfs", str(folder), "tmpfs", REMOUNT | (READ_ONLY if read_only else 0), f"size={size}" if size else "")
+def resize(folder: Path, size: str) -> None:
+    """Makes a small disk larger."""
+    _mount("tmpfs", str(folder), "tmpfs", REMOUNT, f"size={size}")
+
+
+def make_read_only(folder: Path) -> None:
+    """Has a folder of a small disk be one that nothing can be written to from now on; what is open stays so."""
+    _mount(str(folder), str(folder), "", BIND, "")
+    _mount(str(folder), str(folder), "", BIND | REMOUNT | READ_ONLY, "")
+
+
+def make_writable(folder: Path) -> None:
+    """The end of that."""
+    _called(ctypes.CDLL(None, use_errno=True).umount2(str(folder).encode(), DETACH))
 
 
 NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000
-READ_ONLY, REMOUNT, RECURSIVE, PRIVATE = 1, 32, 1 << 14, 1 << 18
+READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE, DETACH = 1, 32, 1 << 12, 1 << 14, 1 << 18, 2
 
 
 def _unshare(more: int) -> None:
