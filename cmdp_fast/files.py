@@ -142,6 +142,18 @@ def check_writable(folder: Path, said: str) -> None:
         raise InputError(f"{said}: {readable(str(place))} cannot be written to: {reason}") from error
 
 
+def check_encodable(path: str, said: str) -> None:
+    """Raises InputError for a name that is not UTF-8: safetensors and tokenizers write no model there, which would be
+    found at the end of a training."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        hint = (
+            "" if sys.getfilesystemencoding() == "utf-8" else f"; Python reads names as {sys.getfilesystemencoding()}"
+        )
+        raise InputError(f"{said} is not UTF-8, and no model can be written there{hint}") from error
+
+
 def check_replaceable(path: Path, said: str) -> None:
     """The same for a file that `replacing` is to write, which may be there: one name beside it, and its own, must be
     possible, and it must be no folder."""

@@ -30,6 +30,7 @@ from .records.checkpoint import (
     remove_checkpoint,
     remove_checkpoints,
     remove_older,
+    remove_parts,
     save_checkpoint,
 )
 from .records.curves import plot_curves
@@ -213,8 +214,10 @@ class Training:
         finally:
             interrupts.deferred, interrupts.waits = True, "writing the student and the summary"
             self._write(error, interrupts.hurried)
-        if self.accelerator.is_main_process and not self.config.checkpoint_every:
-            remove_checkpoints(self.folder)
+        if self.accelerator.is_main_process:
+            if not self.config.checkpoint_every:
+                remove_checkpoints(self.folder)
+            remove_parts(self.folder)  # what a disk would not let go of before
 
     def _what_is_left(self) -> str:
         """Where the run stood when another process was lost, for each machine that is left."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cmdp_fast.digest import write_sealed
 from cmdp_fast.errors import InputError, readable
-from cmdp_fast.files import SCRATCH, as_json, check_writable, sync, sync_folder, writing
+from cmdp_fast.files import SCRATCH, as_json, check_encodable, check_writable, sync, sync_folder, writing
 from cmdp_fast.masking import masked, without_secrets
 
 from ..settings.config import TrainConfig
@@ -26,6 +26,8 @@ def check_run_folder(config: TrainConfig) -> None:
     """Raises InputError if the run was given a name that is taken, or a place that cannot be written to. Nothing is
     written into the folder of another run, which may be somebody else's and keeps no new one away."""
     _check_name(config)
+    place = ("--resume", config.resume) if config.resume else ("--output-dir", config.output_dir)
+    check_encodable(f"{place[1]}{config.run_name}", f"{place[0]} {readable(place[1])}")
     if config.resume:
         check_writable(Path(config.resume), f"--resume {config.resume}")
     else:
