@@ -73,7 +73,7 @@ def test_a_name_in_which_no_model_can_be_written(pair, tmp_path, monkeypatch, ca
     for words in (
         command(pair, tmp_path / name),
         command(pair, tmp_path / name / "new"),
-        [*command(pair, tmp_path), f"--name={name}"],
+        [*command(pair, tmp_path), f"--name={name}2"],
         [*arguments_for(CacheConfig, "cache-teacher", pair), f"--output={tmp_path / name}"],
         ["compare", "--recipe=quickstart", f"--output-dir={tmp_path / name}"],
     ):
