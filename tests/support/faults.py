@@ -67,7 +67,7 @@ def watch(parent: Path, act: Callable[[str], None]) -> None:
             base = f"/proc/self/fd/{folder}" if isinstance(folder, int) and folder >= 0 else "."
             before, name = os.path.split(os.path.join(base, os.fsdecode(path)))
             place = os.path.join(os.path.realpath(before), name)  # itself it may be a link
-        if place.startswith(inside) and not busy:  # else it is a change of its own
+        if f"{place}/".startswith(f"{inside}/") and not busy:  # else it is a change of its own
             busy = True
             try:
                 act(f"{what} {place.removeprefix(inside)}")
