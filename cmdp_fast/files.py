@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -17,6 +19,8 @@ from cmdp_fast.errors import InputError, first_line, readable
 
 PROBE = 4096  # bytes: a block, which a full disk has not
 LARGER = 1 << 20  # and what is hardly left where a file of many of these has found no room
+SCRATCH = ".cmdp-fast-"  # how the name of a folder begins that is there for a moment
+HOUR = 3600.0  # seconds
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
@@ -29,7 +33,7 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
 def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """A name under which the body writes a file, of a mode less the umask; it becomes `path` once it is complete.
     Raises InputError if it cannot be written."""
-    part = path.with_name(f".{path.name}")
+    part = _part(path)
     with writing(path):
         part.unlink(missing_ok=True)  # a kill's, or a link or a pipe that somebody has put there: never written to
         # Made here and by nobody else, so that the body opens no link that has come there since. In a folder like /tmp,
@@ -43,6 +47,10 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
 
 
 def open_as_others(folder: Path) -> None:
@@ -108,7 +116,8 @@ def _refused(path: Path) -> str:
 
 def check_writable(folder: Path, said: str) -> None:
     """Raises InputError, with the path and the reason, unless files can be written into a folder, which need not be
-    there yet. ``said`` is what named it. A block is written to see it; nothing of that is left."""
+    there yet. ``said`` is what named it. A block is written to see it; nothing of that is left. What a kill has left of
+    an earlier look goes after an hour."""
     place, missing = folder, list[str]()
     try:
         while not place.exists():
@@ -118,7 +127,8 @@ def check_writable(folder: Path, said: str) -> None:
             place = place.parent
         if not place.is_dir():
             raise InputError(f"{said}: {place} is a file, expected a folder")
-        with tempfile.TemporaryDirectory(prefix=".cmdp-fast-", dir=place) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place) as scratch:
+            remove_scratch(place, os.stat(scratch).st_mtime - HOUR)
             inner = Path(scratch, *([] if ".." in missing else missing[::-1]))  # for names that are too long
             inner.mkdir(parents=True, exist_ok=True)
             with open(inner / "probe", "wb") as probe:
@@ -130,6 +140,39 @@ def check_writable(folder: Path, said: str) -> None:
     except (OSError, ValueError) as error:  # a name with a zero
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{said}: {readable(str(place))} cannot be written to: {reason}") from error
+
+
+def check_encodable(path: str, said: str) -> None:
+    """Raises InputError for a name that is not UTF-8: safetensors and tokenizers write no model there, which would be
+    found at the end of a training."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        hint = (
+            "" if sys.getfilesystemencoding() == "utf-8" else f"; Python reads names as {sys.getfilesystemencoding()}"
+        )
+        raise InputError(f"{said} is not UTF-8, and no model can be written there{hint}") from error
+
+
+def check_replaceable(path: Path, said: str) -> None:
+    """The same for a file that `replacing` is to write, which may be there: one name beside it, and its own, must be
+    possible, and it must be no folder."""
+    if path.is_dir():
+        raise InputError(f"{said} is a folder, expected a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{said}: there is no folder {readable(str(path.parent))}")
+    check_writable(path.parent / _part(path).name, said)
+
+
+def remove_scratch(folder: Path, before: float = math.inf) -> None:
+    """Removes what a process that was killed has left of a folder that was to be there for a moment (`SCRATCH`), if it
+    is older than a time of that file system's clock, and ours."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if re.fullmatch(re.escape(SCRATCH) + "[a-z0-9_]{8}", entry.name):
+                found = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mtime < before:
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

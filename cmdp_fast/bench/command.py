@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import sys
@@ -21,7 +20,8 @@ from cmdp_fast.bench.peers import PEERS
 from cmdp_fast.bench.show import Screen, header
 from cmdp_fast.bench.suite import Plan, run_case
 from cmdp_fast.bench.sweep import AXES, sweeps
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, readable
+from cmdp_fast.files import check_replaceable, check_writable
 from cmdp_fast.masking import public_words
 from cmdp_fast.nearest import did_you_mean
 from cmdp_fast.terminal import beside, columns, show, wrapped
@@ -111,9 +111,12 @@ def main(arguments: Sequence[str]) -> None:
     options = options_of(arguments)
     plan = plan_of(options)
     old = results.read(options.compare) if options.compare else None
-    for path in (options.json, options.plots):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.parent}")
+    if options.json is not None:
+        check_replaceable(options.json, f"--json {readable(str(options.json))}")
+    if options.plots is not None:
+        if not options.plots.parent.is_dir():
+            raise InputError(f"--plots {options.plots}: there is no folder {options.plots.parent}")
+        check_writable(options.plots, f"--plots {readable(str(options.plots))}")
     files = [path for path in (options.json, options.plots) if path is not None]
     if not files and sys.stdout is None:
         raise InputError("the standard output is closed, and --json names no file: what is measured would be lost")
@@ -127,8 +130,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     screen = Screen(f"what was measured is in {', '.join(map(str, files))}" if files else "")
     screen.lines(header(run))
-    with Interrupts(note=_note) as interrupts:
-        interrupts.deferred = True
+    with Interrupts() as interrupts:
+        interrupts.deferred, interrupts.waits = True, "finishing the round at hand"
         plan = replace(plan, stopped=lambda: interrupts.received)
         try:
             for _ in _sweep(plan, options.sweep, run, screen) if options.sweep else _cases(plan, run, screen):
@@ -146,12 +149,6 @@ def main(arguments: Sequence[str]) -> None:
     if options.plots:
         screen.lines([f"wrote {path}" for path in plots.draw([run], options.plots)])
     screen.check()
-
-
-def _note(text: str) -> None:
-    """Says what a signal has led to, from its handler: past Python's streams, which may be at work."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"cmdp-fast: {text}\n".encode())
 
 
 def _interrupted(run: results.BenchmarkRun, path: Path | None, screen: Screen) -> None:

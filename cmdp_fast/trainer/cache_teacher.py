@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 
 from cmdp_fast.errors import InputError, readable
-from cmdp_fast.files import check_writable, writing
+from cmdp_fast.files import check_encodable, check_writable, writing
 from cmdp_fast.teachers.cached.writer import CacheWriter, Pair, contents_of
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.teacher import Teacher
@@ -123,6 +123,7 @@ def cache_teacher(config: CacheConfig) -> Path:
 
 def _cache_teacher(config: CacheConfig, report: Report, interrupts: Interrupts) -> Path:
     folder = Path(config.output)
+    check_encodable(config.output, f"--output {readable(config.output)}")
     check_writable(folder, f"--output {readable(config.output)}")
     accelerator = make_accelerator(config)
     with loading():
@@ -142,7 +143,7 @@ def _cache_teacher(config: CacheConfig, report: Report, interrupts: Interrupts) 
         if writer.prompts:
             report.say(f"{folder} goes on after {writer.prompts} of {len(work.prompts)} prompts")
         try:
-            interrupts.deferred = True
+            interrupts.deferred, interrupts.waits = True, "storing the prompts at hand"
             _store(config, work, writer, accelerator, report, interrupts)
         except KeyboardInterrupt:
             report.say(f"{folder} has {writer.prompts} of {len(work.prompts)} prompts; the same command goes on there")

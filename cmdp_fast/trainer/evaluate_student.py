@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from cmdp_fast.errors import InputError
-from cmdp_fast.files import check_writable, write_json
+from cmdp_fast.errors import InputError, readable
+from cmdp_fast.files import check_replaceable, write_json
 from cmdp_fast.masking import masked, public, told
 from cmdp_fast.terminal import drawn
 
@@ -181,15 +181,11 @@ def evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate_student(config: EvaluateConfig) -> dict[str, Any]:
     if not config.json and sys.stdout is None:
         raise InputError("the standard output is closed, and --json names no file: the figures would be lost")
-    if config.json and not Path(config.json).parent.is_dir():
-        raise InputError(f"--json {config.json}: there is no folder {Path(config.json).parent}")
-    if config.json and Path(config.json).is_dir():
-        raise InputError(f"--json {config.json} is a folder, expected a file")
     accelerator = make_accelerator(config)
     with together(accelerator):
         check_engines(config, accelerator.is_main_process)
         if config.json and accelerator.is_main_process:
-            check_writable(Path(config.json).parent, f"--json {config.json}")
+            check_replaceable(Path(config.json), f"--json {readable(config.json)}")
     report = Report(accelerator.is_main_process)
     sets = main_first(lambda: _sets(config), accelerator)
     material = main_first(lambda: load(config, report, sets), accelerator)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from cmdp_fast.files import remove_scratch
+
 from .distributed import (
     any_process,
     check_alike,
@@ -36,7 +38,7 @@ from .models.quantization import check_quantization
 from .models.value_head import ValueHead
 from .optimization import check_optimizer, make_optimizer, make_scheduler
 from .padding import check_reading
-from .records.checkpoint import remove_checkpoints
+from .records.checkpoint import remove_checkpoints, remove_parts
 from .records.clock import Clock
 from .records.lock import alone_in
 from .records.metrics_log import check_trackers
@@ -77,7 +79,7 @@ def train(config: TrainConfig, words: Sequence[str] = ()) -> Path:
     report = Report(accelerator.is_main_process)
     again = "start it again on all machines with the same launcher, with --resume where its folder is there"
     with (
-        Interrupts(accelerator.num_processes > 1, report.note) as interrupts,
+        Interrupts(accelerator.num_processes > 1, report.note, accelerator.is_main_process) as interrupts,
         ExitStack() as held,
         noticing_loss(accelerator, lambda: again),
     ):
@@ -91,6 +93,8 @@ def train(config: TrainConfig, words: Sequence[str] = ()) -> Path:
             check_engines(config, accelerator.is_main_process)
             if config.resume and accelerator.is_main_process:
                 held.enter_context(alone_in(Path(config.resume), report.say))
+                remove_scratch(Path(config.resume))
+                remove_parts(Path(config.resume))
                 finished = is_finished(config, report.say)
         if any_process(finished, accelerator):
             if accelerator.is_main_process and not config.checkpoint_every:

@@ -126,7 +126,7 @@ def _serve(
         batch_tokens=settings.batch_tokens,
         merge=settings.merge,
     )
-    interrupts.deferred = True
+    interrupts.deferred, interrupts.waits = True, "answering what was asked"
     server.start()
     about = teacher.about
     report.say(

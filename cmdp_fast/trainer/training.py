@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,6 +29,8 @@ from .records.checkpoint import (
     load_weights,
     remove_checkpoint,
     remove_checkpoints,
+    remove_older,
+    remove_parts,
     save_checkpoint,
 )
 from .records.curves import plot_curves
@@ -93,7 +94,7 @@ class Training:
                 self.learner.collector.teacher_engine.close()  # it is not sampled from again
             if self.config.eval_before:
                 self._evaluate_before()
-            interrupts.deferred = True
+            interrupts.deferred, interrupts.waits = True, "making the folder of the run"
             self.folder = self._make_folder(held)
             with together(self.accelerator):
                 self._drop_students_after(0)
@@ -179,6 +180,9 @@ class Training:
             raise InputError(f"--steps {self.config.steps}: {self.folder} has {done} behind it")
         with together(self.accelerator):
             self._drop_students_after(done)
+            if self.accelerator.is_main_process:  # a kill may have come between a new one and the end of the oldest
+                for name in ("checkpoints", "students"):
+                    remove_older(self.folder / name, self.config.keep)
             self.log = MetricsLog(self.folder, self.accelerator, self.config, state["metrics"], state["evaluations"])
         self.report.say(f"{self.folder} goes on after step {done}")
 
@@ -191,9 +195,11 @@ class Training:
             interrupts.deferred = True
             with noticing_loss(self.accelerator, self._what_is_left):
                 self._train(interrupts)
+                interrupts.waits = f"writing the checkpoint of step {self.learner.steps_done}"
                 self._checkpoint_of_the_end()
                 if any_process(interrupts.received, self.accelerator):
                     raise KeyboardInterrupt
+                interrupts.waits = "leaving the last evaluation, then writing the student"
                 interrupts.deferred = self.accelerator.num_processes > 1  # they cannot leave each at its own time
                 self._evaluate("student_after", self.learner.student)
                 self._log_evaluation(self.config.steps, self.results["student_after"], self.samples["student_after"])
@@ -206,10 +212,12 @@ class Training:
             error = raised
             raise
         finally:
-            interrupts.deferred = True
+            interrupts.deferred, interrupts.waits = True, "writing the student and the summary"
             self._write(error, interrupts.hurried)
-        if self.accelerator.is_main_process and not self.config.checkpoint_every:
-            remove_checkpoints(self.folder)
+        if self.accelerator.is_main_process:
+            if not self.config.checkpoint_every:
+                remove_checkpoints(self.folder)
+            remove_parts(self.folder)  # what a disk would not let go of before
 
     def _what_is_left(self) -> str:
         """Where the run stood when another process was lost, for each machine that is left."""
@@ -246,17 +254,21 @@ class Training:
             if c.rollout_ahead:
                 prompts = [material.prompts[i] for i in upcoming for _ in range(c.num_generations)]
                 self.learner.collector.upcoming = prompts
+            interrupts.waits = f"finishing step {step} of {c.steps}, then writing a checkpoint"
             metrics = self.learner.step([material.problems[i] for i in chosen], [material.prompts[i] for i in chosen])
             with together(self.accelerator):
                 self.log.step(step, metrics)
             self.report.status(*of_step(metrics, constraint))
             if step < c.steps and c.save_student_every and step % c.save_student_every == 0:
+                interrupts.waits = f"saving the student of step {step}, then writing a checkpoint"
                 with self.report.doing("saving the student"):
                     self._save_student(step)
             if step < c.steps and c.eval_every and step % c.eval_every == 0:
+                interrupts.waits = f"finishing the evaluation after step {step}, then writing a checkpoint"
                 with self.report.doing("evaluating"):
                     self._log_evaluation(step, *self._evaluated(self.learner.student))
             if step < c.steps and c.checkpoint_every and step % c.checkpoint_every == 0:
+                interrupts.waits = f"writing the checkpoint of step {step}"
                 with self.report.doing("writing a checkpoint"):
                     self._checkpoint()
 
@@ -274,17 +286,14 @@ class Training:
             if self.accelerator.is_main_process:
                 name = f"step-{step:06d}"
                 save_student(model, self.material.tokenizer, self.folder / "students", weights, name)
-                for old in folders_of_steps(self.folder / "students")[: -self.config.keep]:
-                    remove_checkpoint(old)
+                remove_older(self.folder / "students", self.config.keep)
 
     def _drop_students_after(self, step: int) -> None:
-        """Those of another future than the one that begins at this step, and parts that a kill has left."""
+        """Those of another future than the one that begins at this step."""
         if self.accelerator.is_main_process:
             for folder in folders_of_steps(self.folder / "students"):
                 if int(folder.name.removeprefix("step-")) > step:
                     remove_checkpoint(folder)
-            for part in (self.folder / "students").glob(".*.part"):
-                shutil.rmtree(part, ignore_errors=True)
 
     def _evaluated(self, policy: nn.Module, who: str = "") -> Any:
         """Without a name of whose they are the samples are not kept, and have no tokens."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from cmdp_fast.errors import InputError, first_line, readable
-from cmdp_fast.files import check_writable, write_text, writing
+from cmdp_fast.files import check_encodable, check_writable, write_text, writing
 
 from ..interrupts import Interrupts
 from ..records.lock import alone_in
@@ -41,6 +41,7 @@ def compare(config: CompareConfig, arguments: Sequence[str] = ()) -> bool:
 
 def _compare(config: CompareConfig, arguments: Sequence[str]) -> bool:
     check(config)
+    check_encodable(str(folder_of(config)), f"--output-dir {readable(str(folder_of(config)))}")
     check_writable(folder_of(config), f"--output-dir {readable(str(folder_of(config)))}")
     if config.study:
         return run_study(config, arguments)

@@ -77,7 +77,7 @@ def remove_checkpoint(folder: Path) -> None:
     with writing(folder):
         shutil.rmtree(part, ignore_errors=True)
         os.rename(folder, part)
-    shutil.rmtree(part, ignore_errors=True)  # a rest of it is removed with the next checkpoint
+    shutil.rmtree(part, ignore_errors=True)  # a rest of it is removed by whoever goes on
     with suppress(OSError):
         folder.parent.rmdir()
 
@@ -86,6 +86,21 @@ def remove_checkpoints(run: Path) -> None:
     """Removes those of a run that has ended and was asked for none. Raises InputError if it cannot."""
     for folder in checkpoints(run):
         remove_checkpoint(folder)
+
+
+def remove_older(parent: Path, keep: int) -> None:
+    """Removes all but the last so many of the folders named after a step. Raises InputError if it cannot."""
+    for old in folders_of_steps(parent)[:-keep]:
+        remove_checkpoint(old)
+
+
+def remove_parts(run: Path) -> None:
+    """Removes what a kill has left of checkpoints and students that were being written or removed."""
+    for parent in (run / "checkpoints", run / "students"):
+        for part in parent.glob(".*.part"):
+            shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def save_checkpoint(
@@ -116,8 +131,7 @@ def save_checkpoint(
                 sync_folder(part)
                 os.rename(part, target)
                 sync(target.parent)
-                for old in checkpoints(run)[:-keep]:
-                    remove_checkpoint(old)
+                remove_older(target.parent, keep)
     except InputError as error:
         if not accelerator.is_main_process:
             raise

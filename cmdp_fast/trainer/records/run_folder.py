@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cmdp_fast.digest import write_sealed
 from cmdp_fast.errors import InputError, readable
-from cmdp_fast.files import as_json, check_writable, sync, sync_folder, writing
+from cmdp_fast.files import SCRATCH, as_json, check_encodable, check_writable, sync, sync_folder, writing
 from cmdp_fast.masking import masked, without_secrets
 
 from ..settings.config import TrainConfig
@@ -26,11 +26,13 @@ def check_run_folder(config: TrainConfig) -> None:
     """Raises InputError if the run was given a name that is taken, or a place that cannot be written to. Nothing is
     written into the folder of another run, which may be somebody else's and keeps no new one away."""
     _check_name(config)
+    place = ("--resume", config.resume) if config.resume else ("--output-dir", config.output_dir)
+    check_encodable(f"{place[1]}{config.run_name}", f"{place[0]} {readable(place[1])}")
     if config.resume:
         check_writable(Path(config.resume), f"--resume {config.resume}")
     else:
-        said = f"--output-dir {readable(config.output_dir)}"
-        check_writable(_part(config), said)
+        longest = Path(config.output_dir) / f"{config.run_name}-{10**8}"  # no number is larger
+        check_writable(longest, f"--output-dir {readable(config.output_dir)}")
 
 
 def _check_name(config: TrainConfig) -> None:
@@ -52,12 +54,13 @@ def make_run_folder(config: TrainConfig, began: Beginning, held: ExitStack, say:
     """A new folder for the run, with `config.json` in it and its lock `held` from the moment that it is there.
 
     Without --name it is the recipe's name, followed by the first number that is free. It is made under a hidden name,
-    and a process that is killed meanwhile leaves that, a few bytes that nobody looks at.
+    and a process that is killed meanwhile leaves that, a few bytes that nobody looks at, and that the next run there
+    removes after an hour (`files.remove_scratch`).
     """
     parent = Path(config.output_dir)
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        part = _part(config)
+        part = parent / f"{SCRATCH}{secrets.token_hex(4)}"
         part.mkdir()
     try:
         with ExitStack() as lock:
@@ -72,11 +75,6 @@ def make_run_folder(config: TrainConfig, began: Beginning, held: ExitStack, say:
         shutil.rmtree(part, ignore_errors=True)
         raise
     return folder
-
-
-def _part(config: TrainConfig) -> Path:
-    """A hidden name for the folder that is being made, longer than any that it has later."""
-    return Path(config.output_dir) / f".{config.run_name}-{secrets.token_hex(4)}"
 
 
 def write_config(folder: Path, config: TrainConfig, began: Beginning) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
@@ -208,7 +209,7 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
         with _quietly():
             if path.is_file():
                 loaded = datasets.load_dataset(
-                    _LOADERS[path.suffix], data_files=str(path), split="train", streaming=stream
+                    _LOADERS[path.suffix], data_files=glob.escape(str(path)), split="train", streaming=stream
                 )
             elif (path / "dataset_dict.json").is_file():
                 parts = datasets.load_from_disk(name)
