@@ -21,8 +21,8 @@ namespace cmdp {
 
 #if defined(_OPENMP)
 // What a fork does to threads. The child has none of its parent's, but GCC's OpenMP counts on them there: the first
-// parallel region waits for ever. Whether the process had any cannot be asked, PyTorch may have started them. So a child
-// starts threads of its own, which costs some 20 microseconds each. tests/csrc/sharing uses them everywhere:
+// parallel region waits for ever. Whether the process had any cannot be asked, PyTorch may have started them. So a
+// child starts threads of its own, which costs some 20 microseconds each. tests/csrc/sharing uses them everywhere:
 // ThreadSanitizer understands them, and not OpenMP's.
 struct Threading {
   std::atomic<bool> own{false};          // whether the next parallel_for starts threads of its own
@@ -48,8 +48,8 @@ inline int useful_at_most(int threads) {
   return threads <= kFew ? threads : std::min(threads, std::max(kFew, omp_get_num_procs()));
 }
 
-// The items of one call, which threads take `grain` at a time, so that one that another process slows down does not hold
-// up the others.
+// The items of one call, which threads take `grain` at a time, so that one that another process slows down does not
+// hold up the others.
 template <class Body>
 class Items {
  public:
@@ -95,8 +95,8 @@ void in_own_threads(Items<Body>& items, int threads) {
 }
 #endif
 
-// Calls body(i) for i in [0, items), and throws again what it has thrown first. No result may depend on which thread did
-// which item.
+// Calls body(i) for i in [0, items), and throws again what it has thrown first. No result may depend on which thread
+// did which item.
 template <class Body>
 void parallel_for(int64_t items, int threads, int64_t grain, const Body& body) {
 #if defined(_OPENMP)
