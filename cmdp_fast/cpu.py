@@ -1,8 +1,8 @@
 """The native kernels (csrc/cpu): plain functions of tensors that know neither autograd nor checks of arguments.
 
 Tensors are handed over as addresses, sizes and strides; the module `cmdp_fast._C` knows no PyTorch. It uses as many
-threads as PyTorch does, in a forked process too. Importing this file never fails: where the module cannot be used, `native` is None, `PROBLEM`
-says why and `CURE` what to do about it, if something can be done.
+threads as PyTorch does, in a forked process too. Importing this file never fails: where the module cannot be used,
+`native` is None, `PROBLEM` says why and `CURE` what to do about it, if something can be done.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ native, PROBLEM, CURE = native_module.load()
 
 COSTS: tuple[str, ...] = ("reverse_kl", "forward_kl", "k1", "k3", "nll")  # all that follow from the statistics
 FORKED = (
-    "this process was forked after cmdp_fast had used several threads: its kernels start threads anew, but PyTorch's own "
-    "operations may wait for ever on threads of the parent; call torch.set_num_threads(1) here, or start processes with "
-    "'spawn' or 'forkserver'"
+    "this process was forked after cmdp_fast had used several threads: its kernels start threads anew, but operations "
+    "of PyTorch may wait for ever on threads of the parent; call torch.set_num_threads(1) here, or start processes "
+    "with 'spawn' or 'forkserver'"
 )
 _untold = False  # whether FORKED is true and has not been said
 HUGE = 8 * 2**20  # bytes from which on fresh memory asks for huge pages, of 2 MiB where there are any

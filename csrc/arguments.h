@@ -96,8 +96,11 @@ inline Logits make_logits(const LogitsArgs& args, bool needs_tokens) {
 
 inline ListedRows make_listed(const LogitsArgs& args, uintptr_t ids, int64_t listed) {
   const Logits in = make_logits(args, true);
-  int64_t entries = 0;
-  if (listed < 0 || __builtin_mul_overflow(in.student.rows, listed, &entries)) fail("the number of ids is impossible");
+  int64_t entries = 0, bytes = 0;
+  if (listed < 0 || __builtin_mul_overflow(in.student.rows, listed, &entries) ||
+      __builtin_mul_overflow(entries, int64_t{sizeof(int64_t)}, &bytes)) {
+    fail("the number of ids is impossible");
+  }
   return {in, pointer<const int64_t>(ids, "ids", entries > 0), listed};
 }
 

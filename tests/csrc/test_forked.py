@@ -1,4 +1,4 @@
-"""A process that is forked after threads had work: it has the same results, and does not wait for the parent's threads."""
+"""A process that is forked after threads had work: the same results, and no wait for the parent's threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A call whose logits lie one column short of what it is told: AddressSanitizer has to end this process, .ci/sanitizers.
+"""A call whose logits lie one column short of what it is told: AddressSanitizer has to end it (.ci/sanitizers).
 
 The module alone, without the package and PyTorch, which import for seconds.
 """
