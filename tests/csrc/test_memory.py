@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import itertools
 import os
 import sys
 
@@ -19,19 +21,16 @@ WATCHED = "libasan" in os.environ.get("LD_PRELOAD", "")  # it keeps what has bee
 
 
 class _Mallinfo2(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _fields_ = [("numbers", ctypes.c_size_t * 10)]
 
 
 def allocated() -> tuple[int, int]:
-    """Bytes that malloc has given out, and blocks that Python's own allocator has: exact, where resident memory is not."""
+    """Bytes that malloc has given out, and blocks of Python's own allocator: exact, where resident memory is not."""
     gc.collect()
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Mallinfo2
-    info = mallinfo()
-    return info.uordblks + info.hblkhd, sys.getallocatedblocks()
+    numbers = mallinfo().numbers
+    return numbers[7] + numbers[4], sys.getallocatedblocks()  # uordblks and hblkhd
 
 
 def has_mallinfo() -> bool:
@@ -41,6 +40,7 @@ def has_mallinfo() -> bool:
 def kinds_of_calls(backend: str):
     """One function a kind of call."""
     x, y, tokens = make_logits(2, 17), make_logits(2, 17, seed=1), torch.tensor([3, 4])
+    wrong = torch.tensor([3, 17])
     leaf, mask = make_logits(2, 17).requires_grad_(), torch.tensor([True, False])
     cost, ids = torch.rand(2, 5), torch.tensor([[1, 5], [0, 2]])
     reference = torch.log_softmax(y, -1).gather(-1, ids)
@@ -64,32 +64,38 @@ def kinds_of_calls(backend: str):
         cf.budget_trace(cost, 1.0, backend=backend)
 
     def wrong_token():
-        with pytest.raises(ValueError, match="token"):
-            cf.token_stats(x, y, torch.tensor([3, 17]), backend=backend)
+        with contextlib.suppress(ValueError):
+            cf.token_stats(x, y, wrong, backend=backend)
 
     def wrong_cost():
-        with pytest.raises(ValueError, match="cu_seqlens"):
-            cf.budget_trace(cost.flatten(), 1.0, cu_seqlens=torch.tensor([0, 3]), backend=backend)
+        with contextlib.suppress(ValueError):
+            cf.budget_trace(cost.flatten(), 1.0, cu_seqlens=wrong, backend=backend)
 
     return [forward, backward, mixture, listed, scan, wrong_token, wrong_cost]
 
 
 @pytest.mark.skipif(not has_mallinfo() or WATCHED, reason="nothing tells what malloc has given out")
 def test_memory_is_constant():
-    """A leak of the smallest block in every call of one kind would be over 30,000 bytes, or over 2000 blocks."""
-    backends = ["torch"] if native is None else ["cpu", "torch"]
-    calls = [call for backend in backends for call in kinds_of_calls(backend)]
-
-    def call_all(times: int) -> None:
-        for _ in range(times):
-            for call in calls:
-                call()
-
-    call_all(60)  # caches fill
-    before = allocated()
-    call_all(CALLS // len(calls))
-    bytes_more, blocks_more = (now - then for now, then in zip(allocated(), before, strict=True))
-    assert bytes_more < 16_000 and blocks_more < 700, (bytes_more, blocks_more)
+    """In the quietest of three rounds: caches grow now and then, a leak does in every round."""
+    calls = [
+        call for backend in (["cpu"] if native is not None else []) + ["torch"] for call in kinds_of_calls(backend)
+    ]
+    gc.collect()
+    gc.freeze()  # what earlier tests have left is not looked through
+    try:
+        for call in calls:
+            rounds = CALLS // 4 // len(calls) if call.__name__ != "listed" else 60
+            readings = []
+            for _ in range(4):
+                for _ in range(rounds):
+                    call()
+                readings.append(allocated())
+            bytes_more, blocks_more = (
+                min(now - then for then, now in itertools.pairwise(column)) for column in zip(*readings, strict=True)
+            )
+            assert bytes_more < 8 * rounds and blocks_more < rounds / 2, (call, bytes_more, blocks_more)
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.skipif(native is None, reason="the native module is not built")
