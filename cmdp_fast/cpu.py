@@ -1,12 +1,14 @@
 """The native kernels (csrc/cpu): plain functions of tensors that know neither autograd nor checks of arguments.
 
 Tensors are handed over as addresses, sizes and strides; the module `cmdp_fast._C` knows no PyTorch. It uses as many
-threads as PyTorch does. Importing this file never fails: where the module cannot be used, `native` is None, `PROBLEM`
-says why and `CURE` what to do about it, if something can be done.
+threads as PyTorch does, in a forked process too. Importing this file never fails: where the module cannot be used,
+`native` is None, `PROBLEM` says why and `CURE` what to do about it, if something can be done.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -37,7 +39,22 @@ from cmdp_fast.tails import TailState
 native, PROBLEM, CURE = native_module.load()
 
 COSTS: tuple[str, ...] = ("reverse_kl", "forward_kl", "k1", "k3", "nll")  # all that follow from the statistics
+FORKED = (
+    "this process was forked after cmdp_fast had used several threads: its kernels start threads anew, but operations "
+    "of PyTorch may wait for ever on threads of the parent; call torch.set_num_threads(1) here, or start processes "
+    "with 'spawn' or 'forkserver'"
+)
+_untold = False  # whether FORKED is true and has not been said
 HUGE = 8 * 2**20  # bytes from which on fresh memory asks for huge pages, of 2 MiB where there are any
+
+
+def _forked() -> None:
+    global _untold
+    _untold = native.forked_late()
+
+
+if native is not None and hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def in_huge_pages(t: Tensor) -> Tensor:
@@ -252,7 +269,12 @@ def _costs(account: Account) -> tuple[int, bool, int, int, int, int]:
 
 
 def _threads() -> int:
-    return torch.get_num_threads()
+    global _untold
+    threads = torch.get_num_threads()
+    if _untold and threads > 1:
+        _untold = False
+        warnings.warn(FORKED, stacklevel=2)
+    return threads
 
 
 def matrix(t: Tensor) -> Any:

@@ -136,7 +136,14 @@ class Settlement(NamedTuple):
 
 
 def address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    """Where its numbers are; 0 stands for none. A tensor whose storage was released has none, and is an error: a mask,
+    for one, would be taken for none at all."""
+    if t is None:
+        return 0
+    place = t.data_ptr()
+    if place == 0 and t.numel():
+        raise ValueError(f"a tensor of shape {tuple(t.shape)} has no memory: its storage was released")
+    return place
 
 
 def flat(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -56,8 +56,9 @@ inline Matrix make_matrix(uintptr_t address, const std::string& dtype, const std
       fail("the size of a matrix overflows 64 bits");
     }
   }
-  int64_t bytes = 0;
-  if (__builtin_mul_overflow(reach, int64_t{matrix.element_size}, &bytes)) {
+  int64_t bytes = 0, entries = 0;  // more than bytes where rows share memory
+  if (__builtin_mul_overflow(reach, int64_t{matrix.element_size}, &bytes) ||
+      __builtin_mul_overflow(matrix.rows, width, &entries)) {
     fail("the size of a matrix overflows 64 bits");
   }
   if (address == 0 && matrix.rows > 0 && width > 0) fail("a matrix has a null pointer");
@@ -81,6 +82,8 @@ inline Logits make_logits(const LogitsArgs& args, bool needs_tokens) {
   if (vocab < 1 || vocab > student.width || vocab > teacher.width) fail("vocab is outside the width of the logits");
   if (!(temperature > 0)) fail("the temperature must be positive");
   if (first_column < 0) fail("first_column is negative");
+  int64_t end = 0;
+  if (__builtin_add_overflow(first_column, vocab, &end)) fail("the last column overflows 64 bits");
   const bool needed = needs_tokens && student.rows > 0;
   return {student,
           teacher,
@@ -93,8 +96,11 @@ inline Logits make_logits(const LogitsArgs& args, bool needs_tokens) {
 
 inline ListedRows make_listed(const LogitsArgs& args, uintptr_t ids, int64_t listed) {
   const Logits in = make_logits(args, true);
-  int64_t entries = 0;
-  if (listed < 0 || __builtin_mul_overflow(in.student.rows, listed, &entries)) fail("the number of ids is impossible");
+  int64_t entries = 0, bytes = 0;
+  if (listed < 0 || __builtin_mul_overflow(in.student.rows, listed, &entries) ||
+      __builtin_mul_overflow(entries, int64_t{sizeof(int64_t)}, &bytes)) {
+    fail("the number of ids is impossible");
+  }
   return {in, pointer<const int64_t>(ids, "ids", entries > 0), listed};
 }
 

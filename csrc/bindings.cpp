@@ -73,7 +73,9 @@ PYBIND11_MODULE(_C, module) {
   module.attr("CUDA_NOTE") = CMDP_CUDA_NOTE;  // why cmdp_fast._cuda was not built with it; empty if it was
 #ifdef _OPENMP
   module.attr("OPENMP") = true;
+  module.def("forked_late", [] { return threading.forked_late.load(); });
 #else
   module.attr("OPENMP") = false;
+  module.def("forked_late", [] { return false; });
 #endif
 }

@@ -28,9 +28,9 @@ inline void check_threads(int threads) {
 inline void token_stats(const Matrix& student, const Matrix& teacher, uintptr_t tokens, uintptr_t mask, int64_t vocab,
                         double temperature, const StatisticArgs& statistics, bool wide, uintptr_t saved, int threads) {
   const Logits in = make_logits({student, teacher, tokens, mask, vocab, temperature}, wanted(statistics));
-  check_tokens(in);
   const StatsOut out = make_statistics(statistics, wide, saved, student.rows);
   check_threads(threads);
+  check_tokens(in);
   const KernelTable& table = kernels();
   cpu::token_stats(table, in, out, threads);
 }

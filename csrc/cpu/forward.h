@@ -333,7 +333,9 @@ static void finish(const Logits& in, int64_t row, const StoredState* states, int
     state.merge(segment.state);
     exact = exact || segment.exact != 0;
   }
-  if (in.tokens != nullptr) label(state, RowPair(in, row), in.tokens[row], natural_scale(in));
+  // Checked before, and again: another thread of the caller may have written to the tokens meanwhile.
+  const int64_t own = in.tokens != nullptr ? own_column(in, row) : -1;
+  if (own >= 0) label(state, RowPair(in, row), own, natural_scale(in));
   const TokenStats stats = state.finish();
   write_statistics(stats, out, row);
   out.saved[row] = saved_row(state, stats, exact);
