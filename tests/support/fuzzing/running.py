@@ -1,0 +1,82 @@
+"""Which cases there are, and how one is run and told about."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import cmdp_fast as cf
+from cmdp_fast.cpu import native
+from fuzzing import laws, of_logits, of_topk
+from fuzzing.case import Case
+from fuzzing.draws import Draw, seed_of
+
+Maker = Callable[[Draw], Case]
+OPERATIONS: dict[Maker, float] = {
+    of_logits.token_stats: 6,
+    of_logits.divergence: 4,
+    of_logits.token_state: 2,
+    of_logits.dropped_teacher_mass: 0.5,
+    of_topk.topk_stats: 4,
+}
+
+
+def case_of(seed: int) -> Case:
+    """The case that a seed stands for."""
+    draw = Draw(seed)
+    make = draw.choice("operation", tuple(OPERATIONS), tuple(OPERATIONS.values()))
+    case = make(draw)
+    case.draw = draw
+    return case
+
+
+def refusal(case: Case, backend: str) -> str | None:
+    """What the error says by which a backend refuses a case, or None."""
+    if case.float64_logits and backend in ("triton", "cuda"):
+        return "float64"
+    return None
+
+
+@contextmanager
+def variant(name: str | None) -> Iterator[None]:
+    """The native kernels of one instruction set."""
+    if name is None:
+        yield
+        return
+    before = native.variant()
+    native.set_variant(name)
+    try:
+        yield
+    finally:
+        native.set_variant(before)
+
+
+def variants() -> list[str]:
+    return [name for name, runs in native.variants() if runs]
+
+
+def run(seed: int, backend: str) -> list[str]:
+    """What is wrong with the case of a seed on a backend, on every instruction set."""
+    case = case_of(seed)
+    try:
+        truth = laws.Truth(case)
+    except Exception:
+        return [told(seed, case, backend, "the truth itself fails:\n" + traceback.format_exc(limit=-3))]
+    problems = []
+    for name in variants() if backend == "cpu" else [None]:
+        try:
+            with variant(name):
+                laws.hold(case, backend, truth)
+        except AssertionError as error:
+            problems.append(told(seed, case, backend, f"{name or backend}: {error}"))
+        except Exception:
+            problems.append(told(seed, case, backend, f"{name or backend}: {traceback.format_exc(limit=-4)}"))
+    return problems
+
+
+def told(seed: int, case: Case, backend: str, problem: str) -> str:
+    return f"seed {seed}\n{case.describe()}\n{problem}\nagain: pytest tests/fuzz -k {backend} --fuzz-seed {seed}"
