@@ -26,11 +26,14 @@ class Case:
     settings: dict[str, Any]
     truth: Callable[[Tensors], Tensors] | None = None
     computed: torch.dtype = torch.float32  # of the outputs
+    precision: torch.dtype | None = None  # to which outputs are exact, if it is not the one computed
+    nan_gradient_is_free: bool = False  # rows in which the true gradient has a NaN may have any
     widened: tuple[str, ...] = ()  # what the truth is given in float64, or for eager in the dtype computed
     leaves: tuple[str, ...] = ()  # what gets a gradient
     upstream: Tensors = field(default_factory=dict)  # by the name of the output
     kinds: list[str] | None = None  # of the rows of each output: errors are compared among rows of a kind
     sizes: Callable[[Tensors], dict[str, Tensor]] | None = None  # of the exact outputs: how large a gradient's terms are
+    value_sizes: Tensor | None = None  # [*rows], likewise of the values
     terms: int = 1
     rows: tuple[int, ...] = ()  # the leading axes that per-row arguments have
     by_row: tuple[str, ...] = ()  # arguments with an entry per row; empty: rows do not stand alone

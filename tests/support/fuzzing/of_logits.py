@@ -80,8 +80,20 @@ class Rows:
             float64_logits=wide,
             threads=drawn_threads(self.draw),
             terms=self.width,
+            value_sizes=self.value_sizes(),
             **fields,
         )
+
+    def value_sizes(self) -> Tensor:
+        """[*rows]: 1; of float64 logits their size over a temperature, since what they are divided by rounds them and
+        float64 has no truth that does not."""
+        size = torch.ones(self.rows, dtype=torch.float64)
+        if self.computed == torch.float64:
+            for name in PAIR:
+                if name in self.given:
+                    x = self.given[name].view()[..., : self.vocab].double() / self.settings["temperature"]
+                    size = torch.maximum(size, x.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1))
+        return size
 
     def garbage(self, tensors: Tensors) -> Tensors:
         """Other numbers in the rows that do not count."""
@@ -124,7 +136,7 @@ def token_stats(draw: Draw) -> Case:
         truth=truth,
         leaves=("student_logits",),
         upstream=upstream,
-        sizes=lambda exact: gradient_size(exact, upstream, settings["temperature"]),
+        sizes=lambda exact: gradient_size(exact, upstream, settings["temperature"], rows.value_sizes()),
         overwrites="student_logits" if inplace else None,
         needs="token_stats",
     )
@@ -132,13 +144,13 @@ def token_stats(draw: Draw) -> Case:
     return case
 
 
-def gradient_size(exact: Tensors, upstream: Tensors, temperature: float) -> Tensors:
+def gradient_size(exact: Tensors, upstream: Tensors, temperature: float, of_values: Tensor) -> Tensors:
     """Per row the terms that a gradient sums: p, p (log p + H), p (log p - log w - R) and p - w times what arrives."""
     parts = []
     for name, g in upstream.items():
         value = exact[name].detach().nan_to_num(0.0, 0.0, 0.0).abs().double()
         scale = value.clamp(min=1.0) if name in ("entropy", "reverse_kl") else torch.ones_like(value)
-        parts.append(g.double().abs() * scale / temperature)
+        parts.append(g.double().abs() * scale * of_values / temperature)
     return {"student_logits": sum(parts)}
 
 
@@ -162,7 +174,8 @@ def divergence(draw: Draw) -> Case:
     upstream = drawn_upstream(draw, ("value",), rows.rows, rows.computed)
 
     def sizes(exact: Tensors) -> Tensors:
-        return gradient_size({"reverse_kl": exact["value"]}, {"reverse_kl": upstream["value"]}, settings["temperature"])
+        value, arriving = {"reverse_kl": exact["value"]}, {"reverse_kl": upstream["value"]}
+        return gradient_size(value, arriving, settings["temperature"], rows.value_sizes())
 
     case = rows.case(
         "divergence",
@@ -192,11 +205,11 @@ def token_state(draw: Draw) -> Case:
     rows.settings |= {"tiles": tiles, "owners": owners, "order": order}
 
     def call(tensors: Tensors, backend: str | None) -> Tensors:
-        states = [cf.TokenState.empty(rows.count, temperature=temperature) for _ in range(3)]
+        states = [cf.TokenState.empty(len(tensors["tokens"]), temperature=temperature) for _ in range(3)]
         for (start, stop), owner in zip(tiles, owners, strict=True):
             x, y = (tensors[name][:, start:stop] for name in PAIR)
             states[owner].update(x, y, tensors["tokens"], first_column=start, backend=backend)
-        total = cf.TokenState.empty(rows.count, temperature=temperature)
+        total = cf.TokenState.empty(len(tensors["tokens"]), temperature=temperature)
         for i in order:
             total.merge(states[i])
         return total.finish()._asdict()

@@ -12,7 +12,7 @@ from cmdp_fast import topk_reference
 from fuzzing.case import Case, Tensors, drawn_upstream
 from fuzzing.draws import Draw
 from fuzzing.layouts import Placed, place
-from fuzzing.of_logits import PER_TOKEN, Rows
+from fuzzing.of_logits import PER_TOKEN, Rows, gradient_size
 
 OF_TAILS = ("logprob", "entropy", "forward_kl", "reverse_kl")
 
@@ -71,7 +71,9 @@ def topk_stats(draw: Draw) -> Case:
         return cf.topk_stats(**tensors, **settings, backend=backend)._asdict()
 
     def truth(tensors: Tensors) -> Tensors:
-        return topk_reference.topk_stats(**tensors, **settings)._asdict()
+        stats = topk_reference.topk_stats(**tensors, **settings)
+        nothing = stats.logprob.detach().isnan()  # of the student; also where no column is listed, whose sum is 0
+        return stats._replace(student_mass=stats.student_mass.masked_fill(nothing, torch.nan))._asdict()
 
     case = rows.case(
         "topk_stats",
@@ -81,18 +83,11 @@ def topk_stats(draw: Draw) -> Case:
         computed=computed,
         leaves=("student_logits",),
         upstream=upstream,
-        sizes=lambda exact: gradient_size(exact, upstream, settings["temperature"]),
+        sizes=lambda exact: gradient_size(exact, upstream, settings["temperature"], rows.value_sizes()),
         needs="topk_stats",
     )
+    case.precision = student if student == torch.float64 else torch.float32
+    case.nan_gradient_is_free = True
     of_rows = case.garbage
     case.garbage = None if of_rows is None else lambda tensors: without_sense(of_rows(tensors))
     return case
-
-
-def gradient_size(exact: Tensors, upstream: Tensors, temperature: float) -> Tensors:
-    """Per row the terms that a gradient sums."""
-    parts = []
-    for name, g in upstream.items():
-        value = exact[name].detach().nan_to_num(0.0, 0.0, 0.0).abs().double()
-        parts.append(g.double().abs() * value.clamp(min=1.0) / temperature)
-    return {"student_logits": sum(parts)}
