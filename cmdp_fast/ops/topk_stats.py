@@ -173,20 +173,16 @@ def statistics(tail: Tail, message: Message, computed: torch.dtype) -> TopkStats
     """What follows from the state of each row, in float64; ``computed``: the dtype that it was folded in."""
     tokens, mask, vocab = message.tokens, message.mask, message.vocab
     dtype = torch.float64 if message.dtype == torch.float64 else computed
-    parts = torch.cat([tail.listed, tail.log_mass[..., None]], -1)
-    # taken off first: of listed logits far above the tail the normaliser would lose their number, log 3 of three
-    peak = parts.detach().amax(-1)
-    peak = peak.masked_fill(peak.isinf(), 0.0)
-    normalizer = (parts - peak[..., None]).logsumexp(-1)
-
+    log_mass, lowest = tail.log_mass - tail.height, tail.lowest - tail.height
+    normalizer = torch.cat([tail.listed, log_mass[..., None]], -1).logsumexp(-1)
     student = StudentTerms(
-        (tail.listed - peak[..., None]) - normalizer[..., None],
-        (tail.log_mass - peak) - normalizer,
+        tail.listed - normalizer[..., None],
+        log_mass - normalizer,
         tail.entropy,
-        ((tail.lowest - peak) - normalizer).detach(),
+        (lowest - normalizer).detach(),
         topk_bounds.student_rounding(computed, vocab),
     )
-    stats = topk_bounds.statistics(student, message.teacher, (tail.own - peak) - normalizer, dtype)
+    stats = topk_bounds.statistics(student, message.teacher, tail.own - normalizer, dtype)
     # added: the gradient that arrives is not NaN because of it, and a row that gets none is not read again
     poison = torch.where(tail.reference.isnan(), torch.nan, 0.0).to(dtype)
     of_student = {name: getattr(stats, name) + poison for name in TopkStats._fields if name != "teacher_mass"}

@@ -35,6 +35,7 @@ class Case:
     sizes: Callable[[Tensors], dict[str, Tensor]] | None = None  # of the exact outputs: how large a gradient's terms are
     value_sizes: Tensor | None = None  # [*rows], likewise of the values
     terms: int = 1
+    free_shapes: tuple[str, ...] = ()  # outputs without an entry per row
     rows: tuple[int, ...] = ()  # the leading axes that per-row arguments have
     by_row: tuple[str, ...] = ()  # arguments with an entry per row; empty: rows do not stand alone
     garbage: Callable[[Tensors], Tensors] | None = None  # the arguments with nonsense where the mask is False
@@ -42,6 +43,7 @@ class Case:
     overwrites: str | None = None  # an argument that the backward pass may overwrite
     layout_matters: bool = False  # where a product of PyTorch's may round otherwise
     also: Callable[[Tensors, Tensors, str], None] | None = None  # (arguments, outputs, backend): more laws
+    returns_an_input: bool = False
     needs: str = ""  # the backends' name of the operation
     float64_logits: bool = False  # so that the GPU backends refuse it
     threads: tuple[int, int] = (1, 1)

@@ -56,7 +56,8 @@ class Placed(NamedTuple):
     def bits(self, around: bool = False) -> Tensor:
         """All bytes; with ``around`` those alone that the view does not show. Of memory of gigabytes what it shows."""
         if self.is_far:
-            return self.view().contiguous().view(torch.uint8)
+            shown = self.view().contiguous().view(torch.uint8)
+            return shown[:0] if around else shown
         if not around:
             return self.memory.view(torch.uint8)
         outside = torch.ones(self.memory.shape, dtype=torch.bool)
@@ -114,7 +115,7 @@ def place(draw: Draw, values: Tensor, what: str, names: dict[str, float] = LAYOU
     """The values in a layout; where several places are one, the last value that was written counts for all."""
     shape = tuple(values.shape)
     name = draw.choice(f"layout of {what}", tuple(names), tuple(names.values()))
-    if name == "far apart" and (len(shape) < 2 or not 2 <= shape[0] <= 3 or values.dtype.itemsize > 4):
+    if name == "far apart" and (len(shape) < 2 or 0 in shape or not 2 <= shape[0] <= 3 or values.dtype.itemsize > 4):
         name = "gaps everywhere"
     layout = drawn_layout(draw, name, shape)
     if name == "far apart":

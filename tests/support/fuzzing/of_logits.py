@@ -80,6 +80,7 @@ class Rows:
             float64_logits=wide,
             threads=drawn_threads(self.draw),
             terms=self.width,
+            nan_gradient_is_free=self.computed == torch.float64,  # whose largest numbers the truth cannot subtract
             value_sizes=self.value_sizes(),
             **fields,
         )
@@ -238,10 +239,11 @@ def dropped_teacher_mass(draw: Draw) -> Case:
         return {"mass": mass}
 
     def truth(tensors: Tensors) -> Tensors:
-        return {"mass": (tensors["teacher_logits"] / temperature).softmax(-1)[..., vocab:].sum(-1)}
+        probability = (tensors["teacher_logits"] / temperature).softmax(-1)
+        return {"mass": torch.where(probability[..., 0].isnan(), torch.nan, probability[..., vocab:].sum(-1))}
 
     rows.pair = False
     case = rows.case("dropped_teacher_mass", call=call, truth=truth, widened=("teacher_logits",))
     case.settings = {"vocab_size": vocab, "temperature": temperature, "rows_at_once": at_once}
-    case.needs = "none"
+    case.layout_matters, case.by_row = True, ()  # plain PyTorch, which adds in an order of its own
     return case

@@ -72,8 +72,9 @@ def topk_stats(draw: Draw) -> Case:
 
     def truth(tensors: Tensors) -> Tensors:
         stats = topk_reference.topk_stats(**tensors, **settings)
-        nothing = stats.logprob.detach().isnan()  # of the student; also where no column is listed, whose sum is 0
-        return stats._replace(student_mass=stats.student_mass.masked_fill(nothing, torch.nan))._asdict()
+        # A row of the student's without a meaning has none either where nothing is listed, or an infinity is
+        poison = torch.where(stats.logprob.detach().isnan(), torch.nan, 0.0).to(stats.logprob.dtype)
+        return {name: t if name == "teacher_mass" else t + poison for name, t in stats._asdict().items()}
 
     case = rows.case(
         "topk_stats",

@@ -11,7 +11,7 @@ import torch
 
 import cmdp_fast as cf
 from cmdp_fast.cpu import native
-from fuzzing import laws, of_logits, of_topk
+from fuzzing import laws, of_budgets, of_logits, of_methods, of_topk
 from fuzzing.case import Case
 from fuzzing.draws import Draw, seed_of
 
@@ -22,6 +22,12 @@ OPERATIONS: dict[Maker, float] = {
     of_logits.token_state: 2,
     of_logits.dropped_teacher_mass: 0.5,
     of_topk.topk_stats: 4,
+    of_budgets.budget_trace: 3,
+    of_budgets.modified_reward: 3,
+    of_budgets.budget_verdict: 1,
+    of_budgets.discounted_budget: 0.4,
+    of_methods.token_cost: 0.6,
+    of_methods.constrained_reward: 4,
 }
 
 
@@ -66,16 +72,16 @@ def run(seed: int, backend: str) -> list[str]:
         truth = laws.Truth(case)
     except Exception:
         return [told(seed, case, backend, "the truth itself fails:\n" + traceback.format_exc(limit=-3))]
-    problems = []
+    problems: dict[str, list[str]] = {}
     for name in variants() if backend == "cpu" else [None]:
         try:
             with variant(name):
                 laws.hold(case, backend, truth)
         except AssertionError as error:
-            problems.append(told(seed, case, backend, f"{name or backend}: {error}"))
+            problems.setdefault(str(error), []).append(name or backend)
         except Exception:
-            problems.append(told(seed, case, backend, f"{name or backend}: {traceback.format_exc(limit=-4)}"))
-    return problems
+            problems.setdefault(traceback.format_exc(limit=-4), []).append(name or backend)
+    return [told(seed, case, backend, f"{', '.join(on)}: {problem}") for problem, on in problems.items()]
 
 
 def told(seed: int, case: Case, backend: str, problem: str) -> str:
