@@ -11,7 +11,7 @@ import torch
 
 import cmdp_fast as cf
 from cmdp_fast.cpu import native
-from fuzzing import laws, of_budgets, of_logits, of_methods, of_topk
+from fuzzing import laws, of_budgets, of_heads, of_logits, of_methods, of_topk
 from fuzzing.case import Case
 from fuzzing.draws import Draw, seed_of
 
@@ -28,6 +28,10 @@ OPERATIONS: dict[Maker, float] = {
     of_budgets.discounted_budget: 0.4,
     of_methods.token_cost: 0.6,
     of_methods.constrained_reward: 4,
+    of_heads.linear_token_stats: 2.5,
+    of_heads.linear_divergence: 1.5,
+    of_heads.linear_topk_stats: 1.5,
+    of_heads.linear_constrained_reward: 1.5,
 }
 
 
