@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from cmdp_fast import checks
 from cmdp_fast.constraint import AccountSettings, Constraint
 from cmdp_fast.field_docs import documented
 from cmdp_fast.ops import backends
@@ -53,6 +54,8 @@ def budget_verdict(
     Raises:
         TypeError, ValueError: as `budget_trace`; bounds of different shapes.
     """
+    for name, value in (("lower", lower), ("upper", upper)):
+        checks.tensor(name, value)
     if lower.shape != upper.shape:
         raise ValueError(f"lower and upper must have one shape, got {list(lower.shape)} and {list(upper.shape)}")
 

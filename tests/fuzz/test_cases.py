@@ -1,7 +1,7 @@
 """Random cases of every operation on every backend and instruction set; `fuzzing` has the laws they are held to.
 
-    pytest tests/fuzz --fuzz 100000 -n 2        the first 100,000 cases
-    pytest tests/fuzz --fuzz-seed 123           one case
+pytest tests/fuzz --fuzz 100000 -n 2        the first 100,000 cases
+pytest tests/fuzz --fuzz-seed 123           one case
 """
 
 import hosted  # first: it may bring the CUDA kernels

@@ -32,7 +32,9 @@ class Case:
     leaves: tuple[str, ...] = ()  # what gets a gradient
     upstream: Tensors = field(default_factory=dict)  # by the name of the output
     kinds: list[str] | None = None  # of the rows of each output: errors are compared among rows of a kind
-    sizes: Callable[[Tensors], dict[str, Tensor]] | None = None  # of the exact outputs: how large a gradient's terms are
+    sizes: Callable[[Tensors], dict[str, Tensor]] | None = (
+        None  # of the exact outputs: how large a gradient's terms are
+    )
     value_sizes: Tensor | None = None  # [*rows], likewise of the values
     terms: int = 1
     free_shapes: tuple[str, ...] = ()  # outputs without an entry per row
@@ -43,6 +45,7 @@ class Case:
     overwrites: str | None = None  # an argument that the backward pass may overwrite
     layout_matters: bool = False  # where a product of PyTorch's may round otherwise
     also: Callable[[Tensors, Tensors, str], None] | None = None  # (arguments, outputs, backend): more laws
+    public: Callable[[dict[str, Any], dict[str, Any]], Any] | None = None  # the call with some settings changed
     returns_an_input: bool = False
     needs: str = ""  # the backends' name of the operation
     float64_logits: bool = False  # so that the GPU backends refuse it

@@ -74,9 +74,15 @@ def _memory_is_as_it_was(case: Case, given: dict[str, Placed]) -> None:
 
 
 def _forms_are_right(case: Case, outcome: Outcome, given: dict[str, Placed]) -> None:
-    used = set() if case.returns_an_input else {placed.memory.untyped_storage().data_ptr() for placed in given.values() if len(placed.memory)}
+    used = (
+        set()
+        if case.returns_an_input
+        else {placed.memory.untyped_storage().data_ptr() for placed in given.values() if len(placed.memory)}
+    )
     for name, value in outcome.outputs.items():
-        assert not value.numel() or value.untyped_storage().data_ptr() not in used, f"{name} shares memory with an input"
+        assert not value.numel() or value.untyped_storage().data_ptr() not in used, (
+            f"{name} shares memory with an input"
+        )
         if value.dtype not in (torch.bool, torch.int64):
             assert value.dtype == case.computed, f"{name} is {value.dtype}, expected {case.computed}"
         if case.kinds is not None and name not in case.free_shapes:

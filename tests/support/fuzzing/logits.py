@@ -54,9 +54,7 @@ def drawn_pair(
         y = x + 1e-3 * y
     pair = [_in_range(t, dtype) for t, dtype in zip((x, y), dtypes, strict=True)]
     usual = draw.chance("only usual rows", 0.4)
-    kinds = [
-        "none" if usual else draw.choice("special", SPECIALS, SPECIALS_WEIGHTS) for _ in range(count)
-    ]
+    kinds = ["none" if usual else draw.choice("special", SPECIALS, SPECIALS_WEIGHTS) for _ in range(count)]
     for row, kind in enumerate(kinds):
         _spoil(draw, kind, [t[row] for t in pair])
     return [t.reshape(*rows, width) for t in pair], [f"{base}, {kind}" for kind in kinds]

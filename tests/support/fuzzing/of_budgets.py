@@ -170,6 +170,7 @@ def budget_trace(draw: Draw) -> Case:
         settings=settings,
         computed=computed,
         also=lambda tensors, outputs, backend: check_trace(tensors, settings, computed, outputs),
+        public=lambda tensors, changed: cf.budget_trace(**tensors, **{**settings, **changed}),
         needs="budget_trace",
     )
 
@@ -192,8 +193,10 @@ def check_trace(tensors: Tensors, settings: dict[str, Any], dtype: torch.dtype, 
         wrong = ~(((value - exact).abs() <= allowed) | (value == exact) | (value.isnan() & exact.isnan()) | beyond)
         assert not wrong.any(), f"{name}: {value[wrong][:3].tolist()}, expected {exact[wrong][:3].tolist()}"
     near = (right.remaining.abs() <= 2 * rounding) & right.remaining.isfinite() & (size.sum() > 0)
-    exact_sums = settings.get("gamma", 1.0) != 0.9 and bool((size * 16 == (size * 16).round()).all()) and (
-        settings.get("reduction") != "mean"
+    exact_sums = (
+        settings.get("gamma", 1.0) != 0.9
+        and bool((size * 16 == (size * 16).round()).all())
+        and (settings.get("reduction") != "mean")
     )
     if not near.any() or (exact_sums and float(size.sum()) < 1e6):
         for name in ("violated", "first_violation"):
@@ -242,6 +245,12 @@ def modified_reward(draw: Draw) -> Case:
         computed=computed,
         needs="modified_reward",
     )
+
+    def public(tensors: dict[str, Any], changed: dict[str, Any]) -> Any:
+        rest, spent = split(tensors)
+        return cf.modified_reward(trace=spent, **rest, **{**settings, **changed})
+
+    case.public = public
     return case
 
 
@@ -276,8 +285,9 @@ def budget_verdict(draw: Draw) -> Case:
         assert tuple(outputs) == fields
 
     return completions.case(
-        "budget_verdict", call=call, settings=settings, also=also, needs="budget_trace"
-    )
+        "budget_verdict", call=call, settings=settings, also=also, needs="budget_trace",
+        public=lambda tensors, changed: cf.budget_verdict(**tensors, **{**settings, **changed}),
+    )  # fmt: skip
 
 
 def discounted_budget(draw: Draw) -> Case:
@@ -288,7 +298,10 @@ def discounted_budget(draw: Draw) -> Case:
     def call(tensors: Tensors, backend: str | None) -> Tensors:
         number = cf.discounted_budget(2.0, gamma, horizon)
         assert isinstance(number, float)
-        return {"each": cf.discounted_budget(tensors["budget"], gamma, horizon), "one": torch.tensor(number, dtype=torch.float64)}
+        return {
+            "each": cf.discounted_budget(tensors["budget"], gamma, horizon),
+            "one": torch.tensor(number, dtype=torch.float64),
+        }
 
     def truth(tensors: Tensors) -> Tensors:
         share = math.fsum(gamma**t for t in range(horizon)) / horizon

@@ -31,7 +31,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Heads:
     """Hidden states and heads of one model or of both; tokens and a mask."""
 
-    def __init__(self, draw: Draw, rows: tuple[int, ...] | None = None, models: tuple[str, ...] = ("student", "teacher")):
+    def __init__(
+        self, draw: Draw, rows: tuple[int, ...] | None = None, models: tuple[str, ...] = ("student", "teacher")
+    ):
         self.draw, self.models = draw, models
         self.rows = draw.choice("rows of hidden states", ROWS) if rows is None else rows
         self.given, self.settings = dict[str, Placed](), dict[str, Any]()
@@ -134,6 +136,12 @@ class Heads:
             with self.tiled():
                 return call(tensors, backend)
 
+        function, fixed = fields.pop("function"), fields.pop("fixed", {})
+
+        def public(tensors: dict[str, Any], changed: dict[str, Any]) -> Any:
+            given = self.arguments(tensors, False)
+            return silently(lambda: function(**given, **{**fixed, **self.settings, **changed}))
+
         fields.setdefault("settings", {**self.settings, "heads": self.heads, "tiles": self.tiles, "Head": self.as_head})
         return Case(
             operation,
@@ -148,6 +156,7 @@ class Heads:
             mask="mask" if "mask" in self.given else None,
             float64_logits=self.computed == torch.float64,
             layout_matters=True,
+            public=public,
             threads=drawn_threads(self.draw),
             terms=self.vocab + 33,
             value_sizes=self.value_sizes(),
@@ -173,7 +182,13 @@ def linear_token_stats(draw: Draw) -> Case:
         return heads.sizes(gradient_size(exact, upstream, heads.settings["temperature"], one)["student_logits"])
 
     return heads.case(
-        "linear_token_stats", call=call, truth=truth, upstream=upstream, sizes=sizes, needs="linear_token_stats"
+        "linear_token_stats",
+        function=cf.linear_token_stats,
+        call=call,
+        truth=truth,
+        upstream=upstream,
+        sizes=sizes,
+        needs="linear_token_stats",
     )
 
 
@@ -199,7 +214,7 @@ def linear_divergence(draw: Draw) -> Case:
         return {name: t for name, t in out.items() if name != "tokens"}
 
     return heads.case(
-        "linear_divergence", call=call, truth=truth, upstream=upstream, sizes=sizes, garbage=garbage,
+        "linear_divergence", function=cf.linear_divergence, call=call, truth=truth, upstream=upstream, sizes=sizes, garbage=garbage,
         needs="linear_divergence",
     )  # fmt: skip
 
@@ -230,7 +245,7 @@ def linear_topk_stats(draw: Draw) -> Case:
         return heads.sizes(gradient_size(exact, upstream, heads.settings["temperature"], one)["student_logits"])
 
     case = heads.case(
-        "linear_topk_stats", call=call, truth=truth, upstream=upstream, sizes=sizes, computed=computed,
+        "linear_topk_stats", function=cf.linear_topk_stats, call=call, truth=truth, upstream=upstream, sizes=sizes, computed=computed,
         garbage=lambda tensors: without_sense(heads.garbage(tensors)), needs="linear_topk_stats",
     )  # fmt: skip
     case.precision = heads.computed
@@ -283,7 +298,7 @@ def linear_constrained_reward(draw: Draw) -> Case:
 
     of_heads = [name for name in heads.given if name not in ("task_reward", "budget", "cu_seqlens")]
     case = heads.case(
-        "linear_constrained_reward", call=call, upstream=upstream, also=also, needs="linear_token_stats",
+        "linear_constrained_reward", function=cf.linear_constrained_reward, fixed=settings, call=call, upstream=upstream, also=also, needs="linear_token_stats",
         garbage=lambda tensors: completions.garbage(heads.garbage(tensors)),
         settings={**settings, **heads.settings, "heads": heads.heads, "tiles": heads.tiles, "Head": heads.as_head},
     )  # fmt: skip

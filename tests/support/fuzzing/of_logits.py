@@ -142,6 +142,7 @@ def token_stats(draw: Draw) -> Case:
         needs="token_stats",
     )
     case.settings = {**settings, "inplace_backward": inplace}
+    case.public = lambda tensors, changed: cf.token_stats(**tensors, **{**case.settings, **changed})
     return case
 
 
@@ -188,6 +189,7 @@ def divergence(draw: Draw) -> Case:
         needs="token_stats" if plain or beta in ends else "divergence",
     )
     case.settings = settings
+    case.public = lambda tensors, changed: cf.divergence(**tensors, **{**settings, **changed})
     return case
 
 
@@ -233,9 +235,7 @@ def dropped_teacher_mass(draw: Draw) -> Case:
     at_once = draw.choice("rows_at_once", (1, 2, 64))
 
     def call(tensors: Tensors, backend: str | None) -> Tensors:
-        mass = cf.dropped_teacher_mass(
-            tensors["teacher_logits"], vocab, temperature=temperature, rows_at_once=at_once
-        )
+        mass = cf.dropped_teacher_mass(tensors["teacher_logits"], vocab, temperature=temperature, rows_at_once=at_once)
         return {"mass": mass}
 
     def truth(tensors: Tensors) -> Tensors:

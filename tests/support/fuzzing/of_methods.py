@@ -145,4 +145,7 @@ def constrained_reward(draw: Draw) -> Case:
     case.leaves, case.upstream, case.free_shapes = ("student_logits",), upstream, ("first_violation",)
     case.sizes = lambda exact: gradient_size(exact, upstream, rows.settings["temperature"], rows.value_sizes())
     case.overwrites = "student_logits" if inplace else None
+    case.public = lambda tensors, changed: silently(
+        lambda: cf.constrained_reward(**tensors, **{**case.settings, **changed})
+    )
     return case

@@ -11,10 +11,12 @@ import torch
 
 import cmdp_fast as cf
 from cmdp_fast.cpu import native
-from fuzzing import laws, of_budgets, of_heads, of_logits, of_methods, of_topk
+from cmdp_fast.ops.backends import OF_CUDA, ON_GPU
+from fuzzing import laws, of_budgets, of_heads, of_logits, of_methods, of_topk, spoilt
 from fuzzing.case import Case
 from fuzzing.draws import Draw, seed_of
 
+SPOILT = 0.2  # of all cases
 Maker = Callable[[Draw], Case]
 OPERATIONS: dict[Maker, float] = {
     of_logits.token_stats: 6,
@@ -46,9 +48,19 @@ def case_of(seed: int) -> Case:
 
 def refusal(case: Case, backend: str) -> str | None:
     """What the error says by which a backend refuses a case, or None."""
-    if case.float64_logits and backend in ("triton", "cuda"):
-        return "float64"
+    if backend == "cuda" and case.needs and case.needs not in OF_CUDA:
+        return "has no kernel for"
+    if case.needs and case.float64_logits and backend in ON_GPU:
+        return "got float64"
     return None
+
+
+def refused_otherwise(case: Case, backend: str, said: str) -> list[str]:
+    try:
+        case.call({name: placed.view() for name, placed in case.given.items()}, backend)
+    except ValueError as error:
+        return [] if said in str(error) else [f"expected an error with {said!r}, got {error}"]
+    return [f"expected an error with {said!r}"]
 
 
 @contextmanager
@@ -72,6 +84,18 @@ def variants() -> list[str]:
 def run(seed: int, backend: str) -> list[str]:
     """What is wrong with the case of a seed on a backend, on every instruction set."""
     case = case_of(seed)
+    refused = refusal(case, backend)
+    draw = Draw(seed ^ 1)
+    if refused is None and draw.chance("spoilt", SPOILT):
+        try:
+            spoilt.hold(case, draw, backend)
+        except AssertionError as error:
+            return [told(seed, case, backend, str(error))]
+        except Exception:
+            return [told(seed, case, backend, traceback.format_exc(limit=-3))]
+        return []
+    if refused is not None:
+        return [told(seed, case, backend, problem) for problem in refused_otherwise(case, backend, refused)]
     try:
         truth = laws.Truth(case)
     except Exception:
