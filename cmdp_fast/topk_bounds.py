@@ -274,7 +274,7 @@ def _sized(logprob: Tensor, rounding: float) -> Tensor:
 
 
 def _grown(rounding: Tensor) -> Tensor:
-    """e^rounding - 1, finite: a probability that it multiplies is 0 where the rounding of its logarithm is that large."""
+    """e^rounding - 1, finite: where a logarithm is that large, the probability that is multiplied with it is 0."""
     return torch.expm1(rounding.clamp(max=700.0))
 
 

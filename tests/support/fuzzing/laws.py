@@ -12,7 +12,6 @@ from torch import Tensor
 from fuzzing.case import Case, Outcome, Tensors, evaluate
 from fuzzing.layouts import Placed
 
-
 OF_ACCOUNTS = ("cumulative", "remaining", "violated", "first_violation", "excess")  # that a masked token reports
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -276,7 +277,7 @@ def budget_verdict(draw: Draw) -> Case:
             trace = cf.budget_trace(paid, **rest, **settings, backend=backend)
             if "cu_seqlens" in tensors:
                 ends = tensors["cu_seqlens"].long().tolist()
-                over = [bool(trace.violated[a:b].any()) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+                over = [bool(trace.violated[a:b].any()) for a, b in itertools.pairwise(ends)]
             else:
                 over = trace.violated.any(-1).tolist()
             said = outputs[name].tolist()

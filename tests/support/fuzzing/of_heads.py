@@ -214,9 +214,15 @@ def linear_divergence(draw: Draw) -> Case:
         return {name: t for name, t in out.items() if name != "tokens"}
 
     return heads.case(
-        "linear_divergence", function=cf.linear_divergence, call=call, truth=truth, upstream=upstream, sizes=sizes, garbage=garbage,
+        "linear_divergence",
+        function=cf.linear_divergence,
+        call=call,
+        truth=truth,
+        upstream=upstream,
+        sizes=sizes,
+        garbage=garbage,
         needs="linear_divergence",
-    )  # fmt: skip
+    )
 
 
 def linear_topk_stats(draw: Draw) -> Case:
@@ -245,9 +251,16 @@ def linear_topk_stats(draw: Draw) -> Case:
         return heads.sizes(gradient_size(exact, upstream, heads.settings["temperature"], one)["student_logits"])
 
     case = heads.case(
-        "linear_topk_stats", function=cf.linear_topk_stats, call=call, truth=truth, upstream=upstream, sizes=sizes, computed=computed,
-        garbage=lambda tensors: without_sense(heads.garbage(tensors)), needs="linear_topk_stats",
-    )  # fmt: skip
+        "linear_topk_stats",
+        function=cf.linear_topk_stats,
+        call=call,
+        truth=truth,
+        upstream=upstream,
+        sizes=sizes,
+        computed=computed,
+        garbage=lambda tensors: without_sense(heads.garbage(tensors)),
+        needs="linear_topk_stats",
+    )
     case.precision = heads.computed
     return case
 
@@ -280,9 +293,9 @@ def linear_constrained_reward(draw: Draw) -> Case:
 
     def call(tensors: Tensors, backend: str | None) -> Tensors:
         given = heads.arguments(tensors)
-        return named(silently(lambda: cf.linear_constrained_reward(
-            **given, **settings, **heads.settings, backend=backend
-        )))  # fmt: skip
+        return named(
+            silently(lambda: cf.linear_constrained_reward(**given, **settings, **heads.settings, backend=backend))
+        )
 
     def also(tensors: Tensors, _: Tensors, backend: str) -> None:
         with heads.tiled():
@@ -298,9 +311,15 @@ def linear_constrained_reward(draw: Draw) -> Case:
 
     of_heads = [name for name in heads.given if name not in ("task_reward", "budget", "cu_seqlens")]
     case = heads.case(
-        "linear_constrained_reward", function=cf.linear_constrained_reward, fixed=settings, call=call, upstream=upstream, also=also, needs="linear_token_stats",
+        "linear_constrained_reward",
+        function=cf.linear_constrained_reward,
+        fixed=settings,
+        call=call,
+        upstream=upstream,
+        also=also,
+        needs="linear_token_stats",
         garbage=lambda tensors: completions.garbage(heads.garbage(tensors)),
         settings={**settings, **heads.settings, "heads": heads.heads, "tiles": heads.tiles, "Head": heads.as_head},
-    )  # fmt: skip
+    )
     case.free_shapes = ("first_violation",)
     return case

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
-
-import cmdp_fast as cf
 from cmdp_fast.cpu import native
 from cmdp_fast.ops.backends import OF_CUDA, ON_GPU
 from fuzzing import laws, of_budgets, of_heads, of_logits, of_methods, of_topk, spoilt
 from fuzzing.case import Case
-from fuzzing.draws import Draw, seed_of
+from fuzzing.draws import Draw
 
 SPOILT = 0.2  # of all cases
 Maker = Callable[[Draw], Case]
