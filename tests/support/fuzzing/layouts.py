@@ -65,6 +65,16 @@ class Placed(NamedTuple):
         return self.memory[outside].view(torch.uint8)
 
 
+def copied(given: dict[str, Placed]) -> dict[str, Placed]:
+    """The same numbers in other memory; what shares memory still does."""
+    out, known = {}, dict[int, Placed]()
+    for name, placed in given.items():
+        if id(placed.memory) not in known:
+            known[id(placed.memory)] = placed.copy()
+        out[name] = placed._replace(memory=known[id(placed.memory)].memory)
+    return out
+
+
 def drawn_layout(draw: Draw, name: str, shape: tuple[int, ...]) -> Layout:
     """Strides and offset of a layout for a shape."""
     if not shape:

@@ -14,7 +14,7 @@ from cmdp_fast import reference
 from fuzzing import logits
 from fuzzing.case import Case, Tensors, drawn_threads, drawn_upstream
 from fuzzing.draws import Draw
-from fuzzing.layouts import Placed, place
+from fuzzing.layouts import Layout, Placed, place
 
 TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 PAIR = ("student_logits", "teacher_logits")
@@ -85,6 +85,20 @@ class Rows:
             **fields,
         )
 
+    def share_memory(self) -> None:
+        """Puts both models' rows into one matrix: the same rows, or the teacher's one row earlier."""
+        student, teacher = (self.given[name] for name in PAIR)
+        if student.shape != teacher.shape or student.memory.dtype != teacher.memory.dtype or not self.count:
+            return
+        width = student.shape[-1]
+        rows = [teacher.view().reshape(-1, width)[:1], student.view().reshape(-1, width)]
+        memory = torch.cat(rows).flatten()
+        strides = torch.empty(student.shape, device="meta").stride()
+        back = self.draw.choice("rows of the teacher before the student's", (0, 1))
+        self.given["student_logits"] = Placed(memory, student.shape, Layout(strides, width))
+        self.given["teacher_logits"] = Placed(memory, student.shape, Layout(strides, width * (1 - back)))
+        self.kinds = [f"row {i}" for i in range(self.count)]
+
     def value_sizes(self) -> Tensor:
         """[*rows]: 1; of float64 logits their size over a temperature, since what they are divided by rounds them and
         float64 has no truth that does not."""
@@ -131,6 +145,8 @@ def token_stats(draw: Draw) -> Case:
         return reference.token_stats(**tensors, **settings)._asdict()
 
     upstream = drawn_upstream(draw, DIFFERENTIABLE, rows.rows, rows.computed)
+    if draw.chance("a teacher in the student's memory", 0.1):
+        rows.share_memory()
     case = rows.case(
         "token_stats",
         call=call,

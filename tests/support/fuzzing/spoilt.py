@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fuzzing.case import Case, Tensors
 from fuzzing.draws import Draw
+from fuzzing.layouts import copied
 
 EXPECTED = (TypeError, ValueError, RuntimeError)
 Wrong = Callable[[Draw, Tensors, Any], Any]
@@ -103,7 +104,7 @@ def hold(case: Case, draw: Draw, backend: str) -> str:
     """
     if case.public is None:
         return ""
-    given = {name: placed.copy() for name, placed in case.given.items()}
+    given = copied(case.given)
     tensors: dict[str, Any] = {name: placed.view() for name, placed in given.items()}
     numbers = [name for name in (*case.settings, "backend") if name in NUMBERS]
     changed: dict[str, Any] = {}
