@@ -436,7 +436,7 @@ def modified_reward(
     crossing = trace.violated & ~_previous(trace.violated, False)
     if penalty_at is None:
         penalty_at = "crossing" if kind == "cmdp" else "every"
-    charged = crossing if penalty_at == "crossing" else violated
+    charged = (crossing if penalty_at == "crossing" else violated).double()  # a number times a bool is float32
     charge = _weighed(discrepancy_weight, excess) + _weighed(float(coefficient or 0.0), paid)
     if kind == "cmdp":
         value = torch.where(violated, 0.0, reward) - penalty * charged - charge

@@ -27,11 +27,16 @@ class TailState(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """Rows of logits as all that follows needs them, relative to ``reference``, in float64."""
+    """Rows of logits as all that follows needs them, in float64.
+
+    The tail is relative to m, what is listed to t = max(m, the largest of it): of listed logits far above a tail
+    x - m would keep nothing but the distance, where a student's mask has left -3.4e38 of all others.
+    """
 
     reference: Tensor  # [...] m; NaN for a row that is no use, of which all that follows is 0, as that of a masked row
-    listed: Tensor  # [..., k] x - m of the listed columns, -inf where absent
-    own: Tensor  # [...] x - m of the token
+    height: Tensor  # [...] t - m
+    listed: Tensor  # [..., k] x - t of the listed columns, -inf where absent
+    own: Tensor  # [...] x - t of the token
     log_mass: Tensor  # [...] log sum e^(x-m) of the tail; -inf if it weighs nothing
     entropy: Tensor  # [...] of the distribution within the tail, in nats; 0 if it weighs nothing
     lowest: Tensor  # [...] min (x-m) of the tail; +inf if it has no column
@@ -61,7 +66,7 @@ def merged(mine: Tensor, theirs: Tensor) -> Tensor:
 
 
 def finished(state: TailState, mask: Tensor | None = None) -> Tail:
-    """The state of all columns, relative to m, or to the largest listed logit where the tail has no weight.
+    """The state of all columns; m is the largest listed logit where the tail has no weight.
 
     ``mask [rows]``: False for rows that have not been read. No use is a row with a NaN or +inf, or of -inf throughout.
     """
@@ -70,9 +75,11 @@ def finished(state: TailState, mask: Tensor | None = None) -> Tail:
     highest = torch.cat([state.listed, state.own[:, None]], -1).amax(-1)
     m = torch.where(weightless, highest, m)
     of_no_use = ~(z < torch.inf) | ~(highest < torch.inf) | ~m.isfinite()
+    top = torch.maximum(m, highest)
     values = (
-        state.listed - m[:, None],
-        state.own - m,
+        top - m,
+        state.listed - top[:, None],
+        state.own - top,
         z.log(),
         torch.where(weightless, 0.0, z.log() - h / z).clamp(min=0),
         low - m,

@@ -170,7 +170,7 @@ def teacher_terms(
         error,
         mass,
         (1.0 - mass).masked_fill(whole, 0.0),
-        (probability * torch.expm1(error)).sum(-1).masked_fill(whole, 0.0),
+        (probability * _grown(error)).sum(-1).masked_fill(whole, 0.0),
         caps.amin(-1),
         floor,
         beyond,
@@ -208,7 +208,7 @@ def forward_kl(p: StudentTerms, w: TeacherTerms, dtype: torch.dtype) -> tuple[Te
     bucket = torch.where(known, tail * (tail.clamp(min=1e-300).log() - p.tail), 0.0)
 
     u = _sized(p.listed, p.rounding).masked_fill(none, 0.0)
-    growth = weight * torch.expm1(w.error)
+    growth = weight * _grown(w.error)
     slack = (growth * (1 + ratio.detach().abs() + w.error + u) + (weight + growth) * u).sum(-1)
     least, most = (w.tail - w.tail_error).clamp(min=0), (w.tail + w.tail_error).clamp(min=0)
     log_tail, u_tail = p.tail.detach(), _sized(p.tail, p.rounding)
@@ -241,11 +241,11 @@ def reverse_kl(p: StudentTerms, w: TeacherTerms, dtype: torch.dtype) -> tuple[Te
 
     u = _sized(p.listed, p.rounding).masked_fill(none, 0.0)
     weight = probability.detach()
-    growth = weight * torch.expm1(u)
+    growth = weight * _grown(u)
     slack = (growth * (1 + ratio.detach().abs() + w.error + u) + (weight + growth) * w.error).sum(-1)
     mass, log_mass = tail.detach(), log_tail.detach()
     u_tail = _sized(log_mass, p.rounding)
-    bucket_slack = mass * torch.expm1(u_tail) * (1 + (log_mass - most).abs() + u_tail)
+    bucket_slack = mass * _grown(u_tail) * (1 + (log_mass - most).abs() + u_tail)
     bucket_slack = bucket_slack.masked_fill(weightless, 0.0)
     value = (listed + bucket).masked_fill(unbounded, torch.inf)
     lower = _lowered(value, value.detach() - slack - bucket_slack, dtype)
@@ -255,7 +255,7 @@ def reverse_kl(p: StudentTerms, w: TeacherTerms, dtype: torch.dtype) -> tuple[Te
         of_tail = torch.full_like(mass, torch.inf)
     else:
         of_tail = mass * (log_mass - entropy - w.floor)
-        of_tail += mass * torch.expm1(u_tail) * (1 + log_mass.abs() + entropy + w.floor.abs())
+        of_tail += mass * _grown(u_tail) * (1 + log_mass.abs() + entropy + w.floor.abs())
         of_tail += mass * p.rounding * entropy.clamp(min=1.0)
         of_tail = of_tail.masked_fill(torch.isneginf(w.floor), torch.inf)  # also where P underflows to 0
     of_tail = of_tail.masked_fill(weightless, 0.0)
@@ -273,6 +273,11 @@ def entropy(p: StudentTerms) -> Tensor:
 
 def _sized(logprob: Tensor, rounding: float) -> Tensor:
     return rounding * logprob.detach().abs().clamp(min=1.0).nan_to_num(posinf=0.0)
+
+
+def _grown(rounding: Tensor) -> Tensor:
+    """e^rounding - 1, finite: where a logarithm is that large, the probability that is multiplied with it is 0."""
+    return torch.expm1(rounding.clamp(max=700.0))
 
 
 def _x_log_x_over(x: Tensor, log_y: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def topk_stats(
     outside = outside.scatter(-1, ids.masked_fill(absent, width), False)[..., :width]
     tail = log_p.masked_fill(~outside, -torch.inf).logsumexp(-1)
     within = (log_p - tail[..., None]).masked_fill(~outside | torch.isneginf(log_p), 0.0)
-    share = torch.where(outside, log_p - tail[..., None], -torch.inf).exp()
+    share = torch.where(outside & ~torch.isneginf(log_p), log_p - tail[..., None], -torch.inf).exp()
     student = StudentTerms(
         log_p.gather(-1, ids.clamp(min=0)).masked_fill(absent, -torch.inf),
         tail,

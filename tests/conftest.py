@@ -16,7 +16,7 @@ import cmdp_fast as cf
 from cmdp_fast.ops.backends import INTERPRETED
 
 TESTS = Path(__file__).parent
-WITH_KERNELS = ("bench", "csrc", "kernels", "ops")  # where .ci/run collects the tests of the GPU kernels
+WITH_KERNELS = ("bench", "csrc", "fuzz", "kernels", "ops")  # where .ci/run collects the tests of the GPU kernels
 MARKS = {"triton": [pytest.mark.triton], "cuda": [pytest.mark.cuda]}
 BACKENDS = [
     pytest.param(name, marks=MARKS.get(name, []))
@@ -35,6 +35,8 @@ if INTERPRETED:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--fuzz", type=int, metavar="N", help="how many random cases tests/fuzz runs on each backend")
+    parser.addoption("--fuzz-seed", type=int, metavar="SEED", help="the one random case that tests/fuzz runs")
 
 
 def of_kernels(item: pytest.Item) -> bool:

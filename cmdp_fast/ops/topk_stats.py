@@ -173,12 +173,13 @@ def statistics(tail: Tail, message: Message, computed: torch.dtype) -> TopkStats
     """What follows from the state of each row, in float64; ``computed``: the dtype that it was folded in."""
     tokens, mask, vocab = message.tokens, message.mask, message.vocab
     dtype = torch.float64 if message.dtype == torch.float64 else computed
-    normalizer = torch.cat([tail.listed, tail.log_mass[..., None]], -1).logsumexp(-1)
+    log_mass, lowest = tail.log_mass - tail.height, tail.lowest - tail.height
+    normalizer = torch.cat([tail.listed, log_mass[..., None]], -1).logsumexp(-1)
     student = StudentTerms(
         tail.listed - normalizer[..., None],
-        tail.log_mass - normalizer,
+        log_mass - normalizer,
         tail.entropy,
-        (tail.lowest - normalizer).detach(),
+        (lowest - normalizer).detach(),
         topk_bounds.student_rounding(computed, vocab),
     )
     stats = topk_bounds.statistics(student, message.teacher, tail.own - normalizer, dtype)
@@ -186,7 +187,8 @@ def statistics(tail: Tail, message: Message, computed: torch.dtype) -> TopkStats
     poison = torch.where(tail.reference.isnan(), torch.nan, 0.0).to(dtype)
     of_student = {name: getattr(stats, name) + poison for name in TopkStats._fields if name != "teacher_mass"}
     stats = replaced(stats, **of_student)
-    known = (tokens >= 0) & (tokens < vocab)
+    index = tokens.long()  # a narrow type could not hold the bound it is compared with
+    known = (index >= 0) & (index < vocab)
     stats = replaced(stats, logprob=torch.where(known, stats.logprob, torch.nan))
     return stats if mask is None else TopkStats(*(torch.where(mask, value, 0.0) for value in stats))
 

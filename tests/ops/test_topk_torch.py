@@ -59,7 +59,7 @@ def samples():
         yield "tail_of_logits", (x, *rows, backend)
         plain = x.detach()
         tail = OPS.tail_of_logits(plain, *rows, backend)
-        reference, listed, own, log_mass, entropy, _ = tail
+        reference, _, listed, own, log_mass, entropy, _ = tail
         folded = FoldedTail(reference, log_mass, entropy)
         upstream = (torch.rand_like(listed), torch.rand_like(own), None, torch.rand_like(entropy))
         yield "tail_of_logits_backward", (plain, *rows, backend, *folded, *upstream)

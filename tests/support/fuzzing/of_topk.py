@@ -1,0 +1,95 @@
+"""Cases of topk_stats: what a teacher may have sent, in whatever order and however wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cmdp_fast as cf
+from cmdp_fast import topk_reference
+from fuzzing.case import Case, Tensors, drawn_upstream
+from fuzzing.draws import Draw
+from fuzzing.layouts import Placed, place
+from fuzzing.of_logits import PER_TOKEN, Rows, gradient_size
+
+OF_TAILS = ("logprob", "entropy", "forward_kl", "reverse_kl")
+
+
+def message(draw: Draw, teacher: Tensor, given: dict[str, Placed], settings: dict[str, Any], vocab: int) -> None:
+    """Adds what a teacher of these logits ``[..., V]`` sends."""
+    width = teacher.shape[-1]
+    logprobs = teacher.double().log_softmax(-1)
+    k = draw.choice("k", (0, 1, 2, 5, 20, 10_000), (0.5, 2, 3, 4, 2, 1))
+    values, ids = logprobs.topk(min(k, width), -1)
+    if draw.chance("ids in any order", 0.5):
+        order = draw.uniform(*ids.shape).argsort(-1)
+        values, ids = values.gather(-1, order), ids.gather(-1, order)
+    if ids.shape[-1] > 1 and draw.chance("repeated ids", 0.2):
+        ids[..., 1] = ids[..., 0]
+    if ids.shape[-1] and draw.chance("foreign ids", 0.2):
+        ids[..., -1] = draw.choice("foreign id", (-1, vocab, -(2**31), 2**31 - 1))
+        if draw.chance("likely foreign ids", 0.5):
+            values[..., -1] = -torch.inf
+    if ids.shape[-1] and draw.chance("a teacher's -inf", 0.1):
+        values[..., 0] = -torch.inf
+    wide = teacher.dtype == torch.float64
+    dtype = draw.choice("topk dtype", (torch.float32, torch.float64 if wide else torch.float32, torch.bfloat16))
+    ids_dtype = draw.choice("topk_ids' dtype", (torch.int64, torch.int32))
+    given["topk_ids"] = place(draw, ids.to(ids_dtype), "topk", PER_TOKEN)
+    given["topk_logprobs"] = place(draw, values.to(dtype), "topk", PER_TOKEN)
+    settings["top_k"] = draw.choice("top_k", (None, 0, 1, 5))
+    floor = draw.choice("min_logprob", ("none", "number", "tensor"))
+    if floor == "number":
+        settings["min_logprob"] = -40.0
+    elif floor == "tensor":
+        given["min_logprob"] = place(draw, logprobs.amin(-1).to(dtype), "min_logprob", PER_TOKEN)
+
+
+def without_sense(tensors: Tensors) -> Tensors:
+    """What a teacher has sent of rows that do not count."""
+    out, away = dict(tensors), ~tensors["mask"]
+    out["topk_logprobs"] = out["topk_logprobs"].masked_fill(away[..., None], torch.nan)
+    out["topk_ids"] = out["topk_ids"].masked_fill(away[..., None], torch.iinfo(out["topk_ids"].dtype).max)
+    if "min_logprob" in out:
+        out["min_logprob"] = out["min_logprob"].masked_fill(away, torch.nan)
+    return out
+
+
+def topk_stats(draw: Draw) -> Case:
+    rows = Rows(draw)
+    teacher = rows.given.pop("teacher_logits").view()[..., : rows.vocab]
+    message(draw, teacher, rows.given, rows.settings, rows.vocab)
+    rows.pair, settings = False, rows.settings
+    student = rows.given["student_logits"].memory.dtype
+    log = rows.given["topk_logprobs"].memory.dtype
+    computed = torch.float64 if torch.float64 in (student, log) else torch.float32
+    upstream = drawn_upstream(draw, OF_TAILS, rows.rows, computed)
+
+    def call(tensors: Tensors, backend: str | None) -> Tensors:
+        return cf.topk_stats(**tensors, **settings, backend=backend)._asdict()
+
+    def truth(tensors: Tensors) -> Tensors:
+        stats = topk_reference.topk_stats(**tensors, **settings)
+        # A row of the student's without a meaning has none either where nothing is listed, or an infinity is
+        poison = torch.where(stats.logprob.detach().isnan(), torch.nan, 0.0).to(stats.logprob.dtype)
+        return {name: t if name == "teacher_mass" else t + poison for name, t in stats._asdict().items()}
+
+    case = rows.case(
+        "topk_stats",
+        call=call,
+        truth=truth,
+        widened=(),
+        computed=computed,
+        leaves=("student_logits",),
+        upstream=upstream,
+        sizes=lambda exact: gradient_size(exact, upstream, settings["temperature"], rows.value_sizes()),
+        needs="topk_stats",
+    )
+    case.precision = student if student == torch.float64 else torch.float32
+    case.nan_gradient_is_free = True
+    case.public = lambda tensors, changed: cf.topk_stats(**tensors, **{**settings, **changed})
+    of_rows = case.garbage
+    case.garbage = None if of_rows is None else lambda tensors: without_sense(of_rows(tensors))
+    return case
