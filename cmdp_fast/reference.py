@@ -367,7 +367,8 @@ def budget_trace(
     violated = ((over | cumulative.isnan()) & keep).long().cumsum(-1) > 0
     width = cost.shape[-1]
     first = width - violated.long().sum(-1)  # a violation is absorbing
-    overrun = (cumulative - limit).clamp(min=0.0)
+    # Of an infinite budget nothing overruns it: the difference of two infinities would be NaN.
+    overrun = torch.where(cumulative == limit, 0.0, cumulative - limit).clamp(min=0.0)
     before = _previous(overrun)
     # Once the overrun is infinite nothing adds to it; a masked token adds nothing either.
     excess = torch.where(before.isinf() | ~keep, 0.0, overrun - before)

@@ -133,6 +133,22 @@ def test_task_part() -> None:
     at_edge = ops.budget_trace(COST, 0.5625)
     assert torch.equal(objective.task_part(task, at_edge, held("cmdp")), row([1, 2, 4, 0, 0]))
     assert torch.equal(objective.task_part(task, at_edge, held("barrier")), row([1, 2, 0, 0, 0]))
+    lost = row([1.0, 2.0, math.inf, -math.inf, math.nan])
+    assert torch.equal(objective.task_part(lost, trace, held("cmdp")), row([1, 2, 0, 0, 0]))
+
+
+def test_nothing_but_the_loss_is_differentiable() -> None:
+    cost, task, reward = (values.clone().requires_grad_() for values in (COST, TASK, TASK))
+    for kind in KINDS:
+        constraint = held(kind)
+        trace = ops.budget_trace(COST, constraint=constraint)
+        trace = trace._replace(remaining=trace.remaining.clone().requires_grad_())
+        made = [objective.task_part(task, trace, constraint), objective.direct_coefficient(trace, constraint)]
+        made += [objective.score_coefficient(reward, task, each) for each in (constraint, SAMPLED)]
+        assert not any(tensor.requires_grad for tensor in made), kind
+    metrics = objective.constraint_metrics(cost, ops.budget_trace(COST, 0.5), mean_budget=0.1)
+    assert not objective.returns_to_go(reward).requires_grad
+    assert not any(value.requires_grad for value in metrics.values())
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -184,7 +200,11 @@ def test_direct_coefficients_of_the_other_kinds() -> None:
     for kind in ("saute", "worst_case"):
         assert not objective.direct_coefficient(trace, held(kind)).any()
     for kind in ("lagrangian", "pid"):
-        assert torch.equal(objective.direct_coefficient(trace, held(kind, coefficient=0.25)), row([0.25] * 5))
+        for account in ({}, {"gamma": 0.5}, {"reduction": "mean"}):  # whatever the account is, the price is of the cost
+            priced = held(kind, coefficient=0.25, **account)
+            trace = ops.budget_trace(COST, constraint=priced)
+            assert torch.equal(objective.direct_coefficient(trace, priced), row([0.25] * 5))
+    trace = ops.budget_trace(COST, 0.5)
     for kind in ("cmdp", "hinge"):
         plain, priced = held(kind), ops.Constraint(budget=0.5, kind=kind, coefficient=0.25)
         expected = objective.direct_coefficient(trace, plain) + 0.25

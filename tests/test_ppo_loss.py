@@ -110,6 +110,29 @@ def test_clip_range_is_asymmetric() -> None:
     assert inside["clip_ratio/low_mean"] == 0 and outside["clip_ratio/low_mean"] == 1
 
 
+@pytest.mark.parametrize("shift", [0.5, -0.5])
+def test_a_ratio_at_the_edge_is_not_beyond_it(shift: float) -> None:
+    """A double between 1/2 and 2 less 1 is exact, so that the edge is the ratio itself."""
+    logprob, old = (torch.full((1, 1), value, dtype=torch.float64) for value in (0.0, -shift))
+    ratio = old.neg().exp().item()
+    edges = {"clip_low": abs(ratio - 1.0), "clip_high": abs(ratio - 1.0)}
+    logprob.requires_grad_()
+    loss, metrics = objective.ppo_loss(logprob, old, torch.full_like(old, math.copysign(1, shift)), mask=None, **edges)
+    loss.backward()
+    assert logprob.grad.item() == loss.item() == -math.copysign(ratio, shift)
+    assert metrics["clip_ratio/region_mean"] == 0
+
+
+def test_nothing_but_logprob_and_cost_gets_a_gradient() -> None:
+    given = {name: draw(1, 3, seed=6).requires_grad_() for name in ("logprob", "old_logprob", "advantage", "cost")}
+    direct = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
+    loss, metrics = objective.ppo_loss(**given, direct=direct, mask=None, clip_low=9.0, clip_high=9.0)
+    loss.backward()
+    assert given["logprob"].grad is not None and torch.equal(given["cost"].grad, direct.detach())
+    assert all(tensor.grad is None for tensor in (given["old_logprob"], given["advantage"], direct))
+    assert not any(value.requires_grad for value in metrics.values())
+
+
 def test_masked_tokens_are_never_used() -> None:
     expected, metrics = gradient()
     poison = torch.where(MASK, 0.0, torch.nan)
@@ -185,5 +208,9 @@ def test_errors() -> None:
         objective.ppo_loss(*arguments, mask=None, cost=logprob, direct=torch.zeros(B))
     with pytest.raises(ValueError, match="advantage has shape"):
         objective.ppo_loss(logprob, logprob.detach(), torch.zeros(B), mask=None)
+    with pytest.raises(ValueError, match="old_logprob has shape"):
+        objective.ppo_loss(logprob, logprob.detach()[:1], torch.zeros(B, T), mask=None)
+    with pytest.raises(ValueError, match="cost has shape"):
+        objective.ppo_loss(*arguments, mask=None, cost=logprob[:1], direct=torch.zeros(B, T))
     with torch.no_grad():  # nothing to lose in an evaluation
         objective.ppo_loss(*arguments, mask=None, cost=torch.zeros(B, T), direct=torch.zeros(B, T))
