@@ -158,6 +158,8 @@ def test_a_ratio_that_does_not_count_may_overflow(side: float, dtype: torch.dtyp
         assert loss.item() == pytest.approx(expected - 1.0, rel=1e-6)
         assert logprob.grad.tolist() == [[gradient_of_it, -1.0]]
         assert metrics["loss/score"] == loss
+        beyond = {"high": side > 0 and advantage != 0, "low": side < 0 and advantage != 0}
+        assert all(metrics[f"clip_ratio/{edge}_mean"] == 0.5 * counts for edge, counts in beyond.items())
 
 
 def test_nothing_bounds_the_ratio_of_a_negative_advantage() -> None:
