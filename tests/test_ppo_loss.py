@@ -108,6 +108,10 @@ def test_clip_range_is_asymmetric() -> None:
     _, inside = gradient(-shift, advantage=-ADVANTAGE.abs(), clip_low=0.21)
     _, outside = gradient(-shift, advantage=-ADVANTAGE.abs(), clip_low=0.19)
     assert inside["clip_ratio/low_mean"] == 0 and outside["clip_ratio/low_mean"] == 1
+    for log_ratio, advantage, edge in ((1.0, 1.0, 1.1), (-1.0, -1.0, 0.7)):
+        one = torch.ones(1, 1)
+        loss, _ = objective.ppo_loss(log_ratio * one, 0 * one, advantage * one, mask=None, clip_low=0.3, clip_high=0.1)
+        assert loss.item() == pytest.approx(-advantage * edge)
 
 
 @pytest.mark.parametrize("shift", [0.5, -0.5])
@@ -214,5 +218,6 @@ def test_errors() -> None:
         objective.ppo_loss(logprob, logprob.detach()[:1], torch.zeros(B, T), mask=None)
     with pytest.raises(ValueError, match="cost has shape"):
         objective.ppo_loss(*arguments, mask=None, cost=logprob[:1], direct=torch.zeros(B, T))
+    objective.ppo_loss(logprob.detach(), *arguments[1:], mask=None, cost=torch.zeros(B, T), direct=torch.zeros(B, T))
     with torch.no_grad():  # nothing to lose in an evaluation
         objective.ppo_loss(*arguments, mask=None, cost=torch.zeros(B, T), direct=torch.zeros(B, T))

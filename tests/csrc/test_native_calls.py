@@ -165,3 +165,20 @@ def test_right_matrices(address, dtype, sizes, strides, width):
 def test_wrong_matrices_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         native.Matrix(*arguments)
+
+
+@pytest.mark.parametrize("ids", [[0] * 9000, [9000, 3], [-(2**62), 2**62]])
+def test_ids_that_do_not_ascend_make_a_wrong_result_and_no_harm(ids):
+    """Not ascending, more of one block than it has columns, or far outside: what is listed alone is not written to."""
+    vocab, listed = 10_000, torch.tensor(ids)
+    student, tokens = make_logits(1, vocab), torch.tensor([7])
+    rows = {"student": matrix(student), "ids": listed, "listed": len(ids), "tokens": tokens, "vocab": vocab}
+    fields = torch.tensor([[-math.inf, 0.0, 0.0, math.inf]], dtype=torch.float64)
+    numbers = torch.full((1, len(ids)), -math.inf, dtype=torch.float64)
+    call("update_tails", **rows, states=[fields, numbers, room])
+    out = torch.empty_like(student)
+    call("tail_backward", **rows, gradient=[room] * 5 + [torch.zeros(len(ids), dtype=torch.float64)], out=matrix(out))
+    assert fields.isfinite().all() and not out.any()
+    if ids[0] > 0:  # found in its block; the one that comes too late is not
+        rest = student.double().index_fill(1, listed[:1], -math.inf)
+        assert fields[0, 0] + fields[0, 1].log() == pytest.approx(rest.logsumexp(-1).item(), rel=1e-5)
