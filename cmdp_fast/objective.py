@@ -251,7 +251,7 @@ def cvar(values: Tensor, alpha: float = 0.1, *, weight: Tensor | None = None) ->
     worst, order = values.sort(descending=True)
     each = torch.ones_like(values) if weight is None else weight.to(values.dtype)[order]
     size = alpha * each.sum()
-    share = torch.minimum((size - (each.cumsum(0) - each)).clamp(min=0.0), each)
+    share = torch.minimum(size - (each.cumsum(0) - each), each)
     return torch.where(share > 0, worst * share, 0.0).sum() / size
 
 

@@ -334,8 +334,9 @@ def test_completions_without_a_token_count_nowhere() -> None:
     cost = torch.tensor([[0.5, 0.25, 0.25, math.nan], [1.0, 1.0, 0.5, 0.5], [0.0, 3.0, math.nan, math.nan]])
     mask = ~cost.isnan()
     correct, limit = torch.tensor([True, False, True]), torch.tensor([0.5, 2.0, 0.5])
+    trace, weight = ops.budget_trace(cost, 1.0, mask=mask), torch.tensor([0.5, 1.0, 0.25])
     expected = objective.constraint_metrics(
-        cost, ops.budget_trace(cost, 1.0, mask=mask), mask=mask, correct=correct, mean_budget=limit, alpha=0.5
+        cost, trace, mask=mask, correct=correct, mean_budget=limit, alpha=0.5, weight=weight
     )
     place = torch.tensor([1, 2, 4])
 
@@ -351,6 +352,7 @@ def test_completions_without_a_token_count_nowhere() -> None:
             correct=among(correct, right),
             mean_budget=among(limit, 9.0),
             alpha=0.5,
+            weight=among(weight, 8.0),
         )
         assert metrics.keys() == expected.keys()
         for name, value in metrics.items():
@@ -400,8 +402,16 @@ def test_infinite_cost_outside_the_tail_does_not_spoil_the_cvar() -> None:
 @pytest.mark.parametrize(("alpha", "expected"), [(0.1, 10.0), (0.15, 29 / 3), (0.3, 9.0), (1.0, 5.5)])
 def test_cvar_takes_a_fraction_of_a_sequence(alpha: float, expected: float) -> None:
     cost = torch.arange(1.0, 11.0)[torch.randperm(10, generator=torch.Generator().manual_seed(0)), None]
-    metrics = objective.constraint_metrics(cost, ops.budget_trace(cost, 5.0), alpha=alpha)
-    assert metrics["cvar"].item() == pytest.approx(expected, rel=1e-6)
+    trace = ops.budget_trace(cost, 5.0)
+    assert objective.constraint_metrics(cost, trace, alpha=alpha)["cvar"].item() == pytest.approx(expected, rel=1e-6)
+    assert objective.constraint_metrics(cost, trace)["cvar"] == objective.cvar(cost[:, 0]) == 10.0  # the worst tenth
+
+
+def test_cvar_of_weighted_values_is_of_their_dtype() -> None:
+    values = torch.tensor([1.0, 3.0, 2.0])
+    assert objective.cvar(values, 0.5, weight=torch.tensor([True, False, True])) == 2.0
+    worst = objective.cvar(values, 0.5, weight=torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64))
+    assert worst.dtype == torch.float32 and worst == 2.5
 
 
 def test_nan_cost_is_not_satisfied() -> None:
@@ -416,10 +426,13 @@ def test_nan_cost_is_not_satisfied() -> None:
 
 def test_errors_say_what_was_given() -> None:
     trace = ops.budget_trace(COST, 0.5)
-    with pytest.raises(ValueError, match="alpha=0"):
-        objective.constraint_metrics(COST, trace, alpha=0)
+    for alpha in (0, -0.5, 1.001, math.nan):
+        with pytest.raises(ValueError, match=f"alpha={alpha}, expected a fraction"):
+            objective.constraint_metrics(COST, trace, alpha=alpha)
     with pytest.raises(ValueError, match="at least one token"):
         objective.constraint_metrics(COST[:0], ops.budget_trace(COST[:0], 0.5))
+    with pytest.raises(ValueError, match="cumulative has shape"):
+        objective.constraint_metrics(COST[:, :3], trace)
     with pytest.raises(ValueError, match=r"\[B, T\]"):
         objective.returns_to_go(TASK[0])
     with pytest.raises(ValueError, match="mask has shape"):

@@ -159,6 +159,11 @@ def test_rows_that_nothing_reaches_are_not_read(backend):
     present = rows.ids[0][rows.ids[0] >= 0]
     assert torch.equal(out[0, present], listed[0][rows.ids[0] >= 0].float()) and not out[1].any()
     assert out[0].isnan().sum() == 500 - len(present)
+    for name in ("constant", "slope", "own", "listed"):  # each of them alone
+        numbers = {n: torch.zeros_like(number) for n, number in gradient._asdict().items()}
+        numbers[name] = numbers[name] + 1.0
+        module.tail_backward(rows, TailGradient(**numbers), out)
+        assert (out != 0).any(-1).all(), name
     masked = rows._replace(mask=here(torch.tensor([False, True])))
     module.tail_backward(masked, gradient, out)
     assert not out.any()
