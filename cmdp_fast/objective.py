@@ -308,7 +308,7 @@ def constraint_metrics(
         "first_violation": 1.0 - mean(violated.sum(1) / length),
     }
     if correct is not None:
-        right = correct[real].to(total.dtype)
+        right = correct[real]
         metrics["accuracy"] = mean(right)
         metrics["correct_and_feasible"] = mean(right * feasible)
     if mean_budget is not None:

@@ -376,6 +376,7 @@ def test_a_violation_that_was_made_good_is_satisfied_and_violated() -> None:
     metrics = objective.constraint_metrics(cost, trace)
     assert metrics["constraint_satisfaction"].item() == pytest.approx(2 / 3)
     assert metrics["never_violated"].item() == pytest.approx(1 / 3)
+    assert metrics["mean_excess"].item() == pytest.approx(0.5 / 3)  # nothing for what the others have left
     modified = ops.modified_reward(reward, cost, trace, penalty=0.0, discrepancy_weight=0.0).sum(1)
     assert modified.tolist() == [0.0, 1.0, 0.0]  # of the first, which ends within its budget, too
     mean = objective.constraint_metrics(cost[:1], ops.budget_trace(cost[:1], 0.5, reduction="mean"))
@@ -405,6 +406,18 @@ def test_cvar_takes_a_fraction_of_a_sequence(alpha: float, expected: float) -> N
     trace = ops.budget_trace(cost, 5.0)
     assert objective.constraint_metrics(cost, trace, alpha=alpha)["cvar"].item() == pytest.approx(expected, rel=1e-6)
     assert objective.constraint_metrics(cost, trace)["cvar"] == objective.cvar(cost[:, 0]) == 10.0  # the worst tenth
+
+
+def test_the_largest_cost_is_that_of_a_real_token_although_negative() -> None:
+    cost = row([-1.0, -2.0, math.nan])
+    trace = ops.budget_trace(cost, 5.0, mask=~cost.isnan())
+    assert objective.constraint_metrics(cost, trace, mask=~cost.isnan())["max_token_cost"] == -1.0
+
+
+def test_the_cvar_of_a_run_is_weighted() -> None:
+    cost, weight = torch.tensor([[1.0], [3.0], [2.0]]), torch.tensor([1.0, 0.0, 3.0])
+    metrics = objective.constraint_metrics(cost, ops.budget_trace(cost, 5.0), alpha=0.5, weight=weight)
+    assert metrics["cvar"] == metrics["max_token_cost"] - 1.0 == 2.0
 
 
 def test_cvar_of_weighted_values_is_of_their_dtype() -> None:

@@ -163,7 +163,7 @@ def test_rows_that_nothing_reaches_are_not_read(backend):
         numbers = {n: torch.zeros_like(number) for n, number in gradient._asdict().items()}
         numbers[name] = numbers[name] + 1.0
         module.tail_backward(rows, TailGradient(**numbers), out)
-        assert (out != 0).any(-1).all(), name
+        assert out[1].any(), name  # whose token is not listed
     masked = rows._replace(mask=here(torch.tensor([False, True])))
     module.tail_backward(masked, gradient, out)
     assert not out.any()
