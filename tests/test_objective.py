@@ -373,8 +373,9 @@ def test_a_violation_that_was_made_good_is_satisfied_and_violated() -> None:
     cost = torch.tensor([[1.0, -0.75], [0.25, 0.25], [0.25, 0.75]])  # C_T = .25, .5, 1
     reward = torch.tensor([[0.0, 1.0]]).expand(3, 2)
     trace = ops.budget_trace(cost, 0.5)
-    metrics = objective.constraint_metrics(cost, trace)
+    metrics = objective.constraint_metrics(cost, trace, correct=torch.ones(3))
     assert metrics["constraint_satisfaction"].item() == pytest.approx(2 / 3)
+    assert metrics["correct_and_feasible"].item() == pytest.approx(2 / 3)
     assert metrics["never_violated"].item() == pytest.approx(1 / 3)
     assert metrics["mean_excess"].item() == pytest.approx(0.5 / 3)  # nothing for what the others have left
     modified = ops.modified_reward(reward, cost, trace, penalty=0.0, discrepancy_weight=0.0).sum(1)
