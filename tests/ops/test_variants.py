@@ -7,7 +7,9 @@ from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logit
 from topk_inputs import given
 
 import cmdp_fast as cf
+from cmdp_fast import cpu, tails
 from cmdp_fast.cpu import native
+from cmdp_fast.layout import ListedRows, TailGradient
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 INF, NAN = torch.inf, torch.nan
@@ -54,6 +56,33 @@ def test_a_bad_logit_of_a_tail(variant, place, bad):
     student[1, place] = bad
     stats = cf.topk_stats(student, *message[:2], tokens, backend="cpu")
     assert stats.logprob.isnan().tolist() == stats.forward_kl.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits(variant, dtype):
+    """What is listed is read and written one number at a time: all that there are, halfway between, and beside that."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None]
+    count = every.numel()
+    ids, token = torch.arange(count)[None], torch.tensor([int((every[0] == 1).nonzero())])
+    rows = ListedRows(every, ids, token, None, 1.0, count)
+    state = tails.empty(1, count, every.device)
+    cpu.update_tails(rows, 0, state)
+    assert torch.equal(state.listed.nan_to_num(nan=7.0), (every.double() * state.own).nan_to_num(nan=7.0))
+
+    ordered = every[0].float().sort().values
+    ordered = ordered[ordered.isfinite()]
+    middle = ((ordered[1:].double() + ordered[:-1].double()) / 2).float()
+    beside = [torch.nextafter(middle, torch.full_like(middle, to)) for to in (-INF, INF)]
+    largest = torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max]) * (1 + torch.finfo(dtype).eps / 4)
+    beyond = [torch.nextafter(largest, edge) for edge in (torch.zeros(2), largest * INF)]
+    values = torch.cat([ordered, middle, *beside, largest, *beyond, torch.tensor([INF, -INF, NAN])])
+    rows = ListedRows(values.to(dtype)[None], torch.arange(len(values))[None], token * 0, None, 1.0, len(values))
+    nothing = torch.zeros(1, dtype=torch.float64)
+    out = torch.empty_like(rows.student)
+    gradient = TailGradient(nothing, nothing - INF, nothing, nothing, nothing, values.double()[None])
+    cpu.tail_backward(rows, gradient, out)
+    assert torch.equal(out.nan_to_num(nan=7.0), rows.student.nan_to_num(nan=7.0))
+    assert torch.equal(out.signbit()[~out.isnan()], rows.student.signbit()[~out.isnan()])
 
 
 def test_more_segments_than_a_stack_holds(variant):
