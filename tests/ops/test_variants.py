@@ -1,9 +1,13 @@
 """Every variant of the native kernels that this processor runs, of which only the best is chosen: special values, and
 rows of more segments than lie on a thread's stack."""
 
+import ctypes
+import mmap
+import sys
+
 import pytest
 import torch
-from helpers import DIFFERENTIABLE, assert_no_worse, exact_and_eager, make_logits, weighted_sum
+from helpers import DIFFERENTIABLE, DTYPES, assert_no_worse, exact_and_eager, make_logits, weighted_sum
 from topk_inputs import given
 
 import cmdp_fast as cf
@@ -94,3 +98,33 @@ def test_more_segments_than_a_stack_holds(variant):
     assert stats.logprob.item() == pytest.approx(right[0, -3].item(), abs=1e-5)
     assert stats.teacher_logprob.item() == pytest.approx(right[0, 2].item(), abs=1e-5)
     assert stats.entropy.item() == pytest.approx(-(right.exp() * right).sum().item(), abs=1e-4)
+
+
+def fenced(values):
+    """A copy that ends where the process may touch nothing: what goes beyond is a crash."""
+    pages = -(-values.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    inside = pages * mmap.PAGESIZE - values.nbytes
+    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=inside)
+    return copy.reshape(values.shape).copy_(values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected as on Linux")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 13, 4223, WIDTH])
+def test_nothing_beyond_a_row_is_read_or_written(variant, width, dtype):
+    x, y = (make_logits(1, width, dtype=dtype, seed=seed) for seed in (0, 1))
+    token = torch.tensor([width - 1])
+    outcomes = []
+    for place in (torch.clone, fenced):
+        student, teacher = place(x).requires_grad_(), place(y)
+        stats = cf.token_stats(student, teacher, token, inplace_backward=True, backend="cpu")
+        jsd = cf.divergence(place(x), teacher, "jsd", backend="cpu")
+        ids, logprobs = torch.tensor([[width // 2]]), torch.tensor([[-0.5]])
+        tail = cf.topk_stats(place(x), ids, logprobs, token, backend="cpu")
+        total = sum(value.double().sum() for value in (*stats[:1], stats.entropy, stats.reverse_kl, stats.forward_kl))
+        outcomes.append([*stats, jsd, *tail, *torch.autograd.grad(total, student)])
+    for ours, right in zip(*outcomes, strict=True):
+        assert torch.equal(ours, right)
