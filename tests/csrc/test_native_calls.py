@@ -54,7 +54,7 @@ def call(function, **changed):
             return [made(each) for each in argument]
         if argument is room:
             argument = room()
-        elif argument in (SHAPE, (0, 8), (1, 8), (3, 8), (2, 9), (2, 0)):
+        elif argument in (SHAPE, (0, 8), (1, 8), (3, 8), (2, 9), (2, 7), (2, 0)):
             owned.append(torch.zeros(argument))
             return matrix(owned[-1])
         if isinstance(argument, torch.Tensor):
@@ -107,6 +107,8 @@ def wrong_calls():
         if "vocab" in right:
             for vocab in (0, 9):
                 yield function, {"vocab": vocab}, "vocab is outside the width"
+            for name in {"student", "teacher"} & set(right):
+                yield function, {name: (2, 7)}, "vocab is outside the width"
         if "threads" in right:
             yield function, {"threads": 0}, "threads must be at least 1"
         if "out" in right:
@@ -126,6 +128,8 @@ def wrong_calls():
                 yield function, {"offsets": torch.tensor(offsets)}, "must not decrease"
             yield function, {"reward": ("ppo", *PAID[1:])}, "reward kind 'ppo' is unknown"
     yield "update_states", {"teacher": (2, 9)}, "have different widths"
+    for tokens in ([8, 0], [0, 8], [-1, 0]):
+        yield "token_stats", {"tokens": torch.tensor(tokens)}, "tokens: an index is outside the vocabulary"
 
 
 @pytest.mark.parametrize("function, changed, message", list(wrong_calls()))
@@ -154,8 +158,8 @@ def test_right_matrices(address, dtype, sizes, strides, width):
     "arguments, message",
     [
         ((64, "float32", [2, 2], [8], 8), "as many strides"),
-        ((64, "float32", [3], [2**62], 8), "overflows 64 bits"),
-        ((64, "float32", [2, 2], [2**62, 2**62], 8), "overflows 64 bits"),
+        ((64, "float32", [5], [2**62], 8), "overflows 64 bits"),
+        ((64, "float32", [2] * 4, [2**62] * 4, 8), "overflows 64 bits"),
         ((64, "bfloat16", [2], [2**62], 8), "overflows 64 bits"),
         ((66, "float32", [2], [8], 8), "not aligned"),
         ((68, "float64", [2], [8], 8), "not aligned"),
