@@ -79,7 +79,8 @@ def test_every_number_of_16_bits(variant, dtype):
     beside = [torch.nextafter(middle, torch.full_like(middle, to)) for to in (-INF, INF)]
     largest = torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max]) * (1 + torch.finfo(dtype).eps / 4)
     beyond = [torch.nextafter(largest, edge) for edge in (torch.zeros(2), largest * INF)]
-    values = torch.cat([ordered, middle, *beside, largest, *beyond, torch.tensor([INF, -INF, NAN])])
+    payload = torch.tensor([0x7FFFFFFF, 0x7FC00001], dtype=torch.int32).view(torch.float32)  # NaNs to be rounded
+    values = torch.cat([ordered, middle, *beside, largest, *beyond, torch.tensor([INF, -INF, NAN]), payload])
     rows = ListedRows(values.to(dtype)[None], torch.arange(len(values))[None], token * 0, None, 1.0, len(values))
     nothing = torch.zeros(1, dtype=torch.float64)
     out = torch.empty_like(rows.student)
