@@ -132,10 +132,10 @@ def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tens
     inside = _inside(trace) & keep
 
     def account_weight(counted: Tensor) -> Tensor:
-        """dC/dc_i of the account after the counted tokens."""
+        """dC/dc_i of the account after the counted tokens, for those."""
         if constraint.reduction == "mean":
-            return counted / counted.sum(1, keepdim=True).clamp(min=1).to(remaining.dtype)
-        return counted * torch.pow(constraint.gamma, (keep.long().cumsum(1) - 1).clamp(min=0).to(remaining.dtype))
+            return counted / counted.sum(1, keepdim=True).to(remaining.dtype)
+        return torch.pow(constraint.gamma, (keep.long().cumsum(1) - 1).to(remaining.dtype))
 
     if constraint.action_dependent or direct is None:
         return torch.zeros_like(remaining)
@@ -143,7 +143,7 @@ def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tens
         over = last_kept(trace.violated, keep) & ~(last_kept(remaining, keep) > 0)  # not "<= 0": NaN is over budget
         weight = torch.where(over, constraint.discrepancy_weight * account_weight(keep), 0.0) + constraint.price
     elif direct == "barrier":
-        slack = torch.where(inside.any(1, keepdim=True), last_kept(remaining, inside), 1.0)
+        slack = last_kept(remaining, inside)
         weight = torch.where(inside, constraint.price * account_weight(inside) / slack, constraint.barrier_slope)
     else:
         weight = torch.full_like(remaining, constraint.price)
@@ -251,7 +251,7 @@ def cvar(values: Tensor, alpha: float = 0.1, *, weight: Tensor | None = None) ->
     worst, order = values.sort(descending=True)
     each = torch.ones_like(values) if weight is None else weight.to(values.dtype)[order]
     size = alpha * each.sum()
-    share = torch.minimum((size - (each.cumsum(0) - each)).clamp(min=0.0), each)
+    share = torch.minimum(size - (each.cumsum(0) - each), each)
     return torch.where(share > 0, worst * share, 0.0).sum() / size
 
 
@@ -308,7 +308,7 @@ def constraint_metrics(
         "first_violation": 1.0 - mean(violated.sum(1) / length),
     }
     if correct is not None:
-        right = correct[real].to(total.dtype)
+        right = correct[real]
         metrics["accuracy"] = mean(right)
         metrics["correct_and_feasible"] = mean(right * feasible)
     if mean_budget is not None:

@@ -133,6 +133,22 @@ def test_task_part() -> None:
     at_edge = ops.budget_trace(COST, 0.5625)
     assert torch.equal(objective.task_part(task, at_edge, held("cmdp")), row([1, 2, 4, 0, 0]))
     assert torch.equal(objective.task_part(task, at_edge, held("barrier")), row([1, 2, 0, 0, 0]))
+    lost = row([1.0, 2.0, math.inf, -math.inf, math.nan])
+    assert torch.equal(objective.task_part(lost, trace, held("cmdp")), row([1, 2, 0, 0, 0]))
+
+
+def test_nothing_but_the_loss_is_differentiable() -> None:
+    cost, task, reward = (values.clone().requires_grad_() for values in (COST, TASK, TASK))
+    for kind in KINDS:
+        constraint = held(kind)
+        trace = ops.budget_trace(COST, constraint=constraint)
+        trace = trace._replace(remaining=trace.remaining.clone().requires_grad_())
+        made = [objective.task_part(task, trace, constraint), objective.direct_coefficient(trace, constraint)]
+        made += [objective.score_coefficient(reward, task, each) for each in (constraint, SAMPLED)]
+        assert not any(tensor.requires_grad for tensor in made), kind
+    metrics = objective.constraint_metrics(cost, ops.budget_trace(COST, 0.5), mean_budget=0.1)
+    assert not objective.returns_to_go(reward).requires_grad
+    assert not any(value.requires_grad for value in metrics.values())
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -184,7 +200,11 @@ def test_direct_coefficients_of_the_other_kinds() -> None:
     for kind in ("saute", "worst_case"):
         assert not objective.direct_coefficient(trace, held(kind)).any()
     for kind in ("lagrangian", "pid"):
-        assert torch.equal(objective.direct_coefficient(trace, held(kind, coefficient=0.25)), row([0.25] * 5))
+        for account in ({}, {"gamma": 0.5}, {"reduction": "mean"}):  # whatever the account is, the price is of the cost
+            priced = held(kind, coefficient=0.25, **account)
+            trace = ops.budget_trace(COST, constraint=priced)
+            assert torch.equal(objective.direct_coefficient(trace, priced), row([0.25] * 5))
+    trace = ops.budget_trace(COST, 0.5)
     for kind in ("cmdp", "hinge"):
         plain, priced = held(kind), ops.Constraint(budget=0.5, kind=kind, coefficient=0.25)
         expected = objective.direct_coefficient(trace, plain) + 0.25
@@ -314,8 +334,9 @@ def test_completions_without_a_token_count_nowhere() -> None:
     cost = torch.tensor([[0.5, 0.25, 0.25, math.nan], [1.0, 1.0, 0.5, 0.5], [0.0, 3.0, math.nan, math.nan]])
     mask = ~cost.isnan()
     correct, limit = torch.tensor([True, False, True]), torch.tensor([0.5, 2.0, 0.5])
+    trace, weight = ops.budget_trace(cost, 1.0, mask=mask), torch.tensor([0.5, 1.0, 0.25])
     expected = objective.constraint_metrics(
-        cost, ops.budget_trace(cost, 1.0, mask=mask), mask=mask, correct=correct, mean_budget=limit, alpha=0.5
+        cost, trace, mask=mask, correct=correct, mean_budget=limit, alpha=0.5, weight=weight
     )
     place = torch.tensor([1, 2, 4])
 
@@ -331,6 +352,7 @@ def test_completions_without_a_token_count_nowhere() -> None:
             correct=among(correct, right),
             mean_budget=among(limit, 9.0),
             alpha=0.5,
+            weight=among(weight, 8.0),
         )
         assert metrics.keys() == expected.keys()
         for name, value in metrics.items():
@@ -351,9 +373,11 @@ def test_a_violation_that_was_made_good_is_satisfied_and_violated() -> None:
     cost = torch.tensor([[1.0, -0.75], [0.25, 0.25], [0.25, 0.75]])  # C_T = .25, .5, 1
     reward = torch.tensor([[0.0, 1.0]]).expand(3, 2)
     trace = ops.budget_trace(cost, 0.5)
-    metrics = objective.constraint_metrics(cost, trace)
+    metrics = objective.constraint_metrics(cost, trace, correct=torch.ones(3))
     assert metrics["constraint_satisfaction"].item() == pytest.approx(2 / 3)
+    assert metrics["correct_and_feasible"].item() == pytest.approx(2 / 3)
     assert metrics["never_violated"].item() == pytest.approx(1 / 3)
+    assert metrics["mean_excess"].item() == pytest.approx(0.5 / 3)  # nothing for what the others have left
     modified = ops.modified_reward(reward, cost, trace, penalty=0.0, discrepancy_weight=0.0).sum(1)
     assert modified.tolist() == [0.0, 1.0, 0.0]  # of the first, which ends within its budget, too
     mean = objective.constraint_metrics(cost[:1], ops.budget_trace(cost[:1], 0.5, reduction="mean"))
@@ -380,8 +404,28 @@ def test_infinite_cost_outside_the_tail_does_not_spoil_the_cvar() -> None:
 @pytest.mark.parametrize(("alpha", "expected"), [(0.1, 10.0), (0.15, 29 / 3), (0.3, 9.0), (1.0, 5.5)])
 def test_cvar_takes_a_fraction_of_a_sequence(alpha: float, expected: float) -> None:
     cost = torch.arange(1.0, 11.0)[torch.randperm(10, generator=torch.Generator().manual_seed(0)), None]
-    metrics = objective.constraint_metrics(cost, ops.budget_trace(cost, 5.0), alpha=alpha)
-    assert metrics["cvar"].item() == pytest.approx(expected, rel=1e-6)
+    trace = ops.budget_trace(cost, 5.0)
+    assert objective.constraint_metrics(cost, trace, alpha=alpha)["cvar"].item() == pytest.approx(expected, rel=1e-6)
+    assert objective.constraint_metrics(cost, trace)["cvar"] == objective.cvar(cost[:, 0]) == 10.0  # the worst tenth
+
+
+def test_the_largest_cost_is_that_of_a_real_token_although_negative() -> None:
+    cost = row([-1.0, -2.0, math.nan])
+    trace = ops.budget_trace(cost, 5.0, mask=~cost.isnan())
+    assert objective.constraint_metrics(cost, trace, mask=~cost.isnan())["max_token_cost"] == -1.0
+
+
+def test_the_cvar_of_a_run_is_weighted() -> None:
+    cost, weight = torch.tensor([[1.0], [3.0], [2.0]]), torch.tensor([1.0, 0.0, 3.0])
+    metrics = objective.constraint_metrics(cost, ops.budget_trace(cost, 5.0), alpha=0.5, weight=weight)
+    assert metrics["cvar"] == metrics["max_token_cost"] - 1.0 == 2.0
+
+
+def test_cvar_of_weighted_values_is_of_their_dtype() -> None:
+    values = torch.tensor([1.0, 3.0, 2.0])
+    assert objective.cvar(values, 0.5, weight=torch.tensor([True, False, True])) == 2.0
+    worst = objective.cvar(values, 0.5, weight=torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64))
+    assert worst.dtype == torch.float32 and worst == 2.5
 
 
 def test_nan_cost_is_not_satisfied() -> None:
@@ -396,10 +440,13 @@ def test_nan_cost_is_not_satisfied() -> None:
 
 def test_errors_say_what_was_given() -> None:
     trace = ops.budget_trace(COST, 0.5)
-    with pytest.raises(ValueError, match="alpha=0"):
-        objective.constraint_metrics(COST, trace, alpha=0)
+    for alpha in (0, -0.5, 1.001, math.nan):
+        with pytest.raises(ValueError, match=f"alpha={alpha}, expected a fraction"):
+            objective.constraint_metrics(COST, trace, alpha=alpha)
     with pytest.raises(ValueError, match="at least one token"):
         objective.constraint_metrics(COST[:0], ops.budget_trace(COST[:0], 0.5))
+    with pytest.raises(ValueError, match="cumulative has shape"):
+        objective.constraint_metrics(COST[:, :3], trace)
     with pytest.raises(ValueError, match=r"\[B, T\]"):
         objective.returns_to_go(TASK[0])
     with pytest.raises(ValueError, match="mask has shape"):

@@ -108,6 +108,33 @@ def test_clip_range_is_asymmetric() -> None:
     _, inside = gradient(-shift, advantage=-ADVANTAGE.abs(), clip_low=0.21)
     _, outside = gradient(-shift, advantage=-ADVANTAGE.abs(), clip_low=0.19)
     assert inside["clip_ratio/low_mean"] == 0 and outside["clip_ratio/low_mean"] == 1
+    for log_ratio, advantage, edge in ((1.0, 1.0, 1.1), (-1.0, -1.0, 0.7)):
+        one = torch.ones(1, 1)
+        loss, _ = objective.ppo_loss(log_ratio * one, 0 * one, advantage * one, mask=None, clip_low=0.3, clip_high=0.1)
+        assert loss.item() == pytest.approx(-advantage * edge)
+
+
+@pytest.mark.parametrize("shift", [0.5, -0.5])
+def test_a_ratio_at_the_edge_is_not_beyond_it(shift: float) -> None:
+    """A double between 1/2 and 2 less 1 is exact, so that the edge is the ratio itself."""
+    logprob, old = (torch.full((1, 1), value, dtype=torch.float64) for value in (0.0, -shift))
+    ratio = old.neg().exp().item()
+    edges = {"clip_low": abs(ratio - 1.0), "clip_high": abs(ratio - 1.0)}
+    logprob.requires_grad_()
+    loss, metrics = objective.ppo_loss(logprob, old, torch.full_like(old, math.copysign(1, shift)), mask=None, **edges)
+    loss.backward()
+    assert logprob.grad.item() == loss.item() == -math.copysign(ratio, shift)
+    assert metrics["clip_ratio/region_mean"] == 0
+
+
+def test_nothing_but_logprob_and_cost_gets_a_gradient() -> None:
+    given = {name: draw(1, 3, seed=6).requires_grad_() for name in ("logprob", "old_logprob", "advantage", "cost")}
+    direct = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
+    loss, metrics = objective.ppo_loss(**given, direct=direct, mask=None, clip_low=9.0, clip_high=9.0)
+    loss.backward()
+    assert given["logprob"].grad is not None and torch.equal(given["cost"].grad, direct.detach())
+    assert all(tensor.grad is None for tensor in (given["old_logprob"], given["advantage"], direct))
+    assert not any(value.requires_grad for value in metrics.values())
 
 
 def test_masked_tokens_are_never_used() -> None:
@@ -135,6 +162,8 @@ def test_a_ratio_that_does_not_count_may_overflow(side: float, dtype: torch.dtyp
         assert loss.item() == pytest.approx(expected - 1.0, rel=1e-6)
         assert logprob.grad.tolist() == [[gradient_of_it, -1.0]]
         assert metrics["loss/score"] == loss
+        beyond = {"high": side > 0 and advantage != 0, "low": side < 0 and advantage != 0}
+        assert all(metrics[f"clip_ratio/{edge}_mean"] == 0.5 * counts for edge, counts in beyond.items())
 
 
 def test_nothing_bounds_the_ratio_of_a_negative_advantage() -> None:
@@ -185,5 +214,10 @@ def test_errors() -> None:
         objective.ppo_loss(*arguments, mask=None, cost=logprob, direct=torch.zeros(B))
     with pytest.raises(ValueError, match="advantage has shape"):
         objective.ppo_loss(logprob, logprob.detach(), torch.zeros(B), mask=None)
+    with pytest.raises(ValueError, match="old_logprob has shape"):
+        objective.ppo_loss(logprob, logprob.detach()[:1], torch.zeros(B, T), mask=None)
+    with pytest.raises(ValueError, match="cost has shape"):
+        objective.ppo_loss(*arguments, mask=None, cost=logprob[:1], direct=torch.zeros(B, T))
+    objective.ppo_loss(logprob.detach(), *arguments[1:], mask=None, cost=torch.zeros(B, T), direct=torch.zeros(B, T))
     with torch.no_grad():  # nothing to lose in an evaluation
         objective.ppo_loss(*arguments, mask=None, cost=torch.zeros(B, T), direct=torch.zeros(B, T))

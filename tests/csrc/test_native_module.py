@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +162,22 @@ def test_an_unknown_variant_raises():
         if not runs:
             with pytest.raises(RuntimeError, match=f"cannot run the kernel variant '{name}'"):
                 native.set_variant(name)
+
+
+FLAGS = {  # as Linux names them, of the levels of x86-64
+    "x86_64_v2": {"sse4_2", "popcnt"},
+    "x86_64_v3": {"avx2", "fma", "bmi1", "bmi2", "f16c"},
+    "x86_64_v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+}
+
+
+def test_the_best_variant_that_the_processor_runs_is_chosen():
+    known = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    for name, runs in native.variants():
+        if name in FLAGS and known:
+            below = set().union(*(FLAGS[each] for each in FLAGS if each <= name))
+            assert runs == (below <= set(known)), name
+    assert native.variant() == [name for name, runs in native.variants() if runs][-1]
 
 
 def test_the_gil_is_released():

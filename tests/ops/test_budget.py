@@ -291,8 +291,23 @@ def test_an_infinite_budget(backend):
 
 
 def test_nan_counts_as_a_violation(backend):
-    trace = cf.budget_trace(torch.tensor([[0.0, torch.nan, 0.0]]), 1.0, backend=backend)
-    assert trace.violated.tolist() == [[False, True, True]] and trace.first_violation.tolist() == [1]
+    for edge in ("strict", "saute"):
+        trace = cf.budget_trace(torch.tensor([[0.0, torch.nan, 0.0]]), 1.0, edge=edge, backend=backend)
+        assert trace.violated.tolist() == [[False, True, True]] and trace.first_violation.tolist() == [1]
+        assert trace.excess.isnan().tolist() == [[False, True, True]]  # nor is it nothing that the loss would weigh
+
+
+def test_an_infinite_cost_is_within_an_infinite_budget(backend):
+    trace = cf.budget_trace(torch.tensor([[torch.inf, 1.0]]), math.inf, backend=backend)
+    assert not trace.violated.any() and trace.excess.tolist() == [[0, 0]]
+
+
+def test_a_spent_budget_is_outside_the_barrier(backend):
+    """Feasible, but its logarithm is not finite."""
+    cost = torch.tensor([[0.5, 0.5, 0.25]])
+    trace = cf.budget_trace(cost, 1.0, backend=backend)
+    reward = cf.modified_reward(torch.ones(1, 3), cost, trace, kind="barrier", coefficient=0.0, backend=backend)
+    assert reward.tolist() == [[1.0, -5.0, -2.5]]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])

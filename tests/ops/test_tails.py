@@ -10,8 +10,9 @@ from cmdp_fast import tails, tiles, topk_bounds
 from cmdp_fast.layout import ListedRows, TailGradient
 from cmdp_fast.ops import backends
 
-# The edges of what a program reads: a warp's columns, a step's, a block's span and a segment's.
-EDGES = (0, 31, 256, 4095, 4096, 8191, 16383, 16384, 32767, 32768, 39998)
+# The edges of what a program reads: a warp's columns, a step's, a block's span and a segment's; those of all blocks of
+# the native kernels meet at 4224.
+EDGES = (0, 31, 256, 4095, 4096, 4223, 4224, 8191, 16383, 16384, 32767, 32768, 39998)
 ABSENT = -1
 
 
@@ -92,7 +93,7 @@ def test_a_gradient_by_tiles_in_place_is_that_of_the_row(dtype, backend):
     assert torch.equal(given, gradient.listed[present].to(dtype))
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e5, 3e7])
+@pytest.mark.parametrize("offset", [0.0, 1e5, 3e7, 1e20, -1e20])
 def test_a_gradient_keeps_the_rest_of_a_large_normaliser(offset, backend):
     """It is split into a float and a rest, of 4e-3 octaves at 1e5; from 1e7 on the row is done in double."""
     module, rows = backends.get(backend), listed_rows(torch.float32, vocab=500, offset=offset)
@@ -103,6 +104,43 @@ def test_a_gradient_keeps_the_rest_of_a_large_normaliser(offset, backend):
     right = torch.empty_like(wide.student)
     tiles.tail_backward(wide, gradient_of(fold(tiles, wide, [500]), 2.0), right)
     assert ((ours - right).abs() <= 1e-5 * right.abs().clamp(min=right.abs().median())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_excluded_column_weighs_nothing_in_the_gradient(dtype, backend):
+    """Not its logarithm either; but it may be the token's, whose part does not depend on its weight."""
+    module, rows = backends.get(backend), listed_rows(dtype, vocab=500)
+    rows.student[1, 2:9], rows.student[1, rows.tokens[1]] = -torch.inf, -torch.inf
+    tail = fold(module, rows, [500])
+    for slope in (2.0, 1e37):  # in float -200 octaves of the larger one are infinite
+        out = torch.empty_like(rows.student)
+        module.tail_backward(rows, gradient_of(tail, slope), out)
+        assert not out[1, 2:9].any() and out[1, rows.tokens[1]] == torch.tensor(1.7, dtype=dtype)
+        assert out[1, 9:].isfinite().all()
+
+
+def test_a_number_that_no_float_holds_may_have_a_gradient_that_one_does(backend):
+    module, rows = backends.get(backend), listed_rows(torch.float32, vocab=500)
+    rows.student.mul_(0.01)
+    tail = fold(module, rows, [500])
+    gradient = gradient_of(tail, 0.0)._replace(constant=torch.full_like(tail.own, 1e39))
+    out = torch.empty_like(rows.student)
+    module.tail_backward(rows, gradient, out)
+    assert out.isfinite().all() and out.max() > 1e36
+
+
+def test_a_tail_without_weight_has_no_gradient(backend):
+    """Where its columns are excluded, or all of them so far below the list that nothing is left."""
+    module, rows = backends.get(backend), listed_rows(torch.float32, vocab=500)
+    tail = fold(module, rows, [500])
+    gradient = gradient_of(tail, 2.0)._replace(log_mass=torch.full_like(tail.log_mass, -torch.inf))
+    for excluded in (False, True):
+        if excluded:
+            rows.student[1] = -torch.inf
+        out = torch.full_like(rows.student, 5.0)
+        module.tail_backward(rows, gradient, out)
+        assert out[1, rows.tokens[1]] == gradient.own[1].float() and out[1, -1] == gradient.listed[1, -1].float()
+        assert out[1].count_nonzero() == 2
 
 
 def test_rows_that_nothing_reaches_are_not_read(backend):
@@ -121,6 +159,11 @@ def test_rows_that_nothing_reaches_are_not_read(backend):
     present = rows.ids[0][rows.ids[0] >= 0]
     assert torch.equal(out[0, present], listed[0][rows.ids[0] >= 0].float()) and not out[1].any()
     assert out[0].isnan().sum() == 500 - len(present)
+    for name in ("constant", "slope", "own", "listed"):  # each of them alone
+        numbers = {n: torch.zeros_like(number) for n, number in gradient._asdict().items()}
+        numbers[name] = numbers[name] + 1.0
+        module.tail_backward(rows, TailGradient(**numbers), out)
+        assert out[1].any(), name  # whose token is not listed
     masked = rows._replace(mask=here(torch.tensor([False, True])))
     module.tail_backward(masked, gradient, out)
     assert not out.any()

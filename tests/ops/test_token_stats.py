@@ -112,15 +112,6 @@ def test_equal_models_have_no_divergence(backend):
     assert torch.equal(stats.entropy, stats.teacher_entropy)
 
 
-@pytest.fixture(params=[name for name, runs in (native.variants() if native else ()) if runs])
-def variant(request):
-    """Every compiled variant of the kernels that this processor runs, in turn."""
-    chosen = native.variant()
-    native.set_variant(request.param)
-    yield request.param
-    native.set_variant(chosen)
-
-
 @needs_native
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_gradient_in_bfloat16_is_the_float32_gradient_rounded(variant, inplace):

@@ -1,0 +1,131 @@
+"""Every variant of the native kernels that this processor runs, of which only the best is chosen: special values, and
+rows of more segments than lie on a thread's stack."""
+
+import ctypes
+import mmap
+import sys
+
+import pytest
+import torch
+from helpers import DIFFERENTIABLE, DTYPES, assert_no_worse, exact_and_eager, make_logits, weighted_sum
+from topk_inputs import given
+
+import cmdp_fast as cf
+from cmdp_fast import cpu, tails
+from cmdp_fast.cpu import native
+from cmdp_fast.layout import ListedRows, TailGradient
+
+pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
+INF, NAN = torch.inf, torch.nan
+WIDTH = 4237  # a block of the widest vectors, a vector, and a rest
+PLACES = (0, 4223, 4224, WIDTH - 1)  # the first column, the edge of all variants' blocks, the rest
+
+
+def special_rows(dtype):
+    """Two rows of a pair's logits for each of some special values at each of some places, and tokens elsewhere."""
+    kinds = ((NAN, None), (None, NAN), (INF, None), (None, INF), (-INF, None), (None, -INF), (-INF, -INF), (60, 50))
+    pairs = [(*values, place) for values in kinds for place in PLACES]
+    x, y = (make_logits(len(pairs) + 3, WIDTH, dtype=dtype, seed=seed) for seed in (0, 1))
+    for row, (mine, theirs, place) in enumerate(pairs):
+        for logits, value in ((x, mine), (y, theirs)):
+            if value is not None:
+                logits[row, place] = value
+    x[-1], y[-2] = -INF, -INF  # one of the two has no distribution
+    y[-3, 5:] = -INF
+    return x, y, torch.full((len(x),), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_special_values(variant, dtype):
+    x, y, tokens = special_rows(dtype)
+    weights = {name: make_logits(len(x), scale=1.0, seed=i) for i, name in enumerate(DIFFERENTIABLE)}
+    leaf = x.clone().requires_grad_()
+    stats = cf.token_stats(leaf, y, tokens, backend="cpu")
+    (gradient,) = torch.autograd.grad(weighted_sum(stats, weights), leaf)
+    exact, eager = exact_and_eager(x, y, tokens)
+    for name in stats._fields:
+        ours, theirs, right = (getattr(source, name) for source in (stats, eager[0], exact[0]))
+        assert torch.equal(ours.isnan(), right.isnan()) and torch.equal(ours.isinf(), right.isinf()), name
+        fine = right.isfinite()
+        assert_no_worse(ours[fine], theirs[fine], right[fine], name, size=60.0, terms=WIDTH)
+    lost = stats.logprob.isnan()
+    assert torch.equal(gradient.isnan().any(-1), lost) and gradient[~lost].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_bad_logit_of_a_tail(variant, place, bad):
+    student, message, tokens = given(2, vocab=WIDTH, k=4)
+    assert not (message.topk_ids[1] == place).any()
+    student[1, place] = bad
+    stats = cf.topk_stats(student, *message[:2], tokens, backend="cpu")
+    assert stats.logprob.isnan().tolist() == stats.forward_kl.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits(variant, dtype):
+    """What is listed is read and written one number at a time: all that there are, halfway between, and beside that."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None]
+    count = every.numel()
+    ids, token = torch.arange(count)[None], torch.tensor([int((every[0] == 1).nonzero())])
+    rows = ListedRows(every, ids, token, None, 1.0, count)
+    state = tails.empty(1, count, every.device)
+    cpu.update_tails(rows, 0, state)
+    assert torch.equal(state.listed.nan_to_num(nan=7.0), (every.double() * state.own).nan_to_num(nan=7.0))
+
+    ordered = every[0].float().sort().values
+    ordered = ordered[ordered.isfinite()]
+    middle = ((ordered[1:].double() + ordered[:-1].double()) / 2).float()
+    beside = [torch.nextafter(middle, torch.full_like(middle, to)) for to in (-INF, INF)]
+    largest = torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max]) * (1 + torch.finfo(dtype).eps / 4)
+    beyond = [torch.nextafter(largest, edge) for edge in (torch.zeros(2), largest * INF)]
+    payload = torch.tensor([0x7FFFFFFF, 0x7FC00001], dtype=torch.int32).view(torch.float32)  # NaNs to be rounded
+    values = torch.cat([ordered, middle, *beside, largest, *beyond, torch.tensor([INF, -INF, NAN]), payload])
+    rows = ListedRows(values.to(dtype)[None], torch.arange(len(values))[None], token * 0, None, 1.0, len(values))
+    nothing = torch.zeros(1, dtype=torch.float64)
+    out = torch.empty_like(rows.student)
+    gradient = TailGradient(nothing, nothing - INF, nothing, nothing, nothing, values.double()[None])
+    cpu.tail_backward(rows, gradient, out)
+    assert torch.equal(out.nan_to_num(nan=7.0), rows.student.nan_to_num(nan=7.0))
+    assert torch.equal(out.signbit()[~out.isnan()], rows.student.signbit()[~out.isnan()])
+
+
+def test_more_segments_than_a_stack_holds(variant):
+    """65 of the widest variant's, and 130 or 260 of the others'."""
+    width = 65 * 33_792 - 5
+    logits, tokens = make_logits(1, width), torch.tensor([width - 3])
+    stats = cf.token_stats(logits, logits.flip(1), tokens, backend="cpu")
+    right = logits.double().log_softmax(-1)
+    assert stats.logprob.item() == pytest.approx(right[0, -3].item(), abs=1e-5)
+    assert stats.teacher_logprob.item() == pytest.approx(right[0, 2].item(), abs=1e-5)
+    assert stats.entropy.item() == pytest.approx(-(right.exp() * right).sum().item(), abs=1e-4)
+
+
+def fenced(values):
+    """A copy that ends where the process may touch nothing: what goes beyond is a crash."""
+    pages = -(-values.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    inside = pages * mmap.PAGESIZE - values.nbytes
+    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=inside)
+    return copy.reshape(values.shape).copy_(values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected as on Linux")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 13, 4223, WIDTH])
+def test_nothing_beyond_a_row_is_read_or_written(variant, width, dtype):
+    x, y = (make_logits(1, width, dtype=dtype, seed=seed) for seed in (0, 1))
+    token = torch.tensor([width - 1])
+    outcomes = []
+    for place in (torch.clone, fenced):
+        student, teacher = place(x).requires_grad_(), place(y)
+        stats = cf.token_stats(student, teacher, token, inplace_backward=True, backend="cpu")
+        jsd = cf.divergence(place(x), teacher, "jsd", backend="cpu")
+        ids, logprobs = torch.tensor([[width // 2]]), torch.tensor([[-0.5]])
+        tail = cf.topk_stats(place(x), ids, logprobs, token, backend="cpu")
+        total = sum(value.double().sum() for value in (*stats[:1], stats.entropy, stats.reverse_kl, stats.forward_kl))
+        outcomes.append([*stats, jsd, *tail, *torch.autograd.grad(total, student)])
+    for ours, right in zip(*outcomes, strict=True):
+        assert torch.equal(ours, right)
