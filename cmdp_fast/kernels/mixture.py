@@ -20,9 +20,9 @@ PyTorch takes differences of log-probabilities of about 10, which float32 has to
 errors in (tests/kernels/test_mixture_error.py).
 
 The bound is absolute: g has lost what is small of a share, and so the value has of its digits where it is small itself.
-Of models far apart at beta = .999 it is 8e-3, and the bound 2e-5 of it. The native kernels (csrc/cpu/mixture.h) take the
-logarithm of 1 - v, to a relative error; here that would take some ten instructions more per column. A share below 2^-126
-counts as none, so that models more than 126 octaves apart then are 126 octaves apart.
+Of models far apart at beta = .999 it is 8e-3, and the bound 2e-5 of it. The native kernels (csrc/cpu/mixture.h) take
+the logarithm of 1 - v, to a relative error; here that would take some ten instructions more per column. A share below
+2^-126 counts as none, so that models more than 126 octaves apart then are 126 octaves apart.
 """
 
 from __future__ import annotations
