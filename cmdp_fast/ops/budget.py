@@ -168,7 +168,7 @@ def modified_reward(
         raise TypeError(f"trace must be the BudgetTrace that budget_trace returned, got {type(trace).__name__}")
     if trace.violated.dtype != torch.bool:
         raise TypeError(f"trace.violated must be bool, got {checks.describe(trace.violated)}")
-    for name, field in trace._asdict().items():
+    for name, field in zip(BudgetTrace._fields, trace, strict=True):  # torch 2.8 traces no _asdict
         if name != "first_violation":
             check_like(f"trace.{name}", field, "cost", cost)
     chosen = backends.choose(backend, cost, "modified_reward")

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensor
 
 from cmdp_fast import checks
 from cmdp_fast.constraint import Constraint
+from cmdp_fast.ops.onlookers import transformed
 
 
 def check_layout(name: str, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
@@ -106,8 +107,13 @@ def rounded(number: float, dtype: torch.dtype) -> float:
 
 
 def _to_be_seen(t: Tensor) -> bool:
-    """Whether values may be looked at: on the CPU, where it does not stall a device."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+    """Whether values may be looked at: on the CPU, where it does not stall a device, and where there is one of each.
+
+    In a graph and in a transform of torch.func that is inside of an operator.
+    """
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(t, FakeTensor):
+        return False
+    return not transformed()
 
 
 def check_offsets(offsets: Tensor, like: Tensor) -> None:

@@ -43,7 +43,8 @@ def token_stats(
 
     ``logprob, entropy, reverse_kl, forward_kl`` are differentiable with respect to the student, together, in one
     backward pass that stores nothing as wide as the vocabulary. The teacher never receives a gradient. Reverse mode
-    only: there is no second derivative, no `torch.func.jvp`.
+    only, with `torch.func.grad`, ``vjp`` and ``jacrev`` too: forward mode (`torch.func.jvp`) and a second derivative
+    raise NotImplementedError, unless ``backend="torch"``, which has all derivatives.
 
     Args:
         student_logits: ``[..., V]`` float32, bfloat16, float16 or float64. Any strides; where the last

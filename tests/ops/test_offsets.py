@@ -1,5 +1,7 @@
 """Where packed sequences begin: any operation, on any backend, refuses offsets that are none before it computes."""
 
+import re
+
 import pytest
 import torch
 from helpers import here, make_logits, make_tokens
@@ -110,3 +112,23 @@ def test_a_reward_refuses_them_by_itself():
     for values in ([0, 3, 9], [0, 4, 2], [1, 2, 6]):
         with pytest.raises(ValueError, match=RISING):
             compiled(torch.tensor(values))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_transform_refuses_them_too(per_token, backend):
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("looking at the offsets would stall a GPU")
+    costs = make_logits(2, N).abs()
+
+    def excess(cost, offsets):
+        return cf.budget_trace(cost, 1.0, cu_seqlens=offsets, per_token=per_token, backend=backend).excess
+
+    good = here(torch.tensor([0, 2, 6]))
+    mapped = torch.func.vmap(lambda cost: excess(cost, good))(costs)
+    assert torch.equal(mapped, torch.stack([excess(cost, good) for cost in costs]))
+    for values in ([0, 3, 9], [0, 4, 2, 6]):
+        wrong = here(torch.tensor(values))
+        # Torch warns of its loop over the batch while our error is on its way, and raises a SystemError of the two.
+        with pytest.raises((ValueError, SystemError)) as raised:
+            torch.func.vmap(lambda cost, wrong=wrong: excess(cost, wrong))(costs)
+        assert re.search(RISING, f"{raised.value} {raised.value.__cause__}")
