@@ -36,7 +36,7 @@ from .records.report import Report
 from .run import make_collector
 from .settings.config import TrainConfig
 from .settings.constraint import evaluation_constraint
-from .settings.ranges import NOT_NEGATIVE, SEED
+from .settings.ranges import SEED, TEMPERATURE_OR_0
 from .settings.recipe import read_recipe
 from .settings.units import FILE, FOLDER, NUMBER, WHOLE
 from .settings.unread import changed
@@ -63,7 +63,7 @@ class EvaluateConfig(TrainConfig):
         *("sampler_clip", "mask_truncated_completions", "rollout_ahead", "eval_every", "eval_before"),
     )
 
-    temperature: Annotated[float, NOT_NEGATIVE, NUMBER] = 1.0
+    temperature: Annotated[float, TEMPERATURE_OR_0, NUMBER] = 1.0
     """Temperature of the sampling. 0: the most likely token each time; divergences are then those of the policy at
     temperature 1."""
     held_out: bool = False

@@ -69,6 +69,9 @@ def finished_summary(folder: Path) -> dict[str, Any] | None:
 
 def _are_figures(table: Any) -> bool:
     """Whether a value is a table of numbers; None stands for one that was not finite."""
-    return isinstance(table, dict) and all(
-        value is None or (type(value) in (int, float) and abs(value) <= LARGEST) for value in table.values()
-    )
+    return isinstance(table, dict) and all(value is None or is_number(value) for value in table.values())
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of JSON is a number, and one of which there are statistics."""
+    return type(value) in (int, float) and abs(value) <= LARGEST

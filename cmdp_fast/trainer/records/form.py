@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .curves import CURVES
+from .ending import is_number
 
 
 def check_records(state: dict[str, Any], evaluated_before: bool) -> None:
@@ -13,16 +14,18 @@ def check_records(state: dict[str, Any], evaluated_before: bool) -> None:
     evaluated = {who for who in ("teacher", "student_before") if who in state["results"]}
     evaluated |= {"student_before"} if evaluated_before else set()
     figures = [state["results"][who]["accuracy"] for who in evaluated]
-    samples = [sample["completion"] for some in state["samples"].values() for sample in some]
+    samples = [sample for some in state["samples"].values() for sample in some]
+    costs = [sample.get("cumulative") for sample in samples]  # None: no teacher was asked, or it was not finite
     drawn = [record[name] for name, _ in CURVES for record in state["metrics"]]
     drawn += [record.get(name) for _, name in CURVES for record in state["evaluations"]]  # some are without a teacher
     if not (
-        all(form_of(value) in ("number", "NoneType") for value in drawn)  # None: it was not finite
-        and form_of([*state["seconds"].values()]) == ["number"] * len(state["seconds"])
+        all(value is None or is_number(value) for value in [*drawn, *costs])  # None: it was not finite
+        and all(map(is_number, state["seconds"].values()))
         and type(state["ppo"]["tokens_seen"]) is int
         and all(type(step) is int for step in [state["ppo"]["steps_done"], *steps])
         and all(isinstance(figure, float) for figure in figures)
-        and all(isinstance(sample, str) for sample in samples)
+        and all(isinstance(sample["completion"], str) and {"prompt", "correct"} <= sample.keys() for sample in samples)
+        and all("cumulative" not in sample or "feasible" in sample for sample in samples)
         and state["ppo"]["steps_done"] == len(state["metrics"]) > 0
     ):
         raise ValueError("its records are of another form")

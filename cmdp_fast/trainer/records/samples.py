@@ -21,13 +21,14 @@ def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
     for heading, samples in parts:
         lines += [heading, "=" * len(heading)]
         for s in samples:
-            verdict = {True: "right", False: "wrong", None: "not judged"}[s["correct"]]
+            verdict = "not judged" if s["correct"] is None else "right" if s["correct"] else "wrong"
             account = ""  # where a teacher was asked about it
             if "cumulative" in s:
                 within = "within budget" if s.get("certified", True) else "within budget by a lower bound"
                 least = "at least " if "certified" in s else ""
-                account = f", {least}{s['cumulative']:.2f}, {within if s['feasible'] else 'OVER BUDGET'}"
+                cost = "not finite" if s["cumulative"] is None else f"{s['cumulative']:.2f}"  # as JSON has it
+                account = f", {least}{cost}, {within if s['feasible'] else 'OVER BUDGET'}"
             text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}{account}]"
-            lines.append(without_controls(text))
+            lines.append(without_controls(text).encode(errors="replace").decode())
         lines.append("")
     return "\n".join(lines)

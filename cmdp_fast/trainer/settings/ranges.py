@@ -35,3 +35,6 @@ AT_LEAST_1 = Range(lambda value: value >= 1, "must be at least 1, not")
 SEED = Range(lambda value: 0 <= value < 2**31, "must be in [0, 2147483648), not")  # numpy's end at 2^32
 ZERO_OR_ONE = Range(lambda value: value in (0, 1), "must be 0 or 1, not")
 BETWEEN_0_AND_1 = Range(lambda value: 0 < value < 1, "must be between 0 and 1, not")
+# Logits are divided by a temperature, and by what is left of it in float32
+TEMPERATURE = Range(lambda value: 1e-30 <= value <= 1e30, "must be in [1e-30, 1e+30], not")
+TEMPERATURE_OR_0 = Range(lambda value: value == 0 or 1e-30 <= value <= 1e30, "must be 0 or in [1e-30, 1e+30], not")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .ranges import ABOVE_0_UP_TO_1, AT_LEAST_1, FROM_0_BELOW_1, NOT_NEGATIVE, POSITIVE
+from .ranges import ABOVE_0_UP_TO_1, AT_LEAST_1, FROM_0_BELOW_1, NOT_NEGATIVE, POSITIVE, TEMPERATURE, TEMPERATURE_OR_0
 from .units import COMPLETIONS, FRACTION, FUNCTION, NUMBER, PROMPTS, TOKENS
 
 
@@ -19,10 +19,10 @@ class SamplingSettings:
     """Completions per prompt: the group whose members are compared with one another."""
     max_new_tokens: Annotated[int, POSITIVE, TOKENS] = 256
     """Longest completion. The end-of-sequence token counts; one without it is counted as clipped."""
-    temperature: Annotated[float, POSITIVE, NUMBER] = 1.0
+    temperature: Annotated[float, TEMPERATURE, NUMBER] = 1.0
     """Temperature of the policy that is sampled, trained, measured and evaluated; the teacher has the same, if it has
     none of its own (`teacher_temperature`)."""
-    teacher_temperature: Annotated[float, NOT_NEGATIVE, NUMBER] = 0.0
+    teacher_temperature: Annotated[float, TEMPERATURE_OR_0, NUMBER] = 0.0
     """Temperature of the teacher, as it is compared with in costs and losses, sampled and evaluated. 0: the student's.
     At a `temperature` of 0.7 the cost is KL(student at 0.7 ‖ teacher at 0.7); with 1 here KL(student at 0.7 ‖ teacher
     at 1)."""
