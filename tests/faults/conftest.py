@@ -12,8 +12,10 @@ PACKAGES = ("transformers", "datasets", "accelerate", "tyro", "rich", "matplotli
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 if not MISSING:
+    import torch
     from engine_runs import held, server
     from faults import command, result
+    from matplotlib.figure import Figure
     from pair_fixtures import one_thread, own_precision, pair, undrawn
 
     from cmdp_fast.cli import main
@@ -32,11 +34,15 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return Skipped.from_parent(parent, path=module_path) if MISSING else None
 
 
-@pytest.fixture(scope="module")
-def expected(pair, tmp_path_factory, one_thread, undrawn) -> dict[str, Any]:
-    """What the undisturbed run leaves."""
-    output = tmp_path_factory.mktemp("expected")
-    assert main(command(pair, output)) == 0
+@pytest.fixture(scope="session")
+def expected(pair, tmp_path_factory) -> dict[str, Any]:
+    """What the undisturbed run leaves, with one thread and a plot that is not drawn, as in every test here."""
+    output, threads = tmp_path_factory.mktemp("expected"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, file, **_: file.write_bytes(b"not drawn"))
+        assert main(command(pair, output)) == 0
+    torch.set_num_threads(threads)
     return result(output / "r")
 
 

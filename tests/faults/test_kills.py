@@ -55,7 +55,7 @@ def check_all(pair, states: list[Path], folder: Path, expected) -> None:
 
 def test_killed(pair, states, expected, tmp_path, pytestconfig):
     assert len(states) > 50
-    check_all(pair, states if pytestconfig.getoption("--slow") else some(states, 8), tmp_path, expected)
+    check_all(pair, states if pytestconfig.getoption("--slow") else some(states, 6), tmp_path, expected)
 
 
 def test_torn_files(pair, states, expected, tmp_path, pytestconfig):
@@ -69,7 +69,7 @@ def test_torn_files(pair, states, expected, tmp_path, pytestconfig):
         before = now
     assert len(torn) > 20
     faults = []
-    for state, name in torn if pytestconfig.getoption("--slow") else some(torn, 3):
+    for state, name in torn if pytestconfig.getoption("--slow") else some(torn, 2):
         folder = tmp_path / f"{state.name}-{name.replace('/', '-')}"
         shutil.copytree(state, folder)
         content = (folder / name).read_bytes()
@@ -91,11 +91,11 @@ def test_killed_while_it_goes_on(pair, states, expected, tmp_path, pytestconfig)
         folder = tmp_path / first.name
         shutil.copytree(first, folder)
         seconds = states_of(lambda: main(goes_on(pair, folder)), folder, tmp_path / f"{first.name}-again")  # noqa: B023
-        check_all(pair, seconds if slow else some(seconds, 3), tmp_path / f"{first.name}-seconds", expected)
+        check_all(pair, seconds if slow else some(seconds, 2), tmp_path / f"{first.name}-seconds", expected)
         third = tmp_path / f"{first.name}-third"
         shutil.copytree(seconds[len(seconds) // 2], third)
         thirds = states_of(lambda: main(goes_on(pair, third)), third, tmp_path / f"{first.name}-thrice")  # noqa: B023
-        check_all(pair, some(thirds, 5 if slow else 2), tmp_path / f"{first.name}-thirds", expected)
+        check_all(pair, some(thirds, 5 if slow else 1), tmp_path / f"{first.name}-thirds", expected)
 
 
 def test_killed_at_a_moment_of_a_seed(pair, expected, tmp_path, pytestconfig):

@@ -72,8 +72,9 @@ def at_call(patch, owner, name: str, call: int, act: Callable[[], None]) -> None
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_run_says_at_once_what_it_waits_for(phase, pair, tmp_path, expected, monkeypatch, capfd):
-    """The two signals in turn."""
+def test_a_run_says_at_once_what_it_waits_for(phase, pair, tmp_path, expected, monkeypatch, capfd, pytestconfig):
+    """The two signals in turn. Without --slow it goes on after SIGTERM alone: tests/trainer/test_interrupts.py has the
+    other."""
     owner, name, call, text = PHASES[phase]
     number = (signal.SIGINT, signal.SIGTERM)[list(PHASES).index(phase) % 2]
     if number == signal.SIGTERM:
@@ -92,6 +93,8 @@ def test_a_run_says_at_once_what_it_waits_for(phase, pair, tmp_path, expected, m
         code = main(command(pair, tmp_path))
     assert said == [f"cmdp-fast: {text}\n"]
     assert code == (0 if phase in ("the student's saving", "the summary") else 130)
+    if number == signal.SIGINT and not pytestconfig.getoption("--slow"):
+        return
     words = ["train", f"--resume={tmp_path / 'r'}"] if (tmp_path / "r").exists() else command(pair, tmp_path)
     assert main(words) == 0
     assert differences(result(tmp_path / "r"), expected) == {} and os.listdir(tmp_path) == ["r"]
@@ -210,8 +213,10 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "twice", "SIGKILL"])
-def test_judges_do_not_outlive_a_run(how, pair, tmp_path, isolation):
+def test_judges_do_not_outlive_a_run(how, pair, tmp_path, isolation, pytestconfig):
     """Ctrl-C comes to every process of a terminal's group."""
+    if how in ("SIGINT", "SIGTERM") and not pytestconfig.getoption("--slow"):
+        pytest.skip("the two that leave least time; with --slow all")
     judged = {"rewards": "math_verify", "steps": 1, "checkpoint_every": 0, "save_student_every": 0}
     pids, wanted = tmp_path / "pids", [signal.SIGINT] * 2 if how == "twice" else [signal.Signals[how]]
 

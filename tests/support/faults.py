@@ -116,7 +116,7 @@ def states_of(run: Callable[[], int], folder: Path, states: Path) -> list[Path]:
 
 def some(items: list[Any], count: int) -> list[Any]:
     """So many, spread over all; the first and the last among them."""
-    return [items[i * (len(items) - 1) // (count - 1)] for i in range(min(count, len(items)))]
+    return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(min(count, len(items)))]
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
