@@ -278,5 +278,11 @@ def _threads() -> int:
 
 
 def matrix(t: Tensor) -> Any:
-    """The rows ``[..., V]`` of a tensor as the kernels see them."""
-    return native.Matrix(*matrix_of(t))
+    """The rows ``[..., V]`` of a tensor as the kernels see them. Its storage may have shrunk, which PyTorch allows."""
+    place, dtype, sizes, strides, width = matrix_of(t)
+    reach = t.storage_offset() + width
+    for size, stride in zip(sizes, strides, strict=True):
+        reach += (size - 1) * stride
+    if reach * t.element_size() > t.untyped_storage().nbytes() and t.numel():
+        raise ValueError(f"logits of shape {tuple(t.shape)} have lost memory: their storage has shrunk or was released")
+    return native.Matrix(place, dtype, sizes, strides, width)

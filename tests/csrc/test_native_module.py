@@ -1,5 +1,6 @@
 """The native module trusts nobody: wrong addresses, sizes and tags raise before anything is read."""
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from helpers import make_logits
 
+import cmdp_fast as cf
 from cmdp_fast.cpu import matrix, native
 from cmdp_fast.layout import SAVED
 from cmdp_fast.states import FIELDS
@@ -65,6 +67,84 @@ def test_wrong_calls_raise(arguments, message):
         call(matrix(x), **arguments)
 
 
+def test_nothing_is_read_before_all_is_checked():
+    with pytest.raises(ValueError, match="saved is a null pointer"):
+        call(tokens=64, saved=0)  # an address that is no one's
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        call(tokens=64, threads=-1)
+
+
+def test_more_threads_than_a_system_has_are_not_started():
+    count = 20000
+    cost, limits = torch.rand(count), torch.ones(count, dtype=torch.float64)
+    cumulative, remaining, excess = (torch.empty(count) for _ in range(3))
+    violated, first = torch.empty(count, dtype=torch.bool), torch.empty(count, dtype=torch.int64)
+    trace = [t.data_ptr() for t in (cumulative, remaining, violated, first, excess)]
+    rule = (1.0, False, False)
+    native.budget_trace(
+        cost.data_ptr(), False, 0, 0, count, count, limits.data_ptr(), rule, trace, None, 0, 0, 2**31 - 1
+    )
+    assert torch.equal(cumulative, cost)
+
+
+@pytest.mark.parametrize("name", ["student_logits", "teacher_logits", "mask"])
+@pytest.mark.parametrize("left", [0, 4])
+def test_memory_that_is_gone_is_not_read(name, left):
+    """A storage may shrink under a tensor, or be released: a mask would then count as none."""
+    given = {
+        "student_logits": make_logits(4, 9),
+        "teacher_logits": make_logits(4, 9, seed=1),
+        "mask": torch.tensor([True, False, True, True]),
+    }
+    given[name].untyped_storage().resize_(left if name != "mask" else 0)
+    with pytest.raises(ValueError, match=r"memory: (its|their) storage"):
+        cf.token_stats(tokens=torch.arange(4), backend="cpu", **given)
+
+
+def test_calls_at_once_with_the_same_tensors(threads):
+    threads(2)
+    x, y, tokens = make_logits(16, 9001), make_logits(16, 9001, seed=1), torch.arange(16)
+    upstream = torch.ones(16, dtype=torch.float64)
+    alone = cf.token_stats(x, y, tokens, backend="cpu")
+    wrong = []
+
+    def work():
+        for _ in range(10):
+            leaf = x.detach().requires_grad_()
+            stats = cf.token_stats(leaf, y, tokens, backend="cpu")
+            stats.forward_kl.backward(upstream.float())
+            if not all(torch.equal(a, b.detach()) for a, b in zip(alone, stats, strict=True)):
+                wrong.append(stats)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_tokens_that_change_during_a_call_reach_no_other_memory():
+    """They are checked first, while another thread may write to them; a column that is none has no logit."""
+    x, y = make_logits(64, 2001), make_logits(64, 2001, seed=1)
+    tokens, stop = torch.zeros(64, dtype=torch.int64), threading.Event()
+
+    def disturb():
+        while not stop.is_set():
+            tokens.fill_(2**40)
+            tokens.fill_(0)
+
+    worker = threading.Thread(target=disturb)
+    worker.start()
+    try:
+        for _ in range(200):
+            with contextlib.suppress(ValueError):
+                cf.token_stats(x, y, tokens, backend="cpu")
+    finally:
+        stop.set()
+        worker.join()
+
+
 def test_tokens_are_checked_here_too():
     x, tokens = make_logits(2, 8), torch.tensor([0, 8])
     with pytest.raises(ValueError, match="outside the vocabulary"):
@@ -91,9 +171,11 @@ GRADIENT = {**dict(list(TAILS.items())[:8]), "gradient": [64] * 6, "out": 0, "th
         ({"ids": 65}, "ids is not aligned"),
         ({"listed": -1}, "the number of ids is impossible"),
         ({"listed": 2**62}, "the number of ids is impossible"),
+        ({"listed": 2**59}, "the number of ids is impossible"),
         ({"tokens": 0}, "tokens is a null pointer"),
         ({"vocab": 9}, "vocab is outside the width"),
         ({"first_column": -1}, "first_column is negative"),
+        ({"first_column": 2**63 - 8}, "the last column overflows 64 bits"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"states": [0, 64, 64]}, "fields is a null pointer"),
@@ -126,6 +208,7 @@ def test_wrong_calls_for_a_tail_raise(arguments, message):
         ((64, "float32", [2], [8], -1), "negative width"),
         ((64, "float32", [2**40, 2**40], [1, 1], 8), "overflows 64 bits"),
         ((64, "float32", [2], [2**62], 8), "overflows 64 bits"),
+        ((64, "float32", [2**40], [0], 2**30), "overflows 64 bits"),
         ((65, "float32", [2], [8], 8), "not aligned"),
         ((64, "float32", [1] * 9, [1] * 9, 8), "at most 8"),
     ],
@@ -182,8 +265,6 @@ def test_the_best_variant_that_the_processor_runs_is_chosen():
 
 def test_the_gil_is_released():
     """A Python thread makes progress while a kernel runs."""
-    import cmdp_fast as cf
-
     x, y = make_logits(64, 60000), make_logits(64, 60000, seed=1)
     tokens = torch.zeros(64, dtype=torch.int64)
     ticks, stop = 0, threading.Event()

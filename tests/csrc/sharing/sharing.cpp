@@ -9,6 +9,7 @@
 //   sharing race        two items add to one number: ThreadSanitizer has to end the process
 //   sharing overflow    an int overflows in a thread: UndefinedBehaviorSanitizer has to
 #include <array>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -168,10 +169,15 @@ void exceptions() {
   }
 }
 
-// What a loop over rows could do wrong.
+// What a loop over rows could do wrong. Each thread has one item: it goes on when all have begun theirs.
 void race() {
   int64_t total = 0;
-  parallel_for(100000, kThreads, 1, [&](int64_t i) { total += i; });
+  std::atomic<int> begun{0};
+  parallel_for(kThreads, kThreads, 1, [&](int64_t i) {
+    begun.fetch_add(1, std::memory_order_relaxed);
+    while (begun.load(std::memory_order_relaxed) < kThreads) std::this_thread::yield();
+    total += i;
+  });
   std::printf("%ld\n", static_cast<long>(total));
 }
 
