@@ -145,7 +145,7 @@ def token_stats(draw: Draw) -> Case:
         return reference.token_stats(**tensors, **settings)._asdict()
 
     upstream = drawn_upstream(draw, DIFFERENTIABLE, rows.rows, rows.computed)
-    if draw.chance("a teacher in the student's memory", 0.1):
+    if draw.chance("a teacher in the student's memory", 0.5 if inplace else 0.05):
         rows.share_memory()
     case = rows.case(
         "token_stats",
