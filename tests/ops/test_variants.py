@@ -52,6 +52,17 @@ def test_special_values(variant, dtype):
     assert torch.equal(gradient.isnan().any(-1), lost) and gradient[~lost].isfinite().all()
 
 
+@pytest.mark.parametrize("size", [130.0, 2907252.0, 1e9, 1e20, 1e37])
+def test_one_logit_in_the_abyss(variant, size):
+    """Finite, and so far down that it weighs nothing: the bits of such an exponent must not pass for a small one."""
+    x, y, tokens = make_logits(2, WIDTH), make_logits(2, WIDTH, seed=1), torch.tensor([3, 4])
+    expected = cf.token_stats(*(torch.cat([t[:, :7], t[:, 8:]], 1) for t in (x, y)), tokens, backend="cpu")
+    for step in range(-3, 4):
+        x[:, 7] = y[:, 7] = -size - step * 7
+        for got, want in zip(cf.token_stats(x, y, tokens, backend="cpu"), expected, strict=True):
+            assert torch.allclose(got, want, rtol=1e-6, atol=1e-6), step
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bad_logit_of_a_tail(variant, place, bad):
