@@ -52,6 +52,17 @@ def test_special_values(variant, dtype):
     assert torch.equal(gradient.isnan().any(-1), lost) and gradient[~lost].isfinite().all()
 
 
+@pytest.mark.parametrize("size", [130.0, 2907252.0, 1e9, 1e20, 1e37])
+def test_one_logit_in_the_abyss(variant, size):
+    """Finite, and so far down that it weighs nothing: the bits of such an exponent must not pass for a small one."""
+    x, y, tokens = make_logits(2, WIDTH), make_logits(2, WIDTH, seed=1), torch.tensor([3, 4])
+    expected = cf.token_stats(*(torch.cat([t[:, :7], t[:, 8:]], 1) for t in (x, y)), tokens, backend="cpu")
+    for step in range(-3, 4):
+        x[:, 7] = y[:, 7] = -size - step * 7
+        for got, want in zip(cf.token_stats(x, y, tokens, backend="cpu"), expected, strict=True):
+            assert torch.allclose(got, want, rtol=1e-6, atol=1e-6), step
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bad_logit_of_a_tail(variant, place, bad):
@@ -60,6 +71,21 @@ def test_a_bad_logit_of_a_tail(variant, place, bad):
     student[1, place] = bad
     stats = cf.topk_stats(student, *message[:2], tokens, backend="cpu")
     assert stats.logprob.isnan().tolist() == stats.forward_kl.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("sizes", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (-1, 0, 0, 1)])
+def test_upstream_gradients_near_the_largest_float(variant, sizes):
+    """What no float holds on the way, of columns that weigh nothing too, leaves a gradient that one does."""
+    x, y, tokens = make_logits(2, 70), make_logits(2, 70, seed=1), torch.tensor([5, 69])
+    x[0, 3] = y[0, 3] = -INF
+    gradients = []
+    for scale in (1.0, 2.0**127):
+        leaf = x.clone().requires_grad_()
+        stats = cf.token_stats(leaf, y, tokens, temperature=2.5, backend="cpu")
+        outputs = [getattr(stats, name) for name in DIFFERENTIABLE]
+        upstream = [torch.full_like(stats.logprob, size * scale) for size in sizes]
+        gradients.append(torch.autograd.grad(outputs, leaf, upstream)[0].double() / scale)
+    assert torch.allclose(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -121,11 +147,13 @@ def test_nothing_beyond_a_row_is_read_or_written(variant, width, dtype):
     outcomes = []
     for place in (torch.clone, fenced):
         student, teacher = place(x).requires_grad_(), place(y)
+        mixed = place(x).requires_grad_()  # with a teacher of another dtype it is converted, and written by another way
+        other = cf.token_stats(mixed, place(y.float()), token, inplace_backward=True, backend="cpu").entropy.sum()
         stats = cf.token_stats(student, teacher, token, inplace_backward=True, backend="cpu")
         jsd = cf.divergence(place(x), teacher, "jsd", backend="cpu")
         ids, logprobs = torch.tensor([[width // 2]]), torch.tensor([[-0.5]])
         tail = cf.topk_stats(place(x), ids, logprobs, token, backend="cpu")
         total = sum(value.double().sum() for value in (*stats[:1], stats.entropy, stats.reverse_kl, stats.forward_kl))
-        outcomes.append([*stats, jsd, *tail, *torch.autograd.grad(total, student)])
+        outcomes.append([*stats, jsd, *tail, *torch.autograd.grad(total, student), *torch.autograd.grad(other, mixed)])
     for ours, right in zip(*outcomes, strict=True):
         assert torch.equal(ours, right)
