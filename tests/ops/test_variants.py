@@ -63,6 +63,15 @@ def test_one_logit_in_the_abyss(variant, size):
             assert torch.allclose(got, want, rtol=1e-6, atol=1e-6), step
 
 
+def test_the_least_of_a_tail_is_found_in_every_lane(variant):
+    columns = torch.arange(33)
+    x = make_logits(33, 33).scatter(1, columns[:, None], -50.0)
+    rows = ListedRows(x, torch.empty(33, 0, dtype=torch.int64), columns, None, 1.0, 33)
+    state = tails.empty(33, 0, x.device)
+    cpu.update_tails(rows, 0, state)
+    assert torch.equal(state.fields[:, 3], state.own) and torch.allclose(state.own, torch.full_like(state.own, -50.0))
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bad_logit_of_a_tail(variant, place, bad):
@@ -148,7 +157,7 @@ def test_nothing_beyond_a_row_is_read_or_written(variant, width, dtype):
     for place in (torch.clone, fenced):
         student, teacher = place(x).requires_grad_(), place(y)
         mixed = place(x).requires_grad_()  # with a teacher of another dtype it is converted, and written by another way
-        other = cf.token_stats(mixed, place(y.float()), token, inplace_backward=True, backend="cpu").entropy.sum()
+        other = cf.token_stats(mixed, place(y.float()), token, inplace_backward=True, backend="cpu").reverse_kl.sum()
         stats = cf.token_stats(student, teacher, token, inplace_backward=True, backend="cpu")
         jsd = cf.divergence(place(x), teacher, "jsd", backend="cpu")
         ids, logprobs = torch.tensor([[width // 2]]), torch.tensor([[-0.5]])
