@@ -52,6 +52,7 @@ struct Batch {
     std::mt19937 random(7);
     std::normal_distribution<float> normal(0, 3);
     for (auto* logits : {&student, &teacher}) {
+      logits->reserve(rows * width * (dtype == "float32" ? 2 : 1));  // and no more
       for (int64_t i = 0; i < rows * width; ++i) {
         const auto bits = std::bit_cast<uint32_t>(normal(random));
         if (dtype == "float32") logits->push_back(static_cast<uint16_t>(bits));
