@@ -88,13 +88,14 @@ def train(config: TrainConfig, words: Sequence[str] = ()) -> Path:
         finished = False
         with together(accelerator):
             code = code_of(config)
+            if config.resume and accelerator.is_main_process:
+                held.enter_context(alone_in(Path(config.resume), report.say))
+                remove_scratch(Path(config.resume))  # whose maker is gone: it is made under the lock
+                remove_parts(Path(config.resume))
             if accelerator.is_main_process:
                 check_run_folder(config)
             check_engines(config, accelerator.is_main_process)
             if config.resume and accelerator.is_main_process:
-                held.enter_context(alone_in(Path(config.resume), report.say))
-                remove_scratch(Path(config.resume))
-                remove_parts(Path(config.resume))
                 finished = is_finished(config, report.say)
         if any_process(finished, accelerator):
             if accelerator.is_main_process and not config.checkpoint_every:

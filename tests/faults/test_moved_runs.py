@@ -107,5 +107,5 @@ def test_two_at_once(stopped, tmp_path, expected):
     if codes == [0, 0]:  # one came when the other had ended
         assert any("is finished" in each for each in said)
     else:
-        assert codes == [0, 2] and sum("is at work here" in each for each in said) == 1
+        assert codes == [0, 2] and sum("is at work here" in each for each in said) == 1, said
     assert differences(result(folder), expected) == {}
