@@ -163,7 +163,7 @@ def modified_reward(
     check_like("task_reward", task_reward, "cost", cost)
     if not isinstance(trace, BudgetTrace):
         raise TypeError(f"trace must be the BudgetTrace that budget_trace returned, got {type(trace).__name__}")
-    if trace.violated.dtype != torch.bool:
+    if checks.tensor("trace.violated", trace.violated).dtype != torch.bool:
         raise TypeError(f"trace.violated must be bool, got {checks.describe(trace.violated)}")
     for name, field in trace._asdict().items():
         if name != "first_violation":

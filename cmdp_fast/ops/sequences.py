@@ -51,6 +51,8 @@ def check_completions(
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     checks.tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got {checks.describe(value)}")
     if value.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(value.shape)}")
     checks.same_device(name, value, other_name, other)
