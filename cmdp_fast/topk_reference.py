@@ -38,9 +38,15 @@ def topk_stats(
     absent = ids < 0
     outside = torch.ones(*x.shape[:-1], width + 1, dtype=torch.bool, device=x.device)
     outside = outside.scatter(-1, ids.masked_fill(absent, width), False)[..., :width]
-    tail = log_p.masked_fill(~outside, -torch.inf).logsumexp(-1)
-    within = (log_p - tail[..., None]).masked_fill(~outside | torch.isneginf(log_p), 0.0)
-    share = torch.where(outside & ~torch.isneginf(log_p), log_p - tail[..., None], -torch.inf).exp()
+    # Of the logits, less the largest of the tail: log_p far below the listed ones has lost what tells columns apart.
+    used = outside & ~torch.isneginf(x)
+    in_tail = x.masked_fill(~outside, -torch.inf)
+    top, peak = x.detach().amax(-1), in_tail.detach().amax(-1)
+    above_peak = in_tail - peak.masked_fill(torch.isneginf(peak), 0.0)[..., None]
+    of_tail = above_peak.logsumexp(-1)
+    tail = of_tail + (peak - top) - (x - top[..., None]).logsumexp(-1)
+    within = (above_peak - of_tail[..., None]).masked_fill(~used, 0.0)
+    share = torch.where(used, above_peak - of_tail[..., None], -torch.inf).exp()
     student = StudentTerms(
         log_p.gather(-1, ids.clamp(min=0)).masked_fill(absent, -torch.inf),
         tail,

@@ -166,7 +166,7 @@ def modified_reward(
     check_like("task_reward", task_reward, "cost", cost)
     if not isinstance(trace, BudgetTrace):
         raise TypeError(f"trace must be the BudgetTrace that budget_trace returned, got {type(trace).__name__}")
-    if trace.violated.dtype != torch.bool:
+    if checks.tensor("trace.violated", trace.violated).dtype != torch.bool:
         raise TypeError(f"trace.violated must be bool, got {checks.describe(trace.violated)}")
     for name, field in zip(BudgetTrace._fields, trace, strict=True):  # torch 2.8 traces no _asdict
         if name != "first_violation":

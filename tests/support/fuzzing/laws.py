@@ -165,7 +165,10 @@ def _without_meaning(case: Case, name: str) -> Tensor:
     """Rows of logits with NaN or +inf, or -inf throughout, with a gradient that arrives."""
     x = case.given[name].view()[..., : case.settings.get("vocab_size")]
     bad = (x.isnan() | x.isposinf()).any(-1) | x.isneginf().all(-1)
-    arrives = torch.stack([g != 0 for g in case.upstream.values()]).any(0)
+    flowing = case.upstream
+    if "topk_ids" in case.given:  # of nothing that is listed both divergences are 0, of what is excluded infinite
+        flowing = {name: g for name, g in flowing.items() if not name.endswith("_kl")}
+    arrives = torch.stack([torch.zeros(case.rows), *flowing.values()]).ne(0).any(0)
     counts = case.given[case.mask].view() if case.mask is not None else torch.tensor(True)
     return (bad & arrives & counts)[..., None]
 

@@ -94,7 +94,7 @@ class Rows:
         rows = [teacher.view().reshape(-1, width)[:1], student.view().reshape(-1, width)]
         memory = torch.cat(rows).flatten()
         strides = torch.empty(student.shape, device="meta").stride()
-        back = self.draw.choice("rows of the teacher before the student's", (0, 1))
+        back = self.draw.choice("rows of the teacher before the student's", (0, 1), (1, 4))
         self.given["student_logits"] = Placed(memory, student.shape, Layout(strides, width))
         self.given["teacher_logits"] = Placed(memory, student.shape, Layout(strides, width * (1 - back)))
         self.kinds = [f"row {i}" for i in range(self.count)]
