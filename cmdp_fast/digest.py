@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from cmdp_fast.errors import first_line
+from cmdp_fast.errors import first_line, readable
 from cmdp_fast.files import as_json, write_text
 
 CHUNK = 1 << 20  # bytes that are read at once
@@ -65,7 +65,9 @@ def check_digests(folder: Path, expected: Any) -> None:
         except (OSError, ValueError) as error:
             raise Damaged(f"{name} is not there, or cannot be read ({first_line(error)})") from error
         if present != digest:
-            raise Damaged(f"{name} is not as it was written (its sha256 begins {present[:12]}, not {str(digest)[:12]})")
+            raise Damaged(
+                f"{name} is not as it was written (its sha256 begins {present[:12]}, not {readable(str(digest)[:12])})"
+            )
 
 
 def check_nothing_else(folder: Path, expected: Iterable[str]) -> None:

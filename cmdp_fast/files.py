@@ -148,9 +148,8 @@ def check_encodable(path: str, said: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        hint = (
-            "" if sys.getfilesystemencoding() == "utf-8" else f"; Python reads names as {sys.getfilesystemencoding()}"
-        )
+        known = sys.getfilesystemencoding()
+        hint = "" if known == "utf-8" else f"; Python reads names as {known} here, with PYTHONUTF8=1 as UTF-8"
         raise InputError(f"{said} is not UTF-8, and no model can be written there{hint}") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from cmdp_fast.errors import InputError, Interrupted, ProcessLost, first_line
+from cmdp_fast.errors import InputError, Interrupted, ProcessLost, first_line, readable
 from cmdp_fast.files import write_text
 from cmdp_fast.masking import public
 from cmdp_fast.teachers.teacher import Teacher
@@ -173,7 +173,8 @@ class Training:
             self.learner.clock.seconds.update(state["seconds"])
             self.results, self.samples = state["results"], state["samples"]
         except Exception as error:  # it is as it was written, and was not written by this program
-            raise InputError(f"{self.folder}: its last checkpoint is not one of such a run: {error!r}") from error
+            said = readable(repr(error))
+            raise InputError(f"{self.folder}: its last checkpoint is not one of such a run: {said}") from error
         done = self.began = self.saved = self.learner.steps_done
         self.earlier_sessions = earlier(state.get("sessions"))
         if done > self.config.steps:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,18 @@ def test_names(kind, pair, tmp_path, pytestconfig, monkeypatch, capfd):
     monkeypatch.setattr(report_command, "plot_png", lambda *_: b"not drawn")
     run_all(pair, tmp_path, NAMES[kind], {**SHORT, "steps": 1, "save_student_every": 0, "eval_every": 0})
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_python_that_reads_names_as_ascii(pair, tmp_path):
+    """Where somebody has switched off what makes it read them as UTF-8 even in the locale C."""
+    code = "import sys; from cmdp_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    ascii_alone = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for name, expected in (("é 😀", 2), ("plain", 0)):
+        words = command(pair, tmp_path / name, steps=1)
+        done = subprocess.run([sys.executable, "-c", code, *words], env=ascii_alone, capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+        assert ("with PYTHONUTF8=1" in done.stderr) == bool(expected)
 
 
 def test_a_name_in_which_no_model_can_be_written(pair, tmp_path, monkeypatch, capsys):

@@ -46,7 +46,7 @@ def test_the_command_serves_what_the_model_says_and_ends_at_a_signal(model, tmp_
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
             assert process.stdout.read() == "the teacher has ended: what was asked is answered\n"
-            assert process.stderr.read() == ""
+            assert process.stderr.read() == "cmdp-fast: answering what was asked; a second signal stops it now\n"
         finally:
             process.kill()
 

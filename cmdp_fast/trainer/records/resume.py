@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmdp_fast.digest import Damaged, read_sealed
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, readable, shown
 
 from ..settings.config import TrainConfig
 from ..settings.values import typed
@@ -53,13 +53,13 @@ def read_config(run: Path) -> Begun:
     if not isinstance(code, dict):
         raise InputError(f"--resume {run}: no run that can be resumed: config.json lacks the sha256 of its code")
     if processes is not None and (type(processes) is not int or processes < 1):
-        raise InputError(f"--resume {run}: no run that can be resumed: config.json has {processes!r} processes")
+        raise InputError(f"--resume {run}: no run that can be resumed: config.json has {shown(processes)} processes")
     source = str(run / "config.json")
     config = TrainConfig(**typed(values, source))
     try:
         config.validate()
     except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+        raise InputError(f"{source}: {readable(str(error), 600)}") from error
     return Begun(config, code, processes)
 
 

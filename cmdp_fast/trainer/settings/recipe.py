@@ -19,6 +19,8 @@ else:
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 METHOD_FILES = RECIPES / "methods"
+LONGEST = 1 << 20  # bytes of a TOML file
+POINTS = 200  # in one of its lines
 NOT_TOML = (ValueError, RecursionError)  # tomllib's own error is a ValueError; so is that of a number of 5000 digits
 
 
@@ -74,7 +76,15 @@ def _read(option: str, name: Any, folder: Path) -> dict[str, Any]:
 def read_toml(path: Path, source: str) -> tuple[dict[str, Any], str]:
     """The values of a TOML file, and its text. Raises InputError, which names the source, for one that has none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise ValueError(f"it has more than {LONGEST >> 20} MiB")
+        text = content.decode().replace("\r\n", "\n")
+        if any(
+            line.count(".") > POINTS for line in text.split("\n")
+        ):  # tables in tables, for which tomllib takes hours
+            raise ValueError(f"a line has more than {POINTS} points")
         return tomllib.loads(text), text
     except (*NOT_TOML, OSError) as error:
         raise InputError(f"{source}: not valid TOML: {first_line(error)}") from error

@@ -26,15 +26,27 @@ def typed(values: dict[str, Any], source: str) -> dict[str, Any]:
             kind = type(default[0]) if default else get_args(kinds[key])[0]
             values[key] = value = tuple(_float(item) if (kind, type(item)) == (float, int) else item for item in value)
             if any(type(item) is not kind for item in value):
-                raise InputError(f"{source}: {key} must be a list of {kind.__name__}, not {list(value)!r}")
+                raise InputError(f"{source}: {key} must be a list of {kind.__name__}, not {shown(list(value))}")
         elif isinstance(default, float) and type(value) is int:
             values[key] = value = _float(value)
         if type(value) is not expected:
             kind_of = {"tuple": "a list", "dict": "a table"}.get(expected.__name__, expected.__name__)
             raise InputError(f"{source}: {key} must be {kind_of}, not {shown(value)}")
+        for text in (value,) if expected is str else value if expected is tuple else ():
+            if isinstance(text, str) and not _is_unicode(text):
+                raise InputError(f"{source}: {key} must be valid Unicode, not {text!r}")
         if expected is dict:
             _check_json(value, f"{source}: {key}")
     return values
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be a name of a file, or stand in one."""
+    try:
+        text.encode("utf-8", "surrogateescape")  # as Python has names of files that are not in UTF-8
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _float(value: int) -> float:
