@@ -106,7 +106,7 @@ def test_an_error_at_every_change(pair, tmp_path, expected, pytestconfig):
 
     slow = pytestconfig.getoption("--slow")
     faults = []
-    for at in range(1, 110) if slow else (12, 50, 80):
+    for at in range(1, 126) if slow else (12, 50, 80):
         for number, good in (kinds[at % len(kinds)], kinds[(at + 3) % len(kinds)])[: 2 if slow else 1]:
             name = f"{errno.errorcode[number]}-{at}{'-for-good' * good}"
             faults.append(check(with_error(number, at, good), tmp_path / name))
