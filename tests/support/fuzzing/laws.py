@@ -198,7 +198,8 @@ def _masked_rows_have_no_say(case: Case, outcome: Outcome, backend: str) -> None
                 continue
             if value.shape[: away.dim()] == away.shape:
                 assert not value[away].any(), f"{name} is not 0 where the mask is False"
-    like = evaluate(case, plain, backend) if case.layout_matters else outcome
+    again = case.layout_matters or backend == "torch"  # with as many threads, on which PyTorch's sums hang
+    like = evaluate(case, plain, backend) if again else outcome
     _same_bits(like, evaluate(case, case.garbage(plain), backend), "nonsense in masked rows")
 
 
