@@ -165,7 +165,10 @@ def _ids(text: str, row: Problem, tokenizer: Any, behind: int) -> list[int]:
 def _tokens_behind(tokenizer: Any) -> int:
     """How many tokens a tokenizer puts behind every text, seen at one that it knows."""
     for text in ("a", "1", "."):
-        plain, given = (encoded(tokenizer, text, add_special_tokens=special) for special in (False, True))
+        try:
+            plain, given = (encoded(tokenizer, text, add_special_tokens=special) for special in (False, True))
+        except InputError:
+            continue  # a closed vocabulary without it
         for front in range(len(given) - len(plain) + 1 if plain else 0):
             if given[front : front + len(plain)] == plain:
                 return len(given) - len(plain) - front

@@ -33,6 +33,7 @@ from .launch import check_training, described, make_accelerator
 from .material import Material, load
 from .methods.method import method_named
 from .models.adapter import check_spread
+from .models.believable import make_savable
 from .models.offload import check_offload
 from .models.quantization import check_quantization
 from .models.value_head import ValueHead
@@ -111,6 +112,11 @@ def train(config: TrainConfig, words: Sequence[str] = ()) -> Path:
                 check_origin(config, material.origin, report.say)
         engines = make_engines(config, accelerator, material, report, held)
         learner = make_learner(config, accelerator, material, engines)
+        if left_out := make_savable("student", config.student, material.student.generation_config):
+            report.say(
+                f"--student {config.student}: transformers refuses to write {', '.join(left_out)} of its "
+                "generation_config.json, and the saved student has none"
+            )
         constraint = evaluation_constraint(config)
         report.say(
             f"{len(material.problems)} problems to train on, {len(material.held_out)} to evaluate on; "

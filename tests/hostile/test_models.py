@@ -9,16 +9,20 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_pair import arguments, settings
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import rollout
+from cmdp_fast.trainer.models.believable import check_tokenizer, is_quantised
 from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.weight_files import INDEX, ONE
@@ -247,13 +251,63 @@ def test_a_model_that_says_no_numbers_is_one_line(role, file, edit, copied, pair
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_settings_of_sampling_that_change_nothing_do_not_cost_the_student(copied, pair, tmp_path, capsys):
-    """transformers reads a temperature without `do_sample`, as many a model has, and refuses to write it."""
-    edit = json_with(temperature=0.6, top_p=0.9, top_k=0, min_p=0.1)
+# What transformers itself writes back, and what it refuses to, which is left out of the saved student.
+WRITTEN = {
+    "none for the padding": {"pad_token_id": -1},
+    "a flag for nothing": {"output_scores": True},
+    "sampling that is off": {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.1},
+    "sampling that is on": {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20},
+    "beams": {"early_stopping": True, "length_penalty": 2.0},
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+@pytest.mark.parametrize("ends", [None, 1])
+def test_odd_settings_of_generate_do_not_cost_the_student(case, ends, copied, pair, tmp_path, capsys):
+    """What can be written is as it was; that of the rest is said."""
+    given = WRITTEN[case]
+    edit = json_with(**given, **({} if ends is None else {"eos_token_id": ends}))
     named = {**pair, "student": changed(copied, "generation_config.json", edit)}
     assert main(arguments(named, tmp_path / "runs", steps=1)) == 0
+    said = capsys.readouterr().out
     written = json.loads((tmp_path / "runs" / "r" / "student" / "generation_config.json").read_text())
-    assert "temperature" not in written or written["temperature"] == 1.0
+    lost = {key for key, value in given.items() if written.get(key) != value}
+    assert all("refuses to write" in said and key in said for key in lost), (lost, said)
+    assert not {"top_k", "typical_p", "epsilon_cutoff"} & (written.keys() - given.keys())
+
+
+QUANTISED = [
+    {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False},
+    {"load_in_8bit": True},
+    {"quant_method": "gptq", "bits": 4},
+    {"quant_method": "fp8"},
+]
+
+
+@pytest.mark.parametrize("settings", QUANTISED)
+def test_weights_whose_packing_is_known_are_left_to_transformers(settings):
+    assert is_quantised(SimpleNamespace(quantization_config=settings))
+    assert not is_quantised(SimpleNamespace(quantization_config={"quant_method": "own", "load_in_4bit": False}))
+
+
+def test_the_attention_of_the_command_line_counts(copied, pair):
+    """Not that of the folder, whose package may not be here."""
+    named = {**pair, "student": changed(copied, "config.json", json_with(attn_implementation="flash_attention_2"))}
+    load_pair(settings({**named, "attn_implementation": "eager"}), [], Report())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"0": 0, "1": 1, "+": 2, "</s>": 3}),
+        models.Unigram([("0", -1.0), ("1", -2.0), ("</s>", -3.0)]),
+        models.WordPiece({"0": 0, "1": 1, "</s>": 2}, unk_token="[UNK]"),
+    ],
+)
+def test_a_closed_vocabulary_needs_no_unknown_token(model):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>")
+    check_tokenizer("student", "digits", tokenizer)
+    assert rollout.encode_prompts([{"prompt": "1"}], tokenizer) == [[1]]
 
 
 TEMPLATES = {

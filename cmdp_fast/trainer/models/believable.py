@@ -1,5 +1,5 @@
 """A model's files before they are believed: sizes that its weights can have, numbers that are weights, a tokenizer that
-reads and writes, settings of sampling that can be saved.
+reads and writes, settings of `generate` that can be saved.
 
 The files are somebody else's. The libraries that read them build what `config.json` describes before they look at the
 weights, and a tokenizer or a setting that cannot be may show itself only where a training writes its student.
@@ -8,23 +8,23 @@ weights, and a tokenizer or a setting that cannot be may show itself only where 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cmdp_fast.errors import InputError, first_line, shown
-from cmdp_fast.vocabulary import decoded, encoded, named_ends
+from cmdp_fast.vocabulary import decoded, encoded
 from cmdp_fast.weight_files import stored_tensors
 
 LAYERS, EXPERTS = 1024, 1 << 14  # of a model: more modules than any has, and few enough to be made in seconds
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that hold a weight as it is
 PROBES = ("a", "1 + 1 =\n", "\N{CJK UNIFIED IDEOGRAPH-4E00}")
-UNSAMPLED = {  # what a model without `do_sample` reads none of, and where that is the default
-    **{"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0},
-    **{"min_p": None, "top_h": None},
-}
+WORDS = 64  # of a tokenizer's own, where it knows none of these
+OF_SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_p", "top_h")
 
 
 def check_counts(role: str, name: str, about: Any) -> None:
@@ -47,7 +47,10 @@ def is_quantised(about: Any) -> bool:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     settings = getattr(about, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", None)
+    settings = settings if isinstance(settings, Mapping) else vars(settings) if settings is not None else {}
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return True  # bitsandbytes, whose older files name no method
+    method = settings.get("quant_method")
     return getattr(method, "value", method) in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
@@ -65,7 +68,7 @@ def check_weights(role: str, name: str, about: Any, trusted: bool) -> None:
         return  # what is wrong with a file is said where it is read
     if not stored:
         return
-    described = _described(role, name, about, trusted)
+    described = _described(about, trusted)
     size, held = sum(tensor.numel() for tensor in _once(described)), sum(math.prod(t.shape) for t in stored.values())
     if size > 2 * held:
         raise InputError(
@@ -79,15 +82,16 @@ def check_weights(role: str, name: str, about: Any, trusted: bool) -> None:
             )
 
 
-def _described(role: str, name: str, about: Any, trusted: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a model of this configuration, as shapes alone."""
+def _described(about: Any, trusted: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a model of this configuration, as shapes alone; none where it cannot be made, which is said where
+    it is read."""
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(about, trust_remote_code=trusted)
-    except Exception as error:  # of a library that makes what anybody describes
-        raise InputError(f"--{role} {name}: no causal language model in this folder: {first_line(error)}") from error
+        with torch.device("meta"):  # no shape depends on the attention, which may be of a package that is not here
+            model = AutoModelForCausalLM.from_config(about, trust_remote_code=trusted, attn_implementation="eager")
+    except Exception:  # of a library that makes what anybody describes
+        return {}
     model.tie_weights()
     tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     return tensors
@@ -99,34 +103,56 @@ def _once(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def check_tokenizer(role: str, name: str, tokenizer: Any) -> None:
-    """Raises InputError for a tokenizer that cannot read or write a text."""
+    """Raises InputError for a tokenizer that can read and write no text at all. One of a closed vocabulary, without a
+    token for what is unknown, may know few."""
     try:
         if not isinstance(tokenizer.model_max_length, (int, float)):
             raise InputError(f"model_max_length is {shown(tokenizer.model_max_length)}, expected a number")
-        for text in PROBES:
-            ids = encoded(tokenizer, text)
-            decoded(tokenizer, ids)
-            encoded(tokenizer, text, add_special_tokens=False)
+        faults = []
+        words = (word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
+        for text in (*PROBES, *islice(words, WORDS)):
+            try:
+                decoded(tokenizer, encoded(tokenizer, text))
+                encoded(tokenizer, text, add_special_tokens=False)
+                return
+            except InputError as error:
+                faults.append(error)
+        raise faults[0]
     except InputError as error:
         raise InputError(f"--{role} {name}: its tokenizer cannot be used: {error}") from error
 
 
-def make_savable(role: str, name: str, settings: Any) -> None:
-    """Takes from a model's settings of `generate` what they cannot be saved with: those of sampling beside no
-    `do_sample`, which change nothing and stand beside many a model. Raises InputError for others.
+def make_savable(role: str, name: str, settings: Any) -> list[str]:
+    """Takes from a model's settings of `generate` those that transformers would refuse to write, and says which: such
+    as a temperature beside no `do_sample`, which it reads. Settings that can be written stay as they are.
 
-    transformers reads such settings and refuses to write them, which would be after the training.
+    To be called when nothing else changes them: what was only read is written with fewer questions. Raises InputError
+    where nothing helps; it would be after the training.
     """
-    if getattr(settings, "do_sample", None) is not True:
-        for key, default in UNSAMPLED.items():
-            if hasattr(settings, key):
-                setattr(settings, key, default)
-    try:
-        named_ends((settings,))
-        settings.validate(strict=True)
-    except Exception as error:  # TypeError for what has no order
-        lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-        said = lines[1] if len(lines) > 1 and lines[0].endswith("invalid:") else first_line(error)
-        raise InputError(
-            f"--{role} {name}: its generation_config.json cannot be saved with the student: {shown(said)}"
-        ) from error
+    fault = _unwritable(settings)
+    if not fault:
+        return []
+    plain, kept = type(settings)(), dict(vars(settings))
+    own = [
+        key
+        for key, value in kept.items()
+        if key in vars(plain) and not key.startswith("_") and key != "eos_token_id" and value != getattr(plain, key)
+    ]
+    sampled = [] if kept.get("do_sample") is True else [key for key in own if key in OF_SAMPLING]
+    for keys in (sampled, *([*sampled, key] for key in own if key not in sampled), own):
+        for key in own:
+            setattr(settings, key, getattr(plain, key) if key in keys else kept[key])
+        if keys and not _unwritable(settings):
+            return keys
+    raise InputError(f"--{role} {name}: its generation_config.json cannot be saved with the student: {shown(fault)}")
+
+
+def _unwritable(settings: Any) -> str:
+    """Why transformers refuses to write settings of `generate`; "" where it does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            settings.save_pretrained(folder)
+        except Exception as error:  # TypeError for what has no order
+            lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+            return lines[1] if len(lines) > 1 and lines[0].endswith("invalid:") else first_line(error)
+    return ""

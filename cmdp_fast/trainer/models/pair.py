@@ -27,7 +27,7 @@ from ..sources import alike, check_path, find_hub, loading, with_hub
 from ..stops import end_tokens, keep_end_tokens
 from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
-from .believable import check_counts, check_tokenizer, check_weights, make_savable
+from .believable import check_counts, check_tokenizer, check_weights
 from .builtin import builtin_folder
 from .quantization import effect, quantization_config, read_prompts
 from .random_weights import RandomCausalLM, check_plain
@@ -137,7 +137,7 @@ def load_pair(
             f"--student {config.student}: its files hold tensors without a place in a {type(student).__name__} "
             f"({len(dropped)}, {_common_name(dropped)}): they are not read, and a saved student has none of them"
         )
-    make_savable("student", config.student, student.generation_config)
+    end_tokens(student, tokenizer)  # raises where a file names what is no token
     if config.gradient_checkpointing:
         recompute_layers(student)
     if config.lora_rank:
