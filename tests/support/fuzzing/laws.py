@@ -52,8 +52,7 @@ def hold(case: Case, backend: str, truth: Truth) -> None:
         outcome = evaluate(case, {name: placed.view() for name, placed in given.items()}, backend)
     _memory_is_as_it_was(case, given)
     _forms_are_right(case, outcome, given)
-    if truth.exact is not None and truth.eager is not None:
-        _errors_are_no_worse(case, outcome, truth.exact, truth.eager)
+    errors_are_no_worse(case, outcome, truth)
     with poisoned_memory(), threads(case.threads[1]):
         if case.garbage is not None and case.mask is not None:
             _masked_rows_have_no_say(case, outcome, backend)
@@ -97,7 +96,10 @@ def _forms_are_right(case: Case, outcome: Outcome, given: dict[str, Placed]) -> 
             assert value.untyped_storage().data_ptr() not in used, f"the gradient of {name} shares memory with an input"
 
 
-def _errors_are_no_worse(case: Case, outcome: Outcome, exact: Outcome, eager: Outcome) -> None:
+def errors_are_no_worse(case: Case, outcome: Outcome, truth: Truth) -> None:
+    exact, eager = truth.exact, truth.eager
+    if exact is None or eager is None:
+        return
     for name in exact.outputs:
         value = outcome.outputs[name]
         near, right = eager.outputs[name], exact.outputs[name]
