@@ -202,6 +202,18 @@ def test_a_mixture_of_models_far_apart(dtype, beta, kind, backend, variant):
 
 
 @pytest.mark.mixture
+@pytest.mark.float64
+@pytest.mark.parametrize("gap", [1e3, 1e300, math.inf])
+def test_a_mixture_in_double_of_models_that_share_no_column(gap, backend, variant):
+    """Of each column one probability is exactly 0, the other 1."""
+    x = torch.tensor([[0.0, -gap], [-gap, 0.0]], dtype=torch.float64)
+    for kind in ("jsd", "skew_forward_kl"):
+        value, gradient = divergence_and_gradient(x, x.flip(1), kind, 0.25, backend)
+        assert value.tolist() == pytest.approx([far_apart(kind, 0.25)] * 2, rel=1e-13), kind
+        assert not gradient.any(), kind
+
+
+@pytest.mark.mixture
 @pytest.mark.parametrize("beta", [1e-60, 1e-25])
 def test_a_share_that_no_float_holds(beta, backend, variant):
     """Models 200 nats apart: log(1/beta) where that is less."""

@@ -63,6 +63,17 @@ def test_one_logit_in_the_abyss(variant, size):
             assert torch.allclose(got, want, rtol=1e-6, atol=1e-6), step
 
 
+@pytest.mark.parametrize("beta", [0.25, 0.5])
+def test_a_mixture_in_double_of_models_that_nearly_agree(variant, beta):
+    """Its value is quadratic in their distance: what rounds 1 - rho, not the distance, would be a tenth of it."""
+    x, apart = torch.tensor([[0.3, 0.0, -1.1]], dtype=torch.float64), 1e-7
+    y = x + torch.tensor([apart, 0.0, -apart], dtype=torch.float64)
+    p, difference = x.softmax(-1), torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    variance = (p * difference**2).sum() - (p * difference).sum() ** 2
+    value = cf.divergence(x, y, "jsd", beta=beta, backend="cpu")
+    assert value.item() == pytest.approx(beta * (1 - beta) / 2 * variance.item() * apart**2, rel=1e-6, abs=0)
+
+
 def test_the_least_of_a_tail_is_found_in_every_lane(variant):
     columns = torch.arange(33)
     x = make_logits(33, 33).scatter(1, columns[:, None], -50.0)
