@@ -23,9 +23,13 @@ SOURCES = "/path/to/checkout-or-sdist"
 
 
 def level_outside() -> int:
-    """The ``stacklevel`` at which a warning of the function that asks names the caller of this package."""
+    """The ``stacklevel`` at which a warning of the function that asks names the caller of this package, or of the
+    function of PyTorch, such as a backward pass, that has called it."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_code.co_filename.startswith(f"{PACKAGE}{os.sep}"):
+    while frame.f_back and (
+        frame.f_code.co_filename.startswith(f"{PACKAGE}{os.sep}")
+        or frame.f_globals.get("__name__", "").partition(".")[0] == "torch"
+    ):
         frame, level = frame.f_back, level + 1
     return level
 

@@ -15,7 +15,6 @@ from cmdp_fast.ops.operator import Backward, operator
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import DIVERGENCES, DivergenceName, compute_dtype, divergence_weights
 
-
 NO_SKEW = 2.0**-54  # 1 - beta is 1 up to this beta: a mixture of the teacher alone
 
 

@@ -311,4 +311,4 @@ def test_the_warning_of_a_fork_names_the_caller(threads, monkeypatch):
     monkeypatch.setattr("cmdp_fast.cpu._untold", True)
     with pytest.warns(UserWarning, match="this process was forked after") as said:
         cf.divergence(make_logits(2, 9), make_logits(2, 9, seed=1), backend="cpu")
-    assert [warning.filename for warning in said] == [__file__]
+    assert [warning.filename for warning in said if "forked" in str(warning.message)] == [__file__]
