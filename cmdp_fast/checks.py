@@ -24,16 +24,14 @@ def tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got one of layout {value.layout}; convert it with to_dense()")
-    if type(value) in _WITH_MEMORY and not torch.compiler.is_compiling() and _lost(value):
-        raise ValueError(f"{name} of shape {list(value.shape)} {storage.LOST}")
+    if type(value) in _WITH_MEMORY and not torch.compiler.is_compiling():
+        try:
+            lost = storage.lost(value)
+        except NotImplementedError:  # in a transform of torch.func, which shows no memory
+            return value
+        if lost:
+            raise ValueError(f"{name} of shape {list(value.shape)} {storage.LOST}")
     return value
-
-
-def _lost(value: Tensor) -> bool:
-    try:
-        return storage.lost(value)
-    except NotImplementedError:  # in a transform of torch.func, which shows no memory
-        return False
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
