@@ -10,10 +10,9 @@ LOST = "has lost memory: its storage has shrunk or was released"
 def lost(t: Tensor) -> bool:
     """Whether the storage ends before the tensor does. To be asked of tensors that have one."""
     if t.is_contiguous():  # the common case, by one number that PyTorch holds
-        end, offset = t.nbytes, t.storage_offset()
-        if offset and end:
-            end += offset * t.itemsize
-        return end > t.untyped_storage().nbytes()
+        size, offset = t.nbytes, t.storage_offset()
+        begin = offset * t.itemsize if offset and size else 0
+        return bool(begin + size > t.untyped_storage().nbytes())
     reach = t.storage_offset() + 1
     for size, stride in zip(t.shape, t.stride(), strict=True):
         reach += (size - 1) * stride
