@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from cmdp_fast import storage
+
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)  # a subclass may be a description, such as a FakeTensor
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -21,6 +24,13 @@ def tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got one of layout {value.layout}; convert it with to_dense()")
+    if type(value) in _WITH_MEMORY and not torch.compiler.is_compiling():
+        try:
+            lost = storage.lost(value)
+        except NotImplementedError:  # in a transform of torch.func, which shows no memory
+            return value
+        if lost:
+            raise ValueError(f"{name} of shape {list(value.shape)} {storage.LOST}")
     return value
 
 

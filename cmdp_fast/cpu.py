@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmdp_fast import native_module
+from cmdp_fast import installation, native_module, storage
 from cmdp_fast.layout import (
     SAVED,
     Account,
@@ -254,7 +254,7 @@ def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) ->
     native.modified_reward(
         address(rewarding.task_reward),
         *_costs(account),
-        [t.data_ptr() for t in trace],
+        [address(t) for t in trace],
         rewarding.rule,
         address(rewarding.reward),
     )
@@ -273,16 +273,12 @@ def _threads() -> int:
     threads = torch.get_num_threads()
     if _untold and threads > 1:
         _untold = False
-        warnings.warn(FORKED, stacklevel=2)
+        warnings.warn(FORKED, stacklevel=installation.level_outside())
     return threads
 
 
 def matrix(t: Tensor) -> Any:
-    """The rows ``[..., V]`` of a tensor as the kernels see them. Its storage may have shrunk, which PyTorch allows."""
-    place, dtype, sizes, strides, width = matrix_of(t)
-    reach = t.storage_offset() + width
-    for size, stride in zip(sizes, strides, strict=True):
-        reach += (size - 1) * stride
-    if reach * t.element_size() > t.untyped_storage().nbytes() and t.numel():
-        raise ValueError(f"logits of shape {tuple(t.shape)} have lost memory: their storage has shrunk or was released")
-    return native.Matrix(place, dtype, sizes, strides, width)
+    """The rows ``[..., V]`` of a tensor as the kernels see them."""
+    if storage.lost(t):
+        raise ValueError(f"a tensor of shape {tuple(t.shape)} {storage.LOST}")
+    return native.Matrix(*matrix_of(t))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shlex
+import sys
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -18,6 +20,18 @@ NAME = "cmdp_fast"
 # Where the origin is not known. Never the bare name: no index has the package, and whoever takes it there could run
 # code of theirs. With a slash pip takes it for a path alone, even if it is copied as it stands.
 SOURCES = "/path/to/checkout-or-sdist"
+
+
+def level_outside() -> int:
+    """The ``stacklevel`` at which a warning of the function that asks names the caller of this package, or of the
+    function of PyTorch, such as a backward pass, that has called it."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and (
+        frame.f_code.co_filename.startswith(f"{PACKAGE}{os.sep}")
+        or frame.f_globals.get("__name__", "").partition(".")[0] == "torch"
+    ):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def source_tree() -> Path | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmdp_fast import storage
 from cmdp_fast.reference import BudgetTrace, CostName, KindName, TokenStats
 
 DTYPE_NAMES = {
@@ -136,14 +137,13 @@ class Settlement(NamedTuple):
 
 
 def address(t: Tensor | None) -> int:
-    """Where its numbers are; 0 stands for none. A tensor whose storage was released has none, and is an error: a mask,
-    for one, would be taken for none at all."""
+    """Where its numbers are; 0 stands for none. A tensor whose storage has shrunk or was released is an error: what
+    follows it would be read, and a mask, for one, be taken for none at all."""
     if t is None:
         return 0
-    place = t.data_ptr()
-    if place == 0 and t.numel():
-        raise ValueError(f"a tensor of shape {tuple(t.shape)} has no memory: its storage was released")
-    return place
+    if storage.lost(t):
+        raise ValueError(f"a tensor of shape {tuple(t.shape)} {storage.LOST}")
+    return t.data_ptr()
 
 
 def flat(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -131,7 +131,7 @@ def _softmax(logits: Tensor, width: int, temperature: float, dtype: torch.dtype)
 
 def _expect(weight: _Softmax, value: Tensor) -> Tensor:
     """The mean of a value over the columns, with 0 * anything = 0 in value and gradient."""
-    return (weight.probability * value.masked_fill(torch.isneginf(weight.log), 0.0)).sum(-1)
+    return (weight.probability * value.masked_fill(weight.probability == 0, 0.0)).sum(-1)
 
 
 def _forward_kl(p: _Softmax, w: _Softmax) -> Tensor:

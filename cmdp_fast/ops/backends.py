@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-import sys
 import warnings
 from types import ModuleType
 from typing import Literal, NamedTuple, Protocol, cast, get_args
@@ -276,13 +275,10 @@ def _warn_of_fallback(kind: str) -> None:
         problem, tensors, kernels, cure = _loaded("triton").problem, "GPU", "Triton", ""
     if kind in _warned or (problem or "").startswith(NO_DEVICE):  # without a device it is no tensor, but a fake
         return
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_code.co_filename.startswith(str(installation.PACKAGE)):
-        frame, level = frame.f_back, level + 1  # to the caller of an operation
     warnings.warn(
         f"cmdp_fast serves {tensors} tensors with plain PyTorch, without its {kernels} kernels: {problem}{cure}",
         RuntimeWarning,
-        stacklevel=level,
+        stacklevel=installation.level_outside(),
     )
     _warned.add(kind)  # not before: where warnings are errors, each call says so
 

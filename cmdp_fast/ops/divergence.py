@@ -15,6 +15,8 @@ from cmdp_fast.ops.operator import Backward, operator
 from cmdp_fast.ops.token_stats import token_stats
 from cmdp_fast.reference import DIVERGENCES, DivergenceName, compute_dtype, divergence_weights
 
+NO_SKEW = 2.0**-54  # 1 - beta is 1 up to this beta: a mixture of the teacher alone
+
 
 def divergence(
     student_logits: Tensor,
@@ -96,7 +98,7 @@ def plain_kl(kind: DivergenceName, beta: float) -> Literal["reverse_kl", "forwar
     """The KL that a divergence reduces to at the end of beta's range, or None."""
     if kind == "reverse_kl" or kind == "forward_kl":
         return kind
-    if beta == 0:
+    if beta == 0 or (kind == "skew_reverse_kl" and beta <= NO_SKEW):
         return "reverse_kl" if kind == "skew_reverse_kl" else "forward_kl"
     return "reverse_kl" if kind == "jsd" and beta == 1 else None
 

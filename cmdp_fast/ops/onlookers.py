@@ -13,6 +13,7 @@ in a backward pass that is compiled.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -93,6 +94,29 @@ def any_tangent(arguments: Iterable[Any]) -> bool:
             return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in arguments)
         except RuntimeError:  # beneath a transform of torch.func, which keeps tangents to itself
             return False
+
+
+def transforms_of(t: Tensor) -> list[str]:
+    """What the transforms of torch.func that are under way make of a tensor, the inner ones first: ``vmap`` a batch of
+    it, ``grad`` a variable, ``jvp`` one with a tangent. Each is asked with those inside it out of the way: it alone
+    knows its wrapper."""
+    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+    functorch, found = torch._C._functorch, []
+    kinds = functorch.TransformType
+    with contextlib.ExitStack() as popped:
+        for level in reversed(functorch.get_interpreter_stack() or []):
+            if functorch.maybe_get_level(t) == level.level():
+                kind = level.key()
+                if kind == kinds.Vmap:
+                    found.append("vmap")
+                elif kind == kinds.Grad and t.requires_grad:
+                    found.append("grad")
+                elif kind == kinds.Jvp and forward_ad.unpack_dual(t).tangent is not None:
+                    found.append("jvp")
+                t = functorch.get_unwrapped(t)
+            popped.enter_context(temporarily_pop_interpreter_stack())
+    return found
 
 
 @constant

@@ -48,6 +48,7 @@ from cmdp_fast.ops.onlookers import (
     forward_mode_in_graph,
     gradient_in_graph,
     transformed,
+    transforms_of,
     unobserved,
 )
 
@@ -254,6 +255,9 @@ class Operator(Generic[Given, Made]):
         if torch.compiler.is_compiling():
             self._check_transforms_of_graph()
         elif self.transformable is not None and (transformed() or forward_mode()):
+            # Outside of a vmap torch would not come to ask for the derivative that there is not.
+            if forward_mode() and any("jvp" in transforms_of(t) for t in self.tensors_of(given) if t is not None):
+                self._refuse()
             call = self.transformable.apply
         return self._named(call(*self._arguments(given)))
 

@@ -62,6 +62,7 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 def check_budget(budget: float | Tensor, like: Tensor, sequences: int) -> None:
     """Checks that a budget per sequence fits; `Constraint` has checked a number."""
     if isinstance(budget, Tensor):
+        checks.tensor("budget", budget)
         if budget.shape not in ((), (sequences,)):
             raise ValueError(
                 f"budget must be a number or have shape [{sequences}] (sequences), got {list(budget.shape)}"

@@ -16,13 +16,24 @@ from torch import Tensor
 from cmdp_fast import checks, states
 from cmdp_fast.layout import Pair, unit_stride
 from cmdp_fast.ops import backends
+from cmdp_fast.ops.onlookers import (
+    any_tangent,
+    forward_mode,
+    forward_mode_in_graph,
+    gradient_in_graph,
+    transformed,
+    transforms_of,
+)
 from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.parallel import all_reduced
 from cmdp_fast.reference import TokenStats, compute_dtype
 
 
 class TokenState:
-    """Partial statistics of ``rows`` tokens over the columns seen so far. Not differentiable.
+    """Partial statistics of ``rows`` tokens over the columns seen so far.
+
+    It has no gradients: tiles are detached, and a derivative of torch.func or forward mode with respect to the
+    student's is an error, as is a vmap of `update`, which writes to ``fields``.
 
     The tool for logits that never are in one place: a teacher that streams its logits, a vocabulary in tiles, columns
     on several ranks. Fold in what is there with `update`, in any order and in tiles of any widths; `merge` states that
@@ -84,9 +95,12 @@ class TokenState:
 
         Raises:
             TypeError, ValueError: shapes, dtypes or devices that do not fit.
+            NotImplementedError: in a derivative of torch.func or forward mode, or in a vmap.
         """
         rows = self.fields.shape[0]
         checks.tensor("student_tile", student_tile)
+        if torch.compiler.is_compiling() or transformed() or forward_mode():
+            _check_transforms(student_tile, teacher_tile, tokens, self.fields)
         if student_tile.dim() != 2 or student_tile.shape[0] != rows:
             raise ValueError(f"student_tile must have shape [{rows}, C], got {list(student_tile.shape)}")
         if student_tile.shape[1] == 0:
@@ -133,6 +147,24 @@ class TokenState:
         if process_group is not None:
             self.fields = all_reduced(self.fields, process_group)
         return TokenStats(*(value.to(self.dtype) for value in states.statistics(self.fields)))
+
+
+def _check_transforms(student: Tensor, *others: Tensor) -> None:
+    """Raises NotImplementedError for what would be a silent 0, or an error inside of torch."""
+    if torch.compiler.is_compiling():  # which shows no wrappers
+        wanted, batched = forward_mode_in_graph() or gradient_in_graph(), False
+    else:
+        of_student = transforms_of(student)
+        wanted = any_tangent((student,)) or "jvp" in of_student or "grad" in of_student
+        batched = "vmap" in of_student or any("vmap" in transforms_of(t) for t in others if isinstance(t, Tensor))
+    if wanted:
+        raise NotImplementedError(
+            "cmdp_fast.TokenState has no derivative (torch.func, torch.autograd.forward_ad); use token_stats"
+        )
+    if batched:
+        raise NotImplementedError(
+            "cmdp_fast.TokenState.update has no torch.func.vmap: it writes to the state; give a batch as more rows"
+        )
 
 
 class _Given(NamedTuple):

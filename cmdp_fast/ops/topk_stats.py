@@ -151,6 +151,7 @@ def received(ids: Tensor, logprobs: Tensor, tokens: Tensor, settings: Settings) 
         if top_k < 0:
             raise ValueError(f"top_k must not be negative, got {top_k}")
     if isinstance(min_logprob, Tensor):
+        checks.tensor("min_logprob", min_logprob)
         checks.same_device("min_logprob", min_logprob, "tokens", tokens)
         if min_logprob.dtype not in checks.LOGIT_DTYPES:
             given = checks.describe(min_logprob)

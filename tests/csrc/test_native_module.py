@@ -11,7 +11,7 @@ from helpers import make_logits
 
 import cmdp_fast as cf
 from cmdp_fast.cpu import matrix, native
-from cmdp_fast.layout import SAVED
+from cmdp_fast.layout import SAVED, address
 from cmdp_fast.states import FIELDS
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
@@ -87,18 +87,28 @@ def test_more_threads_than_a_system_has_are_not_started():
     assert torch.equal(cumulative, cost)
 
 
-@pytest.mark.parametrize("name", ["student_logits", "teacher_logits", "mask"])
-@pytest.mark.parametrize("left", [0, 4])
-def test_memory_that_is_gone_is_not_read(name, left):
+LOST = "has lost memory: its storage has shrunk or was released"
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_memory_that_is_gone_is_not_read(left):
     """A storage may shrink under a tensor, or be released: a mask would then count as none."""
-    given = {
-        "student_logits": make_logits(4, 9),
-        "teacher_logits": make_logits(4, 9, seed=1),
-        "mask": torch.tensor([True, False, True, True]),
-    }
-    given[name].untyped_storage().resize_(left if name != "mask" else 0)
-    with pytest.raises(ValueError, match=r"memory: (its|their) storage"):
-        cf.token_stats(tokens=torch.arange(4), backend="cpu", **given)
+    for t in (make_logits(4, 9), make_logits(4, 9)[:, ::2], make_logits(4, 9)[3:]):
+        t.untyped_storage().resize_(left)
+        for given in (address, matrix):
+            with pytest.raises(ValueError, match=LOST):
+                given(t)
+    empty = make_logits(4, 9)[4:]
+    empty.untyped_storage().resize_(left)
+    assert address(empty) in (0, empty.data_ptr())
+
+
+def test_memory_that_was_lost_before_the_backward_pass_is_not_read():
+    logits, mask = make_logits(4, 9).requires_grad_(), torch.ones(4, dtype=torch.bool)
+    stats = cf.token_stats(logits, make_logits(4, 9, seed=1), torch.arange(4), mask=mask, backend="cpu")
+    mask.untyped_storage().resize_(2)
+    with pytest.raises(ValueError, match=LOST):
+        stats.reverse_kl.sum().backward()
 
 
 def test_calls_at_once_with_the_same_tensors(threads):
@@ -294,3 +304,11 @@ def test_advice_on_memory_changes_nothing_in_it():
     assert torch.equal(values, torch.arange(5_000_000, dtype=torch.float32))
     for nothing in ((0, 1 << 30), (values.data_ptr(), 0), (values.data_ptr() + 8, 100), (2**64 - 8, 100)):
         assert native.advise_huge_pages(*nothing) is False
+
+
+def test_the_warning_of_a_fork_names_the_caller(threads, monkeypatch):
+    threads(2)
+    monkeypatch.setattr("cmdp_fast.cpu._untold", True)
+    with pytest.warns(UserWarning, match="this process was forked after") as said:
+        cf.divergence(make_logits(2, 9), make_logits(2, 9, seed=1), backend="cpu")
+    assert [warning.filename for warning in said if "forked" in str(warning.message)] == [__file__]

@@ -142,3 +142,14 @@ def test_a_kl_equals_the_statistic(backend):
     stats = cf.token_stats(x, y, tokens, backend=backend)
     assert torch.equal(cf.divergence(x, y, "reverse_kl", backend=backend), stats.reverse_kl)
     assert torch.equal(cf.divergence(x, y, "forward_kl", backend=backend), stats.forward_kl)
+
+
+@pytest.mark.parametrize("beta", [5e-324, 1e-17, 2.0**-54, 2.0**-53])
+def test_a_skew_too_small_for_the_other_weight(beta, backend):
+    """1 - beta may be 1, which is no weight of a mixture."""
+    x, y = make_logits(3, 7).requires_grad_(), make_logits(3, 7, seed=1)
+    value, plain = (cf.divergence(x, y, "skew_reverse_kl", beta=b, backend=backend) for b in (beta, 0.0))
+    gradient, expected = (torch.autograd.grad(v.sum(), x)[0] for v in (value, plain))
+    assert torch.allclose(value, plain) and torch.allclose(gradient, expected, atol=1e-6)
+    jsd = cf.divergence(x, y, "jsd", beta=beta, backend=backend)  # of a mixture, however small; of beta 0 a KL
+    assert (jsd < 1e-6).all()

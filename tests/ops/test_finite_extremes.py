@@ -66,6 +66,15 @@ def test_entropies_of_the_largest_logits_by_tiles(width, backend):
                 assert torch.allclose(getattr(stats, name), getattr(exact, name)), (row, other, name)
 
 
+@pytest.mark.parametrize("name", ["logprob", "entropy", "reverse_kl", "forward_kl"])
+def test_gradients_of_float32_logits_near_the_largest(name, backend):
+    """A difference of log-probabilities overflows in a column without a probability, which adds nothing."""
+    x, y = torch.tensor([[3e38, -3e38, 1.0]], requires_grad=True), torch.tensor([[-3e38, 3e38, 2.0]])
+    stats = cf.token_stats(x, y, torch.zeros(1, dtype=torch.int64), temperature=2.0, backend=backend)
+    getattr(stats, name).backward()
+    assert x.grad.isfinite().all()
+
+
 @pytest.mark.float64
 def test_the_largest_logits_in_one_piece(backend):
     """Values, and gradients that are finite for finite values."""

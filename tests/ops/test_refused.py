@@ -50,6 +50,45 @@ def test_it_is_refused(name):
         call()
 
 
+def shrunk(t, left):
+    t = t.clone()
+    t.untyped_storage().resize_(left * t.untyped_storage().nbytes() // 2)
+    return t
+
+
+LOGPROBS, COUNTED, LIMITS = torch.full((2, 3, 1), -1.0), torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
+HIDDEN, WEIGHT, TRACE = make_logits(2, 3, 4), make_logits(7, 4), cf.budget_trace(COST, 1.0)
+CU, FLAT = torch.tensor([0, 2, 6]), COST.flatten()
+LOST = {  # by the name that its error has: a call with the tensor, and the tensor
+    "student_logits": (lambda t: cf.token_stats(t, Y, TOKENS), X),
+    "teacher_logits": (lambda t: cf.divergence(X, t), Y),
+    "tokens": (lambda t: cf.token_stats(X, Y, t), TOKENS),
+    "mask": (lambda t: cf.token_stats(X, Y, TOKENS, mask=t), COUNTED),
+    "cost": (lambda t: cf.budget_trace(t, 1.0), COST),
+    "budget": (lambda t: cf.budget_trace(COST, t), LIMITS),
+    "cu_seqlens": (lambda t: cf.budget_trace(FLAT, 1.0, cu_seqlens=t), CU),
+    "lower": (lambda t: cf.budget_verdict(t, COST, 1.0), COST),
+    "task_reward": (lambda t: cf.constrained_reward(X, Y, TOKENS, t, 1.0), COST),
+    "trace.remaining": (lambda t: cf.modified_reward(COST, COST, TRACE._replace(remaining=t)), TRACE.remaining),
+    "trace.violated": (lambda t: cf.modified_reward(COST, COST, TRACE._replace(violated=t)), TRACE.violated),
+    "topk_ids": (lambda t: cf.topk_stats(X, t, LOGPROBS, TOKENS), IDS),
+    "topk_logprobs": (lambda t: cf.topk_stats(X, IDS, t, TOKENS), LOGPROBS),
+    "min_logprob": (lambda t: cf.topk_stats(X, IDS, LOGPROBS, TOKENS, min_logprob=t), -COST),
+    "student_hidden": (lambda t: cf.linear_token_stats(t, WEIGHT, HIDDEN, WEIGHT, TOKENS), HIDDEN),
+    "teacher_weight": (lambda t: cf.linear_divergence(HIDDEN, WEIGHT, HIDDEN, t), torch.nn.Parameter(WEIGHT)),
+    "student_tile": (lambda t: cf.TokenState.empty(2).update(t, Y[0, :2], TOKENS[0, :2]), X[0, :2]),
+}
+
+
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("name", LOST)
+def test_a_tensor_that_lost_its_memory_is_named(name, left):
+    call, whole = LOST[name]
+    with pytest.raises(ValueError, match=rf"^{name} of shape .* has lost memory: its storage has shrunk or was"):
+        call(shrunk(whole, left))
+    call(whole)
+
+
 def test_all_of_the_listed_columns_may_be_more_than_any_row_has():
     logprobs = torch.full((2, 3, 1), -1.0)
     many, all_of_them = (cf.topk_stats(X, IDS, logprobs, TOKENS, top_k=k) for k in (2**70, None))

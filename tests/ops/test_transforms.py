@@ -103,12 +103,16 @@ def other_derivatives(f, x, tangent):
         "jvp in no_grad": lambda: torch.no_grad()(torch.func.jvp)(f, (x,), (tangent,))[1],
         "dual numbers": lambda: dual(f, x, tangent),
         "dual numbers that need a gradient": lambda: dual(f, wanted, tangent),
+        "jvp of vmap": lambda: torch.func.jvp(torch.func.vmap(f), (x[None],), (tangent[None],))[1][0],
         "jvp in grad": lambda: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (tangent,))[1])(x),
         "jacfwd": lambda: (torch.func.jacfwd(f)(x) * tangent).sum(),
     }
     second = {
         "twice": twice,
         "grad of grad": lambda: torch.func.grad(lambda x: (torch.func.grad(f)(x) * tangent).sum())(x),
+        "jvp of vmap of grad": lambda: torch.func.jvp(
+            torch.func.vmap(torch.func.grad(f)), (x[None],), (tangent[None],)
+        )[1][0],
         "hessian": lambda: torch.einsum("ijkabc,ijk->abc", torch.func.hessian(f)(x), tangent),
         "functional.hessian": lambda: torch.autograd.functional.hvp(f, x, tangent)[1],
     }
@@ -182,6 +186,8 @@ def test_what_is_no_argument_of_a_derivative_costs_none(backend):
     for f, x, expected in ((of_the_teacher, d.teacher, 0), (of_the_cost, d.reward, 0), (beside, d.reward, 6)):
         value, tangent = torch.func.jvp(f, (x,), (torch.ones_like(x),))
         assert torch.allclose(value, f(x)) and tangent == expected
+        if f is not beside:
+            assert torch.func.jvp(torch.func.vmap(f), (x[None],), (torch.ones_like(x[None]),))[1] == expected
         assert torch.equal(torch.func.grad(f)(x), torch.full_like(x, expected / 6))
 
 
@@ -204,3 +210,33 @@ def test_a_compiled_function_has_no_other_derivative_either():
             jvp(d.logits)
     gradient = torch.compile(lambda x: torch.func.grad(f)(x), backend="aot_eager")
     assert torch.equal(gradient(d.logits), torch.func.grad(f)(d.logits))
+
+
+@pytest.mark.tiles
+def test_a_token_state_has_no_derivative_and_no_batches(backend):
+    d = data()
+    rows = [t.flatten(0, 1) for t in (d.logits, d.teacher, d.tokens)]
+
+    def f(x, y=rows[1]):
+        state = cf.TokenState.empty(6, device=x.device)
+        return state.update(x, y, rows[2], backend=backend).finish().reverse_kl.sum()
+
+    x, one = rows[0], torch.ones_like(rows[0])
+    derivatives = {
+        "grad": lambda: torch.func.grad(f)(x),
+        "jvp": lambda: torch.func.jvp(f, (x,), (one,)),
+        "dual numbers": lambda: dual(f, x, one),
+        "grad of vmap": lambda: torch.func.grad(lambda x: torch.func.vmap(f)(x).sum())(x[None]),
+        "jvp of vmap": lambda: torch.func.jvp(torch.func.vmap(f), (x[None],), (one[None],)),
+        "vmap of grad": lambda: torch.func.vmap(torch.func.grad(f))(x[None]),
+    }
+    for derivative in derivatives.values():
+        with pytest.raises(NotImplementedError, match=r"cmdp_fast\.TokenState has no derivative"):
+            derivative()
+    for of in (f, lambda y: f(x, y)):
+        with pytest.raises(NotImplementedError, match=r"has no torch\.func\.vmap: it writes to the state"):
+            torch.func.vmap(of)(x[None])
+    # A constant of a transform is none of it, and nor is the teacher.
+    assert torch.func.grad(lambda c: f(x * 1) + c)(x.sum()) == 1
+    assert torch.func.jvp(lambda c: f(x * 1) + c, (x.sum(),), (one.sum() * 0 + 1,))[1] == 1
+    assert torch.equal(torch.func.grad(lambda y: f(x, y))(rows[1]), torch.zeros_like(x))
