@@ -27,7 +27,7 @@ PREFIX = "CMDP_FAST_"
 VARIABLES = (  # that this package reads
     *("CMDP_FAST_AUTOTUNE", "CMDP_FAST_PATIENCE", "CMDP_FAST_TEACHER_RANK", "CMDP_FAST_TILE_BYTES"),
     "CMDP_FAST_TRACEBACK",
-    *("CMDP_FAST_CUDA", "CMDP_FAST_NATIVE", "CMDP_FAST_REQUIRE_NATIVE"),  # setup.py
+    *("CMDP_FAST_CUDA", "CMDP_FAST_NATIVE", "CMDP_FAST_REQUIRE_NATIVE", "CMDP_FAST_SANITIZE"),  # setup.py
     *("CMDP_FAST_CUDA_HOST", "CMDP_FAST_VLLM_PYTHON"),  # its tests
 )
 NEEDED = "train"  # the extra of the commands that train
