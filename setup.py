@@ -178,7 +178,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMDP_FAST_SANITIZE={os.environ.get('CMDP_FAST_SANITIZE', '')}",
+            "-DCMDP_FAST_SANITIZE=" + os.environ.get("CMDP_FAST_SANITIZE", ""),
             f"-DCMDP_FAST_SOURCES={native_module['fingerprint'](here / 'csrc')}",
             *settings,
         ]
