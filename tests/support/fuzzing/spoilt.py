@@ -88,11 +88,14 @@ def allowed(case: Case, wrong: Wrong, name: str, value: Any, backend: str) -> bo
         prefix = name.endswith("_logits") and wider and (alone or "vocab_size" in case.settings)
         scalar = name == "budget" and value.dim() == 0
         empty = name == "cu_seqlens" and not any(case.given[name].view().tolist())
-        return prefix or scalar or empty or name == "first_violation"
+        lonely = name == "cost" and wider and set(case.given) <= {"cost", "budget"}
+        return prefix or scalar or empty or lonely or name == "first_violation"
     if wrong is other_dtype:
         real = isinstance(value, Tensor) and not value.is_complex()
         return name == "first_violation" or (real and name in ("budget", "task_reward", *TRACED))
-    return name == "first_violation" or (name in ("budget", "min_logprob") and isinstance(value, (int, float)))
+    nothing_spent = wrong is outside and name == "budget" and case.settings.get("per_token", False)
+    number = name in ("budget", "min_logprob") and isinstance(value, (int, float))
+    return name == "first_violation" or number or nothing_spent
 
 
 TRACED = ("cumulative", "remaining", "excess")
