@@ -207,7 +207,9 @@ def test_a_mixture_of_models_far_apart(dtype, beta, kind, backend, variant):
     if dtype == torch.float64 and backend == "torch":
         relative += 1e-15
     assert ((value - right).abs() <= relative * right + absolute).all(), (value - right) / right
-    assert gradient.isfinite().all() and gradient[0].abs().max() <= (1e-6 if backend == "triton" else 1e-20)
+    # Nothing but a difference of the slope from its mean, which are logarithms of the shares.
+    size = max(1.0, -math.log(beta), -math.log1p(-beta))
+    assert gradient.isfinite().all() and gradient[0].abs().max() <= 8 * torch.finfo(dtype).eps * size
 
 
 @pytest.mark.mixture
