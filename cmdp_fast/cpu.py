@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmdp_fast import installation, native_module, storage
+from cmdp_fast import installation, native_module
 from cmdp_fast.layout import (
     SAVED,
     Account,
@@ -279,6 +279,5 @@ def _threads() -> int:
 
 def matrix(t: Tensor) -> Any:
     """The rows ``[..., V]`` of a tensor as the kernels see them."""
-    if storage.lost(t):
-        raise ValueError(f"a tensor of shape {tuple(t.shape)} {storage.LOST}")
+    address(t)  # which raises for one that has lost its memory
     return native.Matrix(*matrix_of(t))

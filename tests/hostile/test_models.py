@@ -3,6 +3,7 @@ what its files say."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_pair import arguments, settings
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import rollout
-from cmdp_fast.trainer.models.believable import check_tokenizer, is_quantised
+from cmdp_fast.trainer.models.believable import check_tokenizer, is_quantised, make_savable
 from cmdp_fast.trainer.models.pair import load_pair
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.weight_files import INDEX, ONE
@@ -292,8 +293,25 @@ def test_weights_whose_packing_is_known_are_left_to_transformers(settings):
 
 def test_the_attention_of_the_command_line_counts(copied, pair):
     """Not that of the folder, whose package may not be here."""
-    named = {**pair, "student": changed(copied, "config.json", json_with(attn_implementation="flash_attention_2"))}
-    load_pair(settings({**named, "attn_implementation": "eager"}), [], Report())
+    flash = {"attn_implementation": "flash_attention_2"}
+    named = {**pair, "student": changed(copied, "config.json", json_with(**flash)), "attn_implementation": "eager"}
+    load_pair(settings(named), [], Report())
+    json_with(vocab_size=10**6)(copied / "config.json")
+    with pytest.raises(InputError, match=r"its config.json describes a model of [\d,]+ weights, and its files hold"):
+        load_pair(settings(named), [], Report())
+
+
+def test_settings_of_generate_that_can_be_written_stay(tmp_path):
+    given = {"temperature": 0.6, "top_p": 0.9, "pad_token_id": -1, "output_scores": True}
+    GenerationConfig().save_pretrained(tmp_path)
+    json_with(**given)(tmp_path / "generation_config.json")
+    settings = GenerationConfig.from_pretrained(tmp_path)
+    refused = copy.deepcopy(settings)
+    refused.eos_token_id = [1]  # what is changed is written with more questions
+    assert make_savable("student", "it", settings) in ([], [*given])  # all of it before transformers asked less
+    if settings.temperature == 0.6:
+        assert settings.to_dict() == GenerationConfig.from_pretrained(tmp_path).to_dict()
+    assert {*make_savable("student", "it", refused)} == {*given} and refused.eos_token_id == [1]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from helpers import make_logits, make_tokens
 
 import cmdp_fast as cf
+from cmdp_fast import storage
 
 X, Y, TOKENS = make_logits(2, 3, 7), make_logits(2, 3, 7, seed=1), make_tokens(2, 3, vocab=7)
 COST = make_logits(2, 3, seed=2).abs()
@@ -109,3 +110,15 @@ def test_statistics_of_heads_without_memory():
     hidden, weight = torch.empty(2, 3, 5, device="meta"), torch.empty(7, 5, device="meta")
     stats = cf.linear_token_stats(hidden, weight, hidden, weight, TOKENS.to("meta"))
     assert stats.entropy.shape == (2, 3) and stats.entropy.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "view", [lambda t: t[2:], lambda t: t[:, ::2], lambda t: t.t()], ids=["behind", "strided", "turned"]
+)
+def test_the_memory_of_a_view_ends_with_its_last_number(view):
+    base = torch.zeros(4, 6)
+    seen = view(base)
+    reach = seen.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(seen.shape, seen.stride(), strict=True))
+    for numbers in (reach, reach - 1):
+        base.untyped_storage().resize_(numbers * base.itemsize)
+        assert storage.lost(seen) == (numbers < reach)

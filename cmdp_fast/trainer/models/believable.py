@@ -24,7 +24,7 @@ LAYERS, EXPERTS = 1024, 1 << 14  # of a model: more modules than any has, and fe
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that hold a weight as it is
 PROBES = ("a", "1 + 1 =\n", "\N{CJK UNIFIED IDEOGRAPH-4E00}")
 WORDS = 64  # of a tokenizer's own, where it knows none of these
-OF_SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_p", "top_h")
+KEPT = ("eos_token_id", "transformers_version")  # of the settings of `generate`
 
 
 def check_counts(role: str, name: str, about: Any) -> None:
@@ -132,19 +132,29 @@ def make_savable(role: str, name: str, settings: Any) -> list[str]:
     fault = _unwritable(settings)
     if not fault:
         return []
-    plain, kept = type(settings)(), dict(vars(settings))
+    plain, given = type(settings)(), dict(vars(settings))
     own = [
         key
-        for key, value in kept.items()
-        if key in vars(plain) and not key.startswith("_") and key != "eos_token_id" and value != getattr(plain, key)
+        for key, value in given.items()
+        if key in vars(plain) and value != getattr(plain, key) and not key.startswith("_") and key not in KEPT
     ]
-    sampled = [] if kept.get("do_sample") is True else [key for key in own if key in OF_SAMPLING]
-    for keys in (sampled, *([*sampled, key] for key in own if key not in sampled), own):
+
+    def writable_without(keys: list[str]) -> bool:
         for key in own:
-            setattr(settings, key, getattr(plain, key) if key in keys else kept[key])
-        if keys and not _unwritable(settings):
-            return keys
-    raise InputError(f"--{role} {name}: its generation_config.json cannot be saved with the student: {shown(fault)}")
+            setattr(settings, key, getattr(plain, key) if key in keys else given[key])
+        return not _unwritable(settings)
+
+    left_out = own
+    if not writable_without(own):
+        raise InputError(
+            f"--{role} {name}: its generation_config.json cannot be saved with the student: {shown(fault)}"
+        )
+    for key in own:  # what is not at fault comes back
+        fewer = [each for each in left_out if each != key]
+        if writable_without(fewer):
+            left_out = fewer
+    writable_without(left_out)
+    return left_out
 
 
 def _unwritable(settings: Any) -> str:
