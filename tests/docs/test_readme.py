@@ -159,7 +159,7 @@ def test_every_environment_variable_is_in_the_table():
     table = README.read_text(encoding="utf-8").partition("## Environment variables")[2].partition("\n## ")[0]
     listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     folders = (ROOT / "cmdp_fast", ROOT / "csrc")
-    files = [ROOT / "setup.py", ROOT / "tests" / "support" / "hosted.py", ROOT / "tests" / "trainer" / "test_vllm.py"]
+    files = [ROOT / "setup.py", ROOT / "tests" / "support" / "hosted.py", ROOT / "tests" / "support" / "on_vllm.py"]
     files += [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cmake", ".txt")]
     read = {name for path in files for name in VARIABLE.findall(path.read_text(encoding="utf-8"))}
     assert len(read) > 8

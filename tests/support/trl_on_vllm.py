@@ -2,10 +2,10 @@
 
     python trl_on_vllm.py STUDENT TEACHER FOLDER
 
-Runs in an environment that has both (`test_vllm.py` makes one) and prints the logs as a line of JSON. The way of the
-weights is replaced, and nothing else: TRL hands them to the model inside vLLM, whose layers on a CPU have packed theirs
-and take no others (vLLM 0.32, model_executor/layers/linear.py, line 1341: no `weight_loader`). Here they go through a
-folder, as in `cmdp-fast train`.
+Runs in an environment that has both (`test_vllm_alone.py` makes one) and prints the logs as a line of JSON. The way of
+the weights is replaced, and nothing else: TRL hands them to the model inside vLLM, whose layers on a CPU have packed
+theirs and take no others (vLLM 0.32, model_executor/layers/linear.py, line 1341: no `weight_loader`). Here they go
+through a folder, as in `cmdp-fast train`.
 """
 
 from __future__ import annotations

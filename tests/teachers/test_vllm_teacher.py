@@ -1,16 +1,13 @@
-"""Teachers on vLLM, with vLLM: what the stand-in of the other tests takes for granted.
-
-CMDP_FAST_VLLM_PYTHON names the Python of an environment with vLLM; .ci/vllm makes one for a CPU and runs these tests.
-"""
+"""Teachers on vLLM, with vLLM: what the stand-in of the other tests takes for granted."""
 
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
 from helpers import assert_no_worse
+from on_vllm import PYTHON, needs_vllm
 from tiny_pair import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,8 +22,7 @@ from cmdp_fast.trainer.engine.client import Client
 from cmdp_fast.trainer.engine.server import Server
 from cmdp_fast.trainer.settings.config import TrainConfig
 
-PYTHON = os.environ.get("CMDP_FAST_VLLM_PYTHON", "")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="needs vLLM: CMDP_FAST_VLLM_PYTHON names no Python that has it")
+pytestmark = needs_vllm
 
 LENGTHS, WANTED = (20, 40, 61, 1, 62), (10, 0, 61, 1, 33)
 

@@ -1,13 +1,13 @@
-"""The quickstart with vLLM in the place of `generate`: both learn the same. See test_vllm.py for the environment."""
+"""The quickstart with vLLM in the place of `generate`: both learn the same. on_vllm.py says where it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import pytest
+from on_vllm import PYTHON, needs_vllm
 
 from cmdp_fast.cli import main
 from cmdp_fast.trainer.models import builtin
@@ -15,8 +15,7 @@ from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.settings.recipe import read_recipe
 from cmdp_fast.trainer.tasks import data
 
-PYTHON = os.environ.get("CMDP_FAST_VLLM_PYTHON", "")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="needs vLLM: CMDP_FAST_VLLM_PYTHON names no Python that has it")
+pytestmark = needs_vllm
 
 
 @pytest.fixture(scope="module")
