@@ -32,14 +32,14 @@ import functools
 import hashlib
 import operator as fields_of
 import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
 from cmdp_fast.compiling import in_tensor, varies
+from cmdp_fast.ops.arguments import flatten, is_record, leaves, record_of, schema_type
 from cmdp_fast.ops.namespace import NAMESPACE
 from cmdp_fast.ops.onlookers import (
     any_tangent,
@@ -55,85 +55,6 @@ from cmdp_fast.ops.onlookers import (
 Given = TypeVar("Given", bound=tuple[Any, ...])  # a NamedTuple of arguments
 Made = TypeVar("Made")  # a NamedTuple of tensors, a tensor, or None
 Kept = TypeVar("Kept", bound=tuple[Any, ...])
-
-_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", str: "str", type(None): "None"}
-
-
-class Leaf(NamedTuple):
-    """An argument as torch sees it."""
-
-    name: str  # the fields that lead to it, joined by underscores
-    path: str  # the same, joined by dots
-    type: str  # as schemas write it
-
-
-def leaves(kind: Any, prefix: str = "") -> Iterator[Leaf]:
-    """The arguments that a NamedTuple class stands for, in order."""
-    for name, hint in get_type_hints(kind).items():
-        path = prefix + name
-        if _is_record(hint):
-            yield from leaves(hint, f"{path}.")
-        else:
-            yield Leaf(path.replace(".", "_"), path, _schema_type(hint))
-
-
-def _is_record(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
-
-
-def _schema_type(hint: Any) -> str:
-    if hint in _TYPES:
-        return _TYPES[hint]
-    if get_origin(hint) is Literal:
-        return _TYPES[type(get_args(hint)[0])]
-    if get_origin(hint) in (Union, types.UnionType):
-        (inner,) = (part for part in get_args(hint) if part is not type(None))
-        return f"{_schema_type(inner)}?"
-    raise TypeError(f"an operator takes no {hint}")
-
-
-def flatten(value: tuple[Any, ...]) -> list[Any]:
-    """The arguments inside a NamedTuple, in the order of `leaves`."""
-    flat: list[Any] = []
-    for field in value:
-        if isinstance(field, tuple):
-            flat.extend(flatten(field))
-        else:
-            flat.append(field)
-    return flat
-
-
-class _Record(NamedTuple):
-    """A NamedTuple class and how many arguments each of its fields stands for. Made when an operator is declared:
-    torch.compile cannot look at types."""
-
-    kind: Any
-    fields: tuple[Any, ...]  # of each field None, or its record
-    size: int
-    nested: bool  # whether one of the fields is a record
-    tensors: tuple[int, ...]  # which of the arguments are tensors
-    floats: tuple[int, ...]  # and which are numbers
-
-    def rebuild(self, flat: Sequence[Any], start: int = 0) -> Any:
-        """The NamedTuple that was flattened, from where its arguments begin."""
-        if not self.nested:  # the common case
-            return self.kind(*flat[start : start + self.size])
-        values = []
-        for inner in self.fields:
-            values.append(flat[start] if inner is None else inner.rebuild(flat, start))
-            start += 1 if inner is None else inner.size
-        return self.kind(*values)
-
-
-@functools.cache
-def _record(kind: Any) -> _Record:
-    inner = tuple(_record(hint) if _is_record(hint) else None for hint in get_type_hints(kind).values())
-    tensors, floats = (
-        tuple(i for i, leaf in enumerate(leaves(kind)) if leaf.type.startswith(name)) for name in ("Tensor", "float")
-    )
-    size = sum(1 if record is None else record.size for record in inner)
-    return _Record(kind, inner, size, any(inner), tensors, floats)
-
 
 # Every operator declared so far by name, and a hash of them all, which every call of a registered one passes along:
 # torch.compile keeps compiled graphs on disk and knows them by the calls of the forward pass. Were it not for the hash,
@@ -182,7 +103,7 @@ class _Gradient(NamedTuple):
         context.set_materialize_grads(False)
         kept = self.keep(given, made)
         kind: Any = type(kept)
-        record, values = _record(kind), flatten(kept)
+        record, values = record_of(kind), flatten(kept)
         # While a graph is traced a number may be a tensor, too.
         places = [*record.tensors, *(i for i in record.floats if isinstance(values[i], Tensor))]
         context.save_for_backward(*(values[i] for i in places))  # None stays None
@@ -206,7 +127,7 @@ class Operator(Generic[Given, Made]):
         made = hints.pop("return")
         (kind,) = hints.values()
         self.name = name
-        self.takes, self.makes = _record(kind), _record(made) if _is_record(made) else None
+        self.takes, self.makes = record_of(kind), record_of(made) if is_record(made) else None
         arguments = list(leaves(kind))
         self.names = [leaf.name for leaf in arguments]
         self.mutates = mutates
@@ -218,7 +139,7 @@ class Operator(Generic[Given, Made]):
             for leaf in arguments
         )
         self.made_names = [leaf.name for leaf in leaves(made)] if self.makes else []
-        returned = f"({', '.join(['Tensor'] * len(self.made_names))})" if self.makes else _schema_type(made)
+        returned = f"({', '.join(['Tensor'] * len(self.made_names))})" if self.makes else schema_type(made)
         self.function = function
         self.differentiated: Any = None  # the function as one that autograd knows, if there is a gradient
         self.transformable: Any = None  # and as one that torch.func knows, unless it overwrites something

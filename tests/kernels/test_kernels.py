@@ -13,8 +13,8 @@ import cmdp_fast as cf
 from cmdp_fast import states
 from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, RewardRule, Upstream
 from cmdp_fast.ops import backends
+from cmdp_fast.ops.arguments import flatten
 from cmdp_fast.ops.backends import INTERPRETED
-from cmdp_fast.ops.operator import flatten
 from cmdp_fast.reference import BudgetTrace
 
 kernels = backends.get("triton")

@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cmdp_fast as cf
 from cmdp_fast.cpu import native
+from cmdp_fast.ops.arguments import flatten
 from cmdp_fast.ops.onlookers import unobserved
-from cmdp_fast.ops.operator import DECLARED, Operator, flatten
+from cmdp_fast.ops.operator import DECLARED, Operator
 
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 OURS = sorted(name for name in DECLARED if not name.startswith("test_"))
