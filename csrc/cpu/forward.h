@@ -300,7 +300,8 @@ static inline void label(TokenState& state, const RowPair& rows, int64_t column,
 // takes no exponentials.
 static inline References references_of(const TokenState& state) {
   const float m = static_cast<float>(state.m / kLn2), n = static_cast<float>(state.n / kLn2);
-  return {m, n, finite(m) && finite(n)};
+  const bool known = std::fabs(m) < kLargestReference && std::fabs(n) < kLargestReference;  // false of a NaN
+  return {m, n, known};
 }
 
 static void update(const Logits& in, int64_t row, StoredState& stored) {
