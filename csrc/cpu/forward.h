@@ -73,9 +73,8 @@ static inline bool is_wide(const Logits& in) {
   return in.student.dtype == DType::float64 || in.teacher.dtype == DType::float64;
 }
 
-// The factor by which raw logits are multiplied: 1/temperature for float64, Scale::natural otherwise.
-static inline double natural_scale(const Logits& in) {
-  return is_wide(in) ? 1.0 / in.temperature : scale_of(in.temperature).natural;
+static inline Natural natural_scale(const Logits& in) {
+  return is_wide(in) ? Natural{1.0 / in.temperature, in.temperature} : Natural{scale_of(in.temperature).natural, 0};
 }
 
 constexpr float kHeavy = 0x1p36f;          // more than a block of columns 23 octaves above the reference weighs
@@ -209,7 +208,8 @@ static inline TokenState block_state(const BlockSums& sums, double m, double n) 
 }
 
 // The exact, slow way for columns [from, to): double throughout, every special value as token_state.h says.
-static inline void push_exactly(TokenState& state, const RowPair& rows, int64_t from, int64_t to, double scale) {
+static inline void push_exactly(TokenState& state, const RowPair& rows, int64_t from, int64_t to,
+                                const Natural& scale) {
   constexpr int64_t kPiece = 512;
   double x[kPiece], y[kPiece];
   for (; from < to; from += kPiece) {
@@ -255,7 +255,7 @@ static inline bool push_floats(TokenState& state, References& ref, const Block<X
 static inline SegmentState fold_columns(const Logits& in, const RowPair& rows, int64_t from, int64_t to,
                                         References ref) {
   TokenState state = TokenState::empty();
-  const double natural = natural_scale(in);
+  const Natural natural = natural_scale(in);
   bool exact = is_wide(in);
   if (exact) {
     push_exactly(state, rows, from, to, natural);
@@ -292,7 +292,7 @@ static void fold(const Logits& in, int64_t row, int64_t first, int64_t last, Sto
   }
 }
 
-static inline void label(TokenState& state, const RowPair& rows, int64_t column, double scale) {
+static inline void label(TokenState& state, const RowPair& rows, int64_t column, const Natural& scale) {
   state.label(scaled(rows.x[column], scale), scaled(rows.y[column], scale));
 }
 

@@ -130,7 +130,7 @@ static MixtureValue mixture(const Logits& in, int64_t row, const Mixture& mix, c
       mean += sum_of_lanes(slopes);
     }
   } else {
-    const double scale = natural_scale(in);
+    const Natural scale = natural_scale(in);
     // In groups and blocks, so that no sum has many terms: beside a leading column small ones would be lost one by one.
     constexpr int64_t kGroup = TokenState::kGroup, kGroups = 32;
     for (int64_t i = 0; i < in.vocab;) {
@@ -159,7 +159,8 @@ static void mixture_backward(const Logits& in, int64_t row, const Mixture& mix, 
   }
   const RowNormalizers norm(saved[row]);
   const RowPair rows(in, row);
-  const double scale = natural_scale(in), factor = gradient.upstream * scale, mean = gradient.mean;
+  const Natural scale = natural_scale(in);
+  const double factor = gradient.upstream * scale.factor, mean = gradient.mean;
   if (fast_mixture(in, mix, norm)) {
     const MixtureRow row_in_octaves(mix, norm, scale_of(in.temperature).per_octave);
     const float center = static_cast<float>(mean), outer = static_cast<float>(factor);

@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
     return;
   }
   const auto* x = a.rows.x.row<X>(row);
-  const TailColumn exact{a.gradient.reference[row], a.gradient.log_mass[row], constant, slope, a.rows.scale.natural};
+  const TailColumn exact{a.gradient.reference[row], a.gradient.log_mass[row], constant, slope, {a.rows.scale.natural, 0}};
   const int64_t token = a.rows.tokens[row] - a.rows.first_column;
   const bool own_here = start <= token && token < end;
   // Before anything is written: the output may be the logits themselves.
