@@ -49,6 +49,11 @@ CMDP_HD static inline double scaled(double logit, const Natural& scale) {
   return scaled(logit, scale.factor);
 }
 
+// Whether floats may be relative to a reference of so many octaves; false of a NaN. Below 2^24 octaves floats lie an
+// octave apart: a larger reference may be rounded by more than that, and then even the maximum weighs anything or
+// nothing.
+CMDP_HD static inline bool is_reference(float octaves) { return std::fabs(octaves) < 1e7f; }
+
 // isfinite that no compiler flag can fold away.
 CMDP_HD static inline bool finite(double value) {
   return (std::bit_cast<uint64_t>(value) & 0x7ff0000000000000u) != 0x7ff0000000000000u;

@@ -77,9 +77,8 @@ static inline Natural natural_scale(const Logits& in) {
   return is_wide(in) ? Natural{1.0 / in.temperature, in.temperature} : Natural{scale_of(in.temperature).natural, 0};
 }
 
-constexpr float kHeavy = 0x1p36f;          // more than a block of columns 23 octaves above the reference weighs
-constexpr float kAbove = 4.0f;             // octaves above the reference
-constexpr float kLargestReference = 1e7f;  // below 2^24 octaves, where floats are an octave apart
+constexpr float kHeavy = 0x1p36f;  // more than a block of columns 23 octaves above the reference weighs
+constexpr float kAbove = 4.0f;     // octaves above the reference
 
 struct BlockSums {
   float z, u, a, b, h, k;
@@ -240,8 +239,7 @@ static inline bool push_floats(TokenState& state, References& ref, const Block<X
   // A block that a model excludes altogether has no maximum; any reference serves, and none is kept.
   const float m = top_x == none ? 0 : ref.known ? std::max(ref.m, top_x) : top_x;
   const float n = top_y == none ? 0 : ref.known ? std::max(ref.n, top_y) : top_y;
-  // A larger reference may be rounded by more than an octave, and then even the maximum weighs anything or nothing.
-  if (!(std::fabs(m) < kLargestReference && std::fabs(n) < kLargestReference)) return false;
+  if (!(is_reference(m) && is_reference(n))) return false;
   if (top_x != none && top_y != none) ref = {m, n, true};
   BlockSums sums = block_sums<false>(block, {scale, m, n});
   if (!sums.usable) sums = block_sums<true>(block, {scale, m, n});
@@ -300,8 +298,7 @@ static inline void label(TokenState& state, const RowPair& rows, int64_t column,
 // takes no exponentials.
 static inline References references_of(const TokenState& state) {
   const float m = static_cast<float>(state.m / kLn2), n = static_cast<float>(state.n / kLn2);
-  const bool known = std::fabs(m) < kLargestReference && std::fabs(n) < kLargestReference;  // false of a NaN
-  return {m, n, known};
+  return {m, n, is_reference(m) && is_reference(n)};
 }
 
 static void update(const Logits& in, int64_t row, StoredState& stored) {

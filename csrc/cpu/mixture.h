@@ -95,8 +95,7 @@ struct MixtureRow {
 // Whether floats hold the normalisers and both shares; and powers of two the smaller share, however far apart the
 // models.
 static inline bool fast_mixture(const Logits& in, const Mixture& mix, const RowNormalizers& norm) {
-  return !is_wide(in) && std::fabs(norm.m) < kLargestReference && std::fabs(norm.n) < kLargestReference &&
-         std::fmin(mix.b, 1 - mix.b) > 0x1p-100;
+  return !is_wide(in) && is_reference(norm.m) && is_reference(norm.n) && std::fmin(mix.b, 1 - mix.b) > 0x1p-100;
 }
 
 static MixtureValue mixture(const Logits& in, int64_t row, const Mixture& mix, const SavedRow* saved) {

@@ -158,7 +158,7 @@ static void update_tail(const ListedRows& rows, int64_t row, const TailStates& s
       }
       const auto [lowest, top] = extremes(values, count);
       const float m = top * scale;
-      if (std::fabs(m) < kLargestReference) {
+      if (is_reference(m)) {
         const TailSums sums = tail_sums(values, count, scale, m);
         block = {m * kLn2, sums.z, kLn2 * sums.h, gone.count > 0 ? low : lowest};
         done = sums.z > 0 && finite(sums.z) && finite(sums.h);
