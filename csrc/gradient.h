@@ -72,8 +72,7 @@ CMDP_HD static inline RowGradient row_gradient(const Upstream<Real>& upstream, i
 // One column in double, x and y raw. Excluded columns have probability 0, and 0 * anything = 0.
 CMDP_HD static inline double column_gradient(const RowGradient& g, const RowNormalizers& norm, double x, double y,
                                              bool own) {
-  const bool reads_teacher = g.g_f != 0 || g.g_r != 0;
-  const double log_p = norm.log_p(scaled(x, g.scale)), log_w = reads_teacher ? norm.log_w(scaled(y, g.scale)) : 0;
+  const double log_p = norm.log_p(scaled(x, g.scale)), log_w = norm.log_w(scaled(y, g.scale));
   const double p = std::exp(log_p);
   double sum = g.g_l * ((own ? 1.0 : 0.0) - p);
   if (g.g_f != 0) sum += g.g_f * (p - std::exp(log_w));
