@@ -109,14 +109,19 @@ static MixtureValue mixture(const Logits& in, int64_t row, const Mixture& mix, c
       const int64_t count = std::min(kBlock, in.vocab - start);
       const float* x = rows.x.floats(start, count, buffer_x);
       const float* y = rows.y.floats(start, count, buffer_y);
-      Floats values{}, slopes{};
+      // In runs, as the sums of forward.h: a lane that adds up a block loses up to 2^-24 of its sum 264 times.
+      Floats values{}, slopes{}, run_values{}, run_slopes{};
       const auto step = [&](const float* xs, const float* ys) {
         const MixtureTerms<Floats> terms = fast.columns(xs, ys);
         values += terms.value;
         slopes += terms.p * terms.slope;
       };
       int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) step(x + i, y + i);
+      while (i + kLanes <= count) {
+        for (const int64_t end = std::min(i + kRun, count); i + kLanes <= end; i += kLanes) step(x + i, y + i);
+        run_values += values, run_slopes += slopes;
+        values = slopes = Floats{};
+      }
       if (i < count) {
         float tail_x[kLanes], tail_y[kLanes];
         std::fill(tail_x, tail_x + kLanes, -__builtin_inff());
@@ -125,8 +130,8 @@ static MixtureValue mixture(const Logits& in, int64_t row, const Mixture& mix, c
         std::copy(y + i, y + count, tail_y);
         step(tail_x, tail_y);
       }
-      total += sum_of_lanes(values);
-      mean += sum_of_lanes(slopes);
+      total += sum_of_lanes(run_values + values);
+      mean += sum_of_lanes(run_slopes + slopes);
     }
   } else {
     const Natural scale = natural_scale(in);
