@@ -137,3 +137,13 @@ def test_a_tail_far_from_0(backend: str) -> None:
     nothing, tokens = torch.full((2, 1), -1), torch.zeros(2, dtype=torch.int64)
     stats = cf.topk_stats(x, nothing, torch.full((2, 1), -torch.inf), tokens, temperature=0.7, backend=backend)
     assert torch.allclose(stats.entropy, torch.tensor(math.log(1000)), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("variant", running.variants() if cpu.native is not None else [])
+def test_small_columns_of_a_mixture_beside_leading_ones(variant: str) -> None:
+    """A lane that had a leading column added up to 263 more to it, each of which was rounded off: 4e-6 in all."""
+    x, y = torch.full((1, 4224), -17.1), torch.full((1, 4224), -40.0)
+    x[0, :16] = y[0, -16:] = 0.0
+    with running.variant(variant):
+        ours = cf.divergence(x, y, "jsd", backend="cpu")
+    assert abs(float(ours) - float(reference.divergence(x.double(), y.double(), "jsd"))) < 8e-7
