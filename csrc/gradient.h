@@ -55,13 +55,13 @@ struct RowNormalizers {
 struct RowGradient {
   double g_l, g_h, g_r, g_f;  // upstream; g_r is 0 where R is infinite: its true gradient is, and would poison the step
   double h, r;                // H and R
-  double scale;               // 1/temperature, as the kernels multiply by it
+  Natural scale;              // 1/temperature, as the kernels multiply by it
 };
 
 // kTeacher: whether any upstream gradient needs the teacher's logits; without it g_r and g_f are taken to be 0.
 template <bool kTeacher = true, class Real>
 CMDP_HD static inline RowGradient row_gradient(const Upstream<Real>& upstream, int64_t row, const SavedRow& saved,
-                                               double scale) {
+                                               const Natural& scale) {
   const auto at = [row](const Real* g) { return g != nullptr ? static_cast<double>(g[row]) : 0.0; };
   const double g_l = at(upstream.logprob), g_h = at(upstream.entropy);
   const double g_r = kTeacher ? at(upstream.reverse_kl) : 0.0, g_f = kTeacher ? at(upstream.forward_kl) : 0.0;
@@ -80,7 +80,7 @@ CMDP_HD static inline double column_gradient(const RowGradient& g, const RowNorm
     if (g.g_h != 0) sum -= g.g_h * p * (log_p + g.h);
     if (g.g_r != 0) sum += g.g_r * p * (log_p - log_w - g.r);
   }
-  return sum * g.scale;
+  return sum * g.scale.factor;
 }
 
 // Of the expression in powers of two above.
@@ -90,7 +90,7 @@ struct Coefficients {
 };
 
 CMDP_HD static inline Coefficients coefficients_of(const RowGradient& g, const RowNormalizers& norm) {
-  const double weight = g.scale * std::exp2(-norm.r);
+  const double weight = g.scale.factor * std::exp2(-norm.r);
   const double per_t = -g.g_h * kLn2, per_difference = g.g_r * kLn2;
   Coefficients out;
   out.center = static_cast<float>(g.r * kLog2e);
@@ -100,7 +100,7 @@ CMDP_HD static inline Coefficients coefficients_of(const RowGradient& g, const R
   out.constant = static_cast<float>(weight * constant);
   out.per_t = static_cast<float>(weight * per_t);
   out.per_difference = static_cast<float>(weight * per_difference);
-  out.per_w = static_cast<float>(g.scale * std::exp2(-norm.q) * g.g_f);
+  out.per_w = static_cast<float>(g.scale.factor * std::exp2(-norm.q) * g.g_f);
   out.modest = finite(norm.m) && finite(norm.n);
   for (const float coefficient : {out.constant, out.per_t, out.per_difference, out.per_w}) {
     out.modest = out.modest && std::fabs(coefficient) < 1e7f;  // false of a NaN

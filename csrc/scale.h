@@ -36,6 +36,24 @@ CMDP_HD static inline double scaled(double logit, double scale) {
 #endif
 }
 
+// What takes raw logits to nats, in double: a factor, or what they are divided by, unless that is 0. Logits of float64
+// are divided, as PyTorch does: 1/temperature is rounded, and 1e9 times that is off by 1e-7.
+struct Natural {
+  double factor, divisor;
+};
+
+CMDP_HD static inline double scaled(double logit, const Natural& scale) {
+#ifndef __CUDA_ARCH__  // where no logit is a float64
+  if (scale.divisor != 0) return logit / scale.divisor;
+#endif
+  return scaled(logit, scale.factor);
+}
+
+// Whether floats may be relative to a reference of so many octaves; false of a NaN. Below 2^24 octaves floats lie an
+// octave apart: a larger reference may be rounded by more than that, and then even the maximum weighs anything or
+// nothing.
+CMDP_HD static inline bool is_reference(float octaves) { return std::fabs(octaves) < 1e7f; }
+
 // isfinite that no compiler flag can fold away.
 CMDP_HD static inline bool finite(double value) {
   return (std::bit_cast<uint64_t>(value) & 0x7ff0000000000000u) != 0x7ff0000000000000u;

@@ -49,7 +49,8 @@ CMDP_HD static inline void merge(TailFields& mine, TailFields other) {
 
 // One column of the tail in double.
 struct TailColumn {
-  double reference, log_mass, constant, slope, scale;
+  double reference, log_mass, constant, slope;
+  Natural scale;
 
   CMDP_HD double operator()(double logit) const {
     const double log_p = (scaled(logit, scale) - reference) - log_mass, p = std::exp(log_p);

@@ -22,6 +22,7 @@ PER_NAT = tl.constexpr(math.log2(math.e))  # octaves
 # The reference of a lane that has seen no column. Finite, so that the first rise of the reference multiplies zeros by
 # a number; a row whose every logit lies below it is left to the careful loop.
 NOWHERE = tl.constexpr(-1e30)
+LARGEST_REFERENCE = tl.constexpr(1e7)  # octaves
 STATE_FIELDS = tl.constexpr(9)  # m, n, z, u, a, b, h, k, and 1 if the segment was folded carefully
 SAVED = tl.constexpr(layout.SAVED)
 
@@ -158,6 +159,13 @@ def saved_row(at):
         reverse_kl=tl.load(at + 5),
         careful=tl.load(at + 6),
     )
+
+
+@triton.jit
+def is_reference(octaves):
+    """Whether float32 may be relative to a reference: below 2^24 octaves its numbers lie an octave apart, and a larger
+    one may be rounded by more than that."""
+    return tl.abs(octaves) < LARGEST_REFERENCE
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.fold import highest, places, read, widened
 from cmdp_fast.kernels.shapes import Lanes, constants
-from cmdp_fast.kernels.shared import LN2, NOWHERE, PER_NAT, excluded, finite, locate, natural, octaves
+from cmdp_fast.kernels.shared import LN2, NOWHERE, PER_NAT, excluded, finite, is_reference, locate, natural, octaves
 from cmdp_fast.layout import ListedRows
 from cmdp_fast.tails import TailState
 
@@ -246,7 +246,7 @@ def fold_kernel(rows, sums, first_column, segments, settings, ALIGNED: tl.conste
     place = first_place(ids, rows.count, first_column, start)
     tail = merged(fold(row, ids, place, rows, first_column, start, stop, settings, ALIGNED, PTX))
     m, z, h = tail.m, tail.z, tail.h
-    if not ((z > 0) & finite(z) & finite(h)):
+    if not (is_reference(m * PER_NAT) & (z > 0) & finite(z) & finite(h)):
         m, z, h = fold_carefully(row, ids, place, rows, first_column, start, stop, settings.lanes)
     to = sums + program.to(tl.int64) * FIELDS
     tl.store(to, m)

@@ -33,6 +33,7 @@ from cmdp_fast.kernels.shared import (
     aligned_row_of,
     excluded,
     finite,
+    is_reference,
     merged,
     natural,
     row_of,
@@ -116,9 +117,9 @@ def in_nats(state):
 
 @triton.jit
 def ordinary(state):
-    """Whether a state tells of the logits that it was folded from: none was special or in an abyss."""
+    """Whether a state tells of the logits that it was folded from: none was special, in an abyss or far from 0."""
     sums = finite(state.z) & finite(state.u) & finite(state.a) & finite(state.b) & finite(state.h) & finite(state.k)
-    return sums & (state.z > 0) & (state.u > 0)
+    return sums & (state.z > 0) & (state.u > 0) & is_reference(state.m) & is_reference(state.n)
 
 
 @triton.jit

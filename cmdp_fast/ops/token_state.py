@@ -89,6 +89,9 @@ class TokenState:
 
         Args:
             student_tile, teacher_tile: ``[rows, C]`` logits, each of its own dtype. No column may be given twice.
+                Kernels multiply logits by log2(e) / temperature in float32, which rounds it by 6e-8, but divide where
+                one of both is float64, as plain PyTorch always does. So let one backend fold all tiles of a state, and
+                let all of them be float64 or none: else it is off by up to 1.2e-7 max |logit| / temperature nats.
             tokens: ``[rows]`` integers, indices into the whole vocabulary.
             first_column: where the tile begins in the vocabulary.
             backend: as `token_stats`.

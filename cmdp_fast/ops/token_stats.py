@@ -79,7 +79,8 @@ def token_stats(
     Special values: a column with -inf has probability 0 and 0 · anything = 0. Where only the student uses a
     column, ``reverse_kl`` is +inf and passes no gradient; where only the teacher does, ``forward_kl`` is +inf and
     passes its usual gradient p - w. NaN or +inf in either row, or a row of -inf only, makes all six statistics and
-    the gradient of that row NaN, and of no other row.
+    the gradient of that row NaN, and of no other row. On a GPU a gradient through ``reverse_kl`` may be infinite where
+    the one that arrives, times log p - log w, over the temperature, is above the largest float32 in a column.
 
     Raises:
         TypeError: a wrong type or dtype.

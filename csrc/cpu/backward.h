@@ -1,10 +1,15 @@
 // Backward pass: the gradient of a row (gradient.h), a vector at a time.
 #pragma once
 
+#include <limits>
+
 #include "forward.h"
 
 namespace cmdp {
 inline namespace CMDP_ISA {
+
+// A teacher's logit that is -inf, or as low as any that the forward pass leaves to floats: 0 * anything = 0.
+constexpr float kLowest = kSeesRange ? -1e30f : std::numeric_limits<float>::lowest();
 
 // `k` is a copy, which no store to `out` can change.
 template <bool kTeacher, bool kForwardKl, class X, class Y>
@@ -17,9 +22,14 @@ static inline void gradient_block(const Block<X, Y>& block, X* out, const Octave
     t = max(t, splat(kWeightless));
     Floats factor = t * k.per_t + k.constant, value;
     if constexpr (kTeacher) {
-      const Floats s = max(multiply_add(load(ys), per_octave, minus_n), splat(-1e30f));
-      factor = ((t - s) - k.center) * k.per_difference + factor;
-      value = exp2(t) * factor;
+      const Floats s = max(multiply_add(load(ys), per_octave, minus_n), splat(kLowest));
+      const Floats apart = (t - s) - k.center, p = exp2(t);
+      if constexpr (kSeesRange) {
+        factor = apart * k.per_difference + factor;
+        value = p * factor;
+      } else {  // p first: what the rest of a column that weighs nothing comes to may be infinite
+        value = apart * (p * k.per_difference) + p * factor;
+      }
       if constexpr (kForwardKl) value = value - exp2(s) * k.per_w;
     } else {
       value = exp2(t) * factor;

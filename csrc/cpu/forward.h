@@ -73,14 +73,12 @@ static inline bool is_wide(const Logits& in) {
   return in.student.dtype == DType::float64 || in.teacher.dtype == DType::float64;
 }
 
-// The factor by which raw logits are multiplied: 1/temperature for float64, Scale::natural otherwise.
-static inline double natural_scale(const Logits& in) {
-  return is_wide(in) ? 1.0 / in.temperature : scale_of(in.temperature).natural;
+static inline Natural natural_scale(const Logits& in) {
+  return is_wide(in) ? Natural{1.0 / in.temperature, in.temperature} : Natural{scale_of(in.temperature).natural, 0};
 }
 
-constexpr float kHeavy = 0x1p36f;          // more than a block of columns 23 octaves above the reference weighs
-constexpr float kAbove = 4.0f;             // octaves above the reference
-constexpr float kLargestReference = 1e7f;  // below 2^24 octaves, where floats are an octave apart
+constexpr float kHeavy = 0x1p36f;  // more than a block of columns 23 octaves above the reference weighs
+constexpr float kAbove = 4.0f;     // octaves above the reference
 
 struct BlockSums {
   float z, u, a, b, h, k;
@@ -209,7 +207,8 @@ static inline TokenState block_state(const BlockSums& sums, double m, double n) 
 }
 
 // The exact, slow way for columns [from, to): double throughout, every special value as token_state.h says.
-static inline void push_exactly(TokenState& state, const RowPair& rows, int64_t from, int64_t to, double scale) {
+static inline void push_exactly(TokenState& state, const RowPair& rows, int64_t from, int64_t to,
+                                const Natural& scale) {
   constexpr int64_t kPiece = 512;
   double x[kPiece], y[kPiece];
   for (; from < to; from += kPiece) {
@@ -240,8 +239,7 @@ static inline bool push_floats(TokenState& state, References& ref, const Block<X
   // A block that a model excludes altogether has no maximum; any reference serves, and none is kept.
   const float m = top_x == none ? 0 : ref.known ? std::max(ref.m, top_x) : top_x;
   const float n = top_y == none ? 0 : ref.known ? std::max(ref.n, top_y) : top_y;
-  // A larger reference may be rounded by more than an octave, and then even the maximum weighs anything or nothing.
-  if (!(std::fabs(m) < kLargestReference && std::fabs(n) < kLargestReference)) return false;
+  if (!(is_reference(m) && is_reference(n))) return false;
   if (top_x != none && top_y != none) ref = {m, n, true};
   BlockSums sums = block_sums<false>(block, {scale, m, n});
   if (!sums.usable) sums = block_sums<true>(block, {scale, m, n});
@@ -255,7 +253,7 @@ static inline bool push_floats(TokenState& state, References& ref, const Block<X
 static inline SegmentState fold_columns(const Logits& in, const RowPair& rows, int64_t from, int64_t to,
                                         References ref) {
   TokenState state = TokenState::empty();
-  const double natural = natural_scale(in);
+  const Natural natural = natural_scale(in);
   bool exact = is_wide(in);
   if (exact) {
     push_exactly(state, rows, from, to, natural);
@@ -292,7 +290,7 @@ static void fold(const Logits& in, int64_t row, int64_t first, int64_t last, Sto
   }
 }
 
-static inline void label(TokenState& state, const RowPair& rows, int64_t column, double scale) {
+static inline void label(TokenState& state, const RowPair& rows, int64_t column, const Natural& scale) {
   state.label(scaled(rows.x[column], scale), scaled(rows.y[column], scale));
 }
 
@@ -300,7 +298,7 @@ static inline void label(TokenState& state, const RowPair& rows, int64_t column,
 // takes no exponentials.
 static inline References references_of(const TokenState& state) {
   const float m = static_cast<float>(state.m / kLn2), n = static_cast<float>(state.n / kLn2);
-  return {m, n, finite(m) && finite(n)};
+  return {m, n, is_reference(m) && is_reference(n)};
 }
 
 static void update(const Logits& in, int64_t row, StoredState& stored) {

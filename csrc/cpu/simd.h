@@ -249,6 +249,13 @@ static inline Floats exp2_fraction(Floats f) {
   return p * f + unit;
 }
 
+// Whether exp2_in_range notices what is out of range. Without, floats go on with logits as low as any.
+#if defined(__AVX512F__)
+constexpr bool kSeesRange = false;
+#else
+constexpr bool kSeesRange = true;
+#endif
+
 // A finite argument at or below which exp2 is exactly 0.
 constexpr float kWeightless = -200.0f;
 

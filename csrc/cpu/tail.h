@@ -100,7 +100,7 @@ struct Gone {
 };
 
 // The exact, slow way for the columns x[0..count) of a block: double throughout. Overwrites listed ones.
-static inline TailFields exact_tail(double* x, int64_t count, double scale, const Gone& gone) {
+static inline TailFields exact_tail(double* x, int64_t count, const Natural& scale, const Gone& gone) {
   const double inf = TokenState::infinity();
   TailFields block{-inf, 0, 0, inf};
   gone.write(x, inf);
@@ -122,7 +122,7 @@ static inline TailFields exact_tail(double* x, int64_t count, double scale, cons
 static void update_tail(const ListedRows& rows, int64_t row, const TailStates& states) {
   const Logits& in = rows.in;
   const Row x = RowPair(in, row).x;
-  const double natural = natural_scale(in);
+  const Natural natural = natural_scale(in);
   Listed listed(rows, row);
   listed.each([&](int64_t j, int64_t column) { states.listed[row * rows.listed + j] = scaled(x[column], natural); });
   const int64_t own = own_column(in, row);
@@ -158,7 +158,7 @@ static void update_tail(const ListedRows& rows, int64_t row, const TailStates& s
       }
       const auto [lowest, top] = extremes(values, count);
       const float m = top * scale;
-      if (std::fabs(m) < kLargestReference) {
+      if (is_reference(m)) {
         const TailSums sums = tail_sums(values, count, scale, m);
         block = {m * kLn2, sums.z, kLn2 * sums.h, gone.count > 0 ? low : lowest};
         done = sums.z > 0 && finite(sums.z) && finite(sums.h);

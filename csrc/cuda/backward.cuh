@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
   };
   if (threadIdx.x == 0) {
     const SavedRow saved = a.saved[row];
-    const RowGradient g = row_gradient<kTeacher>(a.upstream, row, saved, a.scale.natural);
+    const RowGradient g = row_gradient<kTeacher>(a.upstream, row, saved, {a.scale.natural, 0});
     const RowNormalizers norm(saved);
     shared.k = coefficients_of(g, norm);
     shared.m = norm.m, shared.n = norm.n;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
   const RowTask task = shared;
   if (task.exact) {
     const SavedRow saved = a.saved[row];
-    const RowGradient g = row_gradient<kTeacher>(a.upstream, row, saved, a.scale.natural);
+    const RowGradient g = row_gradient<kTeacher>(a.upstream, row, saved, {a.scale.natural, 0});
     const RowNormalizers norm(saved);
 #pragma unroll 1
     for (int64_t i = start + threadIdx.x; i < end; i += blockDim.x) to[i] = exactly(g, norm, i, false);

@@ -9,8 +9,8 @@
 // common shift of one model's logits costs no precision.
 //
 // The loop takes logits as a language model says them. -inf, NaN, infinities or an abyss such as finfo.min show up as a
-// sum that is not finite (0 * inf); the block then folds its segment again, exactly: in double, with every special
-// value.
+// sum that is not finite (0 * inf), logits far from 0 as their reference; the block then folds its segment again,
+// exactly: in double, with every special value.
 #pragma once
 
 #include "../scale.h"
@@ -84,7 +84,8 @@ struct Sums {
 
   // Whether float arithmetic was enough.
   __device__ __forceinline__ bool usable() const {
-    return z > 0 && u > 0 && finite(z) && finite(u) && finite(a) && finite(b) && finite(h) && finite(k);
+    return is_reference(m) && is_reference(n) && z > 0 && u > 0 && finite(z) && finite(u) && finite(a) && finite(b) &&
+           finite(h) && finite(k);
   }
 
   __device__ __forceinline__ TokenState state() const {

@@ -196,7 +196,7 @@ __device__ __forceinline__ TailFields fold_tail(const typename X::Element* x, in
   sums = warp < static_cast<int>(blockDim.x) / kWarp ? warps[warp] : TailSums::empty();
   sums.template merge_lanes<kWarps>();
   TailFields found{sums.m * kLn2, sums.z, sums.h * kLn2, 0};
-  if (!(sums.z > 0 && finite(sums.z) && finite(sums.h))) {
+  if (!(is_reference(sums.m) && sums.z > 0 && finite(sums.z) && finite(sums.h))) {
     found = fold_tail_exactly<X>(x, columns, scale.natural, bits);
   }
   found.low = scaled(sums.low, scale.natural);
@@ -272,7 +272,8 @@ __global__ void __launch_bounds__(kThreads, blocks<kAligned>())
     return;
   }
   const auto* x = a.rows.x.row<X>(row);
-  const TailColumn exact{a.gradient.reference[row], a.gradient.log_mass[row], constant, slope, a.rows.scale.natural};
+  const TailColumn exact{
+      a.gradient.reference[row], a.gradient.log_mass[row], constant, slope, {a.rows.scale.natural, 0}};
   const int64_t token = a.rows.tokens[row] - a.rows.first_column;
   const bool own_here = start <= token && token < end;
   // Before anything is written: the output may be the logits themselves.

@@ -32,10 +32,9 @@ class Case:
     leaves: tuple[str, ...] = ()  # what gets a gradient
     upstream: Tensors = field(default_factory=dict)  # by the name of the output
     kinds: list[str] | None = None  # of the rows of each output: errors are compared among rows of a kind
-    sizes: Callable[[Tensors], dict[str, Tensor]] | None = (
-        None  # of the exact outputs: how large a gradient's terms are
-    )
-    value_sizes: Tensor | None = None  # [*rows], likewise of the values
+    # Of the exact outputs: how large the terms of a gradient are, and [*rows] those of an output, if more than 1.
+    sizes: Callable[[Tensors], Tensors] | None = None
+    value_sizes: Callable[[Tensors], Tensors] | None = None
     terms: int = 1
     free_shapes: tuple[str, ...] = ()  # outputs without an entry per row
     rows: tuple[int, ...] = ()  # the leading axes that per-row arguments have

@@ -272,10 +272,10 @@ def budget_verdict(draw: Draw) -> Case:
         return cf.budget_verdict(**tensors, **settings, backend=backend)._asdict()
 
     def also(tensors: Tensors, outputs: Tensors, backend: str) -> None:
-        """What two traces of the same backend say."""
+        """What two traces of the same backend say. A NaN counts as the bound that proves nothing."""
         rest = {name: t for name, t in tensors.items() if name not in ("lower", "upper")}
         for name, cost in (("certified", "upper"), ("refuted", "lower")):
-            paid = tensors[cost].nan_to_num(0.0, torch.inf, -torch.inf) if cost == "lower" else tensors[cost]
+            paid = tensors[cost].nan_to_num({"lower": 0.0, "upper": torch.inf}[cost], torch.inf, -torch.inf)
             trace = cf.budget_trace(paid, **rest, **settings, backend=backend)
             if "cu_seqlens" in tensors:
                 ends = tensors["cu_seqlens"].long().tolist()

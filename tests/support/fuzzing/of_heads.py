@@ -110,15 +110,22 @@ class Heads:
         return {"temperature": self.settings["temperature"], **own}
 
     def sizes(self, of_rows: Tensor) -> Tensors:
-        """The largest terms that a gradient sums: a row's, times the factor that it meets."""
+        """The largest terms that a gradient sums: a row's, times the factor that it meets.
+
+        That of the hidden states is PyTorch's sum over all columns, which loses a random walk of roundings in float32,
+        too: of [1, 1000] times [1000, 1] up to 50 units, in whatever layout.
+        """
         flowing = float(of_rows.max()) if of_rows.numel() else 1.0
         flowing = max(1.0, flowing) * max(1.0, abs(self.heads["student"].get("scale", 1.0)))
         views = {name: t.view() for name, t in self.given.items() if name in PARTS}
         largest = {name: float(t.abs().max()) if t.numel() else 1.0 for name, t in views.items()}
         met = {"student_hidden": "student_weight", "student_weight": "student_hidden"}
         count = max(1, int(torch.Size(self.rows).numel()))
+        added = {"student_hidden": 1 + self.vocab**0.5 / 8}
         return {
-            name: torch.tensor(flowing * max(1.0, largest[met[name]] if name in met else 1.0) * count**0.5)
+            name: torch.tensor(
+                flowing * max(1.0, largest[met[name]] if name in met else 1.0) * count**0.5 * added.get(name, 1.0)
+            )
             for name in self.parts
         }
 
@@ -159,7 +166,7 @@ class Heads:
             public=public,
             threads=drawn_threads(self.draw),
             terms=self.vocab + 33,
-            value_sizes=self.value_sizes(),
+            value_sizes=lambda exact: dict.fromkeys(exact, self.value_sizes()),
             **fields,
         )
 
@@ -178,8 +185,7 @@ def linear_token_stats(draw: Draw) -> Case:
         return reference.linear_token_stats(**heads.arguments(tensors, False), **settings)._asdict()
 
     def sizes(exact: Tensors) -> Tensors:
-        one = torch.ones(heads.rows)
-        return heads.sizes(gradient_size(exact, upstream, heads.settings["temperature"], one)["student_logits"])
+        return heads.sizes(gradient_size(exact, upstream, heads.settings["temperature"])["student_logits"])
 
     return heads.case(
         "linear_token_stats",
@@ -206,8 +212,8 @@ def linear_divergence(draw: Draw) -> Case:
         return {"value": reference.linear_divergence(**heads.arguments(tensors, False), **heads.settings)}
 
     def sizes(exact: Tensors) -> Tensors:
-        value, arriving, one = {"reverse_kl": exact["value"]}, {"reverse_kl": upstream["value"]}, torch.ones(heads.rows)
-        return heads.sizes(gradient_size(value, arriving, heads.settings["temperature"], one)["student_logits"])
+        value, arriving = {"reverse_kl": exact["value"]}, {"reverse_kl": upstream["value"]}
+        return heads.sizes(gradient_size(value, arriving, heads.settings["temperature"])["student_logits"])
 
     def garbage(tensors: Tensors) -> Tensors:
         out = heads.garbage({**tensors, "tokens": torch.zeros(heads.rows)})
@@ -247,8 +253,7 @@ def linear_topk_stats(draw: Draw) -> Case:
         return stats._asdict()
 
     def sizes(exact: Tensors) -> Tensors:
-        one = torch.ones(heads.rows)
-        return heads.sizes(gradient_size(exact, upstream, heads.settings["temperature"], one)["student_logits"])
+        return heads.sizes(gradient_size(exact, upstream, heads.settings["temperature"])["student_logits"])
 
     case = heads.case(
         "linear_topk_stats",

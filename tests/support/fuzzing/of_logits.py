@@ -80,8 +80,8 @@ class Rows:
             float64_logits=wide,
             threads=drawn_threads(self.draw),
             terms=self.width,
+            value_sizes=fields.pop("value_sizes", lambda exact: self.weighed_sizes() if self.pair else {}),
             nan_gradient_is_free=self.computed == torch.float64,  # whose largest numbers the truth cannot subtract
-            value_sizes=self.value_sizes(),
             **fields,
         )
 
@@ -99,16 +99,16 @@ class Rows:
         self.given["teacher_logits"] = Placed(memory, student.shape, Layout(strides, width * (1 - back)))
         self.kinds = [f"row {i}" for i in range(self.count)]
 
-    def value_sizes(self) -> Tensor:
-        """[*rows]: 1; of float64 logits their size over a temperature, since what they are divided by rounds them and
-        float64 has no truth that does not."""
-        size = torch.ones(self.rows, dtype=torch.float64)
-        if self.computed == torch.float64:
-            for name in PAIR:
-                if name in self.given:
-                    x = self.given[name].view()[..., : self.vocab].double() / self.settings["temperature"]
-                    size = torch.maximum(size, x.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1))
-        return size
+    def weighed_sizes(self) -> Tensors:
+        """[*rows] of the divergences of float64 logits: their terms times |log weight|. A weight is the exponential of
+        a rounded logarithm, and eager PyTorch, which the truth is in float64, rounds the same one in the same way."""
+        if self.computed != torch.float64:
+            return {}
+        pair = (self.given[name].view()[..., : self.vocab].double() for name in PAIR)
+        log_p, log_w = ((t / self.settings["temperature"]).log_softmax(-1) for t in pair)
+        apart = (log_p - log_w).abs()
+        weighed = {"reverse_kl": log_p.exp() * log_p.abs() * apart, "forward_kl": log_w.exp() * log_w.abs() * apart}
+        return {name: t.nan_to_num(0.0, 0.0, 0.0).sum(-1).nan_to_num(0.0, 0.0, 0.0) for name, t in weighed.items()}
 
     def garbage(self, tensors: Tensors) -> Tensors:
         """Other numbers in the rows that do not count."""
@@ -153,7 +153,7 @@ def token_stats(draw: Draw) -> Case:
         truth=truth,
         leaves=("student_logits",),
         upstream=upstream,
-        sizes=lambda exact: gradient_size(exact, upstream, settings["temperature"], rows.value_sizes()),
+        sizes=lambda exact: gradient_size(exact, upstream, settings["temperature"]),
         overwrites="student_logits" if inplace else None,
         needs="token_stats",
     )
@@ -162,13 +162,13 @@ def token_stats(draw: Draw) -> Case:
     return case
 
 
-def gradient_size(exact: Tensors, upstream: Tensors, temperature: float, of_values: Tensor) -> Tensors:
+def gradient_size(exact: Tensors, upstream: Tensors, temperature: float) -> Tensors:
     """Per row the terms that a gradient sums: p, p (log p + H), p (log p - log w - R) and p - w times what arrives."""
     parts = []
     for name, g in upstream.items():
         value = exact[name].detach().nan_to_num(0.0, 0.0, 0.0).abs().double()
         scale = value.clamp(min=1.0) if name in ("entropy", "reverse_kl") else torch.ones_like(value)
-        parts.append(g.double().abs() * scale * of_values / temperature)
+        parts.append(g.double().abs() * scale / temperature)
     return {"student_logits": sum(parts)}
 
 
@@ -183,17 +183,22 @@ def divergence(draw: Draw) -> Case:
     def call(tensors: Tensors, backend: str | None) -> Tensors:
         return {"value": cf.divergence(**tensors, **settings, backend=backend)}
 
+    name = kind
+    if beta in ends:
+        name = "reverse_kl" if (kind == "skew_reverse_kl" or beta == 1.0) else "forward_kl"
+
     def truth(tensors: Tensors) -> Tensors:
-        name = kind
-        if beta in ends:
-            name = "reverse_kl" if (kind == "skew_reverse_kl" or beta == 1.0) else "forward_kl"
         return {"value": reference.divergence(**tensors, **settings | {"kind": name})}
 
     upstream = drawn_upstream(draw, ("value",), rows.rows, rows.computed)
 
     def sizes(exact: Tensors) -> Tensors:
         value, arriving = {"reverse_kl": exact["value"]}, {"reverse_kl": upstream["value"]}
-        return gradient_size(value, arriving, settings["temperature"], rows.value_sizes())
+        return gradient_size(value, arriving, settings["temperature"])
+
+    def value_sizes(exact: Tensors) -> Tensors:
+        weighed = rows.weighed_sizes()
+        return {"value": weighed[name]} if name in weighed else {}
 
     case = rows.case(
         "divergence",
@@ -202,6 +207,7 @@ def divergence(draw: Draw) -> Case:
         leaves=("student_logits",),
         upstream=upstream,
         sizes=sizes,
+        value_sizes=value_sizes,
         needs="token_stats" if plain or beta in ends else "divergence",
     )
     case.settings = settings

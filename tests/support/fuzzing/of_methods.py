@@ -143,7 +143,7 @@ def constrained_reward(draw: Draw) -> Case:
     case.widened, case.terms, case.value_sizes = of_rows.widened, of_rows.terms, of_rows.value_sizes
     case.nan_gradient_is_free, case.kinds, case.rows = of_rows.nan_gradient_is_free, of_rows.kinds, of_rows.rows
     case.leaves, case.upstream, case.free_shapes = ("student_logits",), upstream, ("first_violation",)
-    case.sizes = lambda exact: gradient_size(exact, upstream, rows.settings["temperature"], rows.value_sizes())
+    case.sizes = lambda exact: gradient_size(exact, upstream, rows.settings["temperature"])
     case.overwrites = "student_logits" if inplace else None
     case.public = lambda tensors, changed: silently(
         lambda: cf.constrained_reward(**tensors, **{**case.settings, **changed})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from topk_inputs import assert_bounds, exact
 from torch import Tensor
 
 import cmdp_fast as cf
-from cmdp_fast import topk_reference
+from cmdp_fast import reference, topk_bounds, topk_reference
 from fuzzing.case import Case, Tensors, drawn_upstream
 from fuzzing.draws import Draw
 from fuzzing.layouts import Placed, place
@@ -69,6 +71,17 @@ def without_sense(tensors: Tensors) -> Tensors:
     return out
 
 
+def declared_sizes(rows: Rows, truth: Callable[[Tensors], Tensors], exact: Tensors) -> Tensors:
+    """How far the bounds are moved by the rounding u that they declare of the student's log-probabilities, in units of
+    u. A weight p is e^(log p), and known to u |log p| of itself; a teacher's -3.4e38 makes that any size."""
+    given = {name: placed.view() for name, placed in rows.given.items()}
+    u = topk_bounds.student_rounding(reference.compute_dtype(given["student_logits"]), rows.vocab)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk_bounds, "student_rounding", lambda dtype, vocab: 0.0)
+        unmoved = truth(given)
+    return {name: ((t - unmoved[name]).double().abs() / u).nan_to_num(0.0, 0.0, 0.0) for name, t in exact.items()}
+
+
 def topk_stats(draw: Draw) -> Case:
     rows = Rows(draw)
     teacher = rows.given.pop("teacher_logits").view()[..., : rows.vocab]
@@ -108,7 +121,8 @@ def topk_stats(draw: Draw) -> Case:
         leaves=("student_logits",),
         upstream=upstream,
         also=bounds,
-        sizes=lambda found: gradient_size(found, upstream, settings["temperature"], rows.value_sizes()),
+        sizes=lambda found: gradient_size(found, upstream, settings["temperature"]),
+        value_sizes=lambda found: declared_sizes(rows, truth, found),
         needs="topk_stats",
     )
     case.precision = student if student == torch.float64 else torch.float32
