@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults import some, states_of, tree
+from faults import in_place, some, states_of, tree
 from tiny_pair import arguments_for
 from written_runs import write_run
 
@@ -43,6 +43,7 @@ def test_a_cache_of_a_teacher(kind, pair, tmp_path, shards, pytestconfig):
     states = states_of(lambda: main(storing(pair, folder / "c", **words)), folder, tmp_path / "states")
     whole = files(folder / "c")
     assert len(states) > 25 and len(whole) > 4
+    assert not in_place(tmp_path / "states")
     indices = {state / "c" / INDEX for state in states if (state / "c" / INDEX).exists()}
     for path in indices:  # each is of what is there
         index = read_index(path.parent)
@@ -55,7 +56,7 @@ def test_a_cache_of_a_teacher(kind, pair, tmp_path, shards, pytestconfig):
     for state in states:
         there = files(state / "c") if (state / "c").exists() else {}
         assert all(there[name] == whole[name] for name in there if name != INDEX), state.name
-    for state in states if pytestconfig.getoption("--slow") else some(states, 5):
+    for state in states if pytestconfig.getoption("--slow") else some(states, 2):
         for scratch in state.glob(".cmdp-fast-*"):
             os.utime(scratch, (0, 0))  # a younger one may be somebody's
         assert main(storing(pair, state / "c", **words)) == 0, state.name
@@ -70,7 +71,7 @@ def test_a_cache_that_is_killed_again(pair, tmp_path, shards, pytestconfig):
     first = states_of(lambda: main(storing(pair, folder / "c")), folder, tmp_path / "states")
     again = first[len(first) // 2]
     states = states_of(lambda: main(storing(pair, again / "c")), again, tmp_path / "again")
-    for state in states if pytestconfig.getoption("--slow") else some(states, 3):
+    for state in states if pytestconfig.getoption("--slow") else some(states, 1):
         assert main(storing(pair, state / "c")) == 0
         assert files(state / "c") == files(folder / "c"), state.name
 
@@ -88,13 +89,14 @@ def test_a_report_over_an_older_one(tmp_path, monkeypatch, pytestconfig):
     command = [*words, str(tmp_path / "runs" / "one"), str(tmp_path / "runs" / "two")]
     states = states_of(lambda: main(command), folder, tmp_path / "states")
     newer = files(folder)
+    assert not in_place(tmp_path / "states")
     assert len(states) > 10 and {name for name in newer if newer[name] != older[name]} == {*newer} - {"r"}
     for state in states:
         now = files(state)
         assert {*now} == {*newer} and all(value in (older[name], newer[name]) for name, value in now.items()), (
             state.name
         )
-    for state in states if pytestconfig.getoption("--slow") else some(states, 3):
+    for state in states if pytestconfig.getoption("--slow") else some(states, 2):
         shutil.rmtree(folder)
         shutil.copytree(state, folder)
         for scratch in folder.rglob(".cmdp-fast-*"):
