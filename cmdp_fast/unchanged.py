@@ -39,6 +39,16 @@ def _put_device(device: torch.device) -> None:
         torch.set_default_device(device)
 
 
+def _cudnn() -> tuple[bool, ...]:
+    flags = torch.backends.cudnn
+    return flags.enabled, flags.benchmark, flags.deterministic
+
+
+def _put_cudnn(given: tuple[bool, ...]) -> None:
+    for name, flag in zip(("enabled", "benchmark", "deterministic"), given, strict=True):
+        setattr(torch.backends.cudnn, name, flag)
+
+
 _SETTINGS: tuple[_Setting, ...] = (
     _Setting("the working directory", os.getcwd, os.chdir),
     _Setting("PyTorch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
@@ -55,6 +65,12 @@ _SETTINGS: tuple[_Setting, ...] = (
         torch.get_float32_matmul_precision,
         torch.set_float32_matmul_precision,
     ),
+    _Setting(  # of torch 2.9 and newer
+        "PyTorch's precision of float32",
+        lambda: torch.backends.fp32_precision,  # type: ignore[attr-defined]
+        lambda given: setattr(torch.backends, "fp32_precision", given),
+    ),
+    _Setting("cuDNN's settings", _cudnn, _put_cudnn),
     _Setting("sys.stdout", lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
     _Setting("sys.stderr", lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
 )

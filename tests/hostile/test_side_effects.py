@@ -55,6 +55,12 @@ EFFECTS: dict[str, Callable[[], object]] = {
     "whether PyTorch takes gradients": lambda: torch.set_grad_enabled(False),
     "whether PyTorch is deterministic": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
     "PyTorch's precision of float32 products": lambda: torch.set_float32_matmul_precision("medium"),
+    **(
+        {"PyTorch's precision of float32": lambda: setattr(torch.backends, "fp32_precision", "tf32")}
+        if hasattr(torch.backends, "fp32_precision")
+        else {}
+    ),
+    "cuDNN's settings": lambda: setattr(torch.backends.cudnn, "benchmark", True),
     "sys.stdout": closes,
     "sys.stderr": lambda: setattr(sys, "stderr", None),
     "the handler of SIGINT": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
@@ -67,7 +73,7 @@ OF_A_THREAD += ("PyTorch's number of threads", "PyTorch's default device")
 
 
 def state() -> list[Any]:
-    return [setting.get() for setting in (*unchanged._SETTINGS, *unchanged._SIGNALS)]
+    return [unchanged._of(setting) for setting in (*unchanged._SETTINGS, *unchanged._SIGNALS)]
 
 
 @pytest.fixture
@@ -77,7 +83,8 @@ def clean() -> Iterator[None]:
     before = state()
     yield
     for setting, value in zip(settings, before, strict=True):
-        setting.put(value)
+        if value is not None:
+            setting.put(value)
 
 
 @pytest.mark.parametrize("how", ["returns", "raises", "verifier", "judge", "coroutine"])
