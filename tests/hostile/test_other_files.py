@@ -1,10 +1,11 @@
-"""The other files that a command reads back: a teacher's cache, wandb's id, models that are made once, verl's
-multiplier. Every field with every kind of value, under the right sha256; and files that are no JSON."""
+"""The other files that a command reads back: a teacher's cache, wandb's id, models that are made once, a study's lines,
+verl's multiplier. Every field with every kind of value, under the right sha256; and files that are no JSON."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from cmdp_fast.teachers.cached.format import HEAD, INDEX, VOCABULARY, read_index
 from cmdp_fast.teachers.cached.writer import CacheWriter, contents_of
 from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import open_teacher
+from cmdp_fast.trainer.comparison.study import lines, page
 from cmdp_fast.trainer.models import cache
 from cmdp_fast.trainer.records.metrics_log import TRACKERS, _wandb_id
 
@@ -138,6 +140,43 @@ def test_every_field_of_verl_s_multiplier(part, tmp_path):
         assert other.update(1.0, 1.0) >= 0.0, what
 
 
+PART = {"share": 1.0, "accuracy": 0.5, "within": 1.0, "mean_kl": 0.5}
+STUDIED = {
+    **{
+        "training": "0123456789ab",
+        "situation": "s",
+        "method": "cmdp",
+        "candidate": "default",
+        "seed": 0,
+        "budget": 2.0,
+    },
+    "figures": dict.fromkeys(sorted(lines.FIGURES), 0.5),
+    "kl_quantiles": [0.1] * lines.QUANTILES,
+    "kinds": {"short": PART},
+    "lengths": {"1-4": PART},
+}
+
+
+@PARTS
+def test_every_field_of_a_line_of_a_study(part, tmp_path):
+    path, taken = tmp_path / lines.FILE, 0
+    for what, value in every_change(STUDIED, part):
+        path.write_text(json.dumps(value) + "\n")
+        try:
+            (line,) = lines.read_lines(path)
+        except InputError as error:
+            assert is_one_line(error), what
+            continue
+        numbers = [line.budget, *line.figures.values(), *line.kl_quantiles]
+        numbers += [
+            number for parts in (line.kinds, line.lengths) for each in parts.values() for number in each.values()
+        ]
+        assert all(math.isfinite(number) for number in numbers), what
+        assert all(type(text) is str for text in (line.training, line.situation, line.method, line.candidate)), what
+        taken += 1
+    assert taken
+
+
 NO_JSON: dict[str, bytes] = {
     "empty": b"",
     "null": b"null",
@@ -182,6 +221,14 @@ def test_files_that_are_no_such_json(case, made, tmp_path):
         with pytest.raises(InputError) as raised:
             _wandb_id(tmp_path, True)
         assert is_one_line(raised.value)
+    put(tmp_path / lines.FILE)
+    if case not in ("a loop", "empty"):  # which is not there, or has no lines yet
+        said: list[str] = []
+        try:
+            assert not lines.read_lines(tmp_path / lines.FILE, said.append) and said
+        except InputError as error:
+            assert is_one_line(error)
+    assert page._origin(tmp_path).isprintable()
     put(tmp_path / multiplier.FILE)
     with pytest.raises(InputError) as raised:
         multiplier.load(PIDController(), tmp_path)
