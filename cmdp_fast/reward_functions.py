@@ -130,12 +130,12 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def call(functions: Sequence[Named], given: Given, limit: Limit | None = None) -> Outcome:
     """Calls each function once, with the same arguments: plain ones in turn, then the coroutine functions together.
 
-    One that does not return is told of in the log, and given up at the limit, where there is one (`own_code.told_of`):
-    an InputError. Coroutine functions run in a thread of their own (`event_loop`), so this may be called where a loop
-    runs already. If one raises, the others are cancelled. Raises RewardError for an exception of a function's own,
-    InputError for an InputError of its own, for a result other than a number or None per completion (in a list, tuple,
-    array or tensor), and if a column that was logged has not a value per completion. The message names the function, or
-    the column.
+    One that does not return is told of in the log, and given up at the limit, where there is one and the function does
+    not say that it ``limits_itself`` (`own_code.told_of`): an InputError. Coroutine functions run in a thread of their
+    own (`event_loop`), so this may be called where a loop runs already. If one raises, the others are cancelled. Raises
+    RewardError for an exception of a function's own, InputError for an InputError of its own, for a result other than a
+    number or None per completion (in a list, tuple, array or tensor), and if a column that was logged has not a value
+    per completion. The message names the function, or the column.
     """
     answers = {i: _asked(named, given, limit) for i, named in enumerate(functions) if not is_async(named.function)}
     later = {i: named for i, named in enumerate(functions) if i not in answers}
@@ -236,6 +236,8 @@ def _on(given: Given) -> str:
 
 def _asked(named: Named, given: Given, limit: Limit | None) -> _Answer:
     logged = Logged({}, {})
+    if getattr(named.function, "limits_itself", False):
+        limit = None
     with told_of(f"reward function {named.name}{_on(given)}", limit=limit):
         try:
             result = named.function(**_arguments(given, logged))

@@ -24,6 +24,7 @@ from tiny_pair import arguments_for
 from cmdp_fast import own_code
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
+from cmdp_fast.judging.reward import JudgedReward
 from cmdp_fast.own_code import Limit, told_of
 from cmdp_fast.trainer.evaluate_student import EvaluateConfig
 from cmdp_fast.trainer.settings.config import TrainConfig
@@ -142,6 +143,20 @@ def test_verifiers_and_judges_too(case):
     with pytest.raises(InputError) as raised:
         compare_pairs(lambda *_, **__: HANGS[case](), ROWS, ["a", "b"], ["c", "d"], LIMIT)
     assert is_line(str(raised.value), "the judge <lambda>")
+
+
+def test_one_that_limits_itself_is_left_to_it():
+    """As the judges in processes of their own do: each completion has its seconds, so a call may take any time."""
+
+    class Judged:
+        limits_itself = True
+
+        def __call__(self, **_: Any) -> Any:
+            time.sleep(0.3)
+            return [1, 2]
+
+    assert JudgedReward.limits_itself
+    assert called(Judged()) == [1.0, 2.0]
 
 
 def test_a_coroutine_that_waits_is_cancelled():
