@@ -27,13 +27,13 @@ class Damaged(ValueError):
 def sha256(path: Path) -> str:
     """The sha256 of a file's contents in hexadecimal; the file is read a piece at a time."""
     digest = hashlib.sha256()
-    with _opened(path) as file:
+    with opened(path) as file:
         while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
     """A file to be read. Raises OSError for what is none: a pipe waits for a writer, and a device may have no end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -89,7 +89,7 @@ def write_sealed(path: Path, value: dict[str, Any], mode: int = 0o666) -> None:
 def read_sealed(path: Path) -> dict[str, Any]:
     """The value that `write_sealed` wrote. Raises Damaged if the file holds anything else, down to the last byte."""
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             text = file.read().decode()
         value = json.loads(text)
         written = value.pop("sha256", None)

@@ -1,5 +1,5 @@
-"""Calls of the user's own functions: what they raise in one line, with the place, and that one does not return; and the
-end of what is somebody else's."""
+"""Calls of the user's own functions: what they raise in one line, with the place, and that one does not return, or has
+had its time; and the end of what is somebody else's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import contextlib
 import ctypes
 import functools
 import logging
+import math
 import os
+import signal
 import sys
 import sysconfig
 import threading
@@ -15,12 +17,20 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 from cmdp_fast.errors import InputError, first_line, readable
 
-NOTICE = 60.0  # seconds after which it is said what is waited for
+NOTICE = 60.0  # seconds after which it is said what is waited for; again after twice as many, and so on
+AGAIN, GRACE = 5.0, 60.0  # seconds between the attempts to end a call that has had its time, and for all of them
+BEAT = 5.0  # seconds that the watching thread sleeps at most; one that has slept twice as many was stopped meanwhile
+# What ends a call in the main thread, in Python or in C that waits: a signal that does nothing where nobody hears it.
+# SIGALRM belongs to the functions, many of which limit their own time by it.
+INTERRUPT = getattr(signal, "SIGURG", None) if hasattr(signal, "pthread_kill") else None
+# And in C that computes and lets no other thread have Python's lock, as `re` does, but looks for signals: one that the
+# processor's time brings, which a few ticks in turn have to find that the watching thread gets no turn.
+TICK, TICKS = 5.0, 3  # seconds of all of the process's threads
 WATCH = "cmdp_fast watches calls"  # the name of the thread that says it
 
 _log = logging.getLogger(__name__)
@@ -59,19 +69,76 @@ def described(error: BaseException, function: Any = None) -> str:
     )
 
 
-@contextlib.contextmanager
-def told_of(what: str, thread: str = "") -> Iterator[None]:
-    """Says so if the body has not ended after `NOTICE` seconds, and at which line it is: in this thread, or in that of
-    a name.
+class Limit(NamedTuple):
+    """The seconds that a call may take, and the option that says so."""
 
-    It is waited for all the same: no thread can be ended from outside, and one that was left behind would go on.
+    seconds: float
+    option: str
+
+
+class Overdue(BaseException):
+    """Raised inside of a call that has had its time; no Exception, since many a function takes those for a result."""
+
+
+@contextlib.contextmanager
+def told_of(what: str, thread: str = "", limit: Limit | None = None) -> Iterator[None]:
+    """Says so if the body has not ended after `NOTICE` seconds, and rarely from then on, and at which line it is: in
+    this thread, or in that of a name.
+
+    Without a limit it is waited for all the same. At the limit Overdue is raised in the body, and whatever comes of
+    that is an InputError, the result of a body that has caught it too. A body that is in C and does not listen, or
+    catches it again and again, has `GRACE` seconds; then the line is said and the process is ended with exit code 2, as
+    if it had been killed: no thread can be ended from outside. One in C that keeps Python's lock for ever and looks for
+    no signal, such as a search by `re` in a thread other than the main one, as that of coroutine functions is, lets
+    nobody say anything. Time in which the process is stopped does not count.
     """
-    call = _Call(what, thread, threading.get_ident(), time.monotonic() + NOTICE)
+    hears = limit is not None and INTERRUPT is not None and threading.current_thread() is threading.main_thread()
+    call = _Call(what, thread, threading.get_ident(), limit, hears, time.monotonic(), NOTICE)
+    before = signal.signal(INTERRUPT, _heard) if INTERRUPT is not None and hears else None
+    ticks = hears and _begin_ticks()
+    error: BaseException | None = None
     _watch.begin(call)
     try:
-        yield
-    finally:
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            if not call.late:
+                raise
+        finally:
+            call.over = True
+    finally:  # twice: Overdue may come between the body and the first
+        call.over = True
         _watch.end(call)
+        if ticks:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if INTERRUPT is not None and hears:
+            signal.signal(INTERRUPT, before or signal.SIG_DFL)
+    if call.late:
+        raise InputError(call.late) from error
+
+
+def _begin_ticks() -> bool:
+    """Has the processor's time be heard of; not where somebody else does. The handler stays for good: a last tick may
+    come late, and would end a process that has none."""
+    if signal.getsignal(signal.SIGVTALRM) not in (signal.SIG_DFL, _ticked):
+        return False
+    signal.signal(signal.SIGVTALRM, _ticked)
+    signal.siginterrupt(signal.SIGVTALRM, False)
+    if signal.getitimer(signal.ITIMER_VIRTUAL)[0]:  # of a call around this one
+        return False
+    signal.setitimer(signal.ITIMER_VIRTUAL, TICK, TICK)
+    return True
+
+
+def _ticked(number: int, frame: FrameType | None) -> None:
+    _watch.look_for(threading.get_ident())
+    _heard(number, frame)
+
+
+def _heard(number: int, frame: FrameType | None) -> None:
+    if _watch.is_late(threading.get_ident()):
+        raise Overdue
 
 
 class TooLong(Exception):
@@ -82,14 +149,14 @@ class TooLong(Exception):
 def ended_after(seconds: float) -> Iterator[None]:
     """Raises TooLong in the body, wherever it is in Python, once it has had its time: for programs that are no user's
     own, such as a chat template. What does not come back from C is waited for."""
-    caller, lock, over, sent = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False, False
+    caller, lock, over, sent = threading.get_ident(), threading.Lock(), False, False
 
     def end() -> None:
         nonlocal sent
         with lock:
             if not over:
                 sent = True
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(caller, ctypes.py_object(TooLong))
+                _raise_in(caller, TooLong)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -101,7 +168,7 @@ def ended_after(seconds: float) -> Iterator[None]:
         with lock:
             over = True
             if sent:  # and perhaps not raised yet
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(caller, None)
+                _raise_in(caller, None)
 
 
 @dataclass(eq=False)
@@ -109,14 +176,56 @@ class _Call:
     what: str
     thread: str  # "": the caller's
     caller: int
-    due: float  # when it is told of
+    limit: Limit | None
+    hears: bool  # whether a signal interrupts it
+    begun: float
+    after: float  # seconds, until it is looked at
+    late: str = ""  # what is said of it once it has had its time
+    over: bool = False
+    unseen: int = 0  # ticks that have found it due
 
-    def tell(self) -> None:
+    def __post_init__(self) -> None:
+        self.after = min(self.after, self.most)
+
+    @property
+    def most(self) -> float:
+        return math.inf if self.limit is None else self.limit.seconds
+
+    @property
+    def due(self) -> float:
+        return self.begun + self.after
+
+    def look(self) -> None:
+        """Says that it has not returned; at its limit and behind it tries to end it, and at last the process."""
+        said = f"{self.what} has not returned for {self.after:g} s{self._place()}"
+        self.unseen = 0
+        if self.after < self.most:
+            self.after = min(2 * self.after, self.most)
+            return _log.warning("%s", said)
+        assert self.limit is not None
+        self.late = self.late or f"{said}, and is given up ({self.limit.option})"
+        if self.after >= self.most + GRACE:
+            ended = f"cmdp-fast: error: {self.late}: it does not listen, and the process is ended\n"
+            with contextlib.suppress(OSError):
+                os.write(2, ended.encode(errors="replace"))
+            os._exit(2)
+        self.after += AGAIN
+        if self.hears and INTERRUPT is not None:
+            signal.pthread_kill(self.caller, INTERRUPT)
+        else:
+            _raise_in(self.caller, Overdue)
+
+    def _place(self) -> str:
         ident = next((each.ident for each in threading.enumerate() if each.name == self.thread), self.caller)
         frame = sys._current_frames().get(ident or self.caller)
         places = ((each.f_code.co_filename, line) for each, line in traceback.walk_stack(frame)) if frame else iter(())
-        place = next((f", it is at {file}:{line}" for file, line in places if not _is_installed(file)), "")
-        _log.warning("%s has not returned for %g s%s", self.what, NOTICE, place)
+        return next((f", it is at {file}:{line}" for file, line in places if not _is_installed(file)), "")
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Has a thread raise an error as soon as it is in Python; None takes one back that has not been raised yet."""
+    given = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), given)
 
 
 class _Watch:
@@ -141,20 +250,43 @@ class _Watch:
     def end(self, call: _Call) -> None:
         with self._changed:
             self._calls.discard(call)
+            if call.late and not call.hears:
+                _raise_in(call.caller, None)
+
+    def is_late(self, caller: int) -> bool:
+        """Whether a call of a thread's that is not over has had its time. Asked inside of a signal: no lock."""
+        return any(call.late and not call.over for call in list(self._calls) if call.caller == caller)
+
+    def look_for(self, caller: int) -> None:
+        """Looks at the calls of a thread in place of the thread that watches, where that gets no turn. Asked inside of
+        a signal."""
+        for call in list(self._calls):
+            if call.caller == caller and not call.over and call.due <= time.monotonic():
+                call.unseen += 1
+                if call.unseen >= TICKS:
+                    with contextlib.suppress(Exception):
+                        call.look()
 
     def _look(self) -> None:
         while True:
             with self._changed:
                 now = time.monotonic()
                 late = [call for call in self._calls if call.due <= now]
-                self._calls.difference_update(late)
                 if not late:
                     # With no call it looks again as late as the next one could be due
                     self._next = min((call.due for call in self._calls), default=now + NOTICE)
-                    self._changed.wait(self._next - now)
+                    self._changed.wait(slept := min(self._next - now, BEAT if self._calls else NOTICE))
+                    lost = time.monotonic() - now - slept
+                    for call in self._calls if lost > BEAT else ():
+                        call.begun += lost
+                for call in late:
+                    if call.after >= call.most:  # it must not end before it is interrupted
+                        with contextlib.suppress(Exception):
+                            call.look()
             for call in late:
-                with contextlib.suppress(Exception):  # of a log's handler: the next calls are watched all the same
-                    call.tell()
+                if call.after < call.most:
+                    with contextlib.suppress(Exception):  # of a log's handler: others are watched all the same
+                        call.look()
 
 
 _watch = _Watch()

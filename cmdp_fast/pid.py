@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,8 +81,14 @@ class PIDController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`. Raises ValueError if the keys are not its keys."""
+        """Continue from `state_dict`. Raises ValueError for other keys, and for values that are no finite numbers."""
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"state has keys {sorted(state)}, expected {sorted(self.state_dict())}")
+        for name, value in state.items():
+            numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+            if isinstance(value, (list, tuple)) != (name == "past_costs") or not numbers:
+                raise ValueError(f"state has another kind of value in {name}")
+            if not all(type(each) in (int, float) and abs(each) <= sys.float_info.max for each in numbers):
+                raise ValueError(f"state has no finite number in {name}")
         self._integral, self._ema_delta, self._ema_cost = state["integral"], state["ema_delta"], state["ema_cost"]
         self._past_costs, self.coefficient = list(state["past_costs"]), state["coefficient"]

@@ -23,7 +23,7 @@ import torch
 from cmdp_fast import event_loop
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
-from cmdp_fast.own_code import described, errors_named, told_of
+from cmdp_fast.own_code import Limit, described, errors_named, told_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -127,20 +127,21 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0] if name not in NO_COLUMNS}
 
 
-def call(functions: Sequence[Named], given: Given) -> Outcome:
+def call(functions: Sequence[Named], given: Given, limit: Limit | None = None) -> Outcome:
     """Calls each function once, with the same arguments: plain ones in turn, then the coroutine functions together.
 
-    One that does not return is waited for, and told of in the log (`own_code.told_of`). Coroutine functions
-    run in a thread of their own (`event_loop`), so this may be called where a loop runs already. If one raises,
-    the others are cancelled. Raises RewardError for an exception of a function's own, InputError for an InputError of
-    its own, for a result other than a number or None per completion (in a list, tuple, array or tensor), and if a
-    column that was logged has not a value per completion. The message names the function, or the column.
+    One that does not return is told of in the log, and given up at the limit, where there is one and the function does
+    not say that it ``limits_itself`` (`own_code.told_of`): an InputError. Coroutine functions run in a thread of their
+    own (`event_loop`), so this may be called where a loop runs already. If one raises, the others are cancelled. Raises
+    RewardError for an exception of a function's own, InputError for an InputError of its own, for a result other than a
+    number or None per completion (in a list, tuple, array or tensor), and if a column that was logged has not a value
+    per completion. The message names the function, or the column.
     """
-    answers = {i: _asked(named, given) for i, named in enumerate(functions) if not is_async(named.function)}
+    answers = {i: _asked(named, given, limit) for i, named in enumerate(functions) if not is_async(named.function)}
     later = {i: named for i, named in enumerate(functions) if i not in answers}
     if later:
         names = ", ".join(named.name for named in later.values())
-        with told_of(f"reward function {names}", event_loop.THREAD):
+        with told_of(f"reward function {names}{_on(given)}", event_loop.THREAD, limit):
             awaited = event_loop.run(lambda: concurrently([_awaited(named, given) for named in later.values()]))
         answers |= dict(zip(later, awaited, strict=True))
     return _outcome([answers[i] for i in range(len(functions))])
@@ -228,9 +229,16 @@ def _outcome(answers: Sequence[_Answer]) -> Outcome:
     return Outcome([answer.rewards for answer in answers], Logged(metrics, extra))
 
 
-def _asked(named: Named, given: Given) -> _Answer:
+def _on(given: Given) -> str:
+    count = len(given.completions)
+    return f" on {count} completion{'s' * (count != 1)}"
+
+
+def _asked(named: Named, given: Given, limit: Limit | None) -> _Answer:
     logged = Logged({}, {})
-    with told_of(f"reward function {named.name}"):
+    if getattr(named.function, "limits_itself", False):
+        limit = None
+    with told_of(f"reward function {named.name}{_on(given)}", limit=limit):
         try:
             result = named.function(**_arguments(given, logged))
         except KeyboardInterrupt:
@@ -265,7 +273,8 @@ async def _guarded(named: Named, given: Given) -> _Answer:
 
 
 def _arguments(given: Given, logged: Logged) -> dict[str, Any]:
-    """The keywords of a function. The lists are its own: one that sorts or empties them changes nobody else's."""
+    """The keywords of a function. Lists and dicts are its own, inner ones too: one that sorts, empties or fills them
+    changes nobody else's."""
 
     def log_metric(name: str, value: Any) -> None:
         number = _number(value, f"log_metric({_short(name)}, ...) got", "expected a number")
@@ -276,8 +285,21 @@ def _arguments(given: Given, logged: Logged) -> dict[str, Any]:
 
     told = given._asdict()
     columns = told.pop("columns")
-    told = {name: list(value) if isinstance(value, list) else value for name, value in {**columns, **told}.items()}
-    return {**told, "log_extra": log_extra, "log_metric": log_metric}
+    return {
+        **{name: _own(value) for name, value in {**columns, **told}.items()},
+        "log_extra": log_extra,
+        "log_metric": log_metric,
+    }
+
+
+def _own(value: Any) -> Any:
+    """A copy of lists and dicts, and of those in them. Such as are too deep for that are the dataset's."""
+    try:
+        if type(value) is list:
+            return [_own(each) if type(each) in (list, dict) else each for each in value]
+        return {name: _own(each) for name, each in value.items()} if type(value) is dict else value
+    except RecursionError:
+        return value
 
 
 def _text(name: Any, function: str) -> str:
@@ -338,7 +360,9 @@ def _number(value: Any, what: str, wanted: str) -> float:
             value = value.detach().squeeze()
             if value.is_complex():
                 raise TypeError
-        [number] = torch.tensor([value], dtype=torch.float64).tolist()  # takes what it takes of TRL: no text
+        [number] = torch.tensor(
+            [value], dtype=torch.float64, device="cpu"
+        ).tolist()  # takes what it takes of TRL: no text
         return float(number)
     except (Exception, SystemExit) as error:  # of a `__float__` that is not ours
         raise InputError(f"{what} {_kind(value)}; {wanted}") from error

@@ -16,6 +16,8 @@ class JudgedReward:
     where the machine can.
     """
 
+    limits_itself = True  # each completion has its seconds, however many there are
+
     def __init__(
         self,
         judge: str,

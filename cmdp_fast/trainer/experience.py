@@ -38,7 +38,7 @@ from .routing import held_to, metrics_by_teacher, teacher_index
 from .settings.config import TrainConfig
 from .stops import cut_text
 from .tasks.data import Problem
-from .tasks.rewards import RewardFunction, call_rewards, trainer_state
+from .tasks.rewards import RewardFunction, call_rewards, limit_of, trainer_state
 from .tasks.step_verifiers import StepVerifier, call_step_verifier
 from .user_rollout import RolloutFunction, call_rollout
 
@@ -204,14 +204,15 @@ class Collector:
             texts = [cut_text(text, self.config.stop_strings) for text in decoded]
         with clock.phase("scoring"), together(self.accelerator):
             state = trainer_state(self.config, self.steps_done, self.problem_count, self.accelerator)
-            judged = call_rewards(self.rewards, rows, texts, ids, state)
+            limit = limit_of(self.config)
+            judged = call_rewards(self.rewards, rows, texts, ids, state, limit)
             named, failed = (
                 {name: torch.tensor(v, device=rollout.tokens.device) for name, v in values.items()}
                 for values in (judged.rewards, judged.failed)
             )
             sound = None
             if self.step_verifier is not None:
-                verdicts = call_step_verifier(self.step_verifier, rows, texts)
+                verdicts = call_step_verifier(self.step_verifier, rows, texts, limit)
                 sound = torch.tensor(verdicts, device=rollout.tokens.device)
             size = 1 if len(rows) % group_size else group_size
             penalty = self.config.missing_eos_penalty * ~rollout.finished

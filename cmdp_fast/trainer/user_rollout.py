@@ -17,6 +17,7 @@ from typing import Any
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.own_code import errors_named, told_of
+from cmdp_fast.unchanged import unchanged
 
 from . import drawn
 from .causal_lm import CausalLM
@@ -31,7 +32,7 @@ def call_rollout(
     """The completions that a function of the user's samples. Raises InputError if it raises, and for anything that it
     may not return."""
     option = f"--rollout {name}"
-    with errors_named(option, function), told_of(option):
+    with unchanged(option, samples=True), errors_named(option, function), told_of(option):
         result = function(prompts=prompts, sampling=sampling, policy=policy)
     if not isinstance(result, dict) or "completion_ids" not in result:
         raise InputError(f"{option} must return a dict with completion_ids, it returned {type(result).__name__}")

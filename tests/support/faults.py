@@ -94,15 +94,18 @@ def watch(parent: Path, act: Callable[[str], None]) -> None:
 
 def states_of(run: Callable[[], int], folder: Path, states: Path) -> list[Path]:
     """What a kill may leave of a folder: a copy of it, in the order of time, for each change that ``run`` makes there.
-    The process itself counts for nothing: what it has not written by then is lost."""
+    The process itself counts for nothing: what it has not written by then is lost. `in_place` reads what else it
+    leaves there."""
     states.mkdir()
     seen: list[Any] = []
 
-    def copy(_: str) -> None:
+    def copy(what: str) -> None:
         state = tree(folder)
         if not seen or state != seen[-1]:
             shutil.copytree(folder, states / f"{len(seen):04d}", symlinks=True)
             seen.append(state)
+        with open(states / "changes", "a") as changes:
+            changes.write(f"{len(seen) - 1} {what}\n")
 
     def child() -> int:
         watch(folder, copy)
@@ -112,6 +115,24 @@ def states_of(run: Callable[[], int], folder: Path, states: Path) -> list[Path]:
 
     assert in_child(child, states / "told") == 0, (states / "told").read_text()
     return sorted(path for path in states.iterdir() if path.is_dir())
+
+
+def in_place(states: Path) -> list[str]:
+    """The files that have changed under their last names, and not by a rename: a kill would have left a part of them.
+    Of native code, too, of which no opening is heard."""
+    folders = sorted(path for path in states.iterdir() if path.is_dir())
+    renamed: dict[int, set[str]] = {}
+    for line in (states / "changes").read_text().splitlines():
+        number, event, path = line.split(" ", 2)
+        if event == "os.rename":
+            before, _, name = path.strip("/").rpartition("/")
+            renamed.setdefault(int(number), set()).add("/".join(filter(None, (before, name.removeprefix(".")))))
+    found = []
+    for number, (one, other) in enumerate(zip(map(tree, folders), map(tree, folders[1:]), strict=False)):
+        changed = [name for name, content in other.items() if content is not None and one.get(name) != content]
+        visible = [name for name in changed if not any(part.startswith(".") for part in Path(name).parts)]
+        found += [name for name in visible if name not in renamed.get(number, ())]
+    return found
 
 
 def some(items: list[Any], count: int) -> list[Any]:

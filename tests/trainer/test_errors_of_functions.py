@@ -241,7 +241,8 @@ def test_one_that_does_not_return_is_named_with_its_place(form, heard, pair):
         state = trainer_state(settings(pair))
         judged = call_rewards({"mine": functions.get(form, hangs)}, [ROW], ["a"], [[1]], state)
         assert judged.rewards == {"mine": [1.0]}
-    what = {"verifier": "the step verifier hangs", "judge": "the judge hangs"}.get(form, "reward function mine")
+    whose = {"verifier": "the step verifier hangs", "judge": "the judge hangs"}
+    what = whose.get(form, "reward function mine on 1 completion")
     assert heard.lines[0].startswith(f"{what} has not returned for 0.01 s")
     if "coroutine" not in form:  # it may not have begun, and one that waits in a loop is nowhere
         assert re.search(rf", it is at {re.escape(__file__)}:\d+$", heard.lines[0])

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cmdp_fast.constraint import Constraint
-from cmdp_fast.errors import InputError
+from cmdp_fast.digest import opened
+from cmdp_fast.errors import InputError, first_line, readable
 from cmdp_fast.files import write_json
 from cmdp_fast.objective import PIDController
 
@@ -31,10 +32,11 @@ def load(controller: PIDController, folder: Path) -> None:
     """Continues from `save`. Raises InputError where there is no such file or it holds something else."""
     path = folder / FILE
     try:
-        controller.load_state_dict(json.loads(path.read_text()))
+        with opened(path) as file:
+            controller.load_state_dict(json.loads(file.read().decode()))
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} has no {FILE}: it is no checkpoint of algorithm.cmdp.kind=pid, whose lambda has a history"
         ) from error
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is no state of a controller: {error}") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is no state of a controller: {readable(first_line(error))}") from error

@@ -21,6 +21,7 @@ from ..records.report import Report
 from ..records.session import command_line
 from ..tasks.data import load_problems
 from ..tasks.judge import Judge, compare_pairs, load_judge
+from ..tasks.rewards import limit_of
 from .alike import check_code, check_origins
 from .launching import jobs_of, remove, run_all
 from .plan import REFERENCES, CompareConfig, Result, SeededRun, check, folder_of, plan, summary_of
@@ -106,9 +107,9 @@ def judged(results: list[Result], judge: Judge, against: str, report: Report) ->
             theirs = samples_of(other.run, against if against in REFERENCES else "student_after")
             pairs = [key for key in ours if key in theirs and key[0] in rows]
             if pairs:
-                preferences = compare_pairs(
-                    judge, [rows[key[0]] for key in pairs], [ours[k] for k in pairs], [theirs[k] for k in pairs]
-                )
+                texts = [ours[k] for k in pairs], [theirs[k] for k in pairs]
+                limit = limit_of(result.run.config)
+                preferences = compare_pairs(judge, [rows[key[0]] for key in pairs], *texts, limit)
                 result = replace(result, judged=asdict(preferences))
         done.append(result)
     return done

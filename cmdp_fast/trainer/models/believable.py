@@ -7,7 +7,10 @@ weights, and a tokenizer or a setting that cannot be may show itself only where 
 
 from __future__ import annotations
 
+import codecs
+import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from itertools import islice
@@ -18,13 +21,51 @@ import torch
 
 from cmdp_fast.errors import InputError, first_line, shown
 from cmdp_fast.vocabulary import decoded, encoded
-from cmdp_fast.weight_files import stored_tensors
+from cmdp_fast.weight_files import ADAPTER, stored_tensors
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 LAYERS, EXPERTS = 1024, 1 << 14  # of a model: more modules than any has, and few enough to be made in seconds
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that hold a weight as it is
 PROBES = ("a", "1 + 1 =\n", "\N{CJK UNIFIED IDEOGRAPH-4E00}")
 WORDS = 64  # of a tokenizer's own, where it knows none of these
 KEPT = ("eos_token_id", "transformers_version")  # of the settings of `generate`
+
+
+def json_fault(path: Path) -> str:
+    """Why a file is no object in JSON, behind its name; "" if it is one."""
+    if not path.is_file():
+        return "is no file" if os.path.lexists(path) else "is not there"
+    content = path.read_bytes()
+    try:
+        value = json.loads(content.decode())
+    except UnicodeDecodeError:
+        wide = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+        kind = next((f": it begins as {name} does" for mark, name in wide.items() if content.startswith(mark)), "")
+        return f"is no text in UTF-8{kind}"
+    except json.JSONDecodeError as error:
+        if content.startswith(codecs.BOM_UTF8):
+            return "begins with a mark of the byte order, expected JSON in UTF-8 without one"
+        return f"is no JSON: line {error.lineno}: {error.msg}" if content.strip() else "is empty"
+    except (ValueError, RecursionError):
+        return "is too deep, or holds too long a number"
+    return "" if isinstance(value, dict) else "holds no object"
+
+
+def why_no_config(folder: Path) -> str:
+    """What is wrong with a folder that transformers finds no configuration in; "" if its config.json is one."""
+    if fault := json_fault(folder / CONFIG):
+        adapter = fault == "is not there" and (folder / ADAPTER).exists()
+        hint = f" (it is an adapter, with an {ADAPTER}: merge it into its model)" if adapter else ""
+        return f"its {CONFIG} {fault}{hint}"
+    return ""
+
+
+def check_generation(role: str, name: str) -> None:
+    """Raises InputError for settings of `generate` that are no JSON: transformers passes them over, and the model would
+    end at other tokens than its own."""
+    path = Path(name) / GENERATION
+    if path.is_file() and (fault := json_fault(path)):
+        raise InputError(f"--{role} {name}: its {GENERATION} {fault}")
 
 
 def check_counts(role: str, name: str, about: Any) -> None:

@@ -27,7 +27,7 @@ from ..sources import alike, check_path, find_hub, loading, with_hub
 from ..stops import end_tokens, keep_end_tokens
 from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
-from .believable import check_counts, check_tokenizer, check_weights
+from .believable import check_counts, check_generation, check_tokenizer, check_weights, why_no_config
 from .builtin import builtin_folder
 from .quantization import effect, quantization_config, read_prompts
 from .random_weights import RandomCausalLM, check_plain
@@ -293,6 +293,8 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
             raise InputError(f"--attn-implementation {attention}: {role} {name}: {first_line(error)}") from error
         kind = "folder" if Path(name).is_dir() else "hub id or folder"
         reason = readable(first_line(error), 600)
+        if kind == "folder" and (fault := why_no_config(Path(name))):
+            raise InputError(f"--{role} {name}: no causal language model in this folder: {fault}") from error
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"--{role} {name} comes with code of its own, which would run: --trust-remote-code if you have read it"
@@ -340,7 +342,9 @@ def _check_own_attention(role: str, name: str, about: Any, config: TrainConfig) 
 
 
 def _check_files(role: str, name: str, about: Any) -> None:
-    """Raises InputError for a model whose folder has transformers read other files than safetensors in it."""
+    """Raises InputError for a model whose folder has transformers read other files than safetensors in it, or pass over
+    its settings of `generate`."""
+    check_generation(role, name)
     try:
         check_weight_files(name, about)
     except Exception as error:  # those of the hub's library among them

@@ -25,7 +25,7 @@ CHANGEABLE = (
     # Where the servers of the rollouts are, and how they are started
     *("rollout_url", "rollout_teacher_url", "rollout_python", "rollout_args", "rollout_devices", "rollout_folder"),
     *("rollout_transfer", "rollout_timeout", "rollout_tolerance"),
-    *("teacher_timeout", "teacher_token_file"),
+    *("teacher_timeout", "teacher_token_file", "reward_timeout"),
     *("gradient_checkpointing", "teacher_cache_mb", "teacher_cache_cpu", "teacher_device", "offload_optimizer"),
 )
 

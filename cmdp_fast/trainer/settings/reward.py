@@ -31,6 +31,10 @@ class RewardSettings:
     judge_timeout: Annotated[float, POSITIVE, SECONDS] = 3.0
     """Seconds that `math_verify` or `reasoning_gym` may take per completion. One that takes longer has no reward from
     it, as where the judge raises or dies: counted as `rewards/…/failed`."""
+    reward_timeout: Annotated[float, POSITIVE, SECONDS] = 1500.0
+    """Seconds that a call of your own function in `rewards` or `step_verifier` may take. A reward function is called
+    with all completions of a step, or with as many of an evaluation's. One that takes longer ends the run with a line
+    that says where it is; the run can be resumed, with another limit too."""
     unisolated_judges: bool = False
     """Run the judges of `reasoning_gym` where they cannot be isolated (they are on Linux, with Landlock and
     libseccomp). Many of them evaluate an answer as Python, so a completion can then do all that you can."""

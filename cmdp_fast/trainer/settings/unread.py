@@ -97,6 +97,11 @@ READERS = (
         lambda c: PATTERNS & {*c.rewards},
         "the --rewards exact_answer, brevity, math_verify and reasoning_gym",
     ),
+    Reader(
+        ("reward_timeout",),
+        lambda c: any(":" in name for name in (*c.rewards, c.step_verifier)),
+        "a function of your own in --rewards or --step-verifier",
+    ),
     Reader(("judge_timeout",), lambda c: JUDGES & {*c.rewards}, "the --rewards math_verify and reasoning_gym"),
     Reader(
         (

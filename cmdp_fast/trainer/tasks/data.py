@@ -35,6 +35,8 @@ from ..settings.config import TrainConfig
 from ..sources import check_path, find_hub, loading, with_hub
 from .broken import where_broken
 from .prompts import check_template_kwargs, with_prompt
+from .saved import check_saved, check_values
+from .sizes import check_file, check_rows
 from .varying import VARYING, entries
 from .writing import writing_rows
 
@@ -199,29 +201,37 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
     said, name, path = f"{source.option} {source.name}", source.name, Path(source.name)
     try:
         _check_source(source, said, path)
+        if path.is_file():
+            check_file(path, said, config.max_rows if config.streaming else 0)
     except OSError as error:
         raise InputError(f"{said} cannot be read: {first_line(error)}") from error
     if not path.exists():
         find_hub()
     stream = config.streaming
     subset = config.dataset_config or None if name == config.dataset else None
+    is_saved = False
     try:
         with _quietly():
             if path.is_file():
                 loaded = datasets.load_dataset(
                     _LOADERS[path.suffix], data_files=glob.escape(str(path)), split="train", streaming=stream
                 )
-            elif (path / "dataset_dict.json").is_file():
-                parts = datasets.load_from_disk(name)
-                loaded = parts[_split(source, parts)]
-            elif (path / "state.json").is_file():
+            elif is_saved := any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+                check_saved(path, said)
                 loaded = datasets.load_from_disk(name)
+                if isinstance(loaded, datasets.DatasetDict):
+                    loaded = loaded[_split(source, loaded)]
+                check_values(loaded, said)
             else:
                 split = source.split
                 if not split or source.or_only:
                     split = _split(source, datasets.get_dataset_split_names(name, subset))
                 loaded = datasets.load_dataset(name, subset, split=split, streaming=stream)
+            if not stream or is_saved:
+                check_rows(len(loaded), said, config.max_rows)
             rows = list(islice(loaded, config.max_rows or None))
+    except InputError:
+        raise
     except Exception as error:  # of a library that reads anybody's files, in whatever form
         broken = ""
         with suppress(OSError):
@@ -262,6 +272,8 @@ def _check_source(source: Source, said: str, path: Path) -> None:
     from datasets import packaged_modules
 
     name = source.name
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{said} is a pipe, a device or the like, expected a file or a folder")
     if path.is_file() and path.suffix not in _LOADERS:
         raise InputError(f"{said}: a file must end in {', '.join(_LOADERS)}")
     if name.removeprefix("hf://datasets/") in packaged_modules._PACKAGED_DATASETS_MODULES:

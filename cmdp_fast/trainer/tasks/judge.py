@@ -15,8 +15,9 @@ from typing import Any, Literal
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.messages import as_completion, text_of
-from cmdp_fast.own_code import errors_named, told_of
+from cmdp_fast.own_code import Limit, errors_named, told_of
 from cmdp_fast.reward_functions import name_of, returned
+from cmdp_fast.unchanged import unchanged
 
 from ..settings.config import TrainConfig
 from .data import Problem
@@ -70,27 +71,35 @@ def programmatic(config: TrainConfig, example: Problem) -> Judge:
     return judge
 
 
-def compare_pairs(judge: Judge, rows: Sequence[Problem], ours: Sequence[str], theirs: Sequence[str]) -> Preferences:
-    """How often ``judge`` prefers our completion of a problem to theirs; texts, one per row each.
+def compare_pairs(
+    judge: Judge,
+    rows: Sequence[Problem],
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    limit: Limit | None = None,
+) -> Preferences:
+    """How often ``judge`` prefers our completion of a problem to theirs; texts, one per row each. The process is left
+    as it was (`unchanged`).
 
-    Raises InputError, which names the judge, if it raises or its verdict is not one.
+    Raises InputError, which names the judge, if it raises, has not returned at the limit, or its verdict is not one.
     """
     counts = {"win": 0, "tie": 0, "loss": 0, "disagreement": 0}
-    for row, our, their in zip(rows, ours, theirs, strict=True):
-        prompt = row["prompt"]
-        columns = {name: value for name, value in row.items() if name not in ("prompt", "first", "second")}
-        our_text, their_text = as_completion(prompt, our), as_completion(prompt, their)
-        straight = _asked(judge, prompt, our_text, their_text, columns)
-        exchanged = _EXCHANGED[_asked(judge, prompt, their_text, our_text, columns)]
-        agreed = straight if straight == exchanged else "tie"
-        counts[{"first": "win", "second": "loss", "tie": "tie"}[agreed]] += 1
-        counts["disagreement"] += straight != exchanged
+    with unchanged(f"the judge {name_of(judge)}"):
+        for row, our, their in zip(rows, ours, theirs, strict=True):
+            prompt = row["prompt"]
+            columns = {name: value for name, value in row.items() if name not in ("prompt", "first", "second")}
+            our_text, their_text = as_completion(prompt, our), as_completion(prompt, their)
+            straight = _asked(judge, prompt, our_text, their_text, columns, limit)
+            exchanged = _EXCHANGED[_asked(judge, prompt, their_text, our_text, columns, limit)]
+            agreed = straight if straight == exchanged else "tie"
+            counts[{"first": "win", "second": "loss", "tie": "tie"}[agreed]] += 1
+            counts["disagreement"] += straight != exchanged
     return Preferences(**{name: count / len(rows) for name, count in counts.items()})
 
 
-def _asked(judge: Judge, prompt: Any, first: Any, second: Any, columns: dict[str, Any]) -> Verdict:
+def _asked(judge: Judge, prompt: Any, first: Any, second: Any, columns: dict[str, Any], limit: Limit | None) -> Verdict:
     what = f"the judge {name_of(judge)}"
-    with errors_named(what, judge), told_of(what):
+    with told_of(what, limit=limit), errors_named(what, judge):
         verdict: Any = judge(prompt, first, second, **columns)
     if not isinstance(verdict, str) or verdict not in _EXCHANGED:
         raise InputError(f"{what} returned {returned(verdict)}: expected 'first', 'second' or 'tie'")

@@ -16,7 +16,12 @@ evaluation, in their `extra`.
 
 A completion is hostile input. Judges of other packages that parse it, math-verify and those of reasoning-gym, are asked
 in processes of their own (`cmdp_fast.judging`). What runs here takes a time that grows with the length of the text, or
-is given up (`data.last_group`). A function of the user's runs here too, as the user's code.
+is given up (`data.last_group`). A function of the user's runs here too, as the user's code, in the main thread of the
+training (a coroutine function in another one). What it is given is its own to change. A call that has not returned
+after `--reward-timeout` ends the run with a line, to be resumed (`cmdp_fast.own_code.told_of`). What it changes of this
+process, such as the working directory, PyTorch's settings or the seed of its generators, is put back after each call
+(`cmdp_fast.unchanged`), but for `random`, numpy and the environment: the place for settings of its own is the module,
+as it is imported.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ from cmdp_fast import reward_functions
 from cmdp_fast.errors import InputError
 from cmdp_fast.judging.reward import JudgedReward
 from cmdp_fast.messages import as_completion, text_of
+from cmdp_fast.own_code import Limit
+from cmdp_fast.unchanged import unchanged
 
 from ..settings.config import TrainConfig, reward_name
 from .data import Problem, last_group
@@ -211,10 +218,12 @@ def call_rewards(
     texts: Sequence[str],
     completion_ids: list[list[int]],
     state: TrainerState,
+    limit: Limit | None = None,
 ) -> Judged:
-    """Calls each function once for all completions.
+    """Calls each function once for all completions, and leaves the process as it was (`unchanged`).
 
-    Raises InputError, which names the function, if one raises or returns anything but finite numbers, NaN and None.
+    Raises InputError, which names the function, if one raises, has not returned at the limit, or returns anything but
+    finite numbers, NaN and None.
     """
     prompts = [row["prompt"] for row in rows]
     given = reward_functions.Given(
@@ -224,8 +233,10 @@ def call_rewards(
         columns=reward_functions.columns_of(rows),
         trainer_state=state,
     )
+    named = [reward_functions.Named(*each) for each in functions.items()]
     try:
-        rewards, logged = reward_functions.call([reward_functions.Named(*each) for each in functions.items()], given)
+        with unchanged(f"reward function {', '.join(functions)}"):
+            rewards, logged = reward_functions.call(named, given, limit)
     except reward_functions.RewardError as error:
         raise InputError(str(error)) from error.__cause__
     for name, values in zip(functions, rewards, strict=True):
@@ -240,6 +251,11 @@ def call_rewards(
         if isinstance(function, JudgedReward)
     }
     return Judged(dict(zip(functions, rewards, strict=True)), failed, logged)
+
+
+def limit_of(config: TrainConfig) -> Limit:
+    """How long a call of a function of the user's may take."""
+    return Limit(config.reward_timeout, "--reward-timeout")
 
 
 def trainer_state(

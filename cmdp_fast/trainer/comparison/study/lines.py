@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cmdp_fast.errors import InputError, first_line, shown
+from cmdp_fast.digest import opened
+from cmdp_fast.errors import InputError, first_line, readable, shown
 from cmdp_fast.files import as_json, writing
 
 FILE = "runs.jsonl"
@@ -65,7 +66,8 @@ def read_lines(path: Path, say: Callable[[str], None] = print) -> list[Line]:
     if not path.exists():
         return []
     try:
-        *whole, rest = path.read_bytes().decode().split("\n")
+        with opened(path) as file:
+            *whole, rest = file.read().decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from error
     if rest:
@@ -80,9 +82,8 @@ def read_lines(path: Path, say: Callable[[str], None] = print) -> list[Line]:
                 continue
             line = _line(value)
         except Exception as error:  # the file may hold anything
-            raise InputError(
-                f"{path}, line {number}: not a line of a study: {first_line(error)}. Remove it, and it is run again"
-            ) from error
+            what = f"not a line of a study: {readable(first_line(error))}"
+            raise InputError(f"{path}, line {number}: {what}. Remove it, and it is run again") from error
         by_key[line.key] = line
     return list(by_key.values())
 
@@ -95,9 +96,9 @@ def _line(value: dict[str, Any]) -> Line:
         raise ValueError(f"{min(missing)} is missing")
     for name in texts:
         if type(value.get(name, "")) is not str:
-            raise ValueError(f"{name} is {value[name]!r}, expected text")
+            raise ValueError(f"{name} is {shown(value[name])}, expected text")
     if type(value["seed"]) is not int:
-        raise ValueError(f"seed is {value['seed']!r}, expected a whole number")
+        raise ValueError(f"seed is {shown(value['seed'])}, expected a whole number")
     about: dict[str, Any] = {name: value[name] for name in REQUIRED} | {"budget": _number(value["budget"])}
     if value.get("failure"):
         return Line(**about, failure=value["failure"])
@@ -120,8 +121,8 @@ def _numbers(values: dict[str, Any], expected: set[str]) -> dict[str, float]:
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} where a number is expected")
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{shown(value)} where a number is expected")
     return value
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from cmdp_fast.digest import opened
 from cmdp_fast.errors import readable
 from cmdp_fast.files import write_text
 from cmdp_fast.info import machine
@@ -118,10 +119,10 @@ def _about(results: Results, origin: str) -> str:
 def _origin(folder: Path) -> str:
     """The machine and the versions that the first line of the results names, else those of here."""
     try:
-        with open(folder / FILE, encoding="utf-8") as lines:
-            head = json.loads(next(lines))
+        with opened(folder / FILE) as lines:
+            head = json.loads(next(lines).decode())
         return readable(head["machine"]) if "study" in head else machine()
-    except (OSError, StopIteration, ValueError, KeyError, TypeError):  # no file, or one without a head
+    except (OSError, StopIteration, ValueError, KeyError, TypeError, RecursionError):  # no file, or one without a head
         return machine()
 
 

@@ -1,0 +1,305 @@
+"""A function of the user's that never returns, in Python, in C that waits and in C that computes: one line and an end,
+and a run that goes on from there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from faults import command, differences, in_child, result
+from matplotlib.figure import Figure
+from tiny_pair import arguments_for
+
+from cmdp_fast import own_code
+from cmdp_fast.cli import main
+from cmdp_fast.errors import InputError
+from cmdp_fast.judging.reward import JudgedReward
+from cmdp_fast.own_code import Limit, told_of
+from cmdp_fast.trainer.evaluate_student import EvaluateConfig
+from cmdp_fast.trainer.settings.config import TrainConfig
+from cmdp_fast.trainer.tasks.judge import compare_pairs
+from cmdp_fast.trainer.tasks.rewards import call_rewards, trainer_state
+from cmdp_fast.trainer.tasks.step_verifiers import call_step_verifier
+
+ROWS = [{"prompt": "1", "answer": "1"}, {"prompt": "2", "answer": "2"}]
+LIMIT = Limit(0.05, "--reward-timeout")
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(own_code, "TICK", 0.02)
+    monkeypatch.setattr(own_code, "AGAIN", 0.05)
+    before = signal.getsignal(signal.SIGURG)
+    yield
+    assert signal.getsignal(signal.SIGURG) is before and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0.0
+    assert not own_code._watch._calls
+
+
+def loops() -> None:
+    while True:
+        pass
+
+
+def locks() -> None:
+    lock = threading.Lock()
+    with lock, lock:
+        pass
+
+
+def listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.accept()
+
+
+def reads() -> None:
+    os.read(os.pipe()[0], 1)
+
+
+def takes_anything() -> Any:
+    try:
+        time.sleep(600)
+    except:  # noqa: E722
+        return [1.0, 1.0]
+
+
+def takes_some() -> Any:
+    while True:
+        try:
+            time.sleep(600)
+        except Exception:
+            continue
+
+
+def takes_again() -> Any:
+    for _ in range(5):
+        with contextlib.suppress(BaseException):
+            time.sleep(600)
+    return [1.0, 1.0]
+
+
+def left_over() -> Any:
+    """Of its own limit."""
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(100)
+    time.sleep(600)
+
+
+HANGS: dict[str, Callable[[], Any]] = {
+    "a loop": loops,
+    "a sleep": lambda: time.sleep(600),
+    "a lock": locks,
+    "a thread": lambda: threading.Thread(target=time.sleep, args=(0.5,)).run() or time.sleep(600),
+    "an event": lambda: threading.Event().wait(),
+    "a queue": lambda: queue.Queue().get(),
+    "a server": listens,
+    "a pipe": reads,
+    "a process": lambda: subprocess.run(["sleep", "600"]),
+    "a loop of its own": lambda: asyncio.run(asyncio.sleep(600)),
+    "a pattern": lambda: re.match(r"(a+)+$", "a" * 60 + "!"),
+    "a power": lambda: 9**9**9,
+    "an exception for all": takes_anything,
+    "an exception for some": takes_some,
+    "exceptions again and again": takes_again,
+    "an alarm": left_over,
+    "a generator": lambda: (time.sleep(600) for _ in range(2)),
+}
+
+
+def called(function: Callable[..., Any], limit: Limit | None = LIMIT) -> list[float]:
+    state = trainer_state(TrainConfig(task="chain_sum"))
+    return call_rewards({"mine": function}, ROWS, ["a", "b"], [[1], [2]], state, limit).rewards["mine"]
+
+
+def is_line(said: str, what: str) -> bool:
+    place = rf"(, it is at {re.escape(__file__)}:\d+)?"
+    return bool(re.fullmatch(rf"{what} has not returned for 0.05 s{place}, and is given up \(--reward-timeout\)", said))
+
+
+@pytest.mark.parametrize("case", HANGS)
+def test_a_reward_that_hangs_is_one_line(case):
+    with pytest.raises(InputError) as raised:
+        called(lambda **_: HANGS[case]())
+    assert is_line(str(raised.value), "reward function mine on 2 completions")
+    assert not signal.getitimer(signal.ITIMER_REAL)[0], "an alarm is left"
+    assert called(lambda **_: [1, 2]) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("case", ["a sleep", "a loop", "a pattern"])
+def test_verifiers_and_judges_too(case):
+    with pytest.raises(InputError) as raised:
+        call_step_verifier(lambda *_, **__: HANGS[case](), ROWS, ["a", "b"], LIMIT)
+    assert is_line(str(raised.value), "the step verifier <lambda>")
+    with pytest.raises(InputError) as raised:
+        compare_pairs(lambda *_, **__: HANGS[case](), ROWS, ["a", "b"], ["c", "d"], LIMIT)
+    assert is_line(str(raised.value), "the judge <lambda>")
+
+
+def test_one_that_limits_itself_is_left_to_it():
+    """As the judges in processes of their own do: each completion has its seconds, so a call may take any time."""
+
+    class Judged:
+        limits_itself = True
+
+        def __call__(self, **_: Any) -> Any:
+            time.sleep(0.3)
+            return [1, 2]
+
+    assert JudgedReward.limits_itself
+    assert called(Judged()) == [1.0, 2.0]
+
+
+def test_a_coroutine_that_waits_is_cancelled():
+    ended = []
+
+    async def waits(**_: Any) -> Any:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.append(1)
+
+    with pytest.raises(InputError) as raised:
+        called(waits)
+    assert is_line(str(raised.value), "reward function mine on 2 completions") and ended == [1]
+
+
+def test_in_another_thread():
+    """Where Python hears no signals: in Python alone."""
+    said: list[str] = []
+
+    def calls() -> None:
+        try:
+            with told_of("it", limit=LIMIT):
+                loops()
+        except InputError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=calls)
+    thread.start()
+    thread.join()
+    assert is_line(said[0], "it")
+
+
+def test_one_that_does_not_listen_ends_the_process(tmp_path):
+    """As a kill would."""
+
+    def never(**_: Any) -> Any:
+        while True:
+            try:
+                while True:
+                    time.sleep(1)
+            except BaseException:
+                pass
+
+    def child() -> int:
+        own_code.GRACE = 0.2
+        called(never)
+        return 0
+
+    assert in_child(child, tmp_path / "told") == 2
+    (line,) = (tmp_path / "told").read_text().splitlines()
+    assert line.startswith(
+        "cmdp-fast: error: reward function mine on 2 completions has not returned for 0.05 s, it is at"
+    )
+    assert line.endswith("and is given up (--reward-timeout): it does not listen, and the process is ended")
+
+
+def test_an_honest_one_may_take_its_time(caplog, monkeypatch):
+    """It is told of a few times, ever more rarely; it may limit itself, and nothing of ours reaches it."""
+    monkeypatch.setattr(own_code, "NOTICE", 0.01)
+
+    def slow(**_: Any) -> Any:
+        def over(*_: Any) -> None:
+            raise TimeoutError
+
+        before = signal.signal(signal.SIGALRM, over)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            time.sleep(600)
+        except TimeoutError:
+            return [1.0, 2.0]
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+    assert called(slow, Limit(60.0, "--reward-timeout")) == [1.0, 2.0]
+    times = [line.split(" for ")[1].split(" s")[0] for line in caplog.messages]
+    assert times[:2] == ["0.01", "0.02"] and len(times) < 8 and times == sorted(times, key=float)
+    assert called(slow, None) == [1.0, 2.0]
+
+
+def test_time_in_which_the_process_is_stopped_does_not_count(monkeypatch):
+    """As by Ctrl-Z, or by a cluster that has something else to do."""
+    monkeypatch.setattr(own_code, "BEAT", 0.1)
+
+    def stops(**_: Any) -> Any:
+        begun = time.monotonic()
+        if not (waker := os.fork()):
+            time.sleep(1.0)
+            os.kill(os.getppid(), signal.SIGCONT)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os.waitpid(waker, 0)
+        while time.monotonic() < begun + 1.1:
+            time.sleep(0.01)
+        return [1.0, 2.0]
+
+    assert in_child(lambda: called(stops, Limit(0.7, "")) != [1.0, 2.0]) == 0
+
+
+MINE = """
+import pathlib, time
+
+def mine(completions, answer, **_):
+    flag = pathlib.Path(__file__).with_name("hang")
+    if flag.exists():
+        if not int(flag.read_text()):
+            time.sleep(600)
+        flag.write_text(str(int(flag.read_text()) - 1))
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_a_run_is_ended_and_goes_on_to_the_same_end(pair, tmp_path, monkeypatch, capsys, one_thread, undrawn):
+    """In its second step; it is resumed with another limit."""
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    words = {"rewards": f"{path}:mine", "eval_every": 0, "reward_timeout": 100}
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: file.write_bytes(b"not drawn"))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*command(pair, whole, **words), "--no-eval-before"]) == 0
+    (tmp_path / "hang").write_text("1")
+    capsys.readouterr()
+    assert main([*command(pair, cut, **{**words, "reward_timeout": 0.2}), "--no-eval-before"]) == 2
+    said = capsys.readouterr()
+    assert "stopped by an error after step 1 of 2" in said.out
+    (line,) = said.err.splitlines()
+    assert line.startswith(
+        "cmdp-fast: error: reward function mine on 4 completions has not returned for 0.2 s, it is at"
+    )
+    (tmp_path / "hang").unlink()
+    assert main(["train", f"--resume={cut / 'r'}", f"--rewards={path}:mine", "--reward-timeout=100"]) == 0
+    assert not differences(result(cut / "r"), result(whole / "r"))
+
+
+def test_an_evaluation_is_ended(pair, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    (tmp_path / "hang").write_text("0")
+    words = arguments_for(EvaluateConfig, "evaluate", pair, rewards=f"{path}:mine")
+    assert main([*words, "--reward-timeout=0.1", f"--json={tmp_path / 'f.json'}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "f.json").exists()
+
+
+def test_a_limit_that_nothing_reads_is_refused(pair, tmp_path, capsys):
+    assert main([*command(pair, tmp_path), "--reward-timeout=5"]) == 2
+    assert "a function of your own in --rewards or --step-verifier" in capsys.readouterr().err
