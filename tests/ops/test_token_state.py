@@ -76,6 +76,12 @@ def test_merging_equals_pushing_everything(first, second):
 
 
 @needs_native
+@given(columns, st.integers(1, 3))
+def test_a_column_that_both_exclude_is_none(pairs, count):
+    assert close(fold(pairs + [(-torch.inf, -torch.inf)] * count), fold(pairs), skip=0 if pairs else 2)
+
+
+@needs_native
 @given(columns, st.floats(0, 50), st.floats(0, 50))
 def test_raising_changes_no_statistic(pairs, by_x, by_y):
     state, raised = fold(pairs), fold(pairs)
