@@ -80,9 +80,13 @@ def test_one_logit_in_the_sky(variant, which, size):
 def test_rows_narrower_than_a_vector_far_down(variant, width):
     """Their highest logit is in no whole vector; beside another reference than that they would weigh nothing."""
     x, y = make_logits(2, width, offset=-1000.0), make_logits(2, width, offset=-2000.0, seed=1)
-    exact = cf.reference.token_stats(x.double(), y.double(), torch.tensor([0, width - 1]))
-    for name, got in cf.token_stats(x, y, torch.tensor([0, width - 1]), backend="cpu")._asdict().items():
-        assert torch.allclose(got.double(), getattr(exact, name), rtol=1e-6, atol=1e-5), name
+    tokens = torch.tensor([0, width - 1])
+    exact = cf.reference.token_stats(x.double(), y.double(), tokens, temperature=0.7)
+    whole = cf.token_stats(x, y, tokens, temperature=0.7, backend="cpu")
+    state = cf.TokenState.empty(2, temperature=0.7).update(x, y, tokens, backend="cpu")
+    for stats in (whole, state.finish()):
+        for name, right in exact._asdict().items():
+            assert torch.allclose(getattr(stats, name).double(), right, rtol=1e-6, atol=1e-5), name
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
