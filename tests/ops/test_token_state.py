@@ -106,6 +106,15 @@ def test_an_empty_state_has_no_statistics():
 
 
 @needs_native
+def test_a_label_that_is_nan_has_such_a_log_probability():
+    """Rounding is cut off at zero, and nothing else."""
+    state = fold([(0.0, 1.0)])
+    state.label(NAN, NAN)
+    first, second, *others = state.finish()
+    assert first != first and second != second and others == [0, 0, 0, 0]
+
+
+@needs_native
 def test_push_block_refuses_unequal_lengths():
     with pytest.raises(ValueError, match="as many columns"):
         native.TokenState().push_block([1.0], [1.0, 2.0])
