@@ -77,8 +77,7 @@ static inline Natural natural_scale(const Logits& in) {
   return is_wide(in) ? Natural{1.0 / in.temperature, in.temperature} : Natural{scale_of(in.temperature).natural, 0};
 }
 
-constexpr float kHeavy = 0x1p36f;  // more than a block of columns 23 octaves above the reference weighs
-constexpr float kAbove = 4.0f;     // octaves above the reference
+constexpr float kAbove = 4.0f;  // octaves above the reference
 
 struct BlockSums {
   float z, u, a, b, h, k;
@@ -89,7 +88,8 @@ struct BlockSums {
 // The six sums of one block. The plain version takes logits up to about 3 nats above the reference, as they weigh
 // (further up t and h have lost digits), and 72 nats below it (AVX-512: any, SVE: 87): everything that a language model
 // says. It reports any other block as not usable. With kExcluded, columns of -inf weigh zero instead of 0 * inf = NaN,
-// and so do columns far below the reference.
+// and so do columns far below the reference. Where one model alone excludes a column, the divergence is infinite: the
+// sum of its differences may be anything finite.
 template <bool kExcluded, class X, class Y>
 static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octaves) {
   const auto [x, y, count] = block;
@@ -100,7 +100,6 @@ static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octa
   const Floats factor = splat(octaves.scale), minus_m = splat(-octaves.m), minus_n = splat(-octaves.n);
   const auto step = [&]<bool kWithExcluded>(const auto* xs, const auto* ys) {
     Floats t[kUnroll], s[kUnroll], et[kUnroll], es[kUnroll];
-    Ints both[kUnroll];
     for (int j = 0; j < kUnroll; ++j) {
       t[j] = multiply_add(load(xs + j * kLanes), factor, minus_m);
       s[j] = multiply_add(load(ys + j * kLanes), factor, minus_n);
@@ -110,7 +109,6 @@ static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octa
         const Floats gone = splat(-__builtin_inff()), bottom = splat(-1e30f);
         const Ints one = (Ints)splat(1.0f);
         const Ints has_x = differs(load(xs + j * kLanes), gone), has_y = differs(load(ys + j * kLanes), gone);
-        both[j] = has_x & has_y;
         only_x += (Floats)(has_x & ~has_y & one);
         only_y += (Floats)(has_y & ~has_x & one);
         extreme += (Floats)(((has_x & less(t[j], bottom)) | (has_y & less(s[j], bottom))) & one);
@@ -125,8 +123,7 @@ static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octa
       }
     }
     for (int j = 0; j < kUnroll; ++j) {
-      Floats difference = t[j] - s[j];
-      if constexpr (kWithExcluded) difference = (Floats)((Ints)difference & both[j]);
+      const Floats difference = t[j] - s[j];
       a += et[j] * difference;
       b -= es[j] * difference;
     }
@@ -172,10 +169,10 @@ static inline BlockSums block_sums(const Block<X, Y>& block, const Octaves& octa
                  false,
                  sum_of_lanes(only_x),
                  sum_of_lanes(only_y)};
-  // Not usable if a sum is NaN or infinite, or if some t is so large that it has lost digits.
-  sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) &&
-                (kExcluded || (sums.z < kHeavy && sums.u < kHeavy)) && finite(sums.z) && finite(sums.u) &&
-                finite(sums.a) && finite(sums.b) && finite(sums.h) && finite(sums.k) && sums.h <= kAbove * sums.z &&
+  // Not usable if a sum is NaN or infinite (h and k are held by the bounds), or if some t is so large that it has lost
+  // digits.
+  sums.usable = in_range(seen) && max_of_lanes(top) <= 64.0f && !(sum_of_lanes(extreme) > 0) && finite(sums.z) &&
+                finite(sums.u) && finite(sums.a) && finite(sums.b) && sums.h <= kAbove * sums.z &&
                 sums.k <= kAbove * sums.u;
   return sums;
 }

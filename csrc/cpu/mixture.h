@@ -28,9 +28,8 @@ struct MixtureTerms {
 static inline MixtureTerms<double> mixture_column(const Mixture& mix, const RowNormalizers& norm, double x, double y) {
   const double log_p = norm.log_p(x), log_w = norm.log_w(y);
   const double p = std::exp(log_p), w = std::exp(log_w);
-  const bool neither = p == 0 && w == 0;
-  // 700 nats away one model has no weight in the column.
-  const double delta = neither ? 0 : std::fmax(-700.0, std::fmin(700.0, log_w - log_p));
+  // 700 nats away one model has no weight in the column. Where both exclude it their difference is a NaN, and so 700.
+  const double delta = std::fmax(-700.0, std::fmin(700.0, log_w - log_p));
   const bool ahead = delta > 0;  // the teacher's is the larger
   const double distance = std::fabs(delta), rho = std::exp(-distance), rest = 1 - mix.b;
   const double share = ahead ? rest : mix.b, unit = ahead ? mix.b : rest;
@@ -85,17 +84,17 @@ struct MixtureRow {
   // Without the value p may be the unit in every column: where it is the smaller one what log(M/p) loses weighs little.
   MixtureTerms<Floats> slopes(const float* x, const float* y) const {
     const Floats t = student(x), delta = teacher(y) - t + drift;
-    const Floats rho = exp2(-max(-max(delta, splat(-126.0f)), splat(-126.0f)));
+    const Floats rho = exp2(-max(-delta, splat(-126.0f)));
     const Floats of_student = log2_one_less(rho * b + rest, b - rho * b);
     const float ln2 = static_cast<float>(kLn2);
     return {Floats{}, exp2(t) * p_factor, of_student * (-c_p * ln2) - (rho * c_w + c_p) * rest / (rho * b + rest)};
   }
 };
 
-// Whether floats hold the normalisers and both shares; and powers of two the smaller share, however far apart the
-// models.
+// Whether floats hold the normalisers and both shares; and powers of two the teacher's share, however far apart the
+// models. The student's is at least 2^-53, as 1 less a double.
 static inline bool fast_mixture(const Logits& in, const Mixture& mix, const RowNormalizers& norm) {
-  return !is_wide(in) && is_reference(norm.m) && is_reference(norm.n) && std::fmin(mix.b, 1 - mix.b) > 0x1p-100;
+  return !is_wide(in) && is_reference(norm.m) && is_reference(norm.n) && mix.b > 0x1p-100;
 }
 
 static MixtureValue mixture(const Logits& in, int64_t row, const Mixture& mix, const SavedRow* saved) {

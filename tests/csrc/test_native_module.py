@@ -1,6 +1,8 @@
 """The native module trusts nobody: wrong addresses, sizes and tags raise before anything is read."""
 
 import contextlib
+import ctypes
+import mmap
 import threading
 import time
 from pathlib import Path
@@ -304,6 +306,38 @@ def test_advice_on_memory_changes_nothing_in_it():
     assert torch.equal(values, torch.arange(5_000_000, dtype=torch.float32))
     for nothing in ((0, 1 << 30), (values.data_ptr(), 0), (values.data_ptr() + 8, 100), (2**64 - 8, 100)):
         assert native.advise_huge_pages(*nothing) is False
+
+
+def advised(address, size):
+    """Of a piece of memory, the part that has asked for huge pages: from where to where, as Linux tells."""
+    parts, here = [], None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):
+            here = [int(end, 16) - address for end in name.split("-")]
+        elif name == "VmFlags:" and "hg" in rest.split() and here[1] > 0 and here[0] < size:
+            parts.append(here)
+    return parts
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+@pytest.mark.parametrize("inside, size, pages", [(8, 4, [1, 4]), (0, 4, [0, 4]), (-8, 4, [0, 3])])
+def test_advice_is_about_the_whole_pages_of_a_range(inside, size, pages):
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 8 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE, 0, 8 * page)  # apart from all other memory
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    before = advised(address, 8 * page)
+    assert native.advise_huge_pages(address + page + inside, size * page)
+    assert not before and advised(address, 8 * page) == [[(1 + each) * page for each in pages]]
+
+
+def test_the_features_of_the_processor_are_those_that_linux_tells():
+    known = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if not FLAGS["x86_64_v2"] <= set(known):
+        pytest.skip("the names are those of x86-64")
+    names = ("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl")
+    assert native.cpu_features() == [name for name in names if name.replace(".", "_") in known]
 
 
 def test_the_warning_of_a_fork_names_the_caller(threads, monkeypatch):

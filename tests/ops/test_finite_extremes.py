@@ -225,7 +225,7 @@ def test_a_mixture_in_double_of_models_that_share_no_column(gap, backend, varian
 
 
 @pytest.mark.mixture
-@pytest.mark.parametrize("beta", [1e-60, 1e-25])
+@pytest.mark.parametrize("beta", [1e-60, 1e-40, 1e-25])
 def test_a_share_that_no_float_holds(beta, backend, variant):
     """Models 200 nats apart: log(1/beta) where that is less."""
     if backend == "triton" and beta < 2**-126:

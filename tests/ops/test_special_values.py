@@ -232,10 +232,11 @@ def test_a_finite_abyss_is_not_an_exclusion(backend):
     assert gradients["reverse_kl"].isfinite().all()
 
 
-def test_the_gradient_at_a_finite_abyss(backend):
-    """The teacher at finfo.min where the student is at e^-75: R is thousands, nearly all of it there."""
-    x, y = torch.zeros(1, 100), torch.zeros(1, 100)
-    x[0, 7], y[0, 7] = -75.0, torch.finfo(torch.float32).min
+@pytest.mark.parametrize("width", [100, 40000])  # of one block, and in the first of several segments
+def test_the_gradient_at_a_finite_abyss(width, backend):
+    """The teacher at finfo.min where the student has e^-80 of the weight: R is thousands, nearly all of it there."""
+    x, y = torch.zeros(1, width), torch.zeros(1, width)
+    x[0, 7], y[0, 7] = math.log(width) - 80, torch.finfo(torch.float32).min
     tokens, weights = torch.tensor([0]), {"reverse_kl": torch.ones(1)}
     (_, exact), (_, eager) = exact_and_eager(x, y, tokens, weights)
     x.requires_grad_()

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cmdp_fast as cf
-from cmdp_fast import reference
+from cmdp_fast import reference, states
 from cmdp_fast.cpu import native
 from cmdp_fast.layout import Pair
 from cmdp_fast.ops import backends
 
 pytestmark = pytest.mark.tiles
 
+INF, NAN = torch.inf, torch.nan
 needs_native = pytest.mark.skipif(native is None, reason="the native module is not built")
 columns = st.lists(st.tuples(*[st.floats(-40, 40) | st.just(-torch.inf)] * 2), max_size=12)
 
@@ -76,6 +77,12 @@ def test_merging_equals_pushing_everything(first, second):
 
 
 @needs_native
+@given(columns, st.integers(1, 3))
+def test_a_column_that_both_exclude_is_none(pairs, count):
+    assert close(fold(pairs + [(-torch.inf, -torch.inf)] * count), fold(pairs), skip=0 if pairs else 2)
+
+
+@needs_native
 @given(columns, st.floats(0, 50), st.floats(0, 50))
 def test_raising_changes_no_statistic(pairs, by_x, by_y):
     state, raised = fold(pairs), fold(pairs)
@@ -96,6 +103,15 @@ def test_the_state_against_the_reference():
 @needs_native
 def test_an_empty_state_has_no_statistics():
     assert all(value != value for value in native.TokenState().finish())
+
+
+@needs_native
+def test_a_label_that_is_nan_has_such_a_log_probability():
+    """Rounding is cut off at zero, and nothing else."""
+    state = fold([(0.0, 1.0)])
+    state.label(NAN, NAN)
+    first, second, *others = state.finish()
+    assert first != first and second != second and others == [0, 0, 0, 0]
 
 
 @needs_native
@@ -133,6 +149,41 @@ def test_merge_of_two_halves(backend):
         both = cf.TokenState.empty(4).merge(a).merge(b).finish()
         for got, want in zip(both, cf.token_stats(x, y, tokens), strict=True):
             assert torch.allclose(got, want, rtol=2e-6, atol=2e-6)
+
+
+NARROW = {  # a tile's special values: of the student and of the teacher, in one column or in all
+    "none": {},
+    "a column is excluded by the student": {"x": -INF},
+    "a column is excluded by the teacher": {"y": -INF},
+    "a column is excluded by both": {"x": -INF, "y": -INF},
+    "the student has no column": {"all_x": -INF},
+    "the teacher has no column": {"all_y": -INF},
+    "the student's logits are far above those before": {"all_x": 1e6},
+    "the teacher's logits are far above those before": {"all_y": 1e6},
+}
+WIDE = {
+    "the student's reference is rounded by octaves": {"all_x": 1e8},
+    "the teacher's reference is rounded by octaves": {"all_y": 1e8},
+    "an abyss of the student": {"x": -3e38},
+    "an abyss of the teacher": {"y": -3e38},
+    "a NaN": {"x": NAN},
+}
+
+
+@needs_native
+@pytest.mark.parametrize("special", [*NARROW, *WIDE])
+def test_what_needs_double_precision(special, variant):
+    """Of three tiles one of them, in any place; nothing else takes the slow way."""
+    values = (NARROW | WIDE)[special]
+    tile, plain = ([make_logits(1, 90, seed=seed) for seed in (0, 1)] for _ in range(2))
+    for logits, name in zip(tile, "xy", strict=True):
+        logits[:, 80] = values.get(name, logits[:, 80])
+        logits[:] = values.get(f"all_{name}", logits)
+    for place in range(3):
+        state = cf.TokenState.empty(1)
+        for i in range(3):
+            state.update(*(tile if i == place else plain), torch.tensor([5]), first_column=90 * i, backend="cpu")
+        assert state.fields[0, states.FIELDS.index("exact")] == (special in WIDE), place
 
 
 @pytest.mark.float64

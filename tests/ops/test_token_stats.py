@@ -104,6 +104,16 @@ def test_upstream_gradients_of_any_size(size, backend):
     assert torch.allclose(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
+@needs_native
+def test_no_rounding_takes_a_statistic_across_zero(variant):
+    """Of rows of few columns, or of one: what is certain has exactly no entropy, and no more than all probability."""
+    for width in (1, 2, 5):
+        x, y = (make_logits(500, width, scale=30.0, seed=seed) for seed in (0, 1))
+        y = torch.where(torch.arange(500)[:, None] % 2 == 0, y, x + 1e-5 * y)  # half of them nearly agree
+        for name, value in cf.token_stats(x, y, x.argmax(-1), backend="cpu")._asdict().items():
+            assert (value <= 0 if "logprob" in name else value >= 0).all(), name
+
+
 def test_equal_models_have_no_divergence(backend):
     x = make_logits(4, 3000)
     stats = cf.token_stats(x, x.clone(), make_tokens(4, vocab=3000), backend=backend)

@@ -2,6 +2,7 @@
 rows of more segments than lie on a thread's stack."""
 
 import ctypes
+import math
 import mmap
 import sys
 
@@ -63,6 +64,53 @@ def test_one_logit_in_the_abyss(variant, size):
             assert torch.allclose(got, want, rtol=1e-6, atol=1e-6), step
 
 
+@pytest.mark.parametrize("size", [95.0, 1000.0, 2907252.0, 1e9, 1e30])
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_one_logit_in_the_sky(variant, which, size):
+    """The last one, far above the reference that the columns before it have given."""
+    x, y, tokens = make_logits(2, WIDTH), make_logits(2, WIDTH, seed=1), torch.tensor([3, WIDTH - 1])
+    for step in range(-3, 4):
+        (x if which == "student" else y)[:, -1] = size + step * 7
+        exact = cf.reference.token_stats(x.double(), y.double(), tokens)
+        for name, got in cf.token_stats(x, y, tokens, backend="cpu")._asdict().items():
+            assert torch.allclose(got.double(), getattr(exact, name), rtol=1e-6, atol=1e-5), (name, step)
+
+
+@pytest.mark.parametrize("width", [1, 3, 5, 19])
+def test_rows_narrower_than_a_vector_far_down(variant, width):
+    """Their highest logit is in no whole vector; beside another reference than that they would weigh nothing."""
+    x, y = make_logits(2, width, offset=-1000.0), make_logits(2, width, offset=-2000.0, seed=1)
+    tokens = torch.tensor([0, width - 1])
+    exact = cf.reference.token_stats(x.double(), y.double(), tokens, temperature=0.7)
+    whole = cf.token_stats(x, y, tokens, temperature=0.7, backend="cpu")
+    state = cf.TokenState.empty(2, temperature=0.7).update(x, y, tokens, backend="cpu")
+    for stats in (whole, state.finish()):
+        for name, right in exact._asdict().items():
+            assert torch.allclose(getattr(stats, name).double(), right, rtol=1e-6, atol=1e-5), name
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_model_without_a_column_in_the_first_blocks(variant, which):
+    """They give no reference: beside it the columns that it has, far below, would weigh nothing."""
+    x, y, tokens = make_logits(2, WIDTH), make_logits(2, WIDTH, seed=1), torch.tensor([WIDTH - 1, WIDTH - 2])
+    restricted = x if which == "student" else y
+    restricted[:, -3:] -= 1000
+    restricted[:, :-3] = -INF
+    exact = cf.reference.token_stats(x.double(), y.double(), tokens)
+    for name, got in cf.token_stats(x, y, tokens, backend="cpu")._asdict().items():
+        assert torch.allclose(got.double(), getattr(exact, name), rtol=1e-6, atol=1e-5), name
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_an_abyss_of_many_columns(variant, which):
+    """Each of them is a term that a float holds, and their sum is none; the divergence, which is their mean, is one."""
+    x, y = torch.zeros(2, WIDTH), torch.zeros(2, WIDTH)
+    (x if which == "student" else y)[:, 7:40] = -1e38
+    stats = cf.token_stats(x, y, torch.tensor([0, 1]), backend="cpu")
+    value = stats.forward_kl if which == "student" else stats.reverse_kl
+    assert torch.allclose(value, torch.full((2,), 33 / WIDTH * 1e38), rtol=1e-5)
+
+
 @pytest.mark.parametrize("beta", [0.25, 0.5])
 def test_a_mixture_in_double_of_models_that_nearly_agree(variant, beta):
     """Its value is quadratic in their distance: what rounds 1 - rho, not the distance, would be a tenth of it."""
@@ -72,6 +120,27 @@ def test_a_mixture_in_double_of_models_that_nearly_agree(variant, beta):
     variance = (p * difference**2).sum() - (p * difference).sum() ** 2
     value = cf.divergence(x, y, "jsd", beta=beta, backend="cpu")
     assert value.item() == pytest.approx(beta * (1 - beta) / 2 * variance.item() * apart**2, rel=1e-6, abs=0)
+
+
+def test_a_mixture_in_double_with_a_leading_column_each(variant):
+    """36.7 nats below it a column is 2^-53 of it: one by one none of the others would be left, in blocks a tenth."""
+    width, lead, teacher_lead = 20_000, 37.5, 36.0
+    x, y = torch.zeros(1, width, dtype=torch.float64), torch.zeros(1, width, dtype=torch.float64)
+    x[0, 0], y[0, 1] = lead, teacher_lead
+    value = cf.divergence(x, y, "jsd", backend="cpu").item()
+    z, u = math.exp(lead) + width - 1, math.exp(teacher_lead) + width - 1
+    columns = [(math.exp(lead) / z, 1 / u), (1 / z, math.exp(teacher_lead) / u), (1 / z, 1 / u)]
+    each = [p / 2 * math.log(2 * p / (p + w)) + w / 2 * math.log(2 * w / (p + w)) for p, w in columns]
+    # 16 columns a group, 32 groups a block and 40 blocks: half a unit each, and a few for the leading terms.
+    assert abs(value - (each[0] + each[1] + (width - 2) * each[2])) <= ((16 + 32 + 40) / 2 + 8) * 2**-53
+
+
+def test_rounding_takes_no_mixture_below_zero(variant):
+    """Of models that nearly agree it is less than what its terms are rounded by."""
+    x = make_logits(64, 300)
+    y = x + make_logits(64, 300, seed=1, scale=1e-5)
+    value = cf.divergence(x, y, "jsd", backend="cpu")
+    assert (value >= 0).all() and (value < 1e-6).all()
 
 
 def test_the_least_of_a_tail_is_found_in_every_lane(variant):
