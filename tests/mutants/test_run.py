@@ -92,7 +92,7 @@ def test_a_number_chooses_a_mutant_when_the_program_runs(tmp_path):
 
 
 def test_mutants_that_overlap_are_refused():
-    with pytest.raises(ValueError, match="mutant 2 overlaps another"):
+    with pytest.raises(ValueError, match="mutant 1 overlaps another"):
         switches.switched(SOURCE, [(1, MUTANTS[0]), (2, Mutant(2, "return n / 2", "return 0"))])
 
 
