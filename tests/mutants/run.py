@@ -122,9 +122,7 @@ def run_tests(checkout: Path, of: Mutants, mutants: dict[int, Mutant], report: i
     def choose(number: int) -> None:
         os.environ[switches.VARIABLE] = str(number)
         if number and path.suffix == ".py":
-            changed = mutants[number].applied(text)
-            compile(changed, f"mutant {number}", "exec")
-            path.write_text(changed, "utf-8")
+            path.write_text(mutants[number].applied(text), "utf-8")
 
     for module in of.preload:
         importlib.import_module(module)
@@ -155,6 +153,30 @@ def exit_codes(checkout: Path, of: Mutants, mutants: dict[int, Mutant], log: Pat
     os.waitpid(session, 0)
 
 
+def tried(checkout: Path, of: Mutants, mutants: dict[int, Mutant], log: Path | None, quiet: bool) -> dict[Mutant, str]:
+    """The outcome of each mutant that is in the source; of none if the tests fail without one."""
+    outcomes = {}
+    console = Console(stderr=True)
+    codes = exit_codes(checkout, of, mutants, log)
+    for number, code in track(codes, of.source, len(mutants) + 1, console=console, disable=quiet, transient=True):
+        if number:
+            survives = SURVIVES if mutants[number].reason else UNREASONED
+            outcomes[mutants[number]] = KILLED if code else survives
+    return outcomes
+
+
+def shown(of: Mutants, outcomes: dict[Mutant, str], all_of_them: bool) -> Table:
+    """What became of the mutants: of those that need no attention only if all are wanted."""
+    rows = Table("N", of.source, "outcome")
+    for mutant, outcome in sorted(outcomes.items()):
+        said = [outcome, *[mutant.reason] * (outcome == SURVIVES)]
+        if outcome == KILLED and mutant.reason:
+            said.append(f"although {mutant.reason}")
+        if all_of_them or said != [KILLED]:
+            rows.add_row(str(mutant.number), f"{mutant.old} → {mutant.new}", ": ".join(said))
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="a path in the checkout, such as csrc/budget.h")
@@ -163,47 +185,40 @@ def main() -> int:
     given = parser.parse_args()
     quiet = bool(os.environ.get("CI"))
     os.environ |= {"CI": "true", "OMP_NUM_THREADS": "1"}  # Hypothesis draws the same each time; a fork has one thread
-    console, failed = Console(soft_wrap=True, highlight=False, markup=False), False
-    all_of = [lists.read(given.root, source) for source in given.sources]
-    chosen = [(of, mutant) for of in all_of for mutant in of.mutants if given.only in (None, mutant.number)]
-    numbered = [(number, of, mutant) for number, (of, mutant) in enumerate(chosen, 1)]
+    console, failed = Console(highlight=False, markup=False), False
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         checkout = copied(given.root, Path(folder) / "checkout")
-        texts = {of.source: (checkout / of.source).read_text("utf-8") for of in all_of}
-        native = [of.source for of in all_of if not of.source.endswith(".py")]
+        log = None if given.only else Path(folder) / "log"
+        all_of, switch = [], 0
+        for source in given.sources:
+            of = lists.read(given.root, source)
+            text = (checkout / source).read_text("utf-8")
+            wanted = [mutant for mutant in of.mutants if given.only in (None, mutant.number)]
+            there = {switch + mutant.number: mutant for mutant in wanted if mutant.choice(text)}
+            for mutant in there.values() if source.endswith(".py") else ():
+                compile(mutant.applied(text), f"mutant {mutant.number} of {source}", "exec")
+            all_of.append((of, text, wanted, there))
+            switch += len(of.mutants)
+        native = {of.source: list(there.items()) for of, _, _, there in all_of if not of.source.endswith(".py")}
         if native:
-            build(checkout, {name: [(n, mutant) for n, of, mutant in numbered if of.source == name] for name in native})
-        for of in all_of:
-            text, log = texts[of.source], None if given.only else Path(folder) / "log"
-            mutants = {number: mutant for number, its, mutant in numbered if its is of}
-            outcomes = {mutant: GONE for mutant in mutants.values() if not mutant.choice(text)}
-            there = {number: mutant for number, mutant in mutants.items() if mutant not in outcomes}
-            codes = exit_codes(checkout, of, there, log)
-            for number, code in track(codes, of.source, len(there) + 1, console=console, disable=quiet):
-                if number:
-                    survives = SURVIVES if there[number].reason else UNREASONED
-                    outcomes[there[number]] = KILLED if code else survives
-            if of.source not in native:
-                (checkout / of.source).write_text(text, "utf-8")
-            if len(outcomes) < len(mutants):
-                failed = True
+            build(checkout, native)
+        for of, text, wanted, there in all_of:
+            outcomes = tried(checkout, of, there, log, quiet)
+            if len(outcomes) < len(there):
                 console.print(f"{of.source}: the tests fail without a mutant")
                 console.print(log.read_text("utf-8", "replace")[-3000:] if log else "")
-            rows = Table("N", of.source, "outcome")
-            for mutant, outcome in sorted(outcomes.items()):
-                said = [outcome, *[mutant.reason] * (outcome == SURVIVES)]
-                if outcome == KILLED and mutant.reason:
-                    said.append(f"although {mutant.reason}")
-                if given.only or said != [KILLED]:
-                    rows.add_row(str(mutant.number), f"{mutant.old} → {mutant.new}", ": ".join(said))
+            failed |= len(outcomes) < len(there) or UNREASONED in outcomes.values()
+            outcomes |= {mutant: GONE for mutant in wanted if mutant not in there.values()}
+            rows = shown(of, outcomes, all_of_them=given.only is not None)
             if rows.rows:
                 console.print(rows)
-            kinds = list(outcomes.values())
-            console.print(
-                f"{of.source}: {kinds.count(KILLED)} killed, {kinds.count(SURVIVES)} survive with a reason, "
-                f"{kinds.count(UNREASONED)} without, {kinds.count(GONE)} gone"
+            killed, survive, unreasoned, gone = (
+                list(outcomes.values()).count(kind) for kind in (KILLED, SURVIVES, UNREASONED, GONE)
             )
-            failed |= UNREASONED in kinds
+            counted = f"{killed} killed, {survive} survive with a reason, {unreasoned} without, {gone} gone"
+            console.print(f"{of.source}: {counted}")
+            if of.source not in native:
+                (checkout / of.source).write_text(text, "utf-8")
     return int(failed)
 
 
