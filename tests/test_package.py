@@ -23,6 +23,11 @@ def test_report_names_versions_variant_threads_and_every_backend():
         assert f"backend {name:<6} {expected}" in text
 
 
+def test_a_module_that_was_built_runs_here():
+    """The tests of its kernels do not tell: where no variant runs they are left out."""
+    assert pytest.importorskip("cmdp_fast._C").variant()
+
+
 WITHOUT_NATIVE = """
 import sys
 sys.modules["cmdp_fast._C"] = None  # what an import of a module that was not built comes to

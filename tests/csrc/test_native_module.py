@@ -184,6 +184,7 @@ GRADIENT = {**dict(list(TAILS.items())[:8]), "gradient": [64] * 6, "out": 0, "th
         ({"listed": -1}, "the number of ids is impossible"),
         ({"listed": 2**62}, "the number of ids is impossible"),
         ({"listed": 2**59}, "the number of ids is impossible"),
+        ({"listed": 2**63 - 1}, "the number of ids is impossible"),  # twice that is -2
         ({"tokens": 0}, "tokens is a null pointer"),
         ({"vocab": 9}, "vocab is outside the width"),
         ({"first_column": -1}, "first_column is negative"),

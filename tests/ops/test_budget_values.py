@@ -81,6 +81,15 @@ def test_an_infinite_budget_is_none(edge, backend):
         assert reward[0, :3].tolist() == [1.0] * 3, kind
 
 
+def test_a_barrier_of_no_weight_has_no_logarithm(backend):
+    """Of a budget that a negative cost has multiplied by more than a number holds."""
+    cost = here(torch.tensor([[-1e308, 0.0]], dtype=torch.float64))
+    reward = torch.ones_like(cost)
+    trace = cf.budget_trace(cost, 1e-300, backend=backend)
+    paid = cf.modified_reward(reward, cost, trace, kind="barrier", coefficient=0.0, backend=backend)
+    assert torch.equal(paid, reward)
+
+
 def test_an_infinite_budget_certifies_what_no_bound_is_known_of(backend):
     lower, upper = here(torch.tensor([[0.0, NAN], [INF, 0.0]])), here(torch.tensor([[INF, NAN], [INF, 0.0]]))
     assert cf.budget_verdict(lower, upper, INF, backend=backend).certified.all()

@@ -119,6 +119,18 @@ def test_an_excluded_column_weighs_nothing_in_the_gradient(dtype, backend):
         assert out[1, 9:].isfinite().all()
 
 
+def test_a_slope_that_no_float_holds_of_a_column_without_weight(backend):
+    """It alone is large: of a normaliser that is a float there is no rest, which would make the constant so, too."""
+    module, rows = backends.get(backend), listed_rows(torch.float32, vocab=500)
+    rows.student.mul_(0.01)[1, 2:9] = -torch.inf
+    tail = fold(module, rows, [500])
+    nothing = torch.zeros_like(tail.own)
+    gradient = gradient_of(tail, 0.0)._replace(reference=nothing, log_mass=nothing, slope=nothing + 1e37)
+    out = torch.empty_like(rows.student)
+    module.tail_backward(rows, gradient, out)
+    assert not out[1, 2:9].any() and out.isfinite().all() and out.abs().max() > 1e34
+
+
 def test_a_number_that_no_float_holds_may_have_a_gradient_that_one_does(backend):
     module, rows = backends.get(backend), listed_rows(torch.float32, vocab=500)
     rows.student.mul_(0.01)

@@ -152,6 +152,38 @@ def test_the_least_of_a_tail_is_found_in_every_lane(variant):
     assert torch.equal(state.fields[:, 3], state.own) and torch.allclose(state.own, torch.full_like(state.own, -50.0))
 
 
+def test_the_largest_of_a_tail_is_found_in_every_lane(variant):
+    """From a smaller reference on, the weight of one 150 nats above it is beyond the largest float."""
+    columns = torch.arange(33)
+    x = make_logits(33, 33).scatter(1, columns[:, None], 150.0)
+    rows = ListedRows(x, torch.empty(33, 0, dtype=torch.int64), columns, None, 1.0, 33)
+    state = tails.empty(33, 0, x.device)
+    cpu.update_tails(rows, 0, state)
+    tail = tails.finished(state)
+    assert torch.allclose(tail.reference + tail.log_mass, x.double().logsumexp(-1))
+
+
+def test_a_tail_far_from_zero(variant):
+    """A float has no digits left there for what a logit is above the reference."""
+    sizes = torch.logspace(7, 37, 200)
+    x = torch.cat([sizes, -sizes])[:, None].repeat(1, 33)
+    rows = ListedRows(x, torch.empty(len(x), 0, dtype=torch.int64), torch.zeros(len(x)).long(), None, 1.0, 33)
+    state = tails.empty(len(x), 0, x.device)
+    cpu.update_tails(rows, 0, state)
+    mass = tails.finished(state).log_mass.exp()
+    assert torch.allclose(mass, torch.full_like(mass, 33.0))
+
+
+def test_probabilities_are_as_exact_as_the_polynomial_of_their_powers(variant):
+    """A gradient shows p: 1.6e-7 (csrc/cpu/simd.h), and a rounding each of the coefficient and of the product."""
+    x = torch.stack([torch.zeros(4096), torch.linspace(-12, 12, 4096), torch.full((4096,), -40.0)], 1)
+    leaf, last = x.clone().requires_grad_(), torch.full((4096,), 2)
+    logprob = cf.token_stats(leaf, x, last, backend="cpu").logprob
+    (gradient,) = torch.autograd.grad(logprob.sum(), leaf)
+    p = x.double().softmax(-1)
+    assert (-gradient / p - 1).abs()[p > 0.3].max() < 1.6e-7 + 2 * 6e-8
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bad_logit_of_a_tail(variant, place, bad):
