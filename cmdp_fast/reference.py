@@ -110,10 +110,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 class _Softmax(NamedTuple):
-    """The probabilities of rows of logits and their logarithms, ``[..., V]`` each."""
+    """The probabilities of rows of logits and their logarithms, ``[..., V]`` each, and which columns have -inf.
+
+    The logarithm is -inf, too, where logits lie further apart than a float holds.
+    """
 
     probability: Tensor
     log: Tensor
+    excluded: Tensor
 
 
 def _softmax(logits: Tensor, width: int, temperature: float, dtype: torch.dtype) -> _Softmax:
@@ -123,10 +127,11 @@ def _softmax(logits: Tensor, width: int, temperature: float, dtype: torch.dtype)
     has the rounding of log p, 5e-7 where all columns are alike, by which a KL of 1e4 nats is off by 5e-3.
     """
     x = (logits[..., :width].to(dtype) / temperature).contiguous()  # the order of a sum hangs on strides
+    excluded = torch.isneginf(logits.detach()[..., :width])
     x = x - x.detach().amax(-1, keepdim=True)
     weight = x.exp()
     total = weight.sum(-1, keepdim=True)
-    return _Softmax(weight / total, x - total.log())
+    return _Softmax(weight / total, x - total.log(), excluded)
 
 
 def _expect(weight: _Softmax, value: Tensor) -> Tensor:
@@ -139,8 +144,8 @@ def _forward_kl(p: _Softmax, w: _Softmax) -> Tensor:
     weight = w.probability
     # A weight that underflows to 0 would turn the infinite term into NaN.
     tiny = torch.finfo(weight.dtype).tiny
-    weight = torch.where(torch.isneginf(p.log) & ~torch.isneginf(w.log), weight.clamp(min=tiny), weight)
-    return (weight * (w.log - p.log).masked_fill(torch.isneginf(w.log), 0.0)).sum(-1)
+    weight = torch.where(p.excluded & ~torch.isneginf(w.log), weight.clamp(min=tiny), weight)
+    return (weight * (w.log - p.log).masked_fill(torch.isneginf(w.log) | (weight == 0), 0.0)).sum(-1)
 
 
 def _reverse_kl(p: _Softmax, w: _Softmax) -> Tensor:
@@ -148,7 +153,7 @@ def _reverse_kl(p: _Softmax, w: _Softmax) -> Tensor:
 
     Those columns are taken out *before* the arithmetic: autograd would meet inf - inf in them.
     """
-    unbounded = torch.isneginf(w.log) & ~torch.isneginf(p.log)
+    unbounded = torch.isneginf(w.log) & ~torch.isneginf(p.log) & (w.excluded | (p.probability != 0))
     finite = _expect(p, (p.log - w.log).masked_fill(unbounded, 0.0))
     return torch.where(unbounded.any(-1), torch.full_like(finite, torch.inf), finite)
 

@@ -147,3 +147,14 @@ def test_small_columns_of_a_mixture_beside_leading_ones(variant: str) -> None:
     with running.variant(variant):
         ours = cf.divergence(x, y, "jsd", backend="cpu")
     assert abs(float(ours) - float(reference.divergence(x.double(), y.double(), "jsd"))) < 8e-7
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_weighs_nothing_adds_nothing_however_far_away(dtype: torch.dtype, name: str) -> None:
+    """A difference of two logits that no float holds was taken for an excluded column, by the truth, too."""
+    most = torch.finfo(dtype).max
+    far, near = torch.tensor([[most, 0.0, -most]], dtype=dtype), torch.tensor([[1e4, 0.0, 0.0]], dtype=dtype)
+    for x, y in ((near, far), (far, near)):
+        stats = cf.token_stats(x, y, torch.tensor([0]), backend=name)
+        assert stats.reverse_kl == 0 and stats.forward_kl == 0

@@ -132,7 +132,7 @@ def test_a_reward_that_hangs_is_one_line(case):
         called(lambda **_: HANGS[case]())
     assert is_line(str(raised.value), "reward function mine on 2 completions")
     assert not signal.getitimer(signal.ITIMER_REAL)[0], "an alarm is left"
-    assert called(lambda **_: [1, 2]) == [1.0, 2.0]
+    assert called(lambda **_: [1, 2], Limit(60.0, "")) == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("case", ["a sleep", "a loop", "a pattern"])
@@ -223,7 +223,7 @@ def test_an_honest_one_may_take_its_time(caplog, monkeypatch):
             raise TimeoutError
 
         before = signal.signal(signal.SIGALRM, over)
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
         try:
             time.sleep(600)
         except TimeoutError:
@@ -233,7 +233,7 @@ def test_an_honest_one_may_take_its_time(caplog, monkeypatch):
 
     assert called(slow, Limit(60.0, "--reward-timeout")) == [1.0, 2.0]
     times = [line.split(" for ")[1].split(" s")[0] for line in caplog.messages]
-    assert times[:2] == ["0.01", "0.02"] and len(times) < 8 and times == sorted(times, key=float)
+    assert times[:2] == ["0.01", "0.02"] and len(times) < 9 and times == sorted(times, key=float)
     assert called(slow, None) == [1.0, 2.0]
 
 
@@ -279,13 +279,11 @@ def test_a_run_is_ended_and_goes_on_to_the_same_end(pair, tmp_path, monkeypatch,
     assert main([*command(pair, whole, **words), "--no-eval-before"]) == 0
     (tmp_path / "hang").write_text("1")
     capsys.readouterr()
-    assert main([*command(pair, cut, **{**words, "reward_timeout": 0.2}), "--no-eval-before"]) == 2
+    assert main([*command(pair, cut, **{**words, "reward_timeout": 1.0}), "--no-eval-before"]) == 2
     said = capsys.readouterr()
     assert "stopped by an error after step 1 of 2" in said.out
     (line,) = said.err.splitlines()
-    assert line.startswith(
-        "cmdp-fast: error: reward function mine on 4 completions has not returned for 0.2 s, it is at"
-    )
+    assert line.startswith("cmdp-fast: error: reward function mine on 4 completions has not returned for 1 s, it is at")
     (tmp_path / "hang").unlink()
     assert main(["train", f"--resume={cut / 'r'}", f"--rewards={path}:mine", "--reward-timeout=100"]) == 0
     assert not differences(result(cut / "r"), result(whole / "r"))
