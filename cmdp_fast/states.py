@@ -37,9 +37,9 @@ def merged(mine: Tensor, theirs: Tensor) -> Tensor:
 def raised(fields: Tensor, top: Tensor) -> Tensor:
     """The states after their references have been moved up to those of ``top``."""
     m, n, z, u, a, b, h, k, *rest = fields.unbind(-1)
-    # A side without weight has nothing to scale: its reference may be -inf.
-    rise_x = torch.where(z == 0, 0.0, top[:, 0] - m)
-    rise_y = torch.where(u == 0, 0.0, top[:, 1] - n)
+    # A side of no columns has nothing to scale.
+    rise_x = torch.where(m == -torch.inf, 0.0, top[:, 0] - m)
+    rise_y = torch.where(n == -torch.inf, 0.0, top[:, 1] - n)
     scale_x, scale_y, apart = (-rise_x).exp(), (-rise_y).exp(), rise_x - rise_y
     z, u = z * scale_x, u * scale_y
     # A rise may be infinite, if references are as far apart as floats can be; what weighs nothing adds nothing then.

@@ -147,10 +147,11 @@ struct TokenState {
   // The token's own column has passed.
   CMDP_HD void label(double x, double y) { xa = x, ya = y; }
 
-  // Moves the references up. An empty side (z = 0) has nothing to scale and only takes the new reference.
+  // Moves the references up. A side of no columns (-inf) has nothing to scale and only takes the new reference. One of
+  // columns without weight (z = 0) may have one: the other side's b is relative to it.
   CMDP_HD void raise(double new_m, double new_n) {
-    const double drop = new_m != m && z != 0 ? m - new_m : 0;
-    const double teacher_drop = new_n != n && u != 0 ? n - new_n : 0;
+    const double drop = m != -infinity() ? m - new_m : 0;
+    const double teacher_drop = n != -infinity() ? n - new_n : 0;
     if (drop != 0 || teacher_drop != 0) {
       const double shrink = std::exp(drop), teacher_shrink = std::exp(teacher_drop), apart = drop - teacher_drop;
       z *= shrink;

@@ -187,10 +187,10 @@ static inline float block_max(const X* x, int64_t count) {
   return best;
 }
 
-// A side without weight gives no reference: another block may hold columns far below this one.
+// m or n is -inf of a model without a column in the block: others may lie far below any reference but their own.
 static inline TokenState block_state(const BlockSums& sums, double m, double n) {
-  return {sums.z > 0 ? m * kLn2 : -TokenState::infinity(),
-          sums.u > 0 ? n * kLn2 : -TokenState::infinity(),
+  return {m * kLn2,
+          n * kLn2,
           sums.z,
           sums.u,
           kLn2 * sums.a,
@@ -241,7 +241,7 @@ static inline bool push_floats(TokenState& state, References& ref, const Block<X
   BlockSums sums = block_sums<false>(block, {scale, m, n});
   if (!sums.usable) sums = block_sums<true>(block, {scale, m, n});
   if (!sums.usable) return false;
-  state.merge(block_state(sums, m, n));
+  state.merge(block_state(sums, top_x == none ? none : m, top_y == none ? none : n));
   return true;
 }
 

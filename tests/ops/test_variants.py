@@ -102,6 +102,22 @@ def test_a_model_without_a_column_in_the_first_blocks(variant, which):
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_block_of_a_tile_that_weighs_nothing(variant, which):
+    """Of one model, beside the columns before the tile: the other's differences are still those from its logits there,
+    when a later block of the tile has higher ones."""
+    mine, theirs = make_logits(1, 100 + 2 * 4224), make_logits(1, 100 + 2 * 4224, seed=1)
+    mine[:, 100:4324] -= 300
+    mine[:, 4324:] += 200
+    x, y = (mine, theirs) if which == "student" else (theirs, mine)
+    tokens, state = torch.tensor([5]), cf.TokenState.empty(1)
+    for part in (slice(0, 100), slice(100, None)):
+        state.update(x[:, part], y[:, part], tokens, first_column=part.start, backend="cpu")
+    exact = cf.reference.token_stats(x.double(), y.double(), tokens)
+    for name, got in state.finish()._asdict().items():
+        assert torch.allclose(got.double(), getattr(exact, name), rtol=1e-6, atol=1e-5), name
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
 def test_an_abyss_of_many_columns(variant, which):
     """Each of them is a term that a float holds, and their sum is none; the divergence, which is their mean, is one."""
     x, y = torch.zeros(2, WIDTH), torch.zeros(2, WIDTH)
