@@ -235,11 +235,13 @@ class _Watch:
         self._changed = threading.Condition()
         self._calls: set[_Call] = set()
         self._next = 0.0  # when the thread looks again; 0: none runs
+        self._expected = 0.0  # when it comes to look at the latest, unless the process is stopped
 
     def begin(self, call: _Call) -> None:
         with self._changed:
             self._calls.add(call)
             if not self._next:
+                self._expected = time.monotonic()
                 # Where no more threads can be started it is not watched, and made all the same
                 with contextlib.suppress(RuntimeError):
                     threading.Thread(target=self._look, name=WATCH, daemon=True).start()
@@ -271,14 +273,17 @@ class _Watch:
         while True:
             with self._changed:
                 now = time.monotonic()
+                if (lost := now - self._expected) > BEAT:
+                    for call in self._calls:
+                        call.begun += lost
+                self._expected = now
                 late = [call for call in self._calls if call.due <= now]
                 if not late:
                     # With no call it looks again as late as the next one could be due
                     self._next = min((call.due for call in self._calls), default=now + NOTICE)
-                    self._changed.wait(slept := min(self._next - now, BEAT if self._calls else NOTICE))
-                    lost = time.monotonic() - now - slept
-                    for call in self._calls if lost > BEAT else ():
-                        call.begun += lost
+                    slept = min(self._next - now, BEAT if self._calls else NOTICE)
+                    self._expected += slept
+                    self._changed.wait(slept)
                 for call in late:
                     if call.after >= call.most:  # it must not end before it is interrupted
                         with contextlib.suppress(Exception):
