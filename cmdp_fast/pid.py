@@ -73,11 +73,11 @@ class PIDController:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs (plain floats); the gains belong to the configuration."""
         return {
-            "integral": self._integral,
-            "ema_delta": self._ema_delta,
-            "ema_cost": self._ema_cost,
-            "past_costs": list(self._past_costs),
-            "coefficient": self.coefficient,
+            "integral": float(self._integral),
+            "ema_delta": float(self._ema_delta),
+            "ema_cost": float(self._ema_cost),
+            "past_costs": [float(cost) for cost in self._past_costs],
+            "coefficient": float(self.coefficient),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -88,7 +88,12 @@ class PIDController:
             numbers = list(value) if isinstance(value, (list, tuple)) else [value]
             if isinstance(value, (list, tuple)) != (name == "past_costs") or not numbers:
                 raise ValueError(f"state has another kind of value in {name}")
-            if not all(type(each) in (int, float) and abs(each) <= sys.float_info.max for each in numbers):
+            if not all(_is_number(each) for each in numbers):
                 raise ValueError(f"state has no finite number in {name}")
         self._integral, self._ema_delta, self._ema_cost = state["integral"], state["ema_delta"], state["ema_cost"]
         self._past_costs, self.coefficient = list(state["past_costs"]), state["coefficient"]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is finite, and one that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

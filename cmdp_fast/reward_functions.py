@@ -360,9 +360,8 @@ def _number(value: Any, what: str, wanted: str) -> float:
             value = value.detach().squeeze()
             if value.is_complex():
                 raise TypeError
-        [number] = torch.tensor(
-            [value], dtype=torch.float64, device="cpu"
-        ).tolist()  # takes what it takes of TRL: no text
+        # Takes what it takes of TRL: no text
+        [number] = torch.tensor([value], dtype=torch.float64, device="cpu").tolist()
         return float(number)
     except (Exception, SystemExit) as error:  # of a `__float__` that is not ours
         raise InputError(f"{what} {_kind(value)}; {wanted}") from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from exact import ops, vectors
@@ -295,6 +298,27 @@ def test_pid_rejects_what_would_spoil_its_state() -> None:
     assert controller.state_dict() == before
     with pytest.raises(ValueError, match="d_delay=0"):
         objective.PIDController(d_delay=0)
+
+
+def test_pid_state_is_of_plain_floats_whatever_it_was_given() -> None:
+    """So that a checkpoint takes it as JSON, and it is taken back."""
+    numbers = np.float32(0.5), np.float64(0.25), torch.tensor(0.125)
+    for kp, budget in itertools.product(numbers, numbers):
+        controller = objective.PIDController(kp=kp, ki=kp, kd=kp, initial_integral=kp)
+        controller.update(torch.tensor(3.0), budget)
+        state = controller.state_dict()
+        assert {type(value) for value in (*state.values(), *state["past_costs"])} == {float, list}
+        objective.PIDController().load_state_dict(json.loads(json.dumps(state)))
+
+
+@pytest.mark.parametrize("value", [None, True, "1", [], [1.0], math.nan, math.inf, 10**400])
+@pytest.mark.parametrize("name", ["integral", "ema_delta", "past_costs", "coefficient"])
+def test_a_state_of_anything_else_is_refused(name: str, value: Any) -> None:
+    if name == "past_costs" and value == [1.0]:
+        value = [[1.0]]
+    controller = objective.PIDController()
+    with pytest.raises(ValueError, match=name):
+        controller.load_state_dict({**controller.state_dict(), name: value})
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ GROUPS: dict[str, tuple[Page, ...]] = {
         _guide("troubleshooting"),
         _guide("versions"),
         _guide("security"),
+        _guide("attacks"),
         Page("environment", sections=("Environment variables",)),
         Page("limits", sections=("Limits",)),
     ),

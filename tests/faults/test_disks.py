@@ -111,6 +111,7 @@ def test_an_error_at_every_change(pair, tmp_path, expected, pytestconfig):
             name = f"{errno.errorcode[number]}-{at}{'-for-good' * good}"
             faults.append(check(with_error(number, at, good), tmp_path / name))
     assert not any(faults), "\n".join(filter(None, faults))
+    print(f"{len(faults)} faults of a disk")
 
 
 def test_a_disk_that_fills_up(pair, tmp_path, expected, pytestconfig):
@@ -129,6 +130,7 @@ def test_a_disk_that_fills_up(pair, tmp_path, expected, pytestconfig):
     if None in faults:
         pytest.skip("no disk of its own is allowed here")
     assert not any(faults), "\n".join(filter(None, faults))
+    print(f"{len(faults)} faults of a disk")
 
 
 def test_files_of_a_limited_size(pair, tmp_path, expected, pytestconfig):
@@ -153,6 +155,7 @@ def test_files_of_a_limited_size(pair, tmp_path, expected, pytestconfig):
     sizes = range(200, 30000, 700) if pytestconfig.getoption("--slow") else (900, 8000)
     faults = [check(limited(size, size % 200 == 0), tmp_path / f"{size}-bytes") for size in sizes]
     assert not any(faults), "\n".join(filter(None, faults))
+    print(f"{len(faults)} faults of a disk")
 
 
 def test_too_many_open_files(pair, tmp_path, expected, pytestconfig):
@@ -175,6 +178,7 @@ def test_too_many_open_files(pair, tmp_path, expected, pytestconfig):
     counts = range(0, 10) if pytestconfig.getoption("--slow") else (2,)
     faults = [check(limited(count), tmp_path / f"{count}-files") for count in counts]
     assert not any(faults), "\n".join(filter(None, faults))
+    print(f"{len(faults)} faults of a disk")
 
 
 @pytest.mark.parametrize("what", ["vanishes", "is a file", "read-only"])

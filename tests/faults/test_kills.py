@@ -1,7 +1,8 @@
 """A run that is killed, at whatever moment: it goes on to the same end, bit for bit, and nothing else is left.
 
 A kill leaves what the folder holds at that moment, so one run shows all of its moments: its folder is copied before
-each of its changes. `--slow` goes on from every copy, and kills processes at moments that a seed gives.
+each of its changes. `--slow` goes on from every copy, and kills processes at moments that a seed gives; `-s` prints how
+many of each.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def check_all(pair, states: list[Path], folder: Path, expected) -> None:
         faults.append(fault(pair, folder / state.name, expected))
         shutil.rmtree(folder / state.name)
     assert not any(faults), "\n".join(filter(None, faults))
+    print(f"{len(faults)} states of a killed run")
 
 
 def test_killed(pair, states, expected, tmp_path, pytestconfig):
@@ -76,6 +78,7 @@ def test_torn_files(pair, states, expected, tmp_path, pytestconfig):
         (folder / name).write_bytes(content[: len(content) // 2])
         faults.append(fault(pair, folder, expected))
     assert not any(faults), "\n".join(filter(None, faults))
+    print(f"{len(faults)} torn files")
 
 
 def is_part(name: str) -> bool:
