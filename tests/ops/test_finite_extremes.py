@@ -109,6 +109,18 @@ def test_the_largest_logits_of_narrow_dtypes_by_tiles(dtype, backend):
                 assert torch.allclose(got, right.float(), rtol=1e-5, atol=1e-6), row
 
 
+@pytest.mark.tiles
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_reference_that_a_float_rounds_serves_no_other_tile(which, backend):
+    far, near = torch.tensor([[1e10, 1e10 - 2048, 1e10, 1e10]]), torch.zeros(1, 4)  # floats lie 1024 apart there
+    x, y = (here(each) for each in ((far, near) if which == "student" else (near, far)))
+    tokens = here(torch.zeros(1, dtype=torch.int64))
+    exact = reference.token_stats(x.double(), y.double(), tokens)
+    for stats in by_tiles(x, y, tokens, 2, backend):
+        for got, right in zip(stats, exact, strict=True):
+            assert torch.allclose(got, right.float(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("module", [name for name in ("torch", "cpu") if cf.available_backends()[name] is None])
 def test_tails_of_the_largest_logits(module):
     """As many columns as make the product of a rise and a weight overflow."""
