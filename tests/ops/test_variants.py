@@ -190,6 +190,15 @@ def test_a_tail_far_from_zero(variant):
     assert torch.allclose(mass, torch.full_like(mass, 33.0))
 
 
+def test_the_least_logit_of_a_tail_is_divided_whatever_its_size(variant):
+    sizes = torch.tensor([1.0, 8e307, 1e308, 1.7e308], dtype=torch.float64)  # 2^1023 is 9e307
+    x = torch.stack([torch.zeros(4, dtype=torch.float64), -sizes], 1)
+    rows = ListedRows(x, torch.empty(4, 0, dtype=torch.int64), torch.zeros(4).long(), None, 2.0, 2)
+    state = tails.empty(4, 0, x.device)
+    cpu.update_tails(rows, 0, state)
+    assert torch.equal(tails.finished(state).lowest, -sizes / 2)
+
+
 def test_probabilities_are_as_exact_as_the_polynomial_of_their_powers(variant):
     """A gradient shows p: 1.6e-7 (csrc/cpu/simd.h), and a rounding each of the coefficient and of the product."""
     x = torch.stack([torch.zeros(4096), torch.linspace(-12, 12, 4096), torch.full((4096,), -40.0)], 1)
