@@ -17,6 +17,7 @@ from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost,
 from cmdp_fast.installation import extra
 from cmdp_fast.masking import told
 from cmdp_fast.nearest import did_you_mean
+from cmdp_fast.own_code import Overdue
 from cmdp_fast.terminal import ConsoleLost, beside, columns, flush, message, show, wrapped
 
 COMMANDS = {
@@ -78,7 +79,7 @@ def _main(words: Sequence[str]) -> int:
         if command in NO_OPTIONS:
             return _without_options(command, rest)
         return _bench(rest) if command == "bench" else _with_the_extra(command, rest)
-    except InputError as error:
+    except (InputError, Overdue) as error:
         if os.environ.get("CMDP_FAST_TRACEBACK") == "1":
             _tell_all("".join(traceback.format_exception(error)))  # of several processes one has the cause
         each_machine = isinstance(error, ProcessLost) or not _have_met()

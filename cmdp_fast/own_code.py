@@ -15,7 +15,7 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from cmdp_fast.errors import InputError, first_line, readable
 
 NOTICE = 60.0  # seconds after which it is said what is waited for; again after twice as many, and so on
-AGAIN, GRACE = 5.0, 60.0  # seconds between the attempts to end a call that has had its time, and for all of them
+GRACE = 60.0  # seconds that a call which has had its time may take to clean up
 BEAT = 5.0  # seconds that the watching thread sleeps at most; one that has slept twice as many was stopped meanwhile
 # What ends a call in the main thread, in Python or in C that waits: a signal that does nothing where nobody hears it.
 # SIGALRM belongs to the functions, many of which limit their own time by it.
@@ -77,7 +77,8 @@ class Limit(NamedTuple):
 
 
 class Overdue(BaseException):
-    """Raised inside of a call that has had its time; no Exception, since many a function takes those for a result."""
+    """Raised once inside of a call that has had its time, with what is said of it; no Exception, since many a function
+    takes those for a result. Who calls is told by an InputError, but for one that comes as the call ends by itself."""
 
 
 @contextlib.contextmanager
@@ -85,17 +86,21 @@ def told_of(what: str, thread: str = "", limit: Limit | None = None) -> Iterator
     """Says so if the body has not ended after `NOTICE` seconds, and rarely from then on, and at which line it is: in
     this thread, or in that of a name.
 
-    Without a limit it is waited for all the same. At the limit Overdue is raised in the body, and whatever comes of
-    that is an InputError, the result of a body that has caught it too. A body that is in C and does not listen, or
-    catches it again and again, has `GRACE` seconds; then the line is said and the process is ended with exit code 2, as
-    if it had been killed: no thread can be ended from outside. One in C that keeps Python's lock for ever and looks for
-    no signal, such as a search by `re` in a thread other than the main one, as that of coroutine functions is, lets
-    nobody say anything. Time in which the process is stopped does not count.
+    Without a limit it is waited for all the same. At the limit Overdue is raised in a body in the main thread, and
+    whatever comes of that is an InputError, the result of a body that has caught it too. A body that has not ended
+    `GRACE` seconds later is in C that does not listen, or has caught it and goes on. Then, and in another thread at the
+    limit, the line is said and the process is ended with exit code 2, as if it had been killed: no thread can be ended
+    from outside. One in C that keeps Python's lock for ever and looks for no signal, such as a search by `re` in a
+    thread other than the main one, as that of coroutine functions is, lets nobody say anything. Time in which the
+    process is stopped does not count.
+
+    The handlers of SIGURG and SIGVTALRM that this takes stay, and do nothing without a call that is late. Where the
+    process has others it goes without: a body is then ended with the process.
     """
-    hears = limit is not None and INTERRUPT is not None and threading.current_thread() is threading.main_thread()
+    main = limit is not None and threading.current_thread() is threading.main_thread()
+    hears = main and INTERRUPT is not None and _is_ours(INTERRUPT, _heard)
     call = _Call(what, thread, threading.get_ident(), limit, hears, time.monotonic(), NOTICE)
-    before = signal.signal(INTERRUPT, _heard) if INTERRUPT is not None and hears else None
-    ticks = hears and _begin_ticks()
+    ticks = main and _begin_ticks()
     error: BaseException | None = None
     _watch.begin(call)
     try:
@@ -103,7 +108,7 @@ def told_of(what: str, thread: str = "", limit: Limit | None = None) -> Iterator
             yield
         except BaseException as raised:
             error = raised
-            if not call.late:
+            if not call.late or isinstance(raised, (KeyboardInterrupt, GeneratorExit)):
                 raise
         finally:
             call.over = True
@@ -112,21 +117,35 @@ def told_of(what: str, thread: str = "", limit: Limit | None = None) -> Iterator
         _watch.end(call)
         if ticks:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        if INTERRUPT is not None and hears:
-            signal.signal(INTERRUPT, before or signal.SIG_DFL)
     if call.late:
         raise InputError(call.late) from error
 
 
+def _is_ours(number: int, handler: Callable[[int, FrameType | None], None]) -> bool:
+    """Takes a signal that nobody has; whether this has it."""
+    given = signal.getsignal(number)
+    if given is not handler:
+        if given not in (signal.SIG_DFL, signal.SIG_IGN) or _is_caught(number):
+            return False
+        signal.signal(number, handler)
+    return True
+
+
+def _is_caught(number: int) -> bool:
+    """Whether there is a handler of C code, such as Go's of SIGURG, of which Python knows nothing."""
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/self/status", encoding="ascii") as status:
+        caught = next(line for line in status if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
 def _begin_ticks() -> bool:
-    """Has the processor's time be heard of; not where somebody else does. The handler stays for good: a last tick may
-    come late, and would end a process that has none."""
-    if signal.getsignal(signal.SIGVTALRM) not in (signal.SIG_DFL, _ticked):
+    """Has the processor's time be heard of; not where somebody else does."""
+    if not hasattr(signal, "setitimer") or not _is_ours(signal.SIGVTALRM, _ticked):
         return False
-    signal.signal(signal.SIGVTALRM, _ticked)
-    signal.siginterrupt(signal.SIGVTALRM, False)
     if signal.getitimer(signal.ITIMER_VIRTUAL)[0]:  # of a call around this one
         return False
+    signal.siginterrupt(signal.SIGVTALRM, False)
     signal.setitimer(signal.ITIMER_VIRTUAL, TICK, TICK)
     return True
 
@@ -137,8 +156,9 @@ def _ticked(number: int, frame: FrameType | None) -> None:
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
-    if _watch.is_late(threading.get_ident()):
-        raise Overdue
+    if call := _watch.late(threading.get_ident()):
+        call.told = True
+        raise Overdue(call.late)
 
 
 class TooLong(Exception):
@@ -181,6 +201,7 @@ class _Call:
     begun: float
     after: float  # seconds, until it is looked at
     late: str = ""  # what is said of it once it has had its time
+    told: bool = False  # Overdue was raised in it
     over: bool = False
     unseen: int = 0  # ticks that have found it due
 
@@ -196,24 +217,23 @@ class _Call:
         return self.begun + self.after
 
     def look(self) -> None:
-        """Says that it has not returned; at its limit and behind it tries to end it, and at last the process."""
+        """Says that it has not returned; at its limit has it end, and later ends the process."""
         said = f"{self.what} has not returned for {self.after:g} s{self._place()}"
         self.unseen = 0
         if self.after < self.most:
             self.after = min(2 * self.after, self.most)
             return _log.warning("%s", said)
         assert self.limit is not None
-        self.late = self.late or f"{said}, and is given up ({self.limit.option})"
-        if self.after >= self.most + GRACE:
-            ended = f"cmdp-fast: error: {self.late}: it does not listen, and the process is ended\n"
+        if self.late or not self.hears:
+            late = self.late or f"{said}, and is given up ({self.limit.option})"
+            ended = f"cmdp-fast: error: {late}: it does not listen, and the process is ended\n"
             with contextlib.suppress(OSError):
                 os.write(2, ended.encode(errors="replace"))
             os._exit(2)
-        self.after += AGAIN
-        if self.hears and INTERRUPT is not None:
+        self.late = f"{said}, and is given up ({self.limit.option})"
+        self.after += GRACE
+        if INTERRUPT is not None:
             signal.pthread_kill(self.caller, INTERRUPT)
-        else:
-            _raise_in(self.caller, Overdue)
 
     def _place(self) -> str:
         ident = next((each.ident for each in threading.enumerate() if each.name == self.thread), self.caller)
@@ -252,12 +272,11 @@ class _Watch:
     def end(self, call: _Call) -> None:
         with self._changed:
             self._calls.discard(call)
-            if call.late and not call.hears:
-                _raise_in(call.caller, None)
 
-    def is_late(self, caller: int) -> bool:
-        """Whether a call of a thread's that is not over has had its time. Asked inside of a signal: no lock."""
-        return any(call.late and not call.over for call in list(self._calls) if call.caller == caller)
+    def late(self, caller: int) -> _Call | None:
+        """A call of a thread's that has had its time, is not over and was not told. Asked inside of a signal: no
+        lock."""
+        return next((c for c in list(self._calls) if c.caller == caller and c.late and not (c.over or c.told)), None)
 
     def look_for(self, caller: int) -> None:
         """Looks at the calls of a thread in place of the thread that watches, where that gets no turn. Asked inside of
@@ -277,10 +296,11 @@ class _Watch:
                     for call in self._calls:
                         call.begun += lost
                 self._expected = now
-                late = [call for call in self._calls if call.due <= now]
+                waited = [call for call in self._calls if not call.over]
+                late = [call for call in waited if call.due <= now]
                 if not late:
                     # With no call it looks again as late as the next one could be due
-                    self._next = min((call.due for call in self._calls), default=now + NOTICE)
+                    self._next = min((call.due for call in waited), default=now + NOTICE)
                     slept = min(self._next - now, BEAT if self._calls else NOTICE)
                     self._expected += slept
                     self._changed.wait(slept)

@@ -91,6 +91,9 @@ def unchanged(what: str, samples: bool = False) -> Iterator[None]:
     products; each is said once in the log, with ``what`` as whose it is. An alarm that the body has set and left is
     called off: it would end the process, or raise in the middle of a step.
 
+    They are the process's: what another thread changes meanwhile is taken for the body's, and undone. So no thread may
+    redirect streams or change folders for a while beside a training.
+
     Random numbers that the body draws by PyTorch's own generators are not drawn again by the training, and a seed that
     it sets does not reach it: the training goes on from a seed that it draws itself. With ``samples`` they are the
     body's business. Those of `random` and numpy are not drawn from elsewhere, and stay as the body leaves them.

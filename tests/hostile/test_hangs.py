@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import queue
 import re
@@ -39,10 +40,8 @@ LIMIT = Limit(0.05, "--reward-timeout")
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     monkeypatch.setattr(own_code, "TICK", 0.02)
-    monkeypatch.setattr(own_code, "AGAIN", 0.05)
-    before = signal.getsignal(signal.SIGURG)
     yield
-    assert signal.getsignal(signal.SIGURG) is before and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0.0
+    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0.0
     assert not own_code._watch._calls
 
 
@@ -81,13 +80,6 @@ def takes_some() -> Any:
             continue
 
 
-def takes_again() -> Any:
-    for _ in range(5):
-        with contextlib.suppress(BaseException):
-            time.sleep(600)
-    return [1.0, 1.0]
-
-
 def left_over() -> Any:
     """Of its own limit."""
     signal.signal(signal.SIGALRM, lambda *_: None)
@@ -110,7 +102,6 @@ HANGS: dict[str, Callable[[], Any]] = {
     "a power": lambda: 9**9**9,
     "an exception for all": takes_anything,
     "an exception for some": takes_some,
-    "exceptions again and again": takes_again,
     "an alarm": left_over,
     "a generator": lambda: (time.sleep(600) for _ in range(2)),
 }
@@ -173,21 +164,89 @@ def test_a_coroutine_that_waits_is_cancelled():
     assert is_line(str(raised.value), "reward function mine on 2 completions") and ended == [1]
 
 
-def test_in_another_thread():
-    """Where Python hears no signals: in Python alone."""
-    said: list[str] = []
+def test_in_another_thread(tmp_path):
+    """Where Python hears no signals."""
 
     def calls() -> None:
-        try:
-            with told_of("it", limit=LIMIT):
-                loops()
-        except InputError as error:
-            said.append(str(error))
+        with told_of("it", limit=LIMIT):
+            loops()
 
-    thread = threading.Thread(target=calls)
-    thread.start()
-    thread.join()
-    assert is_line(said[0], "it")
+    def child() -> int:
+        thread = threading.Thread(target=calls)
+        thread.start()
+        thread.join()
+        return 0
+
+    assert in_child(child, tmp_path / "told") == 2
+    (line,) = (tmp_path / "told").read_text().splitlines()
+    assert line.startswith("cmdp-fast: error: it has not returned for 0.05 s, it is at")
+
+
+def test_it_may_clean_up():
+    ended = []
+
+    def mine(**_: Any) -> Any:
+        try:
+            loops()
+        finally:
+            time.sleep(0.3)
+            ended.append(1)
+
+    with pytest.raises(InputError):
+        called(mine)
+    assert ended == [1]
+
+
+def test_calls_that_end_at_their_limit(tmp_path):
+    """By themselves, or by it; nothing else is hit, and nothing is left behind."""
+    for _ in range(200):
+        with contextlib.suppress(InputError, own_code.Overdue), told_of("it", limit=Limit(0.002, "")):
+            until = time.perf_counter() + 0.002
+            while time.perf_counter() < until:
+                pass
+    for _ in range(100):
+        time.sleep(0.001)
+    with told_of("it", limit=Limit(60.0, "")):
+        pass
+
+
+def test_one_that_comes_as_the_call_ends_is_a_line_too(monkeypatch, capsys):
+    def late(*_: Any) -> int:
+        raise own_code.Overdue("it is given up")
+
+    monkeypatch.setattr("cmdp_fast.cli._with_the_extra", late)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "cmdp-fast: error: it is given up\n"
+
+
+def test_ctrl_c_is_not_taken_for_the_limit():
+    def mine(**_: Any) -> Any:
+        try:
+            loops()
+        except BaseException:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(KeyboardInterrupt):
+        called(mine)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux tells of handlers in C")
+def test_a_signal_that_c_code_has_is_left_to_it(tmp_path):
+    """As Go's runtime in a library has SIGURG."""
+
+    def child() -> int:
+        libc = ctypes.CDLL(None)
+        for number in (signal.SIGURG, signal.SIGVTALRM):
+            signal.signal(number, signal.SIG_DFL)
+            libc.signal(number, libc.abs)
+        assert called(lambda **_: [1, 2], Limit(60.0, "")) == [1.0, 2.0]
+        assert all(own_code._is_caught(number) for number in (signal.SIGURG, signal.SIGVTALRM))
+        assert signal.getsignal(signal.SIGURG) is signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
+        called(lambda **_: loops())
+        return 0
+
+    assert in_child(child, tmp_path / "told") == 2
+    assert "and the process is ended" in (tmp_path / "told").read_text()
 
 
 def test_one_that_does_not_listen_ends_the_process(tmp_path):
