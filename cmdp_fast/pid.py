@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cmdp_fast.errors import InputError
@@ -81,19 +82,32 @@ class PIDController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`. Raises ValueError for other keys, and for values that are no finite numbers."""
+        """Continue from `state_dict`, or from that of an earlier version, of scalar tensors or numpy's numbers too.
+
+        Raises ValueError for other keys, and for values that are no finite numbers.
+        """
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"state has keys {sorted(state)}, expected {sorted(self.state_dict())}")
+        taken: dict[str, list[float]] = {}
         for name, value in state.items():
             numbers = list(value) if isinstance(value, (list, tuple)) else [value]
             if isinstance(value, (list, tuple)) != (name == "past_costs") or not numbers:
                 raise ValueError(f"state has another kind of value in {name}")
-            if not all(_is_number(each) for each in numbers):
+            taken[name] = [_number(each) for each in numbers]
+            if not all(map(math.isfinite, taken[name])):
                 raise ValueError(f"state has no finite number in {name}")
-        self._integral, self._ema_delta, self._ema_cost = state["integral"], state["ema_delta"], state["ema_cost"]
-        self._past_costs, self.coefficient = list(state["past_costs"]), state["coefficient"]
+        self._past_costs = taken.pop("past_costs")
+        of = {name: number for name, [number] in taken.items()}
+        self._integral, self._ema_delta, self._ema_cost = of["integral"], of["ema_delta"], of["ema_cost"]
+        self.coefficient = of["coefficient"]
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is finite, and one that a float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def _number(value: Any) -> float:
+    """As a float; NaN for what is no number, or one that no float can hold."""
+    is_truth = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    if is_truth or not isinstance(value, (Real, Tensor)):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # of a tensor of several, or without a value
+        return math.nan

@@ -127,6 +127,17 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0] if name not in NO_COLUMNS}
 
 
+def own_copy(value: Any) -> Any:
+    """What a function of the user's is given: a copy of lists and dicts, and of those in them, so that one that changes
+    them changes nobody else's. Such as are too deep for that are passed as they are."""
+    try:
+        if type(value) is list:
+            return [own_copy(each) if type(each) in (list, dict) else each for each in value]
+        return {name: own_copy(each) for name, each in value.items()} if type(value) is dict else value
+    except RecursionError:
+        return value
+
+
 def call(functions: Sequence[Named], given: Given, limit: Limit | None = None) -> Outcome:
     """Calls each function once, with the same arguments: plain ones in turn, then the coroutine functions together.
 
@@ -284,22 +295,13 @@ def _arguments(given: Given, logged: Logged) -> dict[str, Any]:
         logged.extra.setdefault(_text(column, "log_extra"), []).extend(map(plain_value, values))
 
     told = given._asdict()
-    columns = told.pop("columns")
+    columns, ids = told.pop("columns"), told.pop("completion_ids")
     return {
-        **{name: _own(value) for name, value in {**columns, **told}.items()},
+        **{name: own_copy(value) for name, value in {**columns, **told}.items()},
+        "completion_ids": ids if ids is None else [list(each) for each in ids],  # numbers: millions of them, none inner
         "log_extra": log_extra,
         "log_metric": log_metric,
     }
-
-
-def _own(value: Any) -> Any:
-    """A copy of lists and dicts, and of those in them. Such as are too deep for that are the dataset's."""
-    try:
-        if type(value) is list:
-            return [_own(each) if type(each) in (list, dict) else each for each in value]
-        return {name: _own(each) for name, each in value.items()} if type(value) is dict else value
-    except RecursionError:
-        return value
 
 
 def _text(name: Any, function: str) -> str:

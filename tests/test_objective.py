@@ -311,10 +311,25 @@ def test_pid_state_is_of_plain_floats_whatever_it_was_given() -> None:
         objective.PIDController().load_state_dict(json.loads(json.dumps(state)))
 
 
-@pytest.mark.parametrize("value", [None, True, "1", [], [1.0], math.nan, math.inf, 10**400])
+@pytest.mark.parametrize("kind", [torch.tensor, np.float32, np.float64, int])
+def test_pid_takes_the_states_of_earlier_versions(kind: Any) -> None:
+    """They held what the controller was given, which `torch.save` keeps."""
+    controller = objective.PIDController()
+    state = {name: kind(2.0) for name in controller.state_dict()} | {"past_costs": [kind(0.0), kind(1.0)]}
+    controller.load_state_dict(state)
+    now = controller.state_dict()
+    assert now == {**dict.fromkeys(now, 2.0), "past_costs": [0.0, 1.0]}
+    assert {type(value) for value in (controller.coefficient, controller._integral, *controller._past_costs)} == {float}
+
+
+ODD = [None, True, "1", [], [1.0], math.nan, math.inf, 10**400, torch.tensor([1.0, 2.0]), torch.tensor(True)]
+ODD += [np.bool_(True), torch.tensor(math.nan), torch.empty((), device="meta"), 1j]
+
+
+@pytest.mark.parametrize("value", ODD)
 @pytest.mark.parametrize("name", ["integral", "ema_delta", "past_costs", "coefficient"])
 def test_a_state_of_anything_else_is_refused(name: str, value: Any) -> None:
-    if name == "past_costs" and value == [1.0]:
+    if name == "past_costs" and isinstance(value, list) and value == [1.0]:
         value = [[1.0]]
     controller = objective.PIDController()
     with pytest.raises(ValueError, match=name):

@@ -3,6 +3,7 @@ somebody else's is never read, whatever it says."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -77,21 +78,41 @@ def test_settings_of_generate_that_are_no_json_are_not_passed_over(case, copied,
     assert re.search(what, line) and line.startswith("its generation_config.json ")
 
 
-@pytest.mark.parametrize("kind", ["nothing", "a pipe", "a folder", "a device", "a link to nothing"])
-def test_a_config_that_is_no_file(kind, copied, pair):
-    path = copied / "config.json"
-    path.unlink()
-    if kind == "nothing":
-        assert "its config.json is not there" in said(pair, copied)
-        return
-    makes: dict[str, Callable[[Path], object]] = {
-        "a pipe": os.mkfifo,
-        "a folder": os.mkdir,
-        "a device": lambda path: path.symlink_to("/dev/zero"),
-        "a link to nothing": lambda path: path.symlink_to("nowhere"),
-    }
-    makes[kind](path)
-    assert "its config.json is no file" in said(pair, copied)
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_settings_that_are_no_file(kind, name, copied, pair):
+    (copied / name).unlink()
+    NO_FILES[kind](copied / name)
+    assert f"its {name} is no file" in said(pair, copied)
+
+
+def test_no_config(copied, pair):
+    (copied / "config.json").unlink()
+    assert "its config.json is not there" in said(pair, copied)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_settings_that_cannot_be_read(name, copied, pair, monkeypatch):
+    """A process of root's can read all, so the error is made."""
+    before = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path == copied / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return before(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    if name == "config.json":
+        (copied / name).write_text("{")  # transformers finds none, and why is looked for
+    assert f"its {name} cannot be read: Permission denied" in said(pair, copied)
 
 
 def test_honest_files_of_settings(copied, pair):

@@ -90,6 +90,28 @@ def the_file_s_count(count: int) -> Callable[[bytes], bytes]:
     )
 
 
+def several(edit: Callable[[Path], object]) -> Make:
+    """A dataset of two splits, changed."""
+
+    def make(folder: Path) -> Path:
+        rows = datasets.Dataset.from_list(ROWS)
+        datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(folder / "d"))
+        edit(folder / "d")
+        return folder / "d"
+
+    return make
+
+
+def splits(content: str) -> Make:
+    return several(lambda folder: (folder / "dataset_dict.json").write_text(content))
+
+
+def logged(folder: Path) -> None:
+    """A folder beside that is somebody else's."""
+    (folder / "logs").mkdir()
+    (folder / "logs" / "state.json").write_text("{}")
+
+
 def at(kind: Callable[[Path], object], name: str) -> Make:
     def make(folder: Path) -> Path:
         kind(folder / name)
@@ -148,6 +170,12 @@ def both(folder: Path) -> None:
     arrow(replaced(os.mkfifo))(folder)
 
 
+def masked(folder: Path) -> None:
+    """Splits, and a state of their folder's own that is good and that `datasets` does not read."""
+    (folder / "state.json").write_text('{"_data_files": []}')
+    arrow(replaced(os.mkfifo))(folder / "test")
+
+
 NO_TEXTS = pa.Array.from_buffers(
     pa.string(), 2, [None, pa.py_buffer(struct.pack("<3i", 0, 1, 2)), pa.py_buffer(b"\xff\xfe")]
 )
@@ -195,6 +223,12 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "saved: another state": (saved(lambda folder: (folder / "state.json").write_bytes(b"\xff")), "none of a saved"),
     "saved: a deep state": (saved(lambda folder: (folder / "state.json").write_text("[" * 10**5)), "none of a saved"),
     "saved: texts elsewhere": (saved(arrow(far_offsets)), "its files are damaged: .* out of bounds"),
+    "several: a pipe": (several(lambda folder: arrow(replaced(os.mkfifo))(folder / "test")), "expected a file beside"),
+    "several: a pipe behind a state": (several(masked), "expected a file beside"),
+    "several: elsewhere": (splits('{"splits": ["../d/train"]}'), "expected the names of folders beside it"),
+    "several: above": (splits('{"splits": [".."]}'), "expected the names of folders beside it"),
+    "several: a text": (splits('{"splits": "train"}'), "lists no splits: they are no list"),
+    "several: none": (splits("{}"), "lists no splits"),
     "saved: cut": (saved(arrow(lambda path: os.truncate(path, 300))), "saved: "),
     "saved: another type": (
         saved(
@@ -239,12 +273,12 @@ HONEST: dict[str, tuple[Make, int]] = {
         saved(arrow(lambda path: path.symlink_to(path.rename(path.parent.parent / "elsewhere.arrow")))),
         40,
     ),
-    "saved, several": (
-        lambda folder: (
-            datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(folder / "d")),
-            folder / "d",
-        )[1],
-        40,
+    "saved, beside another's state": (saved(logged), 40),
+    "saved, several": (several(lambda folder: None), 40),
+    "saved, several beside another's state": (several(logged), 40),
+    "a CSV of an old system with many rows": (
+        file("a.csv", "prompt,answer\r" + "".join(f"{i}+1=,2\r" for i in range(10_001))),
+        10_001,
     ),
 }
 
@@ -255,42 +289,82 @@ def test_odd_files_that_are_honest_are_read(case, tmp_path):
     assert loaded(make(tmp_path)) == count
 
 
-def test_a_small_file_of_many_rows(tmp_path, monkeypatch):
+@pytest.fixture
+def memory_of(monkeypatch):
+    """A machine with so many bytes free, on which every byte counts."""
+
+    def of(free: int | None) -> None:
+        monkeypatch.setattr(sizes, "free_memory", lambda device: free)
+        monkeypatch.setattr(sizes, "HARMLESS", 0)
+
+    return of
+
+
+def test_a_small_file_of_many_rows(tmp_path, monkeypatch, memory_of):
     """Ten kilobytes can hold so many that they take all memory, and are refused before they are unpacked."""
     path = table(pa.DictionaryArray.from_arrays(pa.array([0] * 10**6, pa.int8()), ["1+1="]))(tmp_path)
-    monkeypatch.setattr(sizes, "free_memory", lambda device: 2**28)
+    memory_of(2**28)
     monkeypatch.setattr(datasets, "load_dataset", None)
     with pytest.raises(
-        InputError, match=r"1,000,000 rows take 0.3 GiB at least, and 0.2 GiB of memory are free: --str"
+        InputError, match=r"1,000,000 rows take 286.1 MiB at least, and 256.0 MiB of memory are free: a"
     ):
         loaded(path)
-    with pytest.raises(InputError, match="1,000,000 rows take"):
-        loaded(path, max_rows=10)  # all are unpacked without --streaming
 
 
-def test_gzip_that_unpacks_to_more_than_memory(tmp_path, monkeypatch):
+def test_rows_that_are_not_kept_take_no_memory(tmp_path, memory_of):
+    """With --streaming and without: `datasets` unpacks to disk, a part at a time."""
+    path = table(TEXTS)(tmp_path)
+    memory_of(39 * sizes.ROW)
+    with pytest.raises(InputError, match=r"40 rows take .* a smaller --max-rows keeps the first ones alone"):
+        loaded(path)
+    assert loaded(path, max_rows=39) == loaded(path, max_rows=39, streaming=True) == 39
+
+
+def test_little_is_never_refused(tmp_path, monkeypatch):
+    """What the system calls free is no promise: a machine that seems full reads what takes less than a gibibyte."""
+    zipped = file("b.jsonl", gzip.compress(LINES.encode()))(tmp_path)
+    path = table(TEXTS)(tmp_path)
+    monkeypatch.setattr(sizes, "free_memory", lambda device: 0)
+    assert loaded(zipped) == loaded(path) == 40
+    with pytest.raises(InputError, match=r"4,000,000 rows take 1.1 GiB at least, and 0.0 MiB of memory are free"):
+        sizes.check_rows(4_000_000, "it", 0)
+
+
+def test_gzip_that_unpacks_to_more_than_memory(tmp_path, monkeypatch, memory_of):
     path = file("a.jsonl", gzip.compress(LINES.encode() + b" " * 2**23))(tmp_path)
     assert loaded(path) == 40
-    monkeypatch.setattr(sizes, "free_memory", lambda device: 2**22)
+    memory_of(2**22)
+    assert loaded(path, max_rows=10) == 10
     monkeypatch.setattr(datasets, "load_dataset", None)
-    with pytest.raises(InputError, match="it is gzip, and unpacks to more than"):
+    with pytest.raises(
+        InputError, match=r"it is gzip, and unpacks to more than 4.0 MiB, and 4.0 MiB of memory are free"
+    ):
         loaded(path)
 
 
-def test_rows_are_counted_of_what_is_no_single_file(tmp_path, monkeypatch):
+def test_rows_are_counted_of_what_is_no_single_file(tmp_path, memory_of):
     file("train.jsonl", LINES)(tmp_path)
-    monkeypatch.setattr(sizes, "free_memory", lambda device: 39 * sizes.ROW)
-    with pytest.raises(InputError, match=r"40 rows take .* --streaming with a smaller --max-rows"):
+    memory_of(39 * sizes.ROW)
+    with pytest.raises(InputError, match=r"40 rows take .* a smaller --max-rows"):
         loaded(tmp_path)
     assert loaded(tmp_path, max_rows=39) == 39
-    monkeypatch.setattr(sizes, "free_memory", lambda device: None)  # a system that does not tell
+    memory_of(None)  # a system that does not tell
     assert loaded(tmp_path) == 40
 
 
-def test_a_cell_that_unpacks_to_more_than_memory(tmp_path, monkeypatch):
+def test_values_behind_the_rows_that_are_read_are_not_looked_at(tmp_path):
+    """A split of a terabyte is not read for its first ten rows."""
+    path = saved(arrow(lambda path: path.write_bytes(path.read_bytes().replace(b"39+1=", b"39\xff1="))))(tmp_path)
+    assert loaded(path, max_rows=39) == 39
+    for most in (0, 40):
+        with pytest.raises(InputError, match=r"its files are damaged: .* Invalid UTF8"):
+            loaded(path, max_rows=most)
+
+
+def test_a_cell_that_unpacks_to_more_than_memory(tmp_path, memory_of):
     path = table([*TEXTS, "x" * 2**24])(tmp_path)
     assert path.stat().st_size < 2**21
-    monkeypatch.setattr(sizes, "free_memory", lambda device: 2**23)
+    memory_of(2**23)
     with pytest.raises(InputError, match="a part of it unpacks to"):
         loaded(path)
 

@@ -29,7 +29,6 @@ from cmdp_fast.judging.reward import JudgedReward
 from cmdp_fast.own_code import Limit, told_of
 from cmdp_fast.trainer.evaluate_student import EvaluateConfig
 from cmdp_fast.trainer.settings.config import TrainConfig
-from cmdp_fast.trainer.tasks.judge import compare_pairs
 from cmdp_fast.trainer.tasks.rewards import call_rewards, trainer_state
 from cmdp_fast.trainer.tasks.step_verifiers import call_step_verifier
 
@@ -127,13 +126,10 @@ def test_a_reward_that_hangs_is_one_line(case):
 
 
 @pytest.mark.parametrize("case", ["a sleep", "a loop", "a pattern"])
-def test_verifiers_and_judges_too(case):
+def test_verifiers_too(case):
     with pytest.raises(InputError) as raised:
         call_step_verifier(lambda *_, **__: HANGS[case](), ROWS, ["a", "b"], LIMIT)
     assert is_line(str(raised.value), "the step verifier <lambda>")
-    with pytest.raises(InputError) as raised:
-        compare_pairs(lambda *_, **__: HANGS[case](), ROWS, ["a", "b"], ["c", "d"], LIMIT)
-    assert is_line(str(raised.value), "the judge <lambda>")
 
 
 def test_one_that_limits_itself_is_left_to_it():

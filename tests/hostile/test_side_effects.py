@@ -20,7 +20,7 @@ import torch
 from faults import command, differences, in_child, result
 from matplotlib.figure import Figure
 
-from cmdp_fast import unchanged
+from cmdp_fast import reward_functions, unchanged
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
 from cmdp_fast.trainer.settings.config import TrainConfig
@@ -204,6 +204,31 @@ def test_what_a_function_is_given_is_its_own():
 
     called(fills, looks, rows=rows)
     assert rows == before
+
+
+def test_rows_that_a_verifier_and_a_judge_are_given_are_their_own():
+    rows, before = copy.deepcopy(ROWS), copy.deepcopy(ROWS)
+
+    def fills(prompt, *completions, metadata, **_: Any) -> Any:
+        assert prompt == before[0]["prompt"] and metadata == before[0]["metadata"]
+        assert [each[0]["content"] for each in completions] in (["a"], ["a", "c"], ["c", "a"])
+        prompt[0]["content"] = completions[0][0]["content"] = "other"
+        metadata["a"].append(2)
+        return True if len(completions) == 1 else "tie"
+
+    call_step_verifier(fills, rows, ["a", "a"])
+    assert rows == before
+    compare_pairs(fills, rows, ["a", "a"], ["c", "c"])
+    assert rows == before
+
+
+def test_token_ids_are_copied_as_lists_of_numbers(monkeypatch):
+    """There are millions of them: none is looked at."""
+    seen: list[Any] = []
+    copies = reward_functions.own_copy
+    monkeypatch.setattr(reward_functions, "own_copy", lambda value: seen.append(value) or copies(value))
+    called(lambda completion_ids, **_: [each.pop() for each in completion_ids])
+    assert seen and [2] not in seen and [[1], [2]] not in seen
 
 
 def test_a_column_too_deep_to_be_copied_is_passed():

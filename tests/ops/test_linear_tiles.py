@@ -184,6 +184,23 @@ def test_the_free_memory_of_the_host(limit, expected, monkeypatch, tmp_path):
     assert free_memory.free_memory(torch.device("cpu")) is None
 
 
+def test_files_that_a_container_has_read_are_free_memory(monkeypatch, tmp_path):
+    """The kernel gives them up; a pod that has read a model would seem full."""
+    (tmp_path / "meminfo").write_text("MemAvailable:   5120 kB\n")
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2900000\n")
+    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
+    told = {
+        "anon 1\nfile 2400000\ninactive_file 1500000\nactive_file 500000\n": 2_100_000,
+        "anon 1\n": 100_000,
+        "inactive_file\n": 100_000,
+    }
+    for lines, expected in told.items():
+        (tmp_path / "memory.stat").write_text(lines)
+        assert free_memory.free_memory(torch.device("cpu")) == expected
+
+
 def test_the_free_memory_of_a_gpu(monkeypatch):
     """What the driver has, and what PyTorch holds unused; no question while a graph is captured."""
     gpu, refused = torch.device("cuda", 1), RuntimeError("does not yet support getDeviceStats")

@@ -15,6 +15,8 @@ from tiny_pair import arguments
 import cmdp_fast
 from cmdp_fast.cli import main
 from cmdp_fast.digest import read_sealed, write_sealed
+from cmdp_fast.errors import InputError
+from cmdp_fast.trainer.comparison import plan
 from cmdp_fast.trainer.comparison.plan import SeededRun, Variant, finished_summary, summary_of
 from cmdp_fast.trainer.parse import parse
 from cmdp_fast.trainer.records import metrics_log, session
@@ -110,6 +112,19 @@ def test_settings_with_a_secret(pair, tmp_path, monkeypatch):
     config = parse([f"--resume={folder}", given])
     run = SeededRun(Variant("v", "cmdp", {}, config), replace(config, resume="", output_dir=str(tmp_path), name="r"))
     assert summary_of(run)["steps"] == 2
+
+
+@pytest.mark.parametrize("past", [{"reward_timeout": 3.0}, {"teacher_timeout": 3.0, "checkpoint_every": 7}, None])
+def test_a_limit_of_time_makes_no_other_run(past, tmp_path, monkeypatch):
+    """Nor is one that an earlier version finished, which had no such setting."""
+    config = TrainConfig(task="chain_sum", output_dir=str(tmp_path), name="r")
+    run, recorded = SeededRun(Variant("v", "cmdp", {}, config), config), json.loads(json.dumps(shared(config)))
+    known = {name: value for name, value in recorded.items() if past is not None or name != "reward_timeout"}
+    monkeypatch.setattr(plan, "finished_summary", lambda folder: {"config": known | (past or {})})
+    assert summary_of(run) is not None
+    monkeypatch.setattr(plan, "finished_summary", lambda folder: {"config": {**known, "judge_timeout": 7.0}})
+    with pytest.raises(InputError, match=r"other settings \(judge_timeout was 7.0 and is 3.0\)"):
+        summary_of(run)
 
 
 def test_an_error_with_a_secret(pair, tmp_path, monkeypatch):

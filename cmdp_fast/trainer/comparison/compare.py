@@ -21,7 +21,6 @@ from ..records.report import Report
 from ..records.session import command_line
 from ..tasks.data import load_problems
 from ..tasks.judge import Judge, compare_pairs, load_judge
-from ..tasks.rewards import limit_of
 from .alike import check_code, check_origins
 from .launching import jobs_of, remove, run_all
 from .plan import REFERENCES, CompareConfig, Result, SeededRun, check, folder_of, plan, summary_of
@@ -108,8 +107,7 @@ def judged(results: list[Result], judge: Judge, against: str, report: Report) ->
             pairs = [key for key in ours if key in theirs and key[0] in rows]
             if pairs:
                 texts = [ours[k] for k in pairs], [theirs[k] for k in pairs]
-                limit = limit_of(result.run.config)
-                preferences = compare_pairs(judge, [rows[key[0]] for key in pairs], *texts, limit)
+                preferences = compare_pairs(judge, [rows[key[0]] for key in pairs], *texts)
                 result = replace(result, judged=asdict(preferences))
         done.append(result)
     return done

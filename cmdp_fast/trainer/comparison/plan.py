@@ -33,6 +33,8 @@ SEEDS = (0, 1, 2)
 CHOSEN = (  # by a comparison for each of its runs
     *("recipe", "method", "fast", "name", "output_dir", "seed", "resume", "dry_run", "random_weights"),
 )
+WITHOUT_EFFECT = ("checkpoint_every", "teacher_timeout", "teacher_token_file", "rollout_timeout", "reward_timeout")
+"""Settings that decide whether a run reaches its end and how it goes on, and change no figure of one that has."""
 _COMMA = re.compile(r",(?![^\[\]]*\])(?![^{}]*\})")  # outside of a list or a table
 REFERENCES = {"teacher": "teacher", "student_before": "student before"}
 """Who stands beside the methods: by the name in `summary.json` and in samples, that in tables."""
@@ -234,8 +236,8 @@ def _file_name(label: str) -> str:
 
 
 def summary_of(run: SeededRun) -> dict[str, Any] | None:
-    """The summary of a finished run, None if it is not. Raises InputError if it was run with other settings, or if a
-    file that it left is not as it was written."""
+    """The summary of a finished run, None if it is not. Raises InputError if it was run with other settings, those
+    `WITHOUT_EFFECT` aside, or if a file that it left is not as it was written."""
     remove = f"remove {run.folder}, or choose another --output-dir"
     try:
         summary = finished_summary(run.folder)
@@ -245,7 +247,8 @@ def summary_of(run: SeededRun) -> dict[str, Any] | None:
         return None
     # An earlier version masked nothing
     past, wanted = masked(summary["config"]), json.loads(as_json(shared(run.config)))
-    if different := [key for key in wanted.keys() | past.keys() if wanted.get(key) != past.get(key)]:
+    keys = (wanted.keys() | past.keys()) - {*WITHOUT_EFFECT}
+    if different := [key for key in keys if wanted.get(key) != past.get(key)]:
         key = sorted(different)[0]
         raise InputError(
             f"{run.folder} was run with other settings ({readable(key)} was {shown(past.get(key))} and is "

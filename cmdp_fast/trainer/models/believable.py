@@ -33,9 +33,12 @@ KEPT = ("eos_token_id", "transformers_version")  # of the settings of `generate`
 
 def json_fault(path: Path) -> str:
     """Why a file is no object in JSON, behind its name; "" if it is one."""
-    if not path.is_file():
-        return "is no file" if os.path.lexists(path) else "is not there"
-    content = path.read_bytes()
+    try:
+        if not path.is_file():
+            return "is no file" if os.path.lexists(path) else "is not there"
+        content = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read: {error.strerror or first_line(error)}"
     try:
         value = json.loads(content.decode())
     except UnicodeDecodeError:
@@ -62,9 +65,9 @@ def why_no_config(folder: Path) -> str:
 
 def check_generation(role: str, name: str) -> None:
     """Raises InputError for settings of `generate` that are no JSON: transformers passes them over, and the model would
-    end at other tokens than its own."""
+    end at other tokens than its own. So for a link to nothing and what is no file; a model may have none."""
     path = Path(name) / GENERATION
-    if path.is_file() and (fault := json_fault(path)):
+    if os.path.lexists(path) and (fault := json_fault(path)):
         raise InputError(f"--{role} {name}: its {GENERATION} {fault}")
 
 

@@ -202,7 +202,7 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
     try:
         _check_source(source, said, path)
         if path.is_file():
-            check_file(path, said, config.max_rows if config.streaming else 0)
+            check_file(path, said, config.max_rows)
     except OSError as error:
         raise InputError(f"{said} cannot be read: {first_line(error)}") from error
     if not path.exists():
@@ -221,7 +221,7 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
                 loaded = datasets.load_from_disk(name)
                 if isinstance(loaded, datasets.DatasetDict):
                     loaded = loaded[_split(source, loaded)]
-                check_values(loaded, said)
+                check_values(loaded, said, config.max_rows)
             else:
                 split = source.split
                 if not split or source.or_only:

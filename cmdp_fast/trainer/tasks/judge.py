@@ -15,8 +15,8 @@ from typing import Any, Literal
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.messages import as_completion, text_of
-from cmdp_fast.own_code import Limit, errors_named, told_of
-from cmdp_fast.reward_functions import name_of, returned
+from cmdp_fast.own_code import errors_named, told_of
+from cmdp_fast.reward_functions import name_of, own_copy, returned
 from cmdp_fast.unchanged import unchanged
 
 from ..settings.config import TrainConfig
@@ -71,17 +71,12 @@ def programmatic(config: TrainConfig, example: Problem) -> Judge:
     return judge
 
 
-def compare_pairs(
-    judge: Judge,
-    rows: Sequence[Problem],
-    ours: Sequence[str],
-    theirs: Sequence[str],
-    limit: Limit | None = None,
-) -> Preferences:
+def compare_pairs(judge: Judge, rows: Sequence[Problem], ours: Sequence[str], theirs: Sequence[str]) -> Preferences:
     """How often ``judge`` prefers our completion of a problem to theirs; texts, one per row each. The process is left
-    as it was (`unchanged`).
+    as it was (`unchanged`), and the rows too: a judge has copies of their lists and dicts. It may take any time, since
+    it may ask a person; the log says where it waits.
 
-    Raises InputError, which names the judge, if it raises, has not returned at the limit, or its verdict is not one.
+    Raises InputError, which names the judge, if it raises, or its verdict is not one.
     """
     counts = {"win": 0, "tie": 0, "loss": 0, "disagreement": 0}
     with unchanged(f"the judge {name_of(judge)}"):
@@ -89,18 +84,18 @@ def compare_pairs(
             prompt = row["prompt"]
             columns = {name: value for name, value in row.items() if name not in ("prompt", "first", "second")}
             our_text, their_text = as_completion(prompt, our), as_completion(prompt, their)
-            straight = _asked(judge, prompt, our_text, their_text, columns, limit)
-            exchanged = _EXCHANGED[_asked(judge, prompt, their_text, our_text, columns, limit)]
+            straight = _asked(judge, prompt, our_text, their_text, columns)
+            exchanged = _EXCHANGED[_asked(judge, prompt, their_text, our_text, columns)]
             agreed = straight if straight == exchanged else "tie"
             counts[{"first": "win", "second": "loss", "tie": "tie"}[agreed]] += 1
             counts["disagreement"] += straight != exchanged
     return Preferences(**{name: count / len(rows) for name, count in counts.items()})
 
 
-def _asked(judge: Judge, prompt: Any, first: Any, second: Any, columns: dict[str, Any], limit: Limit | None) -> Verdict:
+def _asked(judge: Judge, prompt: Any, first: Any, second: Any, columns: dict[str, Any]) -> Verdict:
     what = f"the judge {name_of(judge)}"
-    with told_of(what, limit=limit), errors_named(what, judge):
-        verdict: Any = judge(prompt, first, second, **columns)
+    with told_of(what), errors_named(what, judge):
+        verdict: Any = judge(*map(own_copy, (prompt, first, second)), **own_copy(columns))
     if not isinstance(verdict, str) or verdict not in _EXCHANGED:
         raise InputError(f"{what} returned {returned(verdict)}: expected 'first', 'second' or 'tie'")
     return verdict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,23 @@ COLUMNS = 10_000  # of a table; a reader takes seconds for so many
 ROW = 300  # bytes of a row of a column or two, as the dict that it becomes; most have more
 CHUNK = 2**20
 HEADER = 2**24  # bytes of a CSV's first line that are looked at
+HARMLESS = 2**30  # bytes that no dataset is refused for: what the system calls free is no promise
 
 
 def check_file(path: Path, said: str, most: int) -> None:
     """Raises InputError for a table whose own account of itself, a Parquet's footer or the first line of a CSV, has
-    more columns than `COLUMNS`, more rows than fit into the memory that is free, of which ``most`` are read (0: all),
-    or parts that unpack to more than that; and for gzip that does, which `datasets` unpacks under any name. What cannot
-    be read is passed: its reader says so."""
-    if (size := _unpacked(path)) is not None:
-        raise InputError(f"{said}: it is gzip, and unpacks to more than {_gib(size)}, which is all of the free memory")
+    more columns than `COLUMNS`, more rows than fit into the memory that is free, of which ``most`` are kept (0: all),
+    or parts that unpack to more than that; and, where all are kept, for gzip that does, which `datasets` unpacks under
+    any name. What cannot be read is passed: its reader says so."""
+    free = _free()
+    if not most and free is not None and _unpacks_to_more(path, room := max(free, HARMLESS)):
+        raise InputError(
+            f"{said}: it is gzip, and unpacks to more than {_size(room)}, and {_size(free)} of memory are free"
+        )
     if path.suffix == ".csv":
         with open(path, "rb") as file:
-            check_columns(file.readline(HEADER).count(b",") + 1, said)
+            first = re.split(rb"[\r\n]", file.read(HEADER), maxsplit=1)[0]
+        check_columns(first.count(b",") + 1, said)
         return
     if path.suffix != ".parquet":
         return
@@ -41,26 +47,25 @@ def check_file(path: Path, said: str, most: int) -> None:
         return
     check_columns(columns, said)
     check_rows(rows, said, most)
-    free = _free()
-    if free is not None and largest > free:
-        raise InputError(f"{said}: a part of it unpacks to {_gib(largest)}, and {_gib(free)} of memory are free")
+    if free is not None and largest > max(free, HARMLESS):
+        raise InputError(f"{said}: a part of it unpacks to {_size(largest)}, and {_size(free)} of memory are free")
 
 
-def _unpacked(path: Path) -> int | None:
-    """The memory that is free, where a file of gzip unpacks to more than that."""
-    free, size = _free(), 0
+def _unpacks_to_more(path: Path, room: int) -> bool:
+    """Whether a file is gzip, and holds more bytes than there is room for."""
+    size = 0
     with open(path, "rb") as file:
-        if file.read(2) != b"\x1f\x8b" or free is None:
-            return None
+        if file.read(2) != b"\x1f\x8b":
+            return False
     try:
         with gzip.open(path) as unpacked:
             while piece := unpacked.read(CHUNK):
                 size += len(piece)
-                if size > free:
-                    return free
+                if size > room:
+                    return True
     except (OSError, EOFError, zlib.error):
         pass
-    return None
+    return False
 
 
 def check_columns(count: int, said: str) -> None:
@@ -70,12 +75,12 @@ def check_columns(count: int, said: str) -> None:
 
 
 def check_rows(count: int, said: str, most: int) -> None:
-    """Raises InputError for more rows than fit into the memory that is free, of which ``most`` are read (0: all)."""
-    free, read = _free(), min(count, most or count)
-    if free is not None and read * ROW > free:
+    """Raises InputError for more rows than fit into the memory that is free, of which ``most`` are kept (0: all)."""
+    free, kept = _free(), min(count, most or count)
+    if free is not None and kept * ROW > max(free, HARMLESS):
         raise InputError(
-            f"{said}: {read:,} rows take {_gib(read * ROW)} at least, and {_gib(free)} of memory are free: --streaming "
-            "with a smaller --max-rows reads the first ones alone"
+            f"{said}: {kept:,} rows take {_size(kept * ROW)} at least, and {_size(free)} of memory are free: a smaller "
+            "--max-rows keeps the first ones alone"
         )
 
 
@@ -83,5 +88,5 @@ def _free() -> int | None:
     return free_memory(torch.device("cpu"))
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -17,7 +17,7 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.messages import as_completion, text_of
 from cmdp_fast.own_code import Limit, errors_named, told_of
-from cmdp_fast.reward_functions import NO_COLUMNS, check_call, name_of, returned
+from cmdp_fast.reward_functions import NO_COLUMNS, check_call, name_of, own_copy, returned
 from cmdp_fast.unchanged import unchanged
 
 from ..settings.config import TrainConfig
@@ -83,16 +83,17 @@ def call_step_verifier(
     verifier: StepVerifier, rows: Sequence[Problem], texts: Sequence[str], limit: Limit | None = None
 ) -> list[float]:
     """1 where all steps of a completion are right, 0 where not, NaN where there is nothing to check. The process is
-    left as it was (`unchanged`).
+    left as it was (`unchanged`), and the rows too: a verifier has copies of their lists and dicts.
 
     Raises InputError, which names the verifier, if it raises, has not returned at the limit, or returns anything else.
     """
     verdicts, what = [], f"the step verifier {name_of(verifier)}"
     with unchanged(what):
         for row, text in zip(rows, texts, strict=True):
-            columns = {name: value for name, value in row.items() if name not in NO_COLUMNS}
+            prompt = own_copy(row["prompt"])
+            columns = {name: own_copy(value) for name, value in row.items() if name not in NO_COLUMNS}
             with told_of(what, limit=limit), errors_named(what, verifier):
-                verdict = verifier(row["prompt"], as_completion(row["prompt"], text), **columns)
+                verdict = verifier(prompt, as_completion(prompt, text), **columns)
             if not (verdict is None or isinstance(verdict, bool)):
                 raise InputError(f"{what} returned {returned(verdict)}: expected True, False or None")
             verdicts.append(math.nan if verdict is None else float(verdict))
