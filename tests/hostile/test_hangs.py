@@ -185,7 +185,9 @@ def test_it_may_clean_up():
         try:
             loops()
         finally:
-            time.sleep(0.3)
+            until = time.process_time() + 0.3  # some ticks
+            while time.process_time() < until:
+                pass
             ended.append(1)
 
     with pytest.raises(InputError):
@@ -204,6 +206,20 @@ def test_calls_that_end_at_their_limit(tmp_path):
         time.sleep(0.001)
     with told_of("it", limit=Limit(60.0, "")):
         pass
+
+
+def test_a_call_that_is_over_is_not_looked_at(tmp_path):
+    """It stands there for a moment more, and may be at its limit just then."""
+
+    def child() -> int:
+        here = threading.get_ident()
+        call = own_code._Call("it", "", here, Limit(0.0, ""), False, time.monotonic(), 0.0, over=True)
+        own_code._watch.begin(call)
+        time.sleep(0.2)
+        own_code._watch.end(call)
+        return 0
+
+    assert in_child(child, tmp_path / "told") == 0
 
 
 def test_one_that_comes_as_the_call_ends_is_a_line_too(monkeypatch, capsys):
