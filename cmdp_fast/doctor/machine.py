@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cmdp_fast import cpu
+from cmdp_fast import containers, cpu
 from cmdp_fast.errors import InputError, first_line
 from cmdp_fast.masking import home
 from cmdp_fast.native_module import COMPILER
@@ -22,7 +22,6 @@ from cmdp_fast.trainer.models.cache import cache_dir
 
 from .row import NOTE, OK, PROBLEM, Row
 
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 GIB = 2**30
 LITTLE = GIB  # of memory and of disk, in bytes
 OLDEST_CAPABILITY = (8, 0)  # of the CUDA kernels
@@ -47,7 +46,7 @@ def threads() -> Iterator[Row]:
 def openmp() -> Iterator[Row]:
     """The OpenMP libraries that are loaded: the pools of threads of two know nothing of each other."""
     try:
-        maps = (PROC / "self" / "maps").read_text(encoding="utf-8", errors="replace")
+        maps = (containers.PROC / "self" / "maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
     paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
@@ -61,13 +60,13 @@ def openmp() -> Iterator[Row]:
 def memory() -> Iterator[Row]:
     """The memory that is free, and a container's limit."""
     try:
-        text = (PROC / "meminfo").read_text(encoding="utf-8")
+        text = (containers.PROC / "meminfo").read_text(encoding="utf-8")
     except OSError:
         yield Row(OK, "memory", "this system does not tell")
         return
     amounts = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in text.splitlines() if line.endswith(" kB")}
     free, total, whose = amounts["MemAvailable"], amounts["MemTotal"], ""
-    for limit, used in _memory_limits():
+    for limit, used in containers.memory_limits():
         if limit - used < free:
             free, total, whose = max(0, limit - used), limit, " that its container may use"
     yield Row(NOTE if free < LITTLE else OK, "memory", f"{_gib(free)} free of {_gib(total)}{whose}")
@@ -195,54 +194,8 @@ def _found(*names: str) -> list[str]:
 def _usable_processors() -> int:
     """The processors that this process may run on, or the time that its containers grant it, rounded up."""
     own = usable_processors()
-    granted = [math.ceil(share) for share in _processor_limits()]
+    granted = [math.ceil(share) for share in containers.processor_limits()]
     return max(1, min([own, *granted]))
-
-
-def _processor_limits() -> Iterator[float]:
-    for folder in _groups("cpu"):
-        words = _words(folder / "cpu.max")  # "max 100000", or microseconds of so many
-        if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
-            yield int(words[0]) / int(words[1])
-        quota, period = _words(folder / "cpu.cfs_quota_us"), _words(folder / "cpu.cfs_period_us")
-        if quota and period and quota[0].isdigit() and period[0].isdigit():  # -1: no limit
-            yield int(quota[0]) / int(period[0])
-
-
-def _memory_limits() -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of each group that this process is in. What is in use counts without the cache of files
-    that the kernel gives up when memory is wanted."""
-    for folder in _groups("memory"):
-        for limit, used, cache in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            most, now, stat = _words(folder / limit), _words(folder / used), _words(folder / "memory.stat")
-            given_up = dict(zip(stat[::2], stat[1::2], strict=False)).get(cache, "0")
-            if most and now and most[0].isdigit() and now[0].isdigit() and int(most[0]) < 1 << 60:
-                yield int(most[0]), max(0, int(now[0]) - (int(given_up) if given_up.isdigit() else 0))
-
-
-def _groups(controller: str) -> Iterator[Path]:
-    """The folders of the control groups of this process, of both versions, from its own up to the root."""
-    try:
-        own = (PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in own:
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root = CGROUPS / controller if controllers else CGROUPS
-        here = root / path.lstrip("/")
-        yield from (folder for folder in (here, *here.parents) if folder == root or root in folder.parents)
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except OSError:
-        return []
 
 
 def _release(said: str) -> str:

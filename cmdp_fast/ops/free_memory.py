@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")  # of a container: its limit is not that of the machine
+from cmdp_fast import containers
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -30,23 +27,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _free_on_the_host() -> int | None:
-    """What the kernel calls available, and what the container's limit leaves of it."""
+    """What the kernel calls available, and what the limits of containers leave of it."""
     try:
-        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in (containers.PROC / "meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    try:
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such limit: the file is absent or says "max"
-        return free
-    return min(free, max(0, limit - used + _cached_files()))
-
-
-def _cached_files() -> int:
-    """What a container holds of files that it has read, which the kernel gives up before it refuses any memory."""
-    try:
-        lines = dict(line.split(" ", 1) for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return int(lines["inactive_file"]) + int(lines["active_file"])
-    except (OSError, KeyError, ValueError):
-        return 0
+    return min([free, *(max(0, limit - used) for limit, used in containers.memory_limits())])

@@ -13,7 +13,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from cmdp_fast import cpu
+from cmdp_fast import containers, cpu
 from cmdp_fast.doctor import machine
 from cmdp_fast.doctor.row import NOTE, OK, PROBLEM, Row
 
@@ -48,8 +48,8 @@ def test_threads(monkeypatch: Patch, used: int, usable: int, given: str | None, 
 @pytest.fixture
 def world(monkeypatch: Patch, tmp_path: Path):
     """Writes files of /proc and /sys/fs/cgroup."""
-    monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(containers, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(containers, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
 
     def write(path: str, text: str) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from linear_inputs import check, evaluate, make_inputs
 
 import cmdp_fast as cf
+from cmdp_fast import containers
 from cmdp_fast.cpu import native
 from cmdp_fast.ops import free_memory, gemm, kept_logits, tile_size
 from cmdp_fast.ops.backends import INTERPRETED
@@ -171,33 +172,47 @@ def test_a_graph_chooses_while_it_is_made(dynamic, monkeypatch):
     assert graphs == 0  # the last sizes needed none of their own
 
 
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """Writes files of /proc and /sys/fs/cgroup."""
+    monkeypatch.setattr(containers, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(containers, "CGROUPS", tmp_path / "cgroup")
+
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    write("proc/meminfo", "MemTotal:       9000 kB\nMemAvailable:   5120 kB\nHugePages_Total:       0\n")
+    write("proc/self/cgroup", "0::/pod/job\n")
+    return write
+
+
 @pytest.mark.parametrize("limit, expected", [("max", 5 * 2**20), ("3000000", 2 * 10**6), ("10", 0), (None, 5 * 2**20)])
-def test_the_free_memory_of_the_host(limit, expected, monkeypatch, tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal:       9000 kB\nMemAvailable:   5120 kB\nHugePages_Total:       0\n")
+@pytest.mark.parametrize("group", ["", "/pod", "/pod/job"])
+def test_the_free_memory_of_the_host(limit, expected, group, host, tmp_path):
     if limit is not None:
-        (tmp_path / "memory.max").write_text(limit + "\n")
-        (tmp_path / "memory.current").write_text("1000000\n")
-    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
+        host(f"cgroup{group}/memory.max", limit + "\n")
+        host(f"cgroup{group}/memory.current", "1000000\n")
     assert free_memory.free_memory(torch.device("cpu")) == expected
-    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "absent")
+    (tmp_path / "proc" / "meminfo").unlink()
     assert free_memory.free_memory(torch.device("cpu")) is None
 
 
-def test_files_that_a_container_has_read_are_free_memory(monkeypatch, tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_that_a_container_has_read_are_free_memory(version, host):
     """The kernel gives them up; a pod that has read a model would seem full."""
-    (tmp_path / "meminfo").write_text("MemAvailable:   5120 kB\n")
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("2900000\n")
-    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
+    folder, total = ("cgroup", "") if version == 2 else ("cgroup/memory", "total_")
+    if version == 1:
+        host("proc/self/cgroup", "5:cpu:/pod\n4:memory:/pod\n")
+    host(f"{folder}/{'memory.max' if version == 2 else 'memory.limit_in_bytes'}", "3000000\n")
+    host(f"{folder}/{'memory.current' if version == 2 else 'memory.usage_in_bytes'}", "2900000\n")
     told = {
-        "anon 1\nfile 2400000\ninactive_file 1500000\nactive_file 500000\n": 2_100_000,
+        f"anon 1\nfile 2400000\n{total}inactive_file 1500000\n{total}active_file 500000\n": 2_100_000,
         "anon 1\n": 100_000,
-        "inactive_file\n": 100_000,
+        f"{total}inactive_file\n": 100_000,
     }
     for lines, expected in told.items():
-        (tmp_path / "memory.stat").write_text(lines)
+        host(f"{folder}/memory.stat", lines)
         assert free_memory.free_memory(torch.device("cpu")) == expected
 
 
