@@ -122,24 +122,14 @@ class Completions:
         )
 
 
-def _split(settings: dict[str, Any], tensors: Tensors, dtype: torch.dtype) -> tuple[dict[str, Any], Tensors]:
-    """The budget as the scan counts it: rounded to the dtype of the cost."""
-    settings, tensors = dict(settings), dict(tensors)
-    budget = tensors.pop("budget", None)
-    limits = torch.as_tensor(settings.pop("budget", 0.0) if budget is None else budget, dtype=torch.float64)
-    settings["budget"] = limits.to(dtype).double()
-    return settings, tensors
-
-
 def trace_of(tensors: Tensors, settings: dict[str, Any], dtype: torch.dtype) -> reference.BudgetTrace:
-    """The reference's trace in float64 of a cost [B, T] or [N]."""
-    settings, tensors = _split(settings, tensors, torch.float64)
-    if settings["per_token"]:  # the product is rounded too
-        settings["budget"] = _per_sequence(settings["budget"], tensors).to(dtype).double()
-        settings["per_token"] = False
-    else:
-        settings["budget"] = settings["budget"].to(dtype).double()
-    return reference.budget_trace(tensors["cost"].double(), **settings, **_layout(tensors))
+    """The reference's trace in float64 of a cost [B, T] or [N]; the budget as the scan counts it, rounded to the dtype
+    of the cost: the product with a number of tokens is rounded too."""
+    rest = {name: value for name, value in settings.items() if name not in ("budget", "per_token")}
+    budget = torch.as_tensor(tensors.get("budget", settings.get("budget")), dtype=torch.float64)
+    if settings["per_token"]:
+        budget = _per_sequence(budget, tensors)
+    return reference.budget_trace(tensors["cost"].double(), budget.to(dtype).double(), **rest, **_layout(tensors))
 
 
 def _layout(tensors: Tensors) -> Tensors:
