@@ -1,10 +1,9 @@
 """The event loop in which plain code calls the user's coroutine functions.
 
 It is the same one for all calls of this process: a client that such a function keeps, for a judge on a server say,
-belongs to the loop that it was first used in. A call in the main thread runs it there, where signals are heard: nothing
-else ends code that does not return, such as a search by `re`. Where the main thread runs a loop of its own already, or
-calls come from other threads, a thread runs it while calls last, many at once, and ends with the last of them. A forked
-process begins anew, as its parent's thread is not in it.
+belongs to the loop that it was first used in. A thread runs it while calls last, many at once, and ends with the last
+of them, so it does not matter whether the caller's own thread runs a loop already. A forked process begins anew, as its
+parent's thread is not in it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import atexit
 import os
 import selectors
 import threading
-import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -41,34 +39,44 @@ class _EventLoop:
 
     def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of the coroutine that ``make`` makes, or its exception; an interrupt of the caller cancels it."""
-        running = asyncio._get_running_loop()
-        if running is not None and running is self._loop:
+        if threading.current_thread() is self._thread:
             raise RuntimeError("a coroutine function was called by plain code that another one called; await it there")
-        with self._called(running is None) as (loop, here):
-            return _run_here(loop, make()) if here else _run_there(loop, make)
+        ended = threading.Event()
+
+        async def until_ended() -> T:
+            try:
+                return await make()
+            finally:
+                ended.set()
+
+        with self._running() as loop:
+            future = asyncio.run_coroutine_threadsafe(until_ended(), loop)
+            try:
+                return future.result()
+            except BaseException:
+                if future.cancel():  # it was the caller who was interrupted
+                    ended.wait(PATIENCE)
+                raise
 
     @contextmanager
-    def _called(self, free: bool) -> Iterator[tuple[asyncio.AbstractEventLoop, bool]]:
-        """The loop, and whether the caller has to run it, who is ``free`` to; else a thread does, or the main thread in
-        a call of its own."""
+    def _running(self) -> Iterator[asyncio.AbstractEventLoop]:
         with self._lock:
-            self._loop = loop = self._loop or _new_loop()
-            here = free and not self._calls and threading.current_thread() is threading.main_thread()
-            if not here and not self._calls:
+            if not self._calls:
                 self._start()
+            assert self._loop is not None
+            loop = self._loop
             self._calls += 1
         try:
-            yield loop, here
+            yield loop
         finally:
             with self._lock:
                 self._calls -= 1
-                if here and self._calls:  # others have come meanwhile
-                    self._start()
-                elif not here and not self._calls:
+                if not self._calls:
                     self._stop()
 
     def _start(self) -> None:
-        assert self._loop is not None
+        if self._loop is None:
+            self._loop = _new_loop()
         self._thread = threading.Thread(target=_run, args=(self._loop,), name=THREAD, daemon=True)
         self._thread.start()
 
@@ -99,44 +107,6 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     if hasattr(selectors, "PollSelector"):
         return asyncio.SelectorEventLoop(selectors.PollSelector())
     return asyncio.new_event_loop()
-
-
-def _run_here(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
-    task = loop.create_task(coroutine)
-    while True:
-        try:
-            return loop.run_until_complete(task)
-        except BaseException as error:
-            if task.done():
-                raise
-            if not (isinstance(error, SystemExit) and _is_of_a_task(error)):
-                task.cancel()
-                loop.run_until_complete(asyncio.wait([task], timeout=PATIENCE))
-                raise
-
-
-def _is_of_a_task(error: BaseException) -> bool:
-    """Whether an exception that has ended a loop was raised in what the loop has called: then those who await it get it
-    too."""
-    return any(frame.f_code is asyncio.Handle._run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def _run_there(loop: asyncio.AbstractEventLoop, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    ended = threading.Event()
-
-    async def until_ended() -> T:
-        try:
-            return await make()
-        finally:
-            ended.set()
-
-    future = asyncio.run_coroutine_threadsafe(until_ended(), loop)
-    try:
-        return future.result()
-    except BaseException:
-        if future.cancel():  # it was the caller who was interrupted
-            ended.wait(PATIENCE)
-        raise
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

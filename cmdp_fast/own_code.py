@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import itertools
 import logging
 import math
 import os
@@ -91,16 +90,16 @@ def told_of(what: str, thread: str = "", limit: Limit | None = None) -> Iterator
     whatever comes of that is an InputError, the result of a body that has caught it too. A body that has not ended
     `GRACE` seconds later is in C that does not listen, or has caught it and goes on. Then, and in another thread at the
     limit, the line is said and the process is ended with exit code 2, as if it had been killed: no thread can be ended
-    from outside. One in C that keeps Python's lock for ever and looks for no signal, as a search by `re` does in a
-    thread other than the main one, lets nobody say anything. Time in which the process is stopped does not count.
+    from outside. One in C that keeps Python's lock for ever and looks for no signal, such as a search by `re` in a
+    thread other than the main one, as that of coroutine functions is, lets nobody say anything. Time in which the
+    process is stopped does not count.
 
     The handlers of SIGURG and SIGVTALRM that this takes stay, and do nothing without a call that is late. Where the
     process has others it goes without: a body is then ended with the process.
     """
     main = limit is not None and threading.current_thread() is threading.main_thread()
     hears = main and INTERRUPT is not None and _is_ours(INTERRUPT, _heard)
-    begins = sys._getframe(2)  # this one is a generator, which contextlib has called
-    call = _Call(what, thread, threading.get_ident(), begins, limit, hears, time.monotonic(), NOTICE)
+    call = _Call(what, thread, threading.get_ident(), limit, hears, time.monotonic(), NOTICE)
     ticks = main and _begin_ticks()
     error: BaseException | None = None
     _watch.begin(call)
@@ -197,7 +196,6 @@ class _Call:
     what: str
     thread: str  # "": the caller's
     caller: int
-    begins: FrameType  # the function of ours that the body is in
     limit: Limit | None
     hears: bool  # whether a signal interrupts it
     begun: float
@@ -240,8 +238,7 @@ class _Call:
     def _place(self) -> str:
         ident = next((each.ident for each in threading.enumerate() if each.name == self.thread), self.caller)
         frame = sys._current_frames().get(ident or self.caller)
-        stack = itertools.takewhile(lambda at: at[0] is not self.begins, traceback.walk_stack(frame) if frame else ())
-        places = ((each.f_code.co_filename, line) for each, line in stack)
+        places = ((each.f_code.co_filename, line) for each, line in traceback.walk_stack(frame)) if frame else iter(())
         return next((f", it is at {file}:{line}" for file, line in places if not _is_installed(file)), "")
 
 

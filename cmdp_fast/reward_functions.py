@@ -142,11 +142,11 @@ def call(functions: Sequence[Named], given: Given, limit: Limit | None = None) -
     """Calls each function once, with the same arguments: plain ones in turn, then the coroutine functions together.
 
     One that does not return is told of in the log, and given up at the limit, where there is one and the function does
-    not say that it ``limits_itself`` (`own_code.told_of`): an InputError. Coroutine functions run in `event_loop`, so
-    this may be called where a loop runs already. If one raises, the others are cancelled. Raises RewardError for an
-    exception of a function's own, InputError for an InputError of its own, for a result other than a number or None per
-    completion (in a list, tuple, array or tensor), and if a column that was logged has not a value per completion. The
-    message names the function, or the column.
+    not say that it ``limits_itself`` (`own_code.told_of`): an InputError. Coroutine functions run in a thread of their
+    own (`event_loop`), so this may be called where a loop runs already. If one raises, the others are cancelled. Raises
+    RewardError for an exception of a function's own, InputError for an InputError of its own, for a result other than a
+    number or None per completion (in a list, tuple, array or tensor), and if a column that was logged has not a value
+    per completion. The message names the function, or the column.
     """
     answers = {i: _asked(named, given, limit) for i, named in enumerate(functions) if not is_async(named.function)}
     later = {i: named for i, named in enumerate(functions) if i not in answers}
@@ -276,7 +276,7 @@ async def _guarded(named: Named, given: Given) -> _Answer:
     logged = Logged({}, {})
     try:
         result = await named.function(**_arguments(given, logged))
-    except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):
+    except (asyncio.CancelledError, GeneratorExit):
         raise
     except BaseException as error:  # some of these would end the loop, and leave the caller
         raise _of(named, error) from error

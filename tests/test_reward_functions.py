@@ -7,7 +7,6 @@ import functools
 import gc
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -274,28 +273,16 @@ def test_an_input_error_stays_one():
         called(picky)
 
 
-def in_a_notebook(function: Any) -> Any:
-    async def cell() -> Any:
-        return function()
-
-    return asyncio.run(cell())
-
-
-CALLERS = pytest.mark.parametrize("caller", [lambda function: function(), in_a_notebook], ids=["main", "notebook"])
-
-
-@CALLERS
-def test_a_coroutine_function_that_exits_does_not_take_the_caller_along(caller):
+def test_a_coroutine_function_that_exits_does_not_take_the_caller_along():
     async def leaving(**_: Any) -> list[float]:
         raise SystemExit(3)
 
     with pytest.raises(RewardError, match="reward function leaving raised SystemExit: 3"):
-        caller(lambda: called(leaving))
+        called(leaving)
     assert called(later).rewards[0][0] == 0.3
 
 
-@CALLERS
-def test_a_task_of_a_coroutine_function_that_exits_does_not_end_the_loop(caller):
+def test_a_task_of_a_coroutine_function_that_exits_does_not_end_the_loop():
     async def leaving() -> list[float]:
         raise SystemExit(3)
 
@@ -304,7 +291,7 @@ def test_a_task_of_a_coroutine_function_that_exits_does_not_end_the_loop(caller)
         return rewards
 
     with pytest.raises(RewardError, match="reward function asking raised SystemExit: 3"):
-        caller(lambda: called(asking))
+        called(asking)
     assert called(later).rewards[0][0] == 0.3
 
 
@@ -359,35 +346,7 @@ def test_a_coroutine_function_that_cancels_itself_cancels_nobody_else():
         called(later, ending)
 
 
-def test_an_interrupt_cancels_what_runs():
-    """Ctrl-C, while a function waits, and while it computes."""
-    ended = []
-
-    async def waiting(**_: Any) -> list[float]:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await asyncio.sleep(0)
-            ended.append(True)
-        return []
-
-    async def interrupted(**_: Any) -> list[float]:
-        asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGINT)
-        return await waiting()
-
-    async def computing(**_: Any) -> list[float]:
-        signal.raise_signal(signal.SIGINT)
-        return []
-
-    for functions in ([interrupted], [computing], [waiting, computing]):
-        with pytest.raises(KeyboardInterrupt):
-            called(*functions)
-    assert len(ended) == 2
-    assert called(later).rewards[0][0] == 0.3
-    gc.collect()
-
-
-def test_an_interrupt_of_one_who_waits_for_the_thread_cancels_what_runs(monkeypatch):
+def test_an_interrupt_of_the_caller_cancels_what_runs(monkeypatch):
     ended = []
 
     async def waiting(**_: Any) -> list[float]:
@@ -412,57 +371,11 @@ def test_an_interrupt_of_one_who_waits_for_the_thread_cancels_what_runs(monkeypa
         future.result = result
         return future
 
-    async def notebook() -> None:
-        called(waiting)
-
     monkeypatch.setattr(event_loop.asyncio, "run_coroutine_threadsafe", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        asyncio.run(notebook())
+        called(waiting)
     assert ended == [True]
     gc.collect()
-
-
-def test_the_main_thread_s_end_is_nobody_else_s():
-    """Others who have come while the main thread runs the loop get a thread that goes on with it."""
-    results: list[Any] = []
-    come, over = threading.Event(), threading.Event()
-
-    async def last(**_: Any) -> list[float]:
-        come.set()
-        while not over.is_set():
-            await asyncio.sleep(0.001)
-        return [2.0] * 3
-
-    thread = threading.Thread(target=lambda: results.append(called(last).rewards))
-
-    async def first(**_: Any) -> list[float]:
-        thread.start()
-        while not come.is_set():
-            await asyncio.sleep(0.001)
-        return [1.0] * 3
-
-    assert called(first).rewards == [[1.0] * 3]
-    assert called(later).rewards[0][0] == 0.3  # by that thread too
-    over.set()
-    thread.join()
-    assert results == [[[2.0] * 3]]
-
-
-def test_others_may_come_and_go_while_the_main_thread_runs_the_loop():
-    loops = []
-
-    async def other(**_: Any) -> list[float]:
-        loops.append(asyncio.get_running_loop())
-        return [2.0] * 3
-
-    async def first(**_: Any) -> list[float]:
-        for _ in range(3):
-            assert (await asyncio.to_thread(called, other)).rewards == [[2.0] * 3]
-        loops.append(asyncio.get_running_loop())
-        return [1.0] * 3
-
-    assert called(first).rewards == [[1.0] * 3]
-    assert len(set(map(id, loops))) == 1 and not loops[0].is_running()
 
 
 def test_plain_code_inside_a_coroutine_cannot_wait_for_another():

@@ -12,7 +12,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -117,19 +116,10 @@ def is_line(said: str, what: str) -> bool:
     return bool(re.fullmatch(rf"{what} has not returned for 0.05 s{place}, and is given up \(--reward-timeout\)", said))
 
 
-LATER = [case for case in HANGS if case != "a loop of its own"]  # no place for one where a loop runs
-
-
-@pytest.mark.parametrize(("case", "kind"), [*[(c, "plain") for c in HANGS], *[(c, "coroutine") for c in LATER]])
-def test_a_reward_that_hangs_is_one_line(case, kind):
-    def mine(**_: Any) -> Any:
-        return HANGS[case]()
-
-    async def later(**_: Any) -> Any:
-        return mine()
-
+@pytest.mark.parametrize("case", HANGS)
+def test_a_reward_that_hangs_is_one_line(case):
     with pytest.raises(InputError) as raised:
-        called(mine if kind == "plain" else later)
+        called(lambda **_: HANGS[case]())
     assert is_line(str(raised.value), "reward function mine on 2 completions")
     assert not signal.getitimer(signal.ITIMER_REAL)[0], "an alarm is left"
     assert called(lambda **_: [1, 2], Limit(60.0, "")) == [1.0, 2.0]
@@ -156,8 +146,7 @@ def test_one_that_limits_itself_is_left_to_it():
     assert called(Judged()) == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("where", ["main", "notebook"])
-def test_a_coroutine_that_waits_is_cancelled(where):
+def test_a_coroutine_that_waits_is_cancelled():
     ended = []
 
     async def waits(**_: Any) -> Any:
@@ -166,11 +155,8 @@ def test_a_coroutine_that_waits_is_cancelled(where):
         finally:
             ended.append(1)
 
-    async def cell() -> None:
-        called(waits)
-
     with pytest.raises(InputError) as raised:
-        called(waits) if where == "main" else asyncio.run(cell())
+        called(waits)
     assert is_line(str(raised.value), "reward function mine on 2 completions") and ended == [1]
 
 
@@ -227,7 +213,7 @@ def test_a_call_that_is_over_is_not_looked_at(tmp_path):
 
     def child() -> int:
         here = threading.get_ident()
-        call = own_code._Call("it", "", here, sys._getframe(), Limit(0.0, ""), False, time.monotonic(), 0.0, over=True)
+        call = own_code._Call("it", "", here, Limit(0.0, ""), False, time.monotonic(), 0.0, over=True)
         own_code._watch.begin(call)
         time.sleep(0.2)
         own_code._watch.end(call)
@@ -275,8 +261,7 @@ def test_a_signal_that_c_code_has_is_left_to_it(tmp_path):
     assert "and the process is ended" in (tmp_path / "told").read_text()
 
 
-@pytest.mark.parametrize("kind", ["plain", "coroutine"])
-def test_one_that_does_not_listen_ends_the_process(tmp_path, kind):
+def test_one_that_does_not_listen_ends_the_process(tmp_path):
     """As a kill would."""
 
     def never(**_: Any) -> Any:
@@ -287,12 +272,9 @@ def test_one_that_does_not_listen_ends_the_process(tmp_path, kind):
             except BaseException:
                 pass
 
-    async def later(**_: Any) -> Any:
-        never()
-
     def child() -> int:
         own_code.GRACE = 0.2
-        called(never if kind == "plain" else later)
+        called(never)
         return 0
 
     assert in_child(child, tmp_path / "told") == 2

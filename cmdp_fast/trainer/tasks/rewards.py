@@ -17,11 +17,11 @@ evaluation, in their `extra`.
 A completion is hostile input. Judges of other packages that parse it, math-verify and those of reasoning-gym, are asked
 in processes of their own (`cmdp_fast.judging`). What runs here takes a time that grows with the length of the text, or
 is given up (`data.last_group`). A function of the user's runs here too, as the user's code, in the main thread of the
-training (coroutine functions in another one where that runs a loop already, as in a notebook). What it is given is its
-own to change. A call that has not returned after `--reward-timeout` ends the run with a line, to be resumed
-(`cmdp_fast.own_code.told_of`). What it changes of this process, such as the working directory, PyTorch's settings or
-the seed of its generators, is put back after each call (`cmdp_fast.unchanged`), but for `random`, numpy and the
-environment: the place for settings of its own is the module, as it is imported.
+training (a coroutine function in another one). What it is given is its own to change. A call that has not returned
+after `--reward-timeout` ends the run with a line, to be resumed (`cmdp_fast.own_code.told_of`). What it changes of this
+process, such as the working directory, PyTorch's settings or the seed of its generators, is put back after each call
+(`cmdp_fast.unchanged`), but for `random`, numpy and the environment: the place for settings of its own is the module,
+as it is imported.
 """
 
 from __future__ import annotations
