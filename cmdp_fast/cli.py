@@ -17,8 +17,8 @@ from cmdp_fast.errors import InputError, Interrupted, ProcessAlone, ProcessLost,
 from cmdp_fast.installation import extra
 from cmdp_fast.masking import told
 from cmdp_fast.nearest import did_you_mean
-from cmdp_fast.own_code import Overdue
 from cmdp_fast.terminal import ConsoleLost, beside, columns, flush, message, show, wrapped
+from cmdp_fast.time_limits import Overdue, end_in_time
 
 COMMANDS = {
     "train": "distil a student from a teacher under a KL budget",
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED and arguments is None:
         # What still runs in threads is waited for, unless there is another Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if arguments is None:
+        end_in_time(code)
     return code
 
 

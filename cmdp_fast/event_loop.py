@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import selectors
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class _EventLoop:
                     ended.wait(PATIENCE)
                 raise
 
-    @contextmanager
+    @contextlib.contextmanager
     def _running(self) -> Iterator[asyncio.AbstractEventLoop]:
         with self._lock:
             if not self._calls:
@@ -77,15 +77,17 @@ class _EventLoop:
     def _start(self) -> None:
         if self._loop is None:
             self._loop = _new_loop()
-        self._thread = threading.Thread(target=_run, args=(self._loop,), name=THREAD, daemon=True)
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=_run, args=(self._loop, self._ending), name=THREAD, daemon=True)
         self._thread.start()
 
     def _stop(self) -> None:
         assert self._loop is not None and self._thread is not None
+        self._ending.set()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE)
         if self._thread.is_alive():  # in code that does not listen; the loop stays with it
-            self._loop = None
+            self._loop, self._thread.name = None, f"{THREAD}, left behind"
         self._thread = None
 
     def close(self) -> None:
@@ -97,7 +99,9 @@ class _EventLoop:
             if tasks := asyncio.all_tasks(loop):
                 for task in tasks:
                     task.cancel()
-                loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE))
+                _, left = loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE))
+                for task in left:  # nobody need be told of what has caught that
+                    task._log_destroy_pending = False  # type: ignore[attr-defined]
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
@@ -109,13 +113,11 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return asyncio.new_event_loop()
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
+def _run(loop: asyncio.AbstractEventLoop, ending: threading.Event) -> None:
     asyncio.set_event_loop(loop)
-    while True:
-        try:
-            return loop.run_forever()
-        except (SystemExit, KeyboardInterrupt):  # of a task, which keeps it for those who await it; others go on
-            pass
+    while not ending.is_set():  # whatever stops the loop before, such as a function: others wait
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # of a task, which keeps it for those who await it
+            loop.run_forever()
 
 
 _EVENT_LOOP = _EventLoop()

@@ -11,6 +11,7 @@ All are keywords, and each function gets all of them. It is a function, a `funct
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import inspect
 import math
@@ -23,7 +24,8 @@ import torch
 from cmdp_fast import event_loop
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
-from cmdp_fast.own_code import Limit, described, errors_named, told_of
+from cmdp_fast.own_code import described, errors_named
+from cmdp_fast.time_limits import Limit, told_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -142,18 +144,21 @@ def call(functions: Sequence[Named], given: Given, limit: Limit | None = None) -
     """Calls each function once, with the same arguments: plain ones in turn, then the coroutine functions together.
 
     One that does not return is told of in the log, and given up at the limit, where there is one and the function does
-    not say that it ``limits_itself`` (`own_code.told_of`): an InputError. Coroutine functions run in a thread of their
-    own (`event_loop`), so this may be called where a loop runs already. If one raises, the others are cancelled. Raises
-    RewardError for an exception of a function's own, InputError for an InputError of its own, for a result other than a
-    number or None per completion (in a list, tuple, array or tensor), and if a column that was logged has not a value
-    per completion. The message names the function, or the column.
+    not say that it ``limits_itself`` (`time_limits.told_of`): an InputError. Coroutine functions run in a thread of
+    their own (`event_loop`), so this may be called where a loop runs already. If one raises, the others are cancelled.
+    Raises RewardError for an exception of a function's own, InputError for an InputError of its own, for a result other
+    than a number or None per completion (in a list, tuple, array or tensor), and if a column that was logged has not a
+    value per completion. The message names the function, or the column.
     """
     answers = {i: _asked(named, given, limit) for i, named in enumerate(functions) if not is_async(named.function)}
     later = {i: named for i, named in enumerate(functions) if i not in answers}
     if later:
         names = ", ".join(named.name for named in later.values())
         with told_of(f"reward function {names}{_on(given)}", event_loop.THREAD, limit):
-            awaited = event_loop.run(lambda: concurrently([_awaited(named, given) for named in later.values()]))
+            try:
+                awaited = event_loop.run(lambda: concurrently([_awaited(named, given) for named in later.values()]))
+            except concurrent.futures.CancelledError as error:
+                raise RewardError(f"reward function {names} cancelled tasks that are not its own") from error
         answers |= dict(zip(later, awaited, strict=True))
     return _outcome([answers[i] for i in range(len(functions))])
 

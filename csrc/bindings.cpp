@@ -9,6 +9,7 @@
 
 #include "calls.h"
 #include "cpu/machine.h"
+#include "deadline.h"
 #include "token_state.h"
 
 namespace py = pybind11;
@@ -40,6 +41,13 @@ PYBIND11_MODULE(_C, module) {
         return std::array<double, TokenState::kFields>{s.m, s.n, s.z,  s.u,  s.a,     s.b,
                                                        s.h, s.k, s.xa, s.ya, s.r_inf, s.f_inf};
       });
+
+#if defined(__unix__) || defined(__APPLE__)
+  py::class_<Deadline>(module, "Deadline", "Ends the process at a moment, if it is not called off (csrc/deadline.h).")
+      .def(py::init<double, std::string, int>(), py::arg("seconds"), py::arg("line"), py::arg("code"))
+      .def("call_off", &Deadline::call_off);
+  module.def("end_in", [](double seconds, int code) { new Deadline(seconds, "", code); });
+#endif
 
   module.attr("SAVED") = kSaved;
   module.attr("STATE") = StoredState::kNumbers;

@@ -378,6 +378,56 @@ def test_an_interrupt_of_the_caller_cancels_what_runs(monkeypatch):
     gc.collect()
 
 
+def test_a_coroutine_function_that_stops_the_loop_stops_nobody():
+    async def stops(**_: Any) -> list[float]:
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0.01)
+        return [1.0] * 3
+
+    assert called(stops, later).rewards[0] == [1.0] * 3
+    assert called(later).rewards[0][0] == 0.3
+
+
+def test_a_coroutine_function_that_cancels_everybody_is_named():
+    async def cancels(**_: Any) -> list[float]:
+        for task in asyncio.all_tasks():
+            task.cancel()
+        await asyncio.sleep(0)
+        return [1.0] * 3
+
+    with pytest.raises(RewardError, match="reward function cancels cancelled tasks that are not its own"):
+        called(cancels)
+    assert called(later).rewards[0][0] == 0.3
+
+
+LEFT_OVER = """
+import asyncio
+from cmdp_fast import event_loop
+
+event_loop.PATIENCE = 0.1
+
+async def swallows():
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            if over:
+                raise
+
+async def begins():
+    kept.append(asyncio.ensure_future(swallows()))
+    await asyncio.sleep(0.01)
+
+kept, over = [], False
+event_loop.run(begins)
+"""
+
+
+def test_what_catches_its_end_is_left_without_a_word():
+    done = subprocess.run([sys.executable, "-c", LEFT_OVER], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_plain_code_inside_a_coroutine_cannot_wait_for_another():
     async def outer(**_: Any) -> list[float]:
         return called(later).rewards[0]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.errors import InputError, first_line, shown
-from cmdp_fast.own_code import TooLong, ended_after
 from cmdp_fast.teachers.teacher import Teacher
+from cmdp_fast.time_limits import TooLong, ended_after
 from cmdp_fast.unmasked import Lengths
 from cmdp_fast.vocabulary import common_vocabulary, encoded
 

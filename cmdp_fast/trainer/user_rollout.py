@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.own_code import errors_named, told_of
+from cmdp_fast.own_code import errors_named
+from cmdp_fast.time_limits import told_of
 from cmdp_fast.unchanged import unchanged
 
 from . import drawn

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cmdp_fast.errors import InputError
-from cmdp_fast.own_code import TooLong, ended_after
+from cmdp_fast.time_limits import TooLong, ended_after
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.tasks.data import last_group
 from cmdp_fast.trainer.tasks.equations import all_hold

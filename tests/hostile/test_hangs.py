@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,11 +23,12 @@ from faults import command, differences, in_child, result
 from matplotlib.figure import Figure
 from tiny_pair import arguments_for
 
-from cmdp_fast import own_code
+from cmdp_fast import event_loop, time_limits
 from cmdp_fast.cli import main
+from cmdp_fast.cpu import native
 from cmdp_fast.errors import InputError
 from cmdp_fast.judging.reward import JudgedReward
-from cmdp_fast.own_code import Limit, told_of
+from cmdp_fast.time_limits import Limit, told_of
 from cmdp_fast.trainer.evaluate_student import EvaluateConfig
 from cmdp_fast.trainer.settings.config import TrainConfig
 from cmdp_fast.trainer.tasks.rewards import call_rewards, trainer_state
@@ -38,10 +40,10 @@ LIMIT = Limit(0.05, "--reward-timeout")
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(own_code, "TICK", 0.02)
+    monkeypatch.setattr(time_limits, "TICK", 0.02)
     yield
     assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0.0
-    assert not own_code._watch._calls
+    assert not time_limits._watch._calls
 
 
 def loops() -> None:
@@ -160,6 +162,102 @@ def test_a_coroutine_that_waits_is_cancelled():
     assert is_line(str(raised.value), "reward function mine on 2 completions") and ended == [1]
 
 
+@pytest.mark.parametrize("case", ["a sleep", "an event", "a server"])
+def test_a_coroutine_that_blocks_is_left_behind(case, tmp_path, monkeypatch):
+    """In the thread that it has; the next ones get another, and their places are told from there."""
+    monkeypatch.setattr(event_loop, "PATIENCE", 0.1)
+
+    async def blocks(**_: Any) -> Any:
+        HANGS[case]()
+
+    async def later(**_: Any) -> Any:
+        return [1, 2]
+
+    async def loops_too(**_: Any) -> Any:
+        loops()
+
+    def child() -> int:
+        places = []
+        for function in (blocks, loops_too):
+            with pytest.raises(InputError) as raised:
+                called(function)
+            assert is_line(str(raised.value), "reward function mine on 2 completions")
+            places += re.findall(r"it is at (.*?:\d+)", str(raised.value))
+            assert called(later, Limit(60.0, "")) == [1.0, 2.0]
+        assert len({*places}) == 2
+        return 0
+
+    assert in_child(child, tmp_path / "told") == 0, (tmp_path / "told").read_text()
+
+
+# What lets nobody of Python have a turn: a search by `re` looks for signals in the main thread alone.
+SEARCHES: dict[str, Callable[[], Any]] = {
+    "a search": lambda: HANGS["a pattern"](),
+    "one after another": lambda: asyncio.gather(*[searches() for _ in range(3)], return_exceptions=True),
+    "one that nobody awaits": lambda: asyncio.gather(asyncio.ensure_future(searches()), asyncio.sleep(600)),
+    "one that is called back": lambda: asyncio.get_running_loop().call_soon(HANGS["a pattern"]) and asyncio.sleep(600),
+    "one in a thread": lambda: asyncio.to_thread(HANGS["a pattern"]),
+}
+
+
+async def searches() -> Any:
+    return HANGS["a pattern"]()
+
+
+@pytest.mark.skipif(not hasattr(native, "Deadline"), reason="needs the native module")
+@pytest.mark.parametrize("where", ["main", "notebook"])
+@pytest.mark.parametrize("case", SEARCHES)
+def test_a_coroutine_that_searches_for_ever_ends_the_process(case, where, tmp_path, monkeypatch):
+    monkeypatch.setattr(time_limits, "GRACE", 0.3)
+    monkeypatch.setattr(time_limits, "SPARE", 0.3)
+
+    async def mine(**_: Any) -> Any:
+        return await SEARCHES[case]()
+
+    async def cell() -> None:
+        called(mine)
+
+    def child() -> int:
+        called(mine) if where == "main" else asyncio.run(cell())
+        return 0
+
+    assert in_child(child, tmp_path / "told") == 2
+    said = (tmp_path / "told").read_text()
+    assert said == (
+        "cmdp-fast: error: reward function mine on 2 completions has not returned for 0.05 s, and is given up "
+        "(--reward-timeout): it does not listen, and the process is ended\n"
+    )
+
+
+@pytest.mark.parametrize("with_native", [True, False])
+def test_what_a_call_that_was_given_up_leaves_running_does_not_keep_the_process(with_native, tmp_path, monkeypatch):
+    """A thread of an executor is waited for as Python ends."""
+    (tmp_path / "program.py").write_text(
+        "import sys, time, concurrent.futures\n"
+        "from cmdp_fast import cli, time_limits\n"
+        "from cmdp_fast.time_limits import Limit, told_of\n"
+        "time_limits.GRACE = 0.5\n"
+        f"time_limits.native = time_limits.native if {with_native} else None\n"
+        "def command(*_):\n"
+        "    with told_of('it', limit=Limit(0.1, '--limit')):\n"
+        "        concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 600).result()\n"
+        "cli._with_the_extra = command\n"
+        "sys.argv = ['cmdp-fast', 'train']\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.startswith("cmdp-fast: error: it has not returned for 0.1 s") and done.stderr.count("\n") == 1
+
+
+def test_a_program_that_gave_nothing_up_may_take_its_time(monkeypatch):
+    monkeypatch.setattr(time_limits, "_given_up", False)
+    monkeypatch.setattr(time_limits, "native", None)
+    before = threading.active_count()
+    time_limits.end_in_time(1)
+    assert threading.active_count() == before
+
+
 def test_in_another_thread(tmp_path):
     """Where Python hears no signals."""
 
@@ -198,7 +296,7 @@ def test_it_may_clean_up():
 def test_calls_that_end_at_their_limit(tmp_path):
     """By themselves, or by it; nothing else is hit, and nothing is left behind."""
     for _ in range(200):
-        with contextlib.suppress(InputError, own_code.Overdue), told_of("it", limit=Limit(0.002, "")):
+        with contextlib.suppress(InputError, time_limits.Overdue), told_of("it", limit=Limit(0.002, "")):
             until = time.perf_counter() + 0.002
             while time.perf_counter() < until:
                 pass
@@ -213,10 +311,10 @@ def test_a_call_that_is_over_is_not_looked_at(tmp_path):
 
     def child() -> int:
         here = threading.get_ident()
-        call = own_code._Call("it", "", here, Limit(0.0, ""), False, time.monotonic(), 0.0, over=True)
-        own_code._watch.begin(call)
+        call = time_limits._Call("it", "", here, Limit(0.0, ""), False, time.monotonic(), 0.0, over=True)
+        time_limits._watch.begin(call)
         time.sleep(0.2)
-        own_code._watch.end(call)
+        time_limits._watch.end(call)
         return 0
 
     assert in_child(child, tmp_path / "told") == 0
@@ -224,7 +322,7 @@ def test_a_call_that_is_over_is_not_looked_at(tmp_path):
 
 def test_one_that_comes_as_the_call_ends_is_a_line_too(monkeypatch, capsys):
     def late(*_: Any) -> int:
-        raise own_code.Overdue("it is given up")
+        raise time_limits.Overdue("it is given up")
 
     monkeypatch.setattr("cmdp_fast.cli._with_the_extra", late)
     assert main(["train"]) == 2
@@ -252,7 +350,7 @@ def test_a_signal_that_c_code_has_is_left_to_it(tmp_path):
             signal.signal(number, signal.SIG_DFL)
             libc.signal(number, libc.abs)
         assert called(lambda **_: [1, 2], Limit(60.0, "")) == [1.0, 2.0]
-        assert all(own_code._is_caught(number) for number in (signal.SIGURG, signal.SIGVTALRM))
+        assert all(time_limits._is_caught(number) for number in (signal.SIGURG, signal.SIGVTALRM))
         assert signal.getsignal(signal.SIGURG) is signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
         called(lambda **_: loops())
         return 0
@@ -273,7 +371,7 @@ def test_one_that_does_not_listen_ends_the_process(tmp_path):
                 pass
 
     def child() -> int:
-        own_code.GRACE = 0.2
+        time_limits.GRACE = 0.2
         called(never)
         return 0
 
@@ -287,7 +385,7 @@ def test_one_that_does_not_listen_ends_the_process(tmp_path):
 
 def test_an_honest_one_may_take_its_time(caplog, monkeypatch):
     """It is told of a few times, ever more rarely; it may limit itself, and nothing of ours reaches it."""
-    monkeypatch.setattr(own_code, "NOTICE", 0.01)
+    monkeypatch.setattr(time_limits, "NOTICE", 0.01)
 
     def slow(**_: Any) -> Any:
         def over(*_: Any) -> None:
@@ -310,7 +408,7 @@ def test_an_honest_one_may_take_its_time(caplog, monkeypatch):
 
 def test_time_in_which_the_process_is_stopped_does_not_count(monkeypatch):
     """As by Ctrl-Z, or by a cluster that has something else to do."""
-    monkeypatch.setattr(own_code, "BEAT", 0.1)
+    monkeypatch.setattr(time_limits, "BEAT", 0.1)
 
     def stops(**_: Any) -> Any:
         begun = time.monotonic()

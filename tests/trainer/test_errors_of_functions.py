@@ -16,11 +16,12 @@ import time
 import pytest
 from tiny_pair import arguments, settings
 
-from cmdp_fast import own_code
+from cmdp_fast import time_limits
 from cmdp_fast.cli import main
 from cmdp_fast.errors import InputError
-from cmdp_fast.own_code import described, told_of
+from cmdp_fast.own_code import described
 from cmdp_fast.reward_functions import KEYWORDS, check_call
+from cmdp_fast.time_limits import told_of
 from cmdp_fast.trainer import material
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.tasks.judge import compare_pairs
@@ -204,10 +205,10 @@ class Heard(logging.Handler):
 @pytest.fixture
 def heard(monkeypatch):
     handler = Heard()
-    monkeypatch.setattr(own_code, "NOTICE", 0.01)
-    logging.getLogger(own_code.__name__).addHandler(handler)
+    monkeypatch.setattr(time_limits, "NOTICE", 0.01)
+    logging.getLogger(time_limits.__name__).addHandler(handler)
     yield handler
-    logging.getLogger(own_code.__name__).removeHandler(handler)
+    logging.getLogger(time_limits.__name__).removeHandler(handler)
 
 
 @pytest.mark.parametrize("form", ["plain", "generator", "coroutine that blocks", "coroutine", "verifier", "judge"])
@@ -266,13 +267,13 @@ def test_the_place_is_that_of_the_thread_that_is_asked_about(heard):
 
 def test_one_thread_watches_all_calls(monkeypatch):
     """To start one for each took more time than the calls, of which a step has hundreds."""
-    monkeypatch.setattr(own_code, "_watch", own_code._Watch())
+    monkeypatch.setattr(time_limits, "_watch", time_limits._Watch())
     before = {thread.ident for thread in threading.enumerate()}
     for _ in range(100):
         with told_of("outer"), told_of("inner"):
             pass
     new = [thread.name for thread in threading.enumerate() if thread.ident not in before]
-    assert new == [own_code.WATCH]
+    assert new == [time_limits.WATCH]
 
 
 def test_calls_within_one_another_are_both_told_of(heard):
@@ -287,18 +288,18 @@ def test_calls_within_one_another_are_both_told_of(heard):
 
 def test_a_shorter_notice_than_the_last_is_kept(heard, monkeypatch):
     """The thread sleeps until the first call is due, and is woken for one that is due earlier."""
-    monkeypatch.setattr(own_code, "_watch", own_code._Watch())
-    own_code.NOTICE = 60.0
+    monkeypatch.setattr(time_limits, "_watch", time_limits._Watch())
+    time_limits.NOTICE = 60.0
     with told_of("slow"):
         time.sleep(0.1)  # until it sleeps
-        own_code.NOTICE = 0.01
+        time_limits.NOTICE = 0.01
         with told_of("quick"):
             assert heard.event.wait(30)
     assert heard.lines[0].startswith("quick has not returned")
 
 
 def test_a_call_that_has_returned_is_not_told_of(heard):
-    own_code.NOTICE = 1.0
+    time_limits.NOTICE = 1.0
     with told_of("quick"):
         pass
     with told_of("slow"):
@@ -324,19 +325,19 @@ def test_the_next_call_is_told_of_after_a_handler_raised(heard, monkeypatch):
 
 
 def test_a_call_is_made_where_no_thread_can_be_started(monkeypatch):
-    monkeypatch.setattr(own_code, "_watch", own_code._Watch())
+    monkeypatch.setattr(time_limits, "_watch", time_limits._Watch())
     with monkeypatch.context() as limited:
         limited.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new")))
         with told_of("it"):
             pass
     with told_of("the next"):
-        assert own_code._watch._next
+        assert time_limits._watch._next
 
 
 FORKED = """
 import logging, os, sys, time
-from cmdp_fast import own_code
-own_code.NOTICE = 0.01
+from cmdp_fast import time_limits
+time_limits.NOTICE = 0.01
 
 class Heard(logging.Handler):
     def emit(self, record):
@@ -344,15 +345,15 @@ class Heard(logging.Handler):
         told.append(record)
 
 told = []
-logging.getLogger(own_code.__name__).addHandler(Heard())
-with own_code.told_of("parent"):
+logging.getLogger(time_limits.__name__).addHandler(Heard())
+with time_limits.told_of("parent"):
     while not told:
         time.sleep(0.001)
 told.clear()
-with own_code.told_of("both"):
+with time_limits.told_of("both"):
     child = os.fork()
     if not child:
-        with own_code.told_of("child"):
+        with time_limits.told_of("child"):
             while not told:
                 time.sleep(0.001)
         os._exit(0)

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from cmdp_fast.errors import InputError
 from cmdp_fast.imports import import_function
 from cmdp_fast.messages import as_completion, text_of
-from cmdp_fast.own_code import errors_named, told_of
+from cmdp_fast.own_code import errors_named
 from cmdp_fast.reward_functions import name_of, own_copy, returned
+from cmdp_fast.time_limits import told_of
 from cmdp_fast.unchanged import unchanged
 
 from ..settings.config import TrainConfig

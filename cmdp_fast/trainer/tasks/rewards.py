@@ -18,10 +18,10 @@ A completion is hostile input. Judges of other packages that parse it, math-veri
 in processes of their own (`cmdp_fast.judging`). What runs here takes a time that grows with the length of the text, or
 is given up (`data.last_group`). A function of the user's runs here too, as the user's code, in the main thread of the
 training (a coroutine function in another one). What it is given is its own to change. A call that has not returned
-after `--reward-timeout` ends the run with a line, to be resumed (`cmdp_fast.own_code.told_of`). What it changes of this
-process, such as the working directory, PyTorch's settings or the seed of its generators, is put back after each call
-(`cmdp_fast.unchanged`), but for `random`, numpy and the environment: the place for settings of its own is the module,
-as it is imported.
+after `--reward-timeout` ends the run with a line, to be resumed (`cmdp_fast.time_limits.told_of`). What it changes of
+this process, such as the working directory, PyTorch's settings or the seed of its generators, is put back after each
+call (`cmdp_fast.unchanged`), but for `random`, numpy and the environment: the place for settings of its own is the
+module, as it is imported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cmdp_fast import reward_functions
 from cmdp_fast.errors import InputError
 from cmdp_fast.judging.reward import JudgedReward
 from cmdp_fast.messages import as_completion, text_of
-from cmdp_fast.own_code import Limit
+from cmdp_fast.time_limits import Limit
 from cmdp_fast.unchanged import unchanged
 
 from ..settings.config import TrainConfig, reward_name
