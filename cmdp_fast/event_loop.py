@@ -90,6 +90,10 @@ class _EventLoop:
             self._loop, self._thread.name = None, f"{THREAD}, left behind"
         self._thread = None
 
+    def has_tasks(self) -> bool:
+        """Whether functions have left something running in the loop, though no call lasts."""
+        return self._loop is not None and bool(asyncio.all_tasks(self._loop))
+
     def close(self) -> None:
         """Ends what functions have left running in the loop, and the loop."""
         with self._lock:
@@ -121,7 +125,7 @@ def _run(loop: asyncio.AbstractEventLoop, ending: threading.Event) -> None:
 
 
 _EVENT_LOOP = _EventLoop()
-run = _EVENT_LOOP.run
+run, has_tasks = _EVENT_LOOP.run, _EVENT_LOOP.has_tasks
 atexit.register(_EVENT_LOOP.close)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_EVENT_LOOP.begin_anew)

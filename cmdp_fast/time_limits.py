@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple
 
+from cmdp_fast import event_loop
 from cmdp_fast.cpu import native
 from cmdp_fast.errors import InputError
 from cmdp_fast.own_code import is_installed
@@ -95,9 +96,10 @@ def told_of(what: str, thread: str = "", limit: Limit | None = None) -> Iterator
 
 
 def end_in_time(code: int) -> None:
-    """For a program that is about to end: if a call was given up, what that has left running (threads that are waited
-    for, tasks that cannot be cancelled) has `GRACE` seconds until the process is ended, with this exit code."""
-    if not _given_up:
+    """For a program that is about to end: what a call that was given up has left running (threads that are waited for),
+    and what coroutine functions have (tasks that cannot be cancelled), has `GRACE` seconds until the process is ended,
+    with this exit code."""
+    if not _given_up and not event_loop.has_tasks():
         return
     if native is not None and hasattr(native, "end_in"):
         with contextlib.suppress(RuntimeError):  # no room for a thread
