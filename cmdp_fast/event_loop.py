@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import ctypes
 import os
 import selectors
 import threading
@@ -104,8 +105,8 @@ class _EventLoop:
                 for task in tasks:
                     task.cancel()
                 _, left = loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE))
-                for task in left:  # nobody need be told of what has caught that
-                    task._log_destroy_pending = False  # type: ignore[attr-defined]
+                for task in left:  # kept for good: to collect what has caught that takes lines, or for ever
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(task))
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 

@@ -401,30 +401,30 @@ def test_a_coroutine_function_that_cancels_everybody_is_named():
 
 
 LEFT_OVER = """
-import asyncio
+import asyncio, sys
 from cmdp_fast import event_loop
-
-event_loop.PATIENCE = 0.1
 
 async def swallows():
     while True:
         try:
             await asyncio.sleep(600)
-        except asyncio.CancelledError:
-            if over:
-                raise
+        except {caught}:
+            pass
 
 async def begins():
     kept.append(asyncio.ensure_future(swallows()))
     await asyncio.sleep(0.01)
 
-kept, over = [], False
+kept = []
+event_loop.PATIENCE = 0.1
 event_loop.run(begins)
 """
 
 
-def test_what_catches_its_end_is_left_without_a_word():
-    done = subprocess.run([sys.executable, "-c", LEFT_OVER], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("caught", ["asyncio.CancelledError", "BaseException"])
+def test_a_task_that_catches_its_end_does_not_keep_the_process(caught):
+    program = [sys.executable, "-c", LEFT_OVER.format(caught=caught)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
 
