@@ -50,18 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output. So does what writes figures to a file as well; in the end it says on stderr where they are.
     """
     starting.over()
+    code = 1  # of an error that is ours
     try:
-        code = _main(list(sys.argv[1:] if arguments is None else arguments) or [""])
-        flush(sys.stdout)
-    except ConsoleLost as lost:
-        if str(lost):
-            _say(f"error: {lost}")
-        return UNREAD if lost.unread else UNWRITABLE
-    if code == INTERRUPTED and arguments is None:
-        # What still runs in threads is waited for, unless there is another Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if arguments is None:
-        end_in_time(code)
+        try:
+            code = _main(list(sys.argv[1:] if arguments is None else arguments) or [""])
+            flush(sys.stdout)
+        except ConsoleLost as lost:
+            code = UNREAD if lost.unread else UNWRITABLE
+            if str(lost):
+                _say(f"error: {lost}")
+    finally:
+        if arguments is None and (end_in_time(code) or code == INTERRUPTED):
+            # What still runs in threads is waited for, unless there is another Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60  # version 1 says "no limit" by a number of bytes beyond this
+LONGEST = 20  # digits of a number of 64 bits
 
 
 def memory_limits() -> Iterator[tuple[int, int]]:
@@ -21,43 +23,50 @@ def memory_limits() -> Iterator[tuple[int, int]]:
             if most is not None and now is not None and most < UNLIMITED:
                 stat = _words(folder / "memory.stat")
                 told = dict(zip(stat[::2], stat[1::2], strict=False))
-                files = (told.get(f"{prefix}{kind}_file", "0") for kind in ("inactive", "active"))
-                yield most, max(0, now - sum(int(each) for each in files if each.isdigit()))
+                files = (_whole(told.get(f"{prefix}{kind}_file", "")) for kind in ("inactive", "active"))
+                yield most, max(0, now - sum(each or 0 for each in files))
 
 
 def processor_limits() -> Iterator[float]:
     """The processors whose time each group that this process is in may take."""
     for folder in _groups("cpu"):
         words = _words(folder / "cpu.max")  # "max 100000", or microseconds of so many
-        if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
-            yield int(words[0]) / int(words[1])
-        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-        if quota is not None and period:  # -1: no limit
-            yield quota / period
+        if len(words) == 2:
+            yield from _share(*map(_whole, words))
+        yield from _share(_number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us"))
+
+
+def _share(quota: int | None, period: int | None) -> Iterator[float]:
+    if quota is not None and period:  # -1: no limit
+        yield quota / period
 
 
 def _groups(controller: str) -> Iterator[Path]:
     """The folders of the control groups of this process, of both versions, from its own up to the root."""
-    try:
-        own = (PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in own:
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
+    for line in _text(PROC / "self" / "cgroup").split("\n"):
+        _, *rest = line.split(":", 2)
+        if len(rest) != 2 or (rest[0] and controller not in rest[0].split(",")):
             continue
-        root = CGROUPS / controller if controllers else CGROUPS
-        here = root / path.lstrip("/")
+        root = CGROUPS / controller if rest[0] else CGROUPS
+        here = root / rest[1].lstrip("/")
         yield from (folder for folder in (here, *here.parents) if folder == root or root in folder.parents)
 
 
 def _number(path: Path) -> int | None:
-    words = _words(path)
-    return int(words[0]) if words and words[0].isdigit() else None
+    return _whole(next(iter(_words(path)), ""))
+
+
+def _whole(word: str) -> int | None:
+    return int(word) if word.isascii() and word.isdigit() and len(word) <= LONGEST else None
 
 
 def _words(path: Path) -> list[str]:
+    return _text(path).split()
+
+
+def _text(path: Path) -> str:
+    """Of a file that the kernel makes, of which each may be absent, and names groups by any bytes."""
     try:
-        return path.read_text(encoding="utf-8").split()
-    except OSError:
-        return []
+        return os.fsdecode(path.read_bytes())
+    except (OSError, ValueError):  # ValueError: a path with a NUL
+        return ""

@@ -91,10 +91,6 @@ class _EventLoop:
             self._loop, self._thread.name = None, f"{THREAD}, left behind"
         self._thread = None
 
-    def has_tasks(self) -> bool:
-        """Whether functions have left something running in the loop, though no call lasts."""
-        return self._loop is not None and bool(asyncio.all_tasks(self._loop))
-
     def close(self) -> None:
         """Ends what functions have left running in the loop, and the loop."""
         with self._lock:
@@ -107,7 +103,8 @@ class _EventLoop:
                 _, left = loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE))
                 for task in left:  # kept for good: to collect what has caught that takes lines, or for ever
                     ctypes.pythonapi.Py_IncRef(ctypes.py_object(task))
-            loop.run_until_complete(loop.shutdown_asyncgens())
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                loop.run_until_complete(asyncio.wait_for(loop.shutdown_asyncgens(), PATIENCE))
             loop.close()
 
 
@@ -126,7 +123,7 @@ def _run(loop: asyncio.AbstractEventLoop, ending: threading.Event) -> None:
 
 
 _EVENT_LOOP = _EventLoop()
-run, has_tasks = _EVENT_LOOP.run, _EVENT_LOOP.has_tasks
-atexit.register(_EVENT_LOOP.close)
+run, close = _EVENT_LOOP.run, _EVENT_LOOP.close
+atexit.register(close)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_EVENT_LOOP.begin_anew)

@@ -3,11 +3,13 @@ else's."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
 import math
 import os
+import select
 import signal
 import sys
 import threading
@@ -71,10 +73,11 @@ def told_of(what: str, thread: str = "", limit: Limit | None = None) -> Iterator
     call = _Call(what, thread, threading.get_ident(), limit, hears, time.monotonic(), NOTICE)
     ticks = main and _begin_ticks()
     error: BaseException | None = None
-    _watch.begin(call)
-    last = _last_resort(what, limit)
+    last = None
     try:
         try:
+            _watch.begin(call)
+            last = _last_resort(what, limit)
             yield
         except BaseException as raised:
             error = raised
@@ -82,32 +85,52 @@ def told_of(what: str, thread: str = "", limit: Limit | None = None) -> Iterator
                 raise
         finally:
             call.over = True
-    finally:  # twice: Overdue may come between the body and the first
+    finally:  # of all of it, wherever Overdue or Ctrl-C comes: what stays would end somebody else
         call.over = True
-        _watch.end(call)
-        if last:
-            last.call_off()
-        if ticks:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        try:
+            _watch.end(call)
+        finally:
+            try:
+                if last:
+                    last.call_off()
+            finally:
+                if ticks:
+                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     if call.late:
         global _given_up
         _given_up = True
         raise InputError(call.late) from error
 
 
-def end_in_time(code: int) -> None:
-    """For a program that is about to end: what a call that was given up has left running (threads that are waited for),
-    and what coroutine functions have (tasks that cannot be cancelled), has `GRACE` seconds until the process is ended,
-    with this exit code."""
-    if not _given_up and not event_loop.has_tasks():
-        return
-    if native is not None and hasattr(native, "end_in"):
+def end_in_time(code: int) -> bool:
+    """For a program that is about to end: what a call that was given up has left running, such as threads that are
+    waited for, has `GRACE` seconds until the process is ended with this exit code. Whether there was such a call."""
+    if _given_up:
         with contextlib.suppress(RuntimeError):  # no room for a thread
-            native.end_in(GRACE, code)
-    else:
-        timer = threading.Timer(GRACE, os._exit, [code])
-        timer.daemon = True
-        timer.start()
+            if native is not None and hasattr(native, "end_in"):
+                native.end_in(GRACE, code)
+            else:
+                timer = threading.Timer(GRACE, os._exit, [code])
+                timer.daemon = True
+                timer.start()
+    return _given_up
+
+
+def _close_in_time() -> None:
+    """The end of what coroutine functions have left running in their loop. They may do anything as they are
+    cancelled."""
+    what = "cmdp-fast: error: what coroutine functions have left running"
+    deadline = None
+    if native is not None and hasattr(native, "Deadline"):
+        with contextlib.suppress(RuntimeError):  # no room for a thread
+            line = f"{what} has not ended for {GRACE:g} s, and the process is ended\n"
+            deadline = native.Deadline(GRACE, line.encode(), 2)
+    event_loop.close()
+    if deadline:
+        deadline.call_off()
+
+
+atexit.register(_close_in_time)  # before event_loop's own, which then finds nothing
 
 
 def _last_resort(what: str, limit: Limit | None) -> Any:
@@ -232,8 +255,9 @@ class _Call:
         assert self.limit is not None
         if self.late or not self.hears:
             late = self.late or f"{said}, and is given up ({self.limit.option})"
-            with contextlib.suppress(OSError):
-                os.write(2, _ended(late))
+            with contextlib.suppress(OSError, ValueError):
+                if select.select((), (2,), (), 1.0)[1]:  # nobody may read it, and then it would block
+                    os.write(2, _ended(late))
             os._exit(2)
         self.late = f"{said}, and is given up ({self.limit.option})"
         self.after += GRACE
@@ -261,12 +285,13 @@ class _Watch:
         self._calls: set[_Call] = set()
         self._next = 0.0  # when the thread looks again; 0: none runs
         self._expected = 0.0  # when it comes to look at the latest, unless the process is stopped
+        self._used = 0.0  # the processor's time until then, which a process that is stopped does not use
 
     def begin(self, call: _Call) -> None:
         with self._changed:
             self._calls.add(call)
             if not self._next:
-                self._expected = time.monotonic()
+                self._expected, self._used = time.monotonic(), time.process_time()
                 # Where no more threads can be started it is not watched, and made all the same
                 with contextlib.suppress(RuntimeError):
                     threading.Thread(target=self._look, name=WATCH, daemon=True).start()
@@ -296,11 +321,11 @@ class _Watch:
     def _look(self) -> None:
         while True:
             with self._changed:
-                now = time.monotonic()
-                if (lost := now - self._expected) > BEAT:
+                now, used = time.monotonic(), time.process_time()
+                if (stopped := now - self._expected - (used - self._used)) > BEAT:
                     for call in self._calls:
-                        call.begun += lost
-                self._expected = now
+                        call.begun += stopped
+                self._expected, self._used = now, used
                 waited = [call for call in self._calls if not call.over]
                 late = [call for call in waited if call.due <= now]
                 if not late:

@@ -4,6 +4,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
@@ -77,7 +78,10 @@ class Deadline {
         left -= std::min(passed.count(), 2 * kBeat);
       }
       if (called_off) return;
-      [[maybe_unused]] const auto written = write(STDERR_FILENO, line.data(), line.size());
+      lock.unlock();
+      pollfd out{STDERR_FILENO, POLLOUT, 0};  // a pipe that nobody reads would block
+      [[maybe_unused]] const auto written =
+          poll(&out, 1, 1000) == 1 ? write(STDERR_FILENO, line.data(), line.size()) : 0;
       _exit(code);
     }
   };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -42,6 +43,24 @@ def test_while_another_thread_keeps_pythons_lock(tmp_path):
 
     assert in_child(child, tmp_path / "said") == 2
     assert (tmp_path / "said").read_text() == "said\n"
+
+
+def test_where_nobody_reads_what_it_says():
+    """A pipe that is full."""
+
+    def child() -> int:
+        _, full = os.pipe()
+        os.set_blocking(full, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(full, b"x" * 4096)
+        os.set_blocking(full, True)
+        os.dup2(full, 2)
+        deadline = native.Deadline(0.1, b"said\n", 7)
+        time.sleep(60)
+        return deadline is None
+
+    assert in_child(child) == 7
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted as on Linux")

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,7 +231,7 @@ def test_a_coroutine_that_searches_for_ever_ends_the_process(case, where, tmp_pa
 
 
 PROGRAM = """
-import asyncio, concurrent.futures, re, sys, time
+import asyncio, atexit, concurrent.futures, contextlib, re, sys, time
 from cmdp_fast import cli, event_loop, time_limits
 
 def thread():
@@ -251,6 +252,20 @@ def task():
     event_loop.run(begins)
     return 0
 
+def bug():
+    with contextlib.suppress(Exception):
+        thread()
+    raise OSError("no room")
+
+def hook():
+    async def begins():
+        kept.append(asyncio.ensure_future(asyncio.sleep(600)))
+        await asyncio.sleep(0.01)
+
+    event_loop.run(begins)
+    atexit.register(lambda: (time.sleep(1.5), print("uploaded")))
+    return 0
+
 kept = []
 time_limits.GRACE = 0.5
 if sys.argv[1] == "without":
@@ -260,19 +275,67 @@ cli._with_the_extra = lambda *_: left()
 sys.argv = ["cmdp-fast", "train"]
 sys.exit(cli.main())
 """
-SAID = {"thread": "cmdp-fast: error: it has not returned for 0.1 s, and is given up (--limit)\n", "task": ""}
+LEFT = "what coroutine functions have left running has not ended for 0.5 s, and the process is ended"
+ENDS = {  # exit code, and the last line of stderr
+    "thread": (2, "cmdp-fast: error: it has not returned for 0.1 s, and is given up (--limit)"),
+    "bug": (1, "OSError: no room"),
+    "task": (2, f"cmdp-fast: error: {LEFT}"),
+    "hook": (0, ""),
+}
+WITHOUT_NATIVE = ("thread", "bug", "hook")  # then a search for ever keeps it
 
 
-# Without the native module a search for ever keeps it.
-@pytest.mark.parametrize(("left", "native_module"), [("thread", "with"), ("thread", "without"), ("task", "with")])
+@pytest.mark.parametrize(
+    ("left", "native_module"), [*[(left, "with") for left in ENDS], *[(left, "without") for left in WITHOUT_NATIVE]]
+)
 def test_what_is_left_running_does_not_keep_the_process(left, native_module):
-    """A thread of an executor is waited for as Python ends; a task may do anything as it is cancelled."""
+    """A thread of an executor is waited for as Python ends; a task may do anything as it is cancelled. What ends by
+    itself may take its time."""
     if native is None and native_module == "with":
         pytest.skip("there is no native module")
     program = [sys.executable, "-c", PROGRAM, native_module, left]
     done = subprocess.run(program, capture_output=True, text=True, timeout=100)
-    assert done.returncode == {"thread": 2, "task": 0}[left]
-    assert done.stderr == SAID[left]
+    assert (done.returncode, (done.stderr.splitlines() or [""])[-1]) == ENDS[left]
+    assert left == "bug" or done.stderr.count("\n") < 2
+    assert done.stdout == ("uploaded\n" if left == "hook" else "")
+
+
+def test_one_that_lets_nobody_have_a_turn_for_long_is_not_taken_for_a_process_that_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(time_limits, "BEAT", 0.02)
+
+    async def searches(**_: Any) -> Any:
+        for _ in range(200):  # each takes longer than twice the beat
+            re.match(r"(a+)+$", "a" * 21 + "!")
+        return [1, 2]
+
+    def child() -> int:
+        with pytest.raises(InputError):
+            called(searches, Limit(1.0, ""))
+        return 0
+
+    assert in_child(child, tmp_path / "told") == 0, (tmp_path / "told").read_text()
+
+
+@pytest.mark.parametrize("where", ["begin", "end"])
+def test_ctrl_c_in_between_leaves_nothing_armed(where, monkeypatch):
+    real, armed = getattr(time_limits._watch, where), []
+
+    def interrupted(call: Any) -> None:
+        real(call)
+        raise KeyboardInterrupt
+
+    class Deadline:
+        def __init__(self, *_: Any) -> None:
+            armed.append(self)
+
+        def call_off(self) -> None:
+            armed.remove(self)
+
+    monkeypatch.setattr(time_limits, "native", SimpleNamespace(Deadline=Deadline))
+    monkeypatch.setattr(time_limits._watch, where, interrupted)
+    with pytest.raises(KeyboardInterrupt), told_of("it", limit=Limit(60.0, "")):
+        pass
+    assert not armed and not time_limits._watch._calls
 
 
 def test_a_program_that_gave_nothing_up_may_take_its_time(monkeypatch):

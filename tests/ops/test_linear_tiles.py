@@ -198,6 +198,32 @@ def test_the_free_memory_of_the_host(limit, expected, group, host, tmp_path):
     assert free_memory.free_memory(torch.device("cpu")) is None
 
 
+ODD_GROUPS = {  # names of groups are any bytes
+    "not UTF-8": b"0::/user\xff\n",
+    "other ends of lines": "4:memory:/a\x0bb\u2028c\x85d\n0::/\n".encode(),
+    "no colons": b"garbage\n\n0:\n4:memory\n",
+    "NUL": b"0::/a\x00b\n",
+    "above the root": b"0::/../../x\n4:memory:/../y\n",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("groups", ODD_GROUPS)
+@pytest.mark.parametrize("number", ["9" * 5000, "-1", "\u0663", "1 2", "", "max"])
+def test_what_a_container_says_may_be_anything(groups, number, host, tmp_path):
+    (tmp_path / "proc" / "self" / "cgroup").write_bytes(ODD_GROUPS[groups])
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        host(f"cgroup/{name}", number)
+    for name in ("memory.current", "memory/memory.usage_in_bytes"):
+        host(f"cgroup/{name}", "1000")
+    (tmp_path / "cgroup" / "memory.stat").write_bytes(b"inactive_file \xff\n")
+    host("cgroup/cpu.max", f"{number} 0")
+    host("cgroup/cpu/cpu.cfs_quota_us", number)
+    host("cgroup/cpu/cpu.cfs_period_us", "0")
+    assert free_memory.free_memory(torch.device("cpu")) in (5 * 2**20, 0)
+    assert not list(containers.processor_limits())
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_files_that_a_container_has_read_are_free_memory(version, host):
     """The kernel gives them up; a pod that has read a model would seem full."""
