@@ -412,10 +412,9 @@ async def swallows():
             pass
 
 async def begins():
-    kept.append(asyncio.ensure_future(swallows()))
+    asyncio.ensure_future(swallows())
     await asyncio.sleep(0.01)
 
-kept = []
 event_loop.PATIENCE = 0.1
 event_loop.run(begins)
 """
@@ -425,6 +424,31 @@ event_loop.run(begins)
 def test_a_task_that_catches_its_end_does_not_keep_the_process(caught):
     program = [sys.executable, "-c", LEFT_OVER.format(caught=caught)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+OPEN_GENERATOR = """
+import asyncio
+from cmdp_fast import event_loop
+
+async def numbers():
+    try:
+        yield 1
+    finally:
+        await asyncio.sleep(600)
+
+async def begins():
+    kept.append(numbers())
+    await kept[0].asend(None)
+
+kept = []
+event_loop.PATIENCE = 0.1
+event_loop.run(begins)
+"""
+
+
+def test_a_generator_that_is_left_open_does_not_keep_the_process():
+    done = subprocess.run([sys.executable, "-c", OPEN_GENERATOR], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
 

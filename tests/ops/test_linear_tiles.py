@@ -220,8 +220,17 @@ def test_what_a_container_says_may_be_anything(groups, number, host, tmp_path):
     host("cgroup/cpu.max", f"{number} 0")
     host("cgroup/cpu/cpu.cfs_quota_us", number)
     host("cgroup/cpu/cpu.cfs_period_us", "0")
-    assert free_memory.free_memory(torch.device("cpu")) in (5 * 2**20, 0)
+    expected = {5 * 2**20} | ({0} if number == "1 2" else set())  # the first word counts, where the group is found
+    assert free_memory.free_memory(torch.device("cpu")) in expected
     assert not list(containers.processor_limits())
+
+
+@pytest.mark.parametrize("name", ["a\x0bb", "a\u2028b", "a\x85b", "a:b"])
+def test_a_group_of_any_name_is_found(name, host):
+    host("proc/self/cgroup", f"0::/{name}\n")
+    host(f"cgroup/{name}/memory.max", "3000000\n")
+    host(f"cgroup/{name}/memory.current", "1000000\n")
+    assert free_memory.free_memory(torch.device("cpu")) == 2_000_000
 
 
 @pytest.mark.parametrize("version", [1, 2])
