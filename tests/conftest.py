@@ -11,6 +11,7 @@ import hosted  # first: it may bring the CUDA kernels
 import pytest
 import torch
 from helpers import poisoned_memory
+from hypothesis import HealthCheck, settings
 
 import cmdp_fast as cf
 from cmdp_fast.ops.backends import INTERPRETED
@@ -23,6 +24,9 @@ BACKENDS = [
     for name in ("torch", "cpu", "triton", "cuda")
     if cf.available_backends()[name] is None
 ]
+# A machine that is busy, or slow, fails no test.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if INTERPRETED:

@@ -173,7 +173,7 @@ sequences = st.lists(st.lists(st.floats(0, 1, width=32), max_size=9), min_size=1
 
 
 @pytest.mark.triton
-@settings(max_examples=6 if INTERPRETED else 60, deadline=None)
+@settings(max_examples=6 if INTERPRETED else 60)
 @given(sequences, st.floats(0, 3), st.sampled_from(["strict", "saute"]), st.data())
 def test_packed_padded_and_reference_agree(costs, budget, edge, data):
     lengths = [len(c) for c in costs]
@@ -213,7 +213,7 @@ def test_packed_padded_and_reference_agree(costs, budget, edge, data):
                 assert torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0, 5))
 def test_excess_adds_up_to_the_overrun(costs, budget):
     cost = torch.tensor([costs], dtype=torch.float64)

@@ -112,7 +112,7 @@ def test_mask_and_vocab_size(backend):
     assert gradient.isfinite().all() and not gradient[~mask].any() and not gradient[:, 50:].any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0.05, 0.95))
 def test_jsd_is_symmetric_bounded_and_not_negative(seed, beta):
     x, y = make_logits(3, 41, seed=seed), make_logits(3, 41, seed=seed + 1)

@@ -28,7 +28,7 @@ def test_values_and_gradients_whatever_the_tiles(vocab, tiles, backend):
     check(make_inputs(rows=(3, 5), vocab=vocab, biased=True), backend)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_shape_any_tiles(data):
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731

@@ -375,7 +375,7 @@ WITHIN = {"nothing": as_it_is, "reentrant": lambda graph: checkpointed(graph, Tr
 
 @needs_native
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the first pass of a reentrant checkpoint
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(sorted(MAKES)), st.lists(st.sampled_from(sorted(READS)), max_size=4), st.sampled_from(list(WITHIN))
 )

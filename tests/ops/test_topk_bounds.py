@@ -29,7 +29,7 @@ ROUNDED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     temperature=st.sampled_from([1.0, 0.5, 3.0]),
     floor=st.booleans(),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_bounds_hold(backend, kind, seed, k, student, teacher, temperature, floor):
     """In every dtype of the student's logits and of the message, of distributions that look like a language model's
     and of those that are made to break them."""
@@ -51,7 +51,7 @@ def test_bounds_hold(backend, kind, seed, k, student, teacher, temperature, floo
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [2.0, 40.0])
 @given(seed=st.integers(0, 2**31), k=st.integers(1, 8))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_union_with_the_students_choice_is_tighter(backend, scale, seed, k):
     """The teacher answers for the student's k most likely tokens as well. top_k says whose the leading ones are."""
     x, y = (make_logits(4, 60, dtype=torch.float64, scale=scale / 10, seed=2 * seed + i) for i in (0, 1))
@@ -133,7 +133,7 @@ def test_what_rounding_costs(kind, dtype, most):
 
 
 @given(seed=st.integers(0, 2**31))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_more_columns_bring_the_bounds_together(seed):
     x, y = drawn("heads", seed)
     tokens = make_tokens(4, vocab=60)
@@ -186,7 +186,7 @@ def test_a_cap_that_cannot_hold_the_tail_is_no_cap():
 
 
 @given(seed=st.integers(0, 2**31), k=st.sampled_from([1, 5, 20, 60]), budget=st.floats(0.0, 12.0))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_verdict_is_right(seed, k, budget):
     """No completion over budget is certified, and none within it refuted; the account is that of the exact costs."""
     x, y = drawn("heads", seed, rows=(3, 7), k=k)

@@ -334,7 +334,7 @@ def parsed(*texts: str) -> tuple[Page, list[Any]]:
 USUAL = parsed("label", "prompt", "completion", "token")[0].structure
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ANY, ANY, ANY, ANY.filter(bool))
 def test_any_text_is_shown_and_changes_nothing(label, prompt, completion, token):
     page, (group,) = parsed(label, prompt, completion, token)
@@ -344,7 +344,7 @@ def test_any_text_is_shown_and_changes_nothing(label, prompt, completion, token)
     assert group.label in page.text and short(Path(label).stem or label, 80) == group.label
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ANY, ANY, ANY, ANY.filter(bool))
 def test_any_text_leaves_the_columns_of_the_markdown(label, prompt, completion, token):
     made, rows, chosen = in_memory(label, prompt, completion, token)
