@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from faults import in_child
+from faults import be_stopped, in_child
 
 from cmdp_fast.cpu import native
 
@@ -101,12 +101,7 @@ def test_time_in_which_the_process_is_stopped_does_not_count():
 
     def child() -> int:
         deadline = native.Deadline(2.5, b"", 1)
-        if not (waker := os.fork()):
-            time.sleep(3.0)
-            os.kill(os.getppid(), signal.SIGCONT)
-            os._exit(0)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        os.waitpid(waker, 0)
+        be_stopped(3.0)
         deadline.call_off()
         return 0
 

@@ -12,6 +12,7 @@ MISSING = [
 if MISSING:
     collect_ignore_glob = ["test_*.py"]
 else:
+    from hanging import soon
     from pair_fixtures import one_thread, own_precision, pair, undrawn
 
-    __all__ = ["one_thread", "own_precision", "pair", "undrawn"]
+    __all__ = ["one_thread", "own_precision", "pair", "soon", "undrawn"]

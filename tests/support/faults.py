@@ -7,7 +7,9 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -51,6 +53,16 @@ def in_child(function: Callable[[], Any], told: Path | None = None) -> int:
         finally:
             os._exit(code or 0)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def be_stopped(seconds: float) -> None:
+    """This process, as by Ctrl-Z."""
+    if not (waker := os.fork()):
+        time.sleep(seconds)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os.waitpid(waker, 0)
 
 
 def watch(parent: Path, act: Callable[[str], None]) -> None:
