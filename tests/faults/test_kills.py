@@ -60,6 +60,19 @@ def test_killed(pair, states, expected, tmp_path, pytestconfig):
     check_all(pair, states if pytestconfig.getoption("--slow") else some(states, 6), tmp_path, expected)
 
 
+def test_killed_before_it_had_a_folder_and_again_when_it_had(pair, states, expected, tmp_path):
+    """What the first kill left beside the run goes as the run goes on; what may be somebody else's, now, stays."""
+    early = [scratch for state in states for scratch in state.glob(".cmdp-fast-*")]
+    state = shutil.copytree(next(state for state in states if (state / "r").exists()), tmp_path / "state")
+    for number, scratch in enumerate(some(early, 3)):
+        shutil.copytree(scratch, state / f".cmdp-fast-{number:08d}")
+    assert not fault(pair, state, expected)
+    young = state / ".cmdp-fast-00000000"
+    young.mkdir()
+    assert main([*goes_on(pair, state), "--steps=3"]) == 0
+    assert young.exists()
+
+
 def test_torn_files(pair, states, expected, tmp_path, pytestconfig):
     """Of what was being written a part is there alone, as of native code, which nobody hears. What has its last name is
     whole: the same change under it would be damage, which is another test's."""

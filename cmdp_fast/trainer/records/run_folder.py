@@ -14,7 +14,17 @@ from typing import NamedTuple
 
 from cmdp_fast.digest import write_sealed
 from cmdp_fast.errors import InputError, readable
-from cmdp_fast.files import SCRATCH, as_json, check_encodable, check_writable, sync, sync_folder, writing
+from cmdp_fast.files import (
+    HOUR,
+    SCRATCH,
+    as_json,
+    check_encodable,
+    check_writable,
+    remove_scratch,
+    sync,
+    sync_folder,
+    writing,
+)
 from cmdp_fast.masking import masked, without_secrets
 
 from ..settings.config import TrainConfig
@@ -30,6 +40,8 @@ def check_run_folder(config: TrainConfig) -> None:
     check_encodable(f"{place[1]}{config.run_name}", f"{place[0]} {readable(place[1])}")
     if config.resume:
         check_writable(Path(config.resume), f"--resume {config.resume}")
+        run = Path(config.resume).resolve()  # which has changed just now: its time is that file system's clock
+        remove_scratch(run.parent, os.stat(run).st_mtime - HOUR)
     else:
         longest = Path(config.output_dir) / f"{config.run_name}-{10**8}"  # no number is larger
         check_writable(longest, f"--output-dir {readable(config.output_dir)}")
@@ -54,8 +66,8 @@ def make_run_folder(config: TrainConfig, began: Beginning, held: ExitStack, say:
     """A new folder for the run, with `config.json` in it and its lock `held` from the moment that it is there.
 
     Without --name it is the recipe's name, followed by the first number that is free. It is made under a hidden name,
-    and a process that is killed meanwhile leaves that, a few bytes that nobody looks at, and that the next run there
-    removes after an hour (`files.remove_scratch`).
+    and a process that is killed meanwhile leaves that, a few bytes that nobody looks at, and that the next run there,
+    and the next `--resume`, remove after an hour (`files.remove_scratch`).
     """
     parent = Path(config.output_dir)
     with writing(parent):
