@@ -78,7 +78,6 @@ class Deadline {
         left -= std::min(passed.count(), 2 * kBeat);
       }
       if (called_off) return;
-      lock.unlock();
       pollfd out{STDERR_FILENO, POLLOUT, 0};  // a pipe that nobody reads would block
       [[maybe_unused]] const auto written =
           poll(&out, 1, 1000) == 1 ? write(STDERR_FILENO, line.data(), line.size()) : 0;

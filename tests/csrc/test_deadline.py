@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -108,12 +109,29 @@ def test_time_in_which_the_process_is_stopped_does_not_count():
     assert in_child(child) == 0
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="a thread is refused as by glibc")
+def test_where_there_is_no_room_for_a_thread():
+    """It says so, and who has made it takes signals still."""
+
+    def child() -> int:
+        library, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+        assert not library.pthread_attr_init(attributes)
+        assert not library.pthread_attr_setstacksize(attributes, ctypes.c_size_t(1 << 46))
+        assert not library.pthread_setattr_default_np(attributes)
+        with pytest.raises(RuntimeError, match="unavailable"):
+            native.Deadline(0.1, b"", 1)
+        return len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    assert in_child(child) == 0
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are looked at as on Linux")
 def test_its_thread_takes_no_signal():
     """Python's are woken by them."""
     before = {*os.listdir("/proc/self/task")}
     deadline = native.Deadline(30.0, b"", 1)
     (thread,) = {*os.listdir("/proc/self/task")} - before
+    time.sleep(0.2)  # a thread that begins takes none for a moment, whatever it is to take
     with open(f"/proc/self/task/{thread}/status", encoding="ascii") as status:
         blocked = int(next(line.split()[1] for line in status if line.startswith("SigBlk:")), 16)
     assert all(
