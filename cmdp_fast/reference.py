@@ -365,14 +365,15 @@ def budget_trace(
     wide = torch.where(keep, cost.detach().double(), 0.0)
     count = keep.long().cumsum(-1)
     limit = torch.as_tensor(budget, dtype=torch.float64, device=cost.device).expand(cost.shape[:1])[:, None]
-    if per_token:
+    limit = limit.to(dtype).double()  # as the costs are rounded: a cost of 0.3 is within a budget of 0.3
+    if per_token:  # and the sum of so many such costs, which is not rounded, within as many such budgets
         tokens = keep.sum(-1, keepdim=True)
         limit = torch.where(tokens > 0, limit * tokens, 0.0)
-    limit = limit.to(dtype).double()  # as the costs are rounded: a cost of 0.3 is within a budget of 0.3
     if reduction == "mean":
         cumulative = wide.cumsum(-1) / count.clamp(min=1)
     else:
-        cumulative = (wide * torch.pow(torch.tensor(gamma, dtype=torch.float64), count - 1)).cumsum(-1)
+        discount = torch.pow(torch.tensor(gamma, dtype=torch.float64), count - 1)  # which is not 0 where it underflows
+        cumulative = torch.where(wide.isinf(), wide, wide * discount).cumsum(-1)
     # An infinite budget is none: nothing is over it, and all of it remains, even of an infinite sum.
     bounded = (limit != torch.inf) | cumulative.isnan()
     over = bounded & (cumulative > limit if edge == "strict" else cumulative >= limit)

@@ -243,7 +243,7 @@ def trace_budgets(
 ) -> None:
     """Writes the trace of costs against the limits ``[B]``, and the modified reward if there is one."""
     made = reference.budget_trace(
-        account.cost,
+        account.cost.double(),  # the limits are rounded already, as they have to be
         limits,
         mask=account.mask,
         cu_seqlens=_packed(account),
@@ -254,7 +254,7 @@ def trace_budgets(
     for to, value in zip(trace, made, strict=True):
         to.copy_(value)
     if rewarding is not None:
-        modify_rewards(account, TokenTrace(made.cumulative, made.remaining, made.violated, made.excess), rewarding)
+        modify_rewards(account, TokenTrace(trace.cumulative, trace.remaining, trace.violated, trace.excess), rewarding)
 
 
 def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) -> None:

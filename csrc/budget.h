@@ -35,7 +35,7 @@ struct BudgetState {
 
   // The account and nothing else: the one thing that has to be done token after token.
   CMDP_HD void pay(double cost, const BudgetRule& rule) {
-    sum += discount * cost;
+    sum += std::isinf(cost) ? cost : discount * cost;  // of a discount that has underflowed, too: it is not 0
     discount *= rule.gamma;
     ++count;
   }

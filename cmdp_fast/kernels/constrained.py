@@ -35,9 +35,9 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
     else:
         sequences = Sequences(cu_seqlens.contiguous(), 0, total)
     if isinstance(budget, Tensor):
-        allowance = Allowance(Budgets(budget, budget.stride(0) if budget.dim() else 0), 0.0, settlement.per_token)
+        allowance = Allowance(Budgets(budget, budget.stride(0) if budget.dim() else 0), 0.0, settlement.per_token, True)
     else:
-        allowance = Allowance(Budgets(None, 0), budget, settlement.per_token)
+        allowance = Allowance(Budgets(None, 0), budget, settlement.per_token, True)
     rewarding = rewarding._replace(task_reward=rewarding.task_reward.contiguous())
     scan_sequences(sequences, allowance, tokens, settlement.rule, settlement.trace, rewarding)
     return statistics, saved

@@ -27,6 +27,7 @@ class Formula(NamedTuple):
     mean: bool
     inclusive: bool
     per_token: bool  # a budget is that of one token
+    unrounded: bool  # a budget is as the caller gave it, not of the costs' dtype
     kind: str
     at_crossing: bool
 
@@ -139,11 +140,12 @@ def reward_kernel(
 SUM = BudgetRule(gamma=1.0, mean=False, inclusive=False)
 
 
-def formula_of(budget: BudgetRule, reward: RewardRule, per_token: bool = False) -> Formula:
+def formula_of(budget: BudgetRule, reward: RewardRule, per_token: bool = False, unrounded: bool = False) -> Formula:
     """The rules as a kernel is compiled for them."""
     kind = FORMULA.get(reward.kind, reward.kind)
     discounted = budget.gamma != 1.0
-    return constants(Formula(discounted, budget.mean, budget.inclusive, per_token, kind, reward.at_crossing))
+    known = Formula(discounted, budget.mean, budget.inclusive, per_token, unrounded, kind, reward.at_crossing)
+    return constants(known)
 
 
 def amounts_of(rule: RewardRule) -> tuple[float, float, float, float]:

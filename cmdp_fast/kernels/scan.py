@@ -38,6 +38,7 @@ class Allowance(NamedTuple):
     budgets: Budgets
     budget: float  # of every sequence, if none has its own
     per_token: bool  # that is the budget of one token
+    unrounded: bool  # that is as the caller gave it
 
 
 @triton.jit
@@ -57,7 +58,8 @@ def count_kept(begin, length, mask, CHUNK: tl.constexpr):
 def discounted(cost, number, gamma_octaves, formula):
     """What a token pays into the account: its cost, discounted by the `number` of unmasked tokens before it."""
     if formula.discounted:
-        return cost * tl.exp2(gamma_octaves * number.to(tl.float64))
+        paid = cost * tl.exp2(gamma_octaves * number.to(tl.float64))
+        return tl.where(tl.abs(cost) == float("inf"), cost, paid)  # the discount is not 0 where it underflows
     else:
         return cost
 
@@ -115,10 +117,11 @@ def scan_kernel(
     limit = tl.zeros([], tl.float64) + budget
     if budgets.given is not None:
         limit = tl.load(budgets.given + sequence.to(tl.int64) * budgets.stride).to(tl.float64)
-    if formula.per_token:
+    if formula.unrounded:  # as the costs are rounded: a cost of 0.3 is within a budget of 0.3
+        limit = limit.to(dtype).to(tl.float64)
+    if formula.per_token:  # and the sum of so many such costs, which is not rounded, within as many such budgets
         counted = count_kept(begin, length, tokens.mask, CHUNK)
         limit = tl.where(counted > 0, limit * counted.to(tl.float64), 0.0)
-    limit = limit.to(dtype).to(tl.float64)  # as the costs are rounded: a cost of 0.3 is within a budget of 0.3
     amounts = Amounts(penalty, discrepancy_weight, coefficient, barrier_slope)
     spent = tl.zeros([], tl.float64)
     count = tl.zeros([], tl.int32)
@@ -208,7 +211,7 @@ def scan_sequences(
             reward,
             math.log2(rule.gamma),
             *amounts_of(paid),
-            formula_of(rule, paid, allowance.per_token),
+            formula_of(rule, paid, allowance.per_token, allowance.unrounded),
             **compiled(),
         )
 
@@ -219,4 +222,4 @@ def trace_budgets(
     """Writes the trace, and the modified reward if one is given. ``limits``: ``[B]`` float64."""
     sequences = Sequences(account.offsets, 0, account.cost.numel())
     tokens = Tokens(account.cost, None, launch.flags(account.mask), None)
-    scan_sequences(sequences, Allowance(Budgets(limits, 1), 0.0, False), tokens, rule, trace, rewarding)
+    scan_sequences(sequences, Allowance(Budgets(limits, 1), 0.0, False, False), tokens, rule, trace, rewarding)

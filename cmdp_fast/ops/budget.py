@@ -136,6 +136,9 @@ def modified_reward(
     | ``barrier``    | r_t + kappa [log(1-C_t/d) - log(1-C_{t-1}/d)] | while C_t < d; from then on -slope c_t    |
     | ``worst_case`` | as ``saute``                                  | for cost ``nll`` and the prefix mean      |
 
+    The ``barrier`` takes d from the trace's first line, as ``remaining + cumulative``, which are rounded: where a cost
+    below 0 (``k1``) comes first and is 10^k times as large as d, the first reward is off by kappa 10^(k-7) (float32).
+
     Args:
         task_reward: r_t, shaped like ``cost``, usually 0 except at the last token.
         cost, trace: as given to and returned by `budget_trace`.

@@ -46,7 +46,9 @@ def divergence(
     Args:
         student_logits, teacher_logits, mask, temperature, vocab_size, backend: as `token_stats`.
         kind: one of the names above.
-        beta: in [0, 1], below 1 for the skewed ones (a skew of 0 is the plain KL); ignored for the two KLs.
+        beta: in [0, 1], below 1 for the skewed ones (a skew of 0 is the plain KL); ignored for the two KLs. The share
+            of p in ``skew_reverse_kl`` is 1 - (1 - beta), in float64 a multiple of 1.1e-16: up to a beta of 5.5e-17 it
+            is 0, the plain KL.
 
     Returns:
         ``[...]`` float32 (float64 if either model's logits are float64), differentiable with respect to the

@@ -83,8 +83,8 @@ def sequence_offsets(value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def sequence_limits(
     budget: float | Tensor, per_token: bool, like: Tensor, mask: Tensor | None, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The budget of every sequence, ``[B]`` float64, rounded to the dtype of the costs: a float32 cost of 0.3 has to
-    be within a budget of 0.3."""
+    """The budget of every sequence, ``[B]`` float64, as given rounded to the dtype of the costs: a float32 cost of 0.3
+    has to be within a budget of 0.3, and two of them, whose sum is not rounded, within twice that."""
     count = offsets.shape[0] - 1
     if not (per_token or isinstance(budget, Tensor) or torch.compiler.is_compiling()):
         return torch.full((count,), rounded(budget, dtype), dtype=torch.float64, device=like.device)
@@ -93,13 +93,14 @@ def sequence_limits(
         limits = budget.detach().to(torch.float64).expand(count)
     else:
         limits = (torch.ones((), dtype=torch.float64, device=like.device) * budget).expand(count)  # see `in_tensor`
+    limits = limits.to(dtype).to(torch.float64)
     if per_token:
         counted = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.to(torch.float64)
         running = torch.nn.functional.pad(counted.flatten().cumsum(0), (1, 0))
         within = offsets.clamp(0, like.numel())  # nobody has looked at them yet: on a GPU nobody will
         tokens = running[within[1:]] - running[within[:-1]]
         limits = torch.where(tokens > 0, limits * tokens, 0.0)
-    return limits.to(dtype).to(torch.float64).contiguous()
+    return limits.contiguous()
 
 
 def rounded(number: float, dtype: torch.dtype) -> float:

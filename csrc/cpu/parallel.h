@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <exception>
 #include <thread>
 #include <vector>
@@ -53,11 +54,17 @@ inline int useful_at_most(int threads) {
 template <class Body>
 class Items {
  public:
-  Items(int64_t count, int64_t grain, const Body& body) : count_(count), grain_(grain), body_(body) {}
+  Items(int64_t count, int64_t grain, const Body& body) : count_(count), grain_(grain), body_(body) {
+    std::fegetenv(&arithmetic_);
+  }
 
-  // Takes items until none is left. An exception must not leave a thread, which would end the process: it is kept, and
-  // no more items are handed out.
+  // Takes items until none is left, with the arithmetic of the thread that has them: each has its own rounding, and may
+  // take numbers that are nearly 0 for 0 (torch.set_flush_denormal). An exception must not leave a thread, which would
+  // end the process: it is kept, and no more items are handed out.
   void work() noexcept {
+    std::fenv_t own;
+    std::fegetenv(&own);
+    std::fesetenv(&arithmetic_);
     try {
       for (int64_t begin; (begin = next_.fetch_add(grain_, kUnordered)) < count_;) {
         const int64_t end = std::min(count_, begin + grain_);
@@ -67,6 +74,7 @@ class Items {
       next_.store(count_, kUnordered);
       if (!failed_.exchange(true, kUnordered)) error_ = std::current_exception();
     }
+    std::fesetenv(&own);
   }
 
   // After all threads have ended.
@@ -80,6 +88,7 @@ class Items {
   static constexpr std::memory_order kUnordered = std::memory_order_relaxed;
   const int64_t count_, grain_;
   const Body& body_;
+  std::fenv_t arithmetic_;
   std::atomic<int64_t> next_{0};
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;

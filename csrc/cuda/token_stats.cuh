@@ -141,12 +141,13 @@ __device__ __forceinline__ StatisticCost cost_of(const FoldArguments& a, Cost co
 // All threads of the block.
 __device__ __forceinline__ double limit_of(const Budget& budget, const Sequences& sequences, int64_t sequence,
                                            const Span& span) {
-  double limit = budget.each.data == nullptr ? budget.all : budget.each[sequence * budget.stride];
+  // Rounded as the costs are: a cost of 0.3 is within a budget of 0.3.
+  double limit = static_cast<float>(budget.each.data == nullptr ? budget.all : budget.each[sequence * budget.stride]);
   if (budget.per_token) {
     const int64_t count = count_unmasked(sequences.mask, span);
-    limit = count > 0 ? limit * count : 0.0;
+    limit = count > 0 ? limit * count : 0.0;  // and the sum of so many, which is not rounded
   }
-  return static_cast<float>(limit);  // as the costs are rounded: a cost of 0.3 is within a budget of 0.3
+  return limit;
 }
 
 // A sequence without tokens has no row that would settle it.

@@ -347,3 +347,29 @@ def test_the_warning_of_a_fork_names_the_caller(threads, monkeypatch):
     with pytest.warns(UserWarning, match="this process was forked after") as said:
         cf.divergence(make_logits(2, 9), make_logits(2, 9, seed=1), backend="cpu")
     assert [warning.filename for warning in said if "forked" in str(warning.message)] == [__file__]
+
+
+@pytest.mark.skipif(native is None or not native.OPENMP, reason="the native module has no threads")
+def test_threads_compute_as_the_one_that_calls():
+    """Each has its own way with numbers that are nearly 0, and with rounding."""
+    student, before = make_logits(64, 600), torch.get_num_threads()
+    student[:, ::2] -= 85
+
+    def gradient(threads: int) -> torch.Tensor:
+        torch.set_num_threads(threads)
+        logits = student.clone().requires_grad_()
+        value = cf.token_stats(logits, make_logits(64, 600, seed=1), torch.zeros(64, dtype=torch.long)).entropy
+        return torch.autograd.grad(value.sum() * 1e-3, logits)[0].view(torch.int32)
+
+    try:
+        whole = gradient(4)  # and all threads are there
+        if not torch.set_flush_denormal(True):
+            pytest.skip("the processor flushes nothing")
+        alone, shared = gradient(1), gradient(4)
+        torch.set_flush_denormal(False)
+        again = gradient(4)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    assert not torch.equal(alone, whole) and torch.equal(alone, shared)
+    assert torch.equal(whole, again)

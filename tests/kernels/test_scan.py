@@ -38,7 +38,7 @@ def scanned(costs, limits, mask, offsets, rule, reward_rule, *, width=0, per_tok
     trace, reward = trace._replace(**{k: t.flatten() for k, t in trace._asdict().items()}), reward.flatten()
     scan.scan_sequences(
         sequences.Sequences(offsets, width, costs.numel()),
-        scan.Allowance(scan.Budgets(limits, limits.stride(0)), 0.0, per_token),
+        scan.Allowance(scan.Budgets(limits, limits.stride(0)), 0.0, per_token, True),
         sequences.Tokens(costs, None, launch.flags(mask), None),
         rule,
         trace,

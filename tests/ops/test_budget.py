@@ -1,5 +1,6 @@
 """budget_trace and modified_reward: the worked example to the last digit, layouts, properties, errors."""
 
+import itertools
 import math
 
 import hosted
@@ -137,6 +138,20 @@ def test_one_budget_a_sequence_and_per_token(backend):
     trace = cf.budget_trace(cost, 0.25, mask=mask, per_token=True, backend=backend)
     assert trace.remaining[:, -1].tolist() == [1.0 - 2.0, 0.5 - 1.0]
     assert trace.first_violation.tolist() == [2, 1]
+
+
+def test_a_budget_per_token_that_is_spent_to_the_last_is_met(backend):
+    """Of however many tokens, whose costs are rounded and whose sum is not."""
+    lengths = range(1, 40)
+    mask = torch.arange(40) < torch.tensor(lengths)[:, None]
+    cost = torch.full(mask.shape, 0.1)
+    packed = {"cost": cost[mask], "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)])}
+    for given_ in ({"cost": cost, "mask": mask}, packed):
+        for budget in (0.1, torch.full((len(lengths),), 0.1, dtype=torch.float64)):
+            settings_ = {**given_, "budget": budget, "per_token": True, "backend": backend}
+            assert not cf.budget_trace(**settings_).violated.any()
+            spent = cf.budget_trace(**settings_, edge="saute").first_violation
+            assert spent.tolist() == [length - 1 for length in lengths]
 
 
 def test_masked_tokens_cost_nothing_and_are_not_counted(backend):
@@ -295,6 +310,17 @@ def test_nan_counts_as_a_violation(backend):
         trace = cf.budget_trace(torch.tensor([[0.0, torch.nan, 0.0]]), 1.0, edge=edge, backend=backend)
         assert trace.violated.tolist() == [[False, True, True]] and trace.first_violation.tolist() == [1]
         assert trace.excess.isnan().tolist() == [[False, True, True]]  # nor is it nothing that the loss would weigh
+
+
+@pytest.mark.parametrize("budget", [1.0, math.inf])
+def test_an_infinite_cost_that_a_discount_reaches_is_infinite(budget, backend):
+    """Where the discount underflows, too."""
+    cost = torch.ones(1, 200)
+    cost[0, 170] = math.inf
+    trace = cf.budget_trace(cost, budget, gamma=0.01, edge="saute", backend=backend)
+    assert trace.cumulative[0, 169].isfinite() and trace.cumulative[0, 170:].tolist() == [math.inf] * 30
+    assert trace.remaining[0, 170:].tolist() == [math.inf if budget == math.inf else -math.inf] * 30
+    assert not (trace.violated.any() if budget == math.inf else trace.excess[0, 171:].any())
 
 
 def test_an_infinite_cost_is_within_an_infinite_budget(backend):
