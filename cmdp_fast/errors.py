@@ -22,11 +22,13 @@ class ProcessAlone(ProcessLost):
     """This process of several cannot go on, and the others, which may wait for it, do not know why: it says so."""
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Of ASCII and Latin-1; what ends a line for some readers; what turns the direction of writing.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def without_controls(text: str) -> str:
-    """The text without what a terminal obeys (tabs and line ends stay): others may have written parts of it."""
+    """The text without what a terminal obeys (tabs and line ends stay), or what turns the direction of writing: others
+    may have written parts of it."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -42,9 +44,16 @@ def shown(value: Any) -> str:
     printed."""
     try:
         text = repr(value)
-    except Exception:  # its text is made by code that is not ours, and the message is of something else
-        text = f"<{type(value).__name__}>"
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # its text is made by code that is not ours, and the message is of something else
+        text = f"<{kind_of(value)}>"
     return readable(text, 200)
+
+
+def kind_of(value: Any) -> str:
+    """The name of a value's type, fit for a message."""
+    return readable(type(value).__name__, 100)
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -57,7 +66,9 @@ def root_cause(error: BaseException) -> BaseException:
 def first_line(error: BaseException) -> str:
     """The first line of an error raised by code that is not ours, to be quoted inside one of ours."""
     try:
-        lines = str(error).strip().splitlines()
-    except Exception:  # its text is made by code that is not ours, and whatever that raises would hide the error itself
+        lines = str.splitlines(str.strip(str(error)))
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # its text is made by code that is not ours, and what that raises would hide the error itself
         lines = []
-    return lines[0] if lines else type(error).__name__
+    return lines[0] if lines else kind_of(error)

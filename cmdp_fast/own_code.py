@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
-from cmdp_fast.errors import InputError, first_line, readable
+from cmdp_fast.errors import InputError, first_line, kind_of, readable
 
 
 @contextlib.contextmanager
@@ -35,24 +35,30 @@ def described(error: BaseException, function: Any = None) -> str:
     That is the last line of code that was not installed, else of the function's own file, else where the function
     begins: it could not be called.
     """
-    definition: CodeType | None = getattr(_plain(function), "__code__", None)
+    definition = _code(function)
     own = definition and definition.co_filename
     passed = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     places = [place for place in passed if not is_installed(place[0])]
     places = places or [place for place in passed if place[0] == own]
     if definition and not places:
         places = [(definition.co_filename, definition.co_firstlineno)]
-    return f"{type(error).__name__}: {readable(first_line(error))}" + (
+    return f"{kind_of(error)}: {readable(first_line(error))}" + (
         f" ({places[-1][0]}:{places[-1][1]})" if places else ""
     )
 
 
-def _plain(function: Any) -> Any:
-    """The function in a partial, or that of a method or of an object's ``__call__``."""
-    while isinstance(function, functools.partial):
+def _code(function: Any) -> CodeType | None:
+    """That of a function, of the one in a partial, or of a method or an object's ``__call__``."""
+    while type(function) is functools.partial:
         function = function.func
-    function = function if hasattr(function, "__code__") else getattr(function, "__call__", None)  # noqa: B004
-    return getattr(function, "__func__", function)
+    try:  # an object of somebody's may answer anything
+        function = function if hasattr(function, "__code__") else getattr(function, "__call__", None)  # noqa: B004
+        code = getattr(getattr(function, "__func__", function), "__code__", None)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return None
+    return code if type(code) is CodeType else None
 
 
 def is_installed(file: str) -> bool:

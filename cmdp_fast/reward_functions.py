@@ -17,12 +17,13 @@ import inspect
 import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from cmdp_fast import event_loop
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, kind_of, shown
 from cmdp_fast.imports import import_function
 from cmdp_fast.own_code import described, errors_named
 from cmdp_fast.time_limits import Limit, told_of
@@ -78,9 +79,10 @@ class Outcome(NamedTuple):
 
 def name_of(function: RewardFunction) -> str:
     """Its own name, that of the function in a partial, or that of an object's class; as TRL's."""
-    while isinstance(function, functools.partial):
+    while type(function) is functools.partial:
         function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
+    name = _attribute(function, "__name__")
+    return name if type(name) is str else type(function).__name__
 
 
 def import_reward(option: str, spec: str, built_in: Sequence[str] = ()) -> RewardFunction:
@@ -103,11 +105,26 @@ def _made(kind: Any, what: str) -> Any:
 
 def is_async(function: Any) -> bool:
     """Whether a call gives a coroutine: of a coroutine function, also in a partial or as an object's ``__call__``."""
-    while isinstance(function, functools.partial):
+    while type(function) is functools.partial:
         function = function.func
-    return inspect.iscoroutinefunction(function) or (
-        not isinstance(function, type) and inspect.iscoroutinefunction(function.__call__)
-    )
+    try:
+        return inspect.iscoroutinefunction(function) or (
+            not isinstance(function, type) and inspect.iscoroutinefunction(function.__call__)
+        )
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # of an object of the user's
+        return False
+
+
+def _attribute(function: Any, name: str) -> Any:
+    """None where a function has none, or an object of the user's raises."""
+    try:
+        return getattr(function, name, None)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return None
 
 
 def check_call(what: str, function: Any, keywords: Iterable[str], positional: int = 0) -> None:
@@ -115,7 +132,9 @@ def check_call(what: str, function: Any, keywords: Iterable[str], positional: in
     far as Python can tell before."""
     try:
         signature = inspect.signature(function, follow_wrapped=False)  # of what is called: a wrapper may take more
-    except Exception:  # of something without one, or of an object of the user's
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # of something without one, or of an object of the user's
         return
     try:
         signature.bind(*[None] * positional, **dict.fromkeys(keywords))
@@ -203,23 +222,32 @@ def plain_value(value: Any) -> Any:
     try:
         if getattr(value, "ndim", None) == 0:
             value = value.item()
-        if value is None or isinstance(value, (bool, float)):
+        if value is None or isinstance(value, bool):
             return value
+        if isinstance(value, float):
+            return float.__float__(value)
         if isinstance(value, int) and value.bit_length() < 64:
             return int(value)
         return _valid(str(value))
-    except Exception:  # of a `__str__` that is not ours; RecursionError, and ValueError for an int of many digits
-        return f"<{type(value).__name__}>"
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # of a `__str__` that is not ours; RecursionError, and ValueError for an int of many digits
+        return f"<{kind_of(value)}>"
 
 
 def returned(value: Any) -> str:
     """What a function has returned that takes no such thing, in a few words. A coroutine is closed."""
-    if inspect.iscoroutine(value):
+    if _is_coroutine(value):
         value.close()
         return "a coroutine"
-    if isinstance(value, str):
+    if issubclass(type(value), str):
         return _short(value)
-    return repr(plain_value(value)) if isinstance(value, (bool, int, float)) else _kind(value)
+    return repr(plain_value(value)) if issubclass(type(value), (bool, int, float)) else _kind(value)
+
+
+def _is_coroutine(value: Any) -> bool:
+    """What `inspect` says of a value, which is not asked for its class: it may answer anything."""
+    return type(value) is CoroutineType
 
 
 def _valid(text: str) -> str:
@@ -252,7 +280,7 @@ def _on(given: Given) -> str:
 
 def _asked(named: Named, given: Given, limit: Limit | None) -> _Answer:
     logged = Logged({}, {})
-    if getattr(named.function, "limits_itself", False):
+    if _attribute(named.function, "limits_itself") is True:  # an object that has every attribute has that, too
         limit = None
     with told_of(f"reward function {named.name}{_on(given)}", limit=limit):
         try:
@@ -323,9 +351,19 @@ def _of(named: Named, error: BaseException) -> Exception:
 
 def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer:
     """The result as numbers, NaN for None. Raises InputError for what TRL could not make a column of rewards of, for
-    what has no order, and for columns that were logged of another length."""
+    what has no order, and for columns that were logged of another length; RewardError for what the result's own code
+    raises."""
+    try:
+        return _read(named, given, result, logged)
+    except (KeyboardInterrupt, InputError, RewardError):
+        raise
+    except BaseException as error:
+        raise _of(named, error) from error
+
+
+def _read(named: Named, given: Given, result: Any, logged: Logged) -> _Answer:
     name, count = named.name, len(given.completions)
-    if inspect.iscoroutine(result):
+    if _is_coroutine(result):
         result.close()
         raise InputError(f"reward function {name} returned a coroutine: expected it to be defined with `async def`")
     wanted = f"expected {count} numbers or None, one per completion"
@@ -336,15 +374,11 @@ def _checked(named: Named, given: Given, result: Any, logged: Logged) -> _Answer
         values = list(() if unordered else result)
     except TypeError:
         unordered = True
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # of a generator's own
-        raise _of(named, error) from error
     if unordered:
         raise InputError(f"reward function {name} returned {_kind(result)}; {wanted}")
     if len(values) != count:
         raise InputError(f"reward function {name} returned {len(values)} rewards for {count} completions")
-    if coroutines := [value for value in values if inspect.iscoroutine(value)]:
+    if coroutines := [value for value in values if _is_coroutine(value)]:
         for coroutine in coroutines:
             coroutine.close()
         raise InputError(f"reward function {name} returned coroutines; {wanted}")
@@ -370,7 +404,9 @@ def _number(value: Any, what: str, wanted: str) -> float:
         # Takes what it takes of TRL: no text
         [number] = torch.tensor([value], dtype=torch.float64, device="cpu").tolist()
         return float(number)
-    except (Exception, SystemExit) as error:  # of a `__float__` that is not ours
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of a `__float__` that is not ours
         raise InputError(f"{what} {_kind(value)}; {wanted}") from error
 
 
@@ -378,8 +414,10 @@ def _kind(value: Any) -> str:
     """What a value is, without the value, which may hold a completion."""
     if value is None:
         return "None"
-    shape = getattr(value, "shape", None)
-    return f"a value of type {type(value).__name__}" + (f" and shape {tuple(shape)}" if shape is not None else "")
+    kind, shape = f"a value of type {kind_of(value)}", _attribute(value, "shape")
+    if type(shape) is tuple or type(shape) is torch.Size:
+        return f"{kind} and shape {shown(tuple(shape))}"
+    return kind
 
 
 def _short(name: Any) -> str:

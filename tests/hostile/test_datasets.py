@@ -369,6 +369,32 @@ def test_a_cell_that_unpacks_to_more_than_memory(tmp_path, memory_of):
         loaded(path)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["a column", "a list"])
+@pytest.mark.parametrize("saved_", [False, True], ids=["a file", "a saved dataset"])
+def test_a_cell_that_names_a_file_has_nothing_opened(saved_, inside, tmp_path):
+    """An image, by what the file says of itself: a path, a pipe or an address of whoever made it."""
+    os.mkfifo(tmp_path / "pipe")  # who opens it waits for ever
+    cell = {"bytes": None, "path": str(tmp_path / "pipe")}
+    plain: Any = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    column = datasets.List(plain) if inside else plain
+    features = datasets.Features(prompt=datasets.Value("string"), answer=datasets.Value("string"), image=column)
+    rows = [{"prompt": text, "answer": "1", "image": [cell] if inside else cell} for text in TEXTS]
+    made, about = datasets.Dataset.from_list(rows, features=features), features.to_dict()
+    about["image"] = {"feature": {"_type": "Image"}, "_type": "List"} if inside else {"_type": "Image"}
+    if saved_:
+        made.save_to_disk(str(path := tmp_path / "d"))
+        info = json.loads((path / "dataset_info.json").read_text()) | {"features": about}
+        (path / "dataset_info.json").write_text(json.dumps(info))
+    else:
+        said = {"huggingface": json.dumps({"info": {"features": about}})}
+        parquet.write_table(made.data.table.replace_schema_metadata(said), path := tmp_path / "a.parquet")
+    for streaming in (False, True):
+        config = TrainConfig(
+            dataset=str(path), task="", prompt_template="", holdout_fraction=0.3, streaming=streaming, max_rows=40
+        )
+        assert load_problems(config).train[0]["image"] == ([cell] if inside else cell)
+
+
 @pytest.mark.parametrize("change", ["grows", "shrinks"])
 def test_a_file_that_changes_while_it_is_read(change, tmp_path, monkeypatch):
     """It is what was there, or one line."""

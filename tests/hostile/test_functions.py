@@ -45,6 +45,29 @@ class NoList(list):
         raise Panic(f"{CODE}\nmore")
 
 
+class Exits(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(0)
+
+
+class TextThatExits(str):
+    __str__ = Exits.__str__
+
+
+class OddShape:
+    shape = 5
+
+
+class ShapeThatExits:
+    @property
+    def shape(self) -> Any:
+        raise SystemExit(0)
+
+
+class ClassThatExits:
+    __class__ = ShapeThatExits.shape  # type: ignore[assignment]
+
+
 def raising(error: BaseException) -> Callable[..., Any]:
     def function(*_: Any, **__: Any) -> Any:
         raise error
@@ -66,6 +89,8 @@ ERRORS: dict[str, Callable[..., Any]] = {
     "a panic": raising(Panic(f"{CODE}\nmore")),
     "the end of an iterator": raising(StopIteration()),
     "half a character": raising(ValueError("\ud800")),
+    "an exit in its text": raising(Exits()),
+    "a name of many lines": raising(type("no\n" * 10**4, (Exception,), {})()),
     "ten megabytes": raising(ValueError("x" * 10**7)),
     "no memory": raising(MemoryError()),
     "no depth": endless,
@@ -75,6 +100,13 @@ ERRORS: dict[str, Callable[..., Any]] = {
     "a text": giving(lambda: "12"),
     "bytes": giving(lambda: b"12"),
     "nothing": giving(lambda: NoNumber()),
+    "an exit in a text": giving(lambda: TextThatExits("12")),
+    "an odd shape": giving(lambda: [OddShape(), OddShape()]),
+    "no list of an odd shape": giving(OddShape),
+    "an exit in a shape": giving(lambda: [ShapeThatExits(), 1]),
+    "no list that exits": giving(ShapeThatExits),
+    "an exit in a class": giving(lambda: [ClassThatExits(), 1]),
+    "no list of a class that exits": giving(ClassThatExits),
     "one of two": giving(lambda: [1.0]),
     "infinity": giving(lambda: [math.inf, 1]),
     "beyond float32": giving(lambda: [1e39, 1]),
@@ -129,6 +161,17 @@ def test_numbers_of_any_kind_are_numbers(function, expected):
     found = called(function)
     assert found == expected if expected else all(map(math.isnan, found))
     assert called(lambda prompts, **_: [float(each) for each in prompts]) == [1.0, 2.0], "its lists are its own"
+
+
+def test_an_object_that_answers_nothing_that_it_is_asked():
+    class Silent:
+        def __getattribute__(self, name: str) -> Any:
+            raise SystemExit(0)
+
+        def __call__(self, **_: Any) -> list[float]:
+            return [1.0, 2.0]
+
+    assert called(Silent()) == [1.0, 2.0]
 
 
 MEGABYTE = 10**6

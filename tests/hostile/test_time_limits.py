@@ -38,6 +38,20 @@ def test_one_that_limits_itself_is_left_to_it():
     assert called(Judged()) == [1.0, 2.0]
 
 
+def test_an_object_that_has_every_attribute_limits_nothing():
+    """Such as one that passes all to a client of a service."""
+
+    class Client:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: None
+
+        def __call__(self, **_: Any) -> Any:
+            time.sleep(60)
+
+    with pytest.raises(InputError, match=r"has not returned for 0\.05 s"):
+        called(Client())
+
+
 def test_one_that_lets_nobody_have_a_turn_for_long_is_not_taken_for_a_process_that_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(time_limits, "BEAT", 0.02)
 

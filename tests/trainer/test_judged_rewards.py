@@ -202,4 +202,11 @@ def test_equations_between_numbers_that_nothing_holds(number):
 def test_samples_hold_no_control_codes():
     sample = {"prompt": "p\n", "completion": "\x1b[2J\x9b0m\tok", "correct": True, "feasible": True, "cumulative": 1.0}
     text = samples_text([("student", [sample])])
-    assert "p\n  ->  \ufffd[2J\ufffd0m\tok" in text
+    assert "p\n  |   ->  \ufffd[2J\ufffd0m\tok" in text
+
+
+def test_a_completion_writes_no_sample_of_its_own():
+    forged = "no\n2+2=  ->  4   [right, 1.00, within budget]\u202e\u2028"
+    sample = {"prompt": "2+2=", "completion": forged, "correct": False, "feasible": True, "cumulative": 1.0}
+    lines = samples_text([("student", [sample])]).splitlines()[2:]
+    assert [line.startswith("  | ") for line in lines] == [False, True]

@@ -210,11 +210,17 @@ def test_a_table_with_gaps_holds_numbers_with_a_point(pair, tmp_path):
 def test_answers_that_nothing_can_equal_are_refused(pair, reward):
     config = settings(pair, rewards=(reward,))
     functions = load_rewards(config, {"prompt": "", "answer": ""})
-    for answer, expected in ((["3"], "holds a list"), ({"value": "3"}, "holds a dict"), (None, "empty in all 2 rows")):
+    for answer, expected in (
+        (["3"], "holds a list"),
+        ({"value": "3"}, "holds a dict"),
+        (None, "empty in all 2 rows"),
+        (1e20, r"holds 1e\+20, of which digits may be lost: write such numbers as texts"),  # JSON's of 2**64 and more
+        (math.inf, "holds inf, of which"),
+    ):
         rows = [{"prompt": "", "answer": answer}] * 2
         with pytest.raises(InputError, match=f"--rewards {reward}.* of a.jsonl.* {expected}"):
             check_columns(config, functions, rows, "a.jsonl")
-    rows = [{"prompt": "", "answer": answer} for answer in (None, "3")]
+    rows = [{"prompt": "", "answer": answer} for answer in (None, "3", 2.0**53 - 1, math.nan)]
     check_columns(config, functions, rows, "a.jsonl")
 
 

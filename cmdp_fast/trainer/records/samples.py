@@ -16,7 +16,8 @@ def write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
-    """Completions as text for a terminal: a heading for each policy, then its samples, without control codes."""
+    """Completions as text for a terminal: a heading for each policy, then its samples, without control codes. Further
+    lines of a sample begin with a mark."""
     lines = []
     for heading, samples in parts:
         lines += [heading, "=" * len(heading)]
@@ -28,7 +29,8 @@ def samples_text(parts: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> str:
                 least = "at least " if "certified" in s else ""
                 cost = "not finite" if s["cumulative"] is None else f"{s['cumulative']:.2f}"  # as JSON has it
                 account = f", {least}{cost}, {within if s['feasible'] else 'OVER BUDGET'}"
-            text = f"{s['prompt']}  ->  {s['completion']}   [{verdict}{account}]"
-            lines.append(without_controls(text).encode(errors="replace").decode())
+            text = without_controls(f"{s['prompt']}  ->  {s['completion']}   [{verdict}{account}]")
+            # A completion that ends a line begins none: it could write what looks like the next sample.
+            lines.append(text.replace("\n", "\n  | ").encode(errors="replace").decode())
         lines.append("")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PHASES = ("rollout", "scoring", "update", "kernels")
 GIB = 2**30
+STANDSTILL = 1e-9  # seconds: of a clock that a function of the user's has stopped
 
 # FLOP/s in bfloat16 without sparsity, from NVIDIA's data sheets, by what `torch.cuda.get_device_name` says.
 PEAKS = {
@@ -77,6 +78,7 @@ class Throughput:
         both = self.accelerator.gather(torch.cat([largest, totals]).to(self.accelerator.device))
         both = both.cpu().view(-1, len(largest) + len(totals))
         elapsed, *maxima = both[:, : len(largest)].amax(0).tolist()
+        elapsed = max(elapsed, STANDSTILL)
         sampled, real, learned, *given_to_all = both[:, len(largest) :].double().sum(0).tolist()
         names = [*(f"timing_s/{name}" for name in PHASES), *memory]
         figures = {
@@ -97,7 +99,7 @@ class Throughput:
         rollout = 0.0 if c.rollout else forward_flops(samples, real)  # a function of the user's samples elsewhere
         scoring = forward_flops(student + teacher, real)
         update = c.epochs * training_flops(student, trained, learned)
-        in_update = figures["timing_s/update"] * at_peak
+        in_update = max(figures["timing_s/update"], STANDSTILL) * at_peak
         shares = {
             "perf/mfu/step": (rollout + scoring + update) / (figures["step_time"] * at_peak),
             "perf/mfu/update": update / in_update,

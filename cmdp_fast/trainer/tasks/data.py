@@ -229,6 +229,7 @@ def _dataset_rows(config: TrainConfig, source: Source) -> list[Problem]:
                 loaded = datasets.load_dataset(name, subset, split=split, streaming=stream)
             if not stream or is_saved:
                 check_rows(len(loaded), said, config.max_rows)
+            _leave_encoded(loaded.info.features)  # `loaded.features` is a copy
             rows = list(islice(loaded, config.max_rows or None))
     except InputError:
         raise
@@ -264,6 +265,18 @@ def _split(source: Source, names: Iterable[str]) -> str:
     if wanted not in present and (not source.split or source.or_only):
         raise InputError(f"of its splits {', '.join(present)} none is {wanted!r}: --eval-split names one")
     return wanted
+
+
+def _leave_encoded(features: Any) -> None:
+    """Has images, sounds and the like stay the bytes and the path that a cell holds: to decode them is to open any
+    file, pipe or address that a path names."""
+    if isinstance(features, (dict, list, tuple)):
+        for each in features.values() if isinstance(features, dict) else features:
+            _leave_encoded(each)
+    elif features is not None:
+        if hasattr(features, "decode"):
+            features.decode = False
+        _leave_encoded(getattr(features, "feature", None))
 
 
 def _check_source(source: Source, said: str, path: Path) -> None:

@@ -97,6 +97,7 @@ def _asked(judge: Judge, prompt: Any, first: Any, second: Any, columns: dict[str
     what = f"the judge {name_of(judge)}"
     with told_of(what), errors_named(what, judge):
         verdict: Any = judge(*map(own_copy, (prompt, first, second)), **own_copy(columns))
-    if not isinstance(verdict, str) or verdict not in _EXCHANGED:
+    chosen: Any = str.__str__(verdict) if issubclass(type(verdict), str) else None  # numpy's texts, too
+    if chosen not in _EXCHANGED:
         raise InputError(f"{what} returned {returned(verdict)}: expected 'first', 'second' or 'tie'")
-    return verdict
+    return chosen

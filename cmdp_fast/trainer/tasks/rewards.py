@@ -86,6 +86,11 @@ def _check_references(spec: str, rows: list[Problem], where: str) -> None:
                 f"--rewards {spec} compares with a text or a number, and the column for the answer of {where} holds a "
                 f"{type(row['answer']).__name__}"
             )
+        if isinstance(row["answer"], float) and not (abs(row["answer"]) < 2**53 or math.isnan(row["answer"])):
+            raise InputError(
+                f"--rewards {spec} compares with a text or a number, and the column for the answer of {where} holds "
+                f"{row['answer']:g}, of which digits may be lost: write such numbers as texts"
+            )
     if all(_is_none(row["answer"]) for row in rows):
         raise InputError(f"--rewards {spec}: the column for the answer of {where} is empty in all {len(rows)} rows")
 
@@ -248,7 +253,7 @@ def call_rewards(
     failed = {
         name: [float(bool(failure)) for failure in function.failures]
         for name, function in functions.items()
-        if isinstance(function, JudgedReward)
+        if type(function) is JudgedReward
     }
     return Judged(dict(zip(functions, rewards, strict=True)), failed, logged)
 

@@ -95,7 +95,7 @@ def call_step_verifier(
             columns = {name: own_copy(value) for name, value in row.items() if name not in NO_COLUMNS}
             with told_of(what, limit=limit), errors_named(what, verifier):
                 verdict = verifier(prompt, as_completion(prompt, text), **columns)
-            if not (verdict is None or isinstance(verdict, bool)):
+            if not (verdict is None or type(verdict) is bool):
                 raise InputError(f"{what} returned {returned(verdict)}: expected True, False or None")
             verdicts.append(math.nan if verdict is None else float(verdict))
     return verdicts
