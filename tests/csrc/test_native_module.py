@@ -352,13 +352,13 @@ def test_the_warning_of_a_fork_names_the_caller(threads, monkeypatch):
 @pytest.mark.skipif(native is None or not native.OPENMP, reason="the native module has no threads")
 def test_threads_compute_as_the_one_that_calls():
     """Each has its own way with numbers that are nearly 0, and with rounding."""
-    student, before = make_logits(64, 600), torch.get_num_threads()
+    student, before = make_logits(512, 600), torch.get_num_threads()
     student[:, ::2] -= 85
 
     def gradient(threads: int) -> torch.Tensor:
         torch.set_num_threads(threads)
         logits = student.clone().requires_grad_()
-        value = cf.token_stats(logits, make_logits(64, 600, seed=1), torch.zeros(64, dtype=torch.long)).entropy
+        value = cf.token_stats(logits, make_logits(512, 600, seed=1), torch.zeros(512, dtype=torch.long)).entropy
         return torch.autograd.grad(value.sum() * 1e-3, logits)[0].view(torch.int32)
 
     try:
