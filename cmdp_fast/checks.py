@@ -10,6 +10,7 @@ from torch import Tensor
 from cmdp_fast import storage
 
 _WITH_MEMORY = (Tensor, torch.nn.Parameter)  # a subclass may be a description, such as a FakeTensor
+LARGEST_FLOAT = 1023  # bits of an int that is one without doubt
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -22,6 +23,8 @@ def describe(t: object) -> str:
 def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be dense, got a nested tensor; convert it with torch.nested.to_padded_tensor")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got one of layout {value.layout}; convert it with to_dense()")
     if type(value) in _WITH_MEMORY and not torch.compiler.is_compiling():
@@ -135,11 +138,21 @@ def discount(value: float) -> None:
 def number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
+    # An int of Python knows no bounds.
+    if type(value) is int and not torch.compiler.is_compiling() and value.bit_length() > LARGEST_FLOAT:
+        raise ValueError(f"{name} must fit a floating-point number, got an int of {value.bit_length()} bits")
 
 
 def integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
+
+
+def machine_integer(name: str, value: object) -> None:
+    """As `integer`, of one that is more than counted with: it goes to a kernel, or to PyTorch."""
+    integer(name, value)
+    if type(value) is int and not torch.compiler.is_compiling() and value.bit_length() > 63:
+        raise ValueError(f"{name} must fit 64 bits, got an int of {value.bit_length() + 1} bits")
 
 
 def flag(name: str, value: object) -> None:

@@ -137,13 +137,21 @@ class Settlement(NamedTuple):
 
 
 def address(t: Tensor | None) -> int:
-    """Where its numbers are; 0 stands for none. A tensor whose storage has shrunk or was released is an error: what
-    follows it would be read, and a mask, for one, be taken for none at all."""
+    """Where the numbers of an array are; 0 stands for none. What is no array is an error: what lies beside it would be
+    read, and a mask without memory, for one, be taken for none at all."""
     if t is None:
         return 0
+    check_memory(t)
+    begin = t.data_ptr()
+    if not t.is_contiguous() or (begin == 0 and t.numel() > 0):
+        raise ValueError(f"a tensor of shape {list(t.shape)} is no array, it has strides {t.stride()}")
+    return begin
+
+
+def check_memory(t: Tensor) -> None:
+    """Raises ValueError for a tensor whose storage has shrunk or was released: what follows it would be read."""
     if storage.lost(t):
         raise ValueError(f"a tensor of shape {tuple(t.shape)} {storage.LOST}")
-    return t.data_ptr()
 
 
 def flat(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -176,9 +184,11 @@ def addressable(t: Tensor) -> bool:
 
 def matrix_of(t: Tensor) -> tuple[int, str, list[int], list[int], int]:
     """The rows ``[..., V]`` of a tensor: address, dtype, leading sizes and strides, width (make_matrix in
-    csrc/arguments.h)."""
+    csrc/arguments.h). Raises ValueError where `in_rows` would copy it."""
     width, dtype = t.shape[-1], DTYPE_NAMES[t.dtype]
     count = t.numel()
+    if width > 1 and t.stride(-1) != 1:
+        raise ValueError(f"the last axis of a matrix must be contiguous, got {list(t.shape)} with strides {t.stride()}")
     if count > width > 0 and t.is_contiguous():  # one axis
         return t.data_ptr(), dtype, [count // width], [width], width
     axes = row_axes(t)
