@@ -168,8 +168,8 @@ def count_rows(t: Tensor) -> int:
 
 def _askew(name: str, t: Tensor) -> str:
     return (
-        f"{name} of shape {list(t.shape)} and dtype {t.dtype} begins at an address that is not a multiple of "
-        f"{t.itemsize} bytes; pass a copy, made with .clone()"
+        f"{name}, {t.dtype} of shape {list(t.shape)}, must lie in memory at a multiple of {t.itemsize} bytes and does "
+        "not; pass a copy, made with .clone()"
     )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from cmdp_fast import storage
 
 _WITH_MEMORY = (Tensor, torch.nn.Parameter)  # a subclass may be a description, such as a FakeTensor
-LARGEST_FLOAT = 1023  # bits of an int that is one without doubt
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -138,9 +137,12 @@ def discount(value: float) -> None:
 def number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
-    # An int of Python knows no bounds.
-    if type(value) is int and not torch.compiler.is_compiling() and value.bit_length() > LARGEST_FLOAT:
-        raise ValueError(f"{name} must fit a floating-point number, got an int of {value.bit_length()} bits")
+    if type(value) is int and not torch.compiler.is_compiling():  # which knows no bounds
+        try:
+            float(value)
+        except OverflowError:
+            bits = value.bit_length()
+            raise ValueError(f"{name} must fit a floating-point number, got an int of {bits} bits") from None
 
 
 def integer(name: str, value: object) -> None:

@@ -106,6 +106,8 @@ def _token_stats_backward_(given: _Upward) -> None:
 
 def writable(student: Tensor, teacher: Tensor, backend: str) -> bool:
     """Whether a kernel may write the gradient over the student's logits while it reads both."""
+    if student._is_zerotensor() or teacher._is_zerotensor():  # no memory yet
+        return False
     if unit_stride(student) is not student or (backend in backends.ON_GPU and not addressable(student)):
         return False
     return can_overwrite(student, teacher)

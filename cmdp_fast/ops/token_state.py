@@ -119,6 +119,7 @@ class TokenState:
         checks.machine_integer("first_column", first_column)
         if first_column < 0:
             raise ValueError(f"first_column must be at least 0, got {first_column}")
+        checks.machine_integer("first_column + C", first_column + width)
         checks.same_device("student_tile", student_tile, "the state", self.fields)
         wide = compute_dtype(student_tile, teacher_tile)
         student, teacher = unit_stride(student_tile.detach()), unit_stride(teacher_tile.detach())
