@@ -50,7 +50,7 @@ def written(name: str, t: Tensor, dtype: torch.dtype, count: int, device: int) -
             f"{name} must be contiguous and {DTYPE_NAMES[dtype]}, got {t.dtype} of shape {list(t.shape)} with strides "
             f"{t.stride()}"
         )
-    return array(name, t, dtype, count, device)
+    return array(name, t, None, count, device)
 
 
 def optional(name: str, t: Tensor | None, dtype: torch.dtype | None, count: int, device: int) -> Tensor | None:
@@ -62,7 +62,8 @@ def in_rows(name: str, t: Tensor) -> Tensor:
     """A matrix ``[..., V]`` as `matrix_of` can take it: itself, or a copy. Raises as `array`."""
     if t.dtype not in DTYPE_NAMES:
         raise TypeError(f"{name} must be {', '.join(DTYPE_NAMES.values())}, got {t.dtype}")
-    t = unit_stride(t)
+    if not t.is_contiguous():
+        t = unit_stride(t)
     if t.data_ptr() % t.itemsize:
         raise ValueError(_askew(name, t))
     return t
@@ -74,15 +75,17 @@ def settled(pair: Pair, index: torch.dtype | None = torch.int64) -> Pair:
     ``index``: the dtype of its tokens; None leaves it.
     """
     student, teacher = in_rows("the student's logits", pair.student), in_rows("the teacher's logits", pair.teacher)
-    rows, device, widths = count_rows(student), student.get_device(), (student.shape[-1], teacher.shape[-1])
-    if count_rows(teacher) != rows or teacher.get_device() != device or not 0 < pair.width <= min(widths):
+    shape, device, width = student.shape, student.get_device(), pair.width
+    alike = teacher.shape == shape or (count_rows(teacher) == count_rows(student) and width <= teacher.shape[-1])
+    if not alike or teacher.get_device() != device or not 0 < width <= shape[-1]:
         raise ValueError(
-            f"the logits must be of the same rows, on one device and at least {pair.width} wide, got "
+            f"the logits must be of the same rows, on one device and at least {width} wide, got "
             f"{list(student.shape)} on {student.device} and {list(teacher.shape)} on {teacher.device}"
         )
+    rows = student.numel() // shape[-1]
     tokens = optional("tokens", pair.tokens, index, rows, device)
     mask = optional("mask", pair.mask, torch.bool, rows, device)
-    return Pair(student, teacher, tokens, mask, pair.temperature, pair.width)
+    return Pair(student, teacher, tokens, mask, pair.temperature, width)
 
 
 def settled_rows(rows: ListedRows, index: torch.dtype | None = torch.int64) -> ListedRows:

@@ -137,15 +137,12 @@ class Settlement(NamedTuple):
 
 
 def address(t: Tensor | None) -> int:
-    """Where the numbers of an array are; 0 stands for none. What is no array is an error: what lies beside it would be
-    read, and a mask without memory, for one, be taken for none at all."""
+    """Where the numbers of an array are; 0 stands for none. One that has lost its memory is an error: a mask, for one,
+    would be taken for none at all."""
     if t is None:
         return 0
     check_memory(t)
-    begin = t.data_ptr()
-    if not t.is_contiguous() or (begin == 0 and t.numel() > 0):
-        raise ValueError(f"a tensor of shape {list(t.shape)} is no array, it has strides {t.stride()}")
-    return begin
+    return t.data_ptr()
 
 
 def check_memory(t: Tensor) -> None:
@@ -187,10 +184,10 @@ def matrix_of(t: Tensor) -> tuple[int, str, list[int], list[int], int]:
     csrc/arguments.h). Raises ValueError where `in_rows` would copy it."""
     width, dtype = t.shape[-1], DTYPE_NAMES[t.dtype]
     count = t.numel()
-    if width > 1 and t.stride(-1) != 1:
-        raise ValueError(f"the last axis of a matrix must be contiguous, got {list(t.shape)} with strides {t.stride()}")
     if count > width > 0 and t.is_contiguous():  # one axis
         return t.data_ptr(), dtype, [count // width], [width], width
+    if width > 1 and t.stride(-1) != 1:
+        raise ValueError(f"the last axis of a matrix must be contiguous, got {list(t.shape)} with strides {t.stride()}")
     axes = row_axes(t)
     return t.data_ptr(), dtype, [size for size, _ in axes], [stride for _, stride in axes], width
 

@@ -116,7 +116,7 @@ class TokenState:
             return self
         width = checks.logits(student_tile, teacher_tile, None)
         checks.tokens(tokens, student_tile)
-        checks.machine_integer("first_column", first_column)
+        checks.integer("first_column", first_column)
         if first_column < 0:
             raise ValueError(f"first_column must be at least 0, got {first_column}")
         checks.machine_integer("first_column + C", first_column + width)
@@ -170,12 +170,11 @@ class TokenState:
 
 def _check_fields(fields: Tensor) -> int:
     """Checks the fields of a state, which anyone may have made, and returns how many rows they are."""
-    checks.tensor("fields", fields)
-    if fields.dtype != torch.float64:
-        raise TypeError(f"fields must be float64 [rows, {len(states.FIELDS)}], got {checks.describe(fields)}")
-    if fields.dim() != 2 or fields.shape[1] != len(states.FIELDS):
-        raise ValueError(f"fields must be float64 [rows, {len(states.FIELDS)}], got {checks.describe(fields)}")
-    return fields.shape[0]
+    dense = isinstance(fields, Tensor) and not fields.is_nested and fields.layout is torch.strided
+    if dense and fields.dtype == torch.float64 and fields.dim() == 2 and fields.shape[1] == len(states.FIELDS):
+        return fields.shape[0]
+    error = ValueError if checks.tensor("fields", fields).dtype == torch.float64 else TypeError
+    raise error(f"fields must be float64 [rows, {len(states.FIELDS)}], got {checks.describe(fields)}")
 
 
 def _check_transforms(student: Tensor, *others: Tensor) -> None:
