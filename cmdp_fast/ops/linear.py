@@ -98,8 +98,8 @@ def linear_token_stats(
         temperature, student_softcap, teacher_softcap, student_scale, teacher_scale: as above.
         vocab_size: statistics over the common prefix of this width. Rows of the head beyond it get a gradient of 0.
         process_group: ranks that hold columns [first_column, first_column + V) of the vocabulary each, and the same
-            hidden states, tokens and mask (tensor parallelism). For a head that is sharded to save memory while each
-            rank has its own rows (FSDP) pass the whole head,
+            hidden states, tokens, mask and settings (tensor parallelism). For a head that is sharded to save memory
+            while each rank has its own rows (FSDP) pass the whole head,
             ``weight.full_tensor(grad_placements=[Partial("avg")])``: without the placements its gradient would be that
             of some ranks' rows alone. A few numbers are exchanged and looked at first, so that ranks that do not fit
             raise instead of waiting for each other; then two all-reduces of 13 numbers per row. Every rank gets the

@@ -105,7 +105,7 @@ def columns(
         checks.machine_integer("vocab_size", vocab_size)
         width = max(0, min(common, vocab_size - first_column))
     fits = vocab_size is not None or student_width == teacher_width
-    mine = _Shard(first_column, width, -1 if vocab_size is None else vocab_size, fits)
+    mine = _Shard(first_column, width, -1 if vocab_size is None else max(0, vocab_size), fits)
     total = _agree(process_group, mine, tokens, mask, alike)
     check_widths(student_width, teacher_width, vocab_size)
     if vocab_size is not None and total != vocab_size:

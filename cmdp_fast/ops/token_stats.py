@@ -67,8 +67,9 @@ def token_stats(
             checkpoint reads from its closure, that an `autograd.Function` keeps without ``save_for_backward``, or that
             are used through ``.data``: there nothing raises.
         process_group: ranks that hold columns [first_column, first_column + V) of the same rows each (tensor
-            parallelism), with the same tokens and mask. Every rank gets the statistics of whole rows, and the gradient
-            of its own columns. ``vocab_size`` counts the columns of all ranks. Not under ``torch.compile``.
+            parallelism), with the same tokens, mask and settings. Every rank gets the statistics of whole rows, and the
+            gradient of its own columns. ``vocab_size`` counts the columns of all ranks. A few numbers are exchanged and
+            looked at first: ranks that do not fit all raise. Not under ``torch.compile``.
         first_column: where this rank's columns begin.
         backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` or ``cuda`` (`cmdp_fast.ops.backends`) for
             tensors on a GPU (not float64), else ``torch``; a name forces it.
