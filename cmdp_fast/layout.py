@@ -186,7 +186,7 @@ def matrix_of(t: Tensor) -> tuple[int, str, list[int], list[int], int]:
     count = t.numel()
     if count > width > 0 and t.is_contiguous():  # one axis
         return t.data_ptr(), dtype, [count // width], [width], width
-    if width > 1 and t.stride(-1) != 1:
+    if count > 0 and width > 1 and t.stride(-1) != 1:
         raise ValueError(f"the last axis of a matrix must be contiguous, got {list(t.shape)} with strides {t.stride()}")
     axes = row_axes(t)
     return t.data_ptr(), dtype, [size for size, _ in axes], [stride for _, stride in axes], width

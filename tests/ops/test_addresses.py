@@ -223,3 +223,10 @@ def test_costs_of_a_graph_are_of_a_dtype_that_can_be_read():
     assert torch.equal(graph(cost.double()), cf.budget_trace(cost.double(), 1.0).cumulative)
     with pytest.raises(TypeError, match=r"cost must be float32 or float64, got torch.float16"):
         graph(cost.half())
+
+
+@needs_native
+def test_where_there_are_no_rows_no_stride_matters():
+    x, y = scattered(torch.zeros(0, 7)), torch.zeros(0, 7)
+    assert x.is_contiguous() and x.stride(-1) == 3
+    assert cf.divergence(x, y).shape == and_gradient(lambda x: cf.divergence(x, y), x)[:, 0].shape == (0,)
