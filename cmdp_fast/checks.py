@@ -22,6 +22,8 @@ def describe(t: object) -> str:
 def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be dense, got a nested tensor; convert it with torch.nested.to_padded_tensor")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got one of layout {value.layout}; convert it with to_dense()")
     if type(value) in _WITH_MEMORY and not torch.compiler.is_compiling():
@@ -135,11 +137,24 @@ def discount(value: float) -> None:
 def number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if type(value) is int and not torch.compiler.is_compiling():  # which knows no bounds
+        try:
+            float(value)
+        except OverflowError:
+            bits = value.bit_length()
+            raise ValueError(f"{name} must fit a floating-point number, got an int of {bits} bits") from None
 
 
 def integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
+
+
+def machine_integer(name: str, value: object) -> None:
+    """As `integer`, of one that is more than counted with: it goes to a kernel, or to PyTorch."""
+    integer(name, value)
+    if type(value) is int and not torch.compiler.is_compiling() and value.bit_length() > 63:
+        raise ValueError(f"{name} must fit 64 bits, got an int of {value.bit_length() + 1} bits")
 
 
 def flag(name: str, value: object) -> None:

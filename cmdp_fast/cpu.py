@@ -15,6 +15,19 @@ import torch
 from torch import Tensor
 
 from cmdp_fast import installation, native_module
+from cmdp_fast.arrays import (
+    array,
+    count_rows,
+    of_rows,
+    settled,
+    settled_account,
+    settled_gradient,
+    settled_rewarding,
+    settled_rows,
+    settled_trace,
+    settled_upstream,
+    written,
+)
 from cmdp_fast.layout import (
     SAVED,
     Account,
@@ -29,8 +42,7 @@ from cmdp_fast.layout import (
     Upstream,
     address,
     alike,
-    flat,
-    in_array,
+    check_memory,
     matrix_of,
 )
 from cmdp_fast.reference import BudgetTrace, TokenStats, compute_dtype, token_cost
@@ -70,6 +82,7 @@ def in_huge_pages(t: Tensor) -> Tensor:
 
 def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
     """The six statistics ``[...]``, float32 or float64, and the saved scalars ``[..., SAVED]`` float64."""
+    pair = settled(pair)
     statistics, saved = _room(pair)
     _write_statistics(pair, statistics, saved)
     return statistics, saved
@@ -82,12 +95,11 @@ def _room(pair: Pair) -> tuple[list[Tensor], Tensor]:
 
 
 def _write_statistics(pair: Pair, statistics: list[Tensor], saved: Tensor) -> None:
-    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
     native.token_stats(
         matrix(pair.student),
         matrix(pair.teacher),
-        address(index),
-        address(counted),
+        address(pair.tokens),
+        address(pair.mask),
         pair.width,
         pair.temperature,
         [s.data_ptr() for s in statistics],
@@ -102,16 +114,17 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
 
     ``first_column``: nonzero for a tile of wider rows, which ``saved`` tells of.
     """
-    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
-    gradients = [flat(g, torch.float64) for g in upstream]
+    pair = settled(pair)
+    upstream = settled_upstream(upstream, torch.float64, pair.student)
+    saved = of_rows("the saved scalars", saved, torch.float64, pair.student, SAVED)
     native.token_stats_backward(
         matrix(pair.student),
         matrix(pair.teacher),
-        address(index),
-        address(counted),
+        address(pair.tokens),
+        address(pair.mask),
         pair.width,
         pair.temperature,
-        [address(g) for g in gradients],
+        [address(g) for g in upstream],
         address(saved),
         matrix(out),
         _threads(),
@@ -121,16 +134,21 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
 
 def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], Tensor]:
     """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; trace and reward are written where they are given."""
-    mask, limits, trace = flat(pair.mask, torch.bool), settlement.limits, settlement.trace
-    rule, task_reward, reward = settlement.rewarding
-    task_reward = in_array(task_reward, reward.dtype)
+    pair = settled(pair)
+    offsets, limits, trace, device = settlement.offsets, settlement.limits, settlement.trace, pair.student.get_device()
+    sequences = trace.first_violation.shape[0]
+    if offsets is not None:
+        offsets = array("cu_seqlens", offsets, torch.int64, sequences + 1, device)
+    if isinstance(limits, Tensor):
+        limits = array("budget", limits, torch.float64, sequences, device)
     statistics, saved = _room(pair)
+    rule, task_reward, reward = settled_rewarding(settlement.rewarding, statistics[0])
     # The scan's arguments are put together before the logits are read, which leave nothing else in the cache.
     budget = (
         reward.dtype == torch.float64,
-        address(mask),
-        address(settlement.offsets),
-        trace.first_violation.shape[0],
+        address(pair.mask),
+        address(offsets),
+        sequences,
         reward.numel(),
         address(limits) if isinstance(limits, Tensor) else limits,
         settlement.rule,
@@ -140,7 +158,7 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
         address(reward),
         _threads(),
     )
-    _write_statistics(pair._replace(mask=mask), statistics, saved)
+    _write_statistics(pair, statistics, saved)
     cost = token_cost(TokenStats(*statistics), settlement.cost)
     native.budget_trace(address(cost), *budget)
     return statistics, saved
@@ -148,16 +166,17 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
 
 def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:
     """Folds columns [first_column, first_column + width) into ``fields [rows, 13]``, in place."""
-    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
+    pair = settled(pair)
+    count, device = count_rows(pair.student) * native.STATE, pair.student.get_device()
     native.update_states(
         matrix(pair.student[..., : pair.width]),
         matrix(pair.teacher[..., : pair.width]),
-        address(index),
+        address(pair.tokens),
         first_column,
         pair.temperature,
-        address(fields),
+        address(written("fields", fields, torch.float64, count, device)),
         _threads(),
-        address(counted),
+        address(pair.mask),
     )
 
 
@@ -166,13 +185,13 @@ def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
 
     Two passes over the logits: the mixture's logarithm needs both normalisers.
     """
+    pair = settled(pair)
     shape, dtype = pair.student.shape[:-1], compute_dtype(pair.student, pair.teacher)
     saved = torch.empty((*shape, SAVED), dtype=torch.float64)
     value, mean = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
-    counted = flat(pair.mask, torch.bool)
     matrices = matrix(pair.student), matrix(pair.teacher)
     no_tokens, no_statistics = 0, [0] * len(TokenStats._fields)
-    rows = (address(counted), pair.width, pair.temperature)
+    rows = (address(pair.mask), pair.width, pair.temperature)
     native.token_stats(*matrices, no_tokens, *rows, no_statistics, True, address(saved), _threads())
     native.mixture(*matrices, *rows, *weights, address(saved), address(value), address(mean), _threads())
     return value.to(dtype), saved, mean
@@ -180,11 +199,14 @@ def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
 
 def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, weights: Mixture, out: Tensor) -> None:
     """Writes the gradient of the student's logits to ``out``; columns beyond the width get 0."""
-    counted, gradient = flat(pair.mask, torch.bool), flat(upstream, torch.float64)
+    pair = settled(pair)
+    saved = of_rows("the saved scalars", saved, torch.float64, pair.student, SAVED)
+    mean = of_rows("the saved mean", mean, torch.float64, pair.student)
+    gradient = of_rows("a gradient", upstream, torch.float64, pair.student)
     native.mixture_backward(
         matrix(pair.student),
         matrix(pair.teacher),
-        address(counted),
+        address(pair.mask),
         pair.width,
         pair.temperature,
         *weights,
@@ -198,13 +220,13 @@ def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, 
 
 def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
     """Folds columns [first_column, first_column + width) of the rows into their states, in place."""
-    tokens, counted = flat(rows.tokens, torch.int64), flat(rows.mask, torch.bool)
+    rows = settled_rows(rows)
     native.update_tails(
         matrix(rows.student),
         address(rows.ids),
         rows.ids.shape[-1],
-        address(tokens),
-        address(counted),
+        address(rows.tokens),
+        address(rows.mask),
         rows.width,
         rows.temperature,
         first_column,
@@ -216,13 +238,14 @@ def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
 def tail_backward(rows: ListedRows, gradient: TailGradient, out: Tensor, first_column: int = 0) -> None:
     """Writes the gradient of the student's logits to ``out``, which may be the logits; columns beyond the width get 0,
     and so do masked rows and those of which ``gradient`` is all 0."""
-    tokens, counted = flat(rows.tokens, torch.int64), flat(rows.mask, torch.bool)
+    rows = settled_rows(rows)
+    gradient = settled_gradient(gradient, rows)
     native.tail_backward(
         matrix(rows.student),
         address(rows.ids),
         rows.ids.shape[-1],
-        address(tokens),
-        address(counted),
+        address(rows.tokens),
+        address(rows.mask),
         rows.width,
         rows.temperature,
         first_column,
@@ -236,7 +259,9 @@ def trace_budgets(
     account: Account, limits: Tensor, rule: BudgetRule, trace: BudgetTrace, rewarding: Rewarding | None = None
 ) -> None:
     """Writes the trace of costs against the limits ``[B]`` float64, and the modified reward if there is one."""
-    paid, task, result = (None, None, None) if rewarding is None else rewarding
+    account = settled_account(account)
+    limits = array("budget", limits, torch.float64, account.offsets.shape[0] - 1, account.cost.get_device())
+    paid, task, result = (None, None, None) if rewarding is None else settled_rewarding(rewarding, account.cost)
     native.budget_trace(
         *_costs(account),
         address(limits),
@@ -251,6 +276,8 @@ def trace_budgets(
 
 def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) -> None:
     """Writes the modified reward of every token."""
+    account = settled_account(account)
+    trace, rewarding = settled_trace(trace, account.cost), settled_rewarding(rewarding, account.cost)
     native.modified_reward(
         address(rewarding.task_reward),
         *_costs(account),
@@ -279,5 +306,5 @@ def _threads() -> int:
 
 def matrix(t: Tensor) -> Any:
     """The rows ``[..., V]`` of a tensor as the kernels see them."""
-    address(t)  # which raises for one that has lost its memory
+    check_memory(t)
     return native.Matrix(*matrix_of(t))

@@ -46,6 +46,18 @@ import torch
 from torch import Tensor
 
 import cmdp_fast._cuda as _cuda
+from cmdp_fast.arrays import (
+    array,
+    of_rows,
+    settled,
+    settled_account,
+    settled_gradient,
+    settled_packing,
+    settled_rewarding,
+    settled_rows,
+    settled_trace,
+    settled_upstream,
+)
 from cmdp_fast.layout import (
     Account,
     BudgetRule,
@@ -59,7 +71,6 @@ from cmdp_fast.layout import (
     address,
     addressable,
     empty_statistics,
-    flat,
     matrix_of,
 )
 from cmdp_fast.reference import BudgetTrace
@@ -71,16 +82,16 @@ COSTS = ("reverse_kl", "forward_kl", "k1", "nll")  # those that the one launch s
 
 def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
     """The six statistics ``[...]`` float32 and the saved scalars ``[..., SAVED]`` float64. One launch."""
+    pair = settled(pair)
     statistics, saved = empty_statistics(pair.student)
-    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
     student, teacher = _in_reach(pair.student), _in_reach(pair.teacher)
     with torch.cuda.device_of(student):
         partial, arrived = _scratch(saved[..., 0], _cuda.segments(pair.width) * _cuda.PARTIAL)
         _cuda.token_stats(
             _matrix(student),
             _matrix(teacher),
-            address(index),
-            address(counted),
+            address(pair.tokens),
+            address(pair.mask),
             pair.width,
             pair.temperature,
             [address(s) for s in statistics],
@@ -97,19 +108,20 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
 
     Columns beyond the width get 0. ``first_column``: nonzero for a tile of wider rows, which ``saved`` tells of.
     """
-    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
-    gradients = [flat(g, torch.float32) for g in upstream]
-    student, teacher, scalars = _in_reach(pair.student), _in_reach(pair.teacher), saved.contiguous()
+    pair = settled(pair)
+    upstream = settled_upstream(upstream, torch.float32, pair.student)
+    scalars = of_rows("the saved scalars", saved, torch.float64, pair.student, _cuda.SAVED)
+    student, teacher = _in_reach(pair.student), _in_reach(pair.teacher)
     target = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(student):
         _cuda.token_stats_backward(
             _matrix(student),
             _matrix(teacher),
-            address(index),
-            address(counted),
+            address(pair.tokens),
+            address(pair.mask),
             pair.width,
             pair.temperature,
-            [address(g) for g in gradients],
+            [address(g) for g in upstream],
             address(scalars),
             _matrix(target),
             first_column,
@@ -121,7 +133,7 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
 
 def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
     """Folds columns [first_column, first_column + width) of the rows into their states, in place. One launch."""
-    tokens, counted = flat(rows.tokens, torch.int64), flat(rows.mask, torch.bool)
+    rows = settled_rows(rows)
     student = _in_reach(rows.student)
     with torch.cuda.device_of(student):
         segments = _cuda.tail_segments(rows.width)
@@ -130,8 +142,8 @@ def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
             _matrix(student),
             address(rows.ids),
             rows.ids.shape[-1],
-            address(tokens),
-            address(counted),
+            address(rows.tokens),
+            address(rows.mask),
             rows.width,
             rows.temperature,
             first_column,
@@ -145,7 +157,8 @@ def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
 def tail_backward(rows: ListedRows, gradient: TailGradient, out: Tensor, first_column: int = 0) -> None:
     """Writes the gradient of the student's logits to ``out``, which may be the logits; columns beyond the width get 0,
     and so do masked rows and those of which ``gradient`` is all 0. One launch."""
-    tokens, counted = flat(rows.tokens, torch.int64), flat(rows.mask, torch.bool)
+    rows = settled_rows(rows)
+    gradient = settled_gradient(gradient, rows)
     student = _in_reach(rows.student)
     target = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(student):
@@ -153,8 +166,8 @@ def tail_backward(rows: ListedRows, gradient: TailGradient, out: Tensor, first_c
             _matrix(student),
             address(rows.ids),
             rows.ids.shape[-1],
-            address(tokens),
-            address(counted),
+            address(rows.tokens),
+            address(rows.mask),
             rows.width,
             rows.temperature,
             first_column,
@@ -171,20 +184,18 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
 
     Tokens are ``[B, T]``, or ``[N]`` with ``cu_seqlens [B+1]``; the cost is one of `COSTS`. One launch.
     """
-    assert pair.tokens is not None
     sequences = settlement.trace.first_violation.shape[0]
     if sequences == 0:  # rows that no sequence holds have statistics none the less
         return token_stats(pair)
+    pair = settled(pair)
+    assert pair.tokens is not None
     statistics, saved = empty_statistics(pair.student)
-    index, counted = flat(pair.tokens, torch.int64), flat(pair.mask, torch.bool)
-    task_reward = settlement.rewarding.task_reward.to(torch.float32).contiguous()
+    rewarding = settled_rewarding(settlement.rewarding, statistics[0])
     student, teacher = _in_reach(pair.student), _in_reach(pair.teacher)
-    offsets = None if settlement.cu_seqlens is None else settlement.cu_seqlens.contiguous()
-    budget = settlement.budget
+    offsets, budget = settled_packing(settlement, student)
     if isinstance(budget, Tensor):
         budget = budget if budget.dtype in (torch.float32, torch.float64) else budget.to(torch.float64)
-        stride = budget.stride(0) if budget.dim() else 0
-        limits = (address(budget), budget.dtype == torch.float64, stride, 0.0, settlement.per_token)
+        limits = (address(budget), budget.dtype == torch.float64, 1 if budget.dim() else 0, 0.0, settlement.per_token)
     else:
         limits = (0, False, 0, budget, settlement.per_token)
     with torch.cuda.device_of(student):
@@ -192,8 +203,8 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
         _cuda.constrained_reward(
             _matrix(student),
             _matrix(teacher),
-            address(index),
-            address(counted),
+            address(pair.tokens),
+            address(pair.mask),
             pair.width,
             pair.temperature,
             [address(s) for s in statistics],
@@ -204,10 +215,10 @@ def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], 
             _layout(offsets, sequences, pair.tokens),
             limits,
             settlement.rule,
-            settlement.rewarding.rule,
+            rewarding.rule,
             [address(t) for t in settlement.trace],
-            address(task_reward),
-            address(settlement.rewarding.reward),
+            address(rewarding.task_reward),
+            address(rewarding.reward),
             _stream(student),
         )
     return statistics, saved
@@ -217,8 +228,10 @@ def trace_budgets(
     account: Account, limits: Tensor, rule: BudgetRule, trace: BudgetTrace, rewarding: Rewarding | None = None
 ) -> None:
     """Writes the trace of costs against the limits ``[B]`` float64, and the modified reward if there is one."""
+    account = settled_account(account)
     cost = account.cost
-    paid, task, result = (None, None, None) if rewarding is None else rewarding
+    limits = array("budget", limits, torch.float64, account.offsets.shape[0] - 1, cost.get_device())
+    paid, task, result = (None, None, None) if rewarding is None else settled_rewarding(rewarding, cost)
     with torch.cuda.device_of(cost):
         _cuda.budget_trace(
             address(cost),
@@ -237,7 +250,9 @@ def trace_budgets(
 
 def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) -> None:
     """Writes the modified reward of every token."""
+    account = settled_account(account)
     cost = account.cost
+    trace, rewarding = settled_trace(trace, cost), settled_rewarding(rewarding, cost)
     first_violation = None  # is not looked at
     fields = (trace.cumulative, trace.remaining, trace.violated, first_violation, trace.excess)
     with torch.cuda.device_of(cost):

@@ -137,13 +137,18 @@ class Settlement(NamedTuple):
 
 
 def address(t: Tensor | None) -> int:
-    """Where its numbers are; 0 stands for none. A tensor whose storage has shrunk or was released is an error: what
-    follows it would be read, and a mask, for one, be taken for none at all."""
+    """Where the numbers of an array are; 0 stands for none. One that has lost its memory is an error: a mask, for one,
+    would be taken for none at all."""
     if t is None:
         return 0
+    check_memory(t)
+    return t.data_ptr()
+
+
+def check_memory(t: Tensor) -> None:
+    """Raises ValueError for a tensor whose storage has shrunk or was released: what follows it would be read."""
     if storage.lost(t):
         raise ValueError(f"a tensor of shape {tuple(t.shape)} {storage.LOST}")
-    return t.data_ptr()
 
 
 def flat(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -176,11 +181,13 @@ def addressable(t: Tensor) -> bool:
 
 def matrix_of(t: Tensor) -> tuple[int, str, list[int], list[int], int]:
     """The rows ``[..., V]`` of a tensor: address, dtype, leading sizes and strides, width (make_matrix in
-    csrc/arguments.h)."""
+    csrc/arguments.h). Raises ValueError where `in_rows` would copy it."""
     width, dtype = t.shape[-1], DTYPE_NAMES[t.dtype]
     count = t.numel()
     if count > width > 0 and t.is_contiguous():  # one axis
         return t.data_ptr(), dtype, [count // width], [width], width
+    if count > 0 and width > 1 and t.stride(-1) != 1:
+        raise ValueError(f"the last axis of a matrix must be contiguous, got {list(t.shape)} with strides {t.stride()}")
     axes = row_axes(t)
     return t.data_ptr(), dtype, [size for size, _ in axes], [stride for _, stride in axes], width
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cmdp_fast.arrays import count_rows, settled, settled_packing, settled_rewarding
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.scan import Allowance, Budgets, scan_sequences
 from cmdp_fast.kernels.sequences import Sequences, Tokens
@@ -24,20 +25,22 @@ COSTS = tuple(DIFFERENCES)
 
 def constrained_pass(pair: Pair, settlement: Settlement) -> tuple[list[Tensor], Tensor]:
     """Statistics ``[...]`` and saved scalars ``[..., SAVED]``; trace and reward are written where they are given."""
-    cu_seqlens, budget, rewarding = settlement.cu_seqlens, settlement.budget, settlement.rewarding
+    pair = settled(pair, None)
+    assert pair.tokens is not None
+    cu_seqlens, budget = settled_packing(settlement, pair.student)
     statistics, saved = token_stats(pair)
+    rewarding = settled_rewarding(settlement.rewarding, statistics[0])
     by_name = TokenStats(*statistics)
     plus, minus = (None if name is None else getattr(by_name, name) for name in DIFFERENCES[settlement.cost])
     tokens = Tokens(plus, minus, launch.flags(pair.mask), None)
-    total = launch.count_rows(pair.student)
+    total = count_rows(pair.student)
     if cu_seqlens is None:
-        sequences = Sequences(None, pair.student.shape[-2], total)
+        sequences = Sequences(None, pair.tokens.shape[-1], total)
     else:
-        sequences = Sequences(cu_seqlens.contiguous(), 0, total)
+        sequences = Sequences(cu_seqlens, 0, total)
     if isinstance(budget, Tensor):
-        allowance = Allowance(Budgets(budget, budget.stride(0) if budget.dim() else 0), 0.0, settlement.per_token, True)
+        allowance = Allowance(Budgets(budget, 1 if budget.dim() else 0), 0.0, settlement.per_token, True)
     else:
         allowance = Allowance(Budgets(None, 0), budget, settlement.per_token, True)
-    rewarding = rewarding._replace(task_reward=rewarding.task_reward.contiguous())
     scan_sequences(sequences, allowance, tokens, settlement.rule, settlement.trace, rewarding)
     return statistics, saved

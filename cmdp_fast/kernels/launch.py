@@ -19,8 +19,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from cmdp_fast.arrays import settled, settled_rows
 from cmdp_fast.kernels.shapes import Listed, Logits, Rows
-from cmdp_fast.layout import ListedRows, Pair, row_axes
+from cmdp_fast.layout import ListedRows, Pair, row_axes, unit_stride
 
 # Asked for by hand only: a choice at run time may change the order of additions from one run to the next.
 AUTOTUNE = os.environ.get("CMDP_FAST_AUTOTUNE") == "1"
@@ -234,6 +235,14 @@ def rows_of(t: Tensor) -> tuple[Tensor, Rows]:
     return t, rows
 
 
+def writable_rows(out: Tensor) -> Rows:
+    """Where the rows of a gradient begin, which is written where it lies. Raises ValueError where that is nowhere."""
+    target, rows = rows_of(out)
+    if target is not out or unit_stride(out) is not out:
+        raise ValueError(f"the gradient must be writable with at most two strides, got strides {out.stride()}")
+    return rows
+
+
 @functools.lru_cache(maxsize=1024)
 def _rows(shape: torch.Size, strides: tuple[int, ...]) -> Rows | None:
     """Where the rows of a tensor begin, or None if it takes more than two strides to say so."""
@@ -249,27 +258,24 @@ def _rows(shape: torch.Size, strides: tuple[int, ...]) -> Rows | None:
 
 def logits_of(pair: Pair) -> Logits:
     """A pair as the kernels address it."""
+    pair = settled(pair, None)
     student, student_rows = rows_of(pair.student)
     teacher, teacher_rows = rows_of(pair.teacher)
-    tokens = None if pair.tokens is None else pair.tokens.contiguous()
     scale = scale_of(pair.temperature)
-    return Logits(student, teacher, tokens, flags(pair.mask), student_rows, teacher_rows, pair.width, scale)
+    return Logits(student, teacher, pair.tokens, flags(pair.mask), student_rows, teacher_rows, pair.width, scale)
 
 
 def listed_of(rows: ListedRows) -> Listed:
     """Rows with listed columns as the kernels address them."""
+    rows = settled_rows(rows, None)
     student, student_rows = rows_of(rows.student)
-    tokens, mask, count = rows.tokens.contiguous(), flags(rows.mask), rows.ids.shape[-1]
-    return Listed(student, rows.ids, tokens, mask, student_rows, count, rows.width, scale_of(rows.temperature))
-
-
-def count_rows(t: Tensor) -> int:
-    return math.prod(t.shape[:-1])
+    mask, count = flags(rows.mask), rows.ids.shape[-1]
+    return Listed(student, rows.ids, rows.tokens, mask, student_rows, count, rows.width, scale_of(rows.temperature))
 
 
 def flags(mask: Tensor | None) -> Tensor | None:
-    """A bool mask as the bytes that it is in memory."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)
+    """A bool mask, an array, as the bytes that it is in memory."""
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def on(t: Tensor):

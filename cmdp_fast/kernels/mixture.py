@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmdp_fast.arrays import count_rows, of_rows
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.fold import places, read, widened
@@ -325,7 +326,7 @@ def backward_kernel(logits, saved, upstream, target, weights, settings, PTX: tl.
 
 def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence ``[...]`` float32; saved scalars ``[..., SAVED]`` and the mean of G ``[...]``, both float64."""
-    shape, rows = pair.student.shape[:-1], launch.count_rows(pair.student)
+    shape, rows = pair.student.shape[:-1], count_rows(pair.student)
     pair = pair._replace(tokens=None)
     _, saved = token_stats(pair)
     value = pair.student.new_empty(shape, dtype=torch.float32)
@@ -366,18 +367,22 @@ def mixture(pair: Pair, weights: Mixture) -> tuple[Tensor, Tensor, Tensor]:
 def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, weights: Mixture, out: Tensor) -> None:
     """Writes the gradient of the student's logits into ``out``, contiguous ``[..., V]``. Columns from ``pair.width`` on
     get 0."""
-    rows, width = launch.count_rows(pair.student), pair.student.shape[-1]
+    rows, width = count_rows(pair.student), pair.student.shape[-1]
     if rows == 0:
         return
     with launch.on(pair.student):
         logits = launch.logits_of(pair._replace(tokens=None))
-        upstream = upstream.contiguous()
+        of_student = Saved(
+            of_rows("the saved scalars", saved, torch.float64, pair.student, SAVED.value),
+            of_rows("the saved mean", mean, torch.float64, pair.student),
+        )
+        upstream = of_rows("a gradient", upstream, None, pair.student)
 
         def run(settings: launch.Columns, out: Tensor, out_rows: Rows, rows: int) -> None:
             blocks = -(-width // settings.span)
             backward_kernel[(rows * blocks,)](
                 logits,
-                Saved(saved, mean),
+                of_student,
                 upstream,
                 Target(out, out_rows, width, blocks),
                 weights_of(weights),
@@ -387,7 +392,7 @@ def mixture_backward(pair: Pair, saved: Tensor, mean: Tensor, upstream: Tensor, 
             )
 
         settings = launch.halved(launch.column_settings(width))  # 16 columns per thread take 72 registers and more
-        _, out_rows = launch.rows_of(out)
+        out_rows = launch.writable_rows(out)
         if launch.AUTOTUNE:
             key = ("mixture_backward", width, pair.student.dtype, pair.teacher.dtype, out.dtype)
             scratch = launch.scratch_for(out, out_rows, rows)

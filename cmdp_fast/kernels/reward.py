@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cmdp_fast.arrays import settled_account, settled_rewarding, settled_trace
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import kept
@@ -163,6 +164,8 @@ def modify_rewards(account: Account, trace: TokenTrace, rewarding: Rewarding) ->
     sequences = account.offsets.shape[0] - 1
     if sequences == 0:
         return
+    account = settled_account(account)
+    trace, rewarding = settled_trace(trace, account.cost), settled_rewarding(rewarding, account.cost)
     with launch.on(account.cost):
         reward_kernel[(sequences,)](
             *Sequences(account.offsets, 0, account.cost.numel()),

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, cast
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmdp_fast.arrays import array, settled_account, settled_rewarding
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import kept
@@ -220,6 +222,9 @@ def trace_budgets(
     account: Account, limits: Tensor, rule: BudgetRule, trace: BudgetTrace, rewarding: Rewarding | None = None
 ) -> None:
     """Writes the trace, and the modified reward if one is given. ``limits``: ``[B]`` float64."""
+    account = settled_account(account)
+    limits = array("budget", limits, torch.float64, account.offsets.shape[0] - 1, account.cost.get_device())
+    rewarding = None if rewarding is None else settled_rewarding(rewarding, account.cost)
     sequences = Sequences(account.offsets, 0, account.cost.numel())
     tokens = Tokens(account.cost, None, launch.flags(account.mask), None)
     scan_sequences(sequences, Allowance(Budgets(limits, 1), 0.0, False, False), tokens, rule, trace, rewarding)

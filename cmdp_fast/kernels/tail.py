@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast import tails
+from cmdp_fast.arrays import count_rows
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.fold import highest, places, read, widened
@@ -311,7 +312,7 @@ def update_tails(rows: ListedRows, first_column: int, state: TailState) -> None:
 
     Two launches.
     """
-    count = launch.count_rows(rows.student)
+    count = count_rows(rows.student)
     if count == 0:
         return
     with launch.on(rows.student):

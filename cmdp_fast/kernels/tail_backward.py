@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmdp_fast.arrays import count_rows, settled_gradient
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.shapes import Lanes, Rows, constants
@@ -157,20 +158,19 @@ def tail_backward(rows: ListedRows, gradient: TailGradient, out: Tensor, first_c
 
     They may be a tile of the vocabulary that begins at ``first_column``. Columns from ``rows.width`` on get 0.
     """
-    count, width = launch.count_rows(rows.student), rows.student.shape[-1]
+    count, width = count_rows(rows.student), rows.student.shape[-1]
     if count == 0:
         return
-    target, out_rows = launch.rows_of(out)
-    if target is not out:
-        raise ValueError(f"the gradient must be writable with at most two strides, got strides {out.stride()}")
+    out_rows = launch.writable_rows(out)
     with launch.on(rows.student):
         listed = launch.listed_of(rows)
+        numbers = settled_gradient(gradient, rows)
 
         def run(settings: launch.Columns, out: Tensor, out_rows: Rows, count: int) -> None:
             blocks = -(-width // settings.span)
             backward_kernel[(count * blocks,)](
                 listed,
-                gradient,
+                numbers,
                 Target(out, out_rows, width, blocks),
                 first_column,
                 constants(settings),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cmdp_fast import states
+from cmdp_fast.arrays import count_rows, written
 from cmdp_fast.kernels import finish, launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import Merged, kept, merged_parts
@@ -115,9 +117,10 @@ def update_states(pair: Pair, first_column: int, fields: Tensor) -> None:
 
     One launch if a segment has room for the tile, else two.
     """
-    rows = launch.count_rows(pair.student)
+    rows = count_rows(pair.student)
     if rows == 0:
         return
+    written("fields", fields, torch.float64, rows * len(states.FIELDS), pair.student.get_device())
     with launch.on(pair.student):
         logits = launch.logits_of(pair)
         settings = launch.forward_settings(pair.width, pair.student.dtype, pair.teacher.dtype)

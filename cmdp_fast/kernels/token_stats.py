@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmdp_fast.arrays import count_rows
 from cmdp_fast.kernels import finish, launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import finish_rows
@@ -175,13 +176,13 @@ def parts(folded: Folded) -> int:
 def room_of(pair: Pair, logits: Logits, settings: launch.Forward, fields: int = STATE_FIELDS.value) -> Folded:
     """Room for the partial results of all segments, ``fields`` numbers each."""
     segments = launch.segments(pair.width, settings)
-    shape = (launch.count_rows(pair.student), segments, fields)
+    shape = (count_rows(pair.student), segments, fields)
     return Folded(logits, pair.student.new_empty(shape, dtype=torch.float64), segments)
 
 
 def fold_rows(pair: Pair, logits: Logits) -> Folded:
     """Launches the one pass over the logits of a pair; ``logits``: the same, as `launch.logits_of` has laid them."""
-    rows, dtypes = launch.count_rows(pair.student), (pair.student.dtype, pair.teacher.dtype)
+    rows, dtypes = count_rows(pair.student), (pair.student.dtype, pair.teacher.dtype)
     settings = launch.forward_settings(pair.width, *dtypes)
     wide_loads = launch.aligned(logits, settings.vector)
     # The pass does not read the tokens: where they lie must not have it compiled again.
@@ -213,7 +214,7 @@ def token_stats(pair: Pair) -> tuple[list[Tensor], Tensor]:
 
     Without tokens the statistics are left unwritten: only the scalars are wanted.
     """
-    rows = launch.count_rows(pair.student)
+    rows = count_rows(pair.student)
     statistics, saved = empty_statistics(pair.student)
     if rows == 0:
         return statistics, saved

@@ -19,10 +19,12 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmdp_fast.arrays import count_rows, of_rows, settled_upstream
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.shapes import Lanes, Pointer, Rows, constants
@@ -233,21 +235,20 @@ def token_stats_backward(pair: Pair, saved: Tensor, upstream: Upstream, out: Ten
     They may be a tile of the vocabulary that begins at ``first_column``; ``saved`` is that of whole rows.
     Columns from ``pair.width`` on get 0.
     """
-    rows, width = launch.count_rows(pair.student), pair.student.shape[-1]
+    rows, width = count_rows(pair.student), pair.student.shape[-1]
     if rows == 0:
         return
-    target, out_rows = launch.rows_of(out)
-    if target is not out:
-        raise ValueError(f"the gradient must be writable with at most two strides, got strides {out.stride()}")
+    out_rows = launch.writable_rows(out)
     with launch.on(pair.student):
         logits = launch.logits_of(pair)
-        flow = Upstream(*(None if g is None else g.contiguous() for g in upstream))
+        flow = settled_upstream(upstream, None, pair.student)
+        scalars = of_rows("the saved scalars", saved, torch.float64, pair.student, SAVED.value)
 
         def run(settings: launch.Columns, out: Tensor, out_rows: Rows, rows: int) -> None:
             blocks = -(-width // settings.span)
             backward_kernel[(rows * blocks,)](
                 logits,
-                saved,
+                scalars,
                 flow,
                 Target(out, out_rows, width, blocks),
                 first_column,

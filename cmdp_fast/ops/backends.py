@@ -207,12 +207,23 @@ def choose(backend: str | None, tensor: Tensor, operation: str) -> BackendName:
     Raises ValueError for an unknown name, a backend that does not work here or has no kernel for the operation, or a
     tensor it cannot take.
     """
-    return _chosen(backend, tensor.device, operation, False)
+    return _chosen(_name(backend), tensor.device, operation, False)
 
 
 def choose_for_logits(backend: str | None, tensor: Tensor, computed: torch.dtype, operation: str) -> BackendName:
     """As `choose`, for statistics in the dtype ``computed``: the GPU kernels leave float64 to PyTorch."""
-    return _chosen(backend, tensor.device, operation, computed == torch.float64)
+    return _chosen(_name(backend), tensor.device, operation, computed == torch.float64)
+
+
+def _name(backend: object) -> str | None:
+    """What may be looked up in a cache; raises ValueError for the rest."""
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(_unknown(backend))
+    return backend
+
+
+def _unknown(backend: object) -> str:
+    return f"backend={backend!r} is unknown; expected None or one of {', '.join(NAMES)}"
 
 
 @constant  # a graph is traced through no cache, and a warning is no part of it
@@ -226,7 +237,7 @@ def _decided(backend: str | None, device: torch.device, operation: str, float64:
         return _best(device, operation, float64)
     name = next((name for name in NAMES if name == backend), None)
     if name is None:
-        raise ValueError(f"backend={backend!r} is unknown; expected None or one of {', '.join(NAMES)}")
+        raise ValueError(_unknown(backend))
     problem = _loaded(backend).problem
     if problem is not None:
         raise ValueError(f"backend={backend!r} is not available here: {problem}")

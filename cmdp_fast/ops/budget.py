@@ -102,7 +102,7 @@ def discounted_budget(budget: float | Tensor, gamma: float, horizon: int) -> flo
     Source: the code of Sauté RL (Sootla et al. 2022, huawei-noah/HEBO) and OmniSafe's ``SauteAdapter``, where the
     horizon is ``max_ep_len``.
     """
-    checks.integer("horizon", horizon)
+    checks.machine_integer("horizon", horizon)
     if horizon < 1:
         raise ValueError(f"horizon must be at least 1 token, got {horizon}")
     Constraint(budget=budget, gamma=gamma)  # which checks both

@@ -90,15 +90,16 @@ def linear_token_stats(
         teacher_hidden, teacher_weight: ``[..., H']``, and a `Head` or ``[V', H']``, of their own width and dtypes;
             V' = V unless ``vocab_size`` is given.
         tokens: ``[...]`` integers in [0, vocab_size). Masked tokens may hold anything.
-        student_bias, teacher_bias: ``[V]``, ``[V']``. A bias of -inf excludes a column. Bias, softcap
-            and scale come with a `Head` and are refused beside one.
+        student_bias, teacher_bias: ``[V]``, ``[V']``. A bias of -inf excludes a column of a model
+            without a softcap; with one the column's logit is -softcap. Bias, softcap and scale come with a `Head` and
+            are refused beside one.
         mask: ``[...]`` bool, False = the row is left out of every product; its statistics and gradient are exactly 0.
             Finding the rows that count makes the host wait for a GPU.
         temperature, student_softcap, teacher_softcap, student_scale, teacher_scale: as above.
         vocab_size: statistics over the common prefix of this width. Rows of the head beyond it get a gradient of 0.
         process_group: ranks that hold columns [first_column, first_column + V) of the vocabulary each, and the same
-            hidden states, tokens and mask (tensor parallelism). For a head that is sharded to save memory while each
-            rank has its own rows (FSDP) pass the whole head,
+            hidden states, tokens, mask and settings (tensor parallelism). For a head that is sharded to save memory
+            while each rank has its own rows (FSDP) pass the whole head,
             ``weight.full_tensor(grad_placements=[Partial("avg")])``: without the placements its gradient would be that
             of some ranks' rows alone. A few numbers are exchanged and looked at first, so that ranks that do not fit
             raise instead of waiting for each other; then two all-reduces of 13 numbers per row. Every rank gets the
@@ -141,7 +142,8 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError: as `token_stats`; widths that do not fit; ranks that hold different tokens, or columns
-            that overlap or leave a gap.
+            that overlap or leave a gap, or another vocab_size, temperature, reduce_hidden_grad or dtype of the
+            statistics: every rank raises.
 
     Source: the states merge as in csrc/token_state.h; tiles of a head as in Wijmans et al. 2024, arXiv 2411.09009
     (cut cross-entropy), for one model and one statistic.
@@ -162,9 +164,11 @@ def linear_token_stats(
     checks.mask(mask, tokens, tokens.shape, "tokens")
     checks.positive("temperature", temperature)
     checks.choice("saved", saved, get_args(kept_logits.Saved))
-    chosen = backends.choose_for_logits(backend, student_hidden, computed_dtype(student, teacher), "linear_token_stats")
+    computed = computed_dtype(student, teacher)
+    chosen = backends.choose_for_logits(backend, student_hidden, computed, "linear_token_stats")
     widths = student.head.weight.shape[0], teacher.head.weight.shape[0]
-    width, vocab = parallel.columns(*widths, vocab_size, process_group, first_column, tokens, mask)
+    alike = parallel.Alike(float(temperature), computed, bool(reduce_hidden_grad))
+    width, vocab = parallel.columns(*widths, vocab_size, process_group, first_column, tokens, mask, alike)
     batch = Batch(
         student.settled(),
         teacher.detached().settled(),

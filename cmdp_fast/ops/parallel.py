@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -75,6 +75,14 @@ def _dtensor() -> type:
     return DTensor
 
 
+class Alike(NamedTuple):
+    """Settings that all ranks must have alike, under the names that an error gives them."""
+
+    temperature: float
+    dtype: torch.dtype  # of the statistics
+    reduce_hidden_grad: bool = False
+
+
 def columns(
     student_width: int,
     teacher_width: int,
@@ -83,28 +91,38 @@ def columns(
     first_column: int,
     tokens: Tensor,
     mask: Tensor | None,
+    alike: Alike,
 ) -> tuple[int, int]:
     """How many of this rank's columns count, and how many there are on all ranks together."""
-    checks.integer("first_column", first_column)
-    check_widths(student_width, teacher_width, vocab_size)
+    checks.machine_integer("first_column", first_column)
     if process_group is None:
         if first_column != 0:
             raise ValueError(f"first_column={first_column} has a meaning only with process_group=")
         width = common_width(student_width, teacher_width, vocab_size)
         return width, width
-    if first_column < 0:
-        raise ValueError(f"first_column must be at least 0, got {first_column}")
     common = width = min(student_width, teacher_width)
     if vocab_size is not None:
-        checks.integer("vocab_size", vocab_size)
+        checks.machine_integer("vocab_size", vocab_size)
         width = max(0, min(common, vocab_size - first_column))
-    total = _agree(process_group, first_column, width, tokens, mask)
+    fits = vocab_size is not None or student_width == teacher_width
+    mine = _Shard(first_column, width, -1 if vocab_size is None else max(0, vocab_size), fits)
+    total = _agree(process_group, mine, tokens, mask, alike)
+    check_widths(student_width, teacher_width, vocab_size)
     if vocab_size is not None and total != vocab_size:
         raise ValueError(f"vocab_size={vocab_size}, but the ranks hold {total} columns of it")
     return width, total
 
 
-def _agree(process_group: dist.ProcessGroup, first_column: int, width: int, tokens: Tensor, mask: Tensor | None) -> int:
+class _Shard(NamedTuple):
+    """What a rank says of its columns; all ranks hear of it, so that all of them refuse what one would."""
+
+    first_column: int
+    width: int  # columns that count
+    vocab_size: int  # -1: none was given
+    fits: bool  # whether both models are equally wide, where they have to be
+
+
+def _agree(process_group: dist.ProcessGroup, mine: _Shard, tokens: Tensor, mask: Tensor | None, alike: Alike) -> int:
     """Checks that the ranks hold adjoining columns of the same tokens; how many columns there are.
 
     One small exchange before any work. It is what catches a head sharded for FSDP, whose ranks hold different tokens,
@@ -113,20 +131,59 @@ def _agree(process_group: dist.ProcessGroup, first_column: int, width: int, toke
     counted = tokens.flatten().double() if mask is None else tokens.flatten().double().masked_fill(~mask.flatten(), -1)
     weights = torch.arange(1, len(counted) + 1, device=tokens.device) % 1009 + 1
     print_ = float((counted * weights).sum())
-    mine = torch.tensor([len(counted), print_, first_column, width], dtype=torch.float64, device=tokens.device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(everyone, mine, group=process_group)
-    facts = torch.stack(everyone).tolist()
-    if any(fact[:2] != facts[0][:2] for fact in facts):
+    told = _exchanged(process_group, [len(counted), print_, *mine, *_numbers(alike)], tokens.device)
+    if any(numbers[:2] != told[0][:2] for numbers in told):
         raise ValueError(
             "the ranks of process_group hold different tokens or masks; each must hold the same rows and its own "
             "columns of the vocabulary (for a head sharded by FSDP pass the whole head, "
             "weight.full_tensor(grad_placements=[Partial('avg')]))"
         )
+    shards = [_Shard(int(n[2]), int(n[3]), int(n[4]), bool(n[5])) for n in told]
+    _check_alike("vocab_size", [None if shard.vocab_size == -1 else shard.vocab_size for shard in shards])
+    _check_settings([numbers[6:] for numbers in told])
+    if not all(shard.fits for shard in shards):
+        where = ", ".join(str(rank) for rank, shard in enumerate(shards) if not shard.fits)
+        raise ValueError(
+            f"student and teacher differ in width on the ranks {where} of process_group; pass vocab_size= to compare "
+            "them over a common prefix"
+        )
     end = 0
-    for first, size in sorted((int(fact[2]), int(fact[3])) for fact in facts if fact[3] > 0):
-        if first != end:
-            spans = ", ".join(f"[{int(f[2])}, {int(f[2] + f[3])})" for f in facts)
+    for shard in sorted(shard for shard in shards if shard.width > 0):
+        if shard.first_column != end:
+            spans = ", ".join(f"[{s.first_column}, {s.first_column + s.width})" for s in shards)
             raise ValueError(f"the columns of the ranks must adjoin and begin at 0, got {spans}; pass first_column=")
-        end = first + size
+        end += shard.width
     return end
+
+
+def check_states(process_group: dist.ProcessGroup, rows: int, alike: Alike, device: torch.device) -> None:
+    """Checks that the ranks hold states of as many rows, of the same settings. One small exchange."""
+    told = _exchanged(process_group, [rows, *_numbers(alike)], device)
+    _check_alike("number of rows", [int(numbers[0]) for numbers in told])
+    _check_settings([numbers[1:] for numbers in told])
+
+
+def _exchanged(process_group: dist.ProcessGroup, numbers: list[float], device: torch.device) -> list[list[float]]:
+    """The numbers of every rank."""
+    mine = torch.tensor(numbers, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(everyone, mine, group=process_group)
+    told: list[list[float]] = torch.stack(everyone).tolist()
+    return told
+
+
+def _numbers(alike: Alike) -> list[float]:
+    return [alike.temperature, alike.dtype == torch.float64, alike.reduce_hidden_grad]
+
+
+def _check_settings(told: list[list[float]]) -> None:
+    settings = [Alike(t, torch.float64 if wide else torch.float32, bool(reduce)) for t, wide, reduce in told]
+    for name in Alike._fields:
+        _check_alike(name, [getattr(setting, name) for setting in settings])
+
+
+def _check_alike(name: str, values: list[Any]) -> None:
+    """Raises ValueError for what differs from rank to rank."""
+    if any(value != values[0] for value in values):
+        given = ", ".join(map(str, values))
+        raise ValueError(f"the ranks of process_group must have the same {name}, got {given} on the ranks in turn")

@@ -63,7 +63,8 @@ def check_budget(budget: float | Tensor, like: Tensor, sequences: int) -> None:
     """Checks that a budget per sequence fits; `Constraint` has checked a number."""
     if isinstance(budget, Tensor):
         checks.tensor("budget", budget)
-        if budget.shape not in ((), (sequences,)):
+        # By numbers: a graph of any number of sequences finds no shape in a tuple of shapes.
+        if budget.dim() > 1 or (budget.dim() == 1 and budget.shape[0] != sequences):
             raise ValueError(
                 f"budget must be a number or have shape [{sequences}] (sequences), got {list(budget.shape)}"
             )

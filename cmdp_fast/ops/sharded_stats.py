@@ -37,7 +37,8 @@ def sharded_token_stats(
     checks.positive("temperature", temperature)
     computed = compute_dtype(student_logits, teacher_logits)
     chosen = backends.choose_for_logits(backend, student_logits, computed, "token_stats(process_group=...)")
-    width, vocab = parallel.columns(student, teacher, vocab_size, process_group, first_column, tokens, mask)
+    alike = parallel.Alike(float(temperature), computed)
+    width, vocab = parallel.columns(student, teacher, vocab_size, process_group, first_column, tokens, mask, alike)
     pair = Pair(
         unit_stride(student_logits), unit_stride(teacher_logits.detach()), tokens, mask, float(temperature), width
     )

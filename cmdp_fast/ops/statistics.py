@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.cpu import in_huge_pages
-from cmdp_fast.layout import SAVED, Pair, Upstream
+from cmdp_fast.layout import SAVED, Pair, Upstream, addressable, can_overwrite, unit_stride
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.onlookers import backward_is_compiled
 from cmdp_fast.ops.operator import Backward, operator
@@ -96,7 +96,21 @@ def _(given: _Upward) -> Tensor:
 
 @operator("token_stats_backward_", mutates="pair_student")
 def _token_stats_backward_(given: _Upward) -> None:
-    backends.get(given.backend).token_stats_backward(given.pair, given.saved, given.upstream, given.pair.student)
+    pair, backend = given.pair, backends.get(given.backend)
+    here = writable(pair.student, pair.teacher, given.backend)  # a graph brings logits of its own
+    out = pair.student if here else torch.empty_like(pair.student, memory_format=torch.contiguous_format)
+    backend.token_stats_backward(pair, given.saved, given.upstream, out)
+    if not here:
+        pair.student.copy_(out)
+
+
+def writable(student: Tensor, teacher: Tensor, backend: str) -> bool:
+    """Whether a kernel may write the gradient over the student's logits while it reads both."""
+    if student._is_zerotensor() or teacher._is_zerotensor():  # no memory yet
+        return False
+    if unit_stride(student) is not student or (backend in backends.ON_GPU and not addressable(student)):
+        return False
+    return can_overwrite(student, teacher)
 
 
 @_token_stats_backward_.shapes

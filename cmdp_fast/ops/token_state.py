@@ -25,7 +25,7 @@ from cmdp_fast.ops.onlookers import (
     transforms_of,
 )
 from cmdp_fast.ops.operator import operator
-from cmdp_fast.ops.parallel import all_reduced
+from cmdp_fast.ops.parallel import Alike, all_reduced, check_states
 from cmdp_fast.reference import TokenStats, compute_dtype
 
 
@@ -49,8 +49,8 @@ class TokenState:
 
     ``fields`` is ``[rows, 13]`` float64: the references m, n, the sums z, u, a, b, h, k, the token's two logits and
     two flags (csrc/token_state.h says what each one is), and whether some tile needed double precision (NaN, logits
-    far from all others). Columns that never come count as -inf for both models; a token whose column never came has
-    log-probabilities of -inf.
+    far from all others). `update` writes to them, so they must be contiguous there. Columns that never come count as
+    -inf for both models; a token whose column never came has log-probabilities of -inf.
     """
 
     def __init__(self, fields: Tensor, temperature: float, dtype: torch.dtype):
@@ -70,7 +70,7 @@ class TokenState:
         Raises:
             ValueError: rows < 0 or a temperature that is not positive.
         """
-        checks.integer("rows", rows)
+        checks.machine_integer("rows", rows)
         if rows < 0:
             raise ValueError(f"rows must be at least 0, got {rows}")
         checks.positive("temperature", temperature)
@@ -97,13 +97,19 @@ class TokenState:
             backend: as `token_stats`.
 
         Raises:
-            TypeError, ValueError: shapes, dtypes or devices that do not fit.
+            TypeError, ValueError: shapes, dtypes or devices that do not fit, also those of ``fields``. The state stays
+                as it was.
             NotImplementedError: in a derivative of torch.func or forward mode, or in a vmap.
         """
-        rows = self.fields.shape[0]
         checks.tensor("student_tile", student_tile)
+        rows = _check_fields(self.fields)
         if torch.compiler.is_compiling() or transformed() or forward_mode():
             _check_transforms(student_tile, teacher_tile, tokens, self.fields)
+        if not self.fields.is_contiguous():
+            raise ValueError(
+                f"fields must be contiguous, {[rows, len(states.FIELDS)]}, since update writes to them, got strides "
+                f"{list(self.fields.stride())}; make a state of fields.contiguous()"
+            )
         if student_tile.dim() != 2 or student_tile.shape[0] != rows:
             raise ValueError(f"student_tile must have shape [{rows}, C], got {list(student_tile.shape)}")
         if student_tile.shape[1] == 0:
@@ -113,27 +119,30 @@ class TokenState:
         checks.integer("first_column", first_column)
         if first_column < 0:
             raise ValueError(f"first_column must be at least 0, got {first_column}")
+        checks.machine_integer("first_column + C", first_column + width)
         checks.same_device("student_tile", student_tile, "the state", self.fields)
         wide = compute_dtype(student_tile, teacher_tile)
-        self.dtype = torch.float64 if wide == torch.float64 else self.dtype
         student, teacher = unit_stride(student_tile.detach()), unit_stride(teacher_tile.detach())
         chosen = backends.choose_for_logits(backend, student, wide, "token_state")
         index = tokens.to(torch.int64).contiguous()
         pair = Pair(student, teacher, index, None, self.temperature, width)
         _update_states(_Given(pair, first_column, self.fields, chosen))
+        self.dtype = torch.float64 if wide == torch.float64 else self.dtype
         return self
 
     def merge(self, other: TokenState) -> TokenState:
         """Folds in the state of other columns of the same tokens, and returns the state itself.
 
-        Associative and commutative up to rounding. Raises ValueError if the states do not belong together.
+        Associative and commutative up to rounding. Raises ValueError if the states do not belong together, TypeError
+        for fields that are not float64.
         """
         if not isinstance(other, TokenState):
             raise TypeError(f"other must be a TokenState, got {checks.describe(other)}")
-        if other.fields.shape != self.fields.shape or other.temperature != self.temperature:
+        rows, others = _check_fields(self.fields), _check_fields(other.fields)
+        if others != rows or other.temperature != self.temperature or other.fields.device != self.fields.device:
             raise ValueError(
-                f"cannot merge a state of {other.fields.shape[0]} rows at temperature {other.temperature} into one of "
-                f"{self.fields.shape[0]} rows at temperature {self.temperature}"
+                f"cannot merge a state of {others} rows at temperature {other.temperature} on {other.fields.device} "
+                f"into one of {rows} rows at temperature {self.temperature} on {self.fields.device}"
             )
         self.fields = states.merged(self.fields, other.fields)
         self.dtype = torch.float64 if torch.float64 in (self.dtype, other.dtype) else torch.float32
@@ -143,13 +152,29 @@ class TokenState:
         """The six statistics, ``[rows]`` float32 (float64 once any tile was float64), as `token_stats` returns them.
 
         Args:
-            process_group: ranks that have each folded in their own columns of the same tokens. Their states are
-                reduced first, in two all-reduces of ``[rows, 13]`` numbers together; every rank gets the statistics
-                of all columns, and this state becomes that of all columns.
+            process_group: ranks that have each folded in their own columns of the same tokens. A few numbers are
+                exchanged and looked at first; then their states are reduced, in two all-reduces of ``[rows, 13]``
+                numbers together. Every rank gets the statistics of all columns, and this state becomes that of all
+                columns.
+
+        Raises:
+            TypeError, ValueError: fields that are not float64 ``[rows, 13]``; on every rank, where ranks differ in
+                rows, temperature or dtype.
         """
+        rows = _check_fields(self.fields)
         if process_group is not None:
+            check_states(process_group, rows, Alike(self.temperature, self.dtype), self.fields.device)
             self.fields = all_reduced(self.fields, process_group)
         return TokenStats(*(value.to(self.dtype) for value in states.statistics(self.fields)))
+
+
+def _check_fields(fields: Tensor) -> int:
+    """Checks the fields of a state, which anyone may have made, and returns how many rows they are."""
+    dense = isinstance(fields, Tensor) and not fields.is_nested and fields.layout is torch.strided
+    if dense and fields.dtype == torch.float64 and fields.dim() == 2 and fields.shape[1] == len(states.FIELDS):
+        return fields.shape[0]
+    error = ValueError if checks.tensor("fields", fields).dtype == torch.float64 else TypeError
+    raise error(f"fields must be float64 [rows, {len(states.FIELDS)}], got {checks.describe(fields)}")
 
 
 def _check_transforms(student: Tensor, *others: Tensor) -> None:

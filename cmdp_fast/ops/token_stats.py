@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmdp_fast import checks, reference
-from cmdp_fast.layout import Pair, addressable, can_overwrite, unit_stride
+from cmdp_fast.layout import Pair, unit_stride
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.onlookers import saves_through_hooks, transformed
 from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.sharded_stats import sharded_token_stats
-from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored
+from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored, writable
 from cmdp_fast.reference import TokenStats, compute_dtype
 
 
@@ -67,8 +67,9 @@ def token_stats(
             checkpoint reads from its closure, that an `autograd.Function` keeps without ``save_for_backward``, or that
             are used through ``.data``: there nothing raises.
         process_group: ranks that hold columns [first_column, first_column + V) of the same rows each (tensor
-            parallelism), with the same tokens and mask. Every rank gets the statistics of whole rows, and the gradient
-            of its own columns. ``vocab_size`` counts the columns of all ranks. Not under ``torch.compile``.
+            parallelism), with the same tokens, mask and settings. Every rank gets the statistics of whole rows, and the
+            gradient of its own columns. ``vocab_size`` counts the columns of all ranks. A few numbers are exchanged and
+            looked at first: ranks that do not fit all raise. Not under ``torch.compile``.
         first_column: where this rank's columns begin.
         backend: None chooses: ``cpu`` (native) for CPU tensors, ``triton`` or ``cuda`` (`cmdp_fast.ops.backends`) for
             tensors on a GPU (not float64), else ``torch``; a name forces it.
@@ -117,10 +118,8 @@ def kernel_memory(
     """Both logits as the kernels read them, and whether the student's memory takes the gradient."""
     inplace = inplace_backward and not (torch.compiler.is_compiling() or transformed() or saves_through_hooks())
     student, teacher = unit_stride(student_logits), unit_stride(teacher_logits.detach())
-    if inplace:
-        reachable = backend not in backends.ON_GPU or addressable(student)
-        if not (reachable and can_overwrite(student, teacher)):
-            student = student.clone(memory_format=torch.contiguous_format)
+    if inplace and not writable(student, teacher, backend):
+        student = student.clone(memory_format=torch.contiguous_format)
     return student, teacher, inplace
 
 
@@ -144,7 +143,7 @@ def dropped_teacher_mass(
     checks.integer("vocab_size", vocab_size)
     checks.logits(teacher_logits, teacher_logits, vocab_size)
     checks.positive("temperature", temperature)
-    checks.integer("rows_at_once", rows_at_once)
+    checks.machine_integer("rows_at_once", rows_at_once)
     if rows_at_once < 1:
         raise ValueError(f"rows_at_once must be at least 1, got {rows_at_once}")
     dtype = compute_dtype(teacher_logits)

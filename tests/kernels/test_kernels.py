@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmdp_fast as cf
 from cmdp_fast import states
+from cmdp_fast.arrays import count_rows
 from cmdp_fast.layout import Account, BudgetRule, Mixture, Pair, Rewarding, RewardRule, Upstream
 from cmdp_fast.ops import backends
 from cmdp_fast.ops.arguments import flatten
@@ -154,7 +155,7 @@ def update_in_two_launches(pair, first_column, fields):
 
     folded = token_state.fold_rows(pair, launch.logits_of(pair))
     settings = {"ROWS": finish.ROWS, "PARTS": token_state.parts(folded), **launch.compiled_for(finish.WARPS)}
-    token_state.update_kernel[(1,)](launch.count_rows(pair.student), folded, fields, first_column, **settings)
+    token_state.update_kernel[(1,)](count_rows(pair.student), folded, fields, first_column, **settings)
 
 
 @pytest.mark.parametrize("aligned", [True, False])

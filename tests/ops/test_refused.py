@@ -6,11 +6,14 @@ from helpers import make_logits, make_tokens
 
 import cmdp_fast as cf
 from cmdp_fast import storage
+from cmdp_fast.cpu import native
 
 X, Y, TOKENS = make_logits(2, 3, 7), make_logits(2, 3, 7, seed=1), make_tokens(2, 3, vocab=7)
 COST = make_logits(2, 3, seed=2).abs()
 IDS = torch.zeros(2, 3, 1, dtype=torch.long)
 SPARSE = COST.to_sparse()
+HUGE = 10**400
+NESTED = torch.nested.nested_tensor([torch.zeros(2, 7), torch.zeros(3, 7)], layout=torch.strided)
 
 REFUSED = {
     "no rows at once": (lambda: cf.dropped_teacher_mass(X, 5, rows_at_once=-1), ValueError, "at least 1, got -1"),
@@ -40,6 +43,34 @@ REFUSED = {
     "sparse costs": (lambda: cf.budget_trace(SPARSE, 1.0), TypeError, "cost must be dense, .*sparse_coo"),
     "sparse logits": (lambda: cf.token_stats(X.to_sparse(), Y, TOKENS), TypeError, "student_logits must be dense"),
     "rows in floats": (lambda: cf.TokenState.empty(2.0), TypeError, "rows must be an int, got float 2.0"),
+    "a nested tensor": (
+        lambda: cf.token_stats(NESTED, Y, TOKENS),
+        TypeError,
+        r"^student_logits must be dense, got a nested tensor; convert it with torch.nested.to_padded_tensor",
+    ),
+    "nested costs": (lambda: cf.budget_trace(NESTED, 1.0), TypeError, "^cost must be dense, got a nested tensor"),
+    "a list of backends": (
+        lambda: cf.budget_trace(COST, 1.0, backend=["cpu"]),
+        ValueError,
+        r"^backend=\['cpu'\] is unknown; expected None or one of cpu",
+    ),
+    "a huge temperature": (
+        lambda: cf.token_stats(X, Y, TOKENS, temperature=HUGE),
+        ValueError,
+        "^temperature must fit a floating-point number, got an int of 1329 bits",
+    ),
+    "a huge budget": (lambda: cf.budget_trace(COST, HUGE), ValueError, "^budget must fit a floating-point number"),
+    "a huge horizon": (lambda: cf.discounted_budget(1.0, 0.5, HUGE), ValueError, "^horizon must fit 64 bits"),
+    "a huge first column": (
+        lambda: cf.token_stats(X, Y, TOKENS, first_column=2**63),
+        ValueError,
+        "^first_column must fit 64 bits, got an int of 65 bits",
+    ),
+    "columns beyond all columns": (
+        lambda: cf.TokenState.empty(2).update(X[0, :2], Y[0, :2], TOKENS[0, :2], first_column=2**63 - 7),
+        ValueError,
+        r"^first_column \+ C must fit 64 bits",
+    ),
     "no state": (lambda: cf.TokenState.empty(2).merge(None), TypeError, "other must be a TokenState, got NoneType"),
 }
 
@@ -59,6 +90,7 @@ def shrunk(t, left):
 
 LOGPROBS, COUNTED, LIMITS = torch.full((2, 3, 1), -1.0), torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
 HIDDEN, WEIGHT, TRACE = make_logits(2, 3, 4), make_logits(7, 4), cf.budget_trace(COST, 1.0)
+FIELDS = cf.TokenState.empty(2).fields
 CU, FLAT = torch.tensor([0, 2, 6]), COST.flatten()
 LOST = {  # by the name that its error has: a call with the tensor, and the tensor
     "student_logits": (lambda t: cf.token_stats(t, Y, TOKENS), X),
@@ -88,6 +120,29 @@ def test_a_tensor_that_lost_its_memory_is_named(name, left):
     with pytest.raises(ValueError, match=rf"^{name} of shape .* has lost memory: its storage has shrunk or was"):
         call(shrunk(whole, left))
     call(whole)
+
+
+def askew(t):
+    """The same numbers, at an address that is no multiple of their size."""
+    memory = bytearray(2) + t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return torch.frombuffer(memory, dtype=t.dtype, offset=2).view(t.shape)
+
+
+@pytest.mark.skipif(native is None, reason="the native module is not built")
+@pytest.mark.parametrize(
+    "name, call, whole",
+    [
+        ("the student's logits", lambda t: cf.token_stats(t, Y, TOKENS), X),
+        ("the teacher's logits", lambda t: cf.divergence(X, t), Y),
+        ("tokens", lambda t: cf.token_stats(X, Y, t), TOKENS),
+        ("cost", lambda t: cf.budget_trace(t, 1.0), COST),
+        ("fields", lambda t: cf.TokenState(t, 1.0, torch.float32).update(X[0, :2], Y[0, :2], TOKENS[0, :2]), FIELDS),
+    ],
+)
+def test_memory_at_an_odd_address_is_named(name, call, whole):
+    with pytest.raises(ValueError, match=rf"^{name}, torch.*, must lie in memory at a multiple of .* with .clone\(\)"):
+        call(askew(whole))
+    call(askew(whole).clone())
 
 
 def test_all_of_the_listed_columns_may_be_more_than_any_row_has():

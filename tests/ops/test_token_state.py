@@ -1,6 +1,7 @@
 """The state's algebra, in C++ through the binding and in the public TokenState."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -229,3 +230,58 @@ def test_token_state_refuses_what_does_not_fit(backend):
         state.merge(cf.TokenState.empty(4, temperature=2.0))
     with pytest.raises(ValueError, match="rows must be at least 0"):
         cf.TokenState.empty(-1)
+
+
+def test_fields_that_anyone_may_have_made(backend):
+    """`fields` is all there is to send, and `update` writes to it."""
+    x, y, tokens = make_logits(4, 9), make_logits(4, 9, seed=1), make_tokens(4, vocab=9)
+    whole = cf.TokenState.empty(4).fields
+    around = torch.full((9, 26), 7.0, dtype=torch.float64)
+    around[0, :13] = whole[0]
+    refused = {
+        "rows that share memory": (
+            around[0, :13].expand(4, 13),
+            ValueError,
+            r"contiguous, \[4, 13\].*strides \[0, 1\]",
+        ),
+        "columns first": (whole.t().contiguous().t(), ValueError, r"strides \[1, 4\]; make a state of fields.cont"),
+        "every other row": (around[:8:2, :13], ValueError, r"fields must be contiguous, \[4, 13\].*\[52, 1\]"),
+        "float32": (whole.float(), TypeError, r"fields must be float64 \[rows, 13\], got float32\[4, 13\]"),
+        "a column less": (
+            whole[:, 1:].contiguous(),
+            ValueError,
+            r"must be float64 \[rows, 13\], got .*\[4, 12\]",
+        ),
+        "no rows": (whole[0], ValueError, r"\[rows, 13\], got float64\[13\]"),
+        "no tensor": (whole.tolist(), TypeError, "fields must be a tensor, got list"),
+    }
+    for fields, error, message in refused.values():
+        with pytest.raises(error, match=message):
+            cf.TokenState(fields, 1.0, torch.float32).update(x, y, tokens, backend=backend)
+    assert (around[0, 13:] == 7.0).all() and (around[1:] == 7.0).all()
+    for fields, error, message in list(refused.values())[3:]:
+        state, sound = cf.TokenState(fields, 1.0, torch.float32), cf.TokenState.empty(4)
+        for call in (state.finish, partial(state.merge, sound), partial(sound.merge, state)):
+            with pytest.raises(error, match=message):
+                call()
+    # What is only read may lie anywhere.
+    turned = cf.TokenState.empty(4).update(x, y, tokens, backend=backend)
+    expected = turned.finish()
+    turned.fields = turned.fields.t().contiguous().t()
+    for state in (turned, cf.TokenState.empty(4).merge(turned)):
+        assert all(torch.equal(a, b) for a, b in zip(state.finish(), expected, strict=True))
+
+
+def test_a_refused_tile_leaves_the_state_as_it_was():
+    state, x, tokens = cf.TokenState.empty(4), make_logits(4, 9), make_tokens(4, vocab=9)
+    before = state.fields.clone()
+    unknown = [name for name, problem in cf.available_backends().items() if problem is not None] or ["triton"]
+    for change in ({"backend": unknown[0]}, {"backend": ["cpu"]}, {"first_column": 2**63 - 5}):
+        with pytest.raises(ValueError):
+            state.update(x.double(), x, tokens, **change)
+    assert state.dtype == torch.float32 and torch.equal(state.fields, before)
+
+
+def test_states_of_two_devices_are_not_merged():
+    with pytest.raises(ValueError, match=r"cannot merge a state of 2 rows .* on meta into one of 2 rows"):
+        cf.TokenState.empty(2).merge(cf.TokenState.empty(2, device="meta"))

@@ -210,6 +210,23 @@ def test_an_unavailable_backend_says_why():
     assert cf.available_backends()["torch"] is None
 
 
+def test_one_sequence_in_a_graph_of_any_number_of_sequences():
+    """A shape that a graph does not know is in no tuple of shapes."""
+
+    def trace(cost, offsets, budget):
+        return tuple(cf.budget_trace(cost, budget, cu_seqlens=offsets))
+
+    for dynamic, counts in ((True, (1, 3)), (None, (2, 3, 1))):
+        torch.compiler.reset()
+        compiled = torch.compile(trace, fullgraph=True, dynamic=dynamic, backend="eager")
+        for count in counts:
+            given = torch.rand(9), torch.tensor([*range(count), 9]), torch.ones(count)
+            for found, expected in zip(compiled(*given), trace(*given), strict=True):
+                assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"budget must be a number or have shape \[2\] \(sequences\), got \[1\]"):
+        trace(torch.rand(9), torch.tensor([0, 3, 9]), torch.ones(1))
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_packed_sequences_in_one_graph(backend):
     """Offsets hold data, on whose values no size may hang."""

@@ -228,3 +228,31 @@ def refusals(group, rank, first, end) -> None:
         cf.linear_token_stats(**{**mine, "tokens": inputs["tokens"] + 1}, process_group=group, first_column=first)
     with pytest.raises(ValueError, match="vocab_size=60, but the ranks hold 50 columns"):
         cf.linear_token_stats(**mine, vocab_size=60, process_group=group, first_column=first)
+    differing(group, rank, mine, first)
+
+
+def differing(group, rank, mine, first) -> None:
+    """What ranks are given must be alike where one rank's numbers have a say in another's: all of them raise."""
+    other, own = {"process_group": group, "first_column": first}, rank == 1
+    wide = mine["student_weight"].double() if own else mine["student_weight"]
+    longer = torch.cat([mine["teacher_weight"]] * 2) if own else mine["teacher_weight"]
+    for change, message in (
+        ({"vocab_size": 49 + rank}, "must have the same vocab_size, got 49, 50"),
+        ({"vocab_size": 50 if own else None}, "must have the same vocab_size, got None, 50"),
+        ({"temperature": 1.0 + rank * 2.0**-52}, "must have the same temperature, got 1.0, 1.0000000000000002"),
+        ({"student_weight": wide}, r"must have the same dtype, got torch.float32, torch.float64"),
+        ({"reduce_hidden_grad": not own}, "must have the same reduce_hidden_grad, got True, False"),
+        ({"teacher_weight": longer, "teacher_bias": None}, "student and teacher differ in width on the ranks 1 of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cf.linear_token_stats(**{**mine, **change}, **other)
+    x, tokens = make_logits(5, 4), torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"must have the same temperature, got 1.0, 3.0"):
+        cf.token_stats(x, x, tokens, temperature=1.0 + 2 * rank, process_group=group, first_column=4 * rank)
+    for state, message in (
+        (cf.TokenState.empty(4 + rank), "must have the same number of rows, got 4, 5"),
+        (cf.TokenState.empty(4, temperature=1.0 + rank), "must have the same temperature, got 1.0, 2.0"),
+        (cf.TokenState(cf.TokenState.empty(4).fields, 1.0, (torch.float32, torch.float64)[rank % 2]), "the same dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            state.finish(group)
