@@ -39,9 +39,9 @@ from cmdp_fast.advantage import position_rloo as position_rloo
 from cmdp_fast.advantage import rloo as rloo
 from cmdp_fast.advantage import whiten as whiten
 from cmdp_fast.constraint import Constraint, checked
-from cmdp_fast.padded import following, kept_tokens, last_kept, suffix_scan
+from cmdp_fast.padded import discounted, following, kept_tokens, last_kept, suffix_scan
 from cmdp_fast.pid import PIDController as PIDController
-from cmdp_fast.reference import BudgetTrace
+from cmdp_fast.reference import BudgetTrace, compute_dtype
 from cmdp_fast.sampler_correction import estimate_weight as estimate_weight
 from cmdp_fast.sampler_correction import sampler_log_ratio as sampler_log_ratio
 from cmdp_fast.sampler_correction import sampler_metrics as sampler_metrics
@@ -52,22 +52,24 @@ from cmdp_fast.sampler_correction import weighted_mean as weighted_mean
 # Returns and the two coefficients of the gradient
 
 
-def task_part(task_reward: Tensor, trace: BudgetTrace, constraint: Constraint) -> Tensor:
-    """The part of the modified reward that is the task's own, r^task_t [B, T].
+def task_part(task_reward: Tensor, trace: BudgetTrace, constraint: Constraint, *, mask: Tensor | None = None) -> Tensor:
+    """The part of the modified reward that is the task's own, r^task_t [B, T], in memory of its own.
 
     (1 - v_t) r_t for ``cmdp, saute, worst_case``; r_t for ``hinge, lagrangian, pid``; for ``barrier`` r_t while budget
-    remains at this and all earlier tokens, else 0. Raises TypeError for anything but a `Constraint`.
+    remains at this and all earlier real tokens, else 0. Raises TypeError for anything but a `Constraint`, ValueError
+    for shapes that differ.
     """
-    kept, reward = checked(constraint).is_a.task_reward, task_reward.detach()
+    keep = kept_tokens(task_reward, mask, remaining=trace.remaining, violated=trace.violated)
+    kept = checked(constraint).is_a.task_reward
     if kept == "feasible":
-        return torch.where(trace.violated, 0.0, reward)
-    if kept == "inside":
-        return torch.where(_inside(trace), reward, 0.0)
-    return reward
+        keep = keep & ~trace.violated
+    elif kept == "inside":
+        keep = keep & _inside(trace, keep)
+    return torch.where(keep, task_reward.detach(), 0.0)
 
 
-def _inside(trace: BudgetTrace) -> Tensor:
-    return (trace.remaining > 0).long().cumprod(1) > 0
+def _inside(trace: BudgetTrace, keep: Tensor) -> Tensor:
+    return ((trace.remaining > 0) | ~keep).long().cumprod(1) > 0
 
 
 def returns_to_go(reward: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
@@ -102,7 +104,9 @@ def score_coefficient(
     """
     keep = kept_tokens(reward, mask, task_part=task_part)
     returns = _returns(reward, keep, gamma)
-    value = returns if checked(constraint).action_dependent else task_part.detach() + gamma * following(returns)
+    value = (
+        returns if checked(constraint).action_dependent else task_part.detach() + discounted(gamma, following(returns))
+    )
     return torch.where(keep, value, 0.0)
 
 
@@ -129,7 +133,7 @@ def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tens
     direct = checked(constraint).is_a.direct
     remaining = trace.remaining.detach()
     keep = kept_tokens(remaining, mask)
-    inside = _inside(trace) & keep
+    inside = _inside(trace, keep) & keep
 
     def account_weight(counted: Tensor) -> Tensor:
         """dC/dc_i of the account after the counted tokens, for those."""
@@ -303,7 +307,7 @@ def constraint_metrics(
         "mean_excess": mean((-remaining).clamp(min=0.0)),
         "mean_cumulative": mean(total),
         "cvar": cvar(total, alpha, weight=weight),
-        "mean_token_cost": mean(cost.sum(1)) / mean(length),
+        "mean_token_cost": mean(cost.to(total.dtype).sum(1)) / mean(length),
         "max_token_cost": cost.masked_fill(~keep, -torch.inf).amax() if len(cost) else cost.new_tensor(torch.nan),
         "first_violation": 1.0 - mean(violated.sum(1) / length),
     }
@@ -312,7 +316,8 @@ def constraint_metrics(
         metrics["accuracy"] = mean(right)
         metrics["correct_and_feasible"] = mean(right * feasible)
     if mean_budget is not None:
-        prefix = cost.cumsum(1) / keep.long().cumsum(1).clamp(min=1)
-        limit = torch.as_tensor(mean_budget, dtype=prefix.dtype, device=prefix.device).expand(len(real))[real, None]
-        metrics["prefix_satisfaction"] = mean((prefix <= limit).all(1))
+        # As an account is kept: summed in float64, the budget rounded as the costs are. Costs of 0.1 keep to 0.1.
+        prefix = cost.double().cumsum(1) / keep.long().cumsum(1).clamp(min=1)
+        limit = torch.as_tensor(mean_budget, dtype=torch.float64, device=cost.device).to(compute_dtype(cost)).double()
+        metrics["prefix_satisfaction"] = mean((prefix <= limit.expand(len(real))[real, None]).all(1))
     return metrics
