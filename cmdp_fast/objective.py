@@ -104,9 +104,8 @@ def score_coefficient(
     """
     keep = kept_tokens(reward, mask, task_part=task_part)
     returns = _returns(reward, keep, gamma)
-    value = (
-        returns if checked(constraint).action_dependent else task_part.detach() + discounted(gamma, following(returns))
-    )
+    later = discounted(gamma, following(returns))
+    value = returns if checked(constraint).action_dependent else task_part.detach() + later
     return torch.where(keep, value, 0.0)
 
 

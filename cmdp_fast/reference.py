@@ -143,9 +143,9 @@ def _softmax(logits: Tensor, width: int, temperature: float, dtype: torch.dtype)
     In float32, of 152,064 columns, `torch.log_softmax` adds in sequence on a CPU and is off by 1e-5; and exp(log p)
     has the rounding of log p, 5e-7 where all columns are alike, by which a KL of 1e4 nats is off by 5e-3.
     """
-    logits = logits[..., :width].to(dtype)
+    logits = logits[..., :width].to(dtype).contiguous()  # the order of a sum hangs on strides
     excluded = torch.isneginf(logits.detach())
-    x = below_the_largest(logits, temperature).contiguous()  # the order of a sum hangs on strides
+    x = below_the_largest(logits, temperature)
     weight = x.exp()
     total = weight.sum(-1, keepdim=True)
     return _Softmax(weight / total, x - total.log(), excluded)
