@@ -125,7 +125,7 @@ def below_the_largest(logits: Tensor, temperature: float) -> Tensor:
     """x/tau - max x/tau over the columns, to the last bit, also where x/tau is beyond what a float32 holds.
 
     So a tau below 1 divides in two steps, the second of which, by a power of two, rounds nothing and comes last. A
-    quotient beyond float64 makes NaN of the row, as in every backend: a state is a sum of float64 quotients.
+    quotient above all of float64 makes NaN of the row, as in every backend: states hold quotients in float64.
     """
     if logits.dtype == torch.float64:
         x = logits / temperature
@@ -144,7 +144,8 @@ def _softmax(logits: Tensor, width: int, temperature: float, dtype: torch.dtype)
     has the rounding of log p, 5e-7 where all columns are alike, by which a KL of 1e4 nats is off by 5e-3.
     """
     logits = logits[..., :width].to(dtype).contiguous()  # the order of a sum hangs on strides
-    excluded = torch.isneginf(logits.detach())
+    # As in every backend, a quotient below all of float64 is that of an excluded column.
+    excluded = torch.isneginf(logits.detach() / temperature if dtype == torch.float64 else logits.detach())
     x = below_the_largest(logits, temperature)
     weight = x.exp()
     total = weight.sum(-1, keepdim=True)
