@@ -39,7 +39,7 @@ from cmdp_fast.advantage import position_rloo as position_rloo
 from cmdp_fast.advantage import rloo as rloo
 from cmdp_fast.advantage import whiten as whiten
 from cmdp_fast.constraint import Constraint, checked
-from cmdp_fast.padded import discounted, following, kept_tokens, last_kept, suffix_scan
+from cmdp_fast.padded import as_given, discounted, following, kept_tokens, last_kept, suffix_scan, wide
 from cmdp_fast.pid import PIDController as PIDController
 from cmdp_fast.reference import BudgetTrace, compute_dtype
 from cmdp_fast.sampler_correction import estimate_weight as estimate_weight
@@ -75,12 +75,12 @@ def _inside(trace: BudgetTrace, keep: Tensor) -> Tensor:
 def returns_to_go(reward: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
     """G_t = r_t + gamma G_{t+1} [B, T], in the dtype of ``reward``; a masked token does not discount. G_1 is S."""
     keep = kept_tokens(reward, mask)
-    return torch.where(keep, _returns(reward, keep, gamma), 0.0)
+    return as_given(reward, torch.where(keep, _returns(reward, keep, gamma), 0.0))
 
 
 def _returns(reward: Tensor, keep: Tensor, gamma: float) -> Tensor:
-    """Returns in which a masked token carries the return of the next real one."""
-    reward = torch.where(keep, reward.detach(), 0.0)
+    """Returns in which a masked token carries the return of the next real one; float32 at least."""
+    reward = wide(torch.where(keep, reward.detach(), 0.0))
     return suffix_scan(reward, torch.where(keep, reward.new_tensor(gamma), 1.0))
 
 
@@ -106,7 +106,7 @@ def score_coefficient(
     returns = _returns(reward, keep, gamma)
     later = discounted(gamma, following(returns))
     value = returns if checked(constraint).action_dependent else task_part.detach() + later
-    return torch.where(keep, value, 0.0)
+    return as_given(reward, torch.where(keep, value, 0.0))
 
 
 def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tensor | None = None) -> Tensor:
@@ -227,9 +227,9 @@ def ppo_loss(
 
     with torch.no_grad():
         metrics = {
-            "clip_ratio/low_mean": low.sum() / tokens,
-            "clip_ratio/high_mean": high.sum() / tokens,
-            "clip_ratio/region_mean": (low | high).sum() / tokens,
+            "clip_ratio/low_mean": low.sum().to(compute_dtype(logprob)) / tokens,
+            "clip_ratio/high_mean": high.sum().to(compute_dtype(logprob)) / tokens,
+            "clip_ratio/region_mean": (low | high).sum().to(compute_dtype(logprob)) / tokens,
             "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum() / tokens,
             "loss/score": score_loss.detach(),
             "loss/direct": direct_loss.detach(),
@@ -308,7 +308,7 @@ def constraint_metrics(
         "cvar": cvar(total, alpha, weight=weight),
         "mean_token_cost": mean(cost.to(total.dtype).sum(1)) / mean(length),
         "max_token_cost": cost.masked_fill(~keep, -torch.inf).amax() if len(cost) else cost.new_tensor(torch.nan),
-        "first_violation": 1.0 - mean(violated.sum(1) / length),
+        "first_violation": 1.0 - mean(violated.sum(1).to(total.dtype) / length),
     }
     if correct is not None:
         right = correct[real]

@@ -1,4 +1,4 @@
-"""Sequences padded to [B, T] with a boolean mask: which tokens count, the last and the next of them, and scans."""
+"""Sequences padded to [B, T] with a boolean mask: which tokens count, the last and the next of them, scans, dtypes."""
 
 from __future__ import annotations
 
@@ -59,3 +59,13 @@ def weighed(weight: Tensor, amount: Tensor, counts: Tensor) -> Tensor:
 def discounted(gamma: float, amount: Tensor) -> Tensor:
     """gamma * amount; 0 of an infinite amount is nothing."""
     return gamma * amount if gamma else torch.zeros_like(amount)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: a half-precision number holds neither a discount, nor an epsilon, nor a sum of squares."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_given(given: Tensor, result: Tensor) -> Tensor:
+    """A result in the dtype of the argument that it is of; of integers as it is."""
+    return result.to(given.dtype) if given.is_floating_point() else result
