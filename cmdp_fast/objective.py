@@ -318,5 +318,6 @@ def constraint_metrics(
         # As an account is kept: summed in float64, the budget rounded as the costs are. Costs of 0.1 keep to 0.1.
         prefix = cost.double().cumsum(1) / keep.long().cumsum(1).clamp(min=1)
         limit = torch.as_tensor(mean_budget, dtype=torch.float64, device=cost.device).to(compute_dtype(cost)).double()
-        metrics["prefix_satisfaction"] = mean((prefix <= limit.expand(len(real))[real, None]).all(1))
+        limit = limit.expand(len(real))[real, None]
+        metrics["prefix_satisfaction"] = mean((prefix <= limit).all(1))
     return metrics

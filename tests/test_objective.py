@@ -159,10 +159,9 @@ def test_a_trace_of_masked_tokens_is_not_looked_at(kind: str) -> None:
     """Its entries may be NaN, and what says whether they violate anything."""
     constraint = held(kind, 0.15, **({} if kind == "worst_case" else {"gamma": 0.5}))
     trace, task = ops.budget_trace(spread(COST), constraint=constraint, mask=MASK), spread(TASK)
-    odd = trace._replace(**{
-        name: torch.where(MASK, getattr(trace, name), math.nan) for name in ("cumulative", "remaining", "excess")
-    })  # fmt: skip
-    for junk in (odd._replace(violated=trace.violated | ~MASK), odd._replace(violated=trace.violated & MASK)):
+    for odd, fill in itertools.product((trace.violated | ~MASK, trace.violated & MASK), (math.nan, 9.0)):
+        names = ("cumulative", "remaining", "excess")
+        junk = trace._replace(violated=odd, **{name: torch.where(MASK, getattr(trace, name), fill) for name in names})
         part, direct = (
             objective.task_part(task, junk, constraint, mask=MASK),
             objective.direct_coefficient(junk, constraint, mask=MASK),
@@ -499,6 +498,9 @@ def test_prefix_means_keep_to_the_cost_that_they_are_the_means_of(width: int) ->
             metrics = objective.constraint_metrics(cost, trace, mean_budget=limit)
             assert metrics["prefix_satisfaction"] == metrics["never_violated"] == 1.0
         assert objective.constraint_metrics(cost, trace, mean_budget=amount * 0.999)["prefix_satisfaction"] == 0.0
+    fine = torch.full((1, width), 0.1 + 1e-10, dtype=torch.float64)
+    trace = ops.budget_trace(fine, 0.1, reduction="mean")
+    assert objective.constraint_metrics(fine, trace, mean_budget=0.1)["prefix_satisfaction"] == 0.0
 
 
 def test_half_precision_costs_are_summed_in_single() -> None:
@@ -506,6 +508,17 @@ def test_half_precision_costs_are_summed_in_single() -> None:
     cost = torch.full((2, 100), 1000.0, dtype=torch.float16)
     metrics = objective.constraint_metrics(cost, ops.budget_trace(cost, 1.0), mean_budget=1000.0)
     assert metrics["mean_token_cost"] == 1000.0 and metrics["prefix_satisfaction"] == 1.0
+
+
+def test_shares_of_double_precision_are_double() -> None:
+    """A quotient of two integers is a float32."""
+    cost = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
+    share = objective.constraint_metrics(cost, ops.budget_trace(cost, 0.5))["first_violation"]
+    far = torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64)
+    _, metrics = objective.ppo_loss(far, torch.zeros_like(far), far.sign(), mask=None)
+    assert share.item() == pytest.approx(2 / 3, rel=1e-15)
+    ratios = {name: metrics[f"clip_ratio/{name}_mean"].item() for name in ("low", "high", "region")}
+    assert ratios == pytest.approx({"low": 1 / 3, "high": 1 / 3, "region": 2 / 3}, rel=1e-15)
 
 
 def test_infinite_cost_outside_the_tail_does_not_spoil_the_cvar() -> None:
