@@ -5,8 +5,9 @@ The advantages between them stand in `cmdp_fast.advantage`, the weights of compl
 
 Pure functions of small tensors. B sequences of up to T tokens are padded to [B, T] with a boolean ``mask`` (None: all
 tokens are real); a masked token contributes nothing, its entries are never used (they may be NaN) and come back as 0.
-Costs, rewards and budgets are in nats; floating dtypes are kept. Only `ppo_loss` is differentiable; everything else is
-detached. All raise ValueError for shapes and TypeError for masks that do not fit.
+Costs, rewards and budgets are in nats; floating dtypes are kept (returns and advantages of half precision are computed
+in float32). Only `ppo_loss` is differentiable; everything else is detached. All raise ValueError for shapes and
+TypeError for masks that do not fit.
 
 The modified reward depends on the policy twice, through the sampled actions and through the costs c_t, so the gradient
 of the objective E[sum_t R_t] is the sum of two terms (v_t, whether the budget has been exceeded, is held fixed):

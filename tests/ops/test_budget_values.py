@@ -122,12 +122,12 @@ def test_in_one_pass_as_in_turn(backend):
         assert gradient[1, 1].eq(0).all() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["cmdp", "barrier"])  # the others look at no token before
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_trace_of_masked_tokens_is_not_looked_at(kind, packed, backend):
     """Whatever stands there: a token follows the last one that is real, however far away that is."""
     rng = random.Random(f"{kind} {packed}")
-    priced = {"coefficient": 0.5} if kind in ("lagrangian", "barrier") else {}
+    priced = {"coefficient": 0.5} if kind == "barrier" else {}
     for _ in range(3 if backend in ("triton", "cuda") else 20):
         cost, task = (table(rng, choices, 3, 9, torch.float32) for choices in (COSTS, REWARDS))
         mask, junk = (table(rng, ([True, False], [1, 1]), 3, 9, torch.bool) for _ in range(2))
