@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cmdp_fast.field_docs import documented
-from cmdp_fast.padded import following, kept_tokens, suffix_scan
+from cmdp_fast.padded import as_given, discounted, following, kept_tokens, suffix_scan, wide
 
 
 def _groups(x: Tensor, group_size: int) -> Tensor:
@@ -21,7 +21,7 @@ def _groups(x: Tensor, group_size: int) -> Tensor:
         raise ValueError(f"group_size={group_size}: a group baseline needs at least 2 completions of a prompt")
     if x.shape[0] % group_size:
         raise ValueError(f"group_size={group_size} does not divide the {x.shape[0]} sequences of the batch")
-    return x.detach().unflatten(0, (-1, group_size))
+    return wide(x.detach()).unflatten(0, (-1, group_size))
 
 
 def _compared(groups: Tensor, scored: Tensor | None) -> Tensor | None:
@@ -97,7 +97,7 @@ def grpo(returns: Tensor, group_size: int, eps: float = 1e-4, *, scored: Tensor 
     compared = _compared(groups, scored)
     scale = _divisor(groups, compared, eps).expand_as(groups)
     advantage = (groups - _mean(groups, compared)) / scale
-    return GroupAdvantage(advantage.flatten(0, 1), scale.flatten(0, 1))
+    return GroupAdvantage(as_given(returns, advantage.flatten(0, 1)), as_given(returns, scale.flatten(0, 1)))
 
 
 def rloo(returns: Tensor, group_size: int, *, scored: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ def rloo(returns: Tensor, group_size: int, *, scored: Tensor | None = None) -> T
 
     Source: RLOO (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
     """
-    return _leave_one_out(_groups(returns, group_size), scored).flatten(0, 1)
+    return as_given(returns, _leave_one_out(_groups(returns, group_size), scored).flatten(0, 1))
 
 
 def position_rloo(
@@ -122,7 +122,7 @@ def position_rloo(
     """
     keep = kept_tokens(score, mask)
     groups = _groups(torch.where(keep, score, 0.0), group_size)
-    return torch.where(keep, _leave_one_out(groups, scored).flatten(0, 1), 0.0)
+    return as_given(score, torch.where(keep, _leave_one_out(groups, scored).flatten(0, 1), 0.0))
 
 
 def gae(
@@ -150,15 +150,15 @@ def gae(
     keep = kept_tokens(reward, mask, value=value)
     if beyond is not None and beyond.shape != reward.shape[:1]:
         raise ValueError(f"beyond has shape {tuple(beyond.shape)}, expected {tuple(reward.shape[:1])}")
-    value = torch.where(keep, value.detach(), 0.0)
+    value = wide(torch.where(keep, value.detach(), 0.0))
     after = following(suffix_scan(value, torch.where(keep, value.new_zeros(()), 1.0)))
     if beyond is not None:
         ends = following(keep.long()).flip(1).cumsum(1).flip(1) == 0  # no real token follows
         after = torch.where(ends, beyond.detach()[:, None], after)
-    delta = torch.where(keep, reward.detach() + gamma * after - value, 0.0)
+    delta = torch.where(keep, reward.detach() + discounted(gamma, after) - value, 0.0)
     advantage = suffix_scan(delta, torch.where(keep, delta.new_tensor(gamma * lam), 1.0))
     advantage = torch.where(keep, advantage, 0.0)
-    return advantage, advantage + value
+    return as_given(reward, advantage), as_given(reward, advantage + value)
 
 
 def whiten(advantage: Tensor, *, mask: Tensor | None = None) -> GroupAdvantage:
@@ -171,8 +171,8 @@ def whiten(advantage: Tensor, *, mask: Tensor | None = None) -> GroupAdvantage:
     """
     keep = kept_tokens(advantage, mask)
     count = keep.sum()
-    real = torch.where(keep, advantage.detach(), 0.0)
+    real = wide(torch.where(keep, advantage.detach(), 0.0))
     centred = torch.where(keep, real - real.sum() / count.clamp(min=1), 0.0)
     variance = centred.square().sum() / (count - 1).clamp(min=1)
     scale = torch.where(count > 1, (variance + 1e-8).sqrt(), 1.0)
-    return GroupAdvantage(centred / scale, scale)
+    return GroupAdvantage(as_given(advantage, centred / scale), as_given(advantage, scale))

@@ -75,7 +75,7 @@ def score(
     gamma: float = 1.0,
 ) -> Tensor:
     """`objective.score_coefficient` [B, T] of a modified reward [B, T], the task's [B, T] and the budget's trace."""
-    part = objective.task_part(task_reward, trace, constraint)
+    part = objective.task_part(task_reward, trace, constraint, mask=mask)
     return objective.score_coefficient(reward, part, constraint, mask=mask, gamma=gamma)
 
 

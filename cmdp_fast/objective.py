@@ -5,8 +5,9 @@ The advantages between them stand in `cmdp_fast.advantage`, the weights of compl
 
 Pure functions of small tensors. B sequences of up to T tokens are padded to [B, T] with a boolean ``mask`` (None: all
 tokens are real); a masked token contributes nothing, its entries are never used (they may be NaN) and come back as 0.
-Costs, rewards and budgets are in nats; floating dtypes are kept. Only `ppo_loss` is differentiable; everything else is
-detached. All raise ValueError for shapes and TypeError for masks that do not fit.
+Costs, rewards and budgets are in nats; floating dtypes are kept (returns and advantages of half precision are computed
+in float32). Only `ppo_loss` is differentiable; everything else is detached. All raise ValueError for shapes and
+TypeError for masks that do not fit.
 
 The modified reward depends on the policy twice, through the sampled actions and through the costs c_t, so the gradient
 of the objective E[sum_t R_t] is the sum of two terms (v_t, whether the budget has been exceeded, is held fixed):
@@ -39,9 +40,9 @@ from cmdp_fast.advantage import position_rloo as position_rloo
 from cmdp_fast.advantage import rloo as rloo
 from cmdp_fast.advantage import whiten as whiten
 from cmdp_fast.constraint import Constraint, checked
-from cmdp_fast.padded import following, kept_tokens, last_kept, suffix_scan
+from cmdp_fast.padded import as_given, discounted, following, kept_tokens, last_kept, suffix_scan, wide
 from cmdp_fast.pid import PIDController as PIDController
-from cmdp_fast.reference import BudgetTrace
+from cmdp_fast.reference import BudgetTrace, compute_dtype
 from cmdp_fast.sampler_correction import estimate_weight as estimate_weight
 from cmdp_fast.sampler_correction import sampler_log_ratio as sampler_log_ratio
 from cmdp_fast.sampler_correction import sampler_metrics as sampler_metrics
@@ -52,33 +53,35 @@ from cmdp_fast.sampler_correction import weighted_mean as weighted_mean
 # Returns and the two coefficients of the gradient
 
 
-def task_part(task_reward: Tensor, trace: BudgetTrace, constraint: Constraint) -> Tensor:
-    """The part of the modified reward that is the task's own, r^task_t [B, T].
+def task_part(task_reward: Tensor, trace: BudgetTrace, constraint: Constraint, *, mask: Tensor | None = None) -> Tensor:
+    """The part of the modified reward that is the task's own, r^task_t [B, T], in memory of its own.
 
     (1 - v_t) r_t for ``cmdp, saute, worst_case``; r_t for ``hinge, lagrangian, pid``; for ``barrier`` r_t while budget
-    remains at this and all earlier tokens, else 0. Raises TypeError for anything but a `Constraint`.
+    remains at this and all earlier real tokens, else 0. Raises TypeError for anything but a `Constraint`, ValueError
+    for shapes that differ.
     """
-    kept, reward = checked(constraint).is_a.task_reward, task_reward.detach()
+    keep = kept_tokens(task_reward, mask, remaining=trace.remaining, violated=trace.violated)
+    kept = checked(constraint).is_a.task_reward
     if kept == "feasible":
-        return torch.where(trace.violated, 0.0, reward)
-    if kept == "inside":
-        return torch.where(_inside(trace), reward, 0.0)
-    return reward
+        keep = keep & ~trace.violated
+    elif kept == "inside":
+        keep = keep & _inside(trace, keep)
+    return torch.where(keep, task_reward.detach(), 0.0)
 
 
-def _inside(trace: BudgetTrace) -> Tensor:
-    return (trace.remaining > 0).long().cumprod(1) > 0
+def _inside(trace: BudgetTrace, keep: Tensor) -> Tensor:
+    return ((trace.remaining > 0) | ~keep).long().cumprod(1) > 0
 
 
 def returns_to_go(reward: Tensor, *, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
     """G_t = r_t + gamma G_{t+1} [B, T], in the dtype of ``reward``; a masked token does not discount. G_1 is S."""
     keep = kept_tokens(reward, mask)
-    return torch.where(keep, _returns(reward, keep, gamma), 0.0)
+    return as_given(reward, torch.where(keep, _returns(reward, keep, gamma), 0.0))
 
 
 def _returns(reward: Tensor, keep: Tensor, gamma: float) -> Tensor:
-    """Returns in which a masked token carries the return of the next real one."""
-    reward = torch.where(keep, reward.detach(), 0.0)
+    """Returns in which a masked token carries the return of the next real one; float32 at least."""
+    reward = wide(torch.where(keep, reward.detach(), 0.0))
     return suffix_scan(reward, torch.where(keep, reward.new_tensor(gamma), 1.0))
 
 
@@ -102,8 +105,9 @@ def score_coefficient(
     """
     keep = kept_tokens(reward, mask, task_part=task_part)
     returns = _returns(reward, keep, gamma)
-    value = returns if checked(constraint).action_dependent else task_part.detach() + gamma * following(returns)
-    return torch.where(keep, value, 0.0)
+    later = discounted(gamma, following(returns))
+    value = returns if checked(constraint).action_dependent else task_part.detach() + later
+    return as_given(reward, torch.where(keep, value, 0.0))
 
 
 def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tensor | None = None) -> Tensor:
@@ -129,7 +133,7 @@ def direct_coefficient(trace: BudgetTrace, constraint: Constraint, *, mask: Tens
     direct = checked(constraint).is_a.direct
     remaining = trace.remaining.detach()
     keep = kept_tokens(remaining, mask)
-    inside = _inside(trace) & keep
+    inside = _inside(trace, keep) & keep
 
     def account_weight(counted: Tensor) -> Tensor:
         """dC/dc_i of the account after the counted tokens, for those."""
@@ -224,9 +228,9 @@ def ppo_loss(
 
     with torch.no_grad():
         metrics = {
-            "clip_ratio/low_mean": low.sum() / tokens,
-            "clip_ratio/high_mean": high.sum() / tokens,
-            "clip_ratio/region_mean": (low | high).sum() / tokens,
+            "clip_ratio/low_mean": low.sum().to(compute_dtype(logprob)) / tokens,
+            "clip_ratio/high_mean": high.sum().to(compute_dtype(logprob)) / tokens,
+            "clip_ratio/region_mean": (low | high).sum().to(compute_dtype(logprob)) / tokens,
             "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum() / tokens,
             "loss/score": score_loss.detach(),
             "loss/direct": direct_loss.detach(),
@@ -303,16 +307,18 @@ def constraint_metrics(
         "mean_excess": mean((-remaining).clamp(min=0.0)),
         "mean_cumulative": mean(total),
         "cvar": cvar(total, alpha, weight=weight),
-        "mean_token_cost": mean(cost.sum(1)) / mean(length),
+        "mean_token_cost": mean(cost.to(total.dtype).sum(1)) / mean(length),
         "max_token_cost": cost.masked_fill(~keep, -torch.inf).amax() if len(cost) else cost.new_tensor(torch.nan),
-        "first_violation": 1.0 - mean(violated.sum(1) / length),
+        "first_violation": 1.0 - mean(violated.sum(1).to(total.dtype) / length),
     }
     if correct is not None:
         right = correct[real]
         metrics["accuracy"] = mean(right)
         metrics["correct_and_feasible"] = mean(right * feasible)
     if mean_budget is not None:
-        prefix = cost.cumsum(1) / keep.long().cumsum(1).clamp(min=1)
-        limit = torch.as_tensor(mean_budget, dtype=prefix.dtype, device=prefix.device).expand(len(real))[real, None]
+        # As an account is kept: summed in float64, the budget rounded as the costs are. Costs of 0.1 keep to 0.1.
+        prefix = cost.double().cumsum(1) / keep.long().cumsum(1).clamp(min=1)
+        limit = torch.as_tensor(mean_budget, dtype=torch.float64, device=cost.device).to(compute_dtype(cost)).double()
+        limit = limit.expand(len(real))[real, None]
         metrics["prefix_satisfaction"] = mean((prefix <= limit).all(1))
     return metrics

@@ -18,8 +18,9 @@ All values are in nats. Special values: p = 0 contributes nothing to R or H, w =
 p = 0 makes F = +inf; p > 0 where w = 0 makes R = +inf, and such a row passes *no* gradient
 through R (its true gradient is infinite). NaN
 or +inf in either row of logits (or a row that is -inf throughout) makes all six statistics of the row NaN.
-Finite logits of any size make none: a log-probability or divergence that no float holds is infinite, and entropies are
-exact. Kernels and states may also give +inf for a divergence of float64 logits above the largest float64 over V.
+Finite logits of any size make none, if a float64 holds x/tau: a log-probability or divergence that no float holds is
+infinite, and entropies are exact. Kernels and states may also give +inf for a divergence of float64 logits above the
+largest float64 over V.
 """
 
 from __future__ import annotations
@@ -120,15 +121,32 @@ class _Softmax(NamedTuple):
     excluded: Tensor
 
 
+def below_the_largest(logits: Tensor, temperature: float) -> Tensor:
+    """x/tau - max x/tau over the columns, to the last bit, also where x/tau is beyond what a float32 holds.
+
+    So a tau below 1 divides in two steps, the second of which, by a power of two, rounds nothing and comes last. A
+    quotient above all of float64 makes NaN of the row, as in every backend: states hold quotients in float64.
+    """
+    if logits.dtype == torch.float64:
+        x = logits / temperature
+        return x - x.detach().amax(-1, keepdim=True)
+    # Of tensors: torch.compile makes a graph for each value of a number that math looks at.
+    tau = torch.ones((), dtype=torch.float64, device=logits.device) * temperature
+    mantissa = torch.where(tau < 1, 2 * torch.frexp(tau).mantissa, tau)
+    x = logits / mantissa
+    return (x - x.detach().amax(-1, keepdim=True)) / (tau / mantissa).clamp(min=torch.finfo(x.dtype).tiny)
+
+
 def _softmax(logits: Tensor, width: int, temperature: float, dtype: torch.dtype) -> _Softmax:
     """Both from one sum, which PyTorch adds up pairwise.
 
     In float32, of 152,064 columns, `torch.log_softmax` adds in sequence on a CPU and is off by 1e-5; and exp(log p)
     has the rounding of log p, 5e-7 where all columns are alike, by which a KL of 1e4 nats is off by 5e-3.
     """
-    x = (logits[..., :width].to(dtype) / temperature).contiguous()  # the order of a sum hangs on strides
-    excluded = torch.isneginf(x.detach())
-    x = x - x.detach().amax(-1, keepdim=True)
+    logits = logits[..., :width].to(dtype).contiguous()  # the order of a sum hangs on strides
+    # As in every backend, a quotient below all of float64 is that of an excluded column.
+    excluded = torch.isneginf(logits.detach() / temperature if dtype == torch.float64 else logits.detach())
+    x = below_the_largest(logits, temperature)
     weight = x.exp()
     total = weight.sum(-1, keepdim=True)
     return _Softmax(weight / total, x - total.log(), excluded)
@@ -305,7 +323,8 @@ def token_cost(stats: TokenStats, kind: CostName, clamp: float | None = None) ->
     if kind == "k1":
         return rho
     if kind == "k3":
-        return torch.expm1(-rho) + rho
+        # Of a token that the student excludes and the teacher does not it is infinite, which inf - inf does not say.
+        return (torch.expm1(-rho) + rho).masked_fill(torch.isneginf(rho), torch.inf)
     if kind == "nll":
         return -stats.teacher_logprob
     raise ValueError(f"cost={kind!r} cannot be computed from token statistics")
@@ -395,6 +414,13 @@ def budget_trace(
     )
 
 
+def _of_the_token_before(x: Tensor, keep: Tensor, first: Tensor) -> Tensor:
+    """x at the last unmasked token before each; ``first`` where there is none. A masked token's entry may be any."""
+    last = torch.where(keep, torch.arange(x.shape[-1], device=x.device), -1).cummax(-1).values
+    before = _previous(last, -1)
+    return torch.where(before >= 0, x.gather(-1, before.clamp(min=0)), first)
+
+
 def _weighed(weight: float, amount: Tensor) -> Tensor:
     """An amount as often as its weight says: 0 of it is nothing, even where it is infinite."""
     return weight * amount if weight else torch.zeros_like(amount)
@@ -439,7 +465,7 @@ def modified_reward(
     paid = torch.where(keep, cost.detach().double(), 0.0)
     excess = trace.excess.double()
     violated = trace.violated & keep
-    crossing = trace.violated & ~_previous(trace.violated, False)
+    crossing = violated & ~_of_the_token_before(trace.violated, keep, keep.new_zeros(()))
     if penalty_at is None:
         penalty_at = "crossing" if kind == "cmdp" else "every"
     charged = (crossing if penalty_at == "crossing" else violated).double()  # a number times a bool is float32
@@ -454,8 +480,7 @@ def modified_reward(
         value = reward - _weighed(float(coefficient or 0.0), paid)
     else:  # barrier: log(1 - C_t/d) - log(1 - C_{t-1}/d) = log(remaining_t / remaining_{t-1}); remaining_0 = d
         remaining = trace.remaining.double()
-        start = (remaining + trace.cumulative.double())[..., :1]
-        before = torch.cat([start, remaining[..., :-1]], dim=-1)
+        before = _of_the_token_before(remaining, keep, remaining + trace.cumulative.double())
         inside = ((remaining > 0) | ~keep).long().cumprod(-1) > 0
         step = torch.log(torch.where(inside & remaining.isfinite(), remaining / before, 1.0))
         value = torch.where(inside, reward + _weighed(coefficient or 0.0, step), -_weighed(barrier_slope, paid))

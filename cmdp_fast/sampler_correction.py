@@ -70,8 +70,9 @@ def estimate_weight(log_ratio: Tensor, *, mask: Tensor | None = None, clip: floa
     completion without a token has weight 0. NaN where the policy excludes every completion, so that nothing is known of
     it.
     """
-    real = kept_tokens(log_ratio, mask).any(1)
-    log_weight = _truncated(log_ratio.sum(1), clip).masked_fill(~real, -torch.inf)
+    keep = kept_tokens(log_ratio, mask)
+    whole = torch.where(keep, log_ratio, 0.0).sum(1)
+    log_weight = _truncated(whole, clip).masked_fill(~keep.any(1), -torch.inf)
     return (log_weight - log_weight.max()).exp() if len(log_weight) else log_weight
 
 
@@ -104,17 +105,19 @@ def sampler_metrics(
     that are left for an estimate. NaN where there is no token.
     """
     keep = kept_tokens(log_ratio, mask)
-    difference = torch.where(keep, log_ratio.abs(), 0.0)
+    log_ratio = torch.where(keep, log_ratio, 0.0)
+    difference, none = log_ratio.abs(), log_ratio.new_tensor(torch.nan)
     metrics = {
         "sampling/sampling_logp_difference/mean": difference.sum() / keep.sum(),
-        "sampling/sampling_logp_difference/max": difference.max(),
+        "sampling/sampling_logp_difference/max": torch.where(keep.any(), difference.max(), none)
+        if keep.numel()
+        else none,
     }
     if mode is None:
         return metrics
     real = keep.any(1)
     of = log_ratio[keep] if mode == "token" else log_ratio[real].sum(1)
     weight, whole = _truncated(of, clip).exp(), estimate_weight(log_ratio[real], clip=clip)
-    none = weight.new_tensor(torch.nan)
     return metrics | {
         "sampling/importance_sampling_ratio/min": weight.min() if len(weight) else none,
         "sampling/importance_sampling_ratio/mean": weight.mean(),

@@ -9,6 +9,7 @@ import torch
 from exact import vectors
 
 from cmdp_fast import objective
+from cmdp_fast.constraint import Constraint
 
 EXAMPLE = vectors("worked_example")
 
@@ -117,3 +118,46 @@ def test_whitening_divides_by_a_number_that_the_direct_term_can_share(dtype: tor
         few = torch.arange(200).reshape(4, 50) < count
         white, scale = objective.whiten(advantage, mask=few)
         assert not white.any() and scale == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_kept_but_not_computed_in(dtype: torch.dtype) -> None:
+    """Squares above 65,504 and an epsilon below 6e-8 are no float16."""
+    generator = torch.Generator().manual_seed(4)
+    wide = (200 + 100 * torch.randn(8, 2000, generator=generator)).to(dtype)
+    equal = torch.ones(4, 4, dtype=dtype)
+    of_group = 1e4 * torch.tensor([1.0, 2.0, 3.0, 6.0, 1.0, 1.0, 1.0, 1.0]).to(dtype)
+    scored = torch.arange(8) != 0
+    for made, exact in (
+        (objective.whiten(wide), objective.whiten(wide.double())),
+        (objective.whiten(equal), objective.whiten(equal.double())),
+        *(
+            (objective.grpo(of_group, 4, scored=some), objective.grpo(of_group.double(), 4, scored=some))
+            for some in (None, scored)
+        ),
+        *(
+            ((objective.rloo(of_group, 4, scored=some),), (objective.rloo(of_group.double(), 4, scored=some),))
+            for some in (None, scored)
+        ),
+        ((objective.position_rloo(equal, 2),), (objective.position_rloo(equal.double(), 2),)),
+    ):
+        for ours, right in zip(made, exact, strict=True):
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours.double(), right, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_a_discount_is_no_half_precision_number() -> None:
+    """0.99 in bfloat16 is 0.988: over 300 tokens a tenth of the return."""
+    ones, value = torch.ones(1, 300, dtype=torch.bfloat16), torch.zeros(1, 300, dtype=torch.bfloat16)
+    constraint = Constraint(budget=1.0)
+    for made, exact in (
+        (f(x, v) for x, v in ((ones, value), (ones.double(), value.double())))
+        for f in (
+            lambda x, v: objective.returns_to_go(x, gamma=0.99),
+            lambda x, v: objective.score_coefficient(x, x, constraint, gamma=0.99),
+            lambda x, v: objective.gae(x, v, gamma=0.99)[0],
+            lambda x, v: objective.gae(x, v, gamma=0.99, lam=0.99)[1],
+        )
+    ):
+        assert made.dtype == torch.bfloat16
+        torch.testing.assert_close(made.double(), exact, rtol=2**-8, atol=0)

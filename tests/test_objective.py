@@ -123,6 +123,20 @@ def test_returns_match_the_recurrence(width: int, gamma: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("gamma", [0.5, 0.99, 0.0])
+def test_an_infinite_reward_reaches_back_however_small_its_discount(gamma: float) -> None:
+    """The discount of 390 tokens underflows to 0, and 0 times infinity is NaN. At gamma 0 nothing reaches back."""
+    reward = torch.ones(1, 400)
+    reward[0, 390] = -math.inf
+    returns, score = (
+        objective.returns_to_go(reward, gamma=gamma),
+        objective.score_coefficient(reward, torch.zeros_like(reward), EXACT, gamma=gamma),
+    )
+    assert (returns[0, :391] == -math.inf).all() if gamma else returns[0, 389] == 1
+    assert (score[0, :390] == -math.inf).all() if gamma else not score.any()
+    assert returns[0, 391:].isfinite().all() and returns[0, 390] == -math.inf
+
+
 def test_task_part() -> None:
     task = row([1.0, 2.0, 4.0, 8.0, 16.0])
     trace = ops.budget_trace(COST, 0.5)
@@ -138,6 +152,45 @@ def test_task_part() -> None:
     assert torch.equal(objective.task_part(task, at_edge, held("barrier")), row([1, 2, 0, 0, 0]))
     lost = row([1.0, 2.0, math.inf, -math.inf, math.nan])
     assert torch.equal(objective.task_part(lost, trace, held("cmdp")), row([1, 2, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trace_of_masked_tokens_is_not_looked_at(kind: str) -> None:
+    """Its entries may be NaN, and what says whether they violate anything."""
+    constraint = held(kind, 0.15, **({} if kind == "worst_case" else {"gamma": 0.5}))
+    trace, task = ops.budget_trace(spread(COST), constraint=constraint, mask=MASK), spread(TASK)
+    for odd, fill in itertools.product((trace.violated | ~MASK, trace.violated & MASK), (math.nan, 9.0)):
+        names = ("cumulative", "remaining", "excess")
+        junk = trace._replace(violated=odd, **{name: torch.where(MASK, getattr(trace, name), fill) for name in names})
+        part, direct = (
+            objective.task_part(task, junk, constraint, mask=MASK),
+            objective.direct_coefficient(junk, constraint, mask=MASK),
+        )
+        assert torch.equal(part, objective.task_part(spread(TASK, 0.0), trace, constraint, mask=MASK))
+        assert torch.equal(direct, objective.direct_coefficient(trace, constraint, mask=MASK))
+        assert direct.any() == (kind not in ("saute", "worst_case")) and not part[~MASK].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_task_part_has_memory_of_its_own(kind: str) -> None:
+    task = TASK.clone()
+    objective.task_part(task, ops.budget_trace(COST, 9.0), held(kind)).fill_(7.0)
+    assert torch.equal(task, TASK)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
+def test_of_no_tokens_there_are_no_coefficients(kind: str, shape: tuple[int, int]) -> None:
+    none, constraint = torch.zeros(shape), held(kind)
+    trace = ops.budget_trace(none, constraint=constraint)
+    made = [
+        objective.direct_coefficient(trace, constraint),
+        objective.task_part(none, trace, constraint),
+        objective.score_coefficient(none, none, constraint),
+        objective.returns_to_go(none),
+        objective.whiten(none).advantage,
+    ]
+    assert all(tensor.shape == shape for tensor in made)
 
 
 def test_nothing_but_the_loss_is_differentiable() -> None:
@@ -433,6 +486,39 @@ def test_prefix_satisfaction_of_the_vectors() -> None:
         trace = ops.budget_trace(masked, 1.0, mask=MASK)
         metrics = objective.constraint_metrics(masked, trace, mask=MASK, mean_budget=limit)
         assert metrics["prefix_satisfaction"] == expected
+
+
+@pytest.mark.parametrize("width", [3, 50, 1000])
+def test_prefix_means_keep_to_the_cost_that_they_are_the_means_of(width: int) -> None:
+    """Summed in float32 they came to .10000001 and more, where no token violates."""
+    for amount in (0.1, 0.3):
+        cost = torch.full((1, width), amount)
+        trace = ops.budget_trace(cost, amount, reduction="mean")
+        for limit in (amount, torch.tensor([amount], dtype=torch.float64)):
+            metrics = objective.constraint_metrics(cost, trace, mean_budget=limit)
+            assert metrics["prefix_satisfaction"] == metrics["never_violated"] == 1.0
+        assert objective.constraint_metrics(cost, trace, mean_budget=amount * 0.999)["prefix_satisfaction"] == 0.0
+    fine = torch.full((1, width), 0.1 + 1e-10, dtype=torch.float64)
+    trace = ops.budget_trace(fine, 0.1, reduction="mean")
+    assert objective.constraint_metrics(fine, trace, mean_budget=0.1)["prefix_satisfaction"] == 0.0
+
+
+def test_half_precision_costs_are_summed_in_single() -> None:
+    """65,504 is the most that a float16 holds."""
+    cost = torch.full((2, 100), 1000.0, dtype=torch.float16)
+    metrics = objective.constraint_metrics(cost, ops.budget_trace(cost, 1.0), mean_budget=1000.0)
+    assert metrics["mean_token_cost"] == 1000.0 and metrics["prefix_satisfaction"] == 1.0
+
+
+def test_shares_of_double_precision_are_double() -> None:
+    """A quotient of two integers is a float32."""
+    cost = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
+    share = objective.constraint_metrics(cost, ops.budget_trace(cost, 0.5))["first_violation"]
+    far = torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64)
+    _, metrics = objective.ppo_loss(far, torch.zeros_like(far), far.sign(), mask=None)
+    assert share.item() == pytest.approx(2 / 3, rel=1e-15)
+    ratios = {name: metrics[f"clip_ratio/{name}_mean"].item() for name in ("low", "high", "region")}
+    assert ratios == pytest.approx({"low": 1 / 3, "high": 1 / 3, "region": 2 / 3}, rel=1e-15)
 
 
 def test_infinite_cost_outside_the_tail_does_not_spoil_the_cvar() -> None:

@@ -192,6 +192,26 @@ def test_figures_of_a_sampler_by_hand() -> None:
     assert figures("sequence") == pytest.approx(off | effective | {name + k: v for k, v in whole.items()})
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (2, 3)])
+def test_of_no_tokens_there_are_no_figures(shape: tuple[int, int]) -> None:
+    nothing = torch.zeros(shape, dtype=torch.bool)
+    for mode in (None, "token", "sequence"):
+        figures = objective.sampler_metrics(torch.full(shape, 3.0), mask=nothing, mode=mode)
+        assert len(figures) == (7 if mode else 2)
+        assert all(value.shape == () and value.isnan() for value in figures.values()), figures
+
+
+def test_ratios_of_masked_tokens_are_not_looked_at() -> None:
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    ratio = torch.tensor([[0.5, 0.0, -1.0], [0.25, 0.5, 0.0]])
+    odd = torch.where(mask, ratio, NAN)
+    assert torch.equal(objective.estimate_weight(odd, mask=mask), objective.estimate_weight(ratio, mask=mask))
+    for mode in (None, "token", "sequence"):
+        assert objective.sampler_metrics(odd, mask=mask, mode=mode) == objective.sampler_metrics(
+            ratio, mask=mask, mode=mode
+        )
+
+
 def test_what_no_weight_can_be_made_of() -> None:
     ratio = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"clip is 0\.5, expected at least 1"):

@@ -12,7 +12,7 @@ from cmdp_fast.arrays import settled_account, settled_rewarding, settled_trace
 from cmdp_fast.kernels import launch
 from cmdp_fast.kernels.direct import direct
 from cmdp_fast.kernels.finish import kept
-from cmdp_fast.kernels.sequences import Sequences, Tokens, bounds, compiled, cost_of, running
+from cmdp_fast.kernels.sequences import Sequences, Tokens, bounds, compiled, cost_of, previous
 from cmdp_fast.kernels.shapes import Lanes, constants
 from cmdp_fast.layout import Account, BudgetRule, Rewarding, RewardRule, TokenTrace
 from cmdp_fast.reference import BudgetTrace
@@ -87,6 +87,11 @@ def reward_of(moment, formula, amounts):
         )
 
 
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
 @direct
 @triton.jit(do_not_specialize=["width", "total"])
 def reward_kernel(
@@ -106,20 +111,22 @@ def reward_kernel(
     """The modified reward of a sequence from a trace that exists already. Arguments: as `scan.scan_kernel`."""
     amounts = Amounts(penalty, discrepancy_weight, coefficient, barrier_slope)
     begin, length = bounds(offsets, width, total, tl.program_id(0))
-    count = tl.zeros([], tl.int32)
+    last = tl.full([], -1, tl.int32)
     outside = length
     for start in range(0, length, CHUNK):
         i = start + tl.arange(0, CHUNK)
         at = begin + i
         real = i < length
         keep = kept(at, real, tokens.mask)
-        number = i + 1
-        if formula.kind == "barrier" and tokens.mask is not None:
-            number, count = running(keep.to(tl.int32), count)
-        earlier = keep & (i > 0)
+        before = i - 1  # the last unmasked token before each: a masked one's entries may be any
+        if tokens.mask is not None:
+            upto = tl.maximum(tl.associative_scan(tl.where(keep, i, -1), 0, larger), last)
+            before = previous(upto, last)
+            last = tl.max(upto, 0)
+        earlier = keep & (before >= 0)
         left = tl.load(trace.remaining + at, mask=real, other=0.0).to(tl.float64)
         violated = tl.load(trace.violated + at, mask=real, other=0) != 0
-        violated_before = tl.load(trace.violated + at - 1, mask=earlier, other=0) != 0
+        violated_before = tl.load(trace.violated + begin + before, mask=earlier, other=0) != 0
         if formula.kind == "barrier":
             outside = tl.minimum(outside, tl.min(tl.where(keep & (~(left > 0)), i, length), 0))
         moment = Moment(
@@ -127,11 +134,11 @@ def reward_kernel(
             cost_of(tokens, at, keep),
             tl.load(trace.cumulative + at, mask=keep, other=0.0).to(tl.float64),
             left,
-            tl.load(trace.remaining + at - 1, mask=earlier, other=0.0).to(tl.float64),
+            tl.load(trace.remaining + begin + before, mask=earlier, other=0.0).to(tl.float64),
             tl.load(trace.excess + at, mask=keep, other=0.0).to(tl.float64),
             violated,
             violated & (~violated_before),
-            number > 1,
+            earlier,
             i < outside,
         )
         value = tl.where(keep, reward_of(moment, formula, amounts), 0.0)

@@ -153,7 +153,8 @@ def modified_reward(
             ``hinge`` a price of every unit of cost beside the budget; 0, as in the paper, if it is left out. Refused
             for the other kinds.
         barrier_slope: the price of a unit of cost once the barrier is crossed.
-        mask, cu_seqlens, backend: as in `budget_trace`. Masked tokens have reward 0.
+        mask, cu_seqlens, backend: as in `budget_trace`. Masked tokens have reward 0, and what
+            stands for them in ``task_reward``, ``cost`` and ``trace`` is not looked at.
 
     Returns:
         A float32 tensor (float64 for float64 cost) shaped like ``cost``; not differentiable.

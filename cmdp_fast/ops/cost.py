@@ -7,7 +7,7 @@ from torch import Tensor
 from cmdp_fast import checks, reference
 from cmdp_fast.compiling import varies
 from cmdp_fast.constraint import check_clamp
-from cmdp_fast.reference import COSTS, CostName, TokenStats
+from cmdp_fast.reference import COSTS, DIFFERENTIABLE_COSTS, CostName, TokenStats
 
 FROM_STATISTICS = tuple(cost for cost in COSTS if cost != "jsd")  # which takes further passes over the logits
 
@@ -29,7 +29,8 @@ def token_cost(stats: TokenStats, kind: CostName = "reverse_kl", *, clamp: float
             None, the default: as it is.
 
     Returns:
-        ``[...]`` in nats, in the dtype of the statistics.
+        ``[...]`` in nats, in the dtype of the statistics, in memory of its own. A token that the student alone excludes
+        has a k1 of -inf and a k3 of +inf; one that both models exclude has NaN.
 
     Raises:
         ValueError: another kind, or a clamp that is not positive or would take the gradient of a cost that has one.
@@ -39,6 +40,8 @@ def token_cost(stats: TokenStats, kind: CostName = "reverse_kl", *, clamp: float
     """
     checks.choice("kind", kind, FROM_STATISTICS)
     check_clamp("clamp", clamp, kind)
+    if kind in DIFFERENTIABLE_COSTS:
+        return reference.token_cost(stats, kind).clone()
     if clamp is None or not varies(clamp):
         return reference.token_cost(stats, kind, clamp)
     cost = reference.token_cost(stats, kind)

@@ -19,7 +19,7 @@ from cmdp_fast.ops.onlookers import saves_through_hooks, transformed
 from cmdp_fast.ops.operator import operator
 from cmdp_fast.ops.sharded_stats import sharded_token_stats
 from cmdp_fast.ops.statistics import DIFFERENTIABLE, Kept, Scored, gradient_of_logits, room_of, scored, writable
-from cmdp_fast.reference import TokenStats, compute_dtype
+from cmdp_fast.reference import TokenStats, below_the_largest, compute_dtype
 
 
 def token_stats(
@@ -150,8 +150,8 @@ def dropped_teacher_mass(
     rows = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
     mass = [rows.new_empty(0, dtype=dtype)]
     for start in range(0, len(rows), rows_at_once):
-        piece = rows[start : start + rows_at_once].to(dtype) / temperature
-        weight = (piece - piece.amax(-1, keepdim=True)).exp()  # torch.softmax adds in sequence on a CPU
+        piece = rows[start : start + rows_at_once].to(dtype)
+        weight = below_the_largest(piece, temperature).exp()  # torch.softmax adds in sequence on a CPU
         mass.append(weight[:, vocab_size:].sum(-1) / weight.sum(-1))
     return torch.cat(mass).reshape(teacher_logits.shape[:-1])
 

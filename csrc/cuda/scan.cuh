@@ -166,14 +166,16 @@ __global__ void __launch_bounds__(kThreads)
     if (counts && !(remaining > 0)) atomicMin(&outside, i);
     __syncthreads();
     if (real) {
-      const bool earlier = at > span.begin, violated = trace.violated[at] != 0;
+      const bool earlier = started || first_unmasked < i, violated = trace.violated[at] != 0;
+      int64_t before = at - 1;  // the last unmasked token: a masked one's entries may be any
+      while (counts && earlier && !unmasked(sequences.mask, before)) --before;
       RewardState rewards;
-      rewards.started = started || first_unmasked < i;
+      rewards.started = earlier;
       rewards.inside = inside && outside >= i;
-      rewards.remaining_before = earlier ? trace.remaining[at - 1] : 0;
+      rewards.remaining_before = earlier ? trace.remaining[before] : 0;
       const RewardInput line{cost[at],  trace.cumulative[at],
                              remaining, trace.excess[at],
-                             violated,  violated && !(earlier && trace.violated[at - 1] != 0)};
+                             violated,  violated && !(earlier && trace.violated[before] != 0)};
       scan.rewards.reward.set(at, counts ? rewards.push(scan.rewards.task_reward[at], line, scan.reward) : 0);
     }
     started = started || first_unmasked < kThreads;

@@ -1,4 +1,5 @@
-"""Random cases of every operation on every backend and instruction set; `fuzzing` has the laws they are held to.
+"""Random cases of every operation on every backend and instruction set, and of the functions of the objective;
+`fuzzing` has the laws they are held to.
 
 pytest tests/fuzz --fuzz 100000 -n 2        the first 100,000 cases
 pytest tests/fuzz --fuzz-seed 123           one case
@@ -22,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "chunk" not in metafunc.fixturenames:
         return
     count, seed = (metafunc.config.getoption(name) for name in ("--fuzz", "--fuzz-seed"))
-    chunks = [(name, chunk) for name in HERE for chunk in chunks_of(name, count, seed)]
+    chunks = [(name, chunk) for name in (*HERE, running.OBJECTIVE) for chunk in chunks_of(name, count, seed)]
     params = [pytest.param(name, chunk, marks=MARKS.get(name, []), id=f"{name}-{chunk}") for name, chunk in chunks]
     metafunc.parametrize("name, chunk", params)
 

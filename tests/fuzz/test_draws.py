@@ -1,6 +1,7 @@
 """The cases of a usual run have in them what the fuzzer is for; counted in what was made, not in what was meant."""
 
 import functools
+import inspect
 from collections import Counter
 
 import pytest
@@ -11,15 +12,17 @@ from fuzzing.chunks import USUAL, Chunk, chunks_of
 from fuzzing.draws import Draw, seed_of
 
 import cmdp_fast as cf
+import cmdp_fast.objective
 
 VALUES = {"TokenStats", "BudgetTrace", "BudgetVerdict", "ConstrainedReward", "TopkStats", "Constraint", "Head"}
 OF_MODELS = {"head_of", "last_hidden_state", "available_backends"}  # which take no tensors that could be drawn
+OF_THE_OBJECTIVE = ("objective", "advantage", "sampler_correction")  # where what it offers is written
 RARE = 3  # a choice that a usual run should have offered this often before it must have been made
 
 
 @functools.cache
-def cases() -> tuple[Case, ...]:
-    return tuple(running.case_of(seed_of(number)) for number in range(USUAL["cpu"]))
+def cases(backend: str = "cpu") -> tuple[Case, ...]:
+    return tuple(running.case_of(seed_of(number), backend) for number in range(USUAL[backend]))
 
 
 def test_every_operation_is_drawn() -> None:
@@ -28,10 +31,19 @@ def test_every_operation_is_drawn() -> None:
     assert min(drawn.values()) >= RARE, drawn
 
 
-def test_every_choice_is_made() -> None:
+def test_every_function_of_the_objective_is_drawn() -> None:
+    drawn = Counter(case.operation for case in cases(running.OBJECTIVE))
+    functions = {name: f for name, f in vars(cf.objective).items() if inspect.isfunction(f) and name[0] != "_"}
+    public = {name for name, f in functions.items() if f.__module__.split(".")[-1] in OF_THE_OBJECTIVE}
+    assert set(drawn) == public
+    assert min(drawn.values()) >= RARE, drawn
+
+
+@pytest.mark.parametrize("backend", ["cpu", running.OBJECTIVE])
+def test_every_choice_is_made(backend: str) -> None:
     """Of each thing that is drawn, nearly every option; a long run makes them all."""
     offered, made = Counter[tuple](), Counter[tuple]()
-    for case in cases():
+    for case in cases(backend):
         assert case.draw is not None
         offered.update(case.draw.offered)
         made.update(case.draw.made)

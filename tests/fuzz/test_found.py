@@ -158,3 +158,12 @@ def test_what_weighs_nothing_adds_nothing_however_far_away(dtype: torch.dtype, n
     for x, y in ((near, far), (far, near)):
         stats = cf.token_stats(x, y, torch.tensor([0]), backend=name)
         assert stats.reverse_kl == 0 and stats.forward_kl == 0
+
+
+@backends
+def test_a_float64_logit_whose_quotient_no_float_holds_is_excluded(name: str) -> None:
+    """The truth had one more finite number below the others than the states, which hold quotients."""
+    x, y = torch.tensor([[-1.7e308, 0.0, 1.0]], dtype=torch.float64), torch.zeros(1, 3)
+    state = cf.TokenState.empty(1, temperature=0.7).update(x, y, torch.tensor([1]), backend=name)
+    for stats in (state.finish(), cf.token_stats(x, y, torch.tensor([1]), temperature=0.7, backend=name)):
+        assert stats.forward_kl == torch.inf and stats.reverse_kl.isfinite() and stats.entropy.isfinite()

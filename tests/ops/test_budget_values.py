@@ -22,6 +22,9 @@ KINDS = {
 }
 
 
+OF_NUMBERS = ("cumulative", "remaining", "excess")
+
+
 def table(rng, choices, rows, columns, dtype):
     return here(torch.tensor([rng.choices(*choices, k=columns) for _ in range(rows)], dtype=dtype))
 
@@ -117,3 +120,24 @@ def test_in_one_pass_as_in_turn(backend):
         stats = cf.token_stats(given, teacher, tokens, mask=mask, backend=backend)
         assert torch.equal(gradient, torch.autograd.grad(stats.reverse_kl[mask].sum(), given)[0])
         assert gradient[1, 1].eq(0).all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["cmdp", "barrier"])  # the others look at no token before
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_trace_of_masked_tokens_is_not_looked_at(kind, packed, backend):
+    """Whatever stands there: a token follows the last one that is real, however far away that is."""
+    rng = random.Random(f"{kind} {packed}")
+    priced = {"coefficient": 0.5} if kind == "barrier" else {}
+    for _ in range(3 if backend in ("triton", "cuda") else 20):
+        cost, task = (table(rng, choices, 3, 9, torch.float32) for choices in (COSTS, REWARDS))
+        mask, junk = (table(rng, ([True, False], [1, 1]), 3, 9, torch.bool) for _ in range(2))
+        layout = {"mask": mask}
+        if packed:
+            cost, task, mask, junk = (t.flatten() for t in (cost, task, mask, junk))
+            layout = {"mask": mask, "cu_seqlens": here(torch.arange(0, 28, 9))}
+        trace = cf.budget_trace(cost, 0.8, **layout, backend=backend)
+        odd = trace._replace(violated=torch.where(mask, trace.violated, junk))
+        odd = odd._replace(**{name: torch.where(mask, getattr(odd, name), NAN) for name in OF_NUMBERS})
+        settings = {"kind": kind, **priced, **layout, "backend": backend}
+        expected, got = (cf.modified_reward(task, cost, t, **settings) for t in (trace, odd))
+        assert torch.equal(got.nan_to_num(7e7), expected.nan_to_num(7e7))

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import DTYPES, make_logits, make_tokens
+from helpers import DTYPES, here, make_logits, make_tokens
 
 import cmdp_fast as cf
 from cmdp_fast.constraint import KINDS
@@ -70,6 +70,28 @@ def test_a_clamp_bounds_what_a_token_costs(cost, backend):
         assert torch.equal(a, b)
     without = cf.constrained_reward(x, y, tokens, reward, 2.0, cost=cost, **settings)
     assert torch.equal(without.trace.cumulative, cf.budget_trace(plain, 2.0, mask=mask, backend=backend).cumulative)
+
+
+@pytest.mark.parametrize("clamp", [None, 10.0])
+def test_a_token_that_the_student_excludes(clamp, backend):
+    """Its k3 was inf - inf, which no clamp bounds."""
+    x, y = here(torch.tensor([[[-math.inf, 0.0, 1.0]]])), here(torch.zeros(1, 1, 3))
+    tokens, reward = here(torch.tensor([[0]])), here(torch.ones(1, 1))
+    settings = {"cost_clamp": clamp, "discrepancy_weight": 2.0, "kind": "hinge", "backend": backend}
+    for cost, sign in (("k3", 1.0), ("k1", -1.0)):
+        out = cf.constrained_reward(x, y, tokens, reward, 1.0, cost=cost, **settings)
+        spent = sign * (math.inf if clamp is None else clamp)
+        assert out.trace.cumulative.item() == spent and out.reward.item() == 1.0 - 2.0 * max(spent - 1.0, 0.0)
+    stats = out.stats._replace(teacher_logprob=out.stats.logprob)  # both exclude it: nothing is known
+    assert cf.token_cost(stats, "k3", clamp=clamp).isnan().all()
+
+
+def test_a_cost_has_memory_of_its_own():
+    stats = cf.token_stats(torch.eye(3), torch.zeros(3, 3), torch.tensor([0, 1, 2]))
+    before = [value.clone() for value in stats]
+    for kind in ("reverse_kl", "forward_kl", "k1", "k3", "nll"):
+        cf.token_cost(stats, kind).fill_(7.0)
+    assert all(torch.equal(value, earlier) for value, earlier in zip(stats, before, strict=True))
 
 
 def test_a_clamp_that_would_take_a_gradient_is_refused():

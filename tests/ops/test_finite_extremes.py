@@ -75,6 +75,48 @@ def test_gradients_of_float32_logits_near_the_largest(name, backend):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1e-3, 0.7, 1.0, 4.0])
+def test_a_temperature_that_takes_float32_logits_beyond_the_largest(temperature, backend):
+    """x / temperature is no float32 then: PyTorch's statistics were NaN, or took a column for one that is excluded."""
+    for row in (
+        (3e38, 0.0, 0.0),
+        (-3e38, -3e38, -3e38),
+        (3e38, 3e38, -3e38),
+        (-3e38, -2e38, -3.2e38),
+        (3e38, 2.9e38, 0),
+    ):
+        x, y = here(torch.tensor([row], requires_grad=True)), here(torch.tensor([[3e38, 3e38, -3e38]]))
+        tokens = here(torch.tensor([0]))
+        stats = cf.token_stats(x, y, tokens, temperature=temperature, backend=backend)
+        exact = reference.token_stats(x.detach().double(), y.double(), tokens, temperature=temperature)
+        for name, ours, right in zip(stats._fields, stats, exact, strict=True):
+            beyond = name not in ("entropy", "teacher_entropy") and right.abs() > 1e37  # a term of it may be infinite
+            assert (ours.isinf() | (ours / right - 1 < 1e-5)) if beyond else torch.allclose(ours, right.float()), row
+        for name in DIFFERENTIABLE:
+            gradient = torch.autograd.grad(getattr(stats, name).sum(), x, retain_graph=True)[0]
+            assert not gradient.isnan().any(), (row, name)
+    x = torch.tensor([[3e38, 3e38, -3e38, 0.0], [-3.3e38, -3e38, -3e38, -3e38]])
+    mass = cf.dropped_teacher_mass(x, 2, temperature=temperature)
+    assert torch.equal(mass, cf.dropped_teacher_mass(x.double(), 2, temperature=temperature).float())
+
+
+def test_what_is_subtracted_was_divided():
+    """To the last bit: float64 kernels divide first, and logits of 1e9 are rounded by 1e-7 then."""
+    for temperature in (1.0, 0.7, 1.3, 0.05, 1e-3, 1e3, 0.5, 1 - 2**-53):
+        for dtype in (torch.float32, torch.float64):
+            x = make_logits(5, 100, dtype=dtype) * torch.tensor([1e-6, 1.0, 1e3, 1e9, -1e20], dtype=dtype)[:, None]
+            divided = x / temperature
+            expected = divided - divided.amax(-1, keepdim=True)
+            assert torch.equal(reference.below_the_largest(x, temperature), expected), (temperature, dtype)
+
+
+@pytest.mark.mixture
+def test_a_divergence_of_float32_logits_near_the_largest(backend):
+    x, y = here(torch.tensor([[3e38, 3e38, -3e38, 0.0]])), here(torch.tensor([[3e38, -3e38, -3e38, 0.0]]))
+    value = cf.divergence(x, y, temperature=0.5, backend=backend)
+    assert abs(value.item() - 0.2157616) < 1e-6  # (log 4/3 + log 2/3 / 2 + log 2 / 2) / 2
+
+
 @pytest.mark.float64
 def test_the_largest_logits_in_one_piece(backend):
     """Values, and gradients that are finite for finite values."""

@@ -77,6 +77,17 @@ def test_a_clamp_of_10_is_verls_in_value_and_gradient():
     assert found.grad[3] < -1 and found.grad[5] > 0.9 and not found.grad[6:].any()
 
 
+@pytest.mark.parametrize("clamp", [None, 10.0])
+def test_of_a_token_that_the_student_excludes_it_is_infinite_without_a_gradient(clamp):
+    """inf - inf is NaN. What is not known stays so, and what both exclude."""
+    logprob = torch.tensor([-math.inf, -1.0, -math.inf, math.nan], requires_grad=True)
+    teacher = torch.tensor([-1.0, -1.5, -math.inf, -1.0])
+    value = k3(logprob, teacher, clamp)
+    assert value[0] == (math.inf if clamp is None else clamp) and value[2:].isnan().all()
+    value[:2].sum().backward()
+    assert logprob.grad[0] == 0 and logprob.grad[1] == pytest.approx(-math.expm1(-0.5))
+
+
 def test_without_a_clamp_it_is_the_cost_k3_with_a_gradient():
     log_ratio = torch.tensor([0.0, 1e-4, 2.6, 30.0, -30.0])
     logprob = (-torch.ones_like(log_ratio)).requires_grad_()

@@ -53,12 +53,13 @@ class KLLoss(PPO):
 
 
 def k3(logprob: Tensor, teacher_logprob: Tensor, clamp: float | None = None) -> Tensor:
-    """exp(-rho) - 1 + rho of each token in nats, differentiable in ``logprob``; at most ``clamp``, without a gradient
-    there. (`cmdp_fast.token_cost` has the value of it, detached.)"""
+    """exp(-rho) - 1 + rho of each token in nats, differentiable in ``logprob``; at most ``clamp``, and infinite without
+    one where the student excludes the token, without a gradient there. (`cmdp_fast.token_cost` has the value of it,
+    detached.)"""
     log_ratio = teacher_logprob.detach() - logprob
-    if clamp is None:
-        return torch.expm1(log_ratio) - log_ratio
-    over = k3(logprob.detach(), teacher_logprob) > clamp
+    over = torch.isposinf(log_ratio.detach())  # of a token that the student excludes: inf - inf is NaN
+    if clamp is not None:
+        over = over | (torch.expm1(log_ratio.detach()) - log_ratio.detach() > clamp)
     # An infinite exponential times the gradient 0 of a clamp would be NaN.
     inside = torch.where(over, 0.0, log_ratio)
-    return torch.where(over, clamp, torch.expm1(inside) - inside)
+    return torch.where(over, torch.inf if clamp is None else clamp, torch.expm1(inside) - inside)

@@ -131,9 +131,11 @@ class PPO(Method):
 
         task, scored = (x.unflatten(0, (-1, group)) for x in (discounted(experience.last_reward), experience.scored))
         mean = credit.mean_of_scored(task, scored)
-        own = discounted(objective.task_part(experience.last_reward, experience.trace, constraint))
+        own = discounted(objective.task_part(experience.last_reward, experience.trace, constraint, mask=mask))
         end = credit.last_token(mask).float()
-        kept = objective.task_part(end, experience.trace, constraint).sum(1)  # 1, or 0 where the constraint takes it
+        kept = objective.task_part(end, experience.trace, constraint, mask=mask).sum(
+            1
+        )  # 1, or 0 where the constraint takes it
         neutral = returns - own + kept * mean.expand_as(task).flatten()
         return torch.where(experience.scored, returns, neutral)
 

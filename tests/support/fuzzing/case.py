@@ -45,7 +45,6 @@ class Case:
     layout_matters: bool = False  # where a product of PyTorch's may round otherwise
     also: Callable[[Tensors, Tensors, str], None] | None = None  # (arguments, outputs, backend): more laws
     public: Callable[[dict[str, Any], dict[str, Any]], Any] | None = None  # the call with some settings changed
-    returns_an_input: bool = False
     needs: str = ""  # the backends' name of the operation
     float64_logits: bool = False  # so that the GPU backends refuse it
     threads: tuple[int, int] = (1, 1)

@@ -4,7 +4,13 @@ from typing import NamedTuple
 
 from fuzzing.draws import seed_of
 
-USUAL = {"torch": 200, "cpu": 400, "triton": 100, "cuda": 450}  # cases of a run that asks for no number
+USUAL = {
+    "torch": 200,
+    "cpu": 400,
+    "triton": 100,
+    "cuda": 450,
+    "objective": 400,
+}  # cases of a run that asks for no number
 SIZE = 100
 
 

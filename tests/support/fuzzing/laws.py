@@ -75,11 +75,7 @@ def _memory_is_as_it_was(case: Case, given: dict[str, Placed]) -> None:
 
 
 def _forms_are_right(case: Case, outcome: Outcome, given: dict[str, Placed]) -> None:
-    used = (
-        set()
-        if case.returns_an_input
-        else {placed.memory.untyped_storage().data_ptr() for placed in given.values() if len(placed.memory)}
-    )
+    used = {placed.memory.untyped_storage().data_ptr() for placed in given.values() if len(placed.memory)}
     for name, value in outcome.outputs.items():
         assert not value.numel() or value.untyped_storage().data_ptr() not in used, (
             f"{name} shares memory with an input"

@@ -37,7 +37,8 @@ def token_cost(draw: Draw) -> Case:
 
     def truth(tensors: Tensors) -> Tensors:
         rho = tensors["logprob"] - tensors["teacher_logprob"]
-        values = {"k1": rho, "k3": (-rho).exp() - 1 + rho, "nll": -tensors["teacher_logprob"]}
+        k3 = torch.where(rho == -torch.inf, torch.inf, (-rho).exp() - 1 + rho)  # of a token that only the teacher has
+        values = {"k1": rho, "k3": k3, "nll": -tensors["teacher_logprob"]}
         value = values[kind] if kind in values else tensors[kind]
         return {"cost": value if clamp is None else value.clamp(-clamp, clamp)}
 
@@ -47,7 +48,6 @@ def token_cost(draw: Draw) -> Case:
     return Case(
         "token_cost", call, given, settings, truth, computed=dtype, widened=STATS, layout_matters=differentiable,
         leaves=(kind,) if differentiable else (), upstream=upstream, threads=drawn_threads(draw),
-        returns_an_input=differentiable,
     )  # fmt: skip
 
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 from cmdp_fast.cpu import native
 from cmdp_fast.ops.backends import OF_CUDA, ON_GPU
-from fuzzing import laws, of_budgets, of_heads, of_logits, of_methods, of_topk, spoilt
+from fuzzing import laws, of_budgets, of_heads, of_logits, of_methods, of_objective, of_topk, spoilt
 from fuzzing.case import Case
 from fuzzing.draws import Draw
 
+OBJECTIVE = "objective"  # in a backend's place: its functions are PyTorch alone
 SPOILT = 0.2  # of all cases
 Maker = Callable[[Draw], Case]
 OPERATIONS: dict[Maker, float] = {
@@ -33,11 +34,13 @@ OPERATIONS: dict[Maker, float] = {
 }
 
 
-def case_of(seed: int) -> Case:
-    """The case that a seed stands for."""
+def case_of(seed: int, backend: str = "") -> Case:
+    """The case that a seed stands for: on every backend the same, and another of the objective."""
     draw = Draw(seed)
-    make = draw.choice("operation", tuple(OPERATIONS), tuple(OPERATIONS.values()))
-    case = make(draw)
+    if backend == OBJECTIVE:
+        case = of_objective.objective_case(draw)
+    else:
+        case = draw.choice("operation", tuple(OPERATIONS), tuple(OPERATIONS.values()))(draw)
     case.draw = draw
     return case
 
@@ -79,10 +82,10 @@ def variants() -> list[str]:
 
 def run(seed: int, backend: str) -> list[str]:
     """What is wrong with the case of a seed on a backend, on every instruction set."""
-    case = case_of(seed)
+    case = case_of(seed, backend)
     refused = refusal(case, backend)
     draw = Draw(seed ^ 1)
-    if refused is None and draw.chance("spoilt", SPOILT):
+    if refused is None and case.public is not None and draw.chance("spoilt", SPOILT):
         try:
             spoilt.hold(case, draw, backend)
         except AssertionError as error:
