@@ -124,12 +124,12 @@ class Completions:
 
 def trace_of(tensors: Tensors, settings: dict[str, Any], dtype: torch.dtype) -> reference.BudgetTrace:
     """The reference's trace in float64 of a cost [B, T] or [N]; the budget as the scan counts it, rounded to the dtype
-    of the cost: the product with a number of tokens is rounded too."""
+    of the cost, before it is multiplied by a number of tokens."""
     rest = {name: value for name, value in settings.items() if name not in ("budget", "per_token")}
-    budget = torch.as_tensor(tensors.get("budget", settings.get("budget")), dtype=torch.float64)
+    budget = torch.as_tensor(tensors.get("budget", settings.get("budget")), dtype=torch.float64).to(dtype).double()
     if settings["per_token"]:
         budget = _per_sequence(budget, tensors)
-    return reference.budget_trace(tensors["cost"].double(), budget.to(dtype).double(), **rest, **_layout(tensors))
+    return reference.budget_trace(tensors["cost"].double(), budget, **rest, **_layout(tensors))
 
 
 def _layout(tensors: Tensors) -> Tensors:
