@@ -19,7 +19,7 @@ from .models.memory_estimate import MemoryEstimate, estimate_memory
 from .models.offload import check_offload
 from .models.quantization import check_quantization
 from .optimization import check_optimizer
-from .padding import check_reading
+from .padding import check_reading, check_use
 from .records.metrics_log import check_trackers
 from .records.origin import check_origin
 from .records.report import Report
@@ -58,6 +58,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     roles = {role: model for role, model in loaded.items() if model is not None}
     half = config.precision == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as in the training
+        sampled = {"": {*roles}, "vllm": set()}.get(config.rollout, {"teacher"})
+        check_use(config, roles, sampling, sampled)
         free = config.padding_free
         scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature, padding_free=free)
         check_reading(roles, scoring.outputs, sampling, padding_free=free, half=half)

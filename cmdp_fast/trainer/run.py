@@ -38,7 +38,7 @@ from .models.offload import check_offload
 from .models.quantization import check_quantization
 from .models.value_head import ValueHead
 from .optimization import check_optimizer, make_optimizer, make_scheduler
-from .padding import check_reading
+from .padding import check_reading, check_use
 from .records.checkpoint import remove_checkpoints, remove_parts
 from .records.clock import Clock
 from .records.lock import alone_in
@@ -175,11 +175,18 @@ def make_collector(
     model, teacher, tokenizer = accelerator.unwrap_model(student), material.teacher, material.tokenizer
     sampling = make_sampling(config, model, teacher, tokenizer)
     keep_end_tokens(model, sampling.eos)
+    teacher = None if teacher is None else on_device(teacher, accelerator)
+    models = {"student": model, **({} if material.loaded_teacher is None else {"teacher": teacher})}
+    # By what else samples none is asked to go on: it may be a model that transformers cannot sample
+    others = {"student": engines[0] is not None or material.rollout is not None, "teacher": engines[1] is not None}
+    sampled = {role for role in models if not others[role]}
+    with together(accelerator), accelerator.autocast():
+        check_use(config, models, sampling, sampled, synced=accelerator.distributed_type == "FSDP")
     collector = Collector(
         config,
         accelerator=accelerator,
         student=student,
-        teacher=None if teacher is None else on_device(teacher, accelerator),
+        teacher=teacher,
         tokenizer=tokenizer,
         sampling=sampling,
         vocab_size=sampling.vocab_size,
@@ -190,7 +197,6 @@ def make_collector(
         teacher_engine=engines[1],
         problem_count=len(material.problems),
     )
-    models = {"student": model, **({} if material.loaded_teacher is None else {"teacher": collector.teacher})}
     half = accelerator.mixed_precision == "bf16"
     with together(accelerator), accelerator.autocast():  # all read the same tokens, and find the same
         check_reading(models, collector.outputs, sampling, padding_free=config.padding_free, half=half)
