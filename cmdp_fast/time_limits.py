@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Limit(NamedTuple):
-    """The seconds that a call may take, and the option that says so."""
+    """The seconds that a call may take, and the option, or else what it is, that says so."""
 
     seconds: float
     option: str

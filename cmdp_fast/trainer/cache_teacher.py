@@ -27,11 +27,11 @@ from cmdp_fast.teachers.teacher import Teacher
 from . import drawn
 from .causal_lm import CausalLM
 from .command_line.parsing import check_no_other
+from .first_tokens import check_first_tokens
 from .interrupts import Interrupts
 from .launch import launched, make_accelerator
 from .material import check_asked_tokens, check_lengths
 from .models.pair import Found, find_pair, in_process, load_teacher
-from .padding import check_use
 from .parse import parse_as
 from .records.lock import alone_in
 from .records.origin import model_digest
@@ -277,7 +277,7 @@ def _loaded(config: CacheConfig, found: Found, device: torch.device) -> tuple[Te
     model = load_teacher(config, found)
     model.to(device)
     sampling = make_sampling(config, model, None, found.tokenizer)
-    check_use(config, {"teacher": model}, sampling, {"teacher"})
+    check_first_tokens(config, {"teacher": model}, sampling, {"teacher"})
     columns = min(sampling.vocab_size, int(found.configs["student"].get_text_config().vocab_size))
     sampling = replace(
         sampling,

@@ -1,4 +1,4 @@
-"""Models that cannot be used, or that padding would mislead, or the want of it.
+"""Models that padding would mislead, or the want of it.
 
 Prompts of different length stand in one batch with padding in front, and a model has to read a prompt with padding as
 it would without. With `--padding-free` completions stand in one row, and a model has to read each as it would alone.
@@ -6,7 +6,7 @@ it would without. With `--padding-free` completions stand in one row, and a mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,41 +17,8 @@ from cmdp_fast.heads import evaluating
 from cmdp_fast.positions import moved_by_padding, packing_mixes
 from cmdp_fast.reading import completion_logits
 
-from .models.first_tokens import check_first_tokens
 from .records.throughput import has_experts
-from .rollout import Rollout, Sampling, go_on
-from .settings.config import TrainConfig
-
-
-def check_use(
-    config: TrainConfig, models: Mapping[str, Any], sampling: Sampling, sampled: Container[str], synced: bool = False
-) -> None:
-    """Raises InputError for one of the models, by its role, that fails as it reads a token, whose logits there are no
-    numbers, or, if it is ``sampled``, that cannot go on from there. With FSDP (``synced``) every process must call
-    it."""
-
-    def used(role: str) -> Callable[[Any], None]:
-        def use(model: Any) -> None:
-            if not _says_numbers(model, sampling):
-                raise InputError(
-                    f"the {role} cannot be used: logits of {type(model).__name__} are not finite at a first token; its "
-                    "weights or a number in its config.json are damaged"
-                )
-            if role in sampled:
-                go_on(model, sampling, synced_gpus=synced)
-
-        return use
-
-    check_first_tokens(models, {role: getattr(config, role) for role in models}, {role: used(role) for role in models})
-
-
-def _says_numbers(model: Any, sampling: Sampling) -> bool:
-    """Whether a model's logits are numbers; those of columns that it excludes may be minus infinity."""
-    device = next(model.parameters()).device
-    ids, real = (torch.full((1, 2), value, device=device) for value in (sampling.pad, True))
-    parts = (ids[:, :1], real[:, :1], ids[:, 1:], real[:, 1:])
-    logits = completion_logits(model, Rollout(*parts, finished=real[:, -1]))
-    return not bool((logits.isnan() | logits.isposinf()).any())
+from .rollout import Rollout, Sampling
 
 
 def check_reading(

@@ -304,12 +304,6 @@ def completion_mask(tokens: Tensor, eos: Sequence[int]) -> Tensor:
     return ends.long().cumsum(1) - ends.long() == 0
 
 
-def go_on(policy: CausalLM, sampling: Sampling, *, synced_gpus: bool = False) -> None:
-    """Has a model sample two tokens behind one, the likeliest, which draws no random number, as `generate` does."""
-    two = replace(sampling, temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=2, batch_size=0, stop_strings=())
-    generate(policy, [[sampling.pad]], two, synced_gpus=synced_gpus)
-
-
 @torch.no_grad()
 def _generate(
     prompts: Sequence[list[int]], policy: CausalLM, sampling: Sampling, mixed_with: Any, synced_gpus: bool

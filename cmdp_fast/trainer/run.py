@@ -28,6 +28,7 @@ from .distributed import (
 )
 from .engines import NONE, Engines, check_engines, make_engines
 from .experience import Collector
+from .first_tokens import check_first_tokens
 from .interrupts import Interrupts
 from .launch import check_training, described, make_accelerator
 from .material import Material, load
@@ -38,7 +39,7 @@ from .models.offload import check_offload
 from .models.quantization import check_quantization
 from .models.value_head import ValueHead
 from .optimization import check_optimizer, make_optimizer, make_scheduler
-from .padding import check_reading, check_use
+from .padding import check_reading
 from .records.checkpoint import remove_checkpoints, remove_parts
 from .records.clock import Clock
 from .records.lock import alone_in
@@ -181,7 +182,7 @@ def make_collector(
     others = {"student": engines[0] is not None or material.rollout is not None, "teacher": engines[1] is not None}
     sampled = {role for role in models if not others[role]}
     with together(accelerator), accelerator.autocast():
-        check_use(config, models, sampling, sampled, synced=accelerator.distributed_type == "FSDP")
+        check_first_tokens(config, models, sampling, sampled, synced=accelerator.distributed_type == "FSDP")
     collector = Collector(
         config,
         accelerator=accelerator,

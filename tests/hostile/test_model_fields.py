@@ -15,6 +15,7 @@ import torch
 from faults import in_child
 from tiny_pair import arguments, arguments_for, learner_of, settings
 from transformers import AutoTokenizer
+from two_processes import in_two_processes, run_sharded
 
 from cmdp_fast import time_limits
 from cmdp_fast.cli import main
@@ -23,9 +24,9 @@ from cmdp_fast.errors import InputError
 from cmdp_fast.trainer import rollout
 from cmdp_fast.trainer.cache_teacher import CacheConfig
 from cmdp_fast.trainer.evaluate_student import EvaluateConfig
+from cmdp_fast.trainer.first_tokens import check_first_tokens
 from cmdp_fast.trainer.models.pair import load_alone, load_pair
 from cmdp_fast.trainer.models.saving import save_student
-from cmdp_fast.trainer.padding import check_use
 from cmdp_fast.trainer.records.report import Report
 from cmdp_fast.trainer.records.token_texts import token_texts
 
@@ -119,6 +120,14 @@ def test_in_every_command(command, changed, tmp_path, capsys):
     assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
 
 
+def test_in_each_of_several_processes(changed, tmp_path):
+    """Which hold a part of its weights each, and do everything together."""
+    named = changed("student", layer_types=["linear_attention"])
+    in_two_processes(run_sharded, arguments(named, tmp_path / "runs", steps=1), tmp_path / "shown", 2)
+    said = [(tmp_path / f"shown-{rank}").read_text() for rank in range(2)]
+    assert said[0].count(f"--student {named['student']} cannot be used: ") == 1 and not said[1]
+
+
 @pytest.mark.parametrize("ends", [2**70, [1, 2**31]])
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_an_end_that_no_vocabulary_has(role, ends, changed):
@@ -137,7 +146,9 @@ def test_the_first_tokens_leave_nothing_behind(pair):
     model = collector.student.train()
     before = [torch.get_rng_state(), *(value.clone() for value in (*model.parameters(), *model.buffers()))]
     own = model.generation_config
-    check_use(config, {"student": model, "teacher": collector.teacher}, collector.sampling, {"student", "teacher"})
+    check_first_tokens(
+        config, {"student": model, "teacher": collector.teacher}, collector.sampling, {"student", "teacher"}
+    )
     assert all(map(torch.equal, before, [torch.get_rng_state(), *model.parameters(), *model.buffers()]))
     assert model.training and model.generation_config is own and all(each.grad is None for each in model.parameters())
 
@@ -147,9 +158,9 @@ def test_one_that_others_sample_need_not_go_on(pair, changed):
     config = settings(changed("student", layer_types=["linear_attention"]))
     student, _, tokenizer = load_pair(config, [], Report())
     sampling = rollout.make_sampling(config, student, None, tokenizer)
-    check_use(config, {"student": student}, sampling, set())
+    check_first_tokens(config, {"student": student}, sampling, set())
     with pytest.raises(InputError, match="fails at a first token"):
-        check_use(config, {"student": student}, sampling, {"student"})
+        check_first_tokens(config, {"student": student}, sampling, {"student"})
 
 
 @pytest.mark.parametrize("error", [RuntimeError("gloo: Connection closed by peer"), torch.OutOfMemoryError("full")])
@@ -162,7 +173,7 @@ def test_an_error_of_the_machine_is_no_field_s(error, pair):
 
     learner.collector.student.forward = fails
     with pytest.raises(type(error)) as raised:
-        check_use(config, {"student": learner.collector.student}, learner.collector.sampling, set())
+        check_first_tokens(config, {"student": learner.collector.student}, learner.collector.sampling, set())
     assert raised.value is error
 
 
@@ -242,7 +253,7 @@ def test_what_is_no_file_is_not_passed_over(case, file, changed):
     ("file", "size"),
     [
         *(("x.model", 100 << 30), ("chat_template.jinja", 100 << 30), ("tokenizer.json", 100 << 30)),
-        *((CONFIG, 17 << 20), (GENERATION, 17 << 20), ("additional_chat_templates/chat_template.jinja", 100 << 30)),
+        *((CONFIG, 17 << 20), (GENERATION, 17 << 20), ("additional_chat_templates/x.jinja", 100 << 30)),
     ],
 )
 def test_what_would_be_read_whole_is_not_large(file, size, changed):

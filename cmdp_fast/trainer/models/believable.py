@@ -26,7 +26,7 @@ from cmdp_fast.errors import InputError, first_line, readable, shown
 from cmdp_fast.vocabulary import decoded, encoded
 from cmdp_fast.weight_files import ADAPTER, stored_tensors
 
-from ..records.origin import too_large
+from ..records.origin import too_large, whole_files
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 LONGEST = 1 << 24  # bytes of a file of settings, which has some thousand
@@ -99,7 +99,7 @@ def check_small_files(role: str, name: str) -> None:
         for path in (*(folder / each for each in READ), *templates):
             if os.path.lexists(path) and not path.is_file():
                 raise InputError(f"--{role} {name}: its {readable(path.name)} is no file")
-        fault = too_large(folder) or next(filter(None, map(too_large, {path.parent for path in templates})), "")
+        fault = too_large([*whole_files(folder), *templates])
     except OSError as error:
         raise InputError(f"--{role} {name} cannot be read: {first_line(error)}") from error
     if fault:

@@ -39,7 +39,7 @@ from .believable import (
     why_no_config,
 )
 from .builtin import builtin_folder
-from .first_tokens import failing_in_a_line
+from .failing import failing_in_a_line
 from .quantization import effect, quantization_config, read_prompts
 from .random_weights import RandomCausalLM, check_plain
 from .recompute import recompute_layers

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, time
 from pathlib import Path
 from typing import Any
@@ -88,18 +88,24 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, (date, time)) else type(value).__name__
 
 
-def too_large(folder: Path) -> str:
-    """Which of the small files in a model's folder is none, and how large it is; "" if all are small."""
-    for path in sorted(folder.iterdir()):
-        if _is_whole(path) and path.is_file() and (size := path.stat().st_size) > SMALL:
+def too_large(paths: Iterable[Path]) -> str:
+    """Which of some files that are read whole is too large for that, and how large; "" if none is."""
+    for path in paths:
+        if (size := path.stat().st_size) > SMALL:
             return f"its {readable(path.name)} has {size:,} bytes, expected at most {SMALL:,}"
     return ""
 
 
+def whole_files(folder: Path) -> list[Path]:
+    """The files in a model's folder that are read whole."""
+    return [path for path in sorted(folder.iterdir()) if _is_whole(path) and path.is_file()]
+
+
 def model_digest(name: str) -> str:
-    """The digest of a model in a folder, or under a hub id. Raises InputError for a small file that is not small."""
+    """The digest of a model in a folder, or under a hub id. Raises InputError for a file that would be read whole, and
+    is too large for that."""
     folder = _local(name)
-    if fault := too_large(folder):
+    if fault := too_large(whole_files(folder)):
         raise InputError(f"{name}: {fault}")
     digest, weights = hashlib.sha256(), _weights(folder)
     for path in sorted(folder.iterdir()):
