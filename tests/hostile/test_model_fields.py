@@ -65,10 +65,10 @@ BELIEVED: dict[str, tuple[dict[str, Any], str]] = {
     "to_json_file": ({"to_json_file": None}, "'to_json_file', the name of a function"),
     "from_dict": ({"from_dict": {}}, "'from_dict', the name of a function"),
     "a private one": ({"_get_generation_parameters": 5}, "'_get_generation_parameters', the name of a function"),
-    "labels": ({"num_labels": 10**8}, "num_labels 100000000, expected at most 1048576"),
-    "labels as a fraction": ({"num_labels": 1e8}, "num_labels 100000000.0, expected at most 1048576"),
-    "layers in a list": ({"model_type": "qwen3", "num_hidden_layers": 10**9}, "expected at most 1024"),
-    "labels within": ({"other": [{"num_labels": 10**8}]}, "num_labels 100000000, expected at most 1048576"),
+    "labels": ({"num_labels": 2**21}, "num_labels 2097152, expected at most 1048576"),
+    "labels as a fraction": ({"num_labels": 2e6}, "num_labels 2000000.0, expected at most 1048576"),
+    "layers in a list": ({"model_type": "qwen3", "num_hidden_layers": 10**6}, "expected at most 1024"),
+    "labels within": ({"other": [{"num_labels": 2**21}]}, "num_labels 2097152, expected at most 1048576"),
 }
 # What is made, and fails as it is used.
 FAILING: dict[str, dict[str, Any]] = {
