@@ -138,7 +138,6 @@ def check_config(role: str, name: str, about: Any) -> None:
     made."""
     from transformers import PretrainedConfig
 
-    _check_keys(role, name, about)
     try:
         text = about.get_text_config()
     except Exception as error:  # of several texts
