@@ -31,7 +31,8 @@ from .first_tokens import check_first_tokens
 from .interrupts import Interrupts
 from .launch import launched, make_accelerator
 from .material import check_asked_tokens, check_lengths
-from .models.pair import Found, find_pair, in_process, load_teacher
+from .models.failing import in_process
+from .models.pair import Found, find_pair, load_teacher
 from .parse import parse_as
 from .records.lock import alone_in
 from .records.origin import model_digest

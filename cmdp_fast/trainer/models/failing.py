@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cmdp_fast.errors import InputError, first_line, readable
+from cmdp_fast.teachers.in_process import TeacherInProcess
 
 from ..distributed import of_others
 
@@ -30,3 +31,13 @@ def failing_in_a_line(role: str, name: str, model: Any) -> Iterator[None]:
             f"--{role} {name} cannot be used: {type(model).__name__} fails at a first token, with "
             f"{type(error).__name__}: {readable(first_line(error))}; a field of its config.json may be the reason"
         ) from error
+
+
+def in_process(
+    model: Any, tokenizer: Any, name: str, revision: str = "", ends: tuple[int, ...] = ()
+) -> TeacherInProcess:
+    """A teacher that is asked in this process, where it is now, that has answered. Raises InputError if it cannot."""
+    with failing_in_a_line("teacher", name, model):
+        teacher = TeacherInProcess(model, tokenizer, name, revision, ends)
+        teacher.answer([[0, 0]], [1])
+    return teacher

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from cmdp_fast.errors import InputError, first_line, readable
-from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import check_vocabulary, is_asked, open_teacher
 from cmdp_fast.teachers.routed import KIND, RoutedTeacher, places
 from cmdp_fast.teachers.teacher import Asking, Teacher
@@ -39,7 +38,7 @@ from .believable import (
     why_no_config,
 )
 from .builtin import builtin_folder
-from .failing import failing_in_a_line
+from .failing import in_process
 from .quantization import effect, quantization_config, read_prompts
 from .random_weights import RandomCausalLM, check_plain
 from .recompute import recompute_layers
@@ -122,16 +121,6 @@ def _opened(config: TrainConfig, train: Sequence[Problem], report: Report) -> Te
     return RoutedTeacher(
         {name: opened(place) for name, place in places(config.teacher.removeprefix(f"{KIND}:")).items()}
     )
-
-
-def in_process(
-    model: Any, tokenizer: Any, name: str, revision: str = "", ends: tuple[int, ...] = ()
-) -> TeacherInProcess:
-    """A teacher that is asked in this process, where it is now, that has answered. Raises InputError if it cannot."""
-    with failing_in_a_line("teacher", name, model):
-        teacher = TeacherInProcess(model, tokenizer, name, revision, ends)
-        teacher.answer([[0, 0]], [1])
-    return teacher
 
 
 @loading()
