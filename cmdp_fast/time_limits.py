@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import logging
 import math
 import os
@@ -41,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Limit(NamedTuple):
-    """The seconds that a call may take, and the option that says so."""
+    """The seconds that a call may take, and the option, or else what it is, that says so."""
 
     seconds: float
     option: str
@@ -190,36 +189,6 @@ def _heard(number: int, frame: FrameType | None) -> None:
         raise Overdue(call.late)
 
 
-class TooLong(Exception):
-    """Raised inside of code that has had its time; the code may catch it, and then goes on."""
-
-
-@contextlib.contextmanager
-def ended_after(seconds: float) -> Iterator[None]:
-    """Raises TooLong in the body, wherever it is in Python, once it has had its time: for programs that are no user's
-    own, such as a chat template. What does not come back from C is waited for."""
-    caller, lock, over, sent = threading.get_ident(), threading.Lock(), False, False
-
-    def end() -> None:
-        nonlocal sent
-        with lock:
-            if not over:
-                sent = True
-                _raise_in(caller, TooLong)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        with lock:
-            over = True
-            if sent:  # and perhaps not raised yet
-                _raise_in(caller, None)
-
-
 @dataclass(eq=False)
 class _Call:
     what: str
@@ -269,12 +238,6 @@ class _Call:
         frame = sys._current_frames().get(ident or self.caller)
         places = ((each.f_code.co_filename, line) for each, line in traceback.walk_stack(frame)) if frame else iter(())
         return next((f", it is at {file}:{line}" for file, line in places if not is_installed(file)), "")
-
-
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Has a thread raise an error as soon as it is in Python; None takes one back that has not been raised yet."""
-    given = None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), given)
 
 
 class _Watch:

@@ -10,6 +10,8 @@ from typing import Any
 
 from cmdp_fast.errors import InputError, first_line, readable, shown
 
+TOKENS = 1 << 31  # more than any vocabulary has
+
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
     """Raises InputError unless a token has the same number in both tokenizers.
@@ -34,10 +36,10 @@ def vocabulary_digest(tokenizer: Any) -> str:
 
 def named_ends(settings: Iterable[Any], tokenizer: Any = None) -> tuple[int, ...]:
     """The tokens that end a completion: the tokenizer's, and those of the first settings that name any as
-    ``eos_token_id``. Raises InputError for anything but numbers there."""
+    ``eos_token_id``. Raises InputError for anything but numbers of tokens there."""
     named: Any = next((s.eos_token_id for s in settings if getattr(s, "eos_token_id", None) is not None), [])
     each = [getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, (list, tuple)) else [named])]
-    if wrong := [token for token in each if token is not None and type(token) is not int]:
+    if wrong := [token for token in each if token is not None and (type(token) is not int or token >= TOKENS)]:
         raise InputError(f"a model's eos_token_id is {shown(wrong[0])}, expected the number of a token, or a list")
     return tuple(sorted({token for token in each if token is not None and token >= 0}))  # some write -1 for none
 
@@ -49,11 +51,19 @@ def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
     return ids
 
 
-def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of some tokens, those of no text left out. Raises InputError where the tokenizer fails on them."""
+def decoded(tokenizer: Any, ids: Sequence[int], special: bool = False, **options: Any) -> str:
+    """The text of some tokens, those of no text left out unless ``special``. Raises InputError where the tokenizer
+    fails on them."""
     with _naming("write", ids):
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = tokenizer.decode(ids, skip_special_tokens=not special, **options)
     return text
+
+
+def all_decoded(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of several rows of tokens, as `decoded` has them."""
+    with _naming("write", rows):
+        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return texts
 
 
 @contextmanager

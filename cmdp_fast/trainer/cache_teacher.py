@@ -27,9 +27,11 @@ from cmdp_fast.teachers.teacher import Teacher
 from . import drawn
 from .causal_lm import CausalLM
 from .command_line.parsing import check_no_other
+from .first_tokens import check_first_tokens
 from .interrupts import Interrupts
 from .launch import launched, make_accelerator
 from .material import check_asked_tokens, check_lengths
+from .models.failing import in_process
 from .models.pair import Found, find_pair, load_teacher
 from .parse import parse_as
 from .records.lock import alone_in
@@ -276,6 +278,7 @@ def _loaded(config: CacheConfig, found: Found, device: torch.device) -> tuple[Te
     model = load_teacher(config, found)
     model.to(device)
     sampling = make_sampling(config, model, None, found.tokenizer)
+    check_first_tokens(config, {"teacher": model}, sampling, {"teacher"})
     columns = min(sampling.vocab_size, int(found.configs["student"].get_text_config().vocab_size))
     sampling = replace(
         sampling,
@@ -284,7 +287,7 @@ def _loaded(config: CacheConfig, found: Found, device: torch.device) -> tuple[Te
         vocab_size=columns,
     )
     revision = model_digest(found.folders["teacher"])
-    teacher = TeacherInProcess(model, found.tokenizers["teacher"], config.teacher, revision, ends=sampling.eos)
+    teacher = in_process(model, found.tokenizers["teacher"], config.teacher, revision, ends=sampling.eos)
     return teacher, sampling
 
 

@@ -14,6 +14,7 @@ from cmdp_fast.scoring import make_scoring
 from cmdp_fast.terminal import drawn
 
 from .engines import check_engines
+from .first_tokens import check_first_tokens
 from .material import load
 from .models.memory_estimate import MemoryEstimate, estimate_memory
 from .models.offload import check_offload
@@ -58,6 +59,8 @@ def dry_run(config: TrainConfig) -> MemoryEstimate:
     roles = {role: model for role, model in loaded.items() if model is not None}
     half = config.precision == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as in the training
+        sampled = {"": {*roles}, "vllm": set()}.get(config.rollout, {"teacher"})
+        check_first_tokens(config, roles, sampling, sampled)
         free = config.padding_free
         scoring = make_scoring(config.logits, models, sampling.vocab_size, config.temperature, padding_free=free)
         check_reading(roles, scoring.outputs, sampling, padding_free=free, half=half)

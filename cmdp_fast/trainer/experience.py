@@ -25,6 +25,7 @@ from cmdp_fast.reward_functions import Logged
 from cmdp_fast.teachers.ahead import asked_ahead
 from cmdp_fast.teachers.teacher import Teacher, UnderWay
 from cmdp_fast.topk_scoring import FromTopK
+from cmdp_fast.vocabulary import all_decoded
 
 from .correction import check_reported, estimate_weight, log_ratio
 from .distributed import any_process, by_itself, together
@@ -200,9 +201,8 @@ class Collector:
                 rollout = generate(model, prompts, self._sampling_of(policy), mixed_with=mixed_with, synced_gpus=synced)
             rollout.teacher_index = teacher_index(self.config, self.teacher, rows, rollout.tokens.device)
             ids = rollout.completion_ids()
-            decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            texts = [cut_text(text, self.config.stop_strings) for text in decoded]
         with clock.phase("scoring"), together(self.accelerator):
+            texts = [cut_text(text, self.config.stop_strings) for text in all_decoded(self.tokenizer, ids)]
             state = trainer_state(self.config, self.steps_done, self.problem_count, self.accelerator)
             limit = limit_of(self.config)
             judged = call_rewards(self.rewards, rows, texts, ids, state, limit)

@@ -39,11 +39,6 @@ def check_reading(
         if next(model.parameters(), None) is None:
             continue
         with evaluating(model):
-            if not _says_numbers(model, sampling):
-                raise InputError(
-                    f"the {role} cannot be used: logits of {type(model).__name__} are not finite at a first token; its "
-                    "weights or a number in its config.json are damaged"
-                )
             if _misled_by_padding(model, sampling, dtypes):
                 raise InputError(
                     f"the {role} cannot be used: {type(model).__name__} reads a prompt otherwise with padding in "
@@ -54,15 +49,6 @@ def check_reading(
                     f"the {role} cannot be used with --padding-free: {type(model).__name__} mixes sequences that "
                     "stand in one row, and position_ids do not keep them apart"
                 )
-
-
-def _says_numbers(model: Any, sampling: Sampling) -> bool:
-    """Whether a model's logits are numbers; those of columns that it excludes may be minus infinity."""
-    device = next(model.parameters()).device
-    ids, real = (torch.full((1, 2), value, device=device) for value in (sampling.pad, True))
-    parts = (ids[:, :1], real[:, :1], ids[:, 1:], real[:, 1:])
-    logits = completion_logits(model, Rollout(*parts, finished=real[:, -1]))
-    return not bool((logits.isnan() | logits.isposinf()).any())
 
 
 def _misled_by_padding(model: Any, sampling: Sampling, dtypes: Sequence[torch.dtype]) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cmdp_fast.errors import InputError, first_line, shown
 from cmdp_fast.teachers.teacher import Teacher
-from cmdp_fast.time_limits import TooLong, ended_after
+from cmdp_fast.time_limits import Limit, Overdue, told_of
 from cmdp_fast.unmasked import Lengths
 from cmdp_fast.vocabulary import common_vocabulary, encoded
 
@@ -180,21 +180,23 @@ def _rendered(row: Problem, tokenizer: Any) -> str:
         raise InputError("the prompts are chat messages, but the student's tokenizer has no chat template")
     begun = row["prompt"][-1]["role"] == "assistant"
     try:
-        with ended_after(PATIENCE):
-            text: str = tokenizer.apply_chat_template(
-                row["prompt"],
-                tools=row.get("tools") or None,  # some templates announce an empty list
-                add_generation_prompt=not begun,
-                continue_final_message=begun,
-                tokenize=False,
-                **(row.get("chat_template_kwargs") or {}),
-            )
-    except TooLong as error:
-        raise InputError(
-            f"the chat template has not ended in {PATIENCE:g} s on the prompt {shown(row['prompt'])}"
-        ) from error
-    except Exception as error:  # of the template's own, in whatever form
-        raise InputError(f"the chat template refuses the prompt {shown(row['prompt'])}: {first_line(error)}") from error
+        with told_of("the chat template", limit=Limit(PATIENCE, "what it has for a prompt")):
+            try:
+                text: str = tokenizer.apply_chat_template(
+                    row["prompt"],
+                    tools=row.get("tools") or None,  # some templates announce an empty list
+                    add_generation_prompt=not begun,
+                    continue_final_message=begun,
+                    tokenize=False,
+                    **(row.get("chat_template_kwargs") or {}),
+                )
+            except Exception as error:  # of the template's own, in whatever form
+                refused = f"the chat template refuses the prompt {shown(row['prompt'])}: {first_line(error)}"
+                raise InputError(refused) from error
+    except InputError as error:
+        if isinstance(error.__cause__, Overdue):
+            raise InputError(f"{error}: the prompt {shown(row['prompt'])}") from error
+        raise
     if any(isinstance(message["content"], list) and str(message["content"]) in text for message in row["prompt"]):
         raise InputError(
             "the chat template writes the parts of a content as a Python list: give one text as the content, not "

@@ -28,6 +28,7 @@ from .distributed import (
 )
 from .engines import NONE, Engines, check_engines, make_engines
 from .experience import Collector
+from .first_tokens import check_first_tokens
 from .interrupts import Interrupts
 from .launch import check_training, described, make_accelerator
 from .material import Material, load
@@ -175,11 +176,18 @@ def make_collector(
     model, teacher, tokenizer = accelerator.unwrap_model(student), material.teacher, material.tokenizer
     sampling = make_sampling(config, model, teacher, tokenizer)
     keep_end_tokens(model, sampling.eos)
+    teacher = None if teacher is None else on_device(teacher, accelerator)
+    models = {"student": model, **({} if material.loaded_teacher is None else {"teacher": teacher})}
+    # By what else samples none is asked to go on: it may be a model that transformers cannot sample
+    others = {"student": engines[0] is not None or material.rollout is not None, "teacher": engines[1] is not None}
+    sampled = {role for role in models if not others[role]}
+    with together(accelerator), accelerator.autocast():
+        check_first_tokens(config, models, sampling, sampled, synced=accelerator.distributed_type == "FSDP")
     collector = Collector(
         config,
         accelerator=accelerator,
         student=student,
-        teacher=None if teacher is None else on_device(teacher, accelerator),
+        teacher=teacher,
         tokenizer=tokenizer,
         sampling=sampling,
         vocab_size=sampling.vocab_size,
@@ -190,7 +198,6 @@ def make_collector(
         teacher_engine=engines[1],
         problem_count=len(material.problems),
     )
-    models = {"student": model, **({} if material.loaded_teacher is None else {"teacher": collector.teacher})}
     half = accelerator.mixed_precision == "bf16"
     with together(accelerator), accelerator.autocast():  # all read the same tokens, and find the same
         check_reading(models, collector.outputs, sampling, padding_free=config.padding_free, half=half)

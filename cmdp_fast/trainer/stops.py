@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cmdp_fast.errors import InputError
 from cmdp_fast.teachers.teacher import Teacher
-from cmdp_fast.vocabulary import named_ends
+from cmdp_fast.vocabulary import decoded, named_ends
 
 from .causal_lm import CausalLM
 
@@ -130,5 +130,4 @@ def _holds(text: str, strings: Sequence[str]) -> bool:
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
+    return decoded(tokenizer, ids, special=True, clean_up_tokenization_spaces=False)

@@ -329,7 +329,10 @@ def test_a_closed_vocabulary_needs_no_unknown_token(model):
 
 
 TEMPLATES = {
-    "endless": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "not ended in 0.1 s"),
+    "endless": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "has not returned for 0.1 s",
+    ),
     "a long range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
     "itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "an attribute": ("{{ ''.__class__.__mro__ }}", "is unsafe"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from cmdp_fast.errors import InputError, shown
+from cmdp_fast.vocabulary import decoded
 
 from .. import drawn
 from ..rollout import Sampling
@@ -95,7 +96,7 @@ def check_texts(some: list[Drawn], sampling: Sampling, whose: str) -> None:
     another. Single ones may: half of a character is written in several ways."""
     unlike = [each for each in some if not _alike(each, sampling)]
     if 2 * len(unlike) > len(some):
-        text = sampling.tokenizer.decode(unlike[0].tokens, skip_special_tokens=False)
+        text = decoded(sampling.tokenizer, unlike[0].tokens, special=True)
         raise InputError(
             f"{whose} reads its tokens {shown(unlike[0].tokens)} as {shown(unlike[0].text)}, the trainer as "
             f"{shown(text)}: it has another tokenizer"
@@ -107,7 +108,7 @@ def _alike(completion: Drawn, sampling: Sampling) -> bool:
     with a stop string, where the last token may go on."""
     ends = completion.tokens[-1] in sampling.eos
     candidates = [completion.tokens, *([completion.tokens[:-1]] if ends else [])]
-    texts = [sampling.tokenizer.decode(each, skip_special_tokens=False) for each in candidates]
+    texts = [decoded(sampling.tokenizer, each, special=True) for each in candidates]
     return _letters(completion.text) in [_letters(cut_text(text, sampling.stop_strings)) for text in texts]
 
 

@@ -8,6 +8,8 @@ weights, and a tokenizer or a setting that cannot be may show itself only where 
 from __future__ import annotations
 
 import codecs
+import copy
+import inspect
 import json
 import math
 import os
@@ -15,20 +17,35 @@ import tempfile
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
 
-from cmdp_fast.errors import InputError, first_line, shown
+from cmdp_fast.errors import InputError, first_line, readable, shown
 from cmdp_fast.vocabulary import decoded, encoded
 from cmdp_fast.weight_files import ADAPTER, stored_tensors
 
+from ..records.origin import too_large, whole_files
+
 CONFIG, GENERATION = "config.json", "generation_config.json"
+LONGEST = 1 << 24  # bytes of a file of settings, which has some thousand
 LAYERS, EXPERTS = 1024, 1 << 14  # of a model: more modules than any has, and few enough to be made in seconds
+LABELS = 1 << 20  # transformers makes a table of their names
+OF_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+READ = (  # beside the weights; what is none of a file's kind transformers passes over
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+)
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that hold a weight as it is
 PROBES = ("a", "1 + 1 =\n", "\N{CJK UNIFIED IDEOGRAPH-4E00}")
 WORDS = 64  # of a tokenizer's own, where it knows none of these
 KEPT = ("eos_token_id", "transformers_version")  # of the settings of `generate`
+
+
+def _too_long(path: Path) -> str:
+    size = path.stat().st_size
+    return f"has {size:,} bytes, expected at most {LONGEST:,}" if size > LONGEST else ""
 
 
 def json_fault(path: Path) -> str:
@@ -36,6 +53,8 @@ def json_fault(path: Path) -> str:
     try:
         if not path.is_file():
             return "is no file" if os.path.lexists(path) else "is not there"
+        if long := _too_long(path):
+            return long
         content = path.read_bytes()
     except OSError as error:
         return f"cannot be read: {error.strerror or first_line(error)}"
@@ -71,19 +90,81 @@ def check_generation(role: str, name: str) -> None:
         raise InputError(f"--{role} {name}: its {GENERATION} {fault}")
 
 
-def check_counts(role: str, name: str, about: Any) -> None:
-    """Raises InputError for a configuration of no layers or of more layers or experts than a model has: each is a
-    module that would be made."""
-    for settings in (about, about.get_text_config()):
+def check_small_files(role: str, name: str) -> None:
+    """Raises InputError for a folder with a chat template or a part of a tokenizer that is no file, which transformers
+    would pass over, or with one that would be read whole and is too large for that."""
+    folder = Path(name)
+    try:
+        templates = [*(folder / "additional_chat_templates").glob("*.jinja")]
+        for path in (*(folder / each for each in READ), *templates):
+            if os.path.lexists(path) and not path.is_file():
+                raise InputError(f"--{role} {name}: its {readable(path.name)} is no file")
+        fault = too_large([*whole_files(folder), *templates])
+    except OSError as error:
+        raise InputError(f"--{role} {name} cannot be read: {first_line(error)}") from error
+    if fault:
+        raise InputError(f"--{role} {name}: {fault}")
+
+
+def check_counts_in_file(role: str, name: str, path: Path) -> None:
+    """Raises InputError for a config.json with more layers, experts or labels than a model has, at any depth: for some
+    of them transformers makes a list as long, before anybody can look at it. What else is wrong with the file is said
+    where it is read."""
+    if path.is_file() and (long := _too_long(path)):
+        raise InputError(f"--{role} {name}: its {CONFIG} {long}")
+    if json_fault(path):
+        return
+    within: list[Any] = [json.loads(path.read_bytes())]
+    while within:
+        value = within.pop()
+        for key, each in value.items() if isinstance(value, dict) else ():
+            if isinstance(each, (int, float)) and (most := _most(key)) and each > most:
+                raise InputError(
+                    f"--{role} {name}: its config.json has {readable(key)} {shown(each)}, expected at most {most}"
+                )
+        within += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _most(key: str) -> int:
+    """The largest number that a model has of what it counts; 0: of a key that counts nothing of the kind."""
+    if key in OF_LAYERS:
+        return LAYERS
+    return LABELS if key == "num_labels" else EXPERTS if "experts" in key else 0
+
+
+def check_config(role: str, name: str, about: Any) -> None:
+    """Raises InputError for a configuration with a key that stands where transformers has a function, with a
+    text_config that is none, of no layers or of more layers or experts than a model has: each is a module that would be
+    made."""
+    from transformers import PretrainedConfig
+
+    try:
+        text = about.get_text_config()
+    except Exception as error:  # of several texts
+        raise InputError(f"--{role} {name}: its config.json cannot be used: {readable(first_line(error))}") from error
+    if not isinstance(text, PretrainedConfig):
+        raise InputError(f"--{role} {name}: its config.json has as its text_config {shown(text)}, which describes none")
+    for settings in (about, text):
+        _check_keys(role, name, settings)
         for key, count in vars(settings).items():
-            is_layers = key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-            if type(count) is not int or not (is_layers or "experts" in key):
+            is_layers = key in OF_LAYERS
+            if type(count) is not int or not (most := _most(key)):
                 continue
-            least, most = (1, LAYERS) if is_layers else (-1, EXPERTS)
+            least = 1 if is_layers else -1
             if not least <= count <= most:
                 raise InputError(
                     f"--{role} {name}: its config.json has {key} {shown(count)}, expected {max(least, 0)} to {most}"
                 )
+
+
+def _check_keys(role: str, name: str, settings: Any) -> None:
+    """transformers makes an attribute of every key."""
+    for key, value in vars(settings).items():
+        ours = inspect.getattr_static(type(settings), key, None)
+        if isinstance(ours, (FunctionType, classmethod, staticmethod)) and not callable(value):
+            raise InputError(
+                f"--{role} {name}: its config.json has {shown(key)}, the name of a function of transformers' own"
+            )
 
 
 def is_quantised(about: Any) -> bool:
@@ -201,12 +282,29 @@ def make_savable(role: str, name: str, settings: Any) -> list[str]:
     return left_out
 
 
+def make_config_savable(role: str, name: str, about: Any) -> list[str]:
+    """Takes `output_attentions` from a loaded model's configuration where transformers would refuse to write it beside
+    the attention that computes, and says so. Nothing reads what it asks for.
+
+    Raises InputError for what cannot be written: it would be after the training.
+    """
+    fault = _unwritable(about)
+    if not fault:
+        return []
+    if about.output_attentions:
+        for settings in (about, about.get_text_config()):
+            settings.output_attentions = False
+        if not _unwritable(about):
+            return ["output_attentions"]
+    raise InputError(f"--{role} {name}: its config.json cannot be saved with the student: {shown(fault)}")
+
+
 def _unwritable(settings: Any) -> str:
-    """Why transformers refuses to write settings of `generate`; "" where it does not."""
+    """Why transformers refuses to write a configuration, or settings of `generate`; "" where it does not."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            settings.save_pretrained(folder)
+            copy.deepcopy(settings).save_pretrained(folder)  # which may change what it writes
         except Exception as error:  # TypeError for what has no order
             lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-            return lines[1] if len(lines) > 1 and lines[0].endswith("invalid:") else first_line(error)
+            return lines[1] if len(lines) > 1 and lines[0].endswith(":") else first_line(error)
     return ""

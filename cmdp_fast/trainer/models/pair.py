@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from cmdp_fast.errors import InputError, first_line, readable
-from cmdp_fast.teachers.in_process import TeacherInProcess
 from cmdp_fast.teachers.open import check_vocabulary, is_asked, open_teacher
 from cmdp_fast.teachers.routed import KIND, RoutedTeacher, places
 from cmdp_fast.teachers.teacher import Asking, Teacher
@@ -27,8 +26,19 @@ from ..sources import alike, check_path, find_hub, loading, with_hub
 from ..stops import end_tokens, keep_end_tokens
 from ..tasks.data import Problem
 from .adapter import FrozenBase, add_adapter
-from .believable import check_counts, check_generation, check_tokenizer, check_weights, why_no_config
+from .believable import (
+    CONFIG,
+    check_config,
+    check_counts_in_file,
+    check_generation,
+    check_small_files,
+    check_tokenizer,
+    check_weights,
+    make_config_savable,
+    why_no_config,
+)
 from .builtin import builtin_folder
+from .failing import in_process
 from .quantization import effect, quantization_config, read_prompts
 from .random_weights import RandomCausalLM, check_plain
 from .recompute import recompute_layers
@@ -56,7 +66,7 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
 
     Raises InputError if one is not there, or if the tokenizers differ.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     check_attention(config)
     loaded = config.teacher and not config.asks_teacher
@@ -66,17 +76,14 @@ def find_pair(config: TrainConfig, train: Sequence[Problem], report: Report) -> 
     for role, name in sources.items():  # everything cheap before anything is trained or read
         if not name.startswith("builtin:"):
             folders[role] = name
-            configs[role] = _load(AutoConfig, role, name, trusted)
-            _check_own_attention(role, name, configs[role], config)
-            _check_files(role, name, configs[role])
-            check_counts(role, name, configs[role])
+            configs[role] = _configuration(role, name, name, config)
             tokenizers[role] = _load(AutoTokenizer, role, name, trusted)
             check_tokenizer(role, name, tokenizers[role])
     for role, name in sources.items():
         if name.startswith("builtin:"):
             made = smollm2_folder(name, report) if "smollm2" in name else builtin_folder(name, config, train, report)
             folders[role] = str(made)
-            configs[role] = _load(AutoConfig, role, folders[role], trusted)
+            configs[role] = _configuration(role, name, folders[role], config)
             tokenizers[role] = _load(AutoTokenizer, role, folders[role], trusted)
     asked = None
     if loaded:
@@ -106,8 +113,8 @@ def _opened(config: TrainConfig, train: Sequence[Problem], report: Report) -> Te
             return open_teacher(name, asking)
         alone = replace(config, teacher=name)
         model, tokenizer, folder = load_alone("teacher", alone, _frozen_dtype(config), lambda: train, report)
-        ends = end_tokens(model, tokenizer)
-        teacher = TeacherInProcess(model, tokenizer, name, model_digest(folder), ends)
+        ends = _ends("teacher", name, model, tokenizer)
+        teacher = in_process(model, tokenizer, name, model_digest(folder), ends)
         teacher.moves = True
         return teacher
 
@@ -137,7 +144,12 @@ def load_pair(
             f"--student {config.student}: its files hold tensors without a place in a {type(student).__name__} "
             f"({len(dropped)}, {_common_name(dropped)}): they are not read, and a saved student has none of them"
         )
-    end_tokens(student, tokenizer)  # raises where a file names what is no token
+    if left_out := make_config_savable("student", config.student, student.config):
+        report.say(
+            f"--student {config.student}: transformers refuses to write {', '.join(left_out)} of its config.json "
+            f"beside the attention {student.config._attn_implementation}, and the saved student has none"
+        )
+    _ends("student", config.student, student, tokenizer)
     if config.gradient_checkpointing:
         recompute_layers(student)
     if config.lora_rank:
@@ -149,8 +161,8 @@ def load_pair(
         return student, FrozenBase(student), tokenizer
     teacher = load_teacher(config, found)
     if config.teacher_device == "cpu":
-        ends = end_tokens(teacher, tokenizers["teacher"])
-        return student, TeacherInProcess(teacher, tokenizers["teacher"], config.teacher, ends=ends), tokenizer
+        ends = _ends("teacher", config.teacher, teacher, tokenizers["teacher"])
+        return student, in_process(teacher, tokenizers["teacher"], config.teacher, ends=ends), tokenizer
     return student, teacher, tokenizer
 
 
@@ -160,9 +172,18 @@ def load_teacher(config: TrainConfig, found: Found) -> CausalLM:
     loaded."""
     kind = config.teacher_quantization
     teacher, _ = _load_model("teacher", found.folders["teacher"], _frozen_dtype(config), config, kind)
-    keep_end_tokens(teacher, end_tokens(teacher, found.tokenizers["teacher"]))  # its tokenizer is not needed after this
+    ends = _ends("teacher", config.teacher, teacher, found.tokenizers["teacher"])
+    keep_end_tokens(teacher, ends)  # its tokenizer is not needed after this
     frozen: CausalLM = teacher.eval().requires_grad_(False)
     return frozen
+
+
+def _ends(role: str, name: str, model: CausalLM, tokenizer: Any) -> tuple[int, ...]:
+    """`end_tokens`, whose error says whose they are."""
+    try:
+        return end_tokens(model, tokenizer)
+    except InputError as error:
+        raise InputError(f"--{role} {name}: {error}") from error
 
 
 def _frozen_dtype(config: TrainConfig) -> torch.dtype:
@@ -181,17 +202,14 @@ def load_alone(
     """(teacher, tokenizer, folder or hub id) where there is no student: on the CPU, frozen, in a dtype or that of its
     files. ``role``: the option that names it, for messages; ``train``: the problems that a built-in one is made of;
     ``parallel``: a part of each layer, on the device of this process, by transformers' own plan."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     check_attention(config)
     name = folder = config.teacher
     if name.startswith("builtin:"):
         smollm2 = "smollm2" in name
         folder = str(smollm2_folder(name, report) if smollm2 else builtin_folder(name, config, train(), report))
-    about = _load(AutoConfig, role, folder, config.trust_remote_code)
-    _check_own_attention(role, name, about, config)
-    _check_files(role, folder, about)
-    check_counts(role, folder, about)
+    about = _configuration(role, name, folder, config)
     if parallel and not getattr(about.get_text_config(), "base_model_tp_plan", None):
         raise InputError(f"--{role} {name}: transformers has no plan for its layers in tensor parallelism")
     tokenizer = _load(AutoTokenizer, role, folder, config.trust_remote_code)
@@ -275,8 +293,29 @@ def _common_name(names: list[str]) -> str:
     return (names[0] if len(names) == 1 else f"{start}.…" if start else f"{names[0]}, …")[:100]
 
 
-@loading()
-def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
+def _configuration(role: str, name: str, folder: str, config: TrainConfig) -> Any:
+    """What a model's folder says that it is, once it is known to be believable. ``name``: as the user named it."""
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
+    _check_place(role, folder)
+    if Path(folder).is_dir():
+        check_small_files(role, folder)
+    try:
+        path = cached_file(folder, CONFIG, **QUIET)
+    except Exception:  # of the hub's library; it is said by what reads it next
+        path = None
+    if path:
+        check_counts_in_file(role, folder, Path(path))
+    about = _load(AutoConfig, role, folder, config.trust_remote_code)
+    _check_own_attention(role, name, about, config)
+    _check_files(role, folder, about)
+    check_config(role, folder, about)
+    return about
+
+
+def _check_place(role: str, name: str) -> None:
+    """Raises InputError for what is neither the folder of a model nor a hub id; makes ready for one."""
     try:
         there = Path(name).is_dir()
     except OSError as error:  # a folder above it is somebody else's alone
@@ -286,6 +325,11 @@ def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any
         if Path(name).exists():
             raise InputError(f"--{role} {name} is a file, expected a hub id or the folder of a model")
         find_hub()
+
+
+@loading()
+def _load(auto: Any, role: str, name: str, trusted: bool, **options: Any) -> Any:
+    _check_place(role, name)
     try:
         return auto.from_pretrained(name, trust_remote_code=trusted, **options)
     except Exception as error:  # of libraries that read anybody's files, in whatever form

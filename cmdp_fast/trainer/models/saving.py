@@ -25,10 +25,15 @@ def save_student(
     try:
         with writing(target):
             folder.mkdir(exist_ok=True)
-            if has_adapter(student):
-                save_adapted(student, part, weights)
-            else:
-                student.save_pretrained(part, state_dict=weights)
+            try:
+                if has_adapter(student):
+                    save_adapted(student, part, weights)
+                else:
+                    student.save_pretrained(part, state_dict=weights)
+            except OSError:
+                raise
+            except Exception as error:  # of a library that writes what anybody's files have described
+                raise RuntimeError(first_line(error)) from error
             try:
                 tokenizer.save_pretrained(part)
             except OSError:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, time
 from pathlib import Path
 from typing import Any
 
 from cmdp_fast.digest import Damaged, read_sealed, sha256
-from cmdp_fast.errors import InputError
+from cmdp_fast.errors import InputError, readable
 from cmdp_fast.teachers.teacher import Teacher
 from cmdp_fast.weight_files import INDEX, ONE, read_index
 
@@ -28,6 +28,7 @@ HEADER = 1 << 26  # bytes at most: the length that a file names may be anything
 WHOLE = ("config.json", "generation_config.json", "added_tokens.json", "special_tokens_map.json", "merges.txt")
 WHOLE_LIKE = ("tokenizer", "vocab", "chat_template", "model.safetensors.index")  # beginnings of other names
 WHOLE_KINDS = (".model", ".py")  # of a tokenizer; a model's own code
+SMALL = 1 << 28  # bytes at most of a file that is read whole; large tokenizers have 35 million
 
 
 def origin_of(
@@ -87,9 +88,25 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, (date, time)) else type(value).__name__
 
 
+def too_large(paths: Iterable[Path]) -> str:
+    """Which of some files that are read whole is too large for that, and how large; "" if none is."""
+    for path in paths:
+        if (size := path.stat().st_size) > SMALL:
+            return f"its {readable(path.name)} has {size:,} bytes, expected at most {SMALL:,}"
+    return ""
+
+
+def whole_files(folder: Path) -> list[Path]:
+    """The files in a model's folder that are read whole."""
+    return [path for path in sorted(folder.iterdir()) if _is_whole(path) and path.is_file()]
+
+
 def model_digest(name: str) -> str:
-    """The digest of a model in a folder, or under a hub id."""
+    """The digest of a model in a folder, or under a hub id. Raises InputError for a file that would be read whole, and
+    is too large for that."""
     folder = _local(name)
+    if fault := too_large(whole_files(folder)):
+        raise InputError(f"{name}: {fault}")
     digest, weights = hashlib.sha256(), _weights(folder)
     for path in sorted(folder.iterdir()):
         if path.is_file() and _is_whole(path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cmdp_fast.vocabulary import decoded
+
 LONGEST = 8  # tokens that may wait for the rest of a character; one of UTF-8 has four bytes
 BROKEN = "\ufffd"  # what a tokenizer puts where a character is not whole
 
@@ -20,17 +22,17 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     start = read = 0  # what is known already is ids[start:read], read again as a beginning
     known = ""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+        text = decoded(tokenizer, ids[start:end])
         if text.endswith(BROKEN) and end - read < LONGEST and end < len(ids):
             texts.append("")
             continue
         texts.append(text[len(known) :])
         start, read = read, end
-        known = tokenizer.decode(ids[start:read], skip_special_tokens=True)
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
+        known = decoded(tokenizer, ids[start:read])
+    whole = decoded(tokenizer, ids)
     if "".join(texts) == whole:
         return texts
-    return [tokenizer.decode([token], skip_special_tokens=True) for token in ids]
+    return [decoded(tokenizer, [token]) for token in ids]
 
 
 def cut_texts(texts: Sequence[str], length: int) -> list[str]:
