@@ -136,7 +136,7 @@ def test_a_hub_is_asked_once_in_a_load_and_again_in_the_next(hub, monkeypatch, c
 
     def loaded(*_, **__):
         assert flags() == (False, False, "", before)
-        return [{"prompt": "1+1=", "answer": "2"}]
+        return datasets.Dataset.from_list([{"prompt": "1+1=", "answer": "2"}])
 
     monkeypatch.setattr(huggingface_hub, "get_session", There)  # the network is back
     monkeypatch.setattr(datasets, "load_dataset", loaded)

@@ -274,7 +274,7 @@ def _leave_encoded(features: Any) -> None:
         for each in features.values() if isinstance(features, dict) else features:
             _leave_encoded(each)
     elif features is not None:
-        if hasattr(features, "decode"):
+        if hasattr(features, "decode") and type(features).__name__ != "Json":  # a text, in the cell itself
             features.decode = False
         _leave_encoded(getattr(features, "feature", None))
 
