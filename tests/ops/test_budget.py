@@ -142,7 +142,7 @@ def test_one_budget_a_sequence_and_per_token(backend):
 
 def test_a_budget_per_token_that_is_spent_to_the_last_is_met(backend):
     """Of however many tokens, whose costs are rounded and whose sum is not."""
-    lengths = range(1, 40)
+    lengths = 1, 5, 7, 9, 13, 39
     mask = torch.arange(40) < torch.tensor(lengths)[:, None]
     cost = torch.full(mask.shape, 0.1)
     packed = {"cost": cost[mask], "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)])}
